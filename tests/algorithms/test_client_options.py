@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import hetero_fl
 from hetero_fl.algorithms import FedBABU
-from hetero_fl.algorithms.distillation import ProxyDistillation
-from hetero_fl.core.objectives import log_prior
-from hetero_fl.core.plan import Fit, Predict, Rows
 from hetero_fl.data import Dataset, make_table
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
-from tests.support.federations import METHODS, MIXED, config, deployed, rounds_of
+from tests.support.federations import METHODS, config, deployed, rounds_of
 
 FINE_TUNING = {"fine_tune_epochs": 2}
 CORRECTION = {"prior_correction": True}
@@ -44,106 +40,39 @@ def is_refused(method: str, options: dict[str, Any]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_options_without_meaning_for_the_method_are_refused(method: str) -> None:
-    by_prototype = method in BY_PROTOTYPE
-    # Hybrid adjusts logits by default, which cannot be combined with the correction.
-    off = {"logit_adjustment": False} if method == "hybrid" else {}
-    corrects = method in CORRECTED_TESTS | PROXY_PREDICTIONS
+def test_options_without_meaning_for_the_method_are_refused(subtests: pytest.Subtests) -> None:
+    for method in METHODS:
+        with subtests.test(method=method):
+            by_prototype = method in BY_PROTOTYPE
+            # Hybrid adjusts logits by default, which cannot be combined with the correction.
+            off = {"logit_adjustment": False} if method == "hybrid" else {}
+            corrects = method in CORRECTED_TESTS | PROXY_PREDICTIONS
 
-    assert is_refused(method, FINE_TUNING) == (method in NO_FINE_TUNING or by_prototype)
-    assert is_refused(method, {"local_prior": True}) == by_prototype
-    assert is_refused(method, PROXY) == (method not in PROXY_PREDICTIONS)
-    assert is_refused(method, {"logit_adjustment": True}) == (method == "fedlc")
-    if not off:
-        assert is_refused(method, CORRECTION) != corrects
-    # An option that is off is allowed everywhere.
-    prepare(config(method, clients__defaults={"fine_tune_epochs": 0, "prior_correction": False}))
-
-
-@pytest.mark.parametrize("method", BY_PROTOTYPE)
-def test_prototype_methods_with_heads_use_all_options(method: str) -> None:
-    for options in (FINE_TUNING, CORRECTION, {"local_prior": True}):
-        prepare(config(method, algorithm={"name": method, "inference": "head", **options}))
+            assert is_refused(method, FINE_TUNING) == (method in NO_FINE_TUNING or by_prototype)
+            assert is_refused(method, {"local_prior": True}) == by_prototype
+            assert is_refused(method, PROXY) == (method not in PROXY_PREDICTIONS)
+            assert is_refused(method, {"logit_adjustment": True}) == (method == "fedlc")
+            if not off:
+                assert is_refused(method, CORRECTION) != corrects
+            # An option that is off is allowed everywhere.
+            prepare(
+                config(method, clients__defaults={"fine_tune_epochs": 0, "prior_correction": False})
+            )
 
 
-def global_logits(rounds: SynchronousTrainer, client_id: str) -> Tensor:
-    runtime = rounds.executor.runtime  # type: ignore[attr-defined]
-    return runtime.predict(deployed(rounds, client_id), Rows("common_test"), False)
+def test_prototype_methods_with_heads_use_all_options() -> None:
+    for method in BY_PROTOTYPE:
+        for options in (FINE_TUNING, CORRECTION, {"local_prior": True}):
+            prepare(config(method, algorithm={"name": method, "inference": "head", **options}))
 
 
-def prior_of(rounds: SynchronousTrainer, client_id: str) -> Tensor:
-    prior = log_prior(rounds.federation.task, rounds.federation.label_counts(client_id))
-    assert prior is not None
-    return prior
-
-
-@pytest.mark.parametrize("method", ["local", "fedmd", "fedper", "ds_fl", "kt_pfl", "feddf"])
-def test_global_tests_of_own_models_are_corrected(method: str) -> None:
-    rounds = rounds_of(config(method, rounds=1, algorithm={"name": method, **CORRECTION}))
-    client = deployed(rounds, "site_1")
-    (plain,) = rounds.backend.run([(client, Predict("model", Rows("common_test")))])
-
-    # Averaged and distilled models do not predict with the client's prior.
-    is_own = method in ("local", "fedmd", "fedper")
-    expected = plain - prior_of(rounds, "site_1") if is_own else plain
-    assert torch.allclose(global_logits(rounds, "site_1"), expected, atol=1e-4)
-
-
-@pytest.mark.usefixtures("float64")
-def test_ensemble_corrects_each_member_by_its_own_prior() -> None:
-    source = config("ensemble", MIXED, algorithm={"name": "ensemble", **CORRECTION})
-    rounds = rounds_of(source, num_rounds=1)
-    local = rounds_of(config("local", MIXED), num_rounds=1)
-
-    members = []
-    for client_id in local.federation.client_infos:
-        z = global_logits(local, client_id) - prior_of(local, client_id)
-        members.append(z.softmax(-1))
-        found = global_logits(rounds, client_id).softmax(-1)
-        assert torch.equal(found, global_logits(rounds, "site_1").softmax(-1))
-    assert torch.allclose(found, torch.stack(members).mean(0), atol=1e-9)
-
-
-def teachers(monkeypatch: pytest.MonkeyPatch, source: dict[str, Any]) -> tuple[Tensor, Any]:
-    """Return the teacher that the server distills in the first round, and the run."""
-    seen: list[Tensor] = []
-    at_server = ProxyDistillation.server_fit
-
-    def spied(self: ProxyDistillation, server: Any, slot: str, teacher: Tensor, *rest: Any) -> Fit:
-        seen.append(teacher)
-        return at_server(self, server, slot, teacher, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ProxyDistillation, "server_fit", spied)
-        rounds = rounds_of(source, num_rounds=1)
-    return seen[0], rounds
-
-
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("method", ["feddf", "hybrid"])
-def test_teacher_is_the_mean_of_corrected_predictions(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own: dict[str, Any] = {"name": method, "teacher": "mean", "align": 0.0}
-    own |= {"logit_adjustment": False, "recalibrate": []}
-
-    plain, rounds = teachers(monkeypatch, config(method, algorithm=own))
-    corrected, _ = teachers(monkeypatch, config(method, algorithm={**own, **CORRECTION}))
-
-    priors = [prior_of(rounds, client_id) for client_id in rounds.federation.client_infos]
-    assert torch.allclose(corrected, plain - torch.stack(priors).mean(0), atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"logit_adjustment": True}, {"local_prior": True}, CORRECTION],
-    ids=lambda options: next(iter(options)),
-)
-def test_options_with_class_frequencies_require_a_multiclass_task(options: dict[str, Any]) -> None:
-    (name,) = options
-    with pytest.raises(UserError, match=rf"{name}: requires a multiclass task, .* regression task"):
-        prepare(regression("fedmd", **options), dataset=table())
+def test_options_with_class_frequencies_require_a_multiclass_task() -> None:
+    for options in ({"logit_adjustment": True}, {"local_prior": True}, CORRECTION):
+        (name,) = options
+        with pytest.raises(
+            UserError, match=rf"{name}: requires a multiclass task, .* regression task"
+        ):
+            prepare(regression("fedmd", **options), dataset=table())
 
 
 def table() -> Dataset:
@@ -171,29 +100,16 @@ def test_settings_without_effect_are_noted() -> None:
     assert not any("no effect" in line for line in prepare(config("hybrid")).notes)
 
 
-def test_two_values_of_an_option_are_refused() -> None:
-    both = config(
-        algorithm={"name": "fedavg", "logit_adjustment": True},
-        clients__defaults__logit_adjustment=False,
-    )
+def test_override_of_an_option_replaces_both_keys() -> None:
+    places = ("algorithm", "clients.defaults")
+    for place, override in itertools.product(places, places):
+        source = config("fedavg", clients__groups=[{"name": "site", "count": 3}])
+        section = source["algorithm"] if place == "algorithm" else source["clients"]["defaults"]
+        section["logit_adjustment"] = True
 
-    with pytest.raises(UserError, match=r"algorithm.logit_adjustment and clients.defaults.logit"):
-        prepare(both)
+        prepared = prepare(source, [f"{override}.logit_adjustment=false"])
 
-    both["algorithm"]["logit_adjustment"] = False
-    prepare(both)
-
-
-@pytest.mark.parametrize("place", ["algorithm", "clients.defaults"])
-@pytest.mark.parametrize("override", ["algorithm", "clients.defaults"])
-def test_override_of_an_option_replaces_both_keys(place: str, override: str) -> None:
-    source = config("fedavg", clients__groups=[{"name": "site", "count": 3}])
-    section = source["algorithm"] if place == "algorithm" else source["clients"]["defaults"]
-    section["logit_adjustment"] = True
-
-    prepared = prepare(source, [f"{override}.logit_adjustment=false"])
-
-    assert prepared.federation.client_infos["site_1"].settings.logit_adjustment is False
+        assert prepared.federation.client_infos["site_1"].settings.logit_adjustment is False
 
 
 def fine_tune_epochs(source: dict[str, Any]) -> int | None:

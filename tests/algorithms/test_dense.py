@@ -1,8 +1,9 @@
-"""DENSE: server round, generator objective, single upload, and which model is evaluated."""
+"""DENSE: generator objective, single upload, and which model is evaluated."""
 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
@@ -18,17 +19,14 @@ from hetero_fl.core.generative_objectives import (
     Synthesis,
     preprocess_generated,
 )
-from hetero_fl.core.objectives import Batch, ModelView, ModelViews, Supervised
+from hetero_fl.core.objectives import Batch, ModelView, ModelViews
 from hetero_fl.core.participant import ClientInfo, floating_tensors
 from hetero_fl.core.payload import Payload
-from hetero_fl.core.plan import Fit, Rows
-from hetero_fl.engine.batches import index_batches
+from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.synchronous import SynchronousTrainer
-from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.seeding import keyed_generator
 from model_zoo import create_model, is_batch_norm
-from tests.references.local_training import clients, largest_difference, module, train
+from tests.references.local_training import clients, module
 from tests.support.federations import MIXED, config, deployed, rounds_of, same_bits
 
 FEW = {
@@ -74,59 +72,6 @@ def by_hand(
     return (
         F.cross_entropy(mean, y) + bn * sum(b for _, b in outputs) / len(outputs) - adv * kl.mean()
     )
-
-
-@pytest.mark.usefixtures("float64")
-def test_server_round_matches_reference() -> None:
-    rounds = rounds_of(
-        federation(statistics_weight=0.7, adversarial_weight=0.3, student="site_2"), num_rounds=1
-    )
-    sent = {}
-    for client_id, client in clients(rounds).items():
-        model = module(client.arch["model"], client.models["model"])
-        train(
-            client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y)
-        )
-        sent[client_id] = model.eval()
-    client_info = rounds.federation.client_infos["site_2"]
-    student = module(client_info.arch, rounds.server.models[client_info.arch.spec_id])
-    rounds.run_round()
-    imager_arch = rounds.algorithm.generator((1, 8, 8))
-    imager = module(imager_arch, imager_arch.initial_tensors(0))
-    adam = torch.optim.Adam(imager.parameters(), lr=1e-3)
-    sgd = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
-    teachers, pool, logits = list(sent.values()), [], []
-    for epoch in range(2):
-        draws = keyed_generator(0, 1, "server", "noise", epoch)
-        z = torch.randn(12, 5, generator=draws)
-        y = torch.randint(10, (12,), generator=draws)
-        for _ in range(3):
-            adam.zero_grad()
-            by_hand(
-                teachers, student.eval(), imager(z).logits.view(12, 1, 8, 8), y, 0.7, 0.3
-            ).backward()
-            adam.step()
-        with torch.no_grad():
-            pool.append(imager(z).logits.view(12, 1, 8, 8))
-            logits.append(sum(t(pool[-1]).logits for t in teachers) / 3)
-        x, teacher = torch.cat(pool), torch.cat(logits)
-        for rows in index_batches(
-            len(x),
-            Fit({}, Supervised(), steps=4, batch_size=12),
-            (0, 1, "server", "student", epoch),
-        ):
-            sgd.zero_grad()
-            p, log_q = (
-                (teacher[rows] / 4).softmax(1),
-                (student.train()(x[rows]).logits / 4).log_softmax(1),
-            )
-            (16 * (p * (p.log() - log_q)).sum(1).mean()).backward()
-            sgd.step()
-    assert largest_difference(rounds.server.models[client_info.arch.spec_id], student) < 1e-9
-    assert set(rounds.server.models) == {
-        c.arch.spec_id for c in rounds.federation.client_infos.values()
-    }
-    assert set(rounds.server.state) == {"student"}
 
 
 @pytest.mark.usefixtures("float64")
@@ -206,12 +151,13 @@ def test_generator_handles_models_without_batch_norm_and_client_views() -> None:
     assert torch.allclose(grown, expected)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 14), (6,), (2, 15)])
-def test_generator_supports_every_input_shape(shape: tuple[int, ...]) -> None:
-    size = int(torch.tensor(shape).prod())
-    generator = Generator(size, 5, shape)(torch.randn(4, 5)).logits
-    assert generator.shape == (4, size)
-    assert len(shape) != 3 or bool(((generator >= 0) & (generator <= 1)).all())
+def test_generator_supports_every_input_shape() -> None:
+    for shape in ((1, 8, 8), (3, 9, 14), (6,), (2, 15)):
+        size = math.prod(shape)
+        x = Generator(size, 5, shape)(torch.randn(4, 5)).logits
+
+        assert x.shape == (4, size)
+        assert len(shape) != 3 or bool(((x >= 0) & (x <= 1)).all()), shape
 
 
 def uploads(rounds: SynchronousTrainer) -> list[dict[str, list[str]]]:
@@ -292,10 +238,6 @@ def test_student_defaults_to_most_frequent_model() -> None:
     models = ["cnn_bn_small", "mlp", "mlp", "cnn_gn_small"]
     prepared = prepare(federation(models, 4))
     assert prepared.config.algorithm["student"] == "site_2" and "mlp" in prepared.notes[-1]
-    for student, words in (("site_9", "algorithm.student: unknown client 'site_9'; did you mean"),):
-        with pytest.raises(UserError) as error:
-            prepare(federation(student=student))
-        assert words in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.slow

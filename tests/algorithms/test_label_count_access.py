@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -33,14 +34,14 @@ def client_of(kind: Any, **settings: Any) -> Participant:
     return Participant("a", Task(kind, 3), {}, models, None, settings_object, counts)
 
 
-@pytest.mark.parametrize("kind", ["multilabel", "regression"])
-def test_tasks_without_class_prior_do_not_read_counts(kind: str) -> None:
-    client = client_of(kind, logit_adjustment=True, prior_correction=True)
+def test_tasks_without_class_prior_do_not_read_counts() -> None:
+    for kind in ("multilabel", "regression"):
+        client = client_of(kind, logit_adjustment=True, prior_correction=True)
 
-    assert add_log_prior(client, LOGITS) is LOGITS
-    assert subtract_log_prior(client, LOGITS) is LOGITS
-    assert FedDF(teacher="contrast").weighted_predictions(client, LOGITS).values is LOGITS
-    assert not FedDF(teacher="contrast", align=1.0).needs_counts(client)
+        assert add_log_prior(client, LOGITS) is LOGITS
+        assert subtract_log_prior(client, LOGITS) is LOGITS
+        assert FedDF(teacher="contrast").weighted_predictions(client, LOGITS).values is LOGITS
+        assert not FedDF(teacher="contrast", align=1.0).needs_counts(client)
 
 
 def test_counts_that_are_not_shared_are_not_read() -> None:
@@ -63,19 +64,16 @@ def test_settings_that_use_counts_read_them() -> None:
             read()
 
 
-@pytest.mark.parametrize("has_proxy", [False, True])
-@pytest.mark.parametrize("teacher", ["mean", "contrast"])
-def test_counts_are_uploaded_by_clients_that_contribute_to_the_teacher(
-    teacher: str, has_proxy: bool
-) -> None:
-    settings = {"name": "feddf", "teacher": teacher, "align": 1.0}
-    rounds = rounds_of(config("feddf", clients=2, algorithm=settings), num_rounds=0)
-    rounds._set_round_context(0)
-    client = clients(rounds)["site_1"]
-    client.has_proxy = has_proxy
-    client_info = rounds.federation.client_infos["site_1"]
-    received = Payload(rounds.algorithm.broadcast(rounds.server, client_info))
+def test_counts_are_uploaded_by_clients_that_contribute_to_the_teacher() -> None:
+    for teacher, has_proxy in itertools.product(("mean", "contrast"), (False, True)):
+        settings = {"name": "feddf", "teacher": teacher, "align": 1.0}
+        rounds = rounds_of(config("feddf", clients=2, algorithm=settings), num_rounds=0)
+        rounds._set_round_context(0)
+        client = clients(rounds)["site_1"]
+        client.has_proxy = has_proxy
+        client_info = rounds.federation.client_infos["site_1"]
+        received = Payload(rounds.algorithm.broadcast(rounds.server, client_info))
 
-    items, _ = run_plan(client, rounds.algorithm.train(client, received), rounds.backend)
+        items, _ = run_plan(client, rounds.algorithm.train(client, received), rounds.backend)
 
-    assert "model" in items and (COUNTS in items) == has_proxy
+        assert "model" in items and (COUNTS in items) == has_proxy

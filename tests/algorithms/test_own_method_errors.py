@@ -85,14 +85,15 @@ def no_yield_at_all(self: Any, client: Any, got: Any) -> Any:
     return upload_model(self, client)
 
 
-@pytest.mark.parametrize("train", [fit_forgotten, fit_spelt_out, fit_kept, no_yield_at_all])
-def test_unyielded_step_is_reported(train: Callable[..., Any]) -> None:
-    words = (
-        "^Mine.train: a Fit is created but never yielded and has no effect; "
-        "write `yield` before it$"
-    )
-    with pytest.raises(UserError, match=words):
-        dry_run(train=train)
+def test_unyielded_step_is_reported(subtests: pytest.Subtests) -> None:
+    for train in (fit_forgotten, fit_spelt_out, fit_kept, no_yield_at_all):
+        with subtests.test(train=train.__name__):
+            words = (
+                "^Mine.train: a Fit is created but never yielded and has no effect; "
+                "write `yield` before it$"
+            )
+            with pytest.raises(UserError, match=words):
+                dry_run(train=train)
 
 
 def sub_plan_forgotten(self: Any, client: Any, got: Any) -> Any:
@@ -107,20 +108,20 @@ def super_forgotten(self: Any, client: Any, got: Any) -> Any:
     return upload_model(self, client)
 
 
-@pytest.mark.parametrize(
-    ("train", "below", "name"),
-    [(sub_plan_forgotten, 1, "self.deploy"), (super_forgotten, 2, "FedAvg.train")],
-)
-def test_unused_plan_is_reported(train: Callable[..., Any], below: int, name: str) -> None:
-    line = train.__code__.co_firstlineno + below
+def test_unused_plan_is_reported() -> None:
+    for train, below, name in (
+        (sub_plan_forgotten, 1, "self.deploy"),
+        (super_forgotten, 2, "FedAvg.train"),
+    ):
+        line = train.__code__.co_firstlineno + below
 
-    with pytest.raises(UserError) as error:
-        dry_run(train=train)
+        with pytest.raises(UserError) as error:
+            dry_run(train=train)
 
-    assert str(error.value) == (
-        f"{train.__name__} ({__file__}, line {line}): the plan {name}(…) is created "
-        "but never run; write `yield from` before it"
-    )
+        assert str(error.value) == (
+            f"{train.__name__} ({__file__}, line {line}): the plan {name}(…) is created "
+            "but never run; write `yield from` before it"
+        )
 
 
 def test_unused_steps_in_server_plans_and_helpers_are_reported() -> None:
@@ -151,31 +152,34 @@ def test_steps_may_be_created_before_yielding() -> None:
     assert elsewhere == Predict("model", Rows("proxy"))
 
 
-@pytest.mark.parametrize(
-    ("yielded", "words"),
-    [
-        (
-            lambda self, c, got: self.deploy(c, got),
-            r"yields the plan deploy\(…\); write `yield from`",
-        ),
-        (
-            lambda self, c, got: {"model": None},
-            r"expected a step \(Fit, .*\) or a list of steps, got dict",
-        ),
-        (
-            lambda self, c, got: [local_fit(c), None],
-            r"expected a step \(Fit, .*\) or a list of steps, got NoneType",
-        ),
-    ],
-)
-def test_yielding_a_non_step_is_reported(yielded: Callable[..., Any], words: str) -> None:
-    def train(self: Any, client: Any, got: Any) -> Any:
-        yield yielded(self, client, got)
+NON_STEPS: list[tuple[Any, str]] = [
+    (
+        lambda self, c, got: self.deploy(c, got),
+        r"yields the plan deploy\(…\); write `yield from`",
+    ),
+    (
+        lambda self, c, got: {"model": None},
+        r"expected a step \(Fit, .*\) or a list of steps, got dict",
+    ),
+    (
+        lambda self, c, got: [local_fit(c), None],
+        r"expected a step \(Fit, .*\) or a list of steps, got NoneType",
+    ),
+]
 
-    with pytest.raises(
-        UserError, match=rf"train \(.*test_own_method_errors\.py, line \d+\): {words}"
-    ):
-        own(train=train).run_round()
+
+def test_yielding_a_non_step_is_reported(subtests: pytest.Subtests) -> None:
+    for yielded, words in NON_STEPS:
+
+        def train(self: Any, client: Any, got: Any, yielded: Any = yielded) -> Any:
+            yield yielded(self, client, got)
+
+        place = r"train \(.*test_own_method_errors\.py, line \d+\)"
+        with (
+            subtests.test(words=words),
+            pytest.raises(UserError, match=f"{place}: {words}"),
+        ):
+            own(train=train).run_round()
 
 
 def train_unknown_slot(self: Any, client: Any, got: Any) -> Any:
@@ -188,13 +192,13 @@ def predict_unknown_slot(self: Any, client: Any, got: Any) -> Any:
     return upload_model(self, client)
 
 
-@pytest.mark.parametrize("train", [train_unknown_slot, predict_unknown_slot])
-def test_step_on_unknown_slot_is_reported(train: Callable[..., Any]) -> None:
-    place = rf"{train.__name__} \({re.escape(__file__)}, line \d+\)"
-    words = "site_1 has no model 'modle'; choose from 'model', or return it from `models`"
+def test_step_on_unknown_slot_is_reported() -> None:
+    for train in (train_unknown_slot, predict_unknown_slot):
+        place = rf"{train.__name__} \({re.escape(__file__)}, line \d+\)"
+        words = "site_1 has no model 'modle'; choose from 'model', or return it from `models`"
 
-    with pytest.raises(UserError, match=f"^{place}: {words}$"):
-        dry_run(train=train)
+        with pytest.raises(UserError, match=f"^{place}: {words}$"):
+            dry_run(train=train)
 
 
 def test_unshared_item_is_refused_before_the_run() -> None:
@@ -240,16 +244,13 @@ class WrongModels(FedAvg):
         return {"model": client.architecture_}
 
 
-@pytest.mark.parametrize(
-    ("method", "words"),
-    [
+def test_exception_in_configure_or_models_is_located() -> None:
+    for method, words in (
         (RefusesClients, "in configure: ValueError: not these clients"),
         (WrongModels, "in models: AttributeError: "),
-    ],
-)
-def test_exception_in_configure_or_models_is_located(method: type, words: str) -> None:
-    with pytest.raises(RunFailedError, match=rf"^{re.escape(__file__)}:\d+, {words}"):
-        prepare(config(f"python:{__name__}:{method.__name__}", "mlp"))
+    ):
+        with pytest.raises(RunFailedError, match=rf"^{re.escape(__file__)}:\d+, {words}"):
+            prepare(config(f"python:{__name__}:{method.__name__}", "mlp"))
 
 
 def test_objective_error_lists_available_columns_and_models() -> None:
@@ -347,31 +348,34 @@ class Forgotten(FedAvg):
         return upload_model(self, client)
 
 
-@pytest.mark.parametrize(
-    ("method", "words"),
-    [
-        (
-            Undeclared,
-            "Undeclared.train: item 'modle' is not declared in `uploads`; did you mean 'model'?",
-        ),
-        (
-            WrongKind,
-            "WrongKind.train: item 'seen': expected kind 'counts' as declared, got 'rows'; "
-            "return Item(values, weight, 'counts')",
-        ),
-        (Number, "Number.train: item 'model': expected a tensor or tensors by name, got float"),
-        (NoReturn, "NoReturn.train: expected a dictionary of items as return value, got NoneType"),
-        (
-            NoBroadcast,
-            "NoBroadcast.broadcast: expected a dictionary of items as return value, got NoneType",
-        ),
-        (Forgotten, "Forgotten.train: a Fit is created but never yielded"),
-    ],
-)
-def test_client_items_are_checked_before_training(method: type, words: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError) as error:
-        run(source(method), out=tmp_path / "run")
-    assert words in str(error.value) and not (tmp_path / "run").exists()
+WRONG_ITEMS: list[tuple[Any, str]] = [
+    (
+        Undeclared,
+        "Undeclared.train: item 'modle' is not declared in `uploads`; did you mean 'model'?",
+    ),
+    (
+        WrongKind,
+        "WrongKind.train: item 'seen': expected kind 'counts' as declared, got 'rows'; "
+        "return Item(values, weight, 'counts')",
+    ),
+    (Number, "Number.train: item 'model': expected a tensor or tensors by name, got float"),
+    (NoReturn, "NoReturn.train: expected a dictionary of items as return value, got NoneType"),
+    (
+        NoBroadcast,
+        "NoBroadcast.broadcast: expected a dictionary of items as return value, got NoneType",
+    ),
+    (Forgotten, "Forgotten.train: a Fit is created but never yielded"),
+]
+
+
+def test_client_items_are_checked_before_training(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    for method, words in WRONG_ITEMS:
+        with subtests.test(method=method.__name__):
+            with pytest.raises(UserError) as error:
+                run(source(method), out=tmp_path / "run")
+            assert words in str(error.value) and not (tmp_path / "run").exists()
 
 
 class WrongShape(FedAvg):
@@ -436,31 +440,32 @@ class OldArgument(FedAvg):
         return upload_model(self, client)
 
 
-@pytest.mark.parametrize(
-    ("method", "words"),
-    [
-        (
-            OldAttribute,
-            r"in weight_of: AttributeError: .*; Participant\.n is now Participant\.num_rows$",
-        ),
-        (OldArgument, r"in train: TypeError: .*; Fit\.given is now Fit\.context$"),
-        (
-            Misspelt,
-            r"in deploy: MissingItemError: item 'modle' was not sent; received 'model'; "
-            r"did you mean 'model'\?$",
-        ),
-        (
-            AsksForAnother,
-            r"in aggregate: MissingItemError: item 'logits' is not declared in `uploads`; "
-            r"choose from model$",
-        ),
-        (ClumsyObjective, r"in loss: RuntimeError: .*mat1 and mat2 shapes .*$"),
-        (StartFails, r"in setup: ZeroDivisionError: division by zero$"),
-    ],
-)
-def test_exception_in_custom_method_is_located(method: type, words: str) -> None:
-    with pytest.raises(RunFailedError, match=rf"^{re.escape(__file__)}:\d+, {words}"):
-        rounds_of(source(method))
+EXCEPTIONS: list[tuple[Any, str]] = [
+    (
+        OldAttribute,
+        r"in weight_of: AttributeError: .*; Participant\.n is now Participant\.num_rows$",
+    ),
+    (OldArgument, r"in train: TypeError: .*; Fit\.given is now Fit\.context$"),
+    (
+        Misspelt,
+        r"in deploy: MissingItemError: item 'modle' was not sent; received 'model'; "
+        r"did you mean 'model'\?$",
+    ),
+    (
+        AsksForAnother,
+        r"in aggregate: MissingItemError: item 'logits' is not declared in `uploads`; "
+        r"choose from model$",
+    ),
+    (ClumsyObjective, r"in loss: RuntimeError: .*mat1 and mat2 shapes .*$"),
+    (StartFails, r"in setup: ZeroDivisionError: division by zero$"),
+]
+
+
+def test_exception_in_custom_method_is_located(subtests: pytest.Subtests) -> None:
+    for method, words in EXCEPTIONS:
+        expected = rf"^{re.escape(__file__)}:\d+, {words}"
+        with subtests.test(method=method.__name__), pytest.raises(RunFailedError, match=expected):
+            rounds_of(source(method))
 
 
 def test_traceback_is_logged_and_exit_status_is_one(

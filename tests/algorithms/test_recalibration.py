@@ -1,4 +1,4 @@
-"""Recalibrated BatchNorm statistics, priors at prediction and fine-tuning before evaluation."""
+"""Recalibrated BatchNorm statistics, and priors at prediction."""
 
 from __future__ import annotations
 
@@ -11,16 +11,11 @@ import torch
 from torch import nn
 
 import hetero_fl
-from hetero_fl.algorithms.recalibration import local_sample, proxy_sample
+from hetero_fl.algorithms.recalibration import proxy_sample
 from hetero_fl.core.objectives import log_prior
 from hetero_fl.core.plan import Predict, Recalibrate, Rows
-from hetero_fl.utils.errors import UserError
 from model_zoo import is_batch_norm
-from tests.algorithms.test_equalities import history
-from tests.support.federations import MIXED, config, deployed, rounds_of, same_bits
-
-LABEL_SKEW = {"kind": "dirichlet", "alpha": 0.2, "min_size": 30}
-PROXY = ["proxy_predictions"]
+from tests.support.federations import config, deployed, rounds_of, same_bits
 
 
 def reference_statistics(module: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -87,82 +82,6 @@ def test_recalibrate_returns_nothing_without_batch_norm() -> None:
     assert rounds.backend.run([(client, Recalibrate("model", Rows("proxy")))]) == [{}]
 
 
-@pytest.mark.parametrize("method", ["fedmd", "ds_fl", "kt_pfl", "hybrid", "feddf"])
-def test_proxy_predictions_use_statistics_of_proxy_set(method: str) -> None:
-    off: Any = {"name": method, "recalibrate": []}
-    plain = rounds_of(config(method, rounds=1, data__partition=LABEL_SKEW, algorithm=off))
-    options: Any = {"name": method, "recalibrate": PROXY}
-    changed = rounds_of(config(method, rounds=1, data__partition=LABEL_SKEW, algorithm=options))
-
-    key = "predictions" if method == "kt_pfl" else "teacher"
-    if method == "feddf":
-        (group,) = plain.server.models
-        assert not same_bits(plain.server.models[group], changed.server.models[group])
-    else:
-        assert not torch.equal(plain.server.state[key], changed.server.state[key])
-
-
-def test_uploaded_predictions_match_reference() -> None:
-    options: Any = {"name": "fedmd", "recalibrate": PROXY, "prior_correction": True}
-    rounds = rounds_of(config("fedmd", clients=1, algorithm=options, rounds=1))
-    # The client with the model with which it predicted, before it distills the teacher.
-    client = rounds.federation.client("site", rounds.store.get("site"), 1)
-
-    (statistics,) = rounds.backend.run([(client, Recalibrate("model", proxy_sample(client)))])
-    tensors = {**client.models["model"], **statistics}
-    (logits,) = rounds.backend.run([(client, Predict("model", Rows("proxy"), tensors=tensors))])
-    prior = log_prior(client.task, client.counts)
-    assert prior is not None
-    assert torch.allclose(rounds.server.state["teacher"], logits - prior, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("align", [0.0, 0.5])
-def test_recalibrated_hybrid_without_replay_equals_recalibrated_feddf(align: float) -> None:
-    same = {"distill_epochs": 3, "recalibrate": [*PROXY, "local_test"], "align": align}
-    hybrid = {"name": "hybrid", "replay_weight": 0.0, **same}
-    feddf = {"name": "feddf", "logit_adjustment": True, "teacher": "contrast", **same}
-
-    assert history(hybrid) == history(feddf)
-    assert history({**feddf, "recalibrate": []}) != history(feddf)
-
-
-def test_proxy_sample_is_one_random_order_for_all() -> None:
-    rounds = rounds_of(config("fedmd"), num_rounds=0)
-
-    samples = [proxy_sample(deployed(rounds, client)).rows for client in ("site_1", "site_2")]
-
-    assert samples[0] is not None and samples[1] is not None
-    assert torch.equal(samples[0], samples[1])
-    assert not torch.equal(samples[0], torch.arange(60))
-    assert torch.equal(samples[0].sort().values, torch.arange(60))
-
-
-def test_local_sample_is_shuffled() -> None:
-    client = deployed(rounds_of(config("fedmd", data__proxy__size=20), num_rounds=0), "site_1")
-    proxy = {row.numpy().tobytes() for row in client.data("proxy", None)["x"]}
-    own = [row.numpy().tobytes() for row in client.data("train", None)["x"]]
-
-    found = [row.numpy().tobytes() for row in local_sample(client).tensors["x"]]
-
-    # Both halves contain rows of both sets, and the own rows are not the first ones.
-    assert all(0 < sum(row in proxy for row in half) < 20 for half in (found[:20], found[20:]))
-    assert {row for row in found if row not in proxy} != set(own[:20])
-
-
-def test_local_sample_has_equal_numbers_of_own_and_proxy_rows() -> None:
-    client = deployed(rounds_of(config("fedmd", data__proxy__size=20), num_rounds=0), "site_1")
-
-    x = local_sample(client).tensors["x"]
-
-    proxy = {row.numpy().tobytes() for row in client.data("proxy", None)["x"]}
-    own = {row.numpy().tobytes() for row in client.data("train", None)["x"]}
-    found = [row.numpy().tobytes() for row in x]
-    assert len(found) == 40
-    assert sum(row in proxy for row in found) == 20
-    assert sum(row in own for row in found) == 20
-
-
 # A mentee whose inputs differ from those of the clients' models.
 MENTEE = {"mentee": "cnn_bn_small", "mentee_input": [1, 6, 6]}
 
@@ -172,18 +91,20 @@ MENTEE = {"mentee": "cnn_bn_small", "mentee_input": [1, 6, 6]}
     [{"name": "fedavg"}, {"name": "ensemble"}, {"name": "ditto"}, {"name": "fml", **MENTEE}],
     ids=lambda own: own["name"],
 )
-@pytest.mark.parametrize("test_set", ["global", "personal"])
-def test_recalibration_of_one_test_set_leaves_the_other(own: dict[str, Any], test_set: str) -> None:
-    prediction = {"global": "global_test", "personal": "local_test"}[test_set]
-    other = {"global": "personal", "personal": "global"}[test_set]
-    options, method = {**own, "recalibrate": [prediction]}, own["name"]
+def test_recalibration_of_one_test_set_leaves_the_other(own: dict[str, Any]) -> None:
+    method = own["name"]
     plain = rounds_of(config(method, rounds=1, algorithm=own)).evaluate().clients
-    changed = rounds_of(config(method, rounds=1, algorithm=options)).evaluate().clients
+    for option, test_set, other in (
+        ("global_test", "global", "personal"),
+        ("local_test", "personal", "global"),
+    ):
+        options = {**own, "recalibrate": [option]}
+        changed = rounds_of(config(method, rounds=1, algorithm=options)).evaluate().clients
 
-    for client in plain:
-        before, after = plain[client].scores, changed[client].scores
-        assert before[other] == after[other]
-        assert before[test_set]["loss"] != after[test_set]["loss"]
+        for client in plain:
+            before, after = plain[client].scores, changed[client].scores
+            assert before[other] == after[other], option
+            assert before[test_set]["loss"] != after[test_set]["loss"], option
 
 
 NORMALIZED = [{"match": "site_[23]", "preprocess": {"normalize": {"mean": 0.2, "std": 0.4}}}]
@@ -219,24 +140,6 @@ def test_statistics_of_the_server_model_are_recomputed() -> None:
     assert result.server is not None
     expected = nn.functional.cross_entropy(logits, y).item()
     assert result.server["global"]["loss"] == pytest.approx(expected, abs=1e-6)
-
-
-def test_feddf_recalibrates_with_the_preprocessing_of_clients() -> None:
-    options = {"name": "feddf", "recalibrate": PROXY}
-    source = config("feddf", rounds=1, algorithm=options, clients__overrides=NORMALIZED)
-    rounds = rounds_of(source, num_rounds=0)
-    found: list[Any] = []
-    perform = rounds.backend.run
-    rounds.backend.run = lambda work: (  # type: ignore[method-assign]
-        found.extend(step.data.preprocess for _, step in work if isinstance(step, Recalibrate))
-        or perform(work)
-    )
-
-    rounds.run_round()
-
-    infos = rounds.federation.client_infos
-    assert found == [infos[client].preprocess for client in ("site_1", "site_2", "site_3")]
-    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize("is_private", [False, True])
@@ -296,46 +199,3 @@ def test_local_prior_is_independent_of_the_loss() -> None:
     assert prior is not None
 
     assert torch.allclose(with_prior - site.predict(client, Rows("test"), True), prior, atol=1e-4)
-
-
-def test_fedavg_ft_equals_fedavg_with_fine_tuning() -> None:
-    alias = rounds_of(config("fedavg_ft"))
-    fedavg = rounds_of(config("fedavg", algorithm={"name": "fedavg", "fine_tune_epochs": 5}))
-    plain = rounds_of(config("fedavg"))
-
-    tuned = deployed(alias, "site_1").models["model"]
-
-    assert same_bits(tuned, deployed(fedavg, "site_1").models["model"])
-    assert not same_bits(tuned, deployed(plain, "site_1").models["model"])
-    (group,) = plain.server.models
-    assert same_bits(plain.server.models[group], alias.server.models[group])
-
-
-def test_prior_correction_with_logit_adjustment_is_refused() -> None:
-    options = {"name": "fedmd", "logit_adjustment": True, "prior_correction": True}
-
-    with pytest.raises(UserError, match=r"prior_correction cannot be combined with logit_adj"):
-        rounds_of(config("fedmd", MIXED, algorithm=options), num_rounds=0)
-
-
-@pytest.mark.parametrize("algorithm", ["feddf", "hybrid"])
-def test_distilled_model_has_the_statistics_of_clients(algorithm: str) -> None:
-    """Compare the server's model with that of FedAvg, whose clients train equally in round 1."""
-
-    def server_model(name: str, **settings: Any) -> dict[str, torch.Tensor]:
-        section = {"name": name, "logit_adjustment": True, **settings}
-        rounds = rounds_of(config(name, ["cnn_bn_small"], algorithm=section), num_rounds=1)
-        (model,) = rounds.server.models.values()
-        return dict(model)
-
-    average = server_model("fedavg")
-    replay = {"replay_weight": 0.0} if algorithm == "hybrid" else {}  # style: ok (key)
-    of_clients = server_model(algorithm, distilled_statistics="clients", **replay)
-    of_proxy = server_model(algorithm, **replay)
-
-    statistics = [name for name in average if "running" in name]
-    assert statistics and all(torch.equal(average[n], of_clients[n]) for n in statistics)
-    assert not any(torch.equal(average[n], of_proxy[n]) for n in statistics)
-    weights = [name for name in average if "running" not in name and "num" not in name]
-    assert all(torch.equal(of_proxy[n], of_clients[n]) for n in weights)
-    assert not any(torch.equal(average[n], of_clients[n]) for n in weights)

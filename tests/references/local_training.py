@@ -1,10 +1,9 @@
-"""A client's local training as a plain PyTorch loop, for references of complete rounds."""
+"""Clients, modules and batches of the next round, for references of local training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from hetero_fl.core.objectives import Supervised
@@ -33,29 +32,6 @@ def module(arch, tensors: dict[str, Tensor]) -> nn.Module:
     return result.train()
 
 
-def train(
-    client: Participant,
-    parameters: list[nn.Parameter],
-    loss: Callable[[Tensor, Tensor], Tensor],
-    label: str = "train",
-    epochs: int = 1,
-    after: Callable[[], None] = lambda: None,
-) -> int:
-    """Train with momentum SGD in batches drawn with the client's key; return the step count.
-
-    `after` is called after each step.
-    """
-    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
-    steps = 0
-    for x, y in batches(client, label, epochs):
-        optimizer.zero_grad()
-        loss(x, y).backward()
-        optimizer.step()
-        after()
-        steps += 1
-    return steps
-
-
 def batches(
     client: Participant, label: str = "train", epochs: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -71,12 +47,6 @@ def batches(
         client.num_rows, Fit({}, Supervised(), epochs=epochs, batch_size=BATCH), where
     ):
         yield data["x"][rows], data["y"][rows]
-
-
-def mean(sent: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """Return the weighted mean of named tensors."""
-    total = sum(w for w, _ in sent)
-    return {name: sum(w * t[name] for w, t in sent) / total for name in sent[0][1]}  # type: ignore[misc]
 
 
 def largest_difference(ours: dict[str, Tensor], by_hand: nn.Module | dict[str, Tensor]) -> float:

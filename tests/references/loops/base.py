@@ -9,40 +9,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.engine.templates import prefers_channels_last
 from hetero_fl.experiment import PreparedRun
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import Key, keyed_generator
 
-LR, BATCH = 0.01, 32
+CLASSES = 10
+# Rows on which models are evaluated, and the names of the scores.
+READ = {
+    "test": "personal",
+    "common_test": "global",
+    "common_validation": "validation_global",
+}
 State = dict[str, Tensor]
+# Function of a batch `x`, `y` and the number of the step.
+Loss = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class Loop:
     """Clients with one model each that train alone; the method Local.
 
-    After every round, `losses` has a list of the clients' mean training losses, and `scores` a list
-    of evaluation losses.
+    A subclass creates its models in `start`, runs clients and server in `work` and evaluates in
+    `read`. Clients are numbered in the natural order of their ids.
+
+    Args:
+        prepared: The prepared run, from which data, initial weights and settings are taken.
+        channels_last: Whether to use the memory layout of the framework. It changes the last bits.
+
+    Attributes:
+        losses: Training loss of each client, keyed by its id, for each round.
+        scores: Evaluation losses, keyed by the client's id and the name of the score, for each
+            round.
+        done: Number of completed rounds.
+        cohort: Numbers of the clients that take part in the round.
     """
 
-    def __init__(self, prepared: PreparedRun) -> None:
-        self.federation, self.method, self.name = (
-            prepared.federation,
-            prepared.method,
-            prepared.name,
-        )
-        self.cards = [
-            self.federation.client_infos[client_id]
-            for client_id in natural_order(self.federation.client_infos)
-        ]
-        self.data = [
-            {name: self.rows(c, name) for name in ("train", "test", *COMMON)} for c in self.cards
-        ]
+    # Whether local tests use the class prior of adjusted training.
+    adds_prior = True
+    # Whether only the client itself trains the head with which it predicts.
+    own_models = True
+
+    def __init__(self, prepared: PreparedRun, channels_last: bool = True) -> None:
+        self.config, self.method = prepared.config, prepared.method
+        self.federation = prepared.federation
+        self.channels_last = channels_last
+        infos = self.federation.client_infos
+        self.cards = [infos[client_id] for client_id in natural_order(infos)]
+        self.data = [{name: self.rows(c, name) for name in ("train", *READ)} for c in self.cards]
+        for card, rows in zip(self.cards, self.data, strict=True):
+            if card.has_proxy:
+                rows["proxy"] = self.rows(card, "proxy")
         self.counts = [
-            torch.bincount(rows["train"]["y"], minlength=10).float() for rows in self.data
+            torch.bincount(rows["train"]["y"], minlength=CLASSES).to(torch.get_default_dtype())
+            for rows in self.data
         ]
-        self.losses: list[list[float]] = []
-        self.scores: list[list[float]] = []
+        self.priors = [log_frequencies(counts) for counts in self.counts]
+        self.cohort = list(range(len(self.cards)))
+        self.losses: list[dict[str, float]] = []
+        self.scores: list[dict[tuple[str, str], float]] = []
         self.done = 0
         self.start()
 
@@ -55,25 +80,35 @@ class Loop:
         self.models = [self.module(c.arch) for c in self.cards]
 
     def module(self, arch: Any) -> nn.Module:
-        """Return a model with the framework's initial weights and memory layout."""
+        """Return a model with the framework's initial weights."""
         result: nn.Module = arch.build()
         result.load_state_dict(arch.initial_tensors(self.federation.seed))
-        return (
-            result.to(memory_format=torch.channels_last) if prefers_channels_last(arch) else result
-        )  # type: ignore[call-overload]
+        if self.channels_last and prefers_channels_last(arch):
+            result.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return result
+
+    def server_models(self) -> dict[str, State]:
+        """Return tensors that models of the server must contain, keyed by slot."""
+        return {}
 
     # Rounds
-    def round(self) -> None:
-        """Train, aggregate and evaluate the models."""
-        self.losses.append([])
-        self.scores.append([])
+    def round(self, cohort: Sequence[str] | None = None) -> None:
+        """Train, aggregate and evaluate the models.
+
+        Args:
+            cohort: Ids of the clients that take part. If None, all.
+        """
+        if cohort is not None:
+            self.cohort = [i for i, c in enumerate(self.cards) if c.client_id in cohort]
+        self.losses.append({})
+        self.scores.append({})
         self.work()
         self.done += 1
         self.read()
 
     def work(self) -> None:
         """Run clients and server for one round."""
-        for i in range(len(self.cards)):
+        for i in self.cohort:
             self.train(i, self.models[i])
 
     def read(self) -> None:
@@ -82,35 +117,73 @@ class Loop:
             for name in READ:
                 self.score(i, name, predicted(model, self.data[i][name]["x"]))
 
-    def read_of_one(self, predict: Callable[[Tensor], Tensor]) -> None:
+    def read_of_one(self, predict: Callable[[str, Tensor], Tensor]) -> None:
         """Evaluate a shared model for all clients, computing common sets once."""
         predictions: dict[str, Tensor] = {}
         for i in range(len(self.cards)):
             for name in READ:
                 if name == "test" or name not in predictions:
-                    predictions[name] = predict(self.data[i][name]["x"])
+                    predictions[name] = predict(self.cards[i].client_id, name)
                 self.score(i, name, predictions[name])
 
     def score(self, i: int, name: str, logits: Tensor) -> None:
         """Record the loss and compute the accuracy."""
         y = self.data[i][name]["y"]
+        if name == "test" and self.adds_prior:
+            logits = self.adjusted(i, logits)
+        elif name != "test" and self.own_models:
+            logits = self.corrected(i, logits)
         (logits.argmax(1) == y).double().mean()
-        self.scores[-1].append(float(F.cross_entropy(logits, y)))
+        key = (self.cards[i].client_id, READ[name])
+        self.scores[-1][key] = float(F.cross_entropy(logits, y))
+
+    # Losses
+    def adjusted(self, i: int, logits: Tensor) -> Tensor:
+        """Add the client's log class prior if it sets `logit_adjustment`."""
+        return logits + self.priors[i] if self.cards[i].settings.logit_adjustment else logits
+
+    def corrected(self, i: int, logits: Tensor) -> Tensor:
+        """Subtract the client's log class prior if it sets `prior_correction`."""
+        return logits - self.priors[i] if self.cards[i].settings.prior_correction else logits
+
+    def entropy(self, i: int, logits: Tensor, y: Tensor) -> Tensor:
+        """Return the client's cross-entropy."""
+        return F.cross_entropy(self.adjusted(i, logits), y)
 
     # Training
     def batches(
-        self, n: int, who: str, label: str = "train", size: int = BATCH, epochs: int = 1
+        self, n: int, who: str, label: str = "train", size: int = 32, epochs: int = 1, use: int = 0
     ) -> list[Tensor]:
         """Return the framework's batches; a single last row joins the previous batch."""
         result: list[Tensor] = []
         for epoch in range(epochs):
-            cut = list(
-                torch.randperm(n, generator=self.draws(who, label, epoch)).split(min(size, n))
-            )
+            draws = self.draws(who, label, epoch, use=use)
+            cut = list(torch.randperm(n, generator=draws).split(min(size, n)))
             if len(cut) > 1 and len(cut[-1]) == 1:
                 cut[-2:] = [torch.cat(cut[-2:])]
             result += cut
         return result
+
+    def own_batches(self, i: int, label: str = "train", epochs: int | None = None) -> list[Tensor]:
+        """Return the batches of a client's training rows."""
+        card = self.cards[i]
+        settings = card.settings
+        n = len(self.data[i]["train"]["y"])
+        if settings.steps and not epochs:
+            size = min(settings.batch_size, n)
+            return self.full_batches(n, card.client_id, label, size, settings.steps)
+        return self.batches(
+            n, card.client_id, label, settings.batch_size, epochs or settings.epochs
+        )
+
+    def full_batches(
+        self, n: int, who: str, label: str, size: int, steps: int, use: int = 0
+    ) -> list[Tensor]:
+        """Return permutations without end, cut into full batches."""
+        epochs = -(-steps * size // n)
+        draws = (self.draws(who, label, epoch, use=use) for epoch in range(epochs))
+        order = torch.cat([torch.randperm(n, generator=each) for each in draws])
+        return list(order[: steps * size].split(size))
 
     def draws(self, who: str, label: str, *more: Key, use: int = 0) -> torch.Generator:
         """Return a generator of this round for the `use`-th use of that label."""
@@ -120,59 +193,95 @@ class Loop:
         self,
         i: int,
         module: nn.Module,
-        loss_of: Callable[[Tensor, Tensor, int], Tensor] | None = None,
+        loss_of: Loss | None = None,
         label: str = "train",
-        epochs: int = 1,
+        epochs: int | None = None,
         besides: Sequence[nn.Module] = (),
         after: Callable[[], None] | None = None,
-    ) -> None:
-        """Train for some epochs on one client's rows with `loss(x, y, step)`."""
+    ) -> int:
+        """Train on one client's rows and return the number of steps.
+
+        Args:
+            i: Number of the client.
+            module: The trained model.
+            loss_of: The loss. If None, the client's cross-entropy.
+            label: Label of the random stream. The loss is recorded for "train".
+            epochs: Number of epochs. If None, the client's setting.
+            besides: Further models that are trained.
+            after: Function that is called after each step.
+        """
         x, y = self.data[i]["train"]["x"], self.data[i]["train"]["y"]
-        loss_of = loss_of or (lambda x, y, step: F.cross_entropy(module(x).logits, y))
-        steps = enumerate(self.batches(len(y), self.cards[i].client_id, label, epochs=epochs))
-        loss = descend(
-            [module, *besides], (loss_of(x[rows], y[rows], s) for s, rows in steps), after=after
-        )
+        if loss_of is None:
+
+            def loss_of(x: Tensor, y: Tensor, step: int) -> Tensor:
+                return self.entropy(i, module(x).logits, y)
+
+        orders = self.own_batches(i, label, epochs)
+        losses = (loss_of(x[rows], y[rows], step) for step, rows in enumerate(orders))
+        modules = [module, *besides]
+        loss = descend(modules, losses, self.own_optimizer(i, modules), after)
         if label == "train":
-            self.losses[-1].append(loss)
+            self.losses[-1][self.cards[i].client_id] = loss
+        return len(orders)
 
-    def follow(
-        self,
-        module: nn.Module,
-        x: Tensor,
-        teacher: Tensor,
-        batches: list[Tensor],
-        t: float,
-        sgd: bool,
-    ) -> None:
-        """Train toward a teacher's logits on proxy rows."""
-        optimizer = None if sgd else adam([module])
-        descend(
-            [module],
-            (divergence(module(x[rows]).logits, teacher[rows], t) for rows in batches),
-            optimizer,
-        )
+    def own_optimizer(self, i: int, modules: Iterable[nn.Module]) -> torch.optim.Optimizer:
+        """Return a new optimizer of a client."""
+        return self.optimizer(self.cards[i].settings.optimizer, modules)
 
-    def class_sums(self, i: int, module: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return sums and counts by class of the features of the training rows."""
+    def optimizer(
+        self, config: OptimizerConfig, modules: Iterable[nn.Module]
+    ) -> torch.optim.Optimizer:
+        """Return an optimizer of all trainable parameters."""
+        lr = self.rate(config)
+        if config.name == "sgd":
+            return sgd(modules, lr, config.momentum)
+        return torch.optim.Adam(trainable(modules), lr, fused=True)
+
+    def rate(self, config: OptimizerConfig) -> float:
+        """Return the learning rate of the round, which is constant or linear in the round."""
+        if config.schedule == "constant":
+            return config.lr
+        assert config.schedule == "linear"
+        last = max(1, self.federation.num_rounds - 1)
+        return config.lr * (1 - (1 - config.gamma) * min(1, self.done / last))
+
+    def class_sums(
+        self, i: int, module: nn.Module, readout: str = "features"
+    ) -> tuple[Tensor, Tensor]:
+        """Return sums and counts by class of the outputs for the training rows."""
         x, y = self.data[i]["train"]["x"], self.data[i]["train"]["y"]
-        values = predicted(module, x, "features")
-        return torch.zeros(10, values.shape[1]).index_add_(0, y, values), self.counts[i]
+        return summed(predicted(module, x, readout), y), self.counts[i]
 
 
-COMMON = ("common_test", "common_validation", "proxy")
-READ = ("test", "common_test", "common_validation")
+def log_frequencies(counts: Tensor) -> Tensor:
+    """Return log((n_c + 1) / Σ(n + 1))."""
+    return ((counts + 1) / (counts + 1).sum()).log()
+
+
+def summed(values: Tensor, y: Tensor) -> Tensor:
+    """Return the sum of the values of each class."""
+    return torch.zeros(CLASSES, values.shape[1]).index_add_(0, y, values)
+
+
+def trainable(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Return the parameters that are trained."""
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+
+def sgd(modules: Iterable[nn.Module], lr: float, momentum: float = 0.0) -> torch.optim.Optimizer:
+    """Return SGD."""
+    return torch.optim.SGD(trainable(modules), lr, momentum, fused=True)
 
 
 def descend(
     modules: Iterable[nn.Module],
     losses: Iterable[Tensor],
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer,
     after: Callable[[], None] | None = None,
 ) -> float:
-    """Take an SGD step on each loss and return the mean loss."""
-    parameters = [p for module in modules for p in module.train().parameters() if p.requires_grad]
-    optimizer = optimizer or torch.optim.SGD(parameters, LR, fused=True)
+    """Take a step on each loss with models in training mode and return the mean loss."""
+    for module in modules:
+        module.train()
     total, steps = torch.zeros(()), 0
     for loss in losses:
         optimizer.zero_grad()
@@ -183,11 +292,6 @@ def descend(
         total += loss.detach()
         steps += 1
     return float(total) / steps
-
-
-def adam(modules: Iterable[nn.Module], lr: float = 1e-3) -> torch.optim.Optimizer:
-    """Return the server's optimizer."""
-    return torch.optim.Adam([p for module in modules for p in module.parameters()], lr, fused=True)
 
 
 def only(module: nn.Module, part: str) -> nn.Module:
@@ -204,15 +308,20 @@ def predicted(module: nn.Module, x: Tensor, readout: str = "logits") -> Tensor:
     return torch.cat([getattr(module(some), readout) for some in x.split(500)])
 
 
-def divergence(student: Tensor, teacher: Tensor, t: float) -> Tensor:
-    """Return KL · T², averaged over the batch."""
-    log_s, log_t = F.log_softmax(student / t, -1), F.log_softmax(teacher / t, -1)
+def divergence(student: Tensor, teacher: Tensor, t: float = 1.0) -> Tensor:
+    """Return KL · T² of the student from a constant teacher, averaged over the batch."""
+    log_s, log_t = F.log_softmax(student / t, -1), F.log_softmax(teacher.detach() / t, -1)
     return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * t**2
 
 
 def floats(module: nn.Module) -> State:
     """Return parameters and BatchNorm statistics, without counters."""
     return {n: t for n, t in module.state_dict().items() if t.is_floating_point()}
+
+
+def copied(state: State) -> State:
+    """Return a deep copy."""
+    return {n: t.clone() for n, t in state.items()}
 
 
 def load(module: nn.Module, *states: State) -> nn.Module:

@@ -1,65 +1,114 @@
-"""Baselines: Local, Ensemble and Centralized; and DENSE, which also ends in one model."""
+"""Ensemble and Centralized; and DENSE, which also ends in one model."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections import Counter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.references.loops.base import Loop, adam, descend, divergence, load, predicted
+from tests.references.loops.base import (
+    CLASSES,
+    READ,
+    Loop,
+    copied,
+    descend,
+    divergence,
+    floats,
+    load,
+    log_frequencies,
+    predicted,
+)
 
 
 class Ensemble(Loop):
-    """The mean softmax of all models, each evaluated once on the common sets."""
+    """The mean softmax of all models, each with its own preprocessing."""
+
+    own_models = False
 
     def read(self) -> None:
-        def predictions(x: Tensor) -> Tensor:
-            return torch.stack(
-                [predicted(model, x).log_softmax(-1) for model in self.models]
-            ).logsumexp(0)
+        def predictions(client_id: str, name: str) -> Tensor:
+            outputs = []
+            for k, (card, model) in enumerate(zip(self.cards, self.models, strict=True)):
+                x = self.federation.data.columns(client_id, name, card.preprocess)["x"]
+                z = self.corrected(k, predicted(model, x))
+                outputs.append(z.log_softmax(-1))
+            return torch.stack(outputs).logsumexp(0)
 
         self.read_of_one(predictions)
 
 
 class Centralized(Loop):
-    """One model on the rows of all clients."""
+    """One model on the rows of all clients, or one of each architecture."""
+
+    own_models = False
 
     def start(self) -> None:
-        foremost = self.federation.client_infos[self.federation.client_infos.main_profile.first]
-        self.pooled = self.federation.data.columns("server", "pooled", foremost.preprocess)
-        self.model = self.module(foremost.arch)
+        specs = [c.arch.spec_id for c in self.cards]
+        most = Counter(specs).most_common(1)[0][0]
+        # The client whose model, settings and preprocessing a client has.
+        self.pattern = [
+            specs.index(spec if self.method.each_architecture else most) for spec in specs
+        ]
+        self.pooled = {k: self.module(self.cards[k].arch) for k in dict.fromkeys(self.pattern)}
+
+    def server_models(self) -> dict[str, dict[str, Tensor]]:
+        return {self.cards[k].arch.spec_id: floats(model) for k, model in self.pooled.items()}
 
     def work(self) -> None:
-        x, y = self.pooled["x"], self.pooled["y"]
-        first = min(kind.first for kind in self.federation.client_infos.profiles)
-        batches = self.batches(len(y), first)
-        descend(
-            [self.model], (F.cross_entropy(self.model(x[rows]).logits, y[rows]) for rows in batches)
+        for use, (k, model) in enumerate(self.pooled.items()):
+            self.fit(k, model, use)
+
+    def fit(self, k: int, model: nn.Module, use: int) -> None:
+        """Train a pooled model."""
+        card = self.cards[k]
+        rows = self.federation.data.columns("server", "pooled", card.preprocess)
+        x, y, settings = rows["x"], rows["y"], card.settings
+        counts = torch.bincount(y, minlength=CLASSES)
+        prior = log_frequencies(counts) if settings.logit_adjustment else torch.zeros(CLASSES)
+        users = [c.client_id for c, p in zip(self.cards, self.pattern, strict=True) if p == k]
+        orders = self.batches(
+            len(y), min(users), "train", settings.batch_size, settings.epochs, use
         )
+        losses = (F.cross_entropy(model(x[o]).logits + prior, y[o]) for o in orders)
+        descend([model], losses, self.own_optimizer(k, [model]))
 
     def read(self) -> None:
-        self.read_of_one(partial(predicted, self.model))
+        predictions: dict[Any, Tensor] = {}
+        for i, card in enumerate(self.cards):
+            k = self.pattern[i]
+            for name in READ:
+                if name == "test" or (k, name) not in predictions:
+                    view = self.cards[k].preprocess
+                    x = self.federation.data.columns(card.client_id, name, view)["x"]
+                    predictions[k, name] = predicted(self.pooled[k], x)
+                self.score(i, name, predictions[k, name])
 
 
 class Dense(Loop):
-    """A generator learns from all models, and a student from its examples."""
+    """In the last round, a generator learns from all models, and a student from its examples."""
+
+    own_models = False
 
     def start(self) -> None:
         super().start()
         self.card = self.federation.client_infos[self.method.student]
         self.arch = self.method.generator(self.card.arch.input_shape)
         self.maker, self.student = self.module(self.arch), self.module(self.card.arch)
+        self.is_distilled = False
         self.apart: list[Tensor] = []
         for model in self.models:
             for layer in model.modules():
                 if isinstance(layer, nn.BatchNorm2d):
                     layer.register_forward_pre_hook(self.compare)
 
+    def server_models(self) -> dict[str, dict[str, Tensor]]:
+        return {self.card.arch.spec_id: copied(floats(self.student))}
+
     def compare(self, layer: Any, args: Any) -> None:
-        """Return the distance of a batch from the layer's statistics."""
+        """Record the distance of a batch from the layer's statistics."""
         if torch.is_grad_enabled() and not layer.training:
             (x,) = args
             mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
@@ -67,56 +116,58 @@ class Dense(Loop):
 
     def work(self) -> None:
         super().work()
+        if self.done == self.federation.num_rounds - 1:
+            self.is_distilled = True
+            self.distill()
+
+    def distill(self) -> None:
+        """Train the generator and the student in turns."""
         s, shape = self.method, self.card.arch.input_shape
-        self.maker = load(self.maker, self.arch.initial_tensors(self.federation.seed))
+        load(self.maker, self.arch.initial_tensors(self.federation.seed))
         frozen = [self.student, *self.models]
-        optimizers = adam([self.maker], s.generator_lr), adam([self.student])
+        for_maker = torch.optim.Adam(self.maker.parameters(), s.generator_lr, fused=True)
+        for_student = self.optimizer(self.config.server.optimizer, [self.student])
         examples, logits = [], []
         for use in range(s.synthesis_epochs):
             draws = self.draws("server", "noise", use=use)
             noise = torch.randn(s.synthetic_batch, s.noise, generator=draws)
-            y = torch.randint(10, (s.synthetic_batch,), generator=draws)
+            y = torch.randint(CLASSES, (s.synthetic_batch,), generator=draws)
             for model in frozen:
                 model.eval().requires_grad_(False)
-            losses = (
-                self.imagined(noise[o], y[o])
-                for o in self.orders(len(y), s.generator_steps, "generator", use)
-            )
-            descend([self.maker], losses, optimizers[0])
-            x = self.seen(predicted(self.maker, noise).unflatten(1, shape))
-            examples.append(x)
-            logits.append(torch.stack([predicted(model, x) for model in self.models]).mean(0))
+            orders = self.orders(len(y), s.generator_steps, "generator", use)
+            descend([self.maker], (self.imagined(noise[o], y[o]) for o in orders), for_maker)
+            raw = predicted(self.maker, noise).unflatten(1, shape)
+            examples.append(seen(self.card, raw))
+            with torch.no_grad():
+                logits.append(torch.stack(self.outputs(raw)).mean(0))
             x, teacher = torch.cat(examples), torch.cat(logits)
             self.student.requires_grad_(True)
             orders = self.orders(len(x), s.student_steps, "student", use)
             losses = (
                 divergence(self.student(x[o]).logits, teacher[o], s.temperature) for o in orders
             )
-            descend([self.student], losses, optimizers[1])
+            descend([self.student], losses, for_student)
         for model in self.models:
             model.requires_grad_(True)
 
     def orders(self, n: int, steps: int, label: str, use: int) -> list[Tensor]:
-        """Generate permutations without end, cut into full batches."""
-        size = self.method.synthetic_batch
-        epochs = -(-steps * size // n)
-        order = torch.cat(
-            [
-                torch.randperm(n, generator=self.draws("server", label, e, use=use))
-                for e in range(epochs)
-            ]
-        )
-        return list(order[: steps * size].split(size))
+        """Return batches of a step of the server."""
+        return self.full_batches(n, "server", label, self.method.synthetic_batch, steps, use)
+
+    def outputs(self, raw: Tensor) -> list[Tensor]:
+        """Return the logits of each client's model for generated examples."""
+        pairs = zip(self.cards, self.models, strict=True)
+        return [model(seen(card, raw)).logits for card, model in pairs]
 
     def imagined(self, noise: Tensor, y: Tensor) -> Tensor:
         """Return the generator's loss."""
-        x = self.seen(self.maker(noise).logits.unflatten(1, self.card.arch.input_shape))
-        self.apart = []
-        mean = torch.stack([model(x).logits for model in self.models]).mean(0)
-        student = self.student(x).logits
-        log_p, differ = mean.log_softmax(-1), (mean.argmax(-1) != student.argmax(-1)).float()
-        kl = (log_p.exp() * (log_p - student.log_softmax(-1))).sum(-1)
+        raw = self.maker(noise).logits.unflatten(1, self.card.arch.input_shape)
+        self.apart = [torch.zeros(())]
+        mean = torch.stack(self.outputs(raw)).mean(0)
         statistics = torch.stack(self.apart).sum() / len(self.models)
+        student = self.student(seen(self.card, raw)).logits
+        log_p, differ = mean.log_softmax(-1), mean.argmax(-1) != student.argmax(-1)
+        kl = (log_p.exp() * (log_p - student.log_softmax(-1))).sum(-1)
         s = self.method
         return (
             F.cross_entropy(mean, y)
@@ -124,12 +175,23 @@ class Dense(Loop):
             - s.adversarial_weight * (differ * kl).mean()
         )
 
-    def seen(self, x: Tensor) -> Tensor:
-        """Return generated examples after preprocessing."""
-        view = self.card.preprocess
-        return x if view.mean is None else (x - x.new_tensor(view.mean)) / x.new_tensor(view.std)
-
     def read(self) -> None:
-        self.read_of_one(partial(predicted, self.student))
-        # The last round is the only one.
-        self.done = 0
+        if not self.is_distilled:
+            super().read()
+            return
+        columns = self.federation.data.columns
+        self.read_of_one(
+            lambda client_id, name: predicted(
+                self.student, columns(client_id, name, self.card.preprocess)["x"]
+            )
+        )
+        # The benchmark repeats the last round.
+        self.done = self.federation.num_rounds - 1
+
+
+def seen(card: Any, raw: Tensor) -> Tensor:
+    """Return generated examples after a client's normalization."""
+    view = card.preprocess
+    if view.mean is None:
+        return raw
+    return (raw - raw.new_tensor(view.mean)) / raw.new_tensor(view.std)

@@ -6,73 +6,81 @@ from copy import deepcopy
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from tests.references.loops.averaging import FedAvg, copied, near
-from tests.references.loops.base import READ, floats, only, predicted
+from tests.references.loops.averaging import FedAvg, FedProx
+from tests.references.loops.base import READ, copied, floats, only, predicted
 
 
 class FedBN(FedAvg):
-    """BatchNorm stays with the client."""
+    """BatchNorm layers, or only their statistics, stay with the client."""
 
-    def is_local(self, arch: Any, name: str) -> bool:
-        return name in arch.batch_norm_names
+    def sends(self, i: int, name: str) -> bool:
+        layer, _, kind = name.rpartition(".")
+        is_norm = isinstance(self.modules[self.group(i)].get_submodule(layer), _BatchNorm)
+        return not is_norm or (self.method.keep == "statistics" and not kind.startswith("running"))
 
 
 class FedPer(FedAvg):
     """The head stays with the client."""
 
-    def is_local(self, arch: Any, name: str) -> bool:
-        return name.startswith("head.")
+    own_models = True
+
+    def sends(self, i: int, name: str) -> bool:
+        return name.startswith("backbone.")
 
 
 class LGFedAvg(FedAvg):
     """The backbone stays with the client."""
 
-    def is_local(self, arch: Any, name: str) -> bool:
-        return name.startswith("backbone.")
+    def sends(self, i: int, name: str) -> bool:
+        return name.startswith("head.")
 
 
 class FedRep(FedPer):
     """Train the head first, then the backbone."""
 
     def local(self, i: int, module: nn.Module) -> None:
-        self.train(i, only(module, "head."), label="head")
-        self.train(i, only(module, "backbone."))
+        s = self.method
+        self.train(i, only(module, "head."), label="head", epochs=s.head_epochs)
+        self.train(i, only(module, "backbone."), epochs=s.body_epochs)
 
 
 class FedBABU(FedPer):
     """Train only the backbone; a fine-tuned copy is evaluated."""
 
+    tuning = "personalise"  # style: ok (random stream)
+
     def local(self, i: int, module: nn.Module) -> None:
         self.train(i, only(module, "backbone."))
 
     def tuned(self, i: int, module: nn.Module) -> nn.Module:
-        label = "personalise"  # style: ok (random stream)
-        epochs = self.cards[i].settings.fine_tune_epochs
-        self.train(i, only(module, ""), label=label, epochs=epochs)
-        return module
+        part = "" if self.method.finetune == "all" else "head."
+        return super().tuned(i, only(module, part))
 
 
-class Ditto(FedAvg):
-    """A personal model in addition to the shared one."""
+class Ditto(FedProx):
+    """A personal model in addition to the shared one; clients start it in their first round."""
 
     def start(self) -> None:
         super().start()
-        self.models = [deepcopy(self.modules[c.arch.spec_id]) for c in self.cards]
+        self.personal: dict[int, nn.Module] = {}
 
     def local(self, i: int, module: nn.Module) -> None:
         anchor = copied(floats(module))
+        own = self.personal.setdefault(i, deepcopy(module))
         self.train(i, module)
-        own = self.models[i]
-        self.train(i, own, near(own, anchor, self.method.weight), label="personal")
+        loss = self.near(i, own, anchor, self.method.weight)
+        self.train(i, own, loss, label="personal", epochs=self.method.personal_epochs)
 
     def read(self) -> None:
         predictions: dict[Any, Tensor] = {}
-        for i, client_info in enumerate(self.cards):
-            self.score(i, "test", predicted(self.models[i], self.data[i]["test"]["x"]))
-            for name in READ[1:]:
-                if (client_info.arch.spec_id, name) not in predictions:
-                    predictions[client_info.arch.spec_id, name] = predicted(
-                        self.received(i), self.data[i][name]["x"]
-                    )
-                self.score(i, name, predictions[client_info.arch.spec_id, name])
+        for i in range(len(self.cards)):
+            shared = self.received(i)
+            own = self.personal.get(i, shared)
+            self.score(i, "test", predicted(own, self.data[i]["test"]["x"]))
+            for name in list(READ)[1:]:
+                key = (self.group(i), name)
+                if key not in predictions:
+                    predictions[key] = predicted(shared, self.data[i][name]["x"])
+                self.score(i, name, predictions[key])

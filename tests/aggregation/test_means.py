@@ -1,4 +1,4 @@
-"""Running means: values, unchanged inputs and constant memory."""
+"""Running means and the discount of stale uploads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hetero_fl.aggregation.means import RunningMean
+from hetero_fl.aggregation.means import RunningMean, discount_upload, mean_of_items
+from hetero_fl.core.payload import Item, Payload
+from tests.support.cases import each_case
 
 
 class Calls(TorchDispatchMode):
@@ -34,7 +36,6 @@ def test_running_mean_does_not_change_its_terms() -> None:
     for value, weight in zip(values, weights, strict=True):
         mean.add(value, weight)
     exact = sum(w * v.double() for v, w in zip(kept, weights, strict=True)) / sum(weights)
-    assert mean.value is not None
     assert torch.allclose(mean.value.double(), exact, atol=1e-6)
     assert all(torch.equal(v, k) for v, k in zip(values, kept, strict=True))
 
@@ -45,7 +46,6 @@ def test_returned_mean_does_not_change_later() -> None:
     for value in values:
         mean.add(value, 1.0)
         now = mean.value
-        assert now is not None
         read.append((now, now.clone()))
     assert all(torch.equal(now, then) for now, then in read)
 
@@ -54,7 +54,6 @@ def test_intermediate_reads_do_not_change_the_mean() -> None:
     often, once = RunningMean(), RunningMean()
     for value in terms(7):
         often.add(value, 3.0)
-        assert often.value is not None
         once.add(value, 3.0)
     assert often.value is not None and once.value is not None
     assert torch.equal(often.value, once.value)
@@ -66,3 +65,28 @@ def test_running_mean_allocates_one_tensor() -> None:
         for value in values:
             mean.add(value, 1.0)
     assert calls.names == ["lerp", *["lerp_"] * 8]
+
+
+FRESH, STALE, FACTOR = torch.tensor([[2.0, 4.0]]), torch.tensor([[6.0, 10.0]]), 0.25
+
+
+@each_case("kind", ["class_sums", "rows"])
+def test_discounted_upload_is_scaled_in_the_mean(kind: Any) -> None:
+    def item(values: torch.Tensor, rows: float) -> Item:
+        summed = kind == "class_sums"
+        return Item(values * rows if summed else values, torch.tensor([[rows]]), kind)
+
+    stale = discount_upload(Payload({"x": item(STALE, 4.0)}), FACTOR).item("x")
+
+    mean = mean_of_items([item(FRESH, 3.0), stale])
+
+    torch.testing.assert_close(mean, (3 * FRESH + FACTOR * 4 * STALE) / (3 + FACTOR * 4))
+
+
+def test_discounted_scales_counts_and_keeps_the_report() -> None:
+    payload = Payload({"n": Item(torch.tensor([8.0, 4.0]), 1.0, "counts")}, {"loss": "1"})
+
+    stale = discount_upload(payload, FACTOR)
+
+    assert stale["n"].tolist() == [2.0, 1.0]
+    assert stale.report == payload.report

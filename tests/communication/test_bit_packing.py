@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import lzma
 import math
 
@@ -19,10 +20,10 @@ from hetero_fl.communication.bit_packing import (
     write_indices,
 )
 from hetero_fl.core.payload import PayloadError
+from tests.support.cases import each_case
 
 
-@pytest.mark.parametrize("bits", range(33))
-@pytest.mark.parametrize("count", [1, 7, 8, 9, 1000])
+@each_case(("bits", "count"), itertools.product(range(33), [1, 7, 8, 9, 1000]))
 def test_packed_fields_round_trip_in_minimal_size(bits: int, count: int) -> None:
     values = np.random.default_rng(bits * count).integers(0, 2**bits, count)
     values[0] = 2**bits - 1
@@ -64,7 +65,7 @@ def test_packed_indices_are_close_to_their_entropy() -> None:
     assert len(write_indices(near, total, entropy=True)) < 0.8 * len(write_indices(near, total))
 
 
-@pytest.mark.parametrize("entropy", [False, True])
+@each_case("entropy", [False, True])
 def test_invalid_indices_are_refused(entropy: bool) -> None:
     # Clustered indices: their gaps may be coded.
     indices = np.concatenate([np.arange(400), [9900]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -25,6 +26,7 @@ from hetero_fl.communication.link import StageChain
 from hetero_fl.config.communication import StageConfig
 from hetero_fl.core.payload import PayloadError
 from hetero_fl.utils.seeding import keyed_generator
+from tests.support.cases import each_case
 
 LAYOUT = ((4, 30), (20,), ())
 
@@ -56,7 +58,7 @@ def mean_and_error(draws: list[Tensor]) -> tuple[Tensor, Tensor]:
     return stacked.mean(0), stacked.std(0) / math.sqrt(len(draws))
 
 
-@pytest.mark.parametrize(
+@each_case(
     "stages", [[RandomK(0.2)], [RandomK(0.2), Quantize(4)], [Quantize(1)], [Quantize(2, 16)]]
 )
 def test_unbiased_stages_have_the_vector_as_mean(stages: list[Stage | NumberFormat]) -> None:
@@ -99,8 +101,7 @@ def test_chain_decodes_stages_in_reverse_order() -> None:
     torch.testing.assert_close(back, numbers)
 
 
-@pytest.mark.parametrize("bits", range(2, 17))
-@pytest.mark.parametrize("bucket", [None, 7])
+@each_case(("bits", "bucket"), itertools.product(range(2, 17), [None, 7]))
 def test_quantized_values_are_within_one_level(bits: int, bucket: int | None) -> None:
     numbers = vector()
     for stochastic in (True, False):
@@ -147,7 +148,7 @@ def test_zero_and_one_are_exact() -> None:
         assert torch.equal(there_and_back(still, [stage], layout=((4, 6),)), still)
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e-4, 1.0, 1e9])
+@each_case("scale", [1e-12, 1e-4, 1.0, 1e9])
 def test_half_precision_keeps_eleven_bits(scale: float) -> None:
     numbers = vector() * scale
     back = there_and_back(numbers, [HalfPrecision()])
@@ -163,20 +164,6 @@ def test_topk_sends_the_largest_values() -> None:
         assert torch.equal(back[kept], numbers[kept]) and int((back != 0).sum()) == k
 
 
-def test_low_rank_energy_rule_matches_fedkd() -> None:
-    from hetero_fl.communication.compression import compress_low_rank, reconstruct_low_rank
-
-    numbers = torch.randn(40, 1, generator=keyed_generator(1)) @ torch.randn(
-        1, 50, generator=keyed_generator(2)
-    )
-    numbers = numbers + 0.1 * torch.randn(40, 50, generator=keyed_generator(3))
-    expected = reconstruct_low_rank(compress_low_rank({"w": numbers}, 0.9), {"w": numbers})["w"]
-    assert torch.equal(
-        there_and_back(numbers.reshape(-1), [LowRank(0.9)], layout=((40, 50),)),
-        expected.reshape(-1),
-    )
-
-
 def test_top_classes_keep_largest_values_and_row_sums() -> None:
     rows = torch.randn(30, 10, generator=keyed_generator(4)).softmax(-1)
     back = there_and_back(
@@ -190,18 +177,20 @@ def test_top_classes_keep_largest_values_and_row_sums() -> None:
     assert torch.equal(spread, torch.zeros(30))
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        Quantize(1),
-        Quantize(5, 8),
-        Quantize(8, nearest=True),
-        HalfPrecision(),
-        TopK(9),
-        LowRank(0.5),
-    ],
+@each_case(
+    ("stage", "bad"),
+    itertools.product(
+        [
+            Quantize(1),
+            Quantize(5, 8),
+            Quantize(8, nearest=True),
+            HalfPrecision(),
+            TopK(9),
+            LowRank(0.5),
+        ],
+        [float("nan"), float("inf")],
+    ),
 )
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_values_stay_non_finite(stage: Stage | NumberFormat, bad: float) -> None:
     numbers = vector()
     numbers[37] = bad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import resource
 from typing import Any
@@ -24,6 +25,7 @@ from hetero_fl.core.payload import (
     report_with_loss,
 )
 from hetero_fl.utils.seeding import keyed_generator
+from tests.support.cases import each_case
 
 SPECS = {
     "model": ItemSpec("params"),
@@ -83,8 +85,7 @@ def receive(by: Link, data: bytes) -> Payload:
     return payload
 
 
-@pytest.mark.parametrize("chain", CHAINS)
-@pytest.mark.parametrize("entropy", [False, True])
+@each_case(("chain", "entropy"), itertools.product(CHAINS, [False, True]))
 def test_upload_round_trips_with_weights_and_report(chain: list[Any], entropy: bool) -> None:
     by, sent = link(*chain, entropy=entropy), upload()
     got = receive(by, by.send(sent, KEY, PLAIN, GOT, {}))
@@ -136,7 +137,7 @@ def test_topk_with_eight_bits_reduces_upload_size() -> None:
         assert all(torch.equal(got[n], trained[n]) for n in trained if n not in CNN.parameter_names)
 
 
-@pytest.mark.parametrize(
+@each_case(
     "chain",
     [
         [{"topk": 0.1}],
@@ -276,7 +277,7 @@ def test_malformed_broadcasts_are_refused_in_one_line() -> None:
             assert "\n" not in str(error) and len(str(error)) < 300
 
 
-@pytest.mark.parametrize(
+@each_case(
     "layout_text",
     [
         '{"model": ["params", "float32", {"w": [1000000, 1000000]}, []]}',

@@ -30,6 +30,7 @@ from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 
 Lines = list[bytes]
 KEY = generate_private_key(SECP384R1())
@@ -81,7 +82,7 @@ FAULTS: dict[str, tuple[Callable[[Lines], Lines], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@each_case("fault", FAULTS)
 def test_changed_lines_are_detected_and_left(fault: str, tmp_path: Path) -> None:
     path = written(tmp_path / "audit.jsonl")
     assert len(verify(path)) == 6
@@ -107,7 +108,7 @@ def test_every_single_bit_counts(tmp_path: Path) -> None:
             verify(path)
 
 
-@pytest.mark.parametrize("head", [b"", b"5 " + b"a" * 64 + b"\n", b"junk\n", None])
+@each_case("head", [b"", b"5 " + b"a" * 64 + b"\n", b"junk\n", None])
 def test_verify_detects_changed_head(head: bytes | None, tmp_path: Path) -> None:
     path = written(tmp_path / "audit.jsonl")
     head_path = tmp_path / "audit.jsonl.head"
@@ -118,7 +119,7 @@ def test_verify_detects_changed_head(head: bytes | None, tmp_path: Path) -> None
         verify(path)
 
 
-@pytest.mark.parametrize("key", [None, KEY], ids=["unsigned", "signed"])
+@each_case("key", [None, KEY])
 def test_log_of_killed_process_is_continued(key: Any, tmp_path: Path) -> None:
     """The process may have written a line without the head, or half a line."""
     path = tmp_path / "audit.jsonl"
@@ -159,7 +160,7 @@ def test_append_removes_partial_line_if_disk_is_full(tmp_path: Path) -> None:
     assert len(verify(path, KEY.public_key())) == 5
 
 
-@pytest.mark.parametrize("key", [None, KEY], ids=["unsigned", "signed"])
+@each_case("key", [None, KEY])
 def test_two_writers_share_one_chain(key: Any, tmp_path: Path) -> None:
     """A node that was given up may still write, as may its successor."""
     path = tmp_path / "audit.jsonl"
@@ -171,27 +172,14 @@ def test_two_writers_share_one_chain(key: Any, tmp_path: Path) -> None:
 
 def test_audit_log_is_private_and_readable(tmp_path: Path) -> None:
     path = written(tmp_path / "state" / "audit.jsonl", 2)
-    assert all(
-        os.stat(p).st_mode & 0o077 == 0
-        for p in (path, path.parent, path.with_name("audit.jsonl.head"))
-    )
-    lines = format_entries(verify(path))
-    assert (
-        "round 2" in lines[1]
-        and "  train  " in lines[1]
-        and "1 in, 11 out (model: params)" in lines[1]
-    )
+    AuditLog(path).append(**{**ABOUT, "what": "read", "round": 1})
 
-
-def test_formatted_log_calls_reading_scores_an_evaluation(tmp_path: Path) -> None:
-    log = AuditLog(tmp_path / "audit.jsonl")
-    entry = {"round": 1, "in": 5, "out": 2, "outcome": "done"}
-    log.append(ask="do", what="read", **entry)
-    log.append(ask="terms", **entry)
-
-    evaluation, terms = format_entries(verify(tmp_path / "audit.jsonl"))
-
-    assert "  round 1  evaluate  " in evaluation and "  terms  " in terms
+    for private in (path, path.parent, path.with_name("audit.jsonl.head")):
+        assert os.stat(private).st_mode & 0o077 == 0
+    _, trained, evaluated = format_entries(verify(path))
+    assert "round 2" in trained and "  train  " in trained
+    assert "1 in, 11 out (model: params)" in trained
+    assert "  evaluate  " in evaluated
 
 
 def test_totals_count_each_task_once(tmp_path: Path) -> None:
@@ -211,10 +199,9 @@ def test_totals_count_each_task_once(tmp_path: Path) -> None:
     assert (found.up, found.down) == (16, 15)
 
 
-@pytest.mark.parametrize(
+@each_case(
     "changed",
     [{"asked": "xy"}, {"task": None}, {"spent": [{"noise": 1.0, "rate": 1.0, "steps": 1}]}],
-    ids=["digest", "task", "charge"],
 )
 def test_usage_refuses_a_task_of_another_form(changed: dict[str, object], tmp_path: Path) -> None:
     fields: dict[str, object] = {"in": 1, "out": 2, "run": "r", "asked": "0a", "task": "t"}
@@ -227,13 +214,10 @@ def test_usage_refuses_a_task_of_another_form(changed: dict[str, object], tmp_pa
     assert SiteUsage.from_log(log.entries(), "another").sent == 2
 
 
-def test_missing_log_raises_one_line(tmp_path: Path) -> None:
+def test_log_that_cannot_be_read_raises_one_line(tmp_path: Path) -> None:
     for name in ("audit.jsonl", "x" * 5000):
         with pytest.raises(UserError, match="not found"):
             verify(tmp_path / name)
-
-
-def test_folder_as_log_or_head_raises_one_line(tmp_path: Path) -> None:
     for name in ("audit.jsonl", "audit.jsonl.head"):
         path = written(tmp_path / name / "audit.jsonl", 1)
         path.with_name(name).unlink()
@@ -259,7 +243,7 @@ def foreign(path: Path, entry: dict[str, object]) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
+@each_case(
     "entry",
     [
         {"in": None},
@@ -278,7 +262,6 @@ def foreign(path: Path, entry: dict[str, object]) -> Path:
         {"spent": [{"noise": "x", "rate": 1, "steps": 1}]},
         {"outcome": "\ud800", "what": ["\ud800"]},
     ],
-    ids=str,
 )
 def test_node_audit_names_a_line_of_another_form(
     entry: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -325,16 +308,20 @@ def forged(path: Path, **changes: object) -> bytes:
     return json.dumps(entry).encode() + b"\n"
 
 
-def test_verify_finds_an_appended_line(tmp_path: Path) -> None:
-    path = signed(tmp_path / "audit.jsonl").path
+def test_appended_line_without_signature_is_found(tmp_path: Path) -> None:
+    log = signed(tmp_path / "audit.jsonl")
+    path = log.path
     assert len(verify(path, KEY.public_key())) == 3
+
     line = forged(path, out=10**9)
+    replaced(path, [*path.read_bytes().splitlines(keepends=True), line])
 
-    path.write_bytes(path.read_bytes() + line)
-    path.with_name("audit.jsonl.head").write_text(f"4 {hashlib.sha256(line).hexdigest()}")
-
-    for reads in (lambda: verify(path, KEY.public_key()), lambda: AuditLog(path, KEY)):
-        with pytest.raises(UserError, match="line 4: not signed with this site's key"):
+    for reads in (
+        lambda: verify(path, KEY.public_key()),
+        lambda: AuditLog(path, KEY),
+        lambda: log.append(**ABOUT),
+    ):
+        with pytest.raises(UserError, match="line 4: not signed"):
             reads()
 
 
@@ -356,15 +343,6 @@ def replaced(path: Path, lines: Lines) -> None:
     path.with_name(path.name + ".head").write_text(head.ljust(95) + "\n")
 
 
-def test_append_refuses_forged_line(tmp_path: Path) -> None:
-    path = tmp_path / "audit.jsonl"
-    log = signed(path)
-    replaced(path, [*path.read_bytes().splitlines(keepends=True), forged(path)])
-
-    with pytest.raises(UserError, match="line 4: not signed"):
-        log.append(**ABOUT)
-
-
 def test_append_refuses_rewritten_history(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = signed(path)
@@ -378,17 +356,16 @@ def test_append_refuses_rewritten_history(tmp_path: Path) -> None:
         log.append(**ABOUT)
 
 
-@pytest.mark.parametrize("change", [lambda digits: digits[:2] + b" " + digits[2:], bytes.upper])
+@each_case("change", [lambda digits: digits[:2] + b" " + digits[2:], bytes.upper])
 def test_signatures_have_one_form(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
     path = signed(tmp_path / "audit.jsonl").path
     *before, last = path.read_bytes().splitlines(keepends=True)
-    line, _, digits = last.rpartition(b'"signature": "')
-    changed = line + b'"signature": "' + change(digits.removesuffix(b'"}\n')) + b'"}\n'
-    path.write_bytes(b"".join([*before, changed]))
-    head = path.with_name("audit.jsonl.head")
-    head.write_text(f"{len(before) + 1} {hashlib.sha256(changed).hexdigest()}".ljust(95) + "\n")
-    assert len(verify(path)) == 3
 
+    line, _, digits = last.rpartition(b'"signature": "')
+    digits = change(digits.removesuffix(b'"}\n'))
+    replaced(path, [*before, line + b'"signature": "' + digits + b'"}\n'])
+
+    assert len(verify(path)) == 3
     with pytest.raises(UserError, match="line 3: not signed with this site's key"):
         verify(path, KEY.public_key())
 
@@ -416,7 +393,7 @@ def test_recorded_head_detects_truncation(tmp_path: Path) -> None:
         verify(log.path, KEY.public_key(), "\x1b[2J")
 
 
-@pytest.mark.parametrize("name", ["audit.jsonl", "audit.jsonl.head"])
+@each_case("name", ["audit.jsonl", "audit.jsonl.head"])
 def test_node_stops_once_its_log_is_damaged(name: str, tmp_path: Path) -> None:
     node = Node(SiteConfig(client="site_2"), tmp_path)
     assert node.handle(Envelope({"ask": "hello"})).head["ask"] == "here"
@@ -428,7 +405,7 @@ def test_node_stops_once_its_log_is_damaged(name: str, tmp_path: Path) -> None:
     assert (tmp_path / name).read_text() == "junk\n"
 
 
-@pytest.mark.parametrize("name", ["run", "ask", "number", "round"])
+@each_case("name", ["run", "ask", "number", "round"])
 def test_node_refuses_numbers_with_thousands_of_digits(name: str, tmp_path: Path) -> None:
     lines: list[str] = []
     node = Node(SiteConfig(client="site_2"), tmp_path, lines.append, key=KEY)
@@ -463,7 +440,7 @@ def test_node_audit_checks_signatures_with_the_public_key(
     assert main(requests) == 2 and "line 2: not signed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("head", "message"),
     [
         ("9" * 5000 + ":" + "a" * 64, "expected N:HASH"),

@@ -22,6 +22,7 @@ from hetero_fl.deployment.certificates import (
     public_bytes,
 )
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_expired_and_future_certificates_are_refused(
         check_server_files(make_server_files(tmp_path / "new", ["a"]))
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("choose", "message"),
     [
         (
@@ -91,7 +92,6 @@ def test_expired_and_future_certificates_are_refused(
             r"server.pem: expected a private key in PEM",
         ),
     ],
-    ids=["key", "authority", "missing", "certificate of another kind", "key of another kind"],
 )
 def test_files_that_do_not_fit_are_refused(
     choose: Callable[[ServerFiles, ServerFiles], tuple[Path, Path, Path]],

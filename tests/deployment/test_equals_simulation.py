@@ -17,6 +17,7 @@ from hetero_fl.experiment import run
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.federations import config
 from tests.support.loopback import LoopbackTransport
 from tests.support.models import DRIFTING
@@ -127,7 +128,7 @@ class Pooled(Centralized):
     """A user-defined method that needs all clients' rows."""
 
 
-@pytest.mark.parametrize("name", ["centralized", "ensemble", f"python:{__name__}:Pooled"])
+@each_case("name", ["centralized", "ensemble", f"python:{__name__}:Pooled"])
 def test_centralized_method_is_refused(
     name: str, loopback: LoopbackTransport, tmp_path: Path
 ) -> None:

@@ -48,6 +48,7 @@ from hetero_fl.utils.serialization import (
     decode,
     encode,
 )
+from tests.support.cases import each_case
 from tests.support.deployments import Federation, small
 from tests.support.hostile_messages import (
     ANSWERS,
@@ -153,6 +154,17 @@ def raised(data: bytes) -> Any:
         return None
 
 
+EVALUATION: dict[str, Any] = {
+    "scores": {},
+    "confusion": {},
+    "calibration": {},
+    "baselines": {},
+    "forecast": {},
+    "triggered": None,
+    "model": None,
+}
+
+
 @pytest.fixture(scope="module")
 def prepared() -> Any:
     return prepare(small(models="linear", rounds=1))
@@ -168,16 +180,7 @@ def prepared() -> Any:
 )
 @FUZZ
 def test_evaluation_of_any_tree_is_read_or_refused(prepared: Any, tree: Any) -> None:
-    full = {
-        "scores": {},
-        "confusion": {},
-        "calibration": {},
-        "baselines": {},
-        "forecast": {},
-        "triggered": None,
-        "model": None,
-    }
-    values = raised(wire({**full, **tree} if isinstance(tree, dict) else tree, FORM))
+    values = raised(wire({**EVALUATION, **tree} if isinstance(tree, dict) else tree, FORM))
     raises_only(
         (RequestRefusedError,),
         lambda: read_evaluation(values, "site_1", prepared.federation, prepared.method),
@@ -187,15 +190,8 @@ def test_evaluation_of_any_tree_is_read_or_refused(prepared: Any, tree: Any) -> 
 @given(header=st.binary(max_size=64) | bodies("hetero_fl model 1"))
 @FUZZ
 def test_evaluated_model_of_any_bytes_is_read_or_refused(prepared: Any, header: bytes) -> None:
-    values = {
-        "scores": {},
-        "confusion": {},
-        "calibration": {},
-        "baselines": {},
-        "forecast": {},
-        "triggered": None,
-        "model": torch.frombuffer(bytearray(header or b"x"), dtype=torch.uint8),
-    }
+    model = torch.frombuffer(bytearray(header or b"x"), dtype=torch.uint8)
+    values = {**EVALUATION, "model": model}
     assert raises_only(
         (RequestRefusedError,),
         lambda: read_evaluation(values, "site_1", prepared.federation, prepared.method),
@@ -215,7 +211,7 @@ def peak_of(call: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("reader", ["payload", "message", "header", "values", "text"])
+@each_case("reader", ["payload", "message", "header", "values", "text"])
 def test_header_of_ten_million_values_is_refused_unparsed(reader: str) -> None:
     data = bomb()
     readers: dict[str, Callable[[], object]] = {
@@ -244,34 +240,6 @@ def test_header_of_large_model_is_accepted() -> None:
     assert len(Payload.decode(sent)["model"]) == 10_000
 
 
-@pytest.mark.parametrize("tree", [torch.zeros(3), [1], "x", None, 3.0])
-def test_payload_root_must_be_a_dictionary(tree: Any) -> None:
-    with pytest.raises(PayloadError, match="expected a dictionary of items and a report"):
-        Payload.decode(encode(tree, PAYLOAD))
-
-
-@pytest.mark.parametrize(
-    "tree", [{"\ud800": 1}, ["\udfff"], {"items": {"\ud800": 1}, "report": {}}]
-)
-def test_lone_surrogate_is_refused(tree: Any) -> None:
-    with pytest.raises(PayloadError, match="UnicodeEncodeError"):
-        Payload.decode(wire(tree, PAYLOAD))
-
-
-@pytest.mark.parametrize(
-    "report",
-    [
-        {"loss": 10**400},
-        {"loss": torch.ones(2)},
-        {"loss": "x" * 1000},
-        {str(i): 0 for i in range(100)},
-    ],
-)
-def test_oversized_report_is_refused(report: dict[str, Any]) -> None:
-    with pytest.raises(PayloadError, match="report"):
-        Payload.decode(wire({"items": {}, "report": report}, PAYLOAD))
-
-
 def test_upload_much_longer_than_agreed_is_refused_unread() -> None:
     check_size(len(Payload(LIKE).encode()), SPECS, LIKE)
     with pytest.raises(PayloadError, match=r"expected at most [\d,]+ bytes, got 1,000,000"):
@@ -294,9 +262,7 @@ def test_header_much_longer_than_agreed_is_refused_unparsed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "tree", [{f"layer.{i}.weight": torch.zeros(0) for i in range(34_000)}, [[]] * 262_000]
-)
+@each_case("tree", [{f"layer.{i}.weight": torch.zeros(0) for i in range(34_000)}, [[]] * 262_000])
 def test_header_with_too_many_values_is_refused(tree: Any) -> None:
     with pytest.raises(CodecError, match="at most"):
         decode(encode(tree, PAYLOAD), PAYLOAD)
@@ -332,7 +298,7 @@ def test_answer_in_a_secure_sum_much_longer_than_agreed_is_refused_unread() -> N
     assert "reply to 'keys': must have at most" in conversation.dropouts["site_1"]
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("envelope", "expected"),
     [
         (Envelope({}, bytes(11)), "message: must have <= 10 bytes, got 11"),
@@ -377,6 +343,19 @@ CRASHES: dict[str, tuple[Answer, str]] = {
     "a tensor at the root": (
         sealed(encode(torch.zeros(3), PAYLOAD)),
         "expected a dictionary of items",
+    ),
+    "a list at the root": (sealed(encode([1], PAYLOAD)), "expected a dictionary of items"),
+    "a text at the root": (sealed(encode("x", PAYLOAD)), "expected a dictionary of items"),
+    "nothing at the root": (sealed(encode(None, PAYLOAD)), "expected a dictionary of items"),
+    "a number at the root": (sealed(encode(3.0, PAYLOAD)), "expected a dictionary of items"),
+    "a surrogate at the root": (sealed(wire(["\udfff"], PAYLOAD)), "UnicodeEncodeError"),
+    "a long report": (
+        sealed(wire({"items": {}, "report": {"loss": "x" * 1000}}, PAYLOAD)),
+        "report",
+    ),
+    "a report of many entries": (
+        sealed(wire({"items": {}, "report": {str(i): 0 for i in range(100)}}, PAYLOAD)),
+        "report",
     ),
     "a surrogate in a key": (
         sealed(wire({"items": {"\ud800": 1}, "report": {}}, PAYLOAD)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,33 +17,15 @@ from hetero_fl.deployment.config import AllowsConfig, SiteConfig
 from hetero_fl.deployment.handshake import Handshake
 from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
 from hetero_fl.utils.errors import RunFailedError, UserError
+from tests.support.cases import each_case
 from tests.support.federations import same_bits
 from tests.support.homomorphic import encrypted, shared_key
-from tests.support.nodes import ALL, LossyTransport, Sites, federation, records
+from tests.support.nodes import ALL, RecordingTransport, Sites, federation, records
 
 CLIENTS = ["site_1", "site_2", "site_3"]
 CONFIG = encrypted("fedadam", "mlp", 3, rounds=2)
-
-
-class RecordingTransport(LossyTransport):
-    """A transport that records everything that the server receives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.requests: list[Envelope] = []
-        self.received: list[Envelope] = []
-
-    def push(self, node: int, envelope: Envelope, within: float) -> str:
-        self.requests.append(envelope)
-        return super().push(node, envelope, within)
-
-    def pull(self, numbers: object, wait: float) -> dict[str, Envelope | None]:
-        found = super().pull(numbers, wait)  # type: ignore[arg-type]
-        self.received += [answer for answer in found.values() if answer is not None]
-        return found
 
 
 class KeyedSites(Sites):
@@ -79,7 +62,7 @@ def keyed_sites(
     return KeyedSites(CLIENTS, tmp_path / "sites", *rest, **options)  # type: ignore[arg-type]
 
 
-def test_deployment_matches_simulation_and_hides_models(tmp_path: Path) -> None:
+def test_no_byte_at_the_server_reveals_the_key(tmp_path: Path) -> None:
     transport = RecordingTransport()
     sites = keyed_sites(tmp_path, transport=transport)
 
@@ -101,21 +84,14 @@ def test_deployment_matches_simulation_and_hides_models(tmp_path: Path) -> None:
     assert turns == {"site_1": [0], "site_2": [1], "site_3": []}
     kinds = [e["kinds"] for e in logs["site_3"] if e.get("what") == "train"]
     assert kinds == [["encrypted model: params, training loss"]] * 2
-
-
-def test_no_byte_at_the_server_reveals_the_key(tmp_path: Path) -> None:
-    transport = RecordingTransport()
-
-    federation(CONFIG, keyed_sites(tmp_path, transport=transport), tmp_path / "deployed")
-
+    # No byte at the server is of the key.
     key = shared_key()
+    out = tmp_path / "deployed"
     at_server = b"".join(e.body for e in transport.received)
-    at_server += b"".join(
-        path.read_bytes() for path in (tmp_path / "deployed").rglob("*") if path.is_file()
-    )
+    at_server += b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
     for secret in (key.seal, key.secret[:64], key.secret[1000:1064], key.secret[-64:]):
         assert secret not in at_server
-    assert not list((tmp_path / "deployed").rglob("*.key"))
+    assert not list(out.rglob("*.key"))
     uploads = [e for e in transport.received if e.head.get("what") == "train"]
     names = {decode_arrays(e.body, REPLIES["train"])["key"].tobytes() for e in uploads}
     assert names == {key.name}
@@ -159,17 +135,17 @@ def test_server_killed_in_any_exchange_resumes(tmp_path: Path) -> None:
         assert same_bits(one, two)
 
 
-def test_site_without_key_refuses_the_run(tmp_path: Path) -> None:
-    sites = keyed_sites(tmp_path, keys={"site_2": None})
+@each_case(
+    ("changes", "message"),
+    [
+        ({"keys": {"site_2": None}}, "site_2: .*channel.homomorphic: requires shared_key"),
+        ({"allows": AllowsConfig(cohort=2)}, "cannot be combined .*allows.cohort"),
+    ],
+)
+def test_site_refuses_the_run(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    sites = keyed_sites(tmp_path, **changes)
 
-    with pytest.raises(RunFailedError, match=r"site_2: .*channel.homomorphic: requires shared_key"):
-        federation(CONFIG, sites, tmp_path / "deployed")
-
-
-def test_site_that_limits_cohorts_refuses_the_run(tmp_path: Path) -> None:
-    sites = keyed_sites(tmp_path, allows=AllowsConfig(cohort=2))
-
-    with pytest.raises(RunFailedError, match=r"homomorphic: cannot be combined .*allows.cohort"):
+    with pytest.raises(RunFailedError, match=message):
         federation(CONFIG, sites, tmp_path / "deployed")
 
 
@@ -179,7 +155,7 @@ def test_site_that_permits_sums_only_accepts_encryption(tmp_path: Path) -> None:
     assert len(records(federation({**CONFIG, "rounds": 1}, sites, tmp_path / "deployed"))) == 1
 
 
-@pytest.mark.parametrize("wrong", CLIENTS)
+@each_case("wrong", CLIENTS)
 def test_run_with_different_keys_is_refused(wrong: str, tmp_path: Path) -> None:
     other = tmp_path / "other.key"
     SharedKey.generate().save(other)

@@ -7,12 +7,12 @@ import hashlib
 import random
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from hetero_fl.communication.named_arrays import decode_arrays
 from hetero_fl.communication.secure_aggregation.client import STATE_FIELDS
-from hetero_fl.config.data import DataConfig
 from hetero_fl.data.remote import PublicPack, describe_client_rows
 from hetero_fl.deployment import audit_log
 from hetero_fl.deployment.audit_log import refused_configurations
@@ -26,6 +26,7 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import as_tensor
+from tests.support.cases import each_case
 from tests.support.deployments import SITES, small
 from tests.support.federations import changed
 from tests.support.loopback import LoopbackTransport
@@ -93,7 +94,7 @@ def check_marked_site(case: int, folder: Path, public_sets: list[tuple[Any, Any]
     assert {why.partition(":")[0] for why in seen.reasons()} <= set(CODES), case
 
 
-@pytest.mark.parametrize("case", range(20))
+@each_case("case", range(20))
 def test_node_sends_no_marker_of_its_data(
     case: int, tmp_path: Path, public_sets: list[tuple[Any, Any]]
 ) -> None:
@@ -101,7 +102,7 @@ def test_node_sends_no_marker_of_its_data(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", range(20, 200))
+@each_case("case", range(20, 200))
 def test_node_sends_no_marker_of_its_data_in_many_cases(
     case: int, tmp_path: Path, public_sets: list[tuple[Any, Any]]
 ) -> None:
@@ -141,7 +142,6 @@ def test_digests_that_leave_are_keyed(tmp_path: Path) -> None:
 
     def keep_hashes(_record: Any) -> None:
         for client, node in nodes.items():
-            assert node.joined is not None
             rows.append(describe_client_rows(node.joined.data, client, False, False).content_hash)
 
     run_federation(source, seen, out=tmp_path / "run", wait=LONG, callbacks=[keep_hashes])
@@ -156,7 +156,7 @@ def test_digests_that_leave_are_keyed(tmp_path: Path) -> None:
 # Answers
 
 
-@pytest.mark.parametrize("errors", [False, True])
+@each_case("errors", [False, True])
 def test_reason_is_sent_only_if_the_site_tells_errors(
     errors: bool, tmp_path: Path, public_sets: list[tuple[Any, Any]]
 ) -> None:
@@ -195,47 +195,26 @@ def test_node_refuses_configurations_after_the_daily_limit(
     assert refused_configurations(node.audit_log.entries()) == 0
 
 
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        ("{name: table, path: x.csv}", "data: label: missing; a site does not take it"),
-        ("{name: text, path: x.txt}", "data: text: missing; a site does not take it"),
-    ],
-)
-def test_site_file_says_what_is_predicted(data: str, expected: str, tmp_path: Path) -> None:
-    file = tmp_path / "site.yaml"
-    file.write_text(f"client: a\ndata: {data}\n")
-
-    with pytest.raises(UserError) as caught:
-        load_site_config(file)
-
-    assert expected in str(caught.value)
-
-
 def test_label_comes_from_the_site_file_alone(
     tmp_path: Path, public_sets: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, public = public_sets[0]
     data = {"text": {"public": "/etc/passwd"}, "root": str(tmp_path)}
     source = {**source, "data": {**source["data"], **data}}
-    used: list[DataConfig] = []
-
-    def load(_pack: Any, _client: Any, config: DataConfig, *_: Any) -> None:
-        used.append(config)
-        raise UserError("stop")
-
+    load = Mock(side_effect=UserError("stop"))
     monkeypatch.setattr(PublicPack, "data_of_client", load)
     site = SiteConfig.model_validate({"client": "site_1", "data": {"name": "hf:rows"}})
 
     Node(site, tmp_path / "state").handle(terms(source, public=public))
 
-    assert [(c.label, c.text, c.root) for c in used] == [(None, None, site.root)]
+    used = load.call_args.args[1]
+    assert (used.label, used.text, used.root) == (None, None, site.root)
 
 
 # Files
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("key", "changes"),
     [
         ("data", {"data__name": "text", "data__path": "/etc/passwd"}),
@@ -296,15 +275,12 @@ def test_steps_of_sampled_rows_are_limited(tmp_path: Path) -> None:
     assert run.metrics[0]["failed"] == {"site_1": line}
 
 
-@pytest.mark.parametrize(
-    ("rounds", "runtime", "tasks"), [(2, {}, 2), (1, ASYNCHRONOUS, 3)], ids=["rounds", "async"]
-)
+@each_case(("rounds", "runtime", "tasks"), [(2, {}, 2), (1, ASYNCHRONOUS, 3)])
 def test_number_of_training_tasks_is_limited(
     rounds: int, runtime: dict[str, Any], tasks: int, tmp_path: Path
 ) -> None:
     changes = {"runtime": runtime} if runtime else {}
     session = NodeSession(tmp_path, CODES_ONLY, rounds=rounds, models="linear", **changes)
-    assert session.node.joined is not None
     left = tasks - len(session.node.joined.usage.trained)
 
     answers = [session.repeat("train", task=f"new{n}", again=n).head for n in range(10, 15)]
@@ -318,7 +294,6 @@ def test_number_of_training_tasks_is_limited(
 def test_site_of_a_secure_sum_keeps_rounds_but_no_secrets(tmp_path: Path) -> None:
     secure = {"channel": {"secure_sum": {"threshold": 2}}}
     session = NodeSession(tmp_path, CODES_ONLY, rounds=2, models="linear", **secure)
-    assert session.node.joined is not None
     state = decode_arrays(session.node.joined.storage.read("notes") or b"", STATE_FIELDS)
 
     answer = session.repeat("shares", b"junk", task="new")
@@ -328,7 +303,7 @@ def test_site_of_a_secure_sum_keeps_rounds_but_no_secrets(tmp_path: Path) -> Non
     assert session.federation.log_lines[-1].startswith("refused: ")
 
 
-@pytest.mark.parametrize("ask", ["hello", "nothing"])
+@each_case("ask", ["hello", "nothing"])
 def test_nothing_leaves_if_the_audit_log_cannot_be_written(
     ask: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,10 +312,8 @@ def test_nothing_leaves_if_the_audit_log_cannot_be_written(
     node = Node(SiteConfig(client="site_1"), tmp_path)
     number = loopback.join(node.handle)
 
-    def write(*_arguments: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(node.audit_log, "_write", write)
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(node.audit_log, "_write", full)
 
     assert seen.ask(number, Envelope({"ask": ask})) is None
     with pytest.raises(RunFailedError, match=r"audit.jsonl: cannot be written \(No space left"):
@@ -348,9 +321,7 @@ def test_nothing_leaves_if_the_audit_log_cannot_be_written(
     loopback.close()
 
 
-@pytest.mark.parametrize(
-    "clients", [{"count": 10**9}, {"groups": [{"name": "site", "count": 10**8}] * 10}]
-)
+@each_case("clients", [{"count": 10**9}, {"groups": [{"name": "site", "count": 10**8}] * 10}])
 def test_number_of_clients_is_limited(clients: dict[str, Any], tmp_path: Path) -> None:
     source = {**small(), "clients": clients}
     lines: list[str] = []

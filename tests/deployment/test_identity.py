@@ -18,6 +18,7 @@ from hetero_fl.deployment.monitoring import read_status
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.utils.errors import RunFailedError
+from tests.support.cases import each_case
 from tests.support.deployments import SITES, Federation, small
 from tests.support.loopback import LoopbackTransport
 from tests.support.nodes import Clock, EventLines, until
@@ -44,34 +45,32 @@ class Server:
         return number
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Server:
-    return Server(tmp_path, KEYS)
+REFUSED = "refused a node for client 'site_1': "
 
 
-def test_node_with_matching_key_is_admitted(server: Server) -> None:
-    number = server.meet("site_1", KEYS["site_1"])
+@each_case(
+    ("known", "key", "line"),
+    [
+        (KEYS, KEYS["site_1"], "site_1 connected"),
+        (KEYS, KEYS["site_2"], f"{REFUSED}its key is not the key of client 'site_1'"),
+        (KEYS, b"", f"{REFUSED}its key is not the key of client 'site_1'"),
+        (KEYS, b"junk", f"{REFUSED}its key is not the key of client 'site_1'"),
+        (
+            {client: KEYS[client] for client in SITES[1:]},
+            KEYS["site_1"],
+            f"{REFUSED}no key is known for client 'site_1'",
+        ),
+    ],
+)
+def test_node_with_another_key_is_refused(
+    known: Mapping[str, bytes], key: bytes, line: str, tmp_path: Path
+) -> None:
+    server = Server(tmp_path, known)
 
-    assert server.log_lines == ["site_1 connected"]
-    assert server.connections.node_of == {"site_1": number}
+    number = server.meet("site_1", key)
 
-
-@pytest.mark.parametrize("key", [KEYS["site_2"], b"", b"junk"])
-def test_node_with_another_key_is_refused(server: Server, key: bytes) -> None:
-    server.meet("site_1", key)
-
-    line = "refused a node for client 'site_1': its key is not the key of client 'site_1'"
     assert server.log_lines == [line]
-    assert not server.connections.node_of
-
-
-def test_client_without_a_known_key_is_refused(tmp_path: Path) -> None:
-    server = Server(tmp_path, {client: KEYS[client] for client in SITES[1:]})
-
-    server.meet("site_1", KEYS["site_1"])
-
-    line = "refused a node for client 'site_1': no key is known for client 'site_1'"
-    assert server.log_lines == [line]
+    assert server.connections.node_of == ({"site_1": number} if "connected" in line else {})
 
 
 def test_without_keys_a_client_belongs_to_its_connected_node(tmp_path: Path) -> None:
@@ -144,7 +143,7 @@ def head_of(count: int, digit: str) -> str:
 WENT_BACK = f"the audit log of 'site_1' has 3 lines; it had 5 (kept: {head_of(5, 'a')})"
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("heads", "kept", "expected"),
     [
         ([head_of(5, "a"), "junk", head_of(5, "a"), head_of(6, "b")], head_of(6, "b"), []),

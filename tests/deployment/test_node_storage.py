@@ -15,8 +15,8 @@ from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_storage import NodeStorage, StateLostError, load_or_create_key
 from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.federation.state_store import PrivateState
-from hetero_fl.privacy.mechanisms import SecretNoiseSource
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.deployments import Federation, small
 from tests.support.federations import TOP
 
@@ -33,7 +33,6 @@ def tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 def pieces(node: Node) -> list[bytes]:
     """Return bytes from the middle of each private tensor of a node's state and rows."""
-    assert node.joined is not None
     private: PrivateState = node.joined.worker.store.get(node.site.client)
     rows = node.joined.data.client_rows[node.site.client]["train"].copy_rows()
     found = []
@@ -98,7 +97,7 @@ def test_damaged_secret_is_not_replaced(tmp_path: Path) -> None:
         NodeStorage(tmp_path, bytes(range(32))).secret("noise")
 
 
-@pytest.mark.parametrize("length", [0, 5, 30])
+@each_case("length", [0, 5, 30])
 def test_truncated_file_is_damaged(length: int, tmp_path: Path) -> None:
     storage = NodeStorage(tmp_path, bytes(32))
     storage.secret("noise")
@@ -184,7 +183,6 @@ def test_site_noise_differs_between_tasks(tmp_path: Path) -> None:
             answer = handle(envelope)
             joined = federation.nodes["site_1"].joined
             if envelope.head["ask"] == "do" and joined is not None:
-                assert isinstance(joined.noise, SecretNoiseSource)
                 assert joined.worker.runtime.privacy.noise is joined.noise
                 tasks.append(joined.noise.task)
             return answer

@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.config import expand_population
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.deployment.audit_log import SiteUsage, verify
 from hetero_fl.deployment.config import SiteConfig, load_site_config
 from hetero_fl.deployment.messages import RequestRefusedError, decode_body, message
 from hetero_fl.deployment.node import begin_run
-from hetero_fl.deployment.policy import check_config, check_raw_config, run_fingerprint
+from hetero_fl.deployment.policy import run_fingerprint
 from hetero_fl.deployment.transport import Envelope, Handle
-from hetero_fl.experiment.configuration import load_config
 from hetero_fl.privacy.accounting import epsilon_of_mechanisms, gaussian_epsilon
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import encode
+from tests.support.cases import each_case
 from tests.support.deployments import SITES, Federation, small
 from tests.support.image_folders import make_image_folder
+from tests.support.mistaken_files import check_terms
 from tests.support.node_session import NodeSession
 
 SECURE = {"channel__secure_sum": {"threshold": 2}}
@@ -30,7 +30,7 @@ RECORD = {"privacy": {"noise_multiplier": 1.0, "unit": "record"}}
 LOCAL = {"privacy": {"noise_multiplier": 1.0, "unit": "local", "clip": 1.0}}
 BUDGET = {"privacy": {"epsilon": 8.0}}
 
-# site file, the server's configuration, what is said
+
 TERMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "method": (
         {"allows": {"methods": ["hybrid", "fedmd"]}},
@@ -108,17 +108,17 @@ TERMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", TERMS)
-def test_disallowed_configuration_is_refused(case: str) -> None:
-    site, changes, expected = TERMS[case]
-    config = load_config(small(**changes))
-    found = SiteConfig.model_validate({"client": "site_1", **site})
+@each_case(("site", "changes", "expected"), TERMS.values())
+def test_disallowed_configuration_is_refused(
+    site: dict[str, Any], changes: dict[str, Any], expected: str
+) -> None:
     with pytest.raises(RequestRefusedError) as caught:
-        check_config(config, found, expand_population(config.clients)["site_1"])
+        check_terms(site, **changes)
+
     assert str(caught.value) == expected
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("site", "changes"),
     [
         ({"shares": ["parameters"]}, {"clients__defaults__shares": ["backbone"]}),
@@ -130,30 +130,7 @@ def test_disallowed_configuration_is_refused(case: str) -> None:
     ],
 )
 def test_settings_within_limits_are_accepted(site: dict[str, Any], changes: dict[str, Any]) -> None:
-    config = load_config(small(**changes))
-    check_config(
-        config,
-        SiteConfig.model_validate({"client": "site_1", **site}),
-        expand_population(config.clients)["site_1"],
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"algorithm__name": "python:os:system"}, "algorithm.name"),
-        ({"clients__defaults__objective": "python:os:system"}, "clients.defaults.objective"),
-        ({"data__name": "python:os:system"}, "data.name"),
-    ],
-)
-def test_code_named_by_the_server_is_not_run(changes: dict[str, Any], key: str) -> None:
-    allows = SiteConfig(client="site_1").allows
-    with pytest.raises(
-        RequestRefusedError,
-        match=rf"^{key}: python:os:system is not in this site's allows.own_code",
-    ):
-        check_raw_config(small(**changes), allows)
-    check_raw_config(small(**changes), allows.model_copy(update={"own_code": ["python:os:system"]}))
+    check_terms(site, **changes)
 
 
 def test_refused_terms_are_shown_and_logged(tmp_path: Path) -> None:
@@ -227,7 +204,6 @@ def test_bytes_of_repeated_answers_are_counted(tmp_path: Path) -> None:
     size = len(session.repeat("train").body)
     sent = sum(line["out"] for line in verify(tmp_path / "site_1" / "audit.jsonl"))
     allows = session.node.site.allows.model_copy(update={"total_bytes": sent + size})
-    assert session.node.joined is not None
     session.node.joined.policy.allows = allows
     assert len(session.repeat("train").body) == size
     assert "bytes of all answers including this one" in session.refusal_reason("train")
@@ -303,7 +279,7 @@ def test_repeated_task_is_answered_only_if_unchanged(
         )
 
 
-@pytest.mark.parametrize("what", ["keys", "read", "", "Train"])
+@each_case("what", ["keys", "read", "", "Train"])
 def test_training_under_another_name_is_refused(session: NodeSession, what: str) -> None:
     """Under another name it would be neither limited nor charged."""
     line = f"request: unknown kind '{what}'; choose from train"
@@ -316,7 +292,7 @@ def test_expired_task_is_refused(session: NodeSession) -> None:
     )
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("head", "expected"),
     [
         ({"work": 100.0}, "work: must be > 0 and <= 1 (a share of the steps), got 100"),
@@ -344,7 +320,7 @@ def test_task_that_was_not_agreed_is_refused(
     )
 
 
-@pytest.mark.parametrize(
+@each_case(
     "body", [b"", b"x", b"\xff" * 100, encode({"items": {}, "report": {}}, "hetero_fl payload 1")]
 )
 def test_malformed_broadcast_is_refused(session: NodeSession, body: bytes) -> None:
@@ -376,7 +352,7 @@ def test_other_configuration_of_same_name_is_refused(session: NodeSession) -> No
     assert session.repeat("roster").head["ask"] == "ready"
 
 
-@pytest.mark.parametrize(
+@each_case(
     "config", [None, [], {}, {"rounds": {}}, "x", {"algorithm": {"name": "fedavg"}, "clients": 3}]
 )
 def test_malformed_configuration_is_refused(session: NodeSession, config: Any) -> None:
@@ -420,7 +396,6 @@ def test_other_client_list_of_same_name_is_refused(session: NodeSession) -> None
 
 def test_unshared_items_are_never_sent(session: NodeSession) -> None:
     joined = session.node.joined
-    assert joined is not None
     policy = joined.policy
     tensors = {"backbone.a": torch.zeros(1), "head.b": torch.zeros(1)}
     upload = Payload({"model": Item(tensors, 1.0, "params")})
@@ -461,30 +436,6 @@ def test_plan_with_unshared_items_is_refused_before_encoding(tmp_path: Path) -> 
 
 
 # The file
-
-
-@pytest.mark.parametrize(
-    ("written", "expected"),
-    [
-        ("allows: {method: [fedavg]}", "allows.method: unknown key; did you mean 'methods'?"),
-        (
-            "allows: {methods: [fedavgg]}",
-            "allows: methods: unknown method 'fedavgg'; did you mean 'fedavg'",
-        ),
-        ("allows: {rounds: 0}", "allows.rounds: must be > 0, got 0"),
-        ("allows: {privacy: {delta: 1e-5}}", "allows.privacy.epsilon: missing"),
-        (
-            "allows: {own_code: [os]}",
-            "allows: own_code: expected python:package.module:Name, got 'os'",
-        ),
-    ],
-)
-def test_invalid_policy_raises_one_line(written: str, expected: str, tmp_path: Path) -> None:
-    file = tmp_path / "site.yaml"
-    file.write_text(f"client: site_1\n{written}\n")
-    with pytest.raises(UserError) as caught:
-        load_site_config(file)
-    assert str(file) in str(caught.value) and expected in str(caught.value)
 
 
 def test_site_file_of_the_deployment_guide_is_valid(tmp_path: Path) -> None:

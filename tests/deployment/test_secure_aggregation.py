@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from tests.support.federations import config
 from tests.support.nodes import (
     LONG,
     Clock,
-    LossyTransport,
+    RecordingTransport,
     ServerKilledError,
     Sites,
     federation,
@@ -33,35 +31,6 @@ CONFIG = config(
     output__best_models=False,
 )
 EXCHANGES = ["keys", "shares", "train", "consistency", "unmask"]
-
-
-class RecordingTransport(LossyTransport):
-    """A transport that records requests, and can repeat one after the server is gone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tasks: list[tuple[int, Envelope]] = []
-
-    def push(self, node: int, envelope: Envelope, within: float) -> str:
-        number = super().push(node, envelope, within)
-        if envelope.head["ask"] == "do" and envelope.head["kind"] == "answer":
-            self.tasks.append((node, envelope))
-        return number
-
-    def repeat(self, node: int, envelope: Envelope) -> Envelope:
-        """Repeat a request as another task."""
-        head = {
-            **envelope.head,
-            "task": "another" + str(envelope.head["task"])[7:],
-            "expires": time.time() + LONG,
-        }
-        self.last = None
-        number = LossyTransport.push(self, node, replace(envelope, head=head), LONG)
-        while not (found := self.pull([number], 1.0)):
-            pass
-        answer = found[number]
-        assert answer is not None
-        return answer
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -267,51 +267,6 @@ def test_node_with_once_ends_after_a_finished_run(sites: Sites, tmp_path: Path) 
     assert all(stop.is_set() for stop in sites.stops[3:]) and not any(
         sites.refused[i].refused for i in range(6)
     )
-
-
-@pytest.fixture
-def own_files(tmp_path: Path) -> Iterator[dict[str, Path]]:
-    """Write a part of the digits for each of three sites, and one that is `public`."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images, labels = digits.images.astype(np.float32) / 16, digits.target
-    parts = {
-        "public": (0, 500),
-        "site_1": (500, 700),
-        "site_2": (700, 1000),
-        "site_3": (1000, 1400),
-    }
-    for name, (first, last) in parts.items():
-        more = (
-            {"test_images": images[1400:], "test_labels": labels[1400:]} if name == "public" else {}
-        )
-        train = {"train_images": images[first:last], "train_labels": labels[first:last]}
-        np.savez(tmp_path / f"{name}.npz", **train, **more)
-    yield {name: tmp_path / f"{name}.npz" for name in parts}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["hybrid", "fedavg"])
-def test_site_data_equals_simulation_with_same_files(
-    method: str, own_files: dict[str, Path], tmp_path: Path
-) -> None:
-    source = config(method, **SERIAL)
-    source["data"] = {"name": "npz", "path": str(own_files["public"]), "proxy": {"size": 100}}
-    clients = ["site_1", "site_2", "site_3"]
-    expected = {client: SourceConfig(name="npz", path=str(own_files[client])) for client in clients}
-    far = Sites(
-        tmp_path / "sites", [SiteConfig(client=c, tells=ALL, data=expected[c]) for c in clients]
-    )
-    deployed = run_federation(source, far.gathered(), out=tmp_path / "federation", wait=LONG)
-    each = [
-        {"match": client, "data": {"name": "npz", "path": expected[client].path}}
-        for client in clients
-    ]
-    simulated = run(changed(source, clients__overrides=each), out=tmp_path / "simulation")
-    for key in ("personal", "global", "server", "clients", "communication"):
-        assert deployed.summary[key] == simulated.summary[key], key
-    assert same_models(deployed, simulated)
 
 
 def test_site_tables_use_common_encoding(tmp_path: Path) -> None:

@@ -14,9 +14,16 @@ import pytest
 from hetero_fl.deployment.node_storage import MAX_STATES, NodeStorage, StateLostError
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
-from tests.deployment.test_secure_aggregation import RecordingTransport
 from tests.support.federations import MIXED, TOP, config
-from tests.support.nodes import Clock, ServerKilledError, Sites, federation, records, same
+from tests.support.nodes import (
+    Clock,
+    RecordingTransport,
+    ServerKilledError,
+    Sites,
+    federation,
+    records,
+    same,
+)
 
 CLIENTS = ["site_1", "site_2", "site_3"]
 KINDS: dict[str, dict[str, Any]] = {

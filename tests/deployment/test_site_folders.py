@@ -103,16 +103,22 @@ def test_sites_train_on_folders(case: str, tmp_path: Path) -> None:
     ("own", "message"),
     [
         ({"name": "htfllib", "path": "none"}, "data.path: folder '{site}/none' not found"),
-        ({"name": "htflib", "path": "rows"},
-         "data.name: unknown source 'htflib'; did you mean 'htfllib'?"),
+        (
+            {"name": "htflib", "path": "rows"},
+            "data.name: unknown source 'htflib'; did you mean 'htfllib'?",
+        ),
         ({"name": "leaf", "path": "rows"}, "data.path: {site}/rows: "),
-        ({"name": "htfllib", "path": "rows", "size": 12},
-         "data.size: does not apply to source htfllib; remove it"),
+        (
+            {"name": "htfllib", "path": "rows", "size": 12},
+            "data.size: does not apply to source htfllib; remove it",
+        ),
         ({"name": "hf:./none"}, "data.name: hf:{site}/none: folder not found"),
-        ({"name": "hf", "path": "rows"},
-         "data.path: does not apply to Hugging Face data sets, got '{site}/rows'; set "),
+        (
+            {"name": "hf", "path": "rows"},
+            "data.path: does not apply to Hugging Face data sets, got '{site}/rows'; set ",
+        ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_in_the_data_of_a_site_are_named(
     own: Source, message: str, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.templates import Templates
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.choose import stays_on_device
+from tests.support.cases import each_case
 from tests.support.federations import MIXED, config, rounds_of
 from tests.support.pretend_gpu import PretendGPU
 
@@ -106,7 +107,7 @@ def test_custom_method_may_change_tensors_in_place() -> None:
         rounds_of(source, num_rounds=1).evaluate()
 
 
-@pytest.mark.parametrize("executor", ["serial", "batched"])
+@each_case("executor", ["serial", "batched"])
 def test_rows_are_copied_to_the_device_in_the_first_round_only(executor: str) -> None:
     with PretendGPU() as gpu:
         source = config("fedavg", MIXED, clients=6)
@@ -130,7 +131,7 @@ def test_rows_are_copied_to_the_device_in_the_first_round_only(executor: str) ->
         assert sent < models + rows / 10
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("changes", "stays"),
     [
         ({}, True),

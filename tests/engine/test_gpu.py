@@ -7,6 +7,7 @@ The GPU is simulated, unless the environment variable HETERO_FL_TEST_GPU is 1 an
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.workers import Worker, WorkerSetup
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import Interrupted
+from tests.support.cases import each_case
 from tests.support.federations import METHODS, MIXED, TOP, config, rounds_of
 from tests.support.pretend_gpu import PretendGPU
 from tests.support.workers import LocalWorkerPool, rounds_on, setup_of
@@ -190,7 +192,7 @@ def test_class_sums_match_the_cpu() -> None:
 
 
 @has_gpu
-@pytest.mark.parametrize("method", ["fedavg", "scaffold", "fedadam"])
+@each_case("method", ["fedavg", "scaffold", "fedadam"])
 def test_run_from_saved_models_matches_the_cpu(method: str, tmp_path: Path) -> None:
     source = config("fedavg", clients=2, rounds=1)
     source["runtime"] = {"threads": 1, "device": "cuda", "executor": "serial"}
@@ -200,7 +202,7 @@ def test_run_from_saved_models_matches_the_cpu(method: str, tmp_path: Path) -> N
 
 
 @has_gpu
-@pytest.mark.parametrize("executor", ["serial", "processes"])
+@each_case("executor", ["serial", "processes"])
 def test_deterministic_algorithms_are_used_on_request(
     executor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,8 +250,10 @@ def test_two_workers_share_a_device() -> None:
 
 
 @pytest.mark.skipif(IS_REAL, reason="transfers of a pretended GPU are noted")
-@pytest.mark.parametrize("executor", ["serial", "batched"])
-@pytest.mark.parametrize("method", ["fedavg", "scaffold", "fedproto", "fedmd"])
+@each_case(
+    ("executor", "method"),
+    itertools.product(["serial", "batched"], ["fedavg", "scaffold", "fedproto", "fedmd"]),
+)
 def test_models_and_predictions_stay_on_the_device(method: str, executor: str) -> None:
     with PretendGPU() as gpu:
         trainer = on("cuda", executor, config(method, MIXED, clients=6, rounds=4))
@@ -301,7 +305,7 @@ def test_fit_is_repeated_after_running_out_of_memory(
 
 
 @has_gpu
-@pytest.mark.parametrize("owns_device", [False, True])
+@each_case("owns_device", [False, True])
 def test_worker_with_a_separate_device_keeps_copies(owns_device: bool) -> None:
     setup = setup_of(config(clients=2))
     setup = replace(setup, devices=("cuda:0",), dtype=torch.float64, owns_device=owns_device)

@@ -13,13 +13,14 @@ from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.engine.device_memory import MemoryPlan, activation_bytes
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.choose import choose_executor
+from tests.support.cases import each_case
 from tests.support.federations import config
 from tests.support.pretend_gpu import PretendGPU
 
 MLP = ModelSpec.from_config("mlp", 10, (1, 8, 8), options={"hidden": [24]})
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("optimizer", "states"), [({"name": "sgd"}, 0), ({"name": "sgd", "momentum": 0.9}, 1), ({}, 2)]
 )
 def test_memory_plan_counts_weights_gradients_optimizer_and_activations(
@@ -35,7 +36,7 @@ def test_memory_plan_counts_weights_gradients_optimizer_and_activations(
     assert plan.total == 4 * ((2 + states) * parameters + activations)
 
 
-@pytest.mark.parametrize("name", ["cnn_bn_small", "lenet", "resnet18"])
+@each_case("name", ["cnn_bn_small", "lenet", "resnet18"])
 def test_activation_bytes_match_saved_tensors(name: str) -> None:
     arch = ModelSpec.from_config(name, 10, (3, 32, 32))
     saved: dict[int, Tensor] = {}

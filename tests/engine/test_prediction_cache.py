@@ -20,6 +20,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.base import client_chunks
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.federation.synchronous import SynchronousTrainer
+from tests.support.cases import each_case
 from tests.support.federations import MIXED, config, rounds_of
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def test_equal_models_are_evaluated_once(computed: list[Any]) -> None:
     assert predictions(computed, "common_test") == 1
 
 
-@pytest.mark.parametrize("chunk", [1, 16])
+@each_case("chunk", [1, 16])
 def test_freed_columns_are_not_confused(chunk: int) -> None:
     """Reuse the addresses of columns that were freed."""
     people = clients(clients__defaults={"preprocess": {"normalize": "own"}})
@@ -161,14 +162,6 @@ def test_failed_round_clears_the_cache() -> None:
     assert {
         client_id: rounds.store.stamp(client_id) for client_id in rounds.federation.client_infos
     } == kept
-
-
-def test_state_passed_to_a_client_may_be_changed_in_place() -> None:
-    rounds = rounds_of(config("local", "mlp"), num_rounds=1)
-    private = rounds.store.get("site_1")
-    private.state["seen"] = torch.zeros(2)
-    rounds.federation.client("site_1", private, 1).state["seen"].add_(1)
-    assert torch.equal(private.state["seen"], torch.zeros(2))
 
 
 def test_ensemble_members_predict_global_rows_once(

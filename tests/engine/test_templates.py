@@ -11,6 +11,7 @@ from torch import nn
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.templates import Template
+from tests.support.cases import each_case
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_external_mode_change_is_detected(template: Template) -> None:
     assert modes(template) == {False}
 
 
-@pytest.mark.parametrize("name", ["cnn_bn_small", "mlp"])
+@each_case("name", ["cnn_bn_small", "mlp"])
 def test_returned_tensors_are_not_overwritten(name: str) -> None:
     arch = ModelSpec.from_config(name, 10, (1, 8, 8))
     template = Template(arch, DeviceMemory(torch.device("cpu")))

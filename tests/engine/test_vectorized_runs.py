@@ -19,6 +19,7 @@ from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.executors.base import InProcessExecutor
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
+from tests.support.cases import each_case
 from tests.support.federations import METHODS, config
 from tests.support.pretend_gpu import PretendGPU
 
@@ -82,7 +83,7 @@ def test_batched_run_matches_serial_run(method: str) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("method", ["fedavg", "fedproto"])
+@each_case("method", ["fedavg", "fedproto"])
 def test_batched_run_with_dropout_matches_serial_run(method: str) -> None:
     agree(config(method, "fedproto_cnn", clients=3, clients__defaults__preprocess={"resize": 16}))
 
@@ -108,7 +109,7 @@ def agree(source: dict[str, Any]) -> None:
     }
 
 
-@pytest.mark.parametrize("fit_together", [1, 2, 3])
+@each_case("fit_together", [1, 2, 3])
 def test_chunk_is_halved_when_memory_is_exhausted(
     fit_together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,6 +42,7 @@ from hetero_fl.engine.driver import DivergedError
 from hetero_fl.engine.serial import SerialBackend
 from hetero_fl.engine.vectorized import VectorizedBackend
 from hetero_fl.utils.seeding import keyed_generator
+from tests.support.cases import each_case
 
 CPU = torch.device("cpu")
 # With batches of 8: full, single leftover and short ones; 5, 4, 2, 5 and 3 steps.
@@ -139,8 +141,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@each_case(("norm", "optimizer"), itertools.product(["batch", "group"], OPTIMIZERS))
 def test_persistent_optimizers_match_serial_training(optimizer: str, norm: str) -> None:
     fit = replace(FIT, optimizer=OPTIMIZERS[optimizer], keep="local")
     both(arch(width=4, norm=norm), lambda p: fit, times=2)
@@ -211,7 +212,7 @@ class Mutual(Objective):
         return torch.nn.functional.cross_entropy(one.logits, batch.y, reduction="none") + gap
 
 
-@pytest.mark.parametrize("large", [2**14, 0])
+@each_case("large", [2**14, 0])
 def test_large_linear_layers_use_a_separate_rule(
     large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,9 +224,9 @@ def test_large_linear_layers_use_a_separate_rule(
     )
 
 
-@pytest.mark.parametrize("model", ["batch norm", "dropout"])
-@pytest.mark.parametrize("case", CASES)
+@each_case(("model", "case"), itertools.product(["batch norm", "dropout"], CASES))
 def test_every_fit_option_matches_serial_training(case: str, model: str, stacks: list[int]) -> None:
+    stacks.clear()
     of = arch(width=4) if model == "batch norm" else arch("mlp", hidden=(12,), dropout=0.4)
     both(of, CASES[case])
     # An objective that is defined outside of the package is tried with two participants.
@@ -317,10 +318,11 @@ def test_diverging_participant_does_not_affect_others() -> None:
     assert many[3].state == {}
 
 
-@pytest.mark.parametrize("name, reason", [("gru", "gru"), ("mlp", "item")])
+@each_case(("name", "reason"), [("gru", "gru"), ("mlp", "item")])
 def test_unsupported_models_run_serially_with_one_note(
     name: str, reason: str, stacks: list[int]
 ) -> None:
+    stacks.clear()
     of, notes = arch(name), []
     fit = FIT if name == "gru" else replace(FIT, objective=Peeking())
     one, many = clients(of), clients(of)
@@ -368,16 +370,20 @@ def floats_of(p: Participant) -> dict[str, Tensor]:
     return {n: t * 1.5 for n, t in p.models["other"].items() if t.is_floating_point()}
 
 
-@pytest.mark.parametrize("case", OUTPUTS)
+@each_case("case", OUTPUTS)
 def test_outputs_match_serial_prediction(case: str, stacks: list[int]) -> None:
+    stacks.clear()
     both(arch(width=4), OUTPUTS[case], sizes=(*SIZES, 0) if case == "logits" else SIZES)
     # On proxy rows separately, where equal models are evaluated once.
     assert stacks == ([] if "public" in case else [5])
 
 
-@pytest.mark.parametrize("n", [1, 7, 8, 9, 16, 17, 40])
-@pytest.mark.parametrize("change", [{}, {"epochs": 3}, {"steps": 5}, {"batch_size": 1}])
-@pytest.mark.parametrize("work", [1.0, 0.4])
+@each_case(
+    ("n", "change", "work"),
+    itertools.product(
+        [1, 7, 8, 9, 16, 17, 40], [{}, {"epochs": 3}, {"steps": 5}, {"batch_size": 1}], [1.0, 0.4]
+    ),
+)
 def test_number_of_steps_matches_training(n: int, change: dict[str, Any], work: float) -> None:
     fit = replace(FIT, **change)
     assert step_count(n, fit, work) == len(index_batches(n, fit, ("k",), work))

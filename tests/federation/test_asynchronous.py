@@ -10,49 +10,10 @@ import pytest
 from hetero_fl.federation.simulation.faults import FaultOutcome
 from hetero_fl.utils.errors import RunFailedError
 from tests.support.asynchronous_runs import session, source
-from tests.support.federations import MIXED, TOP, config, rounds_of
+from tests.support.cases import each_case
+from tests.support.federations import MIXED, SUMMING, TOP, config, rounds_of
 from tests.support.workers import outcome
 
-SUMS = [
-    "local",
-    "fedavg",
-    "fedavg_ft",
-    "fedlc",
-    "fedprox",
-    "fedavgm",
-    "fedadam",
-    "fedyogi",
-    "scaffold",
-    "fednova",
-    "fedper",
-    "lg_fedavg",
-    "fedbn",
-    "fedrep",
-]
-SUMS += [
-    "fedbabu",
-    "ditto",
-    "heterofl",
-    "fedmd",
-    "ds_fl",
-    "fd",
-    "fedproto",
-    "fml",
-    "fedmrl",
-    "hybrid",
-]
-EACH = [
-    "centralized",
-    "ensemble",
-    "feddf",
-    "kt_pfl",
-    "fedtgp",
-    "fedgh",
-    "fedgen",
-    "fedkd",
-    "fedgkt",
-    "dense",
-]
 PACE = {"site_1": 1.0, "site_2": 1.3, "site_3": 2.9, "site_4": 7.1}
 
 
@@ -70,9 +31,9 @@ def bits(run: Any) -> dict[str, Any]:
 
 # Synchronous limit case
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [m for m in SUMS if m != "ds_fl"])
+@each_case("method", [m for m in SUMMING if m != "ds_fl"])
 def test_equal_task_times_match_synchronous_run(method: str) -> None:
-    number = SUMS.index(method)
+    number = SUMMING.index(method)
     cohort = 2 if number % 2 else None
     changes: dict[str, Any] = {"channel": TOP if number % 3 == 0 else {}}
     changes |= {"clients__per_round": cohort} if cohort else {}
@@ -103,7 +64,7 @@ def test_unequal_task_times_differ_from_synchronous_run() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", SUMS)
+@each_case("method", SUMMING)
 def test_every_summing_method_runs_and_is_evaluated(method: str) -> None:
     extra = {"algorithm": {"name": "ds_fl", "proxy_rows": None}} if method == "ds_fl" else {}
     run_config = config(method, MIXED, clients=4, rounds=2, server={"model": "linear"}, **extra)
@@ -180,7 +141,7 @@ def without_seconds(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 # Failures
-@pytest.mark.parametrize("chance", [0.0, 0.3, 0.6, 0.9])
+@each_case("chance", [0.0, 0.3, 0.6, 0.9])
 def test_runs_with_failures_complete_and_counts_add_up(
     chance: float,
 ) -> None:

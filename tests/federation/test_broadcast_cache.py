@@ -13,6 +13,7 @@ from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import Plan
 from hetero_fl.federation.client_runtime import MAX_BROADCASTS, BroadcastCache
+from tests.support.cases import each_case
 from tests.support.federations import MIXED, broadcasts, config, rounds_of
 
 BODIES = [
@@ -91,7 +92,7 @@ class OwnMethod(FedAvg):
         yield from ()
 
 
-@pytest.mark.parametrize("chunk", [1, 6])
+@each_case("chunk", [1, 6])
 def test_custom_method_may_change_received_tensors(chunk: int) -> None:
     losses: list[dict[str, Any]] = []
     for size in (1, chunk):

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 
 from hetero_fl.communication.link import UNSENT
 from hetero_fl.core.payload import Payload
-from hetero_fl.experiment import prepare, run
-from hetero_fl.federation.checkpoint import Checkpoints
+from hetero_fl.experiment import prepare
 from hetero_fl.federation.cost import expected_cost
-from hetero_fl.federation.state_store import StateStore
-from tests.support.federations import MIXED, TOP, broadcasts, config, rounds_of, same_bits
+from tests.support.cases import each_case
+from tests.support.federations import TOP, broadcasts, config, rounds_of, same_bits
 
-BOTH: dict[str, Any] = {
-    "compress": [{"randk": 0.3}, {"top_classes": 3}, {"quantize": 6, "bucket": 100}],
-    "compress_down": [{"top_classes": 3}, "half"],
-}
 MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}]
 
 
-@pytest.mark.parametrize(
-    "changes", [{"entropy": True}, {"compress": [{"lowrank": 0.9}, {"quantize": 8}]}]
-)
+@each_case("changes", [{"entropy": True}, {"compress": [{"lowrank": 0.9}, {"quantize": 8}]}])
 def test_cost_is_an_upper_bound_for_value_dependent_sizes(
     changes: dict[str, Any],
 ) -> None:
@@ -40,16 +32,7 @@ def test_cost_is_an_upper_bound_for_value_dependent_sizes(
     )
 
 
-def test_compression_reduces_uploads() -> None:
-    dense, small = (
-        rounds_of(config("fedavg", MODELS, 4, **c)).traffic for c in ({}, {"channel": TOP})
-    )
-    assert small.up < 0.1 * dense.up and small.down == dense.down
-
-
-@pytest.mark.parametrize(
-    "empty", [{}, {"channel": {}}, {"channel": {"compress": [], "entropy": True}}]
-)
+@each_case("empty", [{}, {"channel": {}}, {"channel": {"compress": [], "entropy": True}}])
 def test_empty_chain_changes_nothing(empty: dict[str, Any]) -> None:
     rounds = rounds_of(config("hybrid", MODELS, 4, **empty), num_rounds=0)
     bodies = dict(broadcasts(rounds, rounds.sample_cohort(0)))
@@ -71,25 +54,6 @@ def test_batch_norm_statistics_are_not_compressed() -> None:
     assert names and not any(
         torch.equal(plain.server.models[group][n], cut.server.models[group][n]) for n in weights
     )
-
-
-def test_upload_and_residual_add_up_to_the_update() -> None:
-    """Train one client for a round with top-k; upload plus residual equal the dense update."""
-    source = config("fedavg", {"name": "mlp", "hidden": [24]}, 1)
-    start = rounds_of(source, num_rounds=0).server.models
-    dense, cut = (
-        rounds_of(source, num_rounds=1),
-        rounds_of({**source, "channel": {"compress": [{"topk": 0.05}]}}, num_rounds=1),
-    )
-    (group,) = start
-    (client,) = cut.federation.client_infos
-    kept = cut.store.get(client).state[UNSENT]["model"]
-    for n, t in dense.server.models[group].items():
-        update = t - start[group][n]
-        sent = kept[n] == 0
-        assert torch.equal(kept[n], torch.where(sent, torch.zeros_like(t), update))
-        assert torch.equal(cut.server.models[group][n][~sent], start[group][n][~sent])
-        assert torch.allclose(cut.server.models[group][n][sent], t[sent], rtol=0, atol=1e-7)
 
 
 def test_random_selection_is_decoded_at_its_positions() -> None:
@@ -145,30 +109,6 @@ def test_residual_survives_absence_and_refused_uploads() -> None:
         assert all(before[c] is None or not same_bits(before[c], after[c]) for c in others)
 
 
-@pytest.mark.slow
-def test_resumed_run_is_bit_identical(tmp_path: Any) -> None:
-    source = config(
-        "hybrid",
-        MIXED,
-        4,
-        clients__per_round=3,
-        channel={**TOP, "compress_down": [{"quantize": 12}]},
-    )
-    uninterrupted, first = rounds_of(source, 4), rounds_of(source, 2, StateStore(tmp_path))
-    Checkpoints(first.store, pytest.fail).save(2, {"run": first.state_dict()})
-    second = rounds_of(source, 0, StateStore(tmp_path))
-    newest = Checkpoints(second.store, pytest.fail).load_newest()
-    assert newest is not None
-    second.load_state_dict(newest["run"])
-    for _ in range(2):
-        second.run_round()
-    assert second.traffic == uninterrupted.traffic
-    for slot, model in uninterrupted.server.models.items():
-        assert same_bits(model, second.server.models[slot])
-    for client in uninterrupted.federation.client_infos:
-        assert second.store.encoded(client) == uninterrupted.store.encoded(client)
-
-
 def test_clients_of_a_group_receive_the_same_broadcast() -> None:
     source = config("fedavg", MODELS, 4, channel={"compress_down": [{"quantize": 4}]})
     rounds = rounds_of(source, num_rounds=0)
@@ -187,33 +127,3 @@ def test_clients_of_a_group_receive_the_same_broadcast() -> None:
             <= 15
             < len(rounds.server.models[client_info.arch.spec_id][weight].unique())
         )
-
-
-def test_stages_without_effect_are_reported() -> None:
-    notes = prepare(config("fedmd", MODELS, 4, channel=TOP)).notes
-    assert "channel.compress: topk has no effect on the uploads of fedmd" in notes
-    assert not any("quantize" in note for note in notes)
-    idle = {"compress": [{"top_classes": 9}], "entropy": True}
-    notes = prepare(config("fedmd", MODELS, 4, channel=idle)).notes
-    assert "channel.compress: top_classes=9 has no effect on predictions of 10 classes" in notes
-    assert "channel.entropy: has no effect without topk, whose positions it encodes" in notes
-    idle = {"compress": [{"topk": 0.1}, {"top_classes": 8}], "entropy": True}
-    notes = prepare(config("hybrid", MODELS, 4, channel=idle)).notes
-    assert not any("channel" in note for note in notes)
-    assert any(
-        "local sends no messages" in note
-        for note in prepare(config("local", MODELS, 4, channel=TOP)).notes
-    )
-
-
-@pytest.mark.slow
-def test_reported_bytes_match_traffic(tmp_path: Any) -> None:
-    summaries = [
-        run(config("fedavg", MODELS, 4, **c), out=tmp_path / str(i)).summary
-        for i, c in enumerate(({}, {"channel": BOTH}))
-    ]
-    dense, small = (s["communication"] for s in summaries)
-    assert (
-        small["up_bytes"] < 0.12 * dense["up_bytes"]
-        and small["down_bytes"] < 0.55 * dense["down_bytes"]
-    )

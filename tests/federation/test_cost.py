@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -17,8 +18,8 @@ from hetero_fl.federation.cost import (
 from hetero_fl.federation.executors.choose import plan_memory
 from hetero_fl.reporting.formatting import format_bytes
 from model_zoo import create_model
-from tests.federation.test_asynchronous import SUMS
 from tests.support.asynchronous_runs import source as paced
+from tests.support.cases import each_case
 from tests.support.federations import TOP, config, rounds_of
 
 
@@ -41,21 +42,13 @@ def small(method: str, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("share_every", [1, 3])
-@pytest.mark.parametrize("method", [pytest.param("fedavg", marks=pytest.mark.slow), "hybrid"])
 def test_cost_with_sharing_and_evaluation_intervals(
-    method: str, share_every: int, every: int, tmp_path: Any
+    share_every: int, every: int, tmp_path: Any
 ) -> None:
     now_and_then = {"match": "site_[12]", "share_every": share_every}
-    source = small(method, rounds=6, evaluation={"every": every}, clients__overrides=[now_and_then])
-    estimated, counted = estimate_and_count(tmp_path, source)
-    assert estimated == counted and min(counted) > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("every", [1, 4])
-@pytest.mark.parametrize("method", ["fedavg", "hybrid"])
-def test_cost_with_sampled_cohorts(method: str, every: int, tmp_path: Any) -> None:
-    source = small(method, rounds=5, evaluation={"every": every}, clients__per_round=2)
+    source = small(
+        "hybrid", rounds=6, evaluation={"every": every}, clients__overrides=[now_and_then]
+    )
     estimated, counted = estimate_and_count(tmp_path, source)
     assert estimated == counted and min(counted) > 0
 
@@ -91,7 +84,7 @@ def test_cost_is_an_upper_bound_for_learned_sizes(
     assert most[0] < 1.1 * fml.up
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("changes", "words"),
     [
         ({}, "about "),
@@ -151,8 +144,10 @@ def asynchronous_cost_and_traffic(source: dict[str, Any]) -> tuple[list[int], li
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("channel", [{}, TOP], ids=["plain", "topk"])
-@pytest.mark.parametrize("method", [m for m in SUMS if m != "ds_fl"] + ["fedbuff", "fedasync"])
+@each_case(
+    ("channel", "method"),
+    itertools.product([{}, TOP], ["hybrid", "fedmd", "fedbuff", "fedasync"]),
+)
 def test_asynchronous_cost_is_close_to_traffic(method: str, channel: dict[str, Any]) -> None:
     run_config = paced(method, channel=channel, faults={})
     if method in ("fedbuff", "fedasync"):
@@ -178,7 +173,7 @@ def test_check_of_asynchronous_run_names_omitted_costs(
     assert "asynchronous: estimated for clients of equal speed without failures" in printed
 
 
-@pytest.mark.parametrize("mentee", ["cnn_bn_small", "mlp"])
+@each_case("mentee", ["cnn_bn_small", "mlp"])
 def test_check_counts_models_added_by_a_method(
     mentee: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

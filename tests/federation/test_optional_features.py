@@ -7,9 +7,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import pytest
-
 import hetero_fl
+from tests.support.cases import each_case
 from tests.support.federations import config, rounds_of
 
 PACKAGE = Path(hetero_fl.__file__).parent
@@ -44,7 +43,7 @@ def entered_modules(source: dict[str, Any]) -> set[str]:
     return entered
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedmd", "hybrid"])
+@each_case("method", ["fedavg", "fedmd", "hybrid"])
 def test_plain_round_calls_no_optional_feature(method: str) -> None:
     entered = entered_modules(config(method, rounds=2))
 
@@ -52,7 +51,7 @@ def test_plain_round_calls_no_optional_feature(method: str) -> None:
     assert not [module for module in entered if module.startswith(OPTIONAL)]
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("section", "module"),
     [
         (

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from hetero_fl.aggregation import Uploads
 from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
 from hetero_fl.core.payload import PayloadError
 from hetero_fl.engine.driver import DivergedError
-from hetero_fl.experiment import prepare
 from hetero_fl.federation import client_runtime
 from hetero_fl.federation.executors import processes
 from hetero_fl.federation.executors.workers import WorkerJob
@@ -23,7 +21,9 @@ from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.federation.executors.test_workers import kill_workers
 from tests.federation.test_cost import estimate_and_count
-from tests.support.federations import METHODS, MIXED, config, rounds_of
+from tests.support.cases import each_case
+from tests.support.federations import MIXED, SUMMING, config, rounds_of
+from tests.support.summed_runs import largest_difference, secure
 from tests.support.workers import (
     SharedProcessPool,
     outcome,
@@ -32,53 +32,12 @@ from tests.support.workers import (
     shared_process_pool,
 )
 
-SINGLE = ["ensemble", "feddf", "fedtgp", "fedgh", "fedgen", "fedkd", "kt_pfl", "fedgkt", "dense"]
 NOTHING = ["local", "centralized"]
-# These two sample no cohort.
-SUMMED = [m for m in METHODS if m not in (*SINGLE, *NOTHING, "fedasync", "fedbuff")]
-
-
-def secure(method: str, models: Any = MIXED, clients: int = 4, **changes: Any) -> dict[str, Any]:
-    """Return the configuration with secure aggregation."""
-    return config(method, models, clients, **{"channel__secure_sum": {}, **changes})
-
-
-@pytest.fixture
-def double() -> Iterator[None]:
-    """Use float64, so that differences come from fixed-point numbers, not from summation order."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    values = (
-        tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
-    )
-    return [t for value in values for t in tensors(value)]
-
-
-def largest_difference(a: SynchronousTrainer, b: SynchronousTrainer) -> float:
-    """Return the largest difference between the states of servers and clients."""
-    trees = [
-        [
-            r.server.models,
-            r.server.state,
-            [(p.models, p.state) for p in map(r.store.get, r.federation.client_infos)],
-        ]
-        for r in (a, b)
-    ]
-    pairs = list(zip(*map(tensors, trees), strict=True))
-    assert len(pairs) > 5
-    return max(float((x.double() - y.double()).abs().max()) if x.numel() else 0.0 for x, y in pairs)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", SUMMED)
-def test_secure_aggregation_matches_plain_sums(method: str, double: None) -> None:
+@pytest.mark.parametrize("method", [name for name in SUMMING if name != "local"])
+def test_secure_aggregation_matches_plain_sums(method: str, float64: None) -> None:
     student = {"server": {"model": "linear"}}
     plain, summed = (
         rounds_of(config(method, MIXED, 4, **student)),
@@ -120,7 +79,7 @@ def test_secure_aggregation_matches_plain_sums(method: str, double: None) -> Non
     ],
 )
 def test_secure_aggregation_with_settings_that_change_sums(
-    method: str, changes: dict[str, Any], double: None
+    method: str, changes: dict[str, Any], float64: None
 ) -> None:
     without = {k: v for k, v in changes.items() if not k.startswith("channel")}
     plain, summed = (
@@ -130,66 +89,15 @@ def test_secure_aggregation_with_settings_that_change_sums(
     assert 0 < largest_difference(plain, summed) < 1e-8
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedmd", "fedproto"])
+@each_case("method", ["fedavg", "fedmd", "fedproto"])
 def test_secure_aggregation_in_single_precision(method: str) -> None:
     plain, summed = rounds_of(config(method, MIXED, 4)), rounds_of(secure(method))
     assert largest_difference(plain, summed) < 2e-5
 
 
-@pytest.mark.parametrize("method", SINGLE)
-def test_methods_with_single_uploads_are_refused(method: str) -> None:
-    with pytest.raises(
-        UserError, match=f"algorithm.name={method} cannot be combined with channel.secure_sum"
-    ):
-        prepare(secure(method))
-
-
-@pytest.mark.parametrize("method", NOTHING)
+@each_case("method", NOTHING)
 def test_methods_without_uploads_run_unchanged(method: str) -> None:
     assert rounds_of(secure(method)).traffic.up == 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"clients": 2}, "channel.secure_sum: requires 3 or more clients in a round"),
-        ({"clients__per_round": 2}, "channel.secure_sum: requires 3 or more clients in a round"),
-        ({"secure_sum": {"threshold": 5}}, "threshold: must be <= 4"),
-        (
-            {"secure_sum": {"threshold": 2}},
-            "threshold: must be more than half of the 4 clients .* 3 or more",
-        ),
-        ({"secure_sum": {"threshold": 0.5}}, "threshold: must be a share > 0.5 .*, got 0.5"),
-        ({"secure_sum": {"threshold": 2.5}}, "threshold: must be .* a whole number, got 2.5"),
-        (
-            {"secure_sum": {"range": 1e19}},
-            r"range: 1e\+19 is too large; sums over 4 clients .* exceed 64-bit integers",
-        ),
-        (
-            {"secure_sum": {"fraction_bits": 45}},
-            "fraction_bits: must be <= 44, got 45; with .*range=65536",
-        ),
-        (
-            {"secure_sum": {"neighbors": 4}},
-            "channel.secure_sum: all clients share masks; remove the key 'neighbors'",
-        ),
-        (
-            {"clients": 201, "data__partition": {"kind": "drawn"}},
-            "channel.secure_sum: at most 200 clients in a round .* got 201",
-        ),
-    ],
-)
-def test_incompatible_settings_are_refused_on_loading(changes: dict[str, Any], words: str) -> None:
-    given = {"channel__secure_sum": changes["secure_sum"]} if "secure_sum" in changes else changes
-    with pytest.raises(UserError, match=words):
-        prepare(secure("hybrid", **given))
-
-
-def test_notes_and_warnings() -> None:
-    notes = prepare(secure("fedavg", channel__secure_sum={"threshold": 3})).notes
-    assert any("if more than 1 of the 4 clients collude with it" in note for note in notes)
-    assert any("does not hide some items of site_2, site_3" in note for note in notes)
-    assert prepare(secure("fedmd", channel__secure_sum={})).notes == []
 
 
 def test_reports_contain_only_mean_losses(
@@ -261,7 +169,7 @@ def test_too_few_clients_fail_the_round(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("too_few", ["skip", "repeat", None])
+@each_case("too_few", ["skip", "repeat", None])
 def test_abandoned_sum_counts_as_too_few_uploads(too_few: str | None) -> None:
     """Lose half of the uploads of five clients: four are rarely left for the sum."""
     more: dict[str, Any] = {"cohort": {"too_few": too_few, "attempts": 100}} if too_few else {}
@@ -316,17 +224,6 @@ def pool() -> Iterator[SharedProcessPool]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["hybrid", "ditto", "fedproto", "scaffold"])
-def test_workers_match_one_process(method: str, pool: SharedProcessPool) -> None:
-    setup = setup_of(secure(method, rounds=3, clients__per_round=3, server={"model": "linear"}))
-    expected = outcome(rounds_on(setup, None), 2)
-    assert not any(record["failed"] for record in expected["records"])
-    pool.take(setup)
-    for size in (1, 2):
-        assert outcome(rounds_on(setup, pool, size), 2) == expected
-
-
-@pytest.mark.slow
 def test_worker_killed_in_any_exchange_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that the replacement knows the client's secrets and repeats no other client."""
     setup = setup_of(secure("hybrid", rounds=3, clients__per_round=3, server={"model": "linear"}))
@@ -369,7 +266,7 @@ def test_state_is_sent_to_workers_for_training_only(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
+@each_case(
     ("method", "changes"),
     [
         ("hybrid", {"clients__overrides": [{"match": "site_[12]", "share_every": 3}]}),
@@ -381,8 +278,8 @@ def test_cost_is_exact(method: str, changes: dict[str, Any], tmp_path: Path) -> 
     assert estimated == counted and min(counted) > 0
 
 
-@pytest.mark.parametrize("chain", [[{"quantize": 6}], ["half"]])
-def test_quantizing_chain_works_with_secure_sum(chain: Any, double: None) -> None:
+@each_case("chain", [[{"quantize": 6}], ["half"]])
+def test_quantizing_chain_works_with_secure_sum(chain: Any, float64: None) -> None:
     rounded = {"channel__compress": chain}
     plain, summed = (
         rounds_of(run_config)
@@ -390,35 +287,3 @@ def test_quantizing_chain_works_with_secure_sum(chain: Any, double: None) -> Non
     )
     assert 0 < largest_difference(plain, summed) < 1e-9
     assert largest_difference(plain, rounds_of(config("hybrid", MIXED, 4))) > 1e-4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("changes", "both"),
-    [
-        (
-            {"channel__compress": [{"topk": 0.1}, {"quantize": 8}]},
-            ("channel.compress=topk", "channel.secure_sum"),
-        ),
-        ({"channel__compress": [{"randk": 0.1}]}, ("channel.compress=randk", "quantize or half")),
-        ({"aggregation__rule": "median"}, ("aggregation.rule=median", "channel.secure_sum")),
-        ({"attacks": {"name": "sign_flip"}}, ("attacks.name=sign_flip", "channel.secure_sum")),
-        (
-            {"cohort": {"least": 4, "too_few": "repeat"}, "faults": {"lost": 0.1}},
-            ("cohort.least", "channel.secure_sum"),
-        ),
-        (
-            {
-                "clients__per_round": 3,
-                "privacy": {"unit": "client", "noise_multiplier": 1.0, "poisson_cohorts": True},
-            },
-            ("privacy.poisson_cohorts", "channel.secure_sum"),
-        ),
-    ],
-)
-def test_features_with_single_uploads_are_refused(
-    changes: dict[str, Any], both: tuple[str, str]
-) -> None:
-    with pytest.raises(UserError) as error:
-        prepare(secure("fedavg", "mlp", **changes))
-    assert all(part in str(error.value) for part in both) and "\n" not in str(error.value)

@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from hetero_fl.aggregation import Uploads
-from hetero_fl.algorithms import FedAvg, local_fit
+from hetero_fl.algorithms import local_fit
 from hetero_fl.core.participant import ClientInfo, Participant, copy_tree
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import Fit, Plan
@@ -23,7 +21,9 @@ from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.reporting.summary import Patience
 from hetero_fl.utils.errors import RunFailedError, UserError
+from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.serialization import decode, encode
+from tests.support.cases import each_case
 from tests.support.federations import MIXED, config, deployed, rounds_of, same_bits
 
 
@@ -64,7 +64,7 @@ def poisoned(rounds: SynchronousTrainer, client: str) -> None:
     rounds.executor.runtime.algorithm = rounds.expectations.algorithm = rounds.algorithm
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedper"])
+@each_case("method", ["fedavg", "fedper"])
 def test_nan_upload_is_refused_and_state_is_unchanged(
     method: str,
 ) -> None:
@@ -114,7 +114,7 @@ def diverging(
     monkeypatch.setattr(type(rounds.algorithm), "aggregate", aggregates)
 
 
-@pytest.mark.parametrize("method", ["fedavgm", "scaffold", "feddf", "fedkd", "fedbuff"])
+@each_case("method", ["fedavgm", "scaffold", "feddf", "fedkd", "fedbuff"])
 def test_diverging_server_training_changes_nothing(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +161,7 @@ def scaled(payload: Payload) -> Payload:
     )
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedbuff"])
+@each_case("method", ["fedavg", "fedbuff"])
 def test_repeated_server_divergence_fails_in_one_line(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +193,7 @@ def test_server_divergence_is_counted_across_checkpoints(
         later.run_round()
 
 
-@pytest.mark.parametrize("stop", [{"rounds": 1}, {"rounds": 9, "runtime__divergence": "stop"}])
+@each_case("stop", [{"rounds": 1}, {"rounds": 9, "runtime__divergence": "stop"}])
 def test_server_divergence_ends_a_run_of_one_round(stop: dict[str, Any]) -> None:
     rounds = rounds_of(
         config("feddf", server={"optimizer": {"name": "sgd", "lr": 1e30}}, **stop), num_rounds=0
@@ -201,23 +201,6 @@ def test_server_divergence_ends_a_run_of_one_round(stop: dict[str, Any]) -> None
 
     with pytest.raises(RunFailedError, match="at the server diverged"):
         rounds.run_round()
-
-
-class ClearsReceived(FedAvg):
-    """FedAvg whose clients set received tensors to zero in place."""
-
-    def train(self, client: Participant, received: Payload) -> Plan[dict[str, Any]]:
-        items = yield from super().train(client, received)
-        for tensor in received["model"].values():
-            tensor.zero_()
-        return items
-
-
-def test_hook_may_change_received_tensors_in_place() -> None:
-    plain = rounds_of(config("fedavg", "mlp", 3), num_rounds=2)
-    clearing = rounds_of(config(f"python:{__name__}:ClearsReceived", "mlp", 3), num_rounds=2)
-
-    assert same_bits(*plain.server.models.values(), *clearing.server.models.values())
 
 
 def test_server_has_only_trained_models() -> None:
@@ -298,39 +281,17 @@ def test_label_counts_stay_local_without_shared_statistics() -> None:
 def test_private_state_is_not_changed_in_place() -> None:
     rounds = rounds_of(config("local"), num_rounds=1)
     private = rounds.store.get("site_1")
-    private.state["nested"] = {"a": [1]}
+    private.state |= {"nested": {"a": [1]}, "seen": torch.zeros(2)}
+
     client = rounds.federation.client("site_1", private, 1)
     client.state["nested"]["a"].append(2)
+    client.state["seen"].add_(1)
+
     assert private.state["nested"] == {"a": [1]}
+    assert private.state["seen"].tolist() == [0, 0]
 
 
-class Noisy(nn.Module):
-    """A model that draws from torch's global generator in hidden ways."""
-
-    def __init__(self, num_classes: int, in_channels: int, input_size: tuple[int, int]) -> None:
-        super().__init__()
-        self.backbone = nn.Sequential(
-            nn.Flatten(), nn.Linear(in_channels * input_size[0] * input_size[1], 16)
-        )
-        self.head = nn.Linear(16, num_classes)
-        self.backbone.register_forward_hook(
-            lambda m, i, o: F.dropout(o + 0.1 * torch.rand_like(o), 0.3, m.training)
-        )
-
-
-def test_random_draws_of_models_are_keyed() -> None:
-    source = config("fedavg", f"python:{__name__}:Noisy")
-    torch.manual_seed(1)
-    one = rounds_of(source)
-    torch.manual_seed(2)
-    two = rounds_of(source)
-    (group,) = one.server.models
-    assert same_bits(one.server.models[group], two.server.models[group])
-
-
-@pytest.mark.parametrize(
-    "setting", [{"class_weights": "balanced"}, {"augment": {"flip": True, "crop": 1}}]
-)
+@each_case("setting", [{"class_weights": "balanced"}, {"augment": {"flip": True, "crop": 1}}])
 def test_centralized_training_uses_client_settings(setting: dict[str, Any]) -> None:
     defaults = {"optimizer": {"name": "sgd", "lr": 0.05}, **setting}
     fedavg = rounds_of(config("fedavg", clients=1, clients__defaults=defaults))
@@ -401,3 +362,15 @@ def test_hook_without_steps_may_be_a_plain_function() -> None:
     rounds.run_round()
 
     assert aggregated == [len(rounds.federation.client_infos)]
+
+
+def test_draw_cohort_depends_on_round_and_attempt() -> None:
+    federation = prepare(config("fedavg", clients=8)).federation
+
+    by_round = [federation.sample_cohort(3, round_idx) for round_idx in range(8)]
+    by_attempt = [federation.sample_cohort(3, 0, attempt) for attempt in range(8)]
+
+    for cohorts in (by_round, by_attempt):
+        assert len({tuple(cohort) for cohort in cohorts}) > 4
+        assert all(len(set(c)) == 3 and c == natural_order(c) for c in cohorts)
+    assert by_round[0] == by_attempt[0] == federation.sample_cohort(3, 0)

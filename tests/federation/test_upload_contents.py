@@ -12,6 +12,7 @@ from hetero_fl.cli import main
 from hetero_fl.core.payload import Item
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.upload_contents import UploadContent, _group_tensors, upload_contents
+from tests.support.cases import each_case
 
 
 def contents(max_parts: int = 10, **source: Any) -> list[UploadContent]:
@@ -34,7 +35,7 @@ def test_upload_contents_lists_each_shared_tensor() -> None:
     assert all(part.num_bytes == 4 * part.num_values for part in content.parts)
 
 
-@pytest.mark.parametrize("max_parts", [1, 2, 3])
+@each_case("max_parts", [1, 2, 3])
 def test_upload_contents_groups_tensors_by_layer(max_parts: int) -> None:
     (whole,) = contents(100, clients=MLP)
     (grouped,) = contents(max_parts, clients=MLP)
@@ -76,7 +77,7 @@ def test_upload_contents_differ_by_architecture_and_share() -> None:
     assert [part.shapes for part in mlp.parts if part.item == "logits"] == [((50, 10),)]
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("method", "words"),
     [("fedavg", ("content of an upload", "head.weight", "sum")), ("local", ("nothing",))],
 )

@@ -19,6 +19,7 @@ from hetero_fl.privacy.accounting import (
     solve_noise_multiplier,
     worst_epsilon,
 )
+from tests.support.cases import each_case
 
 
 def of_opacus(name: str, schedule: list[tuple[float, float, int]], delta: float) -> float:
@@ -32,9 +33,7 @@ def of_opacus(name: str, schedule: list[tuple[float, float, int]], delta: float)
         return float(accountant.get_epsilon(delta=delta))
 
 
-@pytest.mark.parametrize(
-    ("name", "accountant"), [("PRVAccountant", "prv"), ("RDPAccountant", "rdp")]
-)
+@each_case(("name", "accountant"), [("PRVAccountant", "prv"), ("RDPAccountant", "rdp")])
 def test_epsilon_matches_opacus(name: str, accountant: str) -> None:
     history = add_charges(
         add_charges((), [PrivacyCharge(0.1, 30)]),
@@ -67,7 +66,7 @@ def test_gaussian_composition_is_exact() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+@each_case("accountant", ["prv", "rdp"])
 def test_noise_multiplier_meets_target_epsilon(accountant: str) -> None:
     histories = [((1.0, 0.2, 30), (8.0, 1.0, 1)), ((1.0, 0.1, 60),)]
     z = solve_noise_multiplier(histories, 3.0, 1e-5, accountant)
@@ -77,7 +76,7 @@ def test_noise_multiplier_meets_target_epsilon(accountant: str) -> None:
     assert worst_epsilon(histories, 0.99 * z, 1e-5, accountant) > 3.0
 
 
-@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+@each_case("accountant", ["prv", "rdp"])
 def test_noise_multiplier_has_a_minimum(accountant: str) -> None:
     history = ((1.0, 1.0, 1),)
     small = epsilon_of_history(history, 0.045, 1e-5, accountant)

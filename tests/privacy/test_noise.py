@@ -1,4 +1,4 @@
-"""Noise: keyed torch generators in simulations, secret key streams in deployments."""
+"""Noise that is drawn from a secret or a seed, and label counts with noise."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
-from hetero_fl.privacy.mechanisms import KeyedNoiseSource, SecretNoiseSource
+from hetero_fl.config.privacy import PrivacyConfig
+from hetero_fl.privacy.mechanisms import KeyedNoiseSource, SecretNoiseSource, noisy_label_counts
 from hetero_fl.utils.seeding import keyed_generator
+from tests.support.cases import each_case
 
 SECRET = bytes(range(32))
 
@@ -24,7 +26,7 @@ def test_simulation_noise_matches_torch_generator() -> None:
     assert torch.equal(KeyedNoiseSource(7).normal(like, 2.5, "a", 1), first)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 200_001])
+@each_case("count", [1, 2, 3, 200_001])
 def test_secret_noise_has_the_requested_distribution(count: int) -> None:
     drawn = (
         SecretNoiseSource(SECRET).stream("n").normal(torch.zeros(count, dtype=torch.float64), 3.0)
@@ -86,3 +88,24 @@ def test_equal_values_get_equal_noise() -> None:
     assert all(
         not torch.allclose(a, b, atol=1e-3) for i, a in enumerate(different) for b in different[:i]
     )
+
+
+PRIVACY = PrivacyConfig(noise_multiplier=2.0, statistics_noise=3.0, delta=1e-4)
+COUNTS = torch.full((400,), 1e6)
+
+
+@each_case(("kind", "norm_of_a_row"), [("multiclass", 1.0), ("multilabel", 20.0)])
+def test_noised_counts_scale_with_sensitivity(kind: str, norm_of_a_row: float) -> None:
+    noise = noisy_label_counts(COUNTS, kind, PRIVACY, KeyedNoiseSource(0), "site_1") - COUNTS
+
+    deviation = norm_of_a_row * 2.0 * 3.0
+    assert float(noise.std()) == pytest.approx(deviation, rel=4 / math.sqrt(2 * len(COUNTS)))
+
+
+def test_noised_counts_are_non_negative() -> None:
+    empty = torch.zeros(400)
+
+    assert (
+        noisy_label_counts(empty, "multiclass", PRIVACY, KeyedNoiseSource(0), "site_1") >= 0
+    ).all()
+    assert noisy_label_counts(empty, "regression", PRIVACY, KeyedNoiseSource(0), "site_1") is empty

@@ -27,6 +27,7 @@ from hetero_fl.robustness.attacks import (
     MaliciousClients,
     attack,
 )
+from tests.support.cases import each_case
 from tests.support.federations import MIXED, config, deployed, rounds_of
 from tests.support.python_federations import QUIET
 
@@ -70,7 +71,7 @@ def test_update_attacks_match_formulas() -> None:
     assert torch.equal(make_attack("backdoor", strength=5).poison_updates(u, scene()), 5 * u)
 
 
-@pytest.mark.parametrize(("n", "f"), [(20, 4), (50, 12), (11, 2)])
+@each_case(("n", "f"), [(20, 4), (50, 12), (11, 2)])
 def test_alie_attack_matches_theory(n: int, f: int) -> None:
     z = make_attack("little_is_enough").deviations(n, f)
     supporters = n // 2 + 1 - f

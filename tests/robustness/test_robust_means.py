@@ -13,6 +13,7 @@ from hetero_fl.config.robustness import PREDICTIONS, RULES, AggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.task import Task
 from hetero_fl.robustness.robust_means import AggregationRules
+from tests.support.cases import each_case
 from tests.support.federations import MIXED, config, rounds_of
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -173,7 +174,7 @@ MATRIX = [
 ]
 
 
-@pytest.mark.parametrize(("method", "key", "value"), MATRIX)
+@each_case(("method", "key", "value"), MATRIX)
 def test_every_rule_runs_with_every_supported_method(method: str, key: str, value: str) -> None:
     rounds = rounds_of(
         config(
@@ -238,7 +239,7 @@ def test_rule_state_is_checkpointed() -> None:
     assert second.state_dict()["aggregation"] == uninterrupted.state_dict()["aggregation"]
 
 
-@pytest.mark.parametrize("name", [n for n in PREDICTIONS if n != "mean"])
+@each_case("name", [n for n in PREDICTIONS if n != "mean"])
 def test_rules_handle_the_largest_floats(name: str, cards: list[Any]) -> None:
     """Use finite uploads whose row sums overflow."""
     most = torch.finfo(torch.float32).max

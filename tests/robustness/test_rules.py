@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from hetero_fl.config.robustness import PREDICTIONS, RULES, AggregationConfig
 from hetero_fl.robustness.rules import UploadBlock, prediction_rule, rule, trimmed_mean
 from tests.references import robust_rules
+from tests.support.cases import each_case
 
 pytestmark = pytest.mark.usefixtures("float64")
 CLIENTS, MALICIOUS = 11, 2
@@ -51,8 +54,7 @@ def combined(
     )
 
 
-@pytest.mark.parametrize("n", [11, 12])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@each_case(("n", "seed"), itertools.product([11, 12], [0, 1, 2]))
 def test_rules_match_references(seed: int, n: int) -> None:
     v, start, root = vectors(seed, n), vectors(seed + 10)[0], vectors(seed + 20)[0]
     wanted = {
@@ -72,7 +74,7 @@ def test_rules_match_references(seed: int, n: int) -> None:
     assert np.allclose(got, robust_rules.norm_bound(v, start, 0.5), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["median", "trimmed_mean", "krum", "multi_krum", "bulyan"])
+@each_case("name", ["median", "trimmed_mean", "krum", "multi_krum", "bulyan"])
 def test_outliers_stay_within_range_of_benign_uploads(name: str) -> None:
     v = vectors()
     v[[3, 7]] = 1e6
@@ -102,7 +104,7 @@ def test_influence_of_a_malicious_client_is_bounded() -> None:
     assert np.array_equal(combined("fltrust", against, start=start, root=root), start)
 
 
-@pytest.mark.parametrize("name", [n for n in RULES if n != "mean"])
+@each_case("name", [n for n in RULES if n != "mean"])
 def test_rules_return_equal_uploads(name: str) -> None:
     v = np.tile(vectors()[0], (CLIENTS, 1))
     got = combined(name, v, 0, start=np.zeros(17), root=v[0])
@@ -159,7 +161,7 @@ def consensus(
     ).numpy()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@each_case("seed", [0, 1, 2])
 def test_prediction_rules_match_references(seed: int) -> None:
     predictions, memory = sample_predictions(seed), {}
     assert np.allclose(
@@ -187,7 +189,7 @@ def test_prediction_rules_match_references(seed: int) -> None:
     assert np.allclose(list(memory.values()), before)
 
 
-@pytest.mark.parametrize("name", [n for n in PREDICTIONS if n != "mean"])
+@each_case("name", [n for n in PREDICTIONS if n != "mean"])
 def test_colluding_clients_do_not_decide_a_row(name: str) -> None:
     predictions = sample_predictions()
     right = predictions.mean(0).argmax(1)

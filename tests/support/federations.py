@@ -20,6 +20,22 @@ from hetero_fl.utils.serialization import encode
 METHODS = sorted(
     name for name in register_algorithm if register_algorithm[name].__module__[:10] == "hetero_fl."
 )
+DEFAULTS = {name: register_algorithm[name]() for name in METHODS}
+"""Each method with its default settings."""
+SINGLE_UPLOADS = [
+    name
+    for name, method in DEFAULTS.items()
+    if any(spec.use == "each" for spec in method.uploads.values())
+]
+"""Methods whose server needs the upload of each client."""
+SUMMING = [
+    name
+    for name, method in DEFAULTS.items()
+    if name not in SINGLE_UPLOADS
+    and not method.needs.all_clients
+    and method.needs.asynchronous is None
+]
+"""Methods whose server needs only sums of uploads, and whose runs may be synchronous."""
 TOP: dict[str, Any] = {
     "compress": [{"topk": 0.1}, {"quantize": 8}]
     # A channel with compression residuals.

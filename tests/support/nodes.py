@@ -116,6 +116,46 @@ class LossyTransport(LoopbackTransport):
         return {number: None if answer is LOST else answer for number, answer in found.items()}
 
 
+class RecordingTransport(LossyTransport):
+    """A transport that records messages, and can repeat one after the server is gone.
+
+    Attributes:
+        requests: What the server sends.
+        tasks: The tasks among these, with their nodes.
+        received: What the server receives.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: list[Envelope] = []
+        self.tasks: list[tuple[int, Envelope]] = []
+        self.received: list[Envelope] = []
+
+    def push(self, node: int, envelope: Envelope, within: float) -> str:
+        number = super().push(node, envelope, within)
+        self.requests.append(envelope)
+        if envelope.head["ask"] == "do" and envelope.head["kind"] == "answer":
+            self.tasks.append((node, envelope))
+        return number
+
+    def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
+        found = super().pull(numbers, wait)
+        self.received += [answer for answer in found.values() if answer is not None]
+        return found
+
+    def repeat(self, node: int, envelope: Envelope) -> Envelope:
+        """Repeat a request as another task."""
+        task = "another" + str(envelope.head["task"])[7:]
+        head = {**envelope.head, "task": task, "expires": time.time() + LONG}
+        self.last = None
+        number = LossyTransport.push(self, node, Envelope(head, envelope.body), LONG)
+        while not (found := self.pull([number], 1.0)):
+            pass
+        answer = found[number]
+        assert answer is not None
+        return answer
+
+
 class OrderedTransport(LossyTransport):
     """A transport whose answers arrive in the order in which messages were sent."""
 

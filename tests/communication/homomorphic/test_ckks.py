@@ -16,6 +16,7 @@ from hetero_fl.communication.homomorphic import ckks
 from hetero_fl.communication.vector_layout import FixedPoint, weight_unit
 from hetero_fl.config.communication import HomomorphicConfig
 from hetero_fl.core.payload import PayloadError
+from tests.support.cases import each_case
 from tests.support.homomorphic import shared_key
 
 LENGTH = ckks.SLOTS + 5
@@ -130,7 +131,7 @@ def test_server_has_no_key() -> None:
     assert len(ckks.public_context()) < 200 < len(shared_key().secret)
 
 
-@pytest.mark.parametrize("clients", [1, 3, 1000])
+@each_case("clients", [1, 3, 1000])
 def test_another_key_decrypts_nothing(clients: int) -> None:
     noise_bits = HomomorphicConfig().num_noise_bits(clients)
     rows = ckks.encrypt(shared_key().context, words([1234] * ckks.SLOTS), noise_bits)
@@ -140,7 +141,7 @@ def test_another_key_decrypts_nothing(clients: int) -> None:
         ckks.decrypt(other, rows, ckks.SLOTS, noise_bits)
 
 
-@pytest.mark.parametrize(
+@each_case(
     "change",
     [
         lambda rows: rows[:, :-1],

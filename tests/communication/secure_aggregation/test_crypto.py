@@ -17,6 +17,7 @@ from hetero_fl.communication.secure_aggregation.crypto import BLOCK, apply_masks
 from hetero_fl.communication.vector_layout import FixedPoint, TensorKey, VectorLayout
 from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError
+from tests.support.cases import each_case
 
 
 def test_key_agreement_excludes_third_parties() -> None:
@@ -38,7 +39,7 @@ def test_key_agreement_excludes_third_parties() -> None:
         crypto.derive_shared_key(a, bytes(32), b"x")
 
 
-@pytest.mark.parametrize("threshold", [2, 3, 4])
+@each_case("threshold", [2, 3, 4])
 def test_threshold_of_shares_recovers_the_secret(threshold: int) -> None:
     secret, holders = b"\xff" * 32, [1, 4, 5, 9, 200]
     shares = dict(zip(holders, crypto.split_secret(secret, threshold, holders), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ from hetero_fl.communication.secure_aggregation.messages import (
 )
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.seeding import stream_key
+from tests.support.cases import each_case
 from tests.support.secure_aggregation import EXCHANGES, Party
 
 Arrays = dict[str, np.ndarray]
@@ -59,7 +61,7 @@ def numbers(*them: int) -> np.ndarray:
     return np.array(them, np.int32)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("survivors", "reason"),
     [
         ((1, 2, 3, 4, 4), "expected distinct"),
@@ -96,7 +98,7 @@ def test_client_signs_one_set_of_survivors() -> None:
     assert "request 'consistency' out of order" in refusal(party, "site_1", second)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("change", "reason"),
     [
         (lambda got: got["signers"].__setitem__(0, 6), "signers: expected clients that are in"),
@@ -169,7 +171,7 @@ def test_second_vector_with_the_same_masks_is_refused() -> None:
     assert "request 'train' out of order" in refusal(party, "site_1", request)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("ask", "change", "reason"),
     [
         ("shares", lambda got: got["keys"][0].fill(0), "the public keys of this client are not"),
@@ -218,7 +220,7 @@ def test_twice_the_threshold_of_clients_is_refused() -> None:
         party.run_round()
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("ask", "change", "reason"),
     [
         (
@@ -315,7 +317,7 @@ def test_shares_of_another_secret_are_refused() -> None:
 
 
 # One hostile client of five
-@pytest.mark.parametrize(
+@each_case(
     ("forged", "reason"),
     [
         (b"\xff" * 64, "invalid public key"),
@@ -371,8 +373,7 @@ GARBAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("garbage", GARBAGE)
-@pytest.mark.parametrize("ask", EXCHANGES)
+@each_case(("garbage", "ask"), itertools.product(GARBAGE, EXCHANGES))
 def test_garbage_drops_or_names_its_sender(ask: str, garbage: str) -> None:
     party = Party(5)
 

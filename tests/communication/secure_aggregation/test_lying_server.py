@@ -12,6 +12,7 @@ from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation import client
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.seeding import stream_key
+from tests.support.cases import each_case
 from tests.support.lying_server import LyingServer
 from tests.support.secure_aggregation import Party
 
@@ -65,7 +66,7 @@ def test_lies_about_partners_and_dropouts_reveal_no_upload(
         assert server.attack(dict.fromkeys(server.everyone, server.everyone), survivors) == []
 
 
-@pytest.mark.parametrize(("count", "chosen"), [(5, 3), (9, 5)])
+@each_case(("count", "chosen"), [(5, 3), (9, 5)])
 def test_the_attack_works_without_signatures(
     count: int, chosen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.seeding import stream_key
+from tests.support.cases import each_case
 from tests.support.secure_aggregation import EXCHANGES, Party
 
 STAYS = "stays"
@@ -46,7 +47,7 @@ def test_every_dropout_pattern_of_four_clients(first: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "threshold"), [(5, 0.51), (6, 0.6)])
+@each_case(("count", "threshold"), [(5, 0.51), (6, 0.6)])
 def test_every_number_of_dropouts_in_each_exchange(count: int, threshold: float) -> None:
     party, draw, sums = (
         Party(count, threshold=threshold),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import (
     SECP256R1,
     SECP384R1,
@@ -17,6 +16,7 @@ from hetero_fl.communication.named_arrays import decode_arrays, encode_arrays
 from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation.messages import REQUESTS
 from hetero_fl.communication.secure_aggregation.site_keys import ENDORSEMENT, SiteKeys
+from tests.support.cases import each_case
 from tests.support.secure_aggregation import Party
 
 Arrays = dict[str, np.ndarray]
@@ -33,7 +33,7 @@ def signing_party(count: int = 4) -> Party:
     return party
 
 
-@pytest.mark.parametrize("curve", [SECP256R1, SECP384R1, SECP521R1])
+@each_case("curve", [SECP256R1, SECP384R1, SECP521R1])
 def test_endorsements_have_a_fixed_length(curve: type) -> None:
     keys = SiteKeys(generate_private_key(curve()))
 
@@ -55,7 +55,7 @@ def replay(got: Arrays, known: Arrays) -> None:
         got[name][1] = known[name][1]
 
 
-@pytest.mark.parametrize(
+@each_case(
     "change",
     [
         # The server's own signature key, and a signature that was changed or is missing.
@@ -84,7 +84,7 @@ def test_replaced_round_keys_are_refused(change: Callable[[Arrays, Arrays], None
     assert NOT_SIGNED in summed.dropouts["site_1"]
 
 
-@pytest.mark.parametrize("key", ["none", "unknown", "site_3"])
+@each_case("key", ["none", "unknown", "site_3"])
 def test_keys_that_another_site_signed_are_refused(key: str) -> None:
     party = signing_party()
     unknown = {"none": SiteKeys(), "unknown": SiteKeys(generate_private_key(SECP384R1()))}

@@ -21,6 +21,7 @@ from hetero_fl.deployment.flower.prefork import COMMAND, write_launcher
 from hetero_fl.deployment.flower.supernode import start_prefork
 from hetero_fl.deployment.transport import Envelope, UnreadableAnswer
 from hetero_fl.utils.errors import RunFailedError
+from tests.support.cases import each_case
 from tests.support.flower_federation import until
 from tests.support.loopback import LoopbackTransport
 
@@ -142,7 +143,7 @@ def test_gateway_forwards_node_requests(gateway: tuple[Gateway, list[httpx.Reque
     assert request.headers["x-key"] == "k"
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("method", "path", "status"),
     [
         ("POST", "/v1/control/stop-run", 404),
@@ -154,6 +155,7 @@ def test_gateway_forwards_node_requests(gateway: tuple[Gateway, list[httpx.Reque
         ("GET", "/health", 404),
         ("POST", "/v1/fleet/%2e%2e/control/stop-run", 400),
         ("POST", "/v1/fleet/a%2fb", 400),
+        ("LONG", "/v1/fleet/push", 413),
     ],
 )
 def test_gateway_refuses_other_requests(
@@ -161,16 +163,9 @@ def test_gateway_refuses_other_requests(
 ) -> None:
     result, passed = gateway
 
-    assert ask(result, method, path).status_code == status
-    assert not passed
-
-
-def test_gateway_refuses_long_requests(gateway: tuple[Gateway, list[httpx.Request]]) -> None:
-    result, passed = gateway
-
-    answer = ask(result, "POST", "/v1/fleet/push", content=bytes(REQUEST_BYTES + 1))
-
-    assert answer.status_code == 413
+    content = bytes(REQUEST_BYTES + 1) if method == "LONG" else b""
+    method = method.replace("LONG", "POST")
+    assert ask(result, method, path, content=content).status_code == status
     assert not passed
 
 
@@ -182,7 +177,7 @@ def test_gateway_reports_unreachable_superlink(tmp_path: Path) -> None:
     assert answer.status_code == 503
 
 
-@pytest.mark.parametrize("name", ["short", "long" * 40])
+@each_case("name", ["short", "long" * 40])
 def test_launcher_asks_the_prefork_process(name: str, tmp_path: Path) -> None:
     tmp_path = tmp_path / name
     tmp_path.mkdir()

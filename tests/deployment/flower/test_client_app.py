@@ -21,6 +21,7 @@ from hetero_fl.deployment.flower.client_app import handle_query
 from hetero_fl.deployment.flower.grid import from_message, to_content
 from hetero_fl.deployment.flower.worker_socket import WorkerError, forward, socket_path
 from hetero_fl.deployment.transport import Envelope
+from tests.support.cases import each_case
 from tests.support.flower_federation import until, worker_processes
 
 pytestmark = pytest.mark.usefixtures("flower_task")
@@ -55,9 +56,7 @@ def query(envelope: Envelope | RecordDict, **node_config: str) -> Envelope:
     message = Message(content, 1, "query")
     message.metadata.__dict__["_message_id"] = message.object_id
     context = Context(1, 1, dict(node_config), RecordDict(), {})
-    answer = from_message(handle_query(message, context))
-    assert answer is not None
-    return answer
+    return from_message(handle_query(message, context))
 
 
 def test_client_app_does_not_import_torch() -> None:
@@ -132,7 +131,7 @@ def test_invalid_site_file_is_reported_at_the_site(
     assert capsys.readouterr().err.splitlines() == [line, f"refused: {reason}"]
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("content", "expected"),
     [
         (HELLO, "--node-config has no site; expected 'site=\"/path/to/site.yaml\"'"),

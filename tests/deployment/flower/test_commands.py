@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from hetero_fl.deployment.flower import commands
 from hetero_fl.deployment.flower.commands import FlowerCommand, environment, free_port, run_flwr
 from hetero_fl.deployment.flower.superlink import SuperLink
 from hetero_fl.utils.errors import RunFailedError, UserError
+from tests.support.cases import each_case
 from tests.support.flower_federation import until
 
 TREE = """
@@ -28,24 +30,15 @@ time.sleep(1000)
 """
 
 
-@pytest.mark.parametrize("found", ["1.41.0", "1.57.2", "1.41.dev3"])
-def test_later_versions_of_flower_are_accepted(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "version", lambda _: found)
-    commands.check_flower()
-
-
-@pytest.mark.parametrize("found", ["1.40.9", "0.42.0", "2.0.0"])
-def test_other_versions_of_flower_are_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "version", lambda _: found)
-    line = (
-        rf"flwr: expected version >= 1\.41 and < 2, got {found}; "
-        r"run pip install 'hetero_fl\[flower\]'"
-    )
-    with pytest.raises(UserError, match=line):
+def test_version_of_flower_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found in ("1.41.0", "1.57.2", "1.41.dev3"):
+        monkeypatch.setattr(commands, "version", Mock(return_value=found))
         commands.check_flower()
-
-
-def test_missing_flower_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found in ("1.40.9", "0.42.0", "2.0.0"):
+        monkeypatch.setattr(commands, "version", Mock(return_value=found))
+        with pytest.raises(UserError) as caught:
+            commands.check_flower()
+        assert f"flwr: expected version >= 1.41 and < 2, got {found}; run" in str(caught.value)
     monkeypatch.setattr(commands, "version", Mock(side_effect=PackageNotFoundError))
     with pytest.raises(UserError, match="flwr: not installed"):
         commands.check_flower()
@@ -66,7 +59,7 @@ def is_alive(process: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("ending", ["terminate", "kill"])
+@each_case("ending", ["terminate", "kill"])
 def test_command_stops_its_child_processes(ending: str, tmp_path: Path) -> None:
     command, child = start_tree(tmp_path)
     assert command.is_running
@@ -123,8 +116,7 @@ def test_occupied_port_is_named() -> None:
             SuperLink(port=port)
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid"])
-@pytest.mark.parametrize("port", [0, 9092])
+@each_case(("host", "port"), itertools.product(["192.0.2.1", "nowhere.invalid"], [0, 9092]))
 def test_remote_host_is_named(host: str, port: int, tmp_path: Path) -> None:
     files = make_server_files(tmp_path, [host])
     with pytest.raises(UserError, match=rf"server.host: {host} is not an address of this machine"):

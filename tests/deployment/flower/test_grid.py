@@ -31,6 +31,7 @@ from hetero_fl.deployment.flower.server_app import run_in_app
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.transport import Envelope, Handle, UnreadableAnswer
 from hetero_fl.utils.errors import RunFailedError, UserError
+from tests.support.cases import each_case
 from tests.support.federations import config
 from tests.support.nodes import ALL, until
 
@@ -102,7 +103,6 @@ class FakeGrid(Grid):
         number = message.object_id
         message.metadata.__dict__["_message_id"] = number
         envelope = from_message(message)
-        assert envelope is not None
         try:
             answer = self.members[message.metadata.dst_node_id].handle(envelope)
             self.answers[number] = Message(to_content(answer), reply_to=message)
@@ -133,16 +133,22 @@ def grid() -> FakeGrid:
 
 
 @pytest.fixture
+def node(grid: FakeGrid, transport: GridTransport) -> int:
+    """Let a node that answers join the grid."""
+    grid.join(echo)
+    (number,) = transport.nodes()
+    return number
+
+
+@pytest.fixture
 def transport(grid: FakeGrid) -> GridTransport:
     return GridTransport(grid)
 
 
 @pytest.mark.parametrize("size", [0, 1, SMALL_BODY_BYTES, SMALL_BODY_BYTES + 1])
 def test_message_and_answer_arrive_unchanged(
-    grid: FakeGrid, transport: GridTransport, size: int
+    grid: FakeGrid, transport: GridTransport, node: int, size: int
 ) -> None:
-    grid.join(echo)
-    (node,) = transport.nodes()
     head = {"ask": "do", "round": 3, "work": 0.5, "details": False, "key": b"\0\xff"}
     body = bytes(i % 251 for i in range(size))
 
@@ -152,9 +158,9 @@ def test_message_and_answer_arrive_unchanged(
     assert answers == {number: Envelope({**head, "answered": True}, body[::-1])}
 
 
-def test_message_to_unknown_node_has_no_answer(grid: FakeGrid, transport: GridTransport) -> None:
-    grid.join(echo)
-    (node,) = transport.nodes()
+def test_message_to_unknown_node_has_no_answer(
+    grid: FakeGrid, transport: GridTransport, node: int
+) -> None:
     grid.members.clear()
 
     lost = [transport.push(node, Envelope(), 60.0), transport.push(77, Envelope(), 60.0)]
@@ -203,9 +209,9 @@ def test_unreadable_answer_does_not_hide_others(grid: FakeGrid, transport: GridT
     assert answers[numbers[1]] == Envelope({"answered": True})
 
 
-def test_stopped_superlink_fails_the_run(grid: FakeGrid, transport: GridTransport) -> None:
-    grid.join(echo)
-    (node,) = transport.nodes()
+def test_stopped_superlink_fails_the_run(
+    grid: FakeGrid, transport: GridTransport, node: int
+) -> None:
     number = transport.push(node, Envelope(), 60.0)
     grid.is_down = True
 
@@ -218,9 +224,7 @@ def test_stopped_superlink_fails_the_run(grid: FakeGrid, transport: GridTranspor
             call()
 
 
-def test_expired_answers_are_discarded(grid: FakeGrid, transport: GridTransport) -> None:
-    grid.join(echo)
-    (node,) = transport.nodes()
+def test_expired_answers_are_discarded(grid: FakeGrid, transport: GridTransport, node: int) -> None:
     transport.push(node, Envelope({"n": 1}), -1.0)  # nobody asks for its answer
     number = transport.push(node, Envelope({"n": 2}), 60.0)
 
@@ -241,9 +245,7 @@ def test_slow_answer_does_not_block_others(grid: FakeGrid, transport: GridTransp
     assert transport.pull(numbers[:1], 10.0) == {numbers[0]: Envelope({"answered": True})}
 
 
-def test_answers_are_kept_until_pulled(grid: FakeGrid, transport: GridTransport) -> None:
-    grid.join(echo)
-    (node,) = transport.nodes()
+def test_answers_are_kept_until_pulled(grid: FakeGrid, transport: GridTransport, node: int) -> None:
     first = transport.push(node, Envelope({"n": 1}), 60.0)
     second = transport.push(node, Envelope({"n": 2}), 60.0)
 
@@ -271,12 +273,12 @@ def test_late_answer_of_a_lost_node_is_collected(
     until(lambda: transport.pull([waiting], 0.1) or not grid.answers)
 
 
-def test_run_stopped_by_flower_is_named(grid: FakeGrid, transport: GridTransport) -> None:
+def test_run_stopped_by_flower_is_named(
+    grid: FakeGrid, transport: GridTransport, node: int
+) -> None:
     class RunNotRunningException(BaseException):
         """Stand in for Flower's exception of this name."""
 
-    grid.join(echo)
-    (node,) = transport.nodes()
     number = transport.push(node, Envelope(), 60.0)
     grid.push_messages = grid.pull_messages = Mock(side_effect=RunNotRunningException)  # type: ignore[method-assign]
 
@@ -332,7 +334,7 @@ def test_nodes_file_binds_clients_to_keys(
         run_in_app(grid, settings, config("fedavg", "cnn_gn_small"))
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("settings", "line"),
     [
         ({"dedline": 3}, "run-config: unknown key 'dedline'; did you mean 'deadline'"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
+from hetero_fl.cli import main
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.engine import templates
 from hetero_fl.engine.templates import (
@@ -23,7 +26,9 @@ from hetero_fl.experiment import prepare, run
 from hetero_fl.experiment.runner import choose_for_nodes
 from hetero_fl.federation.executors import choose as module
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor
+from hetero_fl.utils import extras
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.federations import MIXED, config, rounds_of, same_bits
 
 # Much computation per transfer.
@@ -135,6 +140,8 @@ def test_steps_are_timed_if_the_estimate_is_inconclusive(
     assert choose_executor(short.config, short.federation).executor == "serial"
     with pytest.raises(AssertionError, match="timed"):
         choose_executor(prepared.config, prepared.federation)
+    # The choice for nodes does not depend on the time that steps take here.
+    assert choose_for_nodes(prepared).chunk == 1
 
 
 def test_slow_step_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,15 +154,6 @@ def test_slow_step_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     measure_step(ModelSpec.from_config("mlp", 10, (1, 28, 28)), 4, 1)
 
     assert len(steps) == 1
-
-
-def test_choice_for_nodes_does_not_depend_on_timing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "available_cores", lambda: 2)
-    monkeypatch.setattr(module, "measure_step", Mock(side_effect=AssertionError("timed")))
-    prepared = prepare(config("local", models=MIXED, rounds=1_000_000, runtime={}))
-    assert choose_for_nodes(prepared).chunk == 1
 
 
 def test_timing_restores_threads_and_generators() -> None:
@@ -274,13 +272,10 @@ def test_channels_last_is_chosen_by_model() -> None:
         and innermost("resnet20", 3, 32, 32)
     )
     assert not any(innermost(n, 1, 28, 28) for n in ("resnet18", "vit", "mlp", "gru"))
-
-
-@pytest.mark.parametrize(("width", "expected"), [(4, False), (8, True)])
-def test_channels_last_is_not_chosen_for_narrow_shortcuts(width: int, expected: bool) -> None:
-    arch = ModelSpec.from_config("resnet", 10, (1, 28, 28), options={"widths": [width, 16, 32]})
-
-    assert prefers_channels_last(arch) == expected
+    for width, expected in ((4, False), (8, True)):
+        options = {"widths": [width, 16, 32]}
+        narrow = ModelSpec.from_config("resnet", 10, (1, 28, 28), options=options)
+        assert prefers_channels_last(narrow) == expected
 
 
 class Viewing(nn.Module):
@@ -337,3 +332,47 @@ def test_bfloat16_keeps_parameters_and_trains(monkeypatch: pytest.MonkeyPatch) -
             if t.is_floating_point()
         ]
         assert torch.stack(gap).max() < 0.2
+
+
+needs_ray = pytest.mark.skipif(
+    find_spec("ray") is None, reason="ray is not installed: pip install 'hetero_fl[ray]'"
+)
+
+
+def refused(out: Path, **runtime: object) -> str:
+    with pytest.raises(UserError) as error:
+        run(config("fedavg", "mlp", runtime=runtime), out=out)
+    assert not out.exists()
+    return str(error.value)
+
+
+def test_missing_ray_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    line = refused(tmp_path / "out", executor="ray")
+    assert line == (
+        "runtime.executor needs ray, which is not installed; run pip install 'hetero_fl[ray]'"
+    )
+
+
+@needs_ray
+@each_case("address", ["somewhere", "ray://127.0.0.1:10001", "127.0.0.1:1", "127.0.0.1:123456"])
+def test_unreachable_ray_address_is_refused(address: str, tmp_path: Path) -> None:
+    line = refused(tmp_path / "out", executor="ray", address=address)
+    assert line.startswith("runtime.address: ")
+    assert f"'{address}'" in line
+
+
+def test_torchrun_executor_requires_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "torchrun --nproc-per-node 3" in refused(tmp_path / "out", executor="torchrun")
+    # A check needs no other processes.
+    source = config("fedavg", "mlp", runtime={"executor": "torchrun"})
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(source))
+    assert main(["train", "--check", "--config", str(tmp_path / "c.yaml")]) == 0
+
+    monkeypatch.setattr(module, "num_ranks", lambda: 3)
+    line = refused(tmp_path / "out", executor="processes")
+    assert line == (
+        "runtime.executor: must be torchrun, because torchrun started 3 processes, got 'processes'"
+    )

@@ -205,7 +205,7 @@ def test_run_with_killed_driver_resumes_on_the_cluster(cluster: Cluster, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [hfl.Local(), hfl.FedAvg()], ids=["local", "fedavg"])
+@pytest.mark.parametrize("method", [hfl.Local(), hfl.FedAvg()])
 def test_own_module_gives_the_result_of_plain_torch(
     cluster: Cluster, method: hfl.Algorithm, float64: None
 ) -> None:

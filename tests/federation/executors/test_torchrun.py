@@ -187,21 +187,3 @@ def test_configuration_error_is_printed_once_by_rank_zero(tmp_path: Path) -> Non
     assert (
         process.returncode != 0 and "exitcode  : 2 " in output and not (tmp_path / "runs").exists()
     )
-
-
-def test_missing_torchrun_prints_the_launch_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from hetero_fl.cli import main
-
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(source()))
-    arguments = ["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "out")]
-    assert main(arguments, command="train") == 2
-    errors = capsys.readouterr().err
-    assert (
-        errors.count("\n") == 1
-        and "torchrun --nproc-per-node 3" in errors
-        and not (tmp_path / "out").exists()
-    )
-    # The check needs no other ranks.
-    assert main([*arguments, "--check"], command="train") == 0

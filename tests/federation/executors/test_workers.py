@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ from hetero_fl.federation.executors.workers import (
 )
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.recorded_warnings import record_warnings
+from tests.support.cases import each_case
 from tests.support.federations import broadcasts, config
 from tests.support.workers import (
     METHODS,
@@ -297,13 +299,10 @@ def test_connection_without_file_descriptor_works(
 def test_missing_shared_memory_for_data_fails_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(tensor: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError(
-            "unable to allocate shared memory(shm) for file </torch_1>: "
-            "No space left on device (28)"
-        )
-
-    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    full = RuntimeError(
+        "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+    )
+    monkeypatch.setattr(torch.Tensor, "share_memory_", Mock(side_effect=full))
     with pytest.raises(
         RunFailedError,
         match=r"^runtime\.executor: not enough shared memory for the workers' data "
@@ -321,7 +320,7 @@ def test_workers_remember_only_clients_with_private_state() -> None:
         assert [bool(worker._used) for worker in pool.workers] == [some, some]
 
 
-@pytest.mark.parametrize("num_states", [0.5, 1.5, 2.5, 3.5])
+@each_case("num_states", [0.5, 1.5, 2.5, 3.5])
 def test_worker_keeps_dropped_state_for_waiting_job(
     num_states: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,7 +336,7 @@ def test_worker_keeps_dropped_state_for_waiting_job(
         assert worker.store.cached_bytes <= (num_states + 1) * size
 
 
-@pytest.mark.parametrize("count", [4, 8])
+@each_case("count", [4, 8])
 def test_abandoned_task_has_no_effect(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Repeat a round that failed in the middle; its pending results are not used."""
     groups = [{"name": "calm", "count": count, "model": {"name": "mlp", "hidden": [8]}}]
@@ -412,8 +411,9 @@ def test_exception_in_worker_is_reported_in_one_line(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("when", ["starting", "waiting"])
+@each_case(
+    ("end", "when"), itertools.product([signal.SIGINT, signal.SIGKILL], ["starting", "waiting"])
+)
 def test_stopped_run_leaves_no_process(end: signal.Signals, when: str, tmp_path: Path) -> None:
     """Stop the run while workers start, or in the middle of a long job."""
     source = config("python:tests.support.failing_methods:Waits", "mlp")

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
+from hetero_fl.config.simulation import DevicesConfig, FaultsConfig
 from hetero_fl.engine.templates import training_flops
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.simulation.devices import Device, Devices, Timing, read_traces
+from hetero_fl.federation.simulation.devices import Device, Devices, Timing
 from hetero_fl.federation.simulation.faults import Faults
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.federations import config
 
 
@@ -75,48 +76,6 @@ def test_group_device_overrides_defaults(tmp_path: Path) -> None:
         (0.0, 10.0),
         (20.0, 30.0),
     )
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("sped\n1\n", "column 'sped'.*'speed'"),
-        ("speed\n0\n", "row 2, column speed: expected a number > 0, such as 1.0e\\+8, got '0'"),
-        ("speed\nfast\n", "got 'fast'"),
-        ("online\n5-1\n", "got '5-1'"),
-        ("online\n8:00-18:00\n", "expected disjoint intervals in seconds .*, got '8:00-18:00'"),
-        ("online\n0-5;4-9\n", "got '0-5;4-9'"),
-        ("online\n0-inf\n", "got '0-inf'"),
-        ("failure\n1.5\n", "expected a probability from 0 to 1, got '1.5'"),
-        ("failure\n10%\n", "got '10%'"),
-        ("speed,up\n1\n", "row 2: fewer values than columns"),
-        ("speed\n1,5e9\n", "row 2: more values than columns"),
-        ("online\n0-5,6-9\n", "row 2: more values than columns; separate intervals of `online` by"),
-        (
-            "client;speed\na;1\n",
-            "expected column names separated by commas, got semicolons",
-        ),
-        ("speed,up,speed\n1,2,3\n", "duplicate column 'speed'"),
-        (
-            "client,speed\nsite_1,1\nsite_2,1\nsite_1,2\n",
-            "expected one row per client, got 2 for client 'site_1'",
-        ),
-        ("client,speed\nsite1,1\n", "unknown client 'site1'; did you mean 'site_1'"),
-        ("speed\n", "contains no rows"),
-        ("client,speed\nnobody,1\n", "unknown client 'nobody'"),
-        ("online\n0-90000\n", "must be <= 86400, the seconds of a day, got 90000"),
-        ("up\n1\n", "devices.up: cannot be combined with column 'up' of .*; remove one"),
-    ],
-)
-def test_invalid_device_file_is_reported_in_one_line(
-    tmp_path: Path, text: str, message: str
-) -> None:
-    traces = tmp_path / "traces.csv"
-    traces.write_text(text)
-    with pytest.raises(UserError, match=message):
-        devices(federation(), file=str(traces), up=3)
-    with pytest.raises(UserError, match="No such file"):
-        read_traces(str(tmp_path / "none.csv"))
 
 
 def slowly(device: Device, at: float, busy: float) -> float:
@@ -182,35 +141,6 @@ def test_faults_are_drawn_by_client_and_task() -> None:
     assert {f.kind for f in failed} == {"during", "fine"}
 
 
-def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"sum of the probabilities must be <= 1, got 1\.2"):
-        FaultsConfig(before=0.6, lost=0.6)
-    with pytest.raises(ValueError, match="deadline"):
-        CohortConfig(partial_work=True)
-    assert FaultsConfig.model_validate({"server": [], "lost": 0.5}) == FaultsConfig(lost=0.5)
-
-
-@pytest.mark.parametrize(
-    ("devices", "message"),
-    [
-        ({"speed": {"median": -1}}, r"devices.speed.median: must be > 0, got -1"),
-        (
-            {"speed": "fast"},
-            r"devices.speed: expected a number or a mapping \{median, sigma\}, got 'fast'",
-        ),
-        (
-            {"up": [1, 2]},
-            r"devices.up: expected a number or a mapping \{median, sigma\}, got \[1, 2\]",
-        ),
-        ("d.csv", r"devices: expected a mapping, got 'd.csv'; did you mean 'devices.file'"),
-        ({"sped": 3}, r"devices\.sped.*speed"),
-    ],
-)
-def test_invalid_devices_are_refused(devices: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        prepare(config("fedavg", devices=devices))
-
-
 def test_fingerprint_covers_file_content(tmp_path: Path) -> None:
     spec, file = federation(), tmp_path / "a.csv"
     prints = []
@@ -226,7 +156,7 @@ def test_fingerprint_covers_file_content(tmp_path: Path) -> None:
     assert devices(spec).fingerprint == devices(spec, speed=5).fingerprint == ""
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("changes", "who"),
     [
         ({}, None),

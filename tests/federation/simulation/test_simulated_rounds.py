@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from pathlib import Path
@@ -11,15 +12,15 @@ import pytest
 import torch
 
 from hetero_fl.communication.link import UNSENT
-from hetero_fl.experiment import prepare
 from hetero_fl.federation.channel import UploadSizes
 from hetero_fl.federation.simulation.devices import local_steps
 from hetero_fl.federation.simulation.faults import flip_bytes
 from hetero_fl.federation.simulation.sampling import PENALTY
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import Record
-from hetero_fl.utils.errors import RunFailedError, UserError
+from hetero_fl.utils.errors import RunFailedError
 from tests.federation.test_synchronous import poisoned
+from tests.support.cases import each_case
 from tests.support.federations import MIXED, TOP, config, rounds_of, same_bits
 
 SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": {"median": 1e5, "sigma": 0.9}, "down": 1e6}
@@ -66,7 +67,7 @@ def arithmetic(record: Record) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fedavg", "hybrid", "fedper"])
+@each_case("method", ["fedavg", "hybrid", "fedper"])
 def test_devices_change_only_simulated_time(method: str) -> None:
     plain, records = run_rounds(config(method, MIXED, clients=4))
     timed, timed_records = run_rounds(config(method, MIXED, clients=4, devices=SLOW))
@@ -131,7 +132,7 @@ def test_equal_devices_arrive_in_varying_order() -> None:
     assert [r["tasks"] for r in run_rounds(source)[1]] == [r["tasks"] for r in records]
 
 
-@pytest.mark.parametrize("method", ["fedprox", "fednova", "hybrid"])
+@each_case("method", ["fedprox", "fednova", "hybrid"])
 def test_partial_work_fits_steps_to_the_deadline(
     method: str,
 ) -> None:
@@ -256,9 +257,12 @@ def same_as_uninvited(faults: dict[str, float], method: str, channel: dict[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fedper", "hybrid"])
-@pytest.mark.parametrize("fault", ["before", "after", "lost", "late", "corrupted"])
-@pytest.mark.parametrize("channel", [{}, TOP], ids=["plain", "topk"])
+@each_case(
+    ("method", "fault", "channel"),
+    itertools.product(
+        ["fedper", "hybrid"], ["before", "after", "lost", "late", "corrupted"], [{}, TOP]
+    ),
+)
 def test_failed_task_has_no_effect(fault: str, method: str, channel: dict[str, Any]) -> None:
     same_as_uninvited({fault: 0.5}, method, channel)
 
@@ -366,7 +370,7 @@ def test_skipped_round_discards_client_state() -> None:
     } == before
 
 
-@pytest.mark.parametrize("sampling", ["available", "oort"])
+@each_case("sampling", ["available", "oort"])
 def test_only_online_clients_are_sampled(sampling: str) -> None:
     devices = {**SLOW, "availability": {"share": 0.4, "day": 600}}
     source = config(
@@ -494,112 +498,6 @@ def test_round_waits_for_the_secure_sum_threshold() -> None:
         return min(len(rounds.sampler.sample(round_idx, 0, 0.0)[0]) for round_idx in range(6))
 
     assert online() < 4 <= online(channel={"secure_sum": {"threshold": 4}})
-
-
-def test_settings_without_required_inputs_are_refused() -> None:
-    def refused(message: str, clients: int = 4, **changes: Any) -> None:
-        with pytest.raises(UserError, match=message):
-            prepare(config("fedavg", "mlp", clients, **changes))
-
-    refused(
-        r"cohort\.over_selection: .*clients\.per_round",
-        cohort={"over_selection": 1.3},
-        devices=SLOW,
-    )
-    refused(
-        r"cohort\.over_selection: .*devices", cohort={"over_selection": 1.3}, clients__per_round=2
-    )
-    refused(r"cohort\.sampling=oort: requires", cohort={"sampling": "oort"})
-    refused(r"cohort\.least: must be <= 2", cohort={"least": 3}, clients__per_round=2)
-    refused(
-        r"faults: server faults are no longer simulated; remove the key 'server'",
-        faults={"server": [1]},
-    )
-    oort = {"sampling": "oort"}
-    refused(
-        r"cohort\.sampling=oort cannot be combined with channel\.secure_sum",
-        cohort=oort,
-        clients__per_round=3,
-        channel={"secure_sum": {}},
-    )
-    many = {
-        "cohort": {"over_selection": 2},
-        "clients": 8,
-        "clients__per_round": 4,
-        "devices": SLOW,
-        "data__partition": MANY,
-    }
-    refused(
-        r"cohort\.over_selection=2 is too large: .* requires 6", channel={"secure_sum": {}}, **many
-    )
-    refused(
-        r"devices\.speed\.sigma: must be <= 10, got 5e\+07; it is the standard",
-        devices={"speed": {"median": 1e8, "sigma": 5e7}},
-    )
-    refused(
-        r"staleness\.kind: unknown value 'poly'; did you mean 'polynomial'\?",
-        runtime={"mode": "async", "staleness": {"kind": "poly"}},
-    )
-    notes = prepare(
-        config("fedavg", "mlp", 4, faults={"late": 0.1}, cohort={"sampling": "available"})
-    ).notes
-    assert any("faults.late" in note for note in notes) and any(
-        "cohort.sampling" in note for note in notes
-    )
-    for changes, line in [
-        (
-            {"cohort": {"sampling": "available"}, "clients__per_round": 2},
-            "cohort.sampling: available is equivalent to uniform",
-        ),
-        ({"cohort": {"deadline": 9}}, "cohort.deadline: has no effect, because tasks take no time"),
-        (
-            {"cohort": {"deadline": 1e-3}, "devices": SLOW},
-            "cohort.deadline: no client can meet 0.001 s; training takes",
-        ),
-        (
-            {"cohort": {"deadline": 1e-6, "partial_work": True}, "devices": SLOW},
-            "cohort.deadline: no client can meet 1e-06 s; a single step",
-        ),
-        ({"faults": {"delay": 9}}, "faults.delay: has no effect, because faults.late is 0"),
-        (
-            {"cohort": {"attempts": 3}},
-            "cohort.attempts: has no effect unless cohort.too_few is repeat",
-        ),
-    ]:
-        plain = prepare(config("fedavg", "mlp", 4, devices=SLOW, cohort={"deadline": 60})).notes
-        assert any(
-            note.startswith(line) for note in prepare(config("fedavg", "mlp", 4, **changes)).notes
-        )
-        assert not any(note.startswith(line) for note in plain), line
-    refused(r"devices\.file: nowhere\.csv", devices={"file": "nowhere.csv"})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_worker_processes_match_one_process(workers: int) -> None:
-    source = config(
-        "hybrid",
-        MIXED,
-        clients=6,
-        algorithm__heads="keep",
-        devices=SLOW,
-        faults=EVERY,
-        clients__per_round=4,
-        channel=TOP,
-        cohort={"deadline": 40, "partial_work": True, "over_selection": 1.3, "too_few": "repeat"},
-    )
-    serial, records = run_rounds(source)
-    source["runtime"] = {"threads": 1, "executor": "processes", "workers": workers}
-    parallel = rounds_of(source, num_rounds=0)
-    try:
-        parallel_records = [parallel.run_round() for _ in range(source["rounds"])]
-        assert equal(serial, parallel)
-    finally:
-        parallel.executor.close()
-    for one, other in zip(records, parallel_records, strict=True):
-        assert {k: v for k, v in one.items() if k != "seconds"} == {
-            k: v for k, v in other.items() if k != "seconds"
-        }
 
 
 def test_resumed_run_continues_simulated_time(tmp_path: Path) -> None:

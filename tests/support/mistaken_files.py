@@ -1,0 +1,49 @@
+"""Read files that users wrote with a mistake, for tables of error messages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from hetero_fl.config import expand_population
+from hetero_fl.deployment.config import SiteConfig, load_server_config, load_site_config
+from hetero_fl.deployment.policy import check_config
+from hetero_fl.experiment import prepare
+from hetero_fl.experiment.configuration import load_config
+from tests.support.deployments import small
+from tests.support.federations import config
+
+
+def read_devices(text: str) -> None:
+    """Read a file with devices of three clients."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "devices.csv"
+        file.write_text(text)
+        prepare(config("fedavg", "mlp", devices={"file": str(file), "up": 3}))
+
+
+def read_server(**changes: Any) -> None:
+    """Read the file of a server with these changes."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "server.yaml"
+        file.write_text(yaml.safe_dump({"nodes": {"north": "north.pub"}, **changes}))
+        load_server_config(file)
+
+
+def read_site(**changes: Any) -> None:
+    """Read the file of a site with these changes."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "site.yaml"
+        server = {"address": "here:1"}
+        file.write_text(yaml.safe_dump({"client": "north", "server": server, **changes}))
+        load_site_config(file)
+
+
+def check_terms(site: dict[str, Any], **changes: Any) -> None:
+    """Check a server's configuration against the file of a site."""
+    source = load_config(small(**changes))
+    found = SiteConfig.model_validate({"client": "site_1", **site})
+    check_config(source, found, expand_population(source.clients)["site_1"])

@@ -67,13 +67,14 @@ def main() -> int:
 
     record = read_record()
     drawn = list(record) if options.draw is None else draw_mutants(ROOT, options.draw, options.seed)
-    mutants = [m for m in dict.fromkeys([*load(), *drawn]) if fnmatch(m.function, options.only)]
+    listed = load()
+    mutants = [m for m in dict.fromkeys([*listed, *drawn]) if fnmatch(m.function, options.only)]
     if options.measure or not COVERAGE.exists():
         measure(COVERAGE, ROOT, "--numprocesses", str(options.jobs))
     judge = Judge(CoverageMap(COVERAGE, ROOT))
     counts: Counter[tuple[str, str]] = Counter()
     for mutant, verdict in judge.verdicts(mutants, options.jobs):
-        before = record.get(mutant, "quick")
+        before = record.get(mutant, "quick" if mutant in listed else "none")
         if options.record and verdict is not None:
             record[mutant] = verdict
             write_record(record)

@@ -78,12 +78,11 @@ def check_table(subtests: pytest.Subtests, path: Path) -> None:
       `dataset`: an expression for the data set;
     - `says`: words that the message contains, a text or a list, by default none;
     - `lacks`: words that the message does not contain;
-    - `raises`: name of the exception, by default the one that `raises` beside `mistakes` gives,
-      or `UserError`.
+    - `raises`: name of the exception, by default that of the table.
 
-    It may also have `requires`, a module without which the table is skipped, `accepted`, a list of
-    entries that raise nothing, and `notes`, a list of entries whose words are those of the notes of
-    the prepared run.
+    It may also have `raises`, the exception of all entries (default: `UserError`), `requires`, a
+    module without which the table is skipped, `accepted`, a list of entries that raise nothing, and
+    `notes`, a list of entries whose words are those of the notes of the prepared run.
 
     Args:
         subtests: The fixture of pytest.

@@ -1,11 +1,17 @@
-"""A round of every method sends what is declared and counted, and changes only its own state."""
+"""A round of every method sends what is declared and counted, and changes only its own state.
+
+What is not declared, not shared or malformed is refused, in the simulation and in a federation.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import hetero_fl as hfl
+from tests.support.deployments import SITES, Federation
 from tests.support.federations import METHODS, MIXED, config, rounds_of, state_of
 from tests.support.observe import observe
 
@@ -39,7 +45,9 @@ def source_clients() -> list[str]:
 
 
 def check_traffic(method: str, seen: Any) -> None:
-    """Check that estimated, encoded and counted bytes are equal."""
+    """Check that only declared items are sent, and that estimated and counted bytes are theirs."""
+    declared = seen.trainer.algorithm.uploads
+    assert seen.items <= {(name, spec.kind) for name, spec in declared.items()}
     assert not any(record["failed"] for record in seen.records)
     assert any(seen.counted) == (method not in UNCOUNTED)
     if method in UNCOUNTED:
@@ -68,3 +76,44 @@ def test_compressed_run_sends_the_estimated_bytes(method: str) -> None:
     )
 
     check_traffic(method, observe(source))
+
+
+# Mistakes of a method after its first round, and words of the refusal.
+MISTAKES = {
+    "undeclared": "'rows'",
+    "not shared": "'model'",
+    "shape": "'model'",
+    "not finite": "'model' is not finite",
+}
+WRONG = "python:tests.support.failing_methods:SendsWrongItem"
+
+
+@pytest.mark.parametrize("place", ["simulation", "federation"])
+def test_wrong_item_is_refused_with_its_name(
+    place: str, tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    for number, (mistake, words) in enumerate(MISTAKES.items()):
+        folder = tmp_path / str(number)
+        source = config(
+            WRONG,
+            {"name": "mlp", "hidden": [8]},
+            algorithm={"name": WRONG, "mistake": mistake},
+            clients__defaults__shares=["backbone"],
+        )
+        with subtests.test(mistake=mistake):
+            reason = reason_of_refusal(hfl.load_config(source, allow_code=True), place, folder)
+            assert words in reason, reason
+
+
+def reason_of_refusal(run_config: Any, place: str, folder: Path) -> str:
+    """Return why the second upload of `site_3` was refused, or the error that ended the run."""
+    try:
+        if place == "simulation":
+            run = hfl.run(run_config, out=folder)
+        else:
+            site = {"allows": {"own_code": [WRONG]}}
+            run = Federation(folder, dict.fromkeys(SITES, site)).serve(run_config)
+    except Exception as error:
+        return str(error)
+    assert run.metrics[1]["failed"].keys() == {"site_3"}
+    return str(run.metrics[1]["failed"]["site_3"])

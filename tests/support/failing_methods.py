@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
 from hetero_fl.algorithms import register_algorithm
+from hetero_fl.core.payload import Item
 
 FedAvg, Hybrid = register_algorithm["fedavg"], register_algorithm["hybrid"]
 
@@ -41,6 +43,30 @@ class Leaves(FedAvg):  # type: ignore[misc,valid-type]
         if client.participant_id == "site_1" and client.round_context.round_idx == 1:
             os._exit(3)
         return (yield from super().train(client, received))
+
+
+class SendsWrongItem(FedAvg):  # type: ignore[misc,valid-type]
+    """Federated averaging whose third client sends a wrong item.
+
+    The server derives the expected form from what the first client of an architecture sends.
+    """
+
+    mistake: str = Field("", description="what is wrong with the item")
+
+    def train(self, client: Any, received: Any) -> Any:
+        items = yield from super().train(client, received)
+        if client.participant_id != "site_3" or client.round_context.round_idx != 1:
+            return items
+        tensors = dict(items["model"].values)
+        if self.mistake == "undeclared":
+            return {**items, "rows": torch.zeros(3)}
+        if self.mistake == "not shared":
+            tensors = client.models["model"]
+        elif self.mistake == "shape":
+            tensors = {name: tensor.flatten() for name, tensor in tensors.items()}
+        elif self.mistake == "not finite":
+            tensors = {name: tensor * float("nan") for name, tensor in tensors.items()}
+        return {**items, "model": Item(tensors, items["model"].weight, "params")}
 
 
 class Killed(FedAvg):  # type: ignore[misc,valid-type]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
@@ -11,21 +15,36 @@ from typing import Any
 import pytest
 import yaml
 
+from hetero_fl.cli import main
 from hetero_fl.experiment import PreparedRun, prepare
-from hetero_fl.utils.errors import RunFailedError, UserError
+from hetero_fl.utils.errors import UserError
 from tests.support.federations import config
 
-Mistake = tuple[type[Exception], str, Callable[[], Any]]
-"""Expected exception, pattern of its message, and the mistake."""
+
+def refusal(action: Callable[..., object], /, *arguments: Any, **keys: Any) -> str:
+    """Call a function that must raise a `UserError` of one line, and return the line."""
+    with pytest.raises(UserError) as refused:
+        action(*arguments, **keys)
+
+    message = str(refused.value)
+    assert "\n" not in message, message
+    return message
 
 
-def check_raises_one_line(mistake: Mistake) -> None:
-    """Check that a mistake raises an exception whose message is one line."""
-    kind, words, make = mistake
-    with pytest.raises(kind, match=words) as caught:
-        make()
-    assert "\n" not in str(caught.value)
-    assert isinstance(caught.value, ValueError | TypeError | RunFailedError)
+def check_refused(
+    pattern: str, action: Callable[..., object], /, *arguments: Any, **keys: Any
+) -> str:
+    """Check that a function raises a `UserError` of one line, and return the line.
+
+    Args:
+        pattern: Regular expression that the line contains.
+        action: The function.
+        *arguments: Positional arguments of the function.
+        **keys: Keyword arguments of the function.
+    """
+    message = refusal(action, *arguments, **keys)
+    assert re.search(pattern, message), message
+    return message
 
 
 def check_folder_is_refused(folder: Path, words: str, read: Callable[[], Any]) -> None:
@@ -36,12 +55,9 @@ def check_folder_is_refused(folder: Path, words: str, read: Callable[[], Any]) -
         words: Part of the message, in which `DIR` stands for the folder.
         read: Function that reads the folder as the main data set.
     """
-    with pytest.raises(UserError) as refused:
-        read()
-
-    message = str(refused.value)
+    message = refusal(read)
     assert words.replace("DIR", str(folder)) in message, message
-    assert message.startswith("data.") and "\n" not in message
+    assert message.startswith("data.")
 
 
 def check_broken_folders(
@@ -74,8 +90,12 @@ def check_table(subtests: pytest.Subtests, path: Path) -> None:
     in order) and `mistakes`, a list of entries:
 
     - `python`: an expression, or
+    - `command`: the words after `hetero-fl` on the command line, which prints one line, writes
+      no file and ends with `status` (default: 2; with 1, the line begins with `failed`), or
     - `config`: changes of a small federation, with dots in keys, `set`: a list of overrides, and
       `dataset`: an expression for the data set;
+    - `file`: name of a file that is written first, with the content `text`. Commands and entries
+      with a file run in a new folder;
     - `says`: words that the message contains, a text or a list, by default none;
     - `lacks`: words that the message does not contain;
     - `raises`: name of the exception, by default that of the table.
@@ -96,7 +116,10 @@ def check_table(subtests: pytest.Subtests, path: Path) -> None:
     for name, expression in table.get("names", {}).items():
         names[name] = eval(expression, names)
     for entry in table.get("mistakes", ()):
-        with subtests.test(mistake=str(entry.get("python") or entry)):
+        with subtests.test(mistake=str(entry.get("python") or entry)), _folder(entry):
+            if "command" in entry:
+                _check_command(entry)
+                continue
             with pytest.raises(Exception) as caught:
                 _make(entry, names)
             message = str(caught.value)
@@ -104,11 +127,37 @@ def check_table(subtests: pytest.Subtests, path: Path) -> None:
             assert "\n" not in message
             _check_words(entry, message)
     for entry in table.get("accepted", ()):
-        with subtests.test(accepted=str(entry)):
+        with subtests.test(accepted=str(entry)), _folder(entry):
             _make(entry, names)
     for entry in table.get("notes", ()):
         with subtests.test(notes=str(entry)):
             _check_words(entry, "\n".join(_prepared(entry, names).notes))
+
+
+@contextmanager
+def _folder(entry: Mapping[str, Any]) -> Iterator[None]:
+    """Change to a new folder with the file of an entry, if it needs one."""
+    if not entry.keys() & {"command", "file"}:
+        yield
+        return
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        if "file" in entry:
+            Path(entry["file"]).write_text(entry["text"], encoding="utf-8")
+        yield
+
+
+def _check_command(entry: Mapping[str, Any]) -> None:
+    before = sorted(Path().rglob("*"))
+    expected = entry.get("status", 2)
+    with redirect_stdout(StringIO()) as output, redirect_stderr(StringIO()) as error:
+        status = main(shlex.split(entry["command"]))
+    shown = error.getvalue()
+    assert (status, output.getvalue()) == (expected, ""), shown
+    assert shown.startswith("error: " if expected == 2 else "failed: ")
+    assert shown.count("\n") == 1 and shown.endswith("\n"), shown
+    assert sorted(Path().rglob("*")) == before
+    _check_words(entry, shown)
 
 
 def _check_words(entry: Mapping[str, Any], text: str) -> None:

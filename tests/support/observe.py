@@ -28,6 +28,7 @@ class Facts:
     Attributes:
         records: The records of the rounds, with the scores of the evaluations.
         uploaded: Bytes of the encoded uploads.
+        items: Names and kinds of the items of uploads.
         counted: Uploaded and downloaded bytes that the run counts.
         cost: The cost that is estimated without training.
         changed_in_place: Descriptions of shared tensors that a hook of the method has changed.
@@ -38,6 +39,7 @@ class Facts:
     cost: ExpectedCost
     records: list[dict[str, Any]] = field(default_factory=list)
     uploaded: int = 0
+    items: set[tuple[str, str]] = field(default_factory=set)
     counted: tuple[int, int] = (0, 0)
     changed_in_place: list[str] = field(default_factory=list)
 
@@ -84,7 +86,9 @@ def _watched(facts: Facts) -> Iterator[None]:
 
     def decode_upload(client: Any, content: Any, *rest: Any) -> Payload:
         facts.uploaded += content_size(content)
-        return decode(client, content, *rest)
+        payload = decode(client, content, *rest)
+        facts.items |= {(name, item.kind) for name, item in payload.items_by_name.items()}
+        return payload
 
     def get_broadcast(*args: Any) -> Payload:
         received = get(*args)

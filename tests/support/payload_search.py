@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from hetero_fl.core.payload import Payload
+from hetero_fl.experiment import PreparedRun
 from hetero_fl.federation.client_runtime import ClientRuntime
-from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.federation.trainer import FederatedTrainer, add_evaluation
 
 
 def triples(arrays: Iterable[np.ndarray]) -> np.ndarray:
@@ -70,3 +72,60 @@ def tapped() -> Iterator[set[bytes]]:
         for kind in (ClientRuntime, FederatedTrainer):
             patch.setattr(kind, "skips_encoding", encoded, raising=False)
         yield payloads
+
+
+@dataclass
+class Found:
+    """What a search of payloads has found.
+
+    Attributes:
+        rows: Number of triples of private rows.
+        tensors: Number of triples of private tensors.
+        payloads: The encoded payloads.
+    """
+
+    rows: int
+    tensors: int
+    payloads: set[bytes]
+
+    def names(self, text: str) -> bool:
+        """Return whether a payload contains a text."""
+        return any(text.encode() in payload for payload in self.payloads)
+
+
+def search_run(
+    prepared: PreparedRun, is_private: Callable[[str], bool], rows: list[np.ndarray]
+) -> Found:
+    """Run all rounds with evaluations, and search the payloads for private numbers.
+
+    Args:
+        prepared: The run.
+        is_private: Whether a tensor with a name must not leave a client.
+        rows: Private rows.
+    """
+    with tapped() as payloads:
+        trainer = prepared.make_trainer()
+        tensors = private_tensors(trainer, is_private)
+        for _ in range(prepared.config.rounds):
+            record = trainer.run_round()
+            add_evaluation(record, trainer.evaluate())
+            tensors += private_tensors(trainer, is_private)
+    sent = triples(array for payload in payloads for array in floats_in(payload))
+    of_rows, of_tensors = (number_in_common(triples(each), sent) for each in (rows, tensors))
+    return Found(of_rows, of_tensors, payloads)
+
+
+def private_tensors(
+    trainer: FederatedTrainer, is_private: Callable[[str], bool]
+) -> list[np.ndarray]:
+    """Return all current private tensors, of the server and the clients."""
+    models = [dict(tensors) for tensors in trainer.server.models.values()]
+    for client_id, info in trainer.federation.client_infos.items():
+        models += [dict(tensors) for tensors in trainer.store.get(client_id).models.values()]
+        models.append(dict(trainer.federation.initial_tensors(info.arch)))
+    return [
+        tensor.numpy()
+        for tensors in models
+        for name, tensor in tensors.items()
+        if is_private(name) and tensor.numel() > 2
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import signal
@@ -106,6 +107,18 @@ def outcome(rounds: SynchronousTrainer, num_rounds: int = 3) -> dict[str, Any]:
         },
         "readings": read,
     }
+
+
+def models(out: Path) -> dict[str, bytes]:
+    """Return the bytes of the saved models of a run."""
+    files = sorted((out / "models").rglob("*.safetensors"))
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+def figures(out: Path) -> list[dict[str, Any]]:
+    """Return the records of a run without measured seconds."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
 class LocalWorkerPool:

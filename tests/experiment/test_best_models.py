@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.experiment.benchmark.protocol import Benchmark
 from hetero_fl.experiment.comparison import search
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.utils.errors import Interrupted, UserError
+from hetero_fl.utils.errors import UserError
 from tests.support.federations import config
 
 NO_REPORT = {"output__plots": False, "output__report": False}
@@ -95,28 +94,6 @@ def test_best_models_have_the_scores_of_the_summary(tmp_path: Path) -> None:
         assert scores["server"][metric] == pytest.approx(selected[metric], abs=1e-9)
     assert best.record_of("site_1")["round"] == run.summary["global"]["best_by_validation"]["round"]
     assert not torch.equal(best.predict("site_1", images), run.predict("site_1", images))
-
-
-def test_interrupted_run_saves_the_same_best_models(tmp_path: Path) -> None:
-    source = small("ditto", clients__per_round=2)
-    expected = files(hetero_fl.run(source, out=tmp_path / "whole").path)
-
-    for stop in (2, 4, 5):
-        out = tmp_path / f"stop_{stop}"
-
-        def interrupt(record: dict[str, Any], stop: int = stop) -> None:
-            if record["round"] == stop:
-                raise KeyboardInterrupt
-
-        with pytest.raises(Interrupted):
-            hetero_fl.run(source, out=out, callbacks=[interrupt])
-        assert not list((out / "models").glob("best_*"))
-        hetero_fl.run(source, out=out, resume=True)
-        assert files(out) == expected
-        shutil.rmtree(out / "models")
-        (out / "summary.json").unlink()
-        hetero_fl.run(source, out=out, resume=True)
-        assert files(out) == expected
 
 
 def test_extended_run_selects_again(tmp_path: Path) -> None:

@@ -37,30 +37,3 @@ def test_name_of_several_clients_may_be_one_that_is_reserved(subtests: pytest.Su
 
             assert list(clients) == [f"{name}_1", f"{name}_2"]
             assert hfl.Client(f"{name}_2").name == f"{name}_2"
-
-
-def test_name_of_a_run_that_cannot_be_a_folder_is_refused() -> None:
-    for name in ("con", "AUX", "nul.txt", "com1.2024", "trial."):
-        with pytest.raises(UserError, match=r"name: must (differ|not end)"):
-            hfl.load_config({"name": name})
-
-
-def test_names_that_differ_only_in_case_are_refused() -> None:
-    clients = [hfl.Client(name, "linear", DATA) for name in ("Clinic", "clinic")]
-    groups = [{"name": "Site", "count": 2}, {"name": "site_1"}]
-
-    with pytest.raises(UserError, match=r"'clinic' .*ignore case"):
-        hfl.Federation(clients)
-    with pytest.raises(UserError, match=r"clients\.groups: two client ids are 'site_1' except"):
-        hfl.Federation.from_config({"clients": {"groups": groups}}).prepare(hfl.FedAvg())
-
-
-def test_client_with_one_row_of_training_is_told_to_bring_more() -> None:
-    one = DATA[0][:1], DATA[1][:1]
-    clients = [
-        hfl.Client("small", "linear", one, validation=DATA, test=DATA),
-        hfl.Client("large", "linear", DATA),
-    ]
-
-    with pytest.raises(UserError, match=r"^client 'small' has 1 row, but training needs at least"):
-        hfl.Federation(clients, test=DATA).prepare(hfl.FedAvg())

@@ -1,4 +1,4 @@
-"""Comparisons: flags, duplicates, grids and their choice by validation, labels."""
+"""Comparisons: duplicates, grids and their choice by validation, labels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-import yaml
 
 from hetero_fl import Comparison
 from hetero_fl.algorithms import register_algorithm
@@ -20,56 +19,12 @@ from hetero_fl.reporting.formatting import algorithm_base, algorithm_name
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.text import split_top_level
+from tests.support.cases import each_case
 from tests.support.federations import config
 
 
 def small(**changes: Any) -> dict[str, Any]:
     return config("local", "linear", 2, rounds=1, **changes)
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--seeds", ","], "--seeds: expected integers >= 0, such as 0,1,2, got ','"),
-        (["--seeds", "0,x"], "--seeds: expected integers >= 0, such as 0,1,2, got '0,x'"),
-        (["--seeds", "0,-1"], "--seeds: expected integers >= 0, such as 0,1,2, got '0,-1'"),
-        (
-            ["--algorithms", ","],
-            "--algorithms: expected one or more; choose from all, fedasync, fedbuff",
-        ),
-        (["--jobs", "0"], "--jobs: must be >= 1, got 0"),
-        (["--jobs", "-1"], "--jobs: must be >= 1, got -1"),
-        (["--out", "a_file"], "--out: a_file is a file; choose a folder"),
-        (["--out", "a_file/below"], "a_file/below: not writable (Not a directory)"),
-        (["--grid", "rounds"], "--grid: expected key=a,b,c, got 'rounds'"),
-        (["--grid", "rounds=1,two"], "error: --grid: rounds: expected an integer, got 'two'"),
-        (
-            ["--algorithms", "local,fedvag"],
-            "error: --algorithms: algorithm.name: unknown algorithm 'fedvag'; did you mean",
-        ),
-        (
-            ["--algorithms", "fedprox:mv=1"],
-            "error: --algorithms: algorithm.mv: unknown key; did you mean 'mu'? "
-            "(algorithm.name=fedprox)",
-        ),
-        (["rounds=two"], "error: rounds: expected an integer, got 'two'"),
-    ],
-)
-def test_invalid_flags_raise_one_line(
-    flags: list[str],
-    words: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("a_file").write_text("")
-    Path("c.yaml").write_text(yaml.safe_dump(small()))
-    before = ["--config", "c.yaml", "--algorithms", "local", "--out", "out"]
-    assert main([*before, *flags], command="compare") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and words in line
-    assert not Path("out").exists()
 
 
 def test_duplicates_run_once(tmp_path: Path, in_process: list[str]) -> None:
@@ -197,7 +152,7 @@ def test_lists_are_not_split_within_brackets(tmp_path: Path, in_process: list[st
     assert [row["algorithm"] for row in rows] == split_top_level(labels, ",")
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("label", "base", "name"),
     [
         (
@@ -240,23 +195,6 @@ def test_grid_accepts_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ]
     assert main(command, command="compare") == 0
     assert options_of_compare["grid"] == {"algorithm.widths": ["[1,0.5]", "[1]"]}
-
-
-def test_compare_function_checks_its_arguments(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="jobs: must be >= 1, got 0"):
-        compare(small(), "local", out=tmp_path, jobs=0)
-
-
-def test_resume_without_a_run_starts_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(small()))
-    arguments = ["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run"), "--resume"]
-    line = f"{tmp_path / 'run'}: no run to resume; starting a new one"
-    assert main(arguments, command="train") == 0
-    assert line in capsys.readouterr().err.splitlines()
-    assert main(arguments, command="train") == 0
-    assert line not in capsys.readouterr().err
 
 
 def test_all_selects_the_methods_that_the_configuration_allows(

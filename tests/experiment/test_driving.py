@@ -14,7 +14,7 @@ from hetero_fl.config.data import DrivingConfig
 from hetero_fl.data.sources.driving import read_driving_folder
 from hetero_fl.experiment import prepare
 from tests.support.driving_folders import write_driving_folder
-from tests.support.payload_search import floats_in, number_in_common, tapped, triples
+from tests.support.payload_search import Found, search_run
 
 FRAME = 3 * 12 * 20
 DRIVING = {"height": 12, "width": 20, "gap": 1, "test_vehicles": ["zoe"]}
@@ -87,58 +87,24 @@ def private_rows(prepared: Any) -> list[np.ndarray]:
     return found + [np.ascontiguousarray(row[:, :1].numpy()) for row in rows]
 
 
-def private_tensors(rounds: Any, prepared: Any) -> list[np.ndarray]:
-    """Return all current tensors that must not leave a vehicle."""
-    found = []
-    for client_id, info in prepared.federation.client_infos.items():
-        models = [dict(prepared.federation.initial_tensors(info.arch))]
-        models += [dict(tensors) for tensors in rounds.store.get(client_id).models.values()]
-        found += [
-            tensor.numpy()
-            for tensors in models
-            for name, tensor in tensors.items()
-            if name.startswith(PRIVATE) and tensor.numel() > 2
-        ]
-    return found
-
-
-def search(config: dict[str, Any]) -> tuple[int, int, list[str], int]:
-    """Search the payloads of a run.
-
-    Returns:
-        Matching triples of speeds and positions, and of private tensors; private names; and bytes.
-    """
+def search(config: dict[str, Any]) -> Found:
     torch.set_num_threads(1)
     prepared = prepare(config, [])
-    with tapped() as payloads:
-        rounds = prepared.make_trainer()
-        tensors = private_tensors(rounds, prepared)
-        for _ in range(prepared.config.rounds):
-            rounds.run_round()
-            tensors += private_tensors(rounds, prepared)
-    sent = triples(array for payload in payloads for array in floats_in(payload))
-    named = [name for name in PRIVATE if any(name.encode() in payload for payload in payloads)]
-    of_rows = number_in_common(triples(private_rows(prepared)), sent)
-    of_tensors = number_in_common(triples(tensors), sent)
-    return of_rows, of_tensors, named, sum(map(len, payloads))
+    return search_run(prepared, lambda name: name.startswith(PRIVATE), private_rows(prepared))
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedmd", "feddf", "hybrid"])
-def test_payloads_contain_no_speed_position_or_private_name(
+def test_payloads_contain_no_speed_position_or_private_tensor(
     folders: tuple[Path, Path], method: str
 ) -> None:
-    of_rows, _, named, total = search(federation(folders, method))
-    assert of_rows == 0 and named == [] and total > 0
-
-
-def test_payloads_contain_no_numbers_of_private_tensors(folders: tuple[Path, Path]) -> None:
     # The first step of Adam changes all zero biases by the learning rate, so that they are equal.
     sgd = {"name": "sgd", "lr": 0.01}
-    _, of_tensors, _, _ = search(federation(folders, "fedavg", optimizer=sgd))
-    assert of_tensors == 0
+    found = search(federation(folders, method, optimizer=sgd))
+    assert (found.rows, found.tensors) == (0, 0) and found.payloads
+    assert not any(found.names(name) for name in PRIVATE)
 
 
 def test_search_finds_private_tensors_that_are_shared(folders: tuple[Path, Path]) -> None:
     shares = ["parameters", "predictions"]
-    _, of_tensors, named, _ = search(federation(folders, "fedavg", shares=shares))
-    assert of_tensors > 100 and named == list(PRIVATE)
+    found = search(federation(folders, "fedavg", shares=shares))
+    assert found.tensors > 100 and all(found.names(name) for name in PRIVATE)

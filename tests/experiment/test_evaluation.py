@@ -72,15 +72,6 @@ def test_classes_are_matched_by_name(tmp_path: Path) -> None:
         evaluate(unnamed, data)
 
 
-def test_renumber_targets_uses_the_class_numbers_of_the_models() -> None:
-    found = Task("multiclass", 3, ("a", "b", "c"))
-    known = Task("multiclass", 3, ("b", "c", "a"))
-
-    y = renumber_targets(torch.tensor([0, 1, 2, 0]), found, known, "--data")
-
-    assert y.tolist() == [2, 0, 1, 2]
-
-
 def test_table_targets_are_matched_by_name(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     pd.DataFrame(
@@ -165,19 +156,26 @@ def test_prepare_notes_the_columns_of_a_table(tmp_path: Path) -> None:
     assert ["set data.patient=" in note for note in notes] == [False, True, True]
 
 
+def test_renumber_targets_uses_the_class_numbers_of_the_models() -> None:
+    found = Task("multiclass", 3, ("a", "b", "c"))
+    known = Task("multiclass", 3, ("b", "c", "a"))
+
+    y = renumber_targets(torch.tensor([0, 1, 2, 0]), found, known, "--data")
+
+    assert y.tolist() == [2, 0, 1, 2]
+
+
 def test_label_defaults_to_the_configuration_of_the_run(tmp_path: Path) -> None:
     run = saved(tmp_path / "run", Task("multiclass", 2), (2,), [0.0, 1.0])
-    pd.DataFrame({"a": [-1.0, 1.0], "b": [-1.0, 1.0], "ill": [0, 1]}).to_csv(
-        tmp_path / "t.csv", index=False
-    )
+    path = str(tmp_path / "t.csv")
+    pd.DataFrame({"a": [-1.0, 1.0], "b": [-1.0, 1.0], "ill": [0, 1]}).to_csv(path, index=False)
+
     with pytest.raises(UserError, match=r"^label: missing"):
-        evaluate(run, str(tmp_path / "t.csv"))
+        evaluate(run, path)
     (run / "config.yaml").write_text("data: {name: table, label: ill}")
-    assert evaluate(run, str(tmp_path / "t.csv")) == evaluate(
-        run, str(tmp_path / "t.csv"), label="ill"
-    )
+    assert evaluate(run, path) == evaluate(run, path, label="ill")
     (run / "config.yaml").write_text("data: {name: table, label: none_such}")
-    assert evaluate(run, str(tmp_path / "t.csv"), label="ill")["a"]["auroc"] == 1.0
+    assert evaluate(run, path, label="ill")["a"]["auroc"] == 1.0
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
@@ -193,17 +191,6 @@ def test_score_table_shows_all_metric_names(width: int) -> None:
             assert word in text.split()
 
 
-def test_evaluate_accepts_examples_in_memory(tmp_path: Path) -> None:
-    # The model predicts the second class for images that are not black.
-    task = Task("multiclass", 2, ("normal", "ill"))
-    run = saved(tmp_path / "run", task, (1, 4, 4), [0.0, 1.0])
-    x = np.stack([np.full((4, 4), 255, dtype=np.uint8)] * 3 + [np.zeros((4, 4), dtype=np.uint8)])
-
-    by_name = evaluate(run, (x, ["ill", "ill", "normal", "normal"]))["a"]
-
-    assert by_name["accuracy"] == 0.75
-
-
 def test_evaluate_prefers_the_source_of_the_run_to_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,23 +203,3 @@ def test_evaluate_prefers_the_source_of_the_run_to_a_folder(
     (tmp_path / "digits").mkdir()
 
     assert hetero_fl.evaluate(run, "digits", client="client_1") == expected
-
-
-def test_evaluate_matches_the_columns_of_a_data_frame(tmp_path: Path) -> None:
-    values = np.arange(120, dtype=float)
-    frame = pd.DataFrame({"age": values, "dose": values**2, "ill": ["no", "yes"] * 60})
-    config = {
-        "data": {"name": "table", "path": str(tmp_path / "data.csv"), "label": "ill"},
-        "clients": {"count": 2, "defaults": {"model": "linear"}},
-        "rounds": 1,
-        "output": {"plots": False, "report": False},
-    }
-    frame.to_csv(tmp_path / "data.csv", index=False)
-    run = hetero_fl.run(config, out=tmp_path / "run")
-
-    warnings: list[str] = []
-    rearranged = evaluate(run, frame[["dose", "ill", "age"]], client="server", log=warnings.append)
-
-    path = str(tmp_path / "data.csv")
-    assert rearranged == evaluate(run, path, client="server", log=warnings.append)
-    assert "52 of the 120 rows of table" in warnings[0]

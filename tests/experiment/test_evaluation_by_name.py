@@ -50,7 +50,9 @@ def test_evaluate_matches_columns_by_name(view: dict[str, Any], tmp_path: Path) 
     frame[["c", "y", "b", "a"]].to_csv(tmp_path / "turned.csv", index=False)
     frame.drop(columns="a").to_csv(tmp_path / "less.csv", index=False)
     run = finished(tmp_path, name="table", path=str(tmp_path / "t.csv"), label="y", preprocess=view)
-    assert evaluate(run, str(tmp_path / "turned.csv")) == evaluate(run, str(tmp_path / "t.csv"))
+    expected = evaluate(run, str(tmp_path / "t.csv"))
+    assert evaluate(run, str(tmp_path / "turned.csv")) == expected
+    assert evaluate(run, frame[["c", "y", "b", "a"]], label="y") == expected
     if "missing" not in view:
         with pytest.raises(
             UserError, match="data: table: column 'a' not found, which the run's data contains"

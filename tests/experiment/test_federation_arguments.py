@@ -47,19 +47,6 @@ def test_defaults_apply_to_clients_that_do_not_set_them() -> None:
     assert [info.settings.batch_size for info in infos] == [8, 8]
 
 
-def test_defaults_train_as_settings_of_each_client() -> None:
-    optimizer = hfl.Adam(lr=0.05)
-    common = hfl.Federation(
-        two_clients(), test=images(30, 9), defaults=hfl.ClientSettings(optimizer=optimizer)
-    )
-    clients = [hfl.Client(c.name, "mlp", c.data, optimizer=optimizer) for c in two_clients()]
-    each = hfl.Federation(clients, test=images(30, 9))
-
-    first, second = (own.train(hfl.FedAvg(), rounds=1, overrides=QUIET) for own in (common, each))
-
-    assert same_models(first, second)
-
-
 # Global sets
 
 

@@ -25,6 +25,7 @@ from hetero_fl.reporting.run_directory import CHECKSUMS, RunDirectory
 from hetero_fl.reporting.watch.live_run import LiveRun
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import decode, encode, sha256_of
+from tests.support.cases import each_case
 from tests.support.federations import config
 
 Change = Callable[[dict[str, Any]], Any]
@@ -38,9 +39,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(config("fedper", "mlp", 2, rounds=1), out=tmp_path_factory.mktemp("runs") / "a").path
 
 
-@pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "run"))
+def copy_of(finished: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(finished, folder / "run"))
 
 
 def forge_model(folder: Path, path: str, value: object, tensors: Change = lambda t: t) -> None:
@@ -66,7 +66,7 @@ def assert_refused(capsys: pytest.CaptureFixture[str], *command: object) -> None
     assert kinds & {"error", "failed"} and "Traceback" not in error
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("path", "value"),
     [
         ("architecture.name", "timm:no_such"),
@@ -87,26 +87,27 @@ def assert_refused(capsys: pytest.CaptureFixture[str], *command: object) -> None
     ],
 )
 def test_forged_metadata_of_a_model_is_refused_in_one_line(
-    path: str, value: object, copied: Path, capsys: pytest.CaptureFixture[str]
+    path: str, value: object, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    copied = copy_of(finished, tmp_path)
     forge_model(copied, path, value)
 
     assert_refused(capsys, "evaluate", copied, "--data", "digits", "--personal", "--allow-code")
     assert_refused(capsys, "export", copied, "--format", "safetensors", "--allow-code")
 
 
-@pytest.mark.parametrize(
+@each_case(
     "change",
     [
         lambda tensors: {**tensors, "extra": tensors["head.bias"].clone()},
         lambda tensors: {**tensors, "head.bias": tensors["head.bias"][:3].clone()},
         lambda tensors: {n: t for n, t in tensors.items() if n != "head.bias"},
     ],
-    ids=["extra", "shape", "missing"],
 )
 def test_tensors_that_do_not_fit_the_model_are_refused_in_one_line(
-    change: Change, copied: Path, capsys: pytest.CaptureFixture[str]
+    change: Change, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    copied = copy_of(finished, tmp_path)
     forge_model(copied, "head", None, change)
     source = copied.with_name("c.yaml")
     source.write_text(json.dumps(config("fedper", "mlp", 2)))
@@ -117,8 +118,9 @@ def test_tensors_that_do_not_fit_the_model_are_refused_in_one_line(
     assert_refused(capsys, "train", "-c", source, "--check", f"init_from={copied}")
 
 
-@pytest.mark.parametrize("name", ["status.json", "metrics.jsonl", ".lock"])
-def test_pipe_in_a_run_is_reported(name: str, copied: Path) -> None:
+@each_case("name", ["status.json", "metrics.jsonl", ".lock"])
+def test_pipe_in_a_run_is_reported(name: str, finished: Path, tmp_path: Path) -> None:
+    copied = copy_of(finished, tmp_path)
     (copied / name).unlink(missing_ok=True)
     os.mkfifo(copied / name)
     live = LiveRun(copied)
@@ -150,18 +152,19 @@ HEADS: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("change_tree", "change_head"),
     [*((tree, dict) for tree in TREES.values()), *((dict, head) for head in HEADS.values())],
-    ids=[*TREES, *HEADS],
 )
 def test_forged_checkpoint_is_refused_in_one_line(
     change_tree: Change,
     change_head: Change,
-    copied: Path,
+    finished: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    copied = copy_of(finished, tmp_path)
     write_head = checkpoint._encode_head
     checkpoints = checkpoint.Checkpoints(StateStore(copied / "checkpoint"), print)
     tree = checkpoints.load_newest()

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 import hetero_fl as hfl
-from hetero_fl.cli import main
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.task import Task
 from hetero_fl.data import from_arrays
@@ -65,6 +64,8 @@ def test_evaluate_matches_names_or_refuses_them(named_run: hfl.Run, tmp_path: Pa
         with pytest.raises(UserError, match=r"expected class names as in|unknown") as caught:
             accuracy(named_run, data, label="y" if is_table else None)
         assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="expected class names as in"):
+        hfl.join(named_run, (x, y), out=tmp_path / "joined")
 
 
 @pytest.mark.parametrize("trained_on", ["numbers", "names"])
@@ -106,33 +107,6 @@ def test_numbers_of_a_task_with_names_are_accepted_however_the_task_is_given(cli
     predicted = run.predict("a", x, personal=False).argmax(1).numpy()
 
     assert accuracy(run, (x, y)) == accuracy(run, (x, NAMES[y])) == (predicted == y).mean()
-
-
-def test_commands_refuse_numbers_for_names(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    x, y = rows(120)
-    frame = pd.DataFrame(x, columns=["u", "v"])
-    frame.assign(y=NAMES[y]).to_csv(tmp_path / "named.csv", index=False)
-    frame.assign(y=y).to_csv(tmp_path / "numbered.csv", index=False)
-    config = {
-        "data": {"name": "table", "path": str(tmp_path / "named.csv"), "label": "y"},
-        "clients": {"groups": [{"name": "c", "count": 2, "model": "linear"}]},
-        "rounds": 1,
-        "output": {"plots": False, "report": False},
-    }
-    run = hfl.run(config, out=tmp_path / "run", quiet=True)
-    path = str(tmp_path / "numbered.csv")
-
-    assert main(["evaluate", str(run.path), "--data", path]) == 2
-    assert main(["join", str(run.path), "--data", path, "--out", str(tmp_path / "j")]) == 2
-
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    for line in lines:
-        assert line.startswith("error: --data: ") and "expected class names as in" in line
-    with pytest.raises(UserError, match="expected class names as in"):
-        hfl.join(run, (x, y), out=tmp_path / "joined")
 
 
 def test_evaluate_matches_numbers_by_value(tmp_path: Path) -> None:

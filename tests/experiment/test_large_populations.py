@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -188,16 +187,3 @@ def test_every_evaluation_uses_the_same_clients() -> None:
 def test_large_populations_evaluate_a_hundred_clients_by_default() -> None:
     assert len(prepare(many(clients=1000)).federation.evaluated_clients) == 1000
     assert len(prepare(many(clients=1001)).federation.evaluated_clients) == 100
-
-
-def test_run_with_a_large_population_resumes(tmp_path: Path) -> None:
-    source = many("fedper", evaluation={"clients": 3})
-    uninterrupted = run(source, out=tmp_path / "whole")
-
-    class StopError(Exception):
-        pass
-
-    with pytest.raises(StopError):
-        run(source, out=tmp_path / "cut", callbacks=[Mock(side_effect=StopError)])
-    again = run(source, out=tmp_path / "cut", resume=True)
-    assert [r["clients"] for r in again.metrics] == [r["clients"] for r in uninterrupted.metrics]

@@ -79,13 +79,14 @@ def test_permission_of_a_call_is_not_kept_by_the_run(tmp_path: Path) -> None:
         hfl.audit(run, attack="membership", shadows=0)
 
 
-def test_module_is_passed_again_after_a_restart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", [Net(), Net], ids=["module", "class"])
+def test_module_is_passed_again_after_a_restart(model: Any, tmp_path: Path) -> None:
     path = tmp_path / "run"
     expected = trained_before_a_restart(path, Net(), head="cls")
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run = hfl.Run.load(path, models={"inst": Net()})
+        run = hfl.Run.load(path, models={"inst": model})
 
     assert torch.equal(run.predict("inst", ROWS), expected)
     assert isinstance(run.model("inst"), Net)
@@ -115,7 +116,7 @@ def test_missing_module_is_named_with_the_call_that_passes_it(tmp_path: Path) ->
     assert run.predict("clinic", ROWS).shape == (3, 3)
 
 
-def test_importable_class_is_named_with_the_call_that_permits_it(tmp_path: Path) -> None:
+def test_importable_class_is_permitted_or_passed(tmp_path: Path) -> None:
     path = tmp_path / "run"
     expected = trained_before_a_restart(path, Digits)
 
@@ -123,7 +124,13 @@ def test_importable_class_is_named_with_the_call_that_permits_it(tmp_path: Path)
         hfl.Run.load(path).model("inst")
 
     assert f"Run.load({str(path)!r}, allow_code=True)" in str(caught.value)
-    assert torch.equal(hfl.Run.load(path, allow_code=True).predict("inst", ROWS), expected)
+    permissions: list[dict[str, Any]] = [
+        {"allow_code": True},
+        {"models": {"inst": Digits}},
+        {"models": {"inst": Digits(3)}},
+    ]
+    for permission in permissions:
+        assert torch.equal(hfl.Run.load(path, **permission).predict("inst", ROWS), expected)
 
 
 @pytest.mark.parametrize(
@@ -174,24 +181,3 @@ def test_transform_is_found_when_the_federation_is_created_again(tmp_path: Path)
 
     again = federation("mlp", preprocess=hfl.Preprocess(transform=double))
     assert torch.equal(run.predict("inst", ROWS), expected) and again
-
-
-@pytest.mark.parametrize("model", [Digits, Digits(3)], ids=["class", "module"])
-def test_importable_class_may_be_passed_instead_of_a_permission(model: Any, tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    expected = trained_before_a_restart(path, Digits)
-
-    run = hfl.Run.load(path, models={"inst": model})
-
-    assert torch.equal(run.predict("inst", ROWS), expected)
-
-
-def test_class_is_passed_for_its_object_without_a_warning(tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    expected = trained_before_a_restart(path, Net(), head="cls")
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        run = hfl.Run.load(path, models={"inst": Net})
-
-    assert torch.equal(run.predict("inst", ROWS), expected)

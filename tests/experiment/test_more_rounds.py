@@ -20,10 +20,10 @@ from hetero_fl.experiment import run
 from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import Interrupted, RunFailedError
-from tests.federation.test_crashes import figures, models
 from tests.support import asynchronous_runs
 from tests.support.deployments import Federation, small
 from tests.support.federations import MIXED, TOP, config
+from tests.support.workers import figures, models
 
 SHORT, LONG = 4, 7
 CASES: dict[str, dict[str, Any]] = {
@@ -50,6 +50,10 @@ CASES: dict[str, dict[str, Any]] = {
         algorithm__buffer=3,
     ),
 }
+
+
+def contents(path: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def planned(source: dict[str, Any], rounds: int, **changes: Any) -> dict[str, Any]:
@@ -217,57 +221,27 @@ def test_extended_run_uses_the_new_total(short: Path, monkeypatch: pytest.Monkey
     assert seen == {(3, 5), (4, 5)}
 
 
-def test_resume_refuses_fewer_rounds(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {path: path.read_bytes() for path in short.rglob("*") if path.is_file()}
+def refusal(path: Path, capsys: pytest.CaptureFixture[str], *changes: str) -> str:
+    """Return the line that refuses changes of a run, whose files must stay as they are."""
+    before = contents(path)
 
-    assert main(["train", "--resume", "--out", str(short), "rounds=3"]) == 2
+    assert main(["train", "--resume", "--out", str(path), *changes]) == 2
 
-    message = (
-        f"error: {short}: rounds: was 4, is now 3; a resumed run may have more rounds, not fewer\n"
-    )
-    assert capsys.readouterr().err == message
-    assert {path: path.read_bytes() for path in short.rglob("*") if path.is_file()} == before
+    assert contents(path) == before
+    (line,) = capsys.readouterr().err.splitlines()
+    return line.removeprefix(f"error: {path}: ")
 
 
-def test_resume_refuses_changes_other_than_rounds(
+def test_resume_refuses_changes_other_than_more_rounds(
     short: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", "--resume", "--out", str(short), "rounds=7", "seed=3"]) == 2
+    differs = "cannot be resumed: the configuration differs: "
+    fewer = "rounds: was 4, is now 3; a resumed run may have more rounds, not fewer"
 
-    assert (
-        capsys.readouterr().err
-        == f"error: {short}: cannot be resumed: the configuration differs: seed: was 0, is now 3\n"
-    )
-
-
-def test_one_shot_method_cannot_be_extended(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(planned(config("dense", "cnn_bn_small", 2), 1), out=tmp_path / "a")
-
-    assert main(["train", "--resume", "--out", str(tmp_path / "a"), "rounds=2"]) == 2
-
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(
-        "rounds: was 1, is now 2; dense is a one-shot method, whose runs cannot be extended"
-    )
-    assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
-    assert "this run has finished, after 1 round\n" in capsys.readouterr().err
-
-
-def test_run_with_spent_privacy_budget_cannot_be_extended(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    private = {"unit": "client", "target_epsilon": 8.0, "clip": 1.0, "delta": 1e-3}
-    source = planned(config("fedavg", "linear", 3, privacy=private), 2)
-    run(source, out=tmp_path / "a")
-
-    assert main(["train", "--resume", "--out", str(tmp_path / "a"), "rounds=3"]) == 2
-
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("rounds: was 2, is now 3; privacy.target_epsilon allows at most 2")
-    assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
-    assert "this run has finished, after 2 rounds\n" in capsys.readouterr().err
+    assert refusal(short, capsys, "rounds=3") == fewer
+    assert refusal(short, capsys, "rounds=7", "seed=3") == f"{differs}seed: was 0, is now 3"
+    epochs = refusal(short, capsys, "clients.groups.0.epochs=2")
+    assert epochs == f"{differs}clients.groups.0.epochs: was not set, is now 2"
 
 
 def test_run_on_nodes_cannot_be_extended(tmp_path: Path) -> None:
@@ -282,34 +256,49 @@ def test_run_on_nodes_cannot_be_extended(tmp_path: Path) -> None:
         Federation(tmp_path / "second").serve(small(rounds=1), resume=True)
 
 
-def test_run_stopped_by_patience_cannot_be_extended(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+PRIVATE = {"unit": "client", "target_epsilon": 8.0, "clip": 1.0, "delta": 1e-3}
+STILL = {"optimizer": {"name": "sgd", "lr": 1e-9}}
+ENDED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "one-shot": (
+        config("dense", "cnn_bn_small", 2, rounds=1),
+        "rounds: was 1, is now 40; dense is a one-shot method, whose runs cannot be extended",
+        "after 1 round",
+    ),
+    "private": (
+        config("fedavg", "linear", 3, privacy=PRIVATE),
+        "rounds: was 2, is now 40; privacy.target_epsilon allows at most 2",
+        "after 2 rounds",
+    ),
+    "patience": (
+        config("local", "linear", 2, rounds=30, evaluation__patience=2, clients__defaults=STILL),
+        "rounds: was 30, is now 40; evaluation.patience=2 stopped the run after round 3",
+        "after 3 of 30 rounds",
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", ENDED)
+def test_ended_run_cannot_be_extended(
+    reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = planned(config("local", "linear", 2, evaluation__patience=2), 30)
-    source["clients"]["defaults"] = {"optimizer": {"name": "sgd", "lr": 1e-9}}
-    completed = run(source, out=tmp_path / "a").summary["rounds_completed"]
-    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    source, words, ended = ENDED[reason]
+    path = run(source, out=tmp_path / "a", quiet=True).path
+    before = contents(path)
+    capsys.readouterr()
 
-    assert main(["train", "--resume", "--out", str(tmp_path / "a"), "rounds=40"]) == 2
-
-    reason = f"evaluation.patience=2 stopped the run after round {completed}"
-    assert (
-        capsys.readouterr().err == f"error: {tmp_path / 'a'}: rounds: was 30, is now 40; {reason}\n"
-    )
-    assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
-    message = f"{tmp_path / 'a'}: this run has finished, after {completed} of 30 rounds\n"
-    assert capsys.readouterr().err.startswith(message)
-    assert {
-        path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()
-    } == before
-    (tmp_path / "a" / "summary.json").unlink()
-    assert main(["train", "--resume", "--out", str(tmp_path / "a"), "rounds=40"]) == 2
+    assert refusal(path, capsys, "rounds=40") == words
+    assert main(["train", "--resume", "--out", str(path)]) == 0
+    assert capsys.readouterr().err.startswith(f"{path}: this run has finished, {ended}\n")
+    assert contents(path) == before
+    if reason == "patience":
+        (path / "summary.json").unlink()
+        assert main(["train", "--resume", "--out", str(path), "rounds=40"]) == 2
 
 
 def test_final_evaluation_does_not_stop_an_extension(tmp_path: Path) -> None:
     """Ignore the evaluation of round 3, which a longer run with every=2 does not evaluate."""
-    source = planned(config("local", "linear", 2, evaluation__patience=1, evaluation__every=2), 3)
-    source["clients"]["defaults"] = {"optimizer": {"name": "sgd", "lr": 1e-9}}
+    source = config("local", "linear", 2, rounds=3, evaluation={"patience": 1, "every": 2})
+    source["clients"]["defaults"] = STILL
     run(source, out=tmp_path / "a")
 
     run({**source, "rounds": 6}, out=tmp_path / "a", resume=True)

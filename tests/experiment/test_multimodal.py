@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from hetero_fl.communication.protocol import DirectProtocol
 from hetero_fl.config.data import SourceConfig
@@ -23,10 +21,9 @@ from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.executors.base import InProcessExecutor
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
-from hetero_fl.federation.trainer import add_evaluation
 from hetero_fl.utils.errors import UserError
 from tests.support.federations import METHODS, deployed, same_bits
-from tests.support.payload_search import floats_in, number_in_common, tapped, triples
+from tests.support.payload_search import Found, search_run
 
 CONFIG = Path(__file__).parents[2] / "configs" / "medical_multimodal.yaml"
 REDUCED = [
@@ -76,23 +73,8 @@ def reduced(method: str, *overrides: str) -> PreparedRun:
     return prepare(CONFIG, [*REDUCED, f"algorithm.name={method}", *overrides])
 
 
-def genes_of(rounds: SynchronousTrainer) -> list[np.ndarray]:
-    """Return all current tensors of gene branches, of the server and the clients."""
-    tensors_of_all: list[dict[str, Tensor]] = [
-        dict(rounds.server.models[slot]) for slot in rounds.server.models
-    ]
-    for client_id, client_info in rounds.federation.client_infos.items():
-        tensors_of_all += [dict(tensors) for tensors in rounds.store.get(client_id).models.values()]
-        tensors_of_all.append(dict(rounds.federation.initial_tensors(client_info.arch)))
-    return [t.numpy() for tensors in tensors_of_all for n, t in tensors.items() if ".genes." in n]
-
-
-def leaked(prepared: PreparedRun) -> tuple[int, bool, int]:
-    """Search the payloads of a run for genes.
-
-    Returns:
-        Number of matching triples, whether a payload contains the name `genes`, and bytes sent.
-    """
+def leaked(prepared: PreparedRun) -> tuple[int, Found]:
+    """Return the number of triples of genes and of their models in the payloads of a run."""
     data = prepared.data
     values = [share.examples.x[:, 784:].numpy() for _, share in data.client_rows.rows_by_location()]
     seen = [
@@ -100,20 +82,8 @@ def leaked(prepared: PreparedRun) -> tuple[int, bool, int]:
         for client_id in prepared.federation.client_infos
     ]
     values += [x.flatten(1)[:, -61:].numpy() for x in seen if x.ndim == 2]
-    with tapped() as payloads:
-        rounds = prepared.make_trainer()
-        models = genes_of(rounds)
-        for _ in range(prepared.config.rounds):
-            record = rounds.run_round()
-            add_evaluation(record, rounds.evaluate())
-            models += genes_of(rounds)
-    secret = triples([*values, *models])
-    sent = triples(array for payload in payloads for array in floats_in(payload))
-    return (
-        number_in_common(secret, sent),
-        any(b"genes" in payload for payload in payloads),
-        sum(map(len, payloads)),
-    )
+    found = search_run(prepared, lambda name: ".genes." in name, values)
+    return found.rows + found.tensors, found
 
 
 @pytest.mark.slow
@@ -135,17 +105,18 @@ def check_payloads(method: str) -> None:
     prepared = reduced(method)
     # A bound has the rows or models of all clients in one place by definition.
     if not prepared.method.needs.all_clients:
-        found, named, total = leaked(prepared)
-        assert not named and found == 0
-        assert total > 0 or method == "local"
+        number, found = leaked(prepared)
+        assert number == 0 and not found.names("genes")
+        assert found.payloads or method == "local"
 
 
 @pytest.mark.slow
 def test_leak_search_finds_shared_gene_models_and_gene_values(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found, named, _ = leaked(reduced("fedavg", "clients.defaults.shares=[parameters,predictions]"))
-    assert named and found > 1000
+    shares = "clients.defaults.shares=[parameters,predictions]"
+    number, found = leaked(reduced("fedavg", shares))
+    assert found.names("genes") and number > 1000
 
     prepared = reduced("fedmd")
     weigh = type(prepared.method).weighted_predictions
@@ -159,8 +130,8 @@ def test_leak_search_finds_shared_gene_models_and_gene_values(
         return item
 
     monkeypatch.setattr(type(prepared.method), "weighted_predictions", leak_gene_values)
-    found, named, _ = leaked(prepared)
-    assert found == 8 and not named
+    number, found = leaked(prepared)
+    assert number == 8 and not found.names("genes")
 
 
 def test_clients_with_images_share_one_image_backbone() -> None:

@@ -1165,22 +1165,10 @@ def two_types() -> nn.Module:
     return module
 
 
-def test_layer_of_another_type_than_its_inputs_is_named() -> None:
-    for model in (two_types, two_types()):
-        with pytest.raises(UserError, match=r"'out.weight' is torch.float64, but .*torch.float32"):
-            train_one(model)
-
-
 def pruned() -> nn.Module:
     module = Layers()
     prune.l1_unstructured(module.body, "weight", 0.5)
     return module
-
-
-def test_attribute_that_cannot_be_copied_is_named() -> None:
-    with pytest.raises(UserError, match=r"'body.weight' cannot be copied.*; pass a function"):
-        train_one(pruned())
-    assert "backbone.body.weight_mask" in train_one(pruned).models["site_0"].tensors
 
 
 class ReadsFirst(Layers):
@@ -1192,9 +1180,19 @@ class ReadsFirst(Layers):
         return super().forward(x - self.mean)
 
 
-def test_attribute_that_is_read_before_it_is_written_is_an_error_with_advice() -> None:
-    with pytest.raises(UserError, match=r"no attribute 'mean'; .*register_buffer\('mean', tensor"):
-        train_one(ReadsFirst())
+MISUSED: list[tuple[Callable[[], Any], str]] = [
+    (lambda: two_types, r"'out.weight' is torch.float64, but .*torch.float32"),
+    (two_types, r"'out.weight' is torch.float64, but .*torch.float32"),
+    (pruned, r"'body.weight' cannot be copied.*; pass a function"),
+    (ReadsFirst, r"no attribute 'mean'; .*register_buffer\('mean', tensor"),
+]
+
+
+def test_modules_that_cannot_be_trained_are_refused(subtests: pytest.Subtests) -> None:
+    for make, words in MISUSED:
+        with subtests.test(words=words), pytest.raises(UserError, match=words):
+            train_one(make())
+    assert "backbone.body.weight_mask" in train_one(pruned).models["site_0"].tensors
 
 
 def linked(links: Any, last: Any) -> GivenModel:

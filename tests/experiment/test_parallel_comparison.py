@@ -36,27 +36,6 @@ def small(**changes: Any) -> dict[str, Any]:
     return config("local", "linear", 2, rounds=1, **changes)
 
 
-@pytest.fixture
-def finished_flags(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: list[str]
-) -> list[str]:
-    """Return the flags of a comparison that has finished in the working folder."""
-    monkeypatch.chdir(tmp_path)
-    Path("c.yaml").write_text(yaml.safe_dump(small()))
-    flags = [
-        "--config",
-        "c.yaml",
-        "--algorithms",
-        "local",
-        "--out",
-        "out",
-        "--grid",
-        "clients.defaults.epochs=1,2",
-    ]
-    assert main([*flags, "--jobs", "1"], command="compare") == 0
-    return flags
-
-
 def run_with_defect(*arguments: Any, **keywords: Any) -> None:
     if "seed=1" in keywords["overrides"]:
         raise ZeroDivisionError("a defect")
@@ -90,31 +69,6 @@ def test_unexpected_exception_fails_only_its_run(
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert main([*flags, "--jobs", "1"], command="compare") == 0
-
-
-def test_compare_refuses_runs_with_other_settings(
-    finished_flags: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    log = Path("out/log.txt").read_bytes()
-    capsys.readouterr()
-    assert main([*finished_flags, "rounds=2"], command="compare") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    folder = "out/runs/local-clients.defaults.epochs=1-seed0"
-    assert line == (
-        f"error: --out: {folder} has other settings (rounds: was 1, is now 2); "
-        "choose another folder"
-    )
-    assert Path("out/log.txt").read_bytes() == log
-    Path("out/runs/fedavg-clients.defaults.epochs=2-seed0").mkdir()
-    Path("out/runs/fedavg-clients.defaults.epochs=2-seed0/mine.txt").write_text("")
-    assert main([*finished_flags, "--algorithms", "local,fedavg"], command="compare") == 2
-    assert (
-        "epochs=2-seed0: already exists; choose another folder, or resume the run"
-        in capsys.readouterr().err
-    )
-    with lock_folder(Path("out")):
-        assert main(finished_flags, command="compare") == 2
-    assert "out: in use by another process" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -207,24 +161,22 @@ hetero_fl.compare({small()!r}, 'local', [0, 1], out='out', jobs=2)
 
 
 @pytest.mark.slow
-def test_script_without_main_guard_raises_one_error(tmp_path: Path) -> None:
+def test_script_without_main_guard_raises_one_error_unless_from_standard_input(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "script.py").write_text(UNGUARDED_SCRIPT)
+    other = tmp_path / "other"
+    other.mkdir()
+
     completed = run_python("script.py", tmp_path)
-    assert completed.returncode == 1
-    assert completed.stderr.splitlines()[-1].startswith(
-        "hetero_fl.utils.errors.UserError: worker processes import"
-    )
-    assert (
-        completed.stderr.count("Traceback") == 1
-        and "if __name__ == '__main__':" in completed.stderr.splitlines()[-1]
-    )
+    from_input = run_python("-", other, standard_input=UNGUARDED_SCRIPT)
 
-
-@pytest.mark.slow
-def test_comparison_runs_in_a_script_from_standard_input(tmp_path: Path) -> None:
-    completed = run_python("-", tmp_path, standard_input=UNGUARDED_SCRIPT)
-    assert completed.returncode == 0, completed.stderr
-    assert RunDirectory(tmp_path / "out/runs/local-seed1").finished
+    assert completed.returncode == 1 and completed.stderr.count("Traceback") == 1
+    line = completed.stderr.splitlines()[-1]
+    assert line.startswith("hetero_fl.utils.errors.UserError: worker processes import")
+    assert "if __name__ == '__main__':" in line
+    assert from_input.returncode == 0, from_input.stderr
+    assert RunDirectory(other / "out/runs/local-seed1").finished
 
 
 def run_python(

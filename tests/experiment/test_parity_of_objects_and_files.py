@@ -46,29 +46,6 @@ def save_npz(path: Path, **splits: tuple[np.ndarray, np.ndarray]) -> dict[str, A
 # Data
 
 
-def test_divided_arrays_equal_the_same_npz_file(tmp_path: Path) -> None:
-    train, test = images(120, 1), images(30, 9)
-    names = ["a", "b", "c"]
-    objects = hfl.Federation(
-        [hfl.Client(name, "mlp") for name in names],
-        data=train,
-        test=test,
-        partition=hfl.Dirichlet(alpha=1.0),
-        proxy=20,
-        seed=5,
-    )
-    source = save_npz(tmp_path / "all.npz", train=train, test=test)
-    partition = {"kind": "dirichlet", "alpha": 1.0}
-    data = {**source, "partition": partition, "proxy": {"size": 20}}
-    groups = [{"name": name, "model": "mlp"} for name in names]
-    file = file_of({"name": "fedmd"}, groups, data=data, seed=5)
-
-    first = objects.train("fedmd", rounds=2, overrides=QUIET)
-    second = hfl.run(file, out=tmp_path / "run", overrides=QUIET)
-
-    assert_identical(first, second)
-
-
 def test_arrays_of_each_client_equal_npz_files_of_each_client(tmp_path: Path) -> None:
     train, test = images(60, 3), images(30, 9)
     parts = {"a": images(50, 1), "b": images(70, 2)}

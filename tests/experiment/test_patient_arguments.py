@@ -15,10 +15,11 @@ from PIL import Image
 import hetero_fl as hfl
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import from_arrays, load_source
-from hetero_fl.data.sources.images import patients_of_files
 from hetero_fl.data.sources.objects import to_dataset
+from hetero_fl.experiment import PreparedRun
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
+from tests.support.cases import each_case
 
 COLUMNS = ["a", "b", "c"]
 
@@ -79,17 +80,22 @@ FEDERATIONS: dict[str, Callable[[], hfl.Federation]] = {
 }
 
 
-@pytest.mark.parametrize("make", FEDERATIONS.values(), ids=FEDERATIONS)
-def test_rows_of_a_patient_are_on_one_side_of_every_cut(make: Callable[[], hfl.Federation]) -> None:
-    prepared = make().prepare(hfl.FedAvg(), rounds=1)
-
+def values_of_sets(prepared: PreparedRun) -> list[set[float]]:
+    """Return the values of the first column or pixel in the public and the clients' sets."""
     data = prepared.data
     parts = [*data.public_sets.values()]
     parts += [part for own in data.client_rows.values() for part in own.values()]
-    sides = [set(part.copy_rows().x[:, 0].tolist()) for part in parts]
-    assert data.input_shape == (3,)
-    assert sum(map(len, sides)) == len(set().union(*sides))
     assert not [note for note in prepared.notes if isinstance(note, Caution)]
+    return [set(part.copy_rows().x.flatten(1)[:, 0].tolist()) for part in parts]
+
+
+@each_case("make", FEDERATIONS.values())
+def test_rows_of_a_patient_are_on_one_side_of_every_cut(make: Callable[[], hfl.Federation]) -> None:
+    prepared = make().prepare(hfl.FedAvg(), rounds=1)
+
+    sides = values_of_sets(prepared)
+    assert prepared.data.input_shape == (3,)
+    assert sum(map(len, sides)) == len(set().union(*sides))
 
 
 def test_equal_rows_on_both_sides_of_a_cut_are_a_warning_with_the_cure(tmp_path: Path) -> None:
@@ -109,7 +115,7 @@ def test_equal_rows_on_both_sides_of_a_cut_are_a_warning_with_the_cure(tmp_path:
         assert all(cure in note for note in notes)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("values", "words"),
     [
         (np.arange(120) // 4, "'pid' seems to identify patients and repeats"),
@@ -128,7 +134,7 @@ def test_columns_of_ids_are_warnings(values: Any, words: str) -> None:
     assert len(found) == 1 and words in found[0] and "pass patient='pid'" in found[0]
 
 
-@pytest.mark.parametrize("prefix", ["", "p"])
+@each_case("prefix", ["", "p"])
 def test_the_given_patients_are_named_if_they_are_a_feature(prefix: str) -> None:
     sites = frame(40, prefix=prefix), frame(40, seed=1, prefix=prefix)
     own = [
@@ -142,8 +148,7 @@ def test_the_given_patients_are_named_if_they_are_a_feature(prefix: str) -> None
     assert [note.partition(": data: ")[2] for note in found] == ([] if prefix else [named] * 2)
 
 
-@pytest.mark.parametrize("as_array", [False, True])
-@pytest.mark.parametrize("kind", ["frame", "hugging_face"])
+@each_case(("kind", "as_array"), [("frame", False), ("frame", True), ("hugging_face", False)])
 def test_ids_beside_the_given_patients(kind: str, as_array: bool) -> None:
     x, y, who = visits(60)
     table = pd.DataFrame(x, columns=COLUMNS).assign(
@@ -225,58 +230,54 @@ def image_config(folder: Path, patient: str | None) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("patient", ["(p[0-9]+)_", "(?:ill|well)/scan_(p..)", "patients.csv"])
-def test_patients_of_image_files(patient: str, tmp_path: Path) -> None:
-    folder = write_images(tmp_path / "images")
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("patients") / "images")
+
+
+@each_case("patient", ["(p[0-9]+)_", "(?:ill|well)/scan_(p..)", "patients.csv"])
+def test_patients_of_image_files(patient: str, images: Path, tmp_path: Path) -> None:
     if patient.endswith(".csv"):
-        files = sorted(folder.rglob("*.png"))
+        files = sorted(images.rglob("*.png"))
         rows = {"file": [file.name for file in files], "patient": [f.name[5:8] for f in files]}
         patient = str(tmp_path / patient)
         pd.DataFrame(rows).to_csv(patient, index=False)
 
-    data = hfl.prepare(image_config(folder, patient)).data
+    sides = values_of_sets(hfl.prepare(image_config(images, patient)))
 
-    parts = [*data.public_sets.values()]
-    parts += [part for own in data.client_rows.values() for part in own.values()]
-    sides = [set(part.copy_rows().x[:, 0, 0, 0].tolist()) for part in parts]
     assert sum(map(len, sides)) == 40
-    assert not [note for note in data.notes if isinstance(note, Caution)]
 
 
-@pytest.mark.parametrize(
+TWICE = "file,patient\nscan_p01_0.png,p1\nscan_p01_0.png,p1\nscan_p01_0.png,p2\n"
+
+
+@each_case(
     ("patient", "words"),
     [
-        (None, None),
         ("p[0-9]+", "expected a pattern of file names with a group"),
         ("(q[0-9]+)", "scan_p01_0.png: the pattern '(q[0-9]+)' is not found in its name"),
         ("(p[", "is no regular expression"),
         ("none.csv", "file 'none.csv' not found"),
+        ("twice.csv", "'scan_p01_0.png' has two patients, 'p1' and 'p2'"),
     ],
 )
-def test_images_without_patients(patient: str | None, words: str | None, tmp_path: Path) -> None:
-    config = image_config(write_images(tmp_path / "images"), patient)
+def test_patients_that_images_do_not_have_are_refused(
+    patient: str, words: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("twice.csv").write_text(TWICE)
 
-    if words is None:
-        found = [note for note in hfl.prepare(config).notes if isinstance(note, Caution)]
-        assert found and all("set data.patient" in note for note in found)
-        return
     with pytest.raises(UserError) as caught:
-        hfl.prepare(config)
+        hfl.prepare(image_config(images, patient))
 
     assert words in str(caught.value) and str(caught.value).startswith("data.patient: ")
 
 
-def test_file_with_two_patients_is_refused(tmp_path: Path) -> None:
-    folder = write_images(tmp_path / "images")
-    table = tmp_path / "patients.csv"
-    files = [path.name for path in sorted(folder.rglob("*.png"))]
-    pd.DataFrame({"file": [*files, files[0]], "patient": "p1"}).to_csv(table, index=False)
-    assert patients_of_files(sorted(folder.rglob("*.png")), folder, str(table))
-    with table.open("a") as rows:
-        rows.write(f"{files[0]},p2\n")
+def test_copies_of_images_are_warnings_with_the_cure(images: Path) -> None:
+    notes = hfl.prepare(image_config(images, None)).notes
 
-    with pytest.raises(UserError, match=f"'{files[0]}' has two patients, 'p1' and 'p2'"):
-        hfl.prepare(image_config(folder, str(table)))
+    found = [note for note in notes if isinstance(note, Caution)]
+    assert found and all("set data.patient" in note for note in found)
 
 
 def test_patient_in_two_given_sets_is_refused(tmp_path: Path) -> None:
@@ -342,31 +343,6 @@ def test_patients_as_floats_are_the_patients_as_integers() -> None:
     found = warnings_of(hfl.Federation([own], test=test))
 
     assert "client 'a' and the global test set have patients of the same name: '0'" in found[0]
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (
-            lambda: clients(visits(9)[:2], visits(9)[:2], patient="pid"),
-            "only data frames have columns",
-        ),
-        (lambda: clients(visits(40)[:2], visits(40)[:2], patient=[1, 2]), "one entry per row"),
-        (
-            lambda: clients(visits(1)[:2], visits(1)[:2], patient=[1, None, 2, 3]),
-            "patient: row 1: missing",
-        ),
-        (lambda: clients({"name": "digits"}, None, patient="pid"), "set its key patient"),
-        (lambda: clients(frame(40), frame(40), label="ill", patient="pd"), "did you mean 'pid'?"),
-    ],
-)
-def test_patients_that_do_not_fit_are_refused(
-    make: Callable[[], list[hfl.Client]], words: str
-) -> None:
-    with pytest.raises(UserError) as caught:
-        hfl.Federation(make(), data=visits(40)[:2])
-
-    assert words in str(caught.value)
 
 
 def apart(rows: int, seed: int) -> tuple[Any, Any]:
@@ -512,34 +488,6 @@ def test_fewer_rows_than_classes_are_a_warning() -> None:
     tiny = clients(pairs[0], (x[:4], y[:4]))
     lowered = hfl.Federation(tiny).prepare(hfl.Local(), overrides=["data.partition.min_size=1"])
     assert any("has 2 training rows, fewer than the 3 classes" in note for note in lowered.notes)
-
-
-def test_message_names_the_rows_that_a_client_needs() -> None:
-    x, y = np.zeros((60, 2), np.float32), np.arange(60) % 2
-    small = clients((x, y), (x[:3], y[:3]))
-
-    with pytest.raises(UserError, match=r"has 3 rows, but .* need at least 4; give it more rows"):
-        hfl.Federation(small, test=(x, y)).prepare(
-            hfl.Local(), overrides=["data.partition.min_size=1"]
-        )
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"label": "diagnosis"}, "label: .*'diagnosis'.*; choose from a, b, c, ill, pid$"),
-        ({"label": "il"}, "label: .*'il'.*; did you mean 'ill'"),
-        ({"label": "ill", "patient": "pidd"}, "patient: .*'pidd'.*; did you mean 'pid'"),
-        ({"label": "ill", "patient": "who"}, "patient: .*'who'.*; choose from a, b, c, ill, pid$"),
-    ],
-)
-def test_misspelled_columns_name_the_columns(options: dict[str, Any], words: str) -> None:
-    frames = frame(40), frame(40, seed=1)
-
-    with pytest.raises(UserError, match=words):
-        hfl.Federation(clients(*frames, **options))
-    with pytest.raises(UserError, match=words):
-        hfl.Federation(clients(*frames), **options)
 
 
 def test_columns_named_after_persons_are_ids_of_few_persons() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +40,6 @@ METHODS = [
 ]
 
 
-OVERRIDES = [
-    ["runtime.executor=batched"],
-    ["runtime.executor=processes"],
-    ["runtime.mode=async", "runtime.executor=batched"],
-    ["runtime.mode=async", "runtime.executor=processes"],
-]
-
-
 class Mean(hfl.FedAvg):
     """Average, in a class of this test."""
 
@@ -58,10 +49,6 @@ class Mean(hfl.FedAvg):
     def aggregate(self, server: Any, uploads: Any) -> Any:
         average_models(server, uploads)
         yield from ()
-
-
-def make_net(num_classes: int) -> nn.Module:
-    return Net(5, num_classes)
 
 
 def federation(*models: Any, **settings: Any) -> hfl.Federation:
@@ -115,15 +102,6 @@ def test_objects_and_configuration_give_identical_bits(method: Any, tmp_path: Pa
     assert same_models(first, second)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("overrides", OVERRIDES, ids=lambda overrides: overrides[0])
-def test_executors_and_modes_give_identical_bits(overrides: list[str], tmp_path: Path) -> None:
-    first, second = runs_from_both(hfl.Hybrid(), tmp_path, [*QUIET, *overrides])
-
-    assert without_seconds(first) == without_seconds(second)
-    assert same_models(first, second)
-
-
 @pytest.mark.parametrize("method", [hfl.FedMD(), Mean()], ids=["fedmd", "own"])
 def test_modules_and_own_methods_in_worker_processes(method: Any) -> None:
     own = federation()
@@ -170,21 +148,6 @@ def test_given_weights_are_the_start_of_each_client() -> None:
         assert torch.equal(start.clients[client]["backbone.conv.weight"], net.conv.weight)
     assert len(start.server) == 2
     assert any("modules of site_2 start with other weights" in note for note in prepared.notes)
-
-
-@pytest.mark.parametrize("executor", ["serial", "batched"])
-def test_frozen_parameters_stay_frozen(executor: str) -> None:
-    nets = [Net(), Net()]
-    for net in nets:
-        net.conv.requires_grad_(False)
-    own = federation(*nets)
-
-    overrides = [*QUIET, f"runtime.executor={executor}"]
-    run = own.train(hfl.Local(), rounds=1, overrides=overrides)
-
-    for client, net in zip(("site_1", "site_2"), nets, strict=True):
-        assert torch.equal(run.models[client].tensors["backbone.conv.weight"], net.conv.weight)
-        assert not torch.equal(run.models[client].tensors["head.weight"], net.out.weight)
 
 
 def test_training_leaves_the_module_and_the_data_unchanged() -> None:
@@ -323,38 +286,6 @@ def test_test_and_public_rows_can_be_held_out_of_the_clients() -> None:
     clients = [hfl.Client(f"site_{i}", "mlp", images(60, i)) for i in (1, 2)]
     run = hfl.Federation(clients, proxy=20).train(hfl.FedMD(), rounds=1, overrides=QUIET)
     assert run.summary["data"]["name"] == "own data" and run.summary["data"]["n_proxy"] == 20
-
-
-SHAPES: dict[str, Callable[[], Any]] = {
-    "module": Net,
-    "class": lambda: Net,
-    "function": lambda: lambda num_classes: Net(5, num_classes),
-    "importable function": lambda: make_net,
-    "name": lambda: "cnn_bn_small",
-    "dictionary": lambda: {"name": "cnn", "width": 4},
-    "SplitModel": lambda: hfl.SplitModel(nn.Flatten(), nn.Linear(64, 3)),
-    "sequential": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 3)),
-    "default": lambda: None,
-}
-
-
-def test_ways_to_pass_a_model(subtests: pytest.Subtests) -> None:
-    for shape, make in SHAPES.items():
-        with subtests.test(shape=shape):
-            own = federation(make(), "linear")
-            run = own.train(hfl.FedMD(), rounds=1, overrides=QUIET)
-            assert run.summary["rounds_completed"] == 1
-
-
-def test_timm_module() -> None:
-    timm = pytest.importorskip("timm")
-    net = timm.create_model("resnet10t", num_classes=3, in_chans=3)
-    clients = [
-        hfl.Client("a", net, images(20, 1), preprocess=hfl.Preprocess(resize=32, channels=3)),
-        hfl.Client("b", "mlp", images(20, 2)),
-    ]
-    own = hfl.Federation(clients, test=images(20, 9))
-    assert own.train(hfl.Local(), rounds=1, overrides=QUIET).summary["rounds_completed"] == 1
 
 
 def test_test_set_has_the_columns_of_the_data_set() -> None:

@@ -143,16 +143,12 @@ def test_draws_of_user_code_are_keyed(code: str) -> None:
             assert torch.allclose(tensor, stacked.models[client].tensors[name], atol=1e-6), name
 
 
-def check_draws_equal_those_in_one_process(executor: str) -> None:
-    runs = [train(federation(Noisy), name) for name in ("serial", executor)]
+@pytest.mark.slow
+def test_draws_are_equal_in_worker_processes() -> None:
+    runs = [train(federation(Noisy), name) for name in ("serial", "processes")]
 
     assert same_models(*runs)
     assert without_seconds(runs[0]) == without_seconds(runs[1])
-
-
-@pytest.mark.slow
-def test_draws_are_equal_in_worker_processes() -> None:
-    check_draws_equal_those_in_one_process("processes")
 
 
 def test_draws_do_not_depend_on_the_code_between_rounds(tmp_path: Path) -> None:

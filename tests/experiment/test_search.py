@@ -369,13 +369,6 @@ def _compare_with(out: Path, arguments: dict[str, Any]) -> None:
     hetero_fl.compare(given.pop("config"), "fedavg", given.pop("seeds"), out=out, jobs=1, **given)
 
 
-def test_damaged_settings_give_one_line(tmp_path: Path) -> None:
-    (tmp_path / "search.json").write_text("[]")
-
-    with pytest.raises(UserError, match=r"search\.json: not valid"):
-        SearchSettings.read(tmp_path)
-
-
 def test_methods_without_a_complete_trial_are_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 import hetero_fl as hfl
-from hetero_fl.config.clients import ClientSettings
 
 
 def rows(n: int, classes: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -67,19 +66,3 @@ def test_named_data_is_divided_when_the_test_set_is_an_object() -> None:
 
     assert data.n_train > 900
     assert data.n_test == 40
-
-
-def test_optimizer_of_a_client_replaces_the_default_one() -> None:
-    defaults = ClientSettings(optimizer=hfl.SGD(lr=0.5, momentum=0.9), steps=3)
-    clients = [
-        hfl.Client("a", "mlp", rows(40), optimizer=hfl.Adam(), epochs=4),
-        hfl.Client("b", "mlp", rows(44)),
-    ]
-
-    prepared = hfl.Federation(clients, test=rows(30), defaults=defaults).prepare(hfl.Local())
-
-    own = prepared.federation.client_infos["a"].settings
-    assert (own.optimizer.name, own.optimizer.lr, own.optimizer.momentum) == ("adam", 1e-3, 0.0)
-    assert (own.epochs, own.steps) == (4, None)
-    other = prepared.federation.client_infos["b"].settings
-    assert (other.optimizer.name, other.optimizer.lr, other.steps) == ("sgd", 0.5, 3)

@@ -10,7 +10,7 @@ import torch
 
 import hetero_fl as hfl
 from hetero_fl.data import from_arrays
-from tests.support.python_federations import QUIET, Net, images, table
+from tests.support.python_federations import Net, images, table
 
 
 def numbered(rows: int = 120) -> tuple[np.ndarray, np.ndarray]:
@@ -101,12 +101,3 @@ def test_split_loads_a_source_by_name() -> None:
 
     first, second = (clients[1].data.train for clients in (by_name, by_source))
     assert torch.equal(first.x, second.x)
-
-
-def test_split_clients_train() -> None:
-    clients = hfl.split(images(120, 1), clients=3, partition=hfl.Dirichlet(alpha=1.0), model="mlp")
-
-    own = hfl.Federation(clients, test=images(30, 9), proxy=images(20, 8)[0])
-
-    run = own.train(hfl.FedMD(), rounds=1, overrides=QUIET)
-    assert set(run.models) == {"client_1", "client_2", "client_3"}

@@ -42,6 +42,8 @@ def test_server_model_between_rounds() -> None:
 
         (tensors,) = trainer.server.models.values()
         assert all(map(torch.equal, weights(server), tensors.values()))
+        with pytest.raises(UserError, match="serv"):
+            trainer.model("servers")
 
 
 @pytest.mark.parametrize("executor", ["serial", pytest.param("processes", marks=pytest.mark.slow)])
@@ -89,14 +91,6 @@ def test_failed_resume_unlocks_the_run(tmp_path: Path) -> None:
 
     assert caught.value.__traceback__ is not None
     assert not is_locked(tmp_path / "run")
-
-
-def test_unknown_client_is_refused_with_the_nearest_name() -> None:
-    with (
-        hfl.Trainer(federation(), hfl.FedAvg(), rounds=1, overrides=QUIET) as trainer,
-        pytest.raises(UserError, match="serv"),
-    ):
-        trainer.model("servers")
 
 
 def test_comparison_lists_runs_in_the_order_of_its_rows(tmp_path: Path) -> None:

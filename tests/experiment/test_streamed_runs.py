@@ -14,9 +14,9 @@ from hetero_fl.data.sources.images import read_image_folder
 from hetero_fl.experiment import evaluate, prepare, run
 from hetero_fl.federation.executors.choose import choose_executor
 from hetero_fl.utils.errors import UserError
-from tests.federation.test_crashes import figures, models
 from tests.support.federations import MIXED, changed, config
 from tests.support.image_folders import make_arrays, make_image_folder
+from tests.support.workers import figures, models
 
 QUICK_METHODS = ("fedavg", "hybrid", "centralized")
 SLOW_METHODS = ("fedmd", "feddf", "fedgkt", "fedproto", "dense")
@@ -227,15 +227,3 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
     baseline = peak_memory(streamed(few), tmp_path / "0")
 
     assert peak_memory(streamed(many), tmp_path / "1") - baseline < 250
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("suffix", "rows"), [("jpg", 20_000), ("png", 8_000)])
-def test_many_images_need_less_than_300_mb(suffix: str, rows: int, tmp_path: Path) -> None:
-    # In memory, 8,000 preprocessed images take 393 MB.
-    few = make_image_folder(tmp_path / "few", 200, side=64, suffix=suffix)
-    many = make_image_folder(tmp_path / "many", rows, side=64, suffix=suffix)
-
-    baseline = peak_memory(streamed(few), tmp_path / "0")
-
-    assert peak_memory(streamed(many), tmp_path / "1") - baseline < 300

@@ -10,8 +10,6 @@ import pandas as pd
 import pytest
 import torch
 
-from hetero_fl.algorithms import register_algorithm
-from hetero_fl.algorithms.requirements import needs_of
 from hetero_fl.data import load_source
 from hetero_fl.experiment import evaluate, prepare, run
 from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
@@ -168,18 +166,6 @@ def test_classification_of_busy_hours(horizons: str, tmp_path: Path) -> None:
     assert (finished.path / "plots" / "confusion.png").exists() and not (
         finished.path / "plots" / "forecasts.png"
     ).exists()
-
-
-@pytest.mark.parametrize(
-    "name", ["fedavg", "feddf", "fml", "heterofl", "centralized", "ensemble", "ds_fl"]
-)
-def test_methods_support_forecasts_or_name_a_reason(name: str) -> None:
-    try:
-        assert prepare(CONFIG, [*SHORT, f"algorithm.name={name}"]).config.algorithm["name"] == name
-    except UserError as error:
-        assert "regression" not in needs_of(register_algorithm[name]).tasks or str(
-            error
-        ).startswith("algorithm.")
 
 
 def test_comparison_states_baselines_and_unit(finished: Run, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,12 +194,6 @@ def test_preprocessing_is_part_of_predictions() -> None:
 
     inputs = (torch.from_numpy(x)[:, None].float() / 255).clamp(max=0.5)
     assert torch.allclose(predicted, run.model("site_1")(inputs).logits.softmax(1), atol=1e-6)
-
-
-def test_log_lines_go_to_the_logger(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="hetero_fl"):
-        train(federation())
-    assert any("round 2/2" in message for message in caplog.messages)
 
 
 def fail_on_many(predictions: Tensor, y: Tensor) -> float:

@@ -60,17 +60,21 @@ def test_optimizer_without_closure_equals_sgd() -> None:
     assert torch.allclose(first, second, atol=1e-6)
 
 
-def test_name_of_an_optimizer_replaces_the_default_one() -> None:
-    defaults = hfl.ClientSettings(optimizer=hfl.SGD(lr=0.2, momentum=0.9))
+def test_settings_of_a_client_replace_the_defaults() -> None:
+    optimizer = hfl.SGD(lr=0.2, momentum=0.9)
     clients = [
-        hfl.Client("a", "linear", images(30, 1), optimizer="adam"),
+        hfl.Client("a", "linear", images(30, 1), optimizer="adam", epochs=4),
         hfl.Client("b", "linear", images(30, 2)),
     ]
 
+    defaults = hfl.ClientSettings(optimizer=optimizer, steps=3)
     prepared = hfl.Federation(clients, defaults=defaults).prepare()
 
-    used = prepared.federation.client_infos["a"].settings.optimizer
+    own, other = (prepared.federation.client_infos[client].settings for client in "ab")
+    used = own.optimizer
     assert (used.name, used.lr, used.momentum) == ("adam", 1e-3, 0.0)
+    assert (own.epochs, own.steps) == (4, None)
+    assert (other.optimizer.name, other.optimizer.lr, other.steps) == ("sgd", 0.2, 3)
 
 
 def test_optimizer_of_some_parameters_is_accepted() -> None:

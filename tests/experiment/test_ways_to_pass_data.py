@@ -206,6 +206,13 @@ class Tail(nn.Module):
 
 
 MODELS: dict[str, Callable[[], dict[str, Any]]] = {
+    "module": lambda: {"model": Net()},
+    "class": lambda: {"model": Net},
+    "function": lambda: {"model": lambda num_classes: Net(5, num_classes)},
+    "name": lambda: {"model": "cnn_bn_small"},
+    "dictionary": lambda: {"model": {"name": "cnn", "width": 4}},
+    "SplitModel": lambda: {"model": hfl.SplitModel(nn.Flatten(), nn.Linear(64, 3))},
+    "default": lambda: {"model": None},
     "partial": lambda: {"model": functools.partial(Net, 5)},
     "class with arguments": lambda: {"model": AskingNet},
     "static method": lambda: {"model": Makers.make},

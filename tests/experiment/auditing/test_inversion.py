@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from hetero_fl.experiment import prepare
+from hetero_fl.experiment import PreparedRun, prepare
 from hetero_fl.experiment.auditing.inversion import (
     Inverter,
     first_layer_input,
@@ -37,6 +39,16 @@ def test_linear_models_reveal_the_image_exactly() -> None:
         assert torch.allclose(step.found["as trained"], step.true, atol=2e-3)
 
 
+def observed(
+    prepared: PreparedRun, rows: torch.Tensor, protect: Any = None
+) -> tuple[Inverter, torch.Tensor]:
+    """Return an inverter of an upload of `site_1`, and the true images."""
+    view = prepared.federation.client_infos["site_1"].preprocess
+    data = prepared.data.columns("site_1", "train", view)
+    found = observe_upload(prepared, "site_1", rows, protect)
+    return Inverter(found, data["y"][rows], lambda pixels: pixels), data["x"][rows]
+
+
 def test_upload_of_one_step_is_the_gradient() -> None:
     prepared = prepare(config(models="cnn_gn_small"))
     client_info, rows = prepared.federation.client_infos["site_1"], torch.tensor([4, 9])
@@ -49,34 +61,24 @@ def test_upload_of_one_step_is_the_gradient() -> None:
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None
         assert torch.allclose(found.gradient[name], parameter.grad, atol=1e-5), name
-    inverter = Inverter(found, data["y"][rows], lambda pixels: pixels)
-    assert float(inverter.distance(data["x"][rows])) == pytest.approx(0, abs=1e-5)
-    assert float(inverter.distance(data["x"][rows].flip(-1))) > 0.01
 
 
-def test_inversion_uses_the_loss_of_the_client() -> None:
-    # the loss of hybrid depends on the client's label frequencies
-    prepared = prepare(config("hybrid", models="mlp"))
-    row = torch.tensor([4])
-    data = prepared.data.columns(
-        "site_1", "train", prepared.federation.client_infos["site_1"].preprocess
-    )
-    inverter = Inverter(
-        observe_upload(prepared, "site_1", row), data["y"][row], lambda pixels: pixels
-    )
-    assert float(inverter.distance(data["x"][row])) == pytest.approx(0, abs=1e-5)
+def test_distance_is_zero_at_the_true_images() -> None:
+    # The loss of hybrid depends on the client's label frequencies.
+    for source in (config(models="cnn_gn_small"), config("hybrid", models="mlp")):
+        inverter, true = observed(prepare(source), torch.tensor([4, 9]))
+
+        assert float(inverter.distance(true)) == pytest.approx(0, abs=1e-5)
+        assert float(inverter.distance(true.flip(-1))) > 0.01
 
 
 def test_descent_improves_on_the_start() -> None:
     prepared = prepare(config(models="fedavg_cnn"))
-    client, row = "site_1", torch.tensor([2])
-    found = observe_upload(prepared, client, row)
-    data = prepared.data.columns(
-        client, "train", prepared.federation.client_infos[client].preprocess
-    )
-    true, label = data["x"][row], read_labels(found, "multiclass")
-    assert label is not None and torch.equal(label, data["y"][row])
-    inverter = Inverter(found, label, lambda pixels: pixels)
+    row = torch.tensor([2])
+    found = observe_upload(prepared, "site_1", row)
+    inverter, true = observed(prepared, row)
+    label = read_labels(found, "multiclass")
+    assert label is not None and torch.equal(label, inverter.labels)
     assert first_layer_input(inverter.module, found.gradient) is None
     start = torch.rand(true.shape, generator=torch.Generator().manual_seed(0))
     image = inverter.descend(start, steps=150)
@@ -91,14 +93,9 @@ def test_noise_on_the_update_prevents_inversion() -> None:
         draws = torch.Generator().manual_seed(0)
         return {n: t + 0.02 * torch.randn(t.shape, generator=draws) for n, t in update.items()}
 
-    data = prepared.data.columns(
-        "site_1", "train", prepared.federation.client_infos["site_1"].preprocess
-    )
-    row = torch.tensor([0])
-    true, quality = data["x"][row], {}
+    quality = {}
     for name, protect in {"plain": None, "noisy": noisy}.items():
-        found = observe_upload(prepared, "site_1", row, protect)
-        inverter = Inverter(found, data["y"][row], lambda pixels: pixels)
+        inverter, true = observed(prepared, torch.tensor([0]), protect)
         image, distance = inverter.invert_from_starts((1, 8, 8), "test", steps=40)
         assert distance == pytest.approx(float(inverter.distance(image)), abs=1e-6)
         quality[name] = psnr(image, true)

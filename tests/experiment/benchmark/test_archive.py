@@ -62,38 +62,58 @@ def with_key(configs: dict[str, RowConfig], value: int) -> dict[str, RowConfig]:
     }
 
 
-def test_recorded_configurations_are_read_without_loss(tmp_path: Path) -> None:
-    archive = ConfigArchive(tmp_path / "configs.json")
-    archive.update(configs())
+@pytest.fixture
+def archive(tmp_path: Path) -> ConfigArchive:
+    """Return an archive of the configurations."""
+    made = ConfigArchive(tmp_path / "configs.json")
+    made.update(configs())
+    return made
+
+
+def test_recorded_configurations_are_read_without_loss(archive: ConfigArchive) -> None:
+    rows, settings = ("fedavg/none", "fedavg/all"), ("a=1", "a=2")
+
+    hashes = {archive.hash_of(row, each) for row in rows for each in settings}
+
     assert ConfigArchive(archive.path).configs == values_of(configs())
     assert archive.outdated(configs()) == {}
+    assert len(hashes) == 4
 
 
-def test_a_new_key_is_found_if_the_row_sets_it(tmp_path: Path) -> None:
-    archive = ConfigArchive(tmp_path / "configs.json")
-    archive.update(configs())
+def test_a_new_key_is_found_if_the_row_sets_it(archive: ConfigArchive) -> None:
     before = archive.hash_of("fedavg/all", "a=1")
     archive.update(with_key(configs(), 7))
     assert archive.outdated(with_key(configs(), 7)) == {}
     assert archive.hash_of("fedavg/all", "a=1") == before, "a default does not change results"
 
-    (reason,) = set(archive.outdated(with_key(configs(), 8)).values())
-    assert reason == "data.new: 7 in the archive, 8 now"
-    archive.update(with_key(configs(), 8))
-    assert archive.outdated(with_key(configs(), 8)) == {}
-    assert archive.hash_of("fedavg/all", "a=1") != before
 
-
-def test_a_changed_default_is_found(tmp_path: Path) -> None:
-    archive = ConfigArchive(tmp_path / "configs.json")
-    archive.update(configs())
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (with_key(configs(), 8), "data.new: 7 in the archive, 8 now"),
+        (
+            configs(clients={"count": 2, "defaults": {"batch_size": 8}}),
+            "clients.defaults.batch_size: 32 in the archive, 8 now",
+        ),
+    ],
+    ids=["new key", "changed default"],
+)
+def test_a_changed_key_is_found(
+    changed: dict[str, RowConfig], reason: str, archive: ConfigArchive
+) -> None:
     before = archive.hash_of("fedavg/all", "a=1")
-    changed = configs(clients={"count": 2, "defaults": {"batch_size": 8}})
-    (reason,) = set(archive.outdated(changed).values())
-    assert reason == "clients.defaults.batch_size: 32 in the archive, 8 now"
+    assert set(archive.outdated(changed).values()) == {reason}
     archive.update(changed)
     assert archive.outdated(changed) == {}
     assert archive.hash_of("fedavg/all", "a=1") != before
+
+
+def test_a_removed_key_is_outdated(archive: ConfigArchive) -> None:
+    fewer = {
+        row: RowConfig({k: v for k, v in config.values.items() if k != "rounds"}, config.defaults)
+        for row, config in configs().items()
+    }
+    assert archive.outdated(fewer)["fedavg/none"] == "rounds: 2 in the archive, None now"
 
 
 def test_the_defaults_of_a_row_are_those_of_its_method() -> None:
@@ -104,27 +124,6 @@ def test_the_defaults_of_a_row_are_those_of_its_method() -> None:
     assert config.values["rounds"] == config.defaults["rounds"] == 3
     differing = {key for key in config.values if config.values[key] != config.defaults.get(key)}
     assert differing == {"algorithm.mu", "clients.defaults.logit_adjustment"}
-
-
-def test_a_removed_key_is_outdated(tmp_path: Path) -> None:
-    archive = ConfigArchive(tmp_path / "configs.json")
-    archive.update(configs())
-    fewer = {
-        row: RowConfig({k: v for k, v in config.values.items() if k != "rounds"}, config.defaults)
-        for row, config in configs().items()
-    }
-    assert archive.outdated(fewer)["fedavg/none"] == "rounds: 2 in the archive, None now"
-
-
-def test_hashes_differ_by_row_settings_and_configuration(tmp_path: Path) -> None:
-    archive = ConfigArchive(tmp_path / "configs.json")
-    archive.update(configs())
-    hashes = {
-        archive.hash_of(row, settings)
-        for row in ("fedavg/none", "fedavg/all")
-        for settings in ("a=1", "a=2")
-    }
-    assert len(hashes) == 4
 
 
 @pytest.mark.parametrize(
@@ -142,7 +141,3 @@ def test_places_seeds_and_output_are_not_recorded(change: dict[str, Any]) -> Non
     same = flatten_config(load_config(SOURCE))
     different = {key for key in changed if changed[key] != same.get(key)}
     assert different <= {"runtime.executor"}
-
-
-def test_rounds_are_recorded() -> None:
-    assert flatten_config(load_config(SOURCE))["rounds"] == 2

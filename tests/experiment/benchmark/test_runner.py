@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 
-import hetero_fl
 from hetero_fl.cli import main
 from hetero_fl.experiment.benchmark import repetition, runner
 from hetero_fl.experiment.benchmark.archive import RunArchive
@@ -20,7 +19,6 @@ from hetero_fl.experiment.benchmark.repetition import repeat_row, repetition_tab
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
 from hetero_fl.experiment.benchmark.runner import PAUSE, benchmark, pause_benchmark
 from hetero_fl.experiment.comparison.jobs import KILLED, ComparisonJob, run_job
-from hetero_fl.reporting.comparison.report import comparison_row
 from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
 
@@ -223,29 +221,6 @@ def test_rows_without_archived_runs_cannot_be_repeated(folder: Path, runs: InPro
     runs.edit = lambda job: "out of memory" if job.seed else None
     with pytest.raises(RunFailedError, match=r"1 run failed\nlocal.* seed 1: out of memory"):
         repeat(folder, "first", "local/all")
-
-
-def test_archived_scores_are_those_of_the_run(
-    folder: Path, runs: InProcess, tmp_path: Path
-) -> None:
-    archive = start(folder, "first")
-    row = RunArchive(archive / "first.csv").rows
-    fedavg = next(found for key, found in row.items() if key[0] == "fedavg" and key[3] == "1")
-    run = hetero_fl.run(
-        CONFIG,
-        out=tmp_path / "repeated",
-        overrides=[
-            "algorithm.name=fedavg",
-            "algorithm.logit_adjustment=true",
-            *fedavg["settings"].split(":"),
-            "seed=1",
-            "runtime.threads=1",
-            "evaluation.every=1000000",
-        ],
-    )
-    repeated = comparison_row(run.summary)
-    for column in ("global_last_loss", "personal_last_accuracy_worst", "up_bytes"):
-        assert float(fedavg[column]) == pytest.approx(repeated[column], rel=1e-5)
 
 
 def test_a_missing_run_and_only_this_run_is_repeated(folder: Path, runs: InProcess) -> None:

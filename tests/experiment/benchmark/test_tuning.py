@@ -49,12 +49,6 @@ def rate_of(trial: dict[str, Any]) -> float:
     return float(rates.pop())
 
 
-def test_learning_rates_come_first_with_the_first_values_of_other_settings() -> None:
-    trials = next_trials(ROW, TUNING, {}).remaining
-    assert [rate_of(trial) for trial in trials] == [0.001, 0.01, 0.1]
-    assert all((t["mu"], t["clients.defaults.epochs"]) == (0.1, 1) for t in trials)
-
-
 def test_settings_are_tuned_in_order_at_the_values_chosen_before() -> None:
     seen = []
 
@@ -88,14 +82,10 @@ def test_the_best_of_a_unimodal_score_is_found_and_interior(best: int) -> None:
     assert choice.is_interior == (not is_end), "only the end of all values is not interior"
 
 
-def test_diverged_trials_are_not_chosen() -> None:
+def test_diverged_trials_are_not_chosen_and_ties_go_to_the_first_value() -> None:
     choice, _ = tune(lambda trial: float("-inf") if rate_of(trial) > 0.001 else 0.5)
     assert rate_of(choice.settings) == 0.001
     assert choice.tuned[0].scores[choice.tuned[0].values.index(0.01)] == float("-inf")
-
-
-def test_the_first_value_is_chosen_in_a_tie() -> None:
-    choice, _ = tune(lambda _trial: 0.5)
     assert choice.settings["mu"] == 0.1
     assert choice.settings["clients.defaults.epochs"] == 1
 

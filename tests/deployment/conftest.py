@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,43 +11,14 @@ import pytest
 from hetero_fl.deployment import conversations
 from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.executors.base import ClientAbsentError, ClientLateError
-from model_zoo import generators
-from tests.support.nodes import LONG, Clock
+from tests.support.nodes import Clock, patient_nodes
 
 
 @pytest.fixture(autouse=True)
-def in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give nodes ample time to greet and to take in a farewell, however slow the machine."""
-    monkeypatch.setattr(conversations, "GREETING_SECONDS", LONG)
-    monkeypatch.setattr(conversations, "LEAVE_SECONDS", LONG)
-
-
-@pytest.fixture(autouse=True)
-def one_generator_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let server and nodes take turns with the global generators, which their process shares.
-
-    Two threads that read its state at the same time can also block each other forever.
-    """
-    lock = threading.RLock()
-    keyed = generators.keyed_generators
-
-    @contextmanager
-    def locked(*args: Any, **kwargs: Any) -> Iterator[None]:
-        with lock, keyed(*args, **kwargs):
-            yield
-
-    def locked_function(function: Any) -> Any:
-        def call(*args: Any) -> Any:
-            with lock:
-                return function(*args)
-
-        return call
-
-    for name in ("read_states", "write_states"):
-        monkeypatch.setattr(generators, name, locked_function(getattr(generators, name)))
-    for module in list(sys.modules.values()):
-        if vars(module).get("keyed_generators") is keyed:
-            monkeypatch.setattr(module, "keyed_generators", locked)
+def in_peace() -> Iterator[None]:
+    """Give nodes ample time to answer, however slow the machine."""
+    with patient_nodes():
+        yield
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Certificates and keys: new ones are valid, and faults in given ones are one-line errors."""
+"""Certificates, keys and configuration files: what is created, and one line for mistakes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import ssl
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import yaml
 
+from hetero_fl.cli import main
 from hetero_fl.deployment import certificates
 from hetero_fl.deployment.certificates import (
     ServerFiles,
@@ -21,6 +25,9 @@ from hetero_fl.deployment.certificates import (
     make_server_files,
     public_bytes,
 )
+from hetero_fl.deployment.config import load_server_config, load_site_config
+from hetero_fl.deployment.server import run_federation
+from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
 
@@ -153,3 +160,189 @@ def test_keys_of_openssh(tmp_path: Path) -> None:
         load_node_key(other)
     with pytest.raises(UserError, match="got another kind"):
         load_public_key(Path(f"{other}.pub"))
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "net"
+    assert (
+        main(
+            [
+                "certificates",
+                str(folder),
+                "--host",
+                "fl.example.org",
+                "--host",
+                "10.0.0.7",
+                "--clients",
+                "north, south",
+            ]
+        )
+        == 0
+    )
+    return folder
+
+
+def test_generated_files_are_consistent(net: Path) -> None:
+    server = load_server_config(net / "server" / "server.yaml")
+    assert (server.host, server.port, list(server.nodes)) == ("0.0.0.0", 9092, ["north", "south"])
+    files = ServerFiles(
+        *(
+            Path(server.certificates.model_dump()[name])
+            for name in ("authority", "certificate", "key")
+        )
+    )
+    check_server_files(files, ["fl.example.org", "10.0.0.7"])
+    for client, public in server.nodes.items():
+        site, folder = load_site_config(net / client / "site.yaml")
+        assert (
+            site.client == client
+            and folder == (net / client / "state").resolve()
+            and site.server is not None
+        )
+        assert site.server.address == "fl.example.org:9092"
+        key = load_node_key(Path(site.server.key))
+        assert public_bytes(key.public_key()) == public_bytes(load_public_key(Path(public)))
+        assert (
+            Path(site.server.authority).read_bytes()
+            == (net / "server" / "authority.pem").read_bytes()
+        )
+    secret = [path for path in net.rglob("*") if path.is_file() and b"PRIVATE" in path.read_bytes()]
+    assert {str(path.relative_to(net)) for path in secret} == {
+        "authority/authority.key", "server/server.key", "north/key", "south/key",
+    }  # fmt: skip
+    assert all(path.stat().st_mode & 0o077 == 0 for path in secret)
+
+
+@each_case(
+    ("clients", "line"),
+    [
+        ("north,../south", "'../south'"),
+        ("server,north", "'server'"),
+        ("a,a", "duplicate client 'a'"),
+        ("", "'' cannot be"),
+    ],
+)
+def test_invalid_client_names_are_refused(
+    clients: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["certificates", str(tmp_path / "net"), "--host", "here", "--clients", clients]) == 2
+    )
+    err = capsys.readouterr().err
+    assert line in err and err.count("\n") == 1 and not (tmp_path / "net").exists()
+
+
+def test_certificates_do_not_overwrite_files(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["certificates", str(net), "--host", "here", "--clients", "north"]) == 2
+    assert "already exists" in capsys.readouterr().err
+
+
+SITE: dict[str, Any] = {"client": "north", "server": {"address": "here:1"}}
+
+
+@each_case(
+    ("change", "line"),
+    [
+        (
+            {"data": {"name": "npz", "path": "dta.npz"}},
+            "{site}: data.path: file or folder '{folder}/dta.npz' not found",
+        ),
+        (
+            {"data": {"name": "nzp", "path": "site.yaml"}},
+            "{site}: data.name: unknown source 'nzp'; did you mean 'npz'?",
+        ),
+        (
+            {"authority": "nope.pem"},
+            "{folder}/nope.pem: the authority's certificate cannot be read (No such file",
+        ),
+        ({"authority": "key"}, "{folder}/key: expected a certificate in PEM"),
+        (
+            {"key": "key.pub"},
+            "{folder}/key.pub: expected a private key, got the public key; "
+            "use the file without .pub",
+        ),
+    ],
+)
+def test_node_checks_its_files_before_connecting(
+    change: dict[str, Any], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
+    folder = tmp_path.resolve()
+    make_node_key(folder / "key")
+    about = {
+        "address": "127.0.0.1:1",
+        "key": "key",
+        **{k: v for k, v in change.items() if k != "data"},
+    }
+    path = folder / "site.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {**SITE, "server": about, **{k: v for k, v in change.items() if k == "data"}}
+        )
+    )
+    assert main(["node", "--site", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert (
+        err.startswith("error: " + line.format(site=path, folder=folder)) and err.count("\n") == 1
+    )
+    assert not (folder / "state").exists()
+
+
+def test_data_path_expands_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "site.yaml"
+    path.write_text(yaml.safe_dump({**SITE, "data": {"name": "npz", "path": "~/rows.npz"}}))
+    site, _ = load_site_config(path)
+    assert site.data is not None and site.data.path == str(tmp_path.resolve() / "rows.npz")
+
+
+@each_case(
+    ("name", "expected"),
+    [
+        ("hf:rows", "hf:{site}/rows"),
+        ("hf:./missing", "hf:{site}/missing"),
+        ("hf:~/rows", "hf:{home}/rows"),
+        ("hf:ylecun/mnist", "hf:ylecun/mnist"),
+        ("digits", "digits"),
+    ],
+)
+def test_folder_of_a_hugging_face_data_set_is_relative_to_the_site_file(
+    name: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "site" / "rows").mkdir(parents=True)
+    path = tmp_path / "site" / "site.yaml"
+    path.write_text(yaml.safe_dump({**SITE, "data": {"name": name}}))
+
+    site, _ = load_site_config(path)
+
+    root = tmp_path.resolve()
+    assert site.data.name == expected.format(site=root / "site", home=root / "home")
+
+
+def test_client_without_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text(yaml.safe_dump({"nodes": {"north": "north.pub", "suoth": "south.pub"}}))
+    server = load_server_config(path)
+    server.check_clients(["north"], path)  # others may be there for other runs
+    with pytest.raises(
+        UserError,
+        match=r"nodes: no key for 'south', a client of the configuration; did you mean 'suoth'\?",
+    ):
+        server.check_clients(["north", "south"], path)
+
+
+def test_simulation_cannot_be_resumed_on_nodes(tmp_path: Path) -> None:
+    choice = {"executor": "serial", "threads": 1, "device": "cpu"}
+    run = RunDirectory.create(
+        tmp_path / "run", config={"name": "a"}, environment={"choice": choice}
+    )
+    transport = Mock()
+    with pytest.raises(
+        UserError,
+        match=r"the run was started on one machine; resume it with `hetero-fl train`",
+    ):
+        run_federation({"name": "a"}, transport, out=run.path, resume=True, wait=0.1)
+    transport.close.assert_called_once_with()
+    transport.push.assert_not_called()

@@ -332,13 +332,8 @@ def test_forecast_is_bounded(changes: dict[str, Any], expected: str) -> None:
     assert validation._read_forecast(FORECAST, federation) == FORECAST
     with pytest.raises(RequestRefusedError, match=re.escape(expected)):
         validation._read_forecast({**FORECAST, **changes}, federation)
-
-
-def test_forecast_without_dates_is_refused() -> None:
-    federation = dated_federation(dated=False)
-
     with pytest.raises(RequestRefusedError, match="expected only for time series without privacy"):
-        validation._read_forecast(FORECAST, federation)
+        validation._read_forecast(FORECAST, dated_federation(dated=False))
 
 
 def dated_federation(dated: bool = True) -> Any:

@@ -6,13 +6,14 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from hetero_fl.federation.simulation.faults import FaultOutcome
+from hetero_fl.federation.asynchronous import AsynchronousTrainer, ClientTask, TaskQueue
+from hetero_fl.federation.simulation.faults import NO_FAULT, FaultOutcome
 from hetero_fl.utils.errors import RunFailedError
 from tests.support.asynchronous_runs import session, source
 from tests.support.cases import each_case
 from tests.support.federations import MIXED, SUMMING, TOP, config, rounds_of
-from tests.support.workers import outcome
 
 PACE = {"site_1": 1.0, "site_2": 1.3, "site_3": 2.9, "site_4": 7.1}
 
@@ -61,31 +62,6 @@ def test_unequal_task_times_differ_from_synchronous_run() -> None:
     assert bits(pace) != bits(rounds_of(run_config))
     # Fast clients upload twice, slow ones never.
     assert any(len(set(record["cohort"])) < 4 for record in records)
-
-
-@pytest.mark.slow
-@each_case("method", SUMMING)
-def test_every_summing_method_runs_and_is_evaluated(method: str) -> None:
-    extra = {"algorithm": {"name": "ds_fl", "proxy_rows": None}} if method == "ds_fl" else {}
-    run_config = config(method, MIXED, clients=4, rounds=2, server={"model": "linear"}, **extra)
-    run_config["runtime"] = {"threads": 1, "mode": "async", "buffer": 2}
-    pace = session(run_config, seconds=lambda client_id, task: PACE[client_id])
-    for _ in range(2):
-        record = pace.run_round()
-        assert not record["failed"] and len(record["cohort"]) == 4
-        scores = pace.evaluate().clients
-        assert all(0 <= reading.scores["global"]["accuracy"] <= 1 for reading in scores.values())
-    assert pace.version == 4
-
-
-# Order of computation
-def test_time_of_computation_does_not_change_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute each task as late as possible, or all tasks together when they are assigned."""
-    run_config = source(algorithm__heads="keep")
-    plain, eager = session(run_config), session(run_config)
-    fill = eager._assign_tasks
-    eager._assign_tasks = lambda: (fill(), eager._compute())[0]  # type: ignore[method-assign,func-returns-value]
-    assert outcome(eager)["private"] == outcome(plain)["private"] and bits(eager) == bits(plain)
 
 
 def test_tasks_that_fail_before_upload_are_not_computed() -> None:
@@ -237,3 +213,108 @@ def test_state_follows_accepted_uploads() -> None:
         kept == before for _, kept in seen[:3]
     )
     assert seen[-1][1] != before
+
+
+SOURCE = config(
+    "fedper",
+    {"name": "mlp", "hidden": [8]},
+    3,
+    rounds=9,
+    data__train_limit=180,
+    data__partition__min_size=15,
+    data__proxy__size=0,
+    runtime={"threads": 1, "mode": "async", "buffer": 2},
+)
+
+
+SECONDS = st.lists(st.floats(0.1, 10), min_size=64, max_size=64)
+
+
+QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+# Without and with compression residuals.
+CHANNELS = st.sampled_from([{}, TOP])
+
+
+def after(
+    seconds: list[float], fates: dict[int, FaultOutcome], channel: dict[str, Any]
+) -> tuple[AsynchronousTrainer, dict[str, Any]]:
+    """Return a run after two rounds, and the state of server and clients."""
+    run = session(
+        {**SOURCE, "channel": channel},
+        seconds=lambda client_id, task: seconds[task % 64],
+        fates=fates,
+    )
+    counts = [run.run_round()["counts"] for _ in range(2)]
+    assert all(c["invited"] == c["arrived"] + c["failed"] + c["late"] for c in counts)
+    models = {
+        slot: {n: t.numpy().tobytes() for n, t in m.items()}
+        for slot, m in run.server.models.items()
+    }
+    return run, {
+        "models": models,
+        "private": {
+            client_id: run.store.encoded(client_id) for client_id in run.federation.client_infos
+        },
+        "now": run.now,
+    }
+
+
+@pytest.mark.slow
+@QUICK
+@given(SECONDS, st.sets(st.integers(0, 12)), CHANNELS)
+def test_duplicate_upload_counts_once(
+    seconds: list[float], twice: set[int], channel: dict[str, Any]
+) -> None:
+    plain, once = after(seconds, {}, channel)
+    run, again = after(seconds, {number: FaultOutcome("twice") for number in twice}, channel)
+    assert again == once
+    assert run.traffic.down == plain.traffic.down and run.traffic.up >= plain.traffic.up
+
+
+@pytest.mark.slow
+@QUICK
+@given(SECONDS, st.sets(st.integers(0, 12)), CHANNELS)
+def test_corrupted_upload_counts_as_lost(
+    seconds: list[float], bad: set[int], channel: dict[str, Any]
+) -> None:
+    _, lost = after(seconds, {number: FaultOutcome("lost") for number in bad}, channel)
+    _, changed = after(seconds, {number: FaultOutcome("corrupted") for number in bad}, channel)
+    assert changed == lost
+
+
+@pytest.mark.slow
+@QUICK
+@given(SECONDS, st.sets(st.integers(0, 12)), st.floats(0.1, 20), CHANNELS)
+def test_delayed_upload_equals_slow_client(
+    seconds: list[float], late: set[int], by: float, channel: dict[str, Any]
+) -> None:
+    slow = [s + (by if i in late else 0.0) for i, s in enumerate(seconds)]
+    _, one = after(seconds, {number: FaultOutcome("late", delay=by) for number in late}, channel)
+    run, _ = after(slow, {}, channel)
+    # Durations repeat after that.
+    if run.num_tasks <= 64:
+        assert one["models"] == after(slow, {}, channel)[1]["models"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.floats(0, 5)), max_size=40), st.data())
+def test_events_are_ordered_by_end_and_idle_clients_ranked(
+    tasks: list[tuple[int, float]], data: st.DataObject
+) -> None:
+    queue, flight, number = TaskQueue(), dict[int, tuple[float, int]](), 0
+    for place, ends in tasks:
+        if place in flight:
+            ends_first = min(flight.values())
+            popped = queue.pop()
+            assert (popped.end, popped.number) == ends_first
+            flight = {p: e for p, e in flight.items() if e != ends_first}
+        if place not in flight:
+            queue.push(ClientTask(number, f"c{place}", place, 0, 0, 0.0, ends, b"", 0, NO_FAULT))
+            flight[place] = (ends, number)
+            number += 1
+        idle = [p for p in range(31) if p not in flight]
+        if idle:
+            rank = data.draw(st.integers(0, len(idle) - 1))
+            assert queue.idle_position(rank) == idle[rank]
+    assert len(queue) == len(flight)

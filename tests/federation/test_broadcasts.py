@@ -1,4 +1,4 @@
-"""Broadcasts as changes of an estimate: server and clients agree, whatever messages are lost."""
+"""Broadcasts: changes of an estimate, whatever is lost, and the cache of decoded messages."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 
 from hetero_fl.algorithms import FedAvg
 from hetero_fl.communication.model_changes import WHOLE, unpack_changes
+from hetero_fl.communication.protocol import Content, encoded
 from hetero_fl.core.participant import Participant
-from hetero_fl.core.payload import Payload, PayloadError
+from hetero_fl.core.payload import Item, Payload, PayloadError
 from hetero_fl.core.plan import Plan
 from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.broadcasts import (
@@ -22,6 +23,7 @@ from hetero_fl.federation.broadcasts import (
     EstimateBroadcasts,
     read_broadcast,
 )
+from hetero_fl.federation.client_runtime import MAX_BROADCASTS, BroadcastCache
 from hetero_fl.federation.cost import expected_cost
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import UserError
@@ -31,12 +33,18 @@ from tests.support.cases import each_case
 from tests.support.federations import MIXED, broadcasts, config, rounds_of, same_bits
 
 DOWN = {"compress_down": [{"topk": 0.2}, {"quantize": 6}]}
+
+
 CHAINS = {
     "topk": [{"topk": 0.2}, {"quantize": 6}],
     "randk": [{"randk": 0.3}],
     "lowrank": [{"lowrank": 0.8}, "half"],
 }
+
+
 EQUAL_SHAPES = [{"name": "mlp", "hidden": [24]}, {"name": "mlp", "hidden": [24], "dropout": 0.5}]
+
+
 MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}]
 
 
@@ -101,13 +109,6 @@ def test_estimates_follow_ef21_p() -> None:
         state = trainer.store.get("site_1").state[ESTIMATES_KEY]["model"]["tensors"]
         found = torch.cat([t.reshape(-1) for _, t in sorted(state.items())])
         torch.testing.assert_close(found, estimate, rtol=0, atol=1e-7)
-
-
-def test_changes_are_smaller_than_models() -> None:
-    channel = {"compress_down": [{"topk": 0.02}, {"quantize": 4}], "entropy": True}
-    trainer = rounds_of(config("fedavg", MODELS, 4, channel=channel), num_rounds=0)
-    sizes = [trainer.run_round()["down_bytes"] for _ in range(3)]
-    assert max(sizes[1:]) < 0.25 * sizes[0]
 
 
 def changes_in(body: bytes) -> list[int]:
@@ -294,3 +295,98 @@ def test_resumed_run_is_bit_identical(mode: str, tmp_path: Path) -> None:
     for name, model in uninterrupted.models.items():
         assert same_bits(model.tensors, parts.models[name].tensors), name
     assert uninterrupted.summary["communication"] == parts.summary["communication"]
+
+
+BODIES = [
+    Payload(
+        {
+            "model": Item({"w": torch.full((3,), float(i))}, kind="params"),
+            "rows": Item(torch.ones(2, 2), torch.ones(2, 1)),
+        }
+    ).encode()
+    for i in range(MAX_BROADCASTS + 2)
+]
+
+
+class CountedDecoder:
+    """A decoder that counts its calls."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self, client_id: str, round_idx: int, content: Content) -> Payload:
+        self.times += 1
+        return Payload.decode(encoded(content))
+
+
+@pytest.fixture
+def decode() -> CountedDecoder:
+    return CountedDecoder()
+
+
+def test_equal_messages_are_decoded_once(decode: CountedDecoder) -> None:
+    cache = BroadcastCache(decode)
+    first, second = cache.get("a", 0, BODIES[0]), cache.get("b", 0, BODIES[0])
+    assert decode.times == 1 and first["model"]["w"] is second["model"]["w"]
+    assert cache.get("a", 0, BODIES[1])["model"]["w"].tolist() == [1.0] * 3 and decode.times == 2
+    # With compression, equal bytes mean different tensors in different rounds.
+    cache.get("a", 1, BODIES[0])
+    assert decode.times == 3
+    # The entry of the other round was removed.
+    cache.get("a", 0, BODIES[0])
+    assert decode.times == 4
+
+
+def test_clients_get_separate_dictionaries(decode: CountedDecoder) -> None:
+    cache = BroadcastCache(decode)
+    received = cache.get("a", 0, BODIES[0])
+    received["model"]["w"] = torch.full((3,), 9.0)
+    del received.items_by_name["rows"]
+    received.report["more"] = 1
+    again = cache.get("b", 0, BODIES[0])
+    assert (
+        set(again) == {"model", "rows"}
+        and again["model"]["w"].tolist() == [0.0] * 3
+        and not again.report
+    )
+
+
+def test_cache_size_is_limited(decode: CountedDecoder) -> None:
+    cache = BroadcastCache(decode)
+    for body in BODIES:
+        cache.get("a", 0, body)
+    for body in BODIES[-MAX_BROADCASTS:]:
+        cache.get("a", 0, body)
+    assert decode.times == len(BODIES)
+    cache.get("a", 0, BODIES[0])
+    assert decode.times == len(BODIES) + 1
+
+
+class OwnMethod(FedAvg):
+    """A user-defined method whose clients change received tensors in place."""
+
+    def personalize(self, client: Participant, received: Payload) -> Plan[None]:
+        for tensor in received["model"].values():
+            tensor.data.mul_(0.5)
+            tensor.numpy()[...] += 1
+        client.load("model", received["model"])
+        yield from ()
+
+
+@each_case("chunk", [1, 6])
+def test_custom_method_may_change_received_tensors(chunk: int) -> None:
+    losses: list[dict[str, Any]] = []
+    for size in (1, chunk):
+        trainer = rounds_of(config(f"python:{__name__}:OwnMethod", MIXED, clients=6), num_rounds=1)
+        runtime = trainer.executor.runtime  # type: ignore[attr-defined]
+        bodies = broadcasts(trainer, list(trainer.federation.client_infos), for_evaluation=True)
+        before = [Payload.decode(body) for body in bodies.values()]
+        found: dict[str, Any] = {}
+        for start in range(0, len(bodies), size):
+            chosen = dict(list(bodies.items())[start : start + size])
+            found |= {c: e.scores for c, e in runtime.evaluate(chosen, 1).items()}
+        losses.append(found)
+        for (client, body), sent in zip(bodies.items(), before, strict=True):
+            received = runtime.broadcast_cache.get(client, 1, body)
+            assert all(torch.equal(t, sent["model"][n]) for n, t in received["model"].items())
+    assert losses[0] == losses[1]

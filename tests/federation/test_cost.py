@@ -22,6 +22,9 @@ from tests.support.asynchronous_runs import source as paced
 from tests.support.cases import each_case
 from tests.support.federations import TOP, config, rounds_of
 
+# The cached rows differ from round to round.
+CACHED = {"name": "ds_fl", "proxy_rows": 30, "cache_life": 3, "bits": 2}
+
 
 def estimate_and_count(tmp_path: Any, source: dict[str, Any]) -> tuple[list[int], list[int]]:
     prepared = prepare(source)
@@ -53,19 +56,19 @@ def test_cost_with_sharing_and_evaluation_intervals(
     assert estimated == counted and min(counted) > 0
 
 
-def test_cost_with_cache_and_quantization(tmp_path: Any) -> None:
-    algorithm = {"name": "ds_fl", "proxy_rows": 30, "cache_life": 3, "bits": 2}
-    estimated, counted = estimate_and_count(
-        tmp_path, small("ds_fl", rounds=6, clients__per_round=2, algorithm=algorithm)
-    )
-    # The cached rows differ from round to round.
-    assert estimated == pytest.approx(counted, rel=0.1) and min(counted) > 0
-
-
-def test_cost_of_broadcasts_growing_with_uploads(tmp_path: Any) -> None:
-    estimated, counted = estimate_and_count(
-        tmp_path, small("ensemble", rounds=4, clients__per_round=2)
-    )
+@each_case(
+    ("method", "settings"),
+    [
+        ("ds_fl", {"rounds": 6, "algorithm": CACHED}),
+        # Broadcasts grow with the uploads.
+        ("ensemble", {"rounds": 4}),
+    ],
+)
+def test_cost_of_sizes_that_differ_between_rounds(
+    method: str, settings: dict[str, Any], tmp_path: Any
+) -> None:
+    source = small(method, clients__per_round=2, **settings)
+    estimated, counted = estimate_and_count(tmp_path, source)
     assert estimated == pytest.approx(counted, rel=0.1) and min(counted) > 0
 
 

@@ -1,15 +1,19 @@
-"""Synchronous rounds: traffic, client state, refused uploads and evaluation."""
+"""Synchronous rounds: client state, refused uploads, evaluation, and the code that they call."""
 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 
+import hetero_fl
 from hetero_fl.aggregation import Uploads
 from hetero_fl.algorithms import local_fit
 from hetero_fl.core.participant import ClientInfo, Participant, copy_tree
@@ -234,12 +238,6 @@ def test_heads_stay_local_if_configured() -> None:
     assert rounds_of(config("fedavg")).store.clients() == []
 
 
-def test_uploads_follow_client_sharing_schedules() -> None:
-    now_and_then = [{"match": "site_1", "share_every": 2}]
-    rounds = rounds_of(config("fedavg", "mlp", 3, clients__overrides=now_and_then), num_rounds=0)
-    assert [rounds.run_round()["failed"] for _ in range(2)] == [{}, {}]
-
-
 def test_sharing_interval_of_two_rounds() -> None:
     rounds = rounds_of(config("fedavg", clients__defaults={"share_every": 2}), num_rounds=0)
     (group,) = rounds.server.models
@@ -374,3 +372,67 @@ def test_draw_cohort_depends_on_round_and_attempt() -> None:
         assert len({tuple(cohort) for cohort in cohorts}) > 4
         assert all(len(set(c)) == 3 and c == natural_order(c) for c in cohorts)
     assert by_round[0] == by_attempt[0] == federation.sample_cohort(3, 0)
+
+
+PACKAGE = Path(hetero_fl.__file__).parent
+
+
+OPTIONAL = (
+    "privacy/",
+    "robustness/",
+    "communication/compression.py",
+    "communication/link.py",
+    "communication/secure_aggregation/",
+    "federation/simulation/",
+    "federation/asynchronous.py",
+    "federation/real_time.py",
+    "deployment/",
+)
+
+
+def entered_modules(source: dict[str, Any]) -> set[str]:
+    """Return the modules of the package that the second round of a run calls."""
+    trainer = rounds_of(source, num_rounds=1)
+    entered: set[str] = set()
+
+    def trace(frame: FrameType, event: str, _: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(PACKAGE):
+            entered.add(path.relative_to(PACKAGE).as_posix())
+
+    sys.setprofile(trace)
+    try:
+        trainer.run_round()
+    finally:
+        sys.setprofile(None)
+    return entered
+
+
+@each_case("method", ["fedavg", "fedmd", "hybrid"])
+def test_plain_round_calls_no_optional_feature(method: str) -> None:
+    entered = entered_modules(config(method, rounds=2))
+
+    assert "federation/synchronous.py" in entered
+    assert not [module for module in entered if module.startswith(OPTIONAL)]
+
+
+@each_case(
+    ("section", "module"),
+    [
+        (
+            {"privacy": {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4}},
+            "privacy/server_side.py",
+        ),
+        (
+            {"aggregation": {"rule": "median", "malicious": 1}},
+            "robustness/robust_means.py",
+        ),
+        ({"channel": {"secure_sum": {}}}, "communication/secure_aggregation/server.py"),
+        ({"channel": {"compress": [{"topk": 0.1}]}}, "communication/compression.py"),
+        ({"devices": {"speed": 100.0}}, "federation/simulation/rounds.py"),
+    ],
+)
+def test_enabled_feature_is_called(section: dict[str, Any], module: str) -> None:
+    source = config("fedavg", {"name": "mlp", "hidden": [8]}, 4, rounds=2, **section)
+
+    assert module in entered_modules(source)

@@ -267,19 +267,6 @@ def test_wrong_shares_are_detected_and_replaced() -> None:
             party.run_round(leaves, up=wrong(("site_2", "site_3")))
 
 
-def test_unreadable_sealed_shares_end_the_round() -> None:
-    party = Party(5)
-
-    def up(client: str, message: Message) -> Message:
-        if (client, message.kind) != ("site_2", "shares"):
-            return message
-        return changed(message, REPLIES, lambda got: got["sealed"].fill(7))
-
-    with pytest.raises(RunFailedError, match="received 1 shares of the secret of site_2") as error:
-        party.run_round(up=up)
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize("messages", [50, pytest.param(150, marks=pytest.mark.slow)])
 def test_arbitrary_messages_cause_no_crash(messages: int) -> None:
     draw, party = random.Random(stream_key("fuzz")), Party(5)
@@ -306,14 +293,6 @@ def test_arbitrary_messages_cause_no_crash(messages: int) -> None:
         except RunFailedError as error:
             assert "secure aggregation stopped" in str(error) and "\n" not in str(error)
     assert sums > 0.6 * messages
-
-
-def test_shares_of_another_secret_are_refused() -> None:
-    shares = crypto.split_secret(bytes(range(32)), 3, [1, 2, 3])
-    assert crypto.combine_shares(dict(zip((1, 2, 3), shares, strict=True))) == bytes(range(32))
-    assert crypto.combine_shares({1: b"\xff" * crypto.SHARE_LENGTH, 2: shares[1], 3: b""}) != bytes(
-        range(32)
-    )
 
 
 # One hostile client of five
@@ -390,3 +369,24 @@ def test_garbage_drops_or_names_its_sender(ask: str, garbage: str) -> None:
     else:
         assert {"site_1", "site_2", "site_4", "site_5"} <= set(summed.clients)
         assert set(summed.dropouts) <= {"site_3"}
+
+
+def test_unreadable_sealed_shares_end_the_round() -> None:
+    party = Party(5)
+
+    def up(client: str, message: Message) -> Message:
+        if (client, message.kind) != ("site_2", "shares"):
+            return message
+        return changed(message, REPLIES, lambda got: got["sealed"].fill(7))
+
+    with pytest.raises(RunFailedError, match="received 1 shares of the secret of site_2") as error:
+        party.run_round(up=up)
+    assert "\n" not in str(error.value)
+
+
+def test_shares_of_another_secret_are_refused() -> None:
+    shares = crypto.split_secret(bytes(range(32)), 3, [1, 2, 3])
+    assert crypto.combine_shares(dict(zip((1, 2, 3), shares, strict=True))) == bytes(range(32))
+    assert crypto.combine_shares({1: b"\xff" * crypto.SHARE_LENGTH, 2: shares[1], 3: b""}) != bytes(
+        range(32)
+    )

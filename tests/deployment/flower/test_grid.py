@@ -1,9 +1,14 @@
-"""The transport over Flower's grid: what is sent, answered, lost and unreadable."""
+"""Inside Flower's processes: the transport over its grid, the ClientApp and the worker."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +19,14 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
 
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 import hetero_fl
 from hetero_fl.deployment.certificates import make_node_key, public_bytes
 from hetero_fl.deployment.config import SiteConfig
-from hetero_fl.deployment.flower import grid as grid_module
+from hetero_fl.deployment.flower import grid as grid_module, server_app
+from hetero_fl.deployment.flower.client_app import handle_query
 from hetero_fl.deployment.flower.grid import (
     SMALL_BODY_BYTES,
     GridTransport,
@@ -28,12 +34,14 @@ from hetero_fl.deployment.flower.grid import (
     to_content,
 )
 from hetero_fl.deployment.flower.server_app import run_in_app
+from hetero_fl.deployment.flower.worker_socket import WorkerError, forward, socket_path
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.transport import Envelope, Handle, UnreadableAnswer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.cases import each_case
 from tests.support.federations import config
-from tests.support.nodes import ALL, until
+from tests.support.flower_federation import worker_processes
+from tests.support.nodes import ALL, LONG, Clock, until
 
 pytestmark = pytest.mark.usefixtures("flower_task")
 
@@ -158,23 +166,15 @@ def test_message_and_answer_arrive_unchanged(
     assert answers == {number: Envelope({**head, "answered": True}, body[::-1])}
 
 
-def test_message_to_unknown_node_has_no_answer(
+def test_unknown_nodes_and_failed_client_app_have_no_answer(
     grid: FakeGrid, transport: GridTransport, node: int
 ) -> None:
-    grid.members.clear()
+    failing = FakeNode(200, lambda envelope: Envelope({"ask": str(1 // 0)}))
+    grid.members = {200: failing}
 
-    lost = [transport.push(node, Envelope(), 60.0), transport.push(77, Envelope(), 60.0)]
+    lost = [transport.push(number, Envelope(), 60.0) for number in (node, 77, 200)]
 
     assert transport.pull(lost, 1.0) == dict.fromkeys(lost)
-
-
-def test_failed_client_app_has_no_answer(grid: FakeGrid, transport: GridTransport) -> None:
-    grid.join(lambda envelope: Envelope({"ask": str(1 // 0)}))
-    (node,) = transport.nodes()
-
-    number = transport.push(node, Envelope({"ask": "hello"}), 60.0)
-
-    assert transport.pull([number], 1.0) == {number: None}
 
 
 def test_restarted_node_is_another_node(
@@ -315,20 +315,24 @@ def test_run_in_app_equals_simulation(grid: FakeGrid, tmp_path: Path) -> None:
 
 
 def test_nodes_file_binds_clients_to_keys(
-    grid: FakeGrid, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    grid: FakeGrid, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    lines: list[str] = []
+    # Admission closes after the run's folder, two clients and a refusal.
+    log = clock.after(4, lines)
+    monkeypatch.setattr(server_app, "EventLog", lambda: log)
     for client in ("site_1", "site_2", "site_3"):
         key = make_node_key(tmp_path / client)
         member = grid.join(Node(SiteConfig(client=client), tmp_path / f"{client}_state").handle)
         member.public_key = public_bytes(key.public_key())
     nodes = tmp_path / "nodes.yaml"
     nodes.write_text("site_1: site_1.pub\nsite_2: site_2.pub\nsite_3: site_1.pub\n")
-    settings = {"out": str(tmp_path / "run"), "nodes": str(nodes), "wait": 0.5}
+    settings = {"out": str(tmp_path / "run"), "nodes": str(nodes), "wait": LONG}
 
-    with pytest.raises(RunFailedError, match=r"no node connected within 0\.5 s for site_3"):
+    with pytest.raises(RunFailedError, match="no node connected within 300 s for site_3"):
         run_in_app(grid, settings, config("fedavg", "cnn_gn_small"))
 
-    assert "its key is not the key of client 'site_3'" in capsys.readouterr().err
+    assert any("its key is not the key of client 'site_3'" in line for line in lines)
     nodes.write_text("site_1: 7\n")
     with pytest.raises(UserError, match="site_1: expected a file with a public key, got 7"):
         run_in_app(grid, settings, config("fedavg", "cnn_gn_small"))
@@ -357,3 +361,133 @@ def test_resumed_run_keeps_its_configuration(grid: FakeGrid, tmp_path: Path) -> 
     again = run_in_app(grid, {"out": out, "resume": True}, source)
 
     assert again.summary["seed"] == 3
+
+
+HELLO = Envelope({"ask": "hello"})
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a site's file."""
+    path = tmp_path / "site.yaml"
+    path.write_text("client: north\n")
+    return path
+
+
+@pytest.fixture
+def supernode(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process in the role of the one that starts ClientApps; workers end with it."""
+    with (
+        # a short path, as the length of socket paths is limited
+        tempfile.TemporaryDirectory() as sockets,
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process,
+    ):
+        monkeypatch.setattr(tempfile, "tempdir", sockets)
+        monkeypatch.setattr(os, "getppid", lambda: process.pid)
+        yield process
+        process.kill()
+
+
+def query(envelope: Envelope | RecordDict, **node_config: str) -> Envelope:
+    """Send a message through the ClientApp."""
+    content = to_content(envelope) if isinstance(envelope, Envelope) else envelope
+    message = Message(content, 1, "query")
+    message.metadata.__dict__["_message_id"] = message.object_id
+    context = Context(1, 1, dict(node_config), RecordDict(), {})
+    return from_message(handle_query(message, context))
+
+
+def test_client_app_does_not_import_torch() -> None:
+    code = (
+        "import sys; import hetero_fl.deployment.flower.client_app; "
+        "assert not {'torch', 'numpy.random', 'pydantic'} & set(sys.modules), 'slow imports'"
+    )
+
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_worker_answers_and_ends_with_its_parent(
+    site: Path, supernode: subprocess.Popen[bytes]
+) -> None:
+    answers: list[Envelope] = []
+    both = [threading.Thread(target=lambda: answers.append(forward(HELLO, site))) for _ in range(2)]
+
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+
+    assert [(a.head["ask"], a.head["client"]) for a in answers] == [("here", "north")] * 2
+    assert query(HELLO, site=str(site)).head["ask"] == "here"
+    (worker,) = worker_processes([site])
+
+    os.kill(worker, signal.SIGKILL)  # it is started again
+    until(lambda: not Path(f"/proc/{worker}").exists())
+    assert forward(HELLO, site).head["ask"] == "here"
+    (again,) = worker_processes([site])
+    assert again != worker
+
+    supernode.kill()
+    supernode.wait()
+    until(lambda: not worker_processes([site]))
+    assert not socket_path(site).exists()
+
+
+def test_worker_killed_while_computing_fails_the_message(
+    site: Path, supernode: subprocess.Popen[bytes]
+) -> None:
+    forward(HELLO, site)
+    (worker,) = worker_processes([site])
+    os.kill(worker, signal.SIGSTOP)
+    failures: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            forward(HELLO, site)
+        except (EOFError, OSError) as error:
+            failures.append(error)
+
+    waiting = threading.Thread(target=call)
+    waiting.start()
+    os.kill(worker, signal.SIGKILL)
+    waiting.join()
+
+    assert len(failures) == 1
+
+
+def test_invalid_site_file_is_reported_at_the_site(
+    site: Path, supernode: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    site.write_text("client: north\nfoldr: state\n")
+
+    answer = query(HELLO, site=str(site))
+
+    assert answer.head["ask"] == "refused"
+    reason = "its worker did not start; the log of its SuperNode says why"
+    assert answer.head["why"] == reason
+    line = f"{site}: foldr: unknown key; did you mean 'folder'?"
+    assert capsys.readouterr().err.splitlines() == [line, f"refused: {reason}"]
+
+
+@each_case(
+    ("content", "expected"),
+    [
+        (HELLO, "--node-config has no site; expected 'site=\"/path/to/site.yaml\"'"),
+        (RecordDict({"other": ConfigRecord({"a": 1})}), "not a message of hetero_fl"),
+    ],
+)
+def test_message_without_a_site_or_of_another_app_is_refused(
+    content: Envelope | RecordDict, expected: str
+) -> None:
+    answer = query(content)
+
+    assert answer.head == {"ask": "refused", "why": expected}
+
+
+def test_socket_folder_of_another_user_is_refused(
+    site: Path, supernode: subprocess.Popen[bytes]
+) -> None:
+    socket_path(site).parent.chmod(0o755)
+
+    with pytest.raises(WorkerError, match="others can enter it"):
+        forward(HELLO, site)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,6 @@ from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
 from tests.support.federations import MIXED, config, rounds_of, same_bits
 
-# Much computation per transfer.
-LONG = {"epochs": 50}
-
 
 def threads_speedup(threads: int) -> float:
     """Return the speedup of large steps with that many threads, on a made-up machine."""
@@ -49,73 +47,120 @@ def chosen(monkeypatch: pytest.MonkeyPatch, cores: int = 2, **changes: Any) -> E
     monkeypatch.setattr(module, "available_cores", lambda: cores)
     monkeypatch.setattr(module, "measure_step", seconds_of_step)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    prepared = prepare(config("local", **{"runtime": {}, **changes}))
+    prepared = prepare(config("local", **{"runtime": {}, **deepcopy(changes)}))
     return choose_executor(prepared.config, prepared.federation)
 
 
-def test_small_runs_are_serial_and_long_runs_use_workers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    few = chosen(monkeypatch, models=MIXED)
-    assert (few.executor, few.threads, few.workers) == ("serial", 1, 1)
-    many = chosen(monkeypatch, models=MIXED, rounds=1_000_000, clients__defaults=LONG)
-    assert (many.executor, many.threads, many.server_threads, many.workers) == (
-        "processes",
-        1,
-        1,
+# Much computation per transfer.
+LONG: dict[str, Any] = {"rounds": 1_000_000, "clients__defaults": {"epochs": 50}}
+EQUAL: dict[str, Any] = {
+    "models": "mlp",
+    "clients": 12,
+    "data": {"name": "digits", "partition": {"kind": "iid"}, "proxy": {"size": 0}},
+}
+SMALL_DATA = {"data__partition__min_size": 5}
+CROWD = {**EQUAL, **LONG, **SMALL_DATA, "clients": 70}
+# A step of these models takes 32 and 4 MFLOP; recurrent models are not stacked.
+STACKED = {**EQUAL, **SMALL_DATA, "models": "fedavg_cnn"}
+CHOICES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
+    (2, {"models": MIXED}, {"executor": "serial", "threads": 1, "workers": 1}),
+    (
         2,
-    )
-    assert (
-        chosen(
-            monkeypatch, cores=1, models=MIXED, rounds=1_000_000, clients__defaults=LONG
-        ).executor
-        == "serial"
-    )
-    assert chosen(monkeypatch, clients=1, rounds=1_000_000).executor == "serial"
-    monkeypatch.setattr(module, "MAX_TRAFFIC", 0.0)
-    assert (
-        chosen(monkeypatch, models=MIXED, rounds=1_000_000, clients__defaults=LONG).executor
-        == "serial"
-    )
+        {"models": MIXED, **LONG},
+        {"executor": "processes", "threads": 1, "server_threads": 1, "workers": 2},
+    ),
+    (1, {"models": MIXED, **LONG}, {"executor": "serial"}),
+    (2, {"models": MIXED, **LONG, "runtime": {"threads": 2}}, {"executor": "serial"}),
+    # The number of workers changes no result.
+    (2, {"models": MIXED, **LONG, "runtime": {"workers": 1}}, {"executor": "processes"}),
+    (2, {"clients": 1, "rounds": 1_000_000}, {"executor": "serial"}),
+    (2, EQUAL, {"executor": "batched", "chunk": 128}),
+    (2, {**EQUAL, "clients__per_round": 4}, {"executor": "serial"}),
+    (2, {**EQUAL, "models": "gru"}, {"executor": "serial"}),
+    (2, {**EQUAL, "models": {"name": "mlp", "hidden": [2000, 2000]}}, {"executor": "serial"}),
+    (2, CROWD, {"executor": "processes", "chunk": 8}),
+    # Eight chunks would leave half of the cores idle.
+    (16, CROWD, {"executor": "processes", "chunk": 1}),
+    (2, {**STACKED, "runtime": {"executor": "batched"}}, {"threads": 2}),
+    (2, {**STACKED, "runtime": {"executor": "batched", "chunk": 2}}, {"threads": 2}),
+    (2, {**STACKED, "runtime": {"executor": "batched", "chunk": 1}}, {"threads": 1}),
+    (2, {**STACKED, "models": "gru", "runtime": {"executor": "batched"}}, {"threads": 1}),
+    (
+        2,
+        {"runtime": {"executor": "batched", "threads": 3, "chunk": 5}},
+        {"executor": "batched", "threads": 3, "chunk": 5},
+    ),
+    # `auto` selects the serial executor.
+    (2, {"models": MIXED, "runtime": {"chunk": 16}}, {"chunk": 1}),
+]
 
 
-def test_workers_are_chosen_if_they_save_more_than_their_start() -> None:
-    def taken(seconds: float, busy: float, step: float, cores: int = 2) -> str:
-        speedup = threads_speedup(cores) if step >= module.LARGE_STEP else 1.0
-        load = module.RunLoad(6, seconds, 1e7, busy, step, speedup)
-        return module._select_executor(load, 0, torch.device("cpu"), cores)[0]
-
-    assert taken(20, 6, 1e6) == "processes" and taken(8, 6, 1e6) == "serial"
-    # Two threads would take 13 s.
-    assert taken(100, 6, 1e9) == "processes" and taken(20, 6, 1e9) == "serial"
-    # One client has nearly all of the work.
-    assert taken(1000, 1.05, 1e6) == "serial"
-    assert taken(1000, 1.5, 1e6) == "processes" and taken(1000, 1.5, 1e9) == "serial"
-    assert (
-        taken(1000, 2.5, 1e9, cores=4) == "serial" and taken(1000, 4, 1e9, cores=4) == "processes"
-    )
-
-
-def test_workers_are_compared_with_configured_threads(
+@each_case(("cores", "changes", "expected"), CHOICES)
+def test_choice_follows_load_and_settings(
+    cores: int,
+    changes: dict[str, Any],
+    expected: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def taken(step: float, cores: int, each: int | None) -> str:
-        speedup = threads_speedup(each or cores) if step >= module.LARGE_STEP else 1.0
-        load = module.RunLoad(8, 20, 1e7, 8, step, speedup)
-        return module._select_executor(load, 0, torch.device("cpu"), cores, each)[0]
+    choice = chosen(monkeypatch, cores, **changes)
 
-    # Two workers of two threads each.
-    assert taken(1e6, 4, None) == taken(1e6, 4, 2) == "processes"
-    # The cores suffice for one worker.
-    assert taken(1e6, 4, 4) == taken(1e9, 4, 4) == "serial"
-    # Compared with one thread, not two.
-    assert taken(1e9, 2, None) == "serial" and taken(1e9, 2, 1) == "processes"
-    long: dict[str, Any] = {"models": MIXED, "rounds": 1_000_000, "clients__defaults": LONG}
-    assert chosen(monkeypatch, runtime={"threads": 2}, **long).executor == "serial"
-    # The number of workers changes no result.
-    assert chosen(monkeypatch, runtime={"workers": 1}, **long).executor == "processes"
-    monkeypatch.setattr(module, "thread_limit", lambda: 2)
-    assert chosen(monkeypatch, **long).executor == "serial"
+    assert {name: getattr(choice, name) for name in expected} == expected
+
+
+def test_choice_gives_its_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "12 clients" in chosen(monkeypatch, **EQUAL).reasons[0]
+    assert "8 clients at a time" in chosen(monkeypatch, **CROWD).reasons[-1]
+
+
+@each_case(("name", "limit"), [("MAX_TRAFFIC", 0.0), ("thread_limit", lambda: 2)])
+def test_limits_of_traffic_and_threads_exclude_workers(
+    name: str, limit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, name, limit)
+
+    assert chosen(monkeypatch, models=MIXED, **LONG).executor == "serial"
+
+
+@each_case(
+    ("clients", "seconds", "busy", "step", "cores", "threads", "expected"),
+    [
+        (6, 20, 6, 1e6, 2, None, "processes"),
+        (6, 8, 6, 1e6, 2, None, "serial"),
+        # Two threads would take 13 s.
+        (6, 100, 6, 1e9, 2, None, "processes"),
+        (6, 20, 6, 1e9, 2, None, "serial"),
+        # One client has nearly all of the work.
+        (6, 1000, 1.05, 1e6, 2, None, "serial"),
+        (6, 1000, 1.5, 1e6, 2, None, "processes"),
+        (6, 1000, 1.5, 1e9, 2, None, "serial"),
+        (6, 1000, 2.5, 1e9, 4, None, "serial"),
+        (6, 1000, 4, 1e9, 4, None, "processes"),
+        # Two workers of two threads each.
+        (8, 20, 8, 1e6, 4, None, "processes"),
+        (8, 20, 8, 1e6, 4, 2, "processes"),
+        # The cores suffice for one worker.
+        (8, 20, 8, 1e6, 4, 4, "serial"),
+        (8, 20, 8, 1e9, 4, 4, "serial"),
+        # Compared with one thread, not two.
+        (8, 20, 8, 1e9, 2, None, "serial"),
+        (8, 20, 8, 1e9, 2, 1, "processes"),
+    ],
+)
+def test_workers_are_chosen_if_they_save_more_than_their_start(
+    clients: int,
+    seconds: float,
+    busy: float,
+    step: float,
+    cores: int,
+    threads: int | None,
+    expected: str,
+) -> None:
+    speedup = threads_speedup(threads or cores) if step >= module.LARGE_STEP else 1.0
+    load = module.RunLoad(clients, seconds, 1e7, busy, step, speedup)
+
+    found, *_ = module._select_executor(load, 0, torch.device("cpu"), cores, threads)
+
+    assert found == expected
 
 
 def test_steps_are_timed_if_the_estimate_is_inconclusive(
@@ -169,7 +214,7 @@ def test_large_steps_get_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGE_STEP", 0.0)
     few, many = (
         chosen(monkeypatch, models=MIXED),
-        chosen(monkeypatch, models=MIXED, clients=6, rounds=1_000_000, clients__defaults=LONG),
+        chosen(monkeypatch, models=MIXED, clients=6, **LONG),
     )
     assert (few.threads, few.server_threads) == (2, 2) and (many.threads, many.server_threads) == (
         1,
@@ -178,66 +223,7 @@ def test_large_steps_get_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(monkeypatch, cores=16, models=MIXED).threads == 4
 
 
-def test_threads_depend_on_the_size_of_stacked_steps(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    data = {"name": "digits", "partition": {"kind": "iid", "min_size": 5}, "proxy": {"size": 0}}
-
-    def threads(model: str, **runtime: Any) -> int:
-        return chosen(monkeypatch, models=model, clients=12, data=data, runtime=runtime).threads
-
-    # A step takes 32 and 4 MFLOP; recurrent models are not stacked.
-    assert (
-        threads("fedavg_cnn", executor="batched")
-        == threads("fedavg_cnn", executor="batched", chunk=2)
-        == 2
-    )
-    assert (
-        threads("fedavg_cnn", executor="batched", chunk=1)
-        == threads("gru", executor="batched")
-        == 1
-    )
-
-
-def test_small_clients_of_one_architecture_are_batched(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    data = {"name": "digits", "partition": {"kind": "iid"}, "proxy": {"size": 0}}
-    crowd = chosen(monkeypatch, models="mlp", clients=12, data=data)
-    assert crowd.executor == "batched" and crowd.chunk == 128 and "12 clients" in crowd.reasons[0]
-    assert (
-        chosen(monkeypatch, models="mlp", clients=12, clients__per_round=4, data=data).executor
-        == "serial"
-    )
-    assert chosen(monkeypatch, models="gru", clients=12, data=data).executor == "serial"
-    small = {**data, "partition": {"kind": "iid", "min_size": 5}}
-    many = chosen(
-        monkeypatch, models="mlp", clients=70, rounds=1_000_000, clients__defaults=LONG, data=small
-    )
-    assert (many.executor, many.chunk) == (
-        "processes",
-        8,
-    ) and "8 clients at a time" in many.reasons[-1]
-    share = chosen(
-        monkeypatch,
-        cores=16,
-        models="mlp",
-        clients=70,
-        rounds=1_000_000,
-        clients__defaults=LONG,
-        data=small,
-    )
-    # Eight chunks would leave half of the cores idle.
-    assert (share.executor, share.chunk) == ("processes", 1)
-    large = {"name": "mlp", "hidden": [2000, 2000]}
-    assert chosen(monkeypatch, models=large, clients=12, data=data).executor == "serial"
-
-
-def test_configured_settings_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = chosen(monkeypatch, runtime={"executor": "batched", "threads": 3, "chunk": 5})
-    assert (choice.executor, choice.threads, choice.chunk) == ("batched", 3, 5)
-    # `auto` selects the serial executor.
-    assert chosen(monkeypatch, models=MIXED, runtime={"chunk": 16}).chunk == 1
+def test_chunk_of_the_serial_executor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         UserError, match=r"^runtime\.chunk: must be 1 with runtime\.executor=serial, got 16"
     ):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,12 +16,7 @@ import pytest
 import torch
 import yaml
 
-import hetero_fl as hfl
-from tests.experiment.test_own_modules import check_result_of_plain_torch
-from tests.experiment.test_random_draws import check_draws_equal_those_in_one_process
-from tests.federation.test_crashes import figures, models
-from tests.support import asynchronous_runs
-from tests.support.federations import TOP, config
+from tests.support.federations import config
 from tests.support.workers import (
     PATIENCE,
     ROOT,
@@ -140,81 +133,6 @@ def test_ray_workers_read_shared_data_and_match_one_process(
 
 def test_ray_replies_have_checksums(setup: WorkerSetup) -> None:
     assert has_checksums(RayActor(setup, 0).run_job(first_job(setup)))
-
-
-@pytest.mark.slow
-def test_worker_results_are_received_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the second result arrive first, because it is smaller."""
-    pool = RayActorPool.__new__(RayActorPool)
-    pool._workers = []
-    pool._tasks = [deque(["a1", "a2"]), deque(["b1"]), deque()]
-    arrived = iter([["a2", "b1"], ["a1", "a2"], ["a2"]])
-
-    def wait(tasks: list[str], timeout: float) -> tuple[list[str], list[str]]:
-        now = next(arrived)
-        return [task for task in tasks if task in now], []
-
-    monkeypatch.setattr(ray, "wait", wait)
-    monkeypatch.setattr(ray, "get", lambda task: task)
-    assert [pool.receive() for _ in range(3)] == [(1, "b1"), (0, "a1"), (0, "a2")]
-
-
-WAITS = """
-import sys, time
-from pathlib import Path
-from hetero_fl.cli import main
-from hetero_fl.federation.asynchronous import AsynchronousTrainer
-
-run_round = AsynchronousTrainer.run_round
-
-def run_round_and_wait(self):
-    record = run_round(self)
-    if self.completed == 2:  # the second round is over, and nothing of it is written
-        Path("waits").touch()
-        time.sleep(10_000)
-    return record
-
-AsynchronousTrainer.run_round = run_round_and_wait
-sys.exit(main(sys.argv[1:], command="train"))
-"""
-
-
-@pytest.mark.slow
-def test_run_with_killed_driver_resumes_on_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
-    """Kill an asynchronous run with faults, personal heads and top-k."""
-    run_config = asynchronous_runs.source(
-        "hybrid",
-        algorithm__heads="keep",
-        channel=TOP,
-        rounds=4,
-    )
-    run(run_config, out=tmp_path / "plain")
-    run_config["runtime"] |= {"executor": "ray", "workers": 1, "address": cluster.address}
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(run_config))
-    driver = subprocess.Popen(
-        [sys.executable, "-c", WAITS, "--config", "c.yaml", "--out", "out"],
-        cwd=tmp_path, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert eventually(lambda: (tmp_path / "waits").exists() or driver.poll() is not None)
-    os.killpg(driver.pid, signal.SIGKILL)
-    assert driver.wait() == -signal.SIGKILL and not (tmp_path / "out" / "summary.json").exists()
-    run(run_config, out=tmp_path / "out", resume=True)
-    assert "resumed after round" in (tmp_path / "out" / "log.txt").read_text()
-    assert models(tmp_path / "out") == models(tmp_path / "plain")
-    assert figures(tmp_path / "out") == figures(tmp_path / "plain")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", [hfl.Local(), hfl.FedAvg()])
-def test_own_module_gives_the_result_of_plain_torch(
-    cluster: Cluster, method: hfl.Algorithm, float64: None
-) -> None:
-    check_result_of_plain_torch("tied_head", "ray", 2, method)
-
-
-@pytest.mark.slow
-def test_random_draws_equal_those_in_one_process(cluster: Cluster) -> None:
-    check_draws_equal_those_in_one_process("ray")
 
 
 def test_killed_worker_and_lost_node_change_nothing(

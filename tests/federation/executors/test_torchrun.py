@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ import yaml
 
 from hetero_fl.experiment import run
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.federation.executors import torchrun
-from hetero_fl.federation.executors.workers import JobResult
 from tests.support.federations import MIXED, config
 from tests.support.models import DRIFTING
 from tests.support.workers import (
@@ -24,9 +21,7 @@ from tests.support.workers import (
     ROOT,
     environment,
     eventually,
-    first_job,
-    has_checksums,
-    setup_of,
+    models,
     start_session,
 )
 
@@ -63,31 +58,6 @@ def launch(
     return start_session(command, folder, environment(), stdout=subprocess.PIPE)
 
 
-class SentError(Exception):
-    """Raised instead of waiting for the next job."""
-
-
-def test_rank_replies_have_checksums(monkeypatch: pytest.MonkeyPatch) -> None:
-    setup, sent = setup_of("fedavg"), list[JobResult]()
-
-    def send(done: list[JobResult], dst: int) -> None:
-        sent.extend(done)
-        raise SentError
-
-    messages = iter([setup, first_job(setup)])
-
-    def receive(source: int) -> Any:
-        message = next(messages, None)
-        # No further message arrives.
-        return message or threading.Event().wait()
-
-    monkeypatch.setattr(torchrun, "_receive_object", receive)
-    monkeypatch.setattr("torch.distributed.send_object_list", send)
-    with pytest.raises(SentError):
-        torchrun._serve_rank_zero()
-    assert has_checksums(sent[0])
-
-
 def rank_processes(out: Path) -> list[int]:
     """Return the process ids of a launched run by rank, found by torchrun's variables."""
     found = {}
@@ -104,10 +74,6 @@ def rank_processes(out: Path) -> list[int]:
 
 def all_ended(out: Path) -> bool:
     return eventually(lambda: not rank_processes(out), 0.1)
-
-
-def models(out: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (out / "models").glob("*.safetensors")}
 
 
 def test_two_ranks_match_a_serial_run(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -22,11 +24,16 @@ import torch
 import yaml
 
 from hetero_fl.communication.protocol import Message
-from hetero_fl.core.payload import Payload, loss_from_report
+from hetero_fl.core.payload import Item, Payload, loss_from_report
 from hetero_fl.engine.templates import TaskCosts
 from hetero_fl.experiment import run
 from hetero_fl.federation.executors import processes, workers
-from hetero_fl.federation.executors.processes import ProcessPool, SharedMemoryConnection
+from hetero_fl.federation.executors.processes import (
+    LONG,
+    ProcessPool,
+    SharedMemoryBlock,
+    SharedMemoryConnection,
+)
 from hetero_fl.federation.executors.workers import (
     JobResult,
     RemoteTracebackError,
@@ -54,7 +61,11 @@ from tests.support.workers import (
 )
 
 WorkerFixture = tuple[WorkerSetup, ProcessPool, dict[str, Any]]
+
+
 TRAIN = str(ROOT / "scripts" / "train.py")
+
+
 WILD = {"name": "wild", "model": "mlp", "optimizer": {"lr": 1e30}}
 
 
@@ -177,38 +188,6 @@ def test_killed_worker_and_diverging_client_change_nothing(
     assert outcome(rounds_on(setup, pool, 2)) == expected and len(killed) == 2
 
 
-def test_worker_that_dies_with_a_pending_result_is_replaced(
-    fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Kill a new worker before the shared memory of its first result is read."""
-    setup, pool = fedper
-    expected = outcome(rounds_on(setup, None), 1)
-    rounds, plain, killed = rounds_on(setup, pool, 2), pool.receive, list[int | None]()
-    for worker in range(2):
-        pool._end(worker)
-        pool._workers[worker] = pool._start(worker)
-
-    answered: set[int] = set()
-
-    def receive() -> tuple[int, JobResult | None]:
-        for worker, jobs in busy.items():
-            process, end = pool._workers[worker]
-            answers = jobs and any(c != "wild" for c in jobs[0].clients)
-            if not killed and answers and worker not in answered:
-                assert end.connection.poll(PATIENCE)
-                process.kill()
-                process.join()
-                killed.append(process.pid)
-        worker, result = plain()
-        answered.add(worker)
-        return worker, result
-
-    monkeypatch.setattr(pool, "receive", receive)
-    busy = rounds.executor._running  # type: ignore[attr-defined]
-    assert outcome(rounds, 1) == expected and len(killed) == 1
-    assert not {process.pid for process, _ in pool._workers} & set(killed)
-
-
 def test_dead_idle_worker_is_replaced(
     fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,30 +198,6 @@ def test_dead_idle_worker_is_replaced(
     os.kill(pool._workers[1][0].pid or 0, signal.SIGKILL)
     pool._workers[1][0].join()
     assert outcome(rounds, 1) == expected
-
-
-@pytest.mark.parametrize("during", ["_to_reference", "_from_reference"])
-def test_worker_with_interrupted_connection_is_replaced(
-    fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch, during: str
-) -> None:
-    """Press Ctrl-C as in a notebook, where the same rounds then continue."""
-    setup, pool = fedper
-    expected = outcome(rounds_on(setup, None), 1)
-    rounds = rounds_on(setup, pool, 2)
-    before = [process for process, _ in pool._workers]
-    plain, interrupted = getattr(SharedMemoryConnection, during), list[str]()
-
-    def changed(self: SharedMemoryConnection, *args: Any) -> Any:
-        if not interrupted:
-            interrupted.append("once")
-            raise KeyboardInterrupt
-        return plain(self, *args)
-
-    monkeypatch.setattr(SharedMemoryConnection, during, changed)
-    with pytest.raises(KeyboardInterrupt):
-        rounds.run_round()
-    assert outcome(rounds, 1) == expected
-    assert sorted(process.exitcode or 0 for process in before) == [-signal.SIGKILL, 0]
 
 
 def test_interrupted_worker_is_replaced_before_its_next_result_is_read(
@@ -273,29 +228,6 @@ def test_interrupted_worker_is_replaced_before_its_next_result_is_read(
     pool.close()
 
 
-class Pipe:
-    """A connection of another class, as on Windows."""
-
-    def __init__(self, plain: Any) -> None:
-        self.fileno, self.send, self.recv, self.close = (
-            plain.fileno,
-            plain.send,
-            plain.recv,
-            plain.close,
-        )
-
-
-def test_connection_without_file_descriptor_works(
-    fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    setup, pool = fedper
-    before = [process.pid for process, _ in pool._workers]
-    for _, end in pool._workers:
-        monkeypatch.setattr(end, "connection", Pipe(end.connection))
-    assert outcome(rounds_on(setup, pool, 2), 1) == outcome(rounds_on(setup, None), 1)
-    assert before == [process.pid for process, _ in pool._workers]
-
-
 def test_missing_shared_memory_for_data_fails_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -309,15 +241,6 @@ def test_missing_shared_memory_for_data_fails_in_one_line(
         r"\(unable .*No space",
     ):
         ProcessPool(setup_of("fedavg"), 2)
-
-
-def test_workers_remember_only_clients_with_private_state() -> None:
-    for method, some in (("fedavg", False), ("fedper", True)):
-        pool = LocalWorkerPool(setup := setup_of(method), 2)
-        rounds = rounds_on(setup, pool, 2)
-        assert outcome(rounds, 2) == outcome(rounds_on(setup, None), 2)
-        assert bool(rounds.executor._holders) is some  # type: ignore[attr-defined]
-        assert [bool(worker._used) for worker in pool.workers] == [some, some]
 
 
 @each_case("num_states", [0.5, 1.5, 2.5, 3.5])
@@ -439,3 +362,136 @@ def test_stopped_run_leaves_no_process(end: signal.Signals, when: str, tmp_path:
     if end is not signal.SIGKILL:
         assert process.returncode == 130 and "Traceback" not in output
         assert output.splitlines()[-1].startswith("interrupted; to resume:")
+
+
+def ends(remembered: int = 2) -> tuple[SharedMemoryConnection, SharedMemoryConnection]:
+    one, other = multiprocessing.Pipe()
+    return SharedMemoryConnection(one, sent_strings=remembered), SharedMemoryConnection(
+        other, received_strings=remembered
+    )
+
+
+def record_pipe_sizes(
+    carrier: SharedMemoryConnection, monkeypatch: pytest.MonkeyPatch
+) -> list[int]:
+    """Return a list that records the sizes of messages this end writes to the pipe."""
+    sizes: list[int] = []
+    plain = Connection._send_bytes  # type: ignore[attr-defined]
+
+    def counted(self: Connection, data: bytes) -> None:
+        if self is carrier.connection:
+            sizes.append(len(data))
+        plain(self, data)
+
+    monkeypatch.setattr(Connection, "_send_bytes", counted)
+    return sizes
+
+
+def transfer(message: Any, sender: SharedMemoryConnection, receiver: SharedMemoryConnection) -> Any:
+    """Send a message and return what arrives; receive concurrently, because pipes are small."""
+    with ThreadPoolExecutor(1) as pool:
+        received = pool.submit(receiver.receive)
+        sender.send(message)
+        return received.result(timeout=PATIENCE)
+
+
+def test_messages_arrive_complete() -> None:
+    one, other = ends()
+    long, longer = bytes(range(256)) * (LONG // 256), b"x" * (3 * LONG + 1)
+    for message in (
+        {"a": long, "b": [longer, b"short", long], "c": "text"},
+        [longer],
+        b"",
+        [b"y" * LONG, long],
+    ):
+        assert transfer(message, one, other) == message
+        back = [message, len(message)]
+        # Through the shared memory of the other end.
+        assert transfer(back, other, one) == back
+
+
+def test_reused_memory_does_not_change_received_strings() -> None:
+    one, other = ends(remembered=0)
+    kept = []
+    for byte in b"abc":
+        kept.append(transfer(bytes([byte]) * LONG, one, other))
+    assert [string[:1] + string[-1:] for string in kept] == [b"aa", b"bb", b"cc"]
+
+
+def test_two_messages_may_be_sent_before_one_is_read() -> None:
+    one, other = ends(remembered=0)
+    for _ in range(3):
+        first, second = b"a" * LONG, b"b" * LONG
+        one.send(first)
+        one.send(second)
+        assert (other.receive(), other.receive()) == (first, second)
+
+
+def test_known_strings_are_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = ends()
+    first, second, third = (bytes([b]) * (LONG + b) for b in b"abc")
+    filled: list[int] = []
+    plain = SharedMemoryBlock.fill
+
+    def fill(self: SharedMemoryBlock, strings: list[memoryview]) -> object:
+        filled.append(len(strings))
+        return plain(self, strings)
+
+    monkeypatch.setattr(SharedMemoryBlock, "fill", fill)
+    got = []
+    for string in (first, second, first, second, third, second, first, third):
+        got.append(transfer([string, string], one, other))
+    assert [g[0] for g in got] == [first, second, first, second, third, second, first, third]
+    # Both ends forget the oldest of two strings.
+    assert filled == [1, 1, 0, 0, 1, 0, 1, 0]
+    assert len(one._sent.strings) == len(other._received.strings) == 2
+    equal = bytes(bytearray(third))
+    # An equal string, but a different object.
+    assert transfer(equal, one, other) == third and filled[-1] == 1
+
+
+def test_strings_without_room_in_shared_memory_use_the_pipe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = ends(remembered=1)
+    small, large, larger = (
+        byte * size for byte, size in ((b"s", LONG), (b"l", 2 * LONG), (b"m", 3 * LONG))
+    )
+
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    for room, strings in (
+        (True, [small]),
+        (False, [large, larger]),
+        (False, [larger, small]),
+        (True, [large]),
+    ):
+        if not room:
+            monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+        assert transfer(strings, one, other) == strings
+        monkeypatch.undo()
+
+
+def test_payload_tensors_arrive_as_writable_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = ends(remembered=0)
+    sizes = record_pipe_sizes(one, monkeypatch)
+    model = {
+        "weight": torch.randn(300, 200),
+        "strided": torch.randn(50, 40).T,
+        "count": torch.tensor(7),
+        "mask": torch.tensor([True, False]),
+        "empty": torch.zeros(0, 3),
+    }
+    sent = Payload({"model": Item(model, torch.rand(3), "params")}, {"loss": "1.5"})
+
+    got = transfer(Message("upload", sent), one, other).content
+    transfer(Message("upload", Payload({"model": torch.zeros(70_000)})), one, other)
+
+    assert sum(sizes) < LONG
+    assert got.encode() == sent.encode()
+    # A writable copy.
+    got["model"]["weight"].add_(1)
+    assert torch.equal(got["model"]["strided"], model["strided"])

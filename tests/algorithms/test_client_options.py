@@ -14,6 +14,7 @@ from hetero_fl.algorithms import FedBABU
 from hetero_fl.data import Dataset, make_table
 from hetero_fl.experiment import prepare
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.federations import METHODS, config, deployed, rounds_of
 
 FINE_TUNING = {"fine_tune_epochs": 2}
@@ -40,24 +41,21 @@ def is_refused(method: str, options: dict[str, Any]) -> bool:
     return False
 
 
-def test_options_without_meaning_for_the_method_are_refused(subtests: pytest.Subtests) -> None:
-    for method in METHODS:
-        with subtests.test(method=method):
-            by_prototype = method in BY_PROTOTYPE
-            # Hybrid adjusts logits by default, which cannot be combined with the correction.
-            off = {"logit_adjustment": False} if method == "hybrid" else {}
-            corrects = method in CORRECTED_TESTS | PROXY_PREDICTIONS
+@each_case("method", METHODS)
+def test_options_without_meaning_for_the_method_are_refused(method: Any) -> None:
+    by_prototype = method in BY_PROTOTYPE
+    # Hybrid adjusts logits by default, which cannot be combined with the correction.
+    off = {"logit_adjustment": False} if method == "hybrid" else {}
+    corrects = method in CORRECTED_TESTS | PROXY_PREDICTIONS
 
-            assert is_refused(method, FINE_TUNING) == (method in NO_FINE_TUNING or by_prototype)
-            assert is_refused(method, {"local_prior": True}) == by_prototype
-            assert is_refused(method, PROXY) == (method not in PROXY_PREDICTIONS)
-            assert is_refused(method, {"logit_adjustment": True}) == (method == "fedlc")
-            if not off:
-                assert is_refused(method, CORRECTION) != corrects
-            # An option that is off is allowed everywhere.
-            prepare(
-                config(method, clients__defaults={"fine_tune_epochs": 0, "prior_correction": False})
-            )
+    assert is_refused(method, FINE_TUNING) == (method in NO_FINE_TUNING or by_prototype)
+    assert is_refused(method, {"local_prior": True}) == by_prototype
+    assert is_refused(method, PROXY) == (method not in PROXY_PREDICTIONS)
+    assert is_refused(method, {"logit_adjustment": True}) == (method == "fedlc")
+    if not off:
+        assert is_refused(method, CORRECTION) != corrects
+    # An option that is off is allowed everywhere.
+    prepare(config(method, clients__defaults={"fine_tune_epochs": 0, "prior_correction": False}))
 
 
 def test_prototype_methods_with_heads_use_all_options() -> None:

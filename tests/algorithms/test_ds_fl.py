@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 from hetero_fl.algorithms import DSFL
 from hetero_fl.algorithms.ds_fl import pack_labels, quantize_probabilities, unpack_labels
 from hetero_fl.communication.protocol import Message
-from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.task import Task
 from hetero_fl.federation.client_runtime import ClientRuntime
@@ -50,21 +48,6 @@ def test_entropy_reduction_sharpens_each_label() -> None:
             DSFL(sharpen=how).sharpened_teacher(task, sure).isfinite().all()
             for how in ("era", "power", "none")
         )
-
-
-def test_contrast_teacher_uses_log_probabilities() -> None:
-    counts, g = torch.tensor([5.0, 0, 3]), torch.Generator().manual_seed(1)
-    z = 8 * torch.randn(4, 3, generator=g)
-    task = Task("multiclass", 3)
-    client: Any = SimpleNamespace(task=task, counts=counts, num_rows=8, settings=ClientSettings())
-    item = DSFL(teacher="contrast").weighted_probabilities(client, z)
-    assert isinstance(item.values, Tensor)
-    assert torch.allclose(item.values, z.log_softmax(1).clamp(min=-8), atol=1e-4)
-    assert torch.allclose(torch.as_tensor(item.weight), counts * (1 - counts / 8) + 0.1)
-    actual = (
-        DSFL(teacher="contrast", sharpen="none").sharpened_teacher(task, item.values).softmax(1)
-    )
-    assert torch.allclose(actual, item.values.softmax(1), atol=1e-6)
 
 
 # Cache

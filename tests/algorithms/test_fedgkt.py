@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from hetero_fl.algorithms import FedGKT
 from hetero_fl.core.payload import Payload
@@ -57,18 +55,6 @@ def test_missing_rows_are_refused() -> None:
 
     rounds.decode_upload = short  # type: ignore[method-assign]
     assert list(rounds.run_round()["failed"]) == ["site_1"]
-
-
-def test_absent_client_receives_logits_of_its_last_round() -> None:
-    rounds = rounds_of(federation("mlp", 4, clients__per_round=2, rounds=5), num_rounds=0)
-    last: dict[str, Tensor] = {}
-    for _ in range(5):
-        for client_id, client_info in rounds.federation.client_infos.items():
-            items = rounds.algorithm.broadcast(rounds.server, client_info)
-            assert list(items) == (["logits"] if client_id in last else [])
-            assert client_id not in last or torch.equal(items["logits"], last[client_id])
-        for client_id in rounds.run_round()["cohort"]:
-            last[client_id] = rounds.server.state["logits"][client_id]
 
 
 def test_deprecated_server_model_key_warns() -> None:

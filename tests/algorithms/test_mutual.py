@@ -31,7 +31,6 @@ from tests.support.federations import (
     config,
     deployed,
     rounds_of,
-    same_bits,
 )
 
 SMALL = {"name": "cnn", "width": 2, "norm": "batch"}
@@ -76,28 +75,6 @@ def test_padding_is_ignored_and_clients_can_be_stacked(
 
     assert torch.allclose(loss(nets, padded, {}), full, atol=1e-5)
     assert torch.allclose(stacked[1], full, atol=1e-5)
-
-
-def test_fedkd_sends_changes_only_to_clients_with_the_last_mentee() -> None:
-    source = federation("fedkd")
-    source["clients"]["per_round"] = 2
-    rounds = rounds_of({**source, "rounds": 6}, num_rounds=0)
-    last_rounds: dict[str, int] = {}
-    kinds = set()
-    for index in range(6):
-        rounds._set_round_context(index)
-        for client_id in rounds.federation.client_infos:
-            client, got, _ = trained(rounds, client_id)
-            kinds.update(got)
-            assert list(got) == (
-                ["change"] if last_rounds.get(client_id) == index - 1 else [MENTEE]
-            )
-            assert same_bits(client.state["base"], floating_tensors(rounds.server.models[MENTEE]))
-        last_rounds.update(dict.fromkeys(rounds.sample_cohort(index), index))
-        rounds.run_round()
-    assert kinds == {"change", MENTEE}
-    full = sum(t.numel() for t in floating_tensors(rounds.server.models[MENTEE]).values())
-    assert sum(t.numel() for t in rounds.server.state["change"].values()) < full
 
 
 def test_fedkd_sends_less_than_fml() -> None:

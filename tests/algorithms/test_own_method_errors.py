@@ -21,6 +21,7 @@ from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.dry_run import check_user_method
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import RunFailedError, UserError
+from tests.support.cases import each_case
 from tests.support.federations import config, rounds_of, same_bits
 
 
@@ -51,16 +52,6 @@ def weights_of(self: Any, client: Any) -> float:
     return 1.0
 
 
-def test_misspelled_hook_is_reported() -> None:
-    with pytest.raises(
-        UserError, match=r"^agregate: unknown hook 'agregate'; did you mean 'aggregate'\?$"
-    ):
-        dry_run(agregate=agregate)
-    with pytest.raises(UserError, match=r"unknown hook 'weights_of'; did you mean 'weight_of'\?$"):
-        dry_run(weights_of=weights_of)
-    dry_run(deployed=deployed, _agregate=deployed)
-
-
 def fit_forgotten(self: Any, client: Any, got: Any) -> Any:
     yield from self.deploy(client, got)
     local_fit(client)
@@ -83,17 +74,6 @@ def fit_kept(self: Any, client: Any, got: Any) -> Any:
 def no_yield_at_all(self: Any, client: Any, got: Any) -> Any:
     local_fit(client)
     return upload_model(self, client)
-
-
-def test_unyielded_step_is_reported(subtests: pytest.Subtests) -> None:
-    for train in (fit_forgotten, fit_spelt_out, fit_kept, no_yield_at_all):
-        with subtests.test(train=train.__name__):
-            words = (
-                "^Mine.train: a Fit is created but never yielded and has no effect; "
-                "write `yield` before it$"
-            )
-            with pytest.raises(UserError, match=words):
-                dry_run(train=train)
 
 
 def sub_plan_forgotten(self: Any, client: Any, got: Any) -> Any:
@@ -124,16 +104,13 @@ def test_unused_plan_is_reported() -> None:
         )
 
 
-def test_unused_steps_in_server_plans_and_helpers_are_reported() -> None:
-    def helper(server: Any) -> None:
-        Fit({next(iter(server.models)): None}, None, Rows("proxy"))  # type: ignore[arg-type]
+def create_fit(server: Any) -> None:
+    Fit({next(iter(server.models)): None}, None, Rows("proxy"))  # type: ignore[arg-type]
 
-    def aggregate(self: Any, server: Any, uploads: Any) -> Any:
-        yield from FedAvg.aggregate(self, server, uploads)
-        helper(server)
 
-    with pytest.raises(UserError, match=r"^Mine\.aggregate: a Fit is created but never yielded"):
-        dry_run(aggregate=aggregate)
+def aggregate_with_unused_fit(self: Any, server: Any, uploads: Any) -> Any:
+    yield from FedAvg.aggregate(self, server, uploads)
+    create_fit(server)
 
 
 def test_steps_may_be_created_before_yielding() -> None:
@@ -192,13 +169,27 @@ def predict_unknown_slot(self: Any, client: Any, got: Any) -> Any:
     return upload_model(self, client)
 
 
-def test_step_on_unknown_slot_is_reported() -> None:
-    for train in (train_unknown_slot, predict_unknown_slot):
-        place = rf"{train.__name__} \({re.escape(__file__)}, line \d+\)"
-        words = "site_1 has no model 'modle'; choose from 'model', or return it from `models`"
+FIT = "a Fit is created but never yielded and has no effect; write `yield` before it$"
+PLACE = rf"\({re.escape(__file__)}, line \d+\)"
+SLOT = "site_1 has no model 'modle'; choose from 'model', or return it from `models`$"
+HOOKS: list[tuple[dict[str, Any], str]] = [
+    ({"agregate": agregate}, r"^agregate: unknown hook 'agregate'; did you mean 'aggregate'\?$"),
+    ({"weights_of": weights_of}, r"unknown hook 'weights_of'; did you mean 'weight_of'\?$"),
+    ({"train": fit_forgotten}, f"^Mine.train: {FIT}"),
+    ({"train": fit_spelt_out}, f"^Mine.train: {FIT}"),
+    ({"train": fit_kept}, f"^Mine.train: {FIT}"),
+    ({"train": no_yield_at_all}, f"^Mine.train: {FIT}"),
+    ({"aggregate": aggregate_with_unused_fit}, r"^Mine\.aggregate: a Fit is created but never yie"),
+    ({"train": train_unknown_slot}, f"^train_unknown_slot {PLACE}: {SLOT}"),
+    ({"train": predict_unknown_slot}, f"^predict_unknown_slot {PLACE}: {SLOT}"),
+]
 
-        with pytest.raises(UserError, match=f"^{place}: {words}$"):
-            dry_run(train=train)
+
+def test_mistaken_hook_is_refused_before_the_run(subtests: pytest.Subtests) -> None:
+    for hooks, words in HOOKS:
+        with subtests.test(words=words), pytest.raises(UserError, match=words):
+            dry_run(**hooks)
+    dry_run(deployed=deployed, _agregate=deployed)
 
 
 def test_unshared_item_is_refused_before_the_run() -> None:
@@ -288,24 +279,6 @@ class PlainDeploy(FedAvg):
         client.load("model", received["model"])
 
 
-def test_deploy_without_yield_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "own.yaml"
-    path.write_text(yaml.safe_dump(source(PlainDeploy)))
-
-    assert (
-        main(
-            ["--config", str(path), "--allow-code", "--out", str(tmp_path / "run")], command="train"
-        )
-        == 2
-    )
-    output = capsys.readouterr().err
-    assert output.startswith("error: PlainDeploy.deploy: expected a generator, got NoneType")
-    assert output.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
 def source(method: type, **changes: Any) -> dict[str, Any]:
     """Return a configuration that runs a method of this file."""
     return config(f"python:{__name__}:{method.__name__}", "mlp", **changes)
@@ -365,17 +338,15 @@ WRONG_ITEMS: list[tuple[Any, str]] = [
         "NoBroadcast.broadcast: expected a dictionary of items as return value, got NoneType",
     ),
     (Forgotten, "Forgotten.train: a Fit is created but never yielded"),
+    (PlainDeploy, "PlainDeploy.deploy: expected a generator, got NoneType"),
 ]
 
 
-def test_client_items_are_checked_before_training(
-    tmp_path: Path, subtests: pytest.Subtests
-) -> None:
-    for method, words in WRONG_ITEMS:
-        with subtests.test(method=method.__name__):
-            with pytest.raises(UserError) as error:
-                run(source(method), out=tmp_path / "run")
-            assert words in str(error.value) and not (tmp_path / "run").exists()
+@each_case(("method", "words"), WRONG_ITEMS)
+def test_client_items_are_checked_before_training(method: Any, words: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        run(source(method), out=tmp_path / "run")
+    assert words in str(error.value) and not (tmp_path / "run").exists()
 
 
 class WrongShape(FedAvg):

@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 
 from hetero_fl.algorithms.personalization import PERSONAL
-from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Rows
 from hetero_fl.core.saved_model import SavedModel
-from model_zoo import SplitModel
 from tests.references.local_training import clients, largest_difference, module
 from tests.support.federations import MIXED, config, deployed, rounds_of, same_bits
 
 BN, MLP, GN = MIXED
-
-
-def test_batch_norm_is_detected_by_type() -> None:
-    assert ModelSpec.from_config(
-        "python:tests.algorithms.test_personalization:Odd", 10, (1, 8, 8)
-    ).batch_norm_names == {
-        f"backbone.steady.{n}"
-        for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    }
-
-
-class Odd(SplitModel):
-    """A model with an oddly named BatchNorm and with another module named like one."""
-
-    def __init__(self, num_classes: int) -> None:
-        parts = OrderedDict(
-            flat=torch.nn.Flatten(), bn=torch.nn.Linear(64, 8), steady=torch.nn.BatchNorm1d(8)
-        )
-        super().__init__(torch.nn.Sequential(parts), torch.nn.Linear(8, num_classes), 8)
 
 
 def test_server_has_a_model_if_all_clients_share_it() -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hetero_fl.algorithms.prototypes import largest_center_distance, prototype_logits
 from hetero_fl.core.generative_objectives import AdaptiveMargin
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.core.objectives import Batch, ModelView, ModelViews, PrototypePull
+from hetero_fl.core.objectives import Batch, ModelView, ModelViews
 from hetero_fl.experiment import prepare, run
 from hetero_fl.experiment.configuration import load_config
 from model_zoo import SplitModel
@@ -22,27 +22,6 @@ WIDE = [
     {"name": "mlp", "hidden": [24]},
     {"name": "cnn", "width": 4, "norm": "group", "feature_dim": 24},
 ]
-
-
-@pytest.mark.usefixtures("float64")
-def test_missing_prototypes_add_no_loss_and_clients_can_be_stacked() -> None:
-    torch.manual_seed(2)
-    model = ModelSpec.from_config("mlp", 10, (1, 8, 8), options={"hidden": [12]}).build()
-    g = torch.Generator().manual_seed(8)
-    x, y = torch.randn(4, 1, 8, 8, generator=g), torch.tensor([0, 1, 2, 1])
-    given = {
-        "prototypes": torch.randn(10, 12, generator=g),
-        "known": torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0, 0, 0]),
-    }
-    nets, objective = ModelViews(model=ModelView.from_module(model)), PrototypePull(weight=0.7)
-    loss = objective.loss(nets, Batch(x=x, y=y), given)
-    z, f = model(x)
-    pull = (f - given["prototypes"][y]).square().sum(1) / 12 * torch.tensor([1.0, 0, 1, 0])
-    assert torch.allclose(loss, F.cross_entropy(z, y, reduction="none") + 0.7 * pull, atol=1e-12)
-    two = torch.vmap(lambda a, b: objective.loss(nets, Batch(x=a, y=b), given))(
-        torch.stack([x, -x]), y.expand(2, 4)
-    )
-    assert torch.allclose(two[0], loss, atol=1e-12)
 
 
 def test_prediction_ignores_classes_without_prototype() -> None:

@@ -16,12 +16,9 @@ from hetero_fl.algorithms.local_training import local_fit, objective_context
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import (
     Batch,
-    ClassTeacherDistillation,
     ModelView,
     ModelViews,
-    Proximal,
     Supervised,
-    TeacherDistillation,
     distillation_loss,
     log_prior,
 )
@@ -70,16 +67,6 @@ def small_model():
     return ModelSpec.from_config("mlp", 10, (1, 8, 8), options={"hidden": [12]}).build()
 
 
-def test_fedprox_adds_half_mu_times_squared_distance() -> None:
-    model, g = small_model(), torch.Generator().manual_seed(4)
-    anchor = {n: torch.randn(p.shape, generator=g) for n, p in model.named_parameters()}
-    x, y = torch.randn(7, 1, 8, 8, generator=g), torch.arange(7)
-    total = Proximal(mu=0.3).total_loss(nets_of(model), Batch(x=x, y=y), {"anchor": anchor})
-    distance = sum(((p - anchor[n]) ** 2).sum().item() for n, p in model.named_parameters())
-    expected = F.cross_entropy(model(x).logits, y).item() + 0.15 * distance
-    assert math.isclose(total.item(), expected, rel_tol=0, abs_tol=1e-10)
-
-
 def test_logit_adjustment_adds_log_prior() -> None:
     model, g = small_model(), torch.Generator().manual_seed(5)
     counts = torch.tensor([5.0, 0, 3, 1, 0, 0, 7, 2, 2, 1])
@@ -114,49 +101,6 @@ def test_contrast_teacher_matches_reference() -> None:
                 log_p = (logits[k, row, c] - logits[k, row].exp().sum().log()).item()
                 top, bottom = top + a * max(log_p, -8.0), bottom + a
             assert math.isclose(actual[row, c].item(), top / bottom, abs_tol=1e-10)
-
-
-def test_plain_teacher_is_the_mean_of_logits() -> None:
-    logits = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(7))
-    items = [proxy_predictions(Task("multiclass", 3), "mean", z, torch.ones(3), 3) for z in logits]
-    assert torch.allclose(mean_of_items(items), logits.mean(0), atol=1e-12)
-    by_samples = [
-        proxy_predictions(Task("multiclass", 3), "samples", z, torch.ones(3), n)
-        for z, n in zip(logits, (1, 2, 5), strict=True)
-    ]
-    assert torch.allclose(
-        mean_of_items(by_samples), (logits[0] + 2 * logits[1] + 5 * logits[2]) / 8, atol=1e-12
-    )
-
-
-def test_fd_loss_ignores_classes_without_teacher() -> None:
-    model, g = small_model(), torch.Generator().manual_seed(8)
-    x, y = torch.randn(4, 1, 8, 8, generator=g), torch.tensor([0, 1, 2, 1])
-    teacher, known = (
-        torch.randn(10, 10, generator=g),
-        torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0, 0, 0]),
-    )
-    objective = ClassTeacherDistillation(weight=0.7, temperature=2.0)
-    loss = objective.loss(nets_of(model), Batch(x=x, y=y), {"teacher": teacher, "known": known})
-    z = model(x).logits
-    kl = (
-        F.kl_div(F.log_softmax(z / 2, 1), F.softmax(teacher[y] / 2, 1), reduction="none").sum(1) * 4
-    )
-    expected = F.cross_entropy(z, y, reduction="none") + 0.7 * kl * torch.tensor([1.0, 0, 1, 0])
-    assert torch.allclose(loss, expected, atol=1e-12)
-    total = objective.total_loss(
-        nets_of(model), Batch(x=x, y=y), {"teacher": teacher, "known": known}
-    )
-    assert torch.allclose(total, expected.mean(), atol=1e-12)
-
-
-def test_digest_supports_mean_absolute_error() -> None:
-    model, g = small_model(), torch.Generator().manual_seed(9)
-    x, teacher = torch.randn(5, 1, 8, 8, generator=g), torch.randn(5, 10, generator=g)
-    loss = TeacherDistillation(distance="mae").loss(nets_of(model), Batch(x=x, teacher=teacher), {})
-    assert torch.allclose(
-        loss, F.l1_loss(model(x).logits, teacher, reduction="none").mean(1), atol=1e-12
-    )
 
 
 @pytest.mark.parametrize("optimizer", [

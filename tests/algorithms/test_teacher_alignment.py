@@ -19,6 +19,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.algorithms.test_regression import settings, slopes
+from tests.support.cases import each_case
 from tests.support.federations import MIXED, config, rounds_of, same_bits
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -49,45 +50,20 @@ def counts_of(rounds: SynchronousTrainer, *ids: str) -> Tensor:
 # The rule
 
 
-def test_alignment_matches_reference(subtests: pytest.Subtests) -> None:
-    for balanced, strength in itertools.product((True, False), (0.5, 1.0)):
-        with subtests.test(balanced=balanced, strength=strength):
-            z = 3 * torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
-            q = [0.4, 0.3, 0.2, 0.1]
-            shares = [0.0] * 4
-            for row in z.tolist():
-                weights = [
-                    math.exp(v) * (p if balanced else 1) for v, p in zip(row, q, strict=True)
-                ]
-                shares = [s + w / sum(weights) / 6 for s, w in zip(shares, weights, strict=True)]
-            expected = z + torch.tensor(
-                [strength * math.log(p / s) for p, s in zip(q, shares, strict=True)]
-            )
-            assert torch.allclose(
-                align_to_labels(z, torch.tensor(q).log(), strength, balanced), expected, atol=1e-12
-            )
-
-
-def test_repeated_alignment_converges_to_frequencies(subtests: pytest.Subtests) -> None:
-    for balanced in (True, False):
-        with subtests.test(balanced=balanced):
-            z = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(2))
-            log_q = frequencies(torch.tensor([40.0, 3, 10, 10]))
-            for _ in range(2000):
-                z = align_to_labels(z, log_q, 0.5, balanced)
-            read = z + log_q if balanced else z
-            assert torch.allclose(read.softmax(1).mean(0), log_q.exp(), atol=1e-10)
-            assert torch.allclose(align_to_labels(z, log_q, 1.0, balanced), z, atol=1e-9)
-
-
-def test_unpredicted_class_is_recovered() -> None:
-    # Thirty rows of three classes.
-    own = torch.eye(3).repeat_interleave(10, 0)
-    # The third class has its highest score on its rows, but is never ranked first.
-    z = 4 * own + torch.tensor([0.0, 0.0, -5.0])
-    even = torch.full((3,), 1 / 3).log()
-    assert z.argmax(1).bincount(minlength=3).tolist() == [20, 10, 0]
-    assert align_to_labels(z, even, 0.5, True).argmax(1).equal(own.argmax(1))
+@each_case(("balanced", "strength"), itertools.product((True, False), (0.5, 1.0)))
+def test_alignment_matches_reference(balanced: Any, strength: Any) -> None:
+    z = 3 * torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    q = [0.4, 0.3, 0.2, 0.1]
+    shares = [0.0] * 4
+    for row in z.tolist():
+        weights = [math.exp(v) * (p if balanced else 1) for v, p in zip(row, q, strict=True)]
+        shares = [s + w / sum(weights) / 6 for s, w in zip(shares, weights, strict=True)]
+    expected = z + torch.tensor(
+        [strength * math.log(p / s) for p, s in zip(q, shares, strict=True)]
+    )
+    assert torch.allclose(
+        align_to_labels(z, torch.tensor(q).log(), strength, balanced), expected, atol=1e-12
+    )
 
 
 def test_extreme_logits_give_no_nan() -> None:
@@ -147,15 +123,12 @@ def test_regression_is_not_aligned() -> None:
     assert torch.equal(plain, moved) and runs[0].traffic.up == runs[1].traffic.up
 
 
-def test_alignment_under_secure_aggregation(subtests: pytest.Subtests) -> None:
-    for method in ("hybrid", "ds_fl"):
-        with subtests.test(method=method):
-            plain = run_rounds(method, 2, align=0.5)
-            summed = run_rounds(method, 2, {"channel__secure_sum": {}}, align=0.5)
-            assert torch.equal(plain.server.state[LABELS], summed.server.state[LABELS])
-            assert torch.allclose(
-                plain.server.state[TEACHER], summed.server.state[TEACHER], atol=1e-8
-            )
+@each_case("method", ("hybrid", "ds_fl"))
+def test_alignment_under_secure_aggregation(method: str) -> None:
+    plain = run_rounds(method, 2, align=0.5)
+    summed = run_rounds(method, 2, {"channel__secure_sum": {}}, align=0.5)
+    assert torch.equal(plain.server.state[LABELS], summed.server.state[LABELS])
+    assert torch.allclose(plain.server.state[TEACHER], summed.server.state[TEACHER], atol=1e-8)
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,21 +24,6 @@ from tests.support.federations import MIXED, config, rounds_of
 
 
 @pytest.mark.usefixtures("float64")
-def test_entropy_teacher_matches_reference() -> None:
-    logits = 3 * torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(6))
-    actual = mean_of_items(
-        [proxy_predictions(Task("multiclass", 5), "entropy", z, None, 9) for z in logits]
-    )
-    for row in range(4):
-        weights = []
-        for z in logits[:, row]:
-            p = z.softmax(0).tolist()
-            weights.append(math.exp(sum(q * math.log(q) for q in p)))
-        expected = sum(a * z for a, z in zip(weights, logits[:, row], strict=True)) / sum(weights)
-        assert torch.allclose(actual[row], expected, atol=1e-10)
-
-
-@pytest.mark.usefixtures("float64")
 def test_entropy_is_per_label_and_undefined_for_regression() -> None:
     logits = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(7))
     actual = mean_of_items(
@@ -56,19 +39,6 @@ def test_entropy_is_per_label_and_undefined_for_regression() -> None:
         ]
     )
     assert torch.allclose(plain, logits.mean(0), atol=1e-12)
-
-
-def test_teacher_of_equal_members_is_the_member() -> None:
-    z = 4 * torch.randn(6, 5, generator=torch.Generator().manual_seed(8))
-    for kind in ("mean", "samples", "entropy"):
-        for count in (1, 3):
-            teacher = mean_of_items(
-                [
-                    proxy_predictions(Task("multiclass", 5), kind, z, None, n + 1)
-                    for n in range(count)
-                ]
-            )
-            assert torch.allclose(teacher, z, atol=1e-6), kind
 
 
 def test_certain_predictions_give_no_nan() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from hetero_fl.core.metrics import (
 )
 from hetero_fl.core.payload import loss_from_report
 from hetero_fl.core.task import Task
+from tests.support.cases import each_case
 
 BINARY, TEN, LABELS = Task("multiclass", 2), Task("multiclass", 10), Task("multilabel", 4)
 VALUES = Task("regression", 3)
@@ -54,46 +56,46 @@ def draw(task: Task, n: int, seed: int, ties: bool = False) -> tuple[torch.Tenso
     return logits, logits * 0.7 + torch.randn(n, task.outputs, generator=g)
 
 
-def test_multiclass_agrees_with_scikit_learn(sk: ModuleType, subtests: pytest.Subtests) -> None:
-    for ties, seed, task in itertools.product((False, True), range(5), (BINARY, TEN)):
-        with subtests.test(task=task, seed=seed, ties=ties):
-            logits, y = draw(task, 200, seed, ties)
-            p, guess = logits.double().softmax(1).numpy(), logits.argmax(1).numpy()
-            area = (
-                sk.roc_auc_score(y, p[:, 1])
-                if task.outputs == 2
-                else sk.roc_auc_score(y, p, multi_class="ovr")
-            )
-            expected = {
-                "accuracy": sk.accuracy_score(y, guess),
-                "balanced_accuracy": sk.balanced_accuracy_score(y, guess),
-                "macro_f1": sk.f1_score(y, guess, average="macro"),
-                "auroc": area,
-                "average_precision": sk.average_precision_score(
-                    one_hot(y, task.outputs), p, average="macro"
-                ),
-                "loss": sk.log_loss(y, p),
-            }
-            assert score(task, logits, y) == pytest.approx(expected, abs=1e-9)
+@each_case(("ties", "seed", "task"), itertools.product((False, True), range(5), (BINARY, TEN)))
+def test_multiclass_agrees_with_scikit_learn(
+    ties: Any, seed: Any, task: Any, sk: ModuleType
+) -> None:
+    logits, y = draw(task, 200, seed, ties)
+    p, guess = logits.double().softmax(1).numpy(), logits.argmax(1).numpy()
+    area = (
+        sk.roc_auc_score(y, p[:, 1])
+        if task.outputs == 2
+        else sk.roc_auc_score(y, p, multi_class="ovr")
+    )
+    expected = {
+        "accuracy": sk.accuracy_score(y, guess),
+        "balanced_accuracy": sk.balanced_accuracy_score(y, guess),
+        "macro_f1": sk.f1_score(y, guess, average="macro"),
+        "auroc": area,
+        "average_precision": sk.average_precision_score(
+            one_hot(y, task.outputs), p, average="macro"
+        ),
+        "loss": sk.log_loss(y, p),
+    }
+    assert score(task, logits, y) == pytest.approx(expected, abs=1e-9)
 
 
-def test_multilabel_agrees_with_scikit_learn(sk: ModuleType, subtests: pytest.Subtests) -> None:
-    for ties in (False, True):
-        with subtests.test(ties=ties):
-            logits, y = draw(LABELS, 300, 1, ties)
-            p = logits.double().sigmoid().numpy()
-            guess = p > 0.5
-            expected = {
-                "accuracy": (guess == y.numpy()).mean(),
-                "balanced_accuracy": np.mean(
-                    [sk.balanced_accuracy_score(y[:, i], guess[:, i]) for i in range(4)]
-                ),
-                "macro_f1": sk.f1_score(y, guess, average="macro"),
-                "auroc": sk.roc_auc_score(y, p, average="macro"),
-                "average_precision": sk.average_precision_score(y, p, average="macro"),
-                "loss": sk.log_loss(y.flatten(), p.flatten()),
-            }
-            assert score(LABELS, logits, y) == pytest.approx(expected, abs=1e-9)
+@each_case("ties", (False, True))
+def test_multilabel_agrees_with_scikit_learn(ties: bool, sk: ModuleType) -> None:
+    logits, y = draw(LABELS, 300, 1, ties)
+    p = logits.double().sigmoid().numpy()
+    guess = p > 0.5
+    expected = {
+        "accuracy": (guess == y.numpy()).mean(),
+        "balanced_accuracy": np.mean(
+            [sk.balanced_accuracy_score(y[:, i], guess[:, i]) for i in range(4)]
+        ),
+        "macro_f1": sk.f1_score(y, guess, average="macro"),
+        "auroc": sk.roc_auc_score(y, p, average="macro"),
+        "average_precision": sk.average_precision_score(y, p, average="macro"),
+        "loss": sk.log_loss(y.flatten(), p.flatten()),
+    }
+    assert score(LABELS, logits, y) == pytest.approx(expected, abs=1e-9)
 
 
 def test_regression_agrees_with_scikit_learn(sk: ModuleType) -> None:
@@ -148,20 +150,19 @@ def test_constant_labels_are_left_out(sk: ModuleType) -> None:
     assert score(LABELS, logits, torch.zeros_like(y))["auroc"] is None
 
 
-def test_metrics_are_never_nan(subtests: pytest.Subtests) -> None:
-    for task in (BINARY, TEN, LABELS, VALUES):
-        with subtests.test(task=task):
-            logits, y = draw(task, 20, 5)
-            assert set(score(task, logits[:0], y[:0]).values()) == {None}
-            for bad in (float("nan"), float("inf")):
-                broken = logits.clone()
-                broken[3, 1] = bad
-                text = json.dumps(score(task, broken, y), allow_nan=False)
-                assert "null" in text
-            for n in (1, 2):
-                json.dumps(score(task, logits[:n], y[:n]), allow_nan=False)
-            constant = score(VALUES, *(torch.ones(5, 3),) * 2)
-            assert constant["r2"] is None and constant["mae"] == 0
+@each_case("task", (BINARY, TEN, LABELS, VALUES))
+def test_metrics_are_never_nan(task: Any) -> None:
+    logits, y = draw(task, 20, 5)
+    assert set(score(task, logits[:0], y[:0]).values()) == {None}
+    for bad in (float("nan"), float("inf")):
+        broken = logits.clone()
+        broken[3, 1] = bad
+        text = json.dumps(score(task, broken, y), allow_nan=False)
+        assert "null" in text
+    for n in (1, 2):
+        json.dumps(score(task, logits[:n], y[:n]), allow_nan=False)
+    constant = score(VALUES, *(torch.ones(5, 3),) * 2)
+    assert constant["r2"] is None and constant["mae"] == 0
 
 
 def test_confusion_rows_are_true_classes(sk: ModuleType) -> None:

@@ -19,6 +19,7 @@ from hetero_fl.core.metrics import (
 from hetero_fl.core.task import Task
 from hetero_fl.data import Examples
 from hetero_fl.data.checks import check_examples
+from tests.support.cases import each_case
 
 ITEMS = Task("multiclass", 40, is_ranking=True)
 
@@ -58,30 +59,29 @@ def test_metrics_match_a_reference_that_sorts_items() -> None:
         assert found.tolist() == pytest.approx(expected, abs=1e-12), decimals
 
 
-def test_excluded_items_have_no_rank(subtests: pytest.Subtests) -> None:
-    for decimals in (1, 8):
-        with subtests.test(decimals=decimals):
-            draws = np.random.default_rng(1)
-            scores = np.round(draws.normal(size=(300, 43)), decimals)
-            y = draws.integers(0, 43, 300)
-            excluded = draws.random((300, 43)) < 0.6
-            excluded[np.arange(300), y] = False
-            task = Task("multiclass", 43, is_ranking=True)
-            candidates = torch.from_numpy((y[:, None] + np.arange(1, 16)) % 43)
+@each_case("decimals", (1, 8))
+def test_excluded_items_have_no_rank(decimals: int) -> None:
+    draws = np.random.default_rng(1)
+    scores = np.round(draws.normal(size=(300, 43)), decimals)
+    y = draws.integers(0, 43, 300)
+    excluded = draws.random((300, 43)) < 0.6
+    excluded[np.arange(300), y] = False
+    task = Task("multiclass", 43, is_ranking=True)
+    candidates = torch.from_numpy((y[:, None] + np.arange(1, 16)) % 43)
 
-            found = score(
-                task,
-                torch.from_numpy(scores),
-                torch.from_numpy(y),
-                candidates=candidates,
-                excluded=torch.from_numpy(np.packbits(excluded, axis=1)),
-            )
+    found = score(
+        task,
+        torch.from_numpy(scores),
+        torch.from_numpy(y),
+        candidates=candidates,
+        excluded=torch.from_numpy(np.packbits(excluded, axis=1)),
+    )
 
-            expected = reference(scores, y, excluded=excluded)
-            assert [found["ndcg_10"], found["hit_rate_10"]] == pytest.approx(expected, abs=1e-12)
-            sampled = reference(scores, y, candidates.numpy())
-            assert [found[name] for name in RANKING[2:]] == pytest.approx(sampled, abs=1e-12)
-            assert expected != pytest.approx(reference(scores, y), abs=0.1)
+    expected = reference(scores, y, excluded=excluded)
+    assert [found["ndcg_10"], found["hit_rate_10"]] == pytest.approx(expected, abs=1e-12)
+    sampled = reference(scores, y, candidates.numpy())
+    assert [found[name] for name in RANKING[2:]] == pytest.approx(sampled, abs=1e-12)
+    assert expected != pytest.approx(reference(scores, y), abs=0.1)
 
 
 def test_ranks_1_2_10_and_11_by_hand() -> None:

@@ -16,6 +16,7 @@ from hetero_fl.config.data import DataConfig, ProxyConfig, SourceConfig
 from hetero_fl.data import ColumnLayout, Dataset, FederatedData, Preprocess, federate, load_source
 from hetero_fl.data.remote import PublicPack
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 
 RAW = Preprocess()
 WARDS = ("A", "B", "C")
@@ -103,28 +104,30 @@ def test_empty_and_unknown_cells_are_zero_and_noted(tmp_path: Path) -> None:
     )
 
 
-def test_wrong_categories_are_refused(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for categories, message in (
+@each_case(
+    ("categories", "message"),
+    (
         ({"wrd": ["A"]}, r"data\.categories: column 'wrd' not found among the features of table"),
         ({"ill": ["yes"]}, r"data\.categories: column 'ill' not found among the features of table"),
         ({"ward": []}, "list each value once"),
         ({"ward": ["A", "A"]}, "list each value once"),
-    ):
-        with subtests.test(message=message):
-            table(tmp_path / "t.csv")
-            config = {
-                "data": {
-                    "name": "table",
-                    "path": str(tmp_path / "t.csv"),
-                    "label": "ill",
-                    "categories": categories,
-                },
-                "clients": {"groups": [{"name": "a", "model": "tabular"}]},
-                "algorithm": {"name": "local"},
-            }
+    ),
+)
+def test_wrong_categories_are_refused(categories: Any, message: str, tmp_path: Path) -> None:
+    table(tmp_path / "t.csv")
+    config = {
+        "data": {
+            "name": "table",
+            "path": str(tmp_path / "t.csv"),
+            "label": "ill",
+            "categories": categories,
+        },
+        "clients": {"groups": [{"name": "a", "model": "tabular"}]},
+        "algorithm": {"name": "local"},
+    }
 
-            with pytest.raises(UserError, match=message):
-                hetero_fl.run(config, out=tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        hetero_fl.run(config, out=tmp_path / "run")
 
 
 def test_client_files_use_common_encoding(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data import Block, ColumnLayout, Preprocess
 from hetero_fl.data.inference import preprocess_inputs
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 
 LAYOUT = ColumnLayout(blocks=(Block("image", (1, 4, 4)), Block("genes", (3,))))
 NAN = float("nan")
@@ -101,13 +102,10 @@ def test_single_block_accepts_image_dict_or_rows(tmp_path: Any) -> None:
         preprocess_inputs(model, rows)
 
 
-def test_dictionaries_are_for_models_with_blocks(subtests: pytest.Subtests) -> None:
-    for x in ({}, {"image": torch.zeros(2, 1, 4, 4)}):
-        with subtests.test(x=x):
-            arch = ModelSpec.from_config("linear", 2, (1, 4, 4))
-            model = SavedModel(
-                arch.initial_tensors(0), arch, asdict(Preprocess()), Task("multiclass", 2)
-            )
+@each_case("x", ({}, {"image": torch.zeros(2, 1, 4, 4)}))
+def test_dictionaries_are_for_models_with_blocks(x: Any) -> None:
+    arch = ModelSpec.from_config("linear", 2, (1, 4, 4))
+    model = SavedModel(arch.initial_tensors(0), arch, asdict(Preprocess()), Task("multiclass", 2))
 
-            with pytest.raises(UserError, match="got a dictionary; the model uses no blocks"):
-                preprocess_inputs(model, x)
+    with pytest.raises(UserError, match="got a dictionary; the model uses no blocks"):
+        preprocess_inputs(model, x)

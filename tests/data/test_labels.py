@@ -20,6 +20,7 @@ from hetero_fl.data import Dataset, from_arrays, load_source
 from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
+from tests.support.cases import each_case
 from tests.support.python_federations import QUIET
 
 ROWS = 60
@@ -168,26 +169,23 @@ def test_federation_task_and_num_classes_replace_the_guess() -> None:
     assert names_of(hfl.Federation(clients(numbers, numbers), num_classes=4)) == tuple("0123")
 
 
-def test_task_of_several_columns_keeps_names_unit_and_outputs(subtests: pytest.Subtests) -> None:
-    for kind in ("regression", "multilabel"):
-        with subtests.test(kind=kind):
-            y = np.random.default_rng(0).integers(0, 2, (ROWS, 2))
-            x = np.random.default_rng(1).random((ROWS, 3), dtype=np.float32)
-            named = Task(kind, 2, ("upper", "lower"), unit="mmHg")
-            frame = pd.DataFrame({"x": x[:, 0], "lower": y[:, 0], "upper": y[:, 1]})
+@each_case("kind", ("regression", "multilabel"))
+def test_task_of_several_columns_keeps_names_unit_and_outputs(kind: str) -> None:
+    y = np.random.default_rng(0).integers(0, 2, (ROWS, 2))
+    x = np.random.default_rng(1).random((ROWS, 3), dtype=np.float32)
+    named = Task(kind, 2, ("upper", "lower"), unit="mmHg")
+    frame = pd.DataFrame({"x": x[:, 0], "lower": y[:, 0], "upper": y[:, 1]})
 
-            def read(data: Any, task: Task, label: str | None = None) -> hfl.Federation:
-                return hfl.Federation([hfl.Client("a", "mlp", data, label=label)], task=task)
+    def read(data: Any, task: Task, label: str | None = None) -> hfl.Federation:
+        return hfl.Federation([hfl.Client("a", "mlp", data, label=label)], task=task)
 
-            for federation in (read((x, y), named), read(frame, named, "lower, upper")):
-                assert federation.prepare(hfl.Local()).federation.task == named
-            (part,) = hfl.split(frame, 1, label="lower, upper", task=named)
-            assert part.data.task == named
-            assert np.array_equal(part.data.train.y.numpy(), y[:, ::-1])
-            unnamed = (
-                read(frame, Task(kind, 2), "lower, upper").prepare(hfl.Local()).federation.task
-            )
-            assert unnamed.names == ("lower", "upper")
+    for federation in (read((x, y), named), read(frame, named, "lower, upper")):
+        assert federation.prepare(hfl.Local()).federation.task == named
+    (part,) = hfl.split(frame, 1, label="lower, upper", task=named)
+    assert part.data.task == named
+    assert np.array_equal(part.data.train.y.numpy(), y[:, ::-1])
+    unnamed = read(frame, Task(kind, 2), "lower, upper").prepare(hfl.Local()).federation.task
+    assert unnamed.names == ("lower", "upper")
 
 
 def test_gap_in_class_numbers_is_a_caution() -> None:
@@ -213,31 +211,26 @@ def test_similar_names_are_a_caution() -> None:
         assert any("differ only in case, white space or Unicode form" in note for note in found)
 
 
-def test_similar_names_are_a_caution_in_every_source(
-    tmp_path: Path, subtests: pytest.Subtests
-) -> None:
-    for name in ("text", "activity"):
-        with subtests.test(name=name):
-            labels = np.repeat(["walk", "Walk"], 320)
-            path = tmp_path / ("t.txt" if name == "text" else "a.csv")
-            frame = pd.DataFrame({"activity": labels, "v": np.arange(640.0)})
-            lines = [f"{label}\t{row} words" for row, label in enumerate(labels)]
-            path.write_text("\n".join(lines) if name == "text" else frame.to_csv(index=False))
-            keys = {
-                "text": {"text": {"predict": "class", "tokenizer": "hashing"}},
-                "activity": {"windows": {"length": 4}},
-            }
-            config = {
-                "data": {"name": name, "path": str(path), **keys[name]},
-                "clients": {
-                    "groups": [{"name": "a", "model": "text_cnn" if name == "text" else "mlp"}]
-                },
-                "algorithm": {"name": "local"},
-            }
+@each_case("name", ("text", "activity"))
+def test_similar_names_are_a_caution_in_every_source(name: str, tmp_path: Path) -> None:
+    labels = np.repeat(["walk", "Walk"], 320)
+    path = tmp_path / ("t.txt" if name == "text" else "a.csv")
+    frame = pd.DataFrame({"activity": labels, "v": np.arange(640.0)})
+    lines = [f"{label}\t{row} words" for row, label in enumerate(labels)]
+    path.write_text("\n".join(lines) if name == "text" else frame.to_csv(index=False))
+    keys = {
+        "text": {"text": {"predict": "class", "tokenizer": "hashing"}},
+        "activity": {"windows": {"length": 4}},
+    }
+    config = {
+        "data": {"name": name, "path": str(path), **keys[name]},
+        "clients": {"groups": [{"name": "a", "model": "text_cnn" if name == "text" else "mlp"}]},
+        "algorithm": {"name": "local"},
+    }
 
-            found = cautions(hfl.prepare(config).notes)
+    found = cautions(hfl.prepare(config).notes)
 
-            assert any("classes 'Walk' and 'walk' differ only in case" in note for note in found)
+    assert any("classes 'Walk' and 'walk' differ only in case" in note for note in found)
 
 
 def test_classes_without_training_rows_are_a_caution(subtests: pytest.Subtests) -> None:
@@ -309,24 +302,23 @@ def test_labels_of_every_type_are_read(subtests: pytest.Subtests) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of")
-def test_tensors_that_are_not_dense_and_real_are_refused(subtests: pytest.Subtests) -> None:
-    for kind in ("complex", "sparse", "nested", "masked"):
-        with subtests.test(kind=kind):
-            change: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-                "complex": lambda values: values.to(torch.complex64),
-                "sparse": torch.Tensor.to_sparse,
-                "nested": lambda values: torch.nested.nested_tensor(list(values)),
-                "masked": lambda values: torch.masked.masked_tensor(values, values >= 0),
-            }
-            message = "expected real numbers" if kind == "complex" else "expected a dense tensor"
-            y = torch.arange(ROWS) % 2
+@each_case("kind", ("complex", "sparse", "nested", "masked"))
+def test_tensors_that_are_not_dense_and_real_are_refused(kind: str) -> None:
+    change: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "complex": lambda values: values.to(torch.complex64),
+        "sparse": torch.Tensor.to_sparse,
+        "nested": lambda values: torch.nested.nested_tensor(list(values)),
+        "masked": lambda values: torch.masked.masked_tensor(values, values >= 0),
+    }
+    message = "expected real numbers" if kind == "complex" else "expected a dense tensor"
+    y = torch.arange(ROWS) % 2
 
-            for x, labels in (
-                (change[kind](torch.tensor(X)), y),
-                (torch.tensor(X), change[kind](y)),
-            ):
-                with pytest.raises(UserError, match=rf"^[^\n]*{message}[^\n]*$"):
-                    hfl.Federation([hfl.Client("a", "mlp", (x, labels))]).prepare("local")
+    for x, labels in (
+        (change[kind](torch.tensor(X)), y),
+        (torch.tensor(X), change[kind](y)),
+    ):
+        with pytest.raises(UserError, match=rf"^[^\n]*{message}[^\n]*$"):
+            hfl.Federation([hfl.Client("a", "mlp", (x, labels))]).prepare("local")
 
 
 @pytest.mark.filterwarnings("ignore:.*training rows")

@@ -13,6 +13,7 @@ import hetero_fl as hfl
 from hetero_fl.data import Vocabulary, from_arrays
 from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.python_federations import QUIET
 
 X = np.random.default_rng(0).normal(size=(40, 3))
@@ -44,19 +45,21 @@ def inputs(data: Any) -> torch.Tensor:
     return found.preprocess("a")(rows.examples.x)
 
 
-def test_missing_entries_train_as_nan(subtests: pytest.Subtests) -> None:
-    for x in (
+@each_case(
+    "x",
+    (
         MASKED,
         list(MASKED),
         MASKED.astype(np.float32),
         np.where(MASK, None, X),
         np.where(MASK, pd.NA, X.astype(object)),
-    ):
-        with subtests.test(x=x):
-            assert torch.equal(inputs((x, Y)), inputs((NAN, Y)))
-            assert torch.equal(inputs(Items()), inputs((NAN, Y)))
-            with pytest.raises(UserError, match=r"row 3 has no value"):
-                hfl.Federation([hfl.Client("a", "mlp", (x, Y))], test=(X, Y)).prepare("local")
+    ),
+)
+def test_missing_entries_train_as_nan(x: Any) -> None:
+    assert torch.equal(inputs((x, Y)), inputs((NAN, Y)))
+    assert torch.equal(inputs(Items()), inputs((NAN, Y)))
+    with pytest.raises(UserError, match=r"row 3 has no value"):
+        hfl.Federation([hfl.Client("a", "mlp", (x, Y))], test=(X, Y)).prepare("local")
 
 
 def test_masked_integers_become_nan() -> None:
@@ -90,23 +93,22 @@ def test_prediction_treats_masked_entries_as_missing() -> None:
         of_words.predict("a", np.ma.masked_array(TOKENS, mask=MASK))
 
 
-def test_lists_of_tensors_with_gradients_are_read_as_arrays(subtests: pytest.Subtests) -> None:
-    for part in ("x", "y", "group", "patient"):
-        with subtests.test(part=part):
-            given = {
-                "x": X,
-                "y": X[:, 0],
-                "group": Y.astype(float),
-                "patient": np.arange(40.0) // 2,
-            }
-            tensors = [torch.tensor(value, requires_grad=True) for value in given[part]]
+@each_case("part", ("x", "y", "group", "patient"))
+def test_lists_of_tensors_with_gradients_are_read_as_arrays(part: str) -> None:
+    given = {
+        "x": X,
+        "y": X[:, 0],
+        "group": Y.astype(float),
+        "patient": np.arange(40.0) // 2,
+    }
+    tensors = [torch.tensor(value, requires_grad=True) for value in given[part]]
 
-            found = from_arrays(**{**given, part: tensors}).train
-            expected = from_arrays(**given).train
+    found = from_arrays(**{**given, part: tensors}).train
+    expected = from_arrays(**given).train
 
-            assert torch.equal(found.x, expected.x) and torch.equal(found.labels, expected.labels)
-            assert found.group_names == expected.group_names == ("0", "1")
-            assert found.patient_names == expected.patient_names
+    assert torch.equal(found.x, expected.x) and torch.equal(found.labels, expected.labels)
+    assert found.group_names == expected.group_names == ("0", "1")
+    assert found.patient_names == expected.patient_names
 
 
 def test_items_with_gradients_are_read_as_arrays() -> None:

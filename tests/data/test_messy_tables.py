@@ -20,6 +20,7 @@ from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.experiment.datasets import FederationDatasets
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
+from tests.support.cases import each_case
 from tests.support.python_federations import QUIET
 
 
@@ -46,19 +47,17 @@ def layout_of(federation: hfl.Federation) -> Any:
     return federation.prepare(hfl.FedAvg()).federation.data.layout
 
 
-def test_label_may_be_the_number_of_a_column(subtests: pytest.Subtests) -> None:
-    for owner in ("client", "federation"):
-        with subtests.test(owner=owner):
-            frame = make_frame().set_axis([0, 1, 2], axis=1)
-            labels = {owner: {"label": 2}}
-            clients = [
-                hfl.Client(f"site_{i}", "linear", frame, **labels.get("client", {}))
-                for i in range(2)
-            ]
+@each_case("owner", ("client", "federation"))
+def test_label_may_be_the_number_of_a_column(owner: str) -> None:
+    frame = make_frame().set_axis([0, 1, 2], axis=1)
+    labels = {owner: {"label": 2}}
+    clients = [
+        hfl.Client(f"site_{i}", "linear", frame, **labels.get("client", {})) for i in range(2)
+    ]
 
-            federation = hfl.Federation(clients, **labels.get("federation", {}))
+    federation = hfl.Federation(clients, **labels.get("federation", {}))
 
-            assert layout_of(federation).columns == ("0", "1")
+    assert layout_of(federation).columns == ("0", "1")
 
 
 def test_saved_index_is_no_feature(tmp_path: Path) -> None:
@@ -140,20 +139,17 @@ def hub_rows(frame: pd.DataFrame, _folder: Path) -> torch.Tensor:
     return to_dataset(labeled, "hub", "sick").train.x
 
 
-def test_question_mark_is_a_missing_value_in_every_source(
-    tmp_path: Path, subtests: pytest.Subtests
-) -> None:
-    for read in (public_rows, joined_rows, hub_rows):
-        with subtests.test(read=read):
-            frame = make_frame(20).drop(columns="sick")
-            marked = frame.astype({"dose": str})
-            marked.loc[3, "dose"] = "?"
+@each_case("read", (public_rows, joined_rows, hub_rows))
+def test_question_mark_is_a_missing_value_in_every_source(read: Any, tmp_path: Path) -> None:
+    frame = make_frame(20).drop(columns="sick")
+    marked = frame.astype({"dose": str})
+    marked.loc[3, "dose"] = "?"
 
-            values = read(marked, tmp_path)
+    values = read(marked, tmp_path)
 
-            expected = torch.tensor(frame.to_numpy(), dtype=torch.float32)
-            expected[3, 1] = torch.nan
-            assert torch.equal(values.nan_to_num(-9), expected.nan_to_num(-9))
+    expected = torch.tensor(frame.to_numpy(), dtype=torch.float32)
+    expected[3, 1] = torch.nan
+    assert torch.equal(values.nan_to_num(-9), expected.nan_to_num(-9))
 
 
 def test_frame_and_file_are_applied_like_the_training_data(tmp_path: Path) -> None:
@@ -313,12 +309,11 @@ def test_columns_of_frames_that_are_no_features_are_one_warning() -> None:
     assert "features: 'note', 'when'; convert them to numbers" in found[0]
 
 
-def test_integer_of_many_digits_is_no_number(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for digits in (400, 5000):
-        with subtests.test(digits=digits):
-            frame = make_frame().assign(age=range(100)).astype(object)
-            frame.iloc[5, 0] = "9" * digits
-            frame.to_csv(tmp_path / "a.csv", index=False)
+@each_case("digits", (400, 5000))
+def test_integer_of_many_digits_is_no_number(digits: int, tmp_path: Path) -> None:
+    frame = make_frame().assign(age=range(100)).astype(object)
+    frame.iloc[5, 0] = "9" * digits
+    frame.to_csv(tmp_path / "a.csv", index=False)
 
-            with pytest.raises(UserError, match="row 6, column 'age': expected a"):
-                layout_of(federate(tmp_path / "a.csv"))
+    with pytest.raises(UserError, match="row 6, column 'age': expected a"):
+        layout_of(federate(tmp_path / "a.csv"))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import hetero_fl as hfl
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.python_federations import QUIET
 
 Y = np.arange(60) % 2
@@ -35,45 +36,42 @@ def refused(config: dict[str, Any]) -> str:
     return str(error.value)
 
 
-def test_missing_value_names_the_file_and_its_row(
-    tmp_path: Path, subtests: pytest.Subtests
-) -> None:
-    for gap in (1, 6, 60):
-        with subtests.test(gap=gap):
-            whole = save(tmp_path / "whole.csv")
-            own = save(tmp_path / "own.csv", gap)
-            defaults = {"model": "mlp", "preprocess": {"missing": "indicate"}}
-            strict: dict[str, Any] = {"preprocess": {"missing": None}}
-            groups = [
-                {"name": "a", "data": {"name": "table", "path": own["path"]}, **strict},
-                {"name": "b"},
-            ]
-            separate = {"data": whole, "clients": {"defaults": defaults, "groups": groups}}
-            files = [save(tmp_path / f"{name}.csv", gap if name == "b" else None) for name in "ab"]
-            pooled = {
-                "data": {"name": "table", "label": "ill"},
-                "clients": {
-                    "defaults": defaults,
-                    "groups": [
-                        {
-                            "name": name,
-                            "data": {"name": "table", "path": file["path"]},
-                            **(strict if name == "b" else {}),
-                        }
-                        for name, file in zip("ab", files, strict=True)
-                    ],
-                },
-            }
-            main = {
-                "data": save(tmp_path / "main.csv", gap) | {"partition": {"min_size": 5}},
-                "clients": {
-                    "count": 2,
-                    "defaults": {"model": "mlp", "preprocess": {"columns": ["age", "dose"]}},
-                },
-            }
+@each_case("gap", (1, 6, 60))
+def test_missing_value_names_the_file_and_its_row(gap: int, tmp_path: Path) -> None:
+    whole = save(tmp_path / "whole.csv")
+    own = save(tmp_path / "own.csv", gap)
+    defaults = {"model": "mlp", "preprocess": {"missing": "indicate"}}
+    strict: dict[str, Any] = {"preprocess": {"missing": None}}
+    groups = [
+        {"name": "a", "data": {"name": "table", "path": own["path"]}, **strict},
+        {"name": "b"},
+    ]
+    separate = {"data": whole, "clients": {"defaults": defaults, "groups": groups}}
+    files = [save(tmp_path / f"{name}.csv", gap if name == "b" else None) for name in "ab"]
+    pooled = {
+        "data": {"name": "table", "label": "ill"},
+        "clients": {
+            "defaults": defaults,
+            "groups": [
+                {
+                    "name": name,
+                    "data": {"name": "table", "path": file["path"]},
+                    **(strict if name == "b" else {}),
+                }
+                for name, file in zip("ab", files, strict=True)
+            ],
+        },
+    }
+    main = {
+        "data": save(tmp_path / "main.csv", gap) | {"partition": {"min_size": 5}},
+        "clients": {
+            "count": 2,
+            "defaults": {"model": "mlp", "preprocess": {"columns": ["age", "dose"]}},
+        },
+    }
 
-            for config, file in ((separate, "own.csv"), (pooled, "b.csv"), (main, "main.csv")):
-                assert f"{file}: row {gap} has no value in column 'dose'" in refused(config)
+    for config, file in ((separate, "own.csv"), (pooled, "b.csv"), (main, "main.csv")):
+        assert f"{file}: row {gap} has no value in column 'dose'" in refused(config)
 
 
 def test_evaluation_names_the_row_as_the_file_does(tmp_path: Path) -> None:
@@ -87,17 +85,16 @@ def test_evaluation_names_the_row_as_the_file_does(tmp_path: Path) -> None:
         hfl.evaluate(run, other["path"])
 
 
-def test_proxy_file_names_its_row(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for labels in (False, True):
-        with subtests.test(labels=labels):
-            proxy = save(tmp_path / "public.csv", 6)
-            if not labels:
-                frame(6).drop(columns="ill").to_csv(proxy["path"], index=False)
-                del proxy["label"]
-            main = save(tmp_path / "main.csv") | {"proxy": {"source": proxy, "labels": labels}}
-            config = {"data": main, "clients": {"count": 2, "defaults": {"model": "mlp"}}}
+@each_case("labels", (False, True))
+def test_proxy_file_names_its_row(labels: bool, tmp_path: Path) -> None:
+    proxy = save(tmp_path / "public.csv", 6)
+    if not labels:
+        frame(6).drop(columns="ill").to_csv(proxy["path"], index=False)
+        del proxy["label"]
+    main = save(tmp_path / "main.csv") | {"proxy": {"source": proxy, "labels": labels}}
+    config = {"data": main, "clients": {"count": 2, "defaults": {"model": "mlp"}}}
 
-            assert "public.csv: row 6 has no value in column 'dose'" in refused(config)
+    assert "public.csv: row 6 has no value in column 'dose'" in refused(config)
 
 
 def test_missing_value_in_memory_names_the_row_as_it_was_passed() -> None:
@@ -156,20 +153,17 @@ class Net(nn.Module):
         return out
 
 
-def test_indicators_are_explained_where_the_federation_is_created(
-    subtests: pytest.Subtests,
-) -> None:
-    for model in (Net, Net()):
-        with subtests.test(model=model):
-            x = np.random.default_rng(0).normal(size=(60, 30))
-            preprocess = hfl.Preprocess(missing="indicate")
-            client = hfl.Client("a", model, (x, Y), preprocess=preprocess)
-            defaults = hfl.ClientSettings(preprocess=preprocess)
+@each_case("model", (Net, Net()))
+def test_indicators_are_explained_where_the_federation_is_created(model: Any) -> None:
+    x = np.random.default_rng(0).normal(size=(60, 30))
+    preprocess = hfl.Preprocess(missing="indicate")
+    client = hfl.Client("a", model, (x, Y), preprocess=preprocess)
+    defaults = hfl.ClientSettings(preprocess=preprocess)
 
-            with pytest.raises(UserError, match="30 columns and 30 indicators"):
-                hfl.Federation([client], test=(x, Y))
-            with pytest.raises(UserError, match="30 columns and 30 indicators"):
-                hfl.Federation([hfl.Client("a", model, (x, Y))], test=(x, Y), defaults=defaults)
+    with pytest.raises(UserError, match="30 columns and 30 indicators"):
+        hfl.Federation([client], test=(x, Y))
+    with pytest.raises(UserError, match="30 columns and 30 indicators"):
+        hfl.Federation([hfl.Client("a", model, (x, Y))], test=(x, Y), defaults=defaults)
 
 
 def test_creation_of_a_federation_with_indicators_prepares_nothing() -> None:

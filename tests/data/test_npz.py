@@ -14,6 +14,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data import load_source
 from hetero_fl.data.sources.npz_files import check_image_size, read_images, read_npz
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 
 TWO = Task("multiclass", 2)
 
@@ -227,10 +228,9 @@ def announce(path: Path, **shapes: tuple[int, ...]) -> Path:
     return path
 
 
-def test_announced_sizes_are_compared_before_arrays_are_read(
-    tmp_path: Path, subtests: pytest.Subtests
-) -> None:
-    for name, shapes, line in (
+@each_case(
+    ("name", "shapes", "line"),
+    (
         (
             "npz",
             {"train_images": (10**9, 3), "train_labels": (30,)},
@@ -252,10 +252,13 @@ def test_announced_sizes_are_compared_before_arrays_are_read(
             "y: expected 1000000 rows as in x, got 30",
         ),
         ("npz", {"train_images": (-(10**18), 2), "train_labels": (30,)}, "rows as in|negative"),
-    ):
-        with subtests.test(name=name, line=line):
-            path = announce(tmp_path / "set.npz", **shapes)
-            windows = WindowsConfig() if name == "activity" else None
+    ),
+)
+def test_announced_sizes_are_compared_before_arrays_are_read(
+    name: str, shapes: Any, line: str, tmp_path: Path
+) -> None:
+    path = announce(tmp_path / "set.npz", **shapes)
+    windows = WindowsConfig() if name == "activity" else None
 
-            with pytest.raises(UserError, match=line):
-                load_source(SourceConfig(name=name, path=str(path), windows=windows), tmp_path)
+    with pytest.raises(UserError, match=line):
+        load_source(SourceConfig(name=name, path=str(path), windows=windows), tmp_path)

@@ -15,6 +15,7 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
+from tests.support.cases import each_case
 
 HOSPITALS = ("north", "south", "east")
 
@@ -160,8 +161,9 @@ def test_classes_and_columns_of_all_files_are_matched_by_name(
     assert data.label_counts("south")[2] == 0 and data.label_counts("north")[0] == 0
 
 
-def test_files_that_cannot_be_pooled_are_refused(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for change, message in (
+@each_case(
+    ("change", "message"),
+    (
         (
             {"data": {"name": "table", "partition": {"kind": "dirichlet"}}},
             r"^data\.partition\.kind=dirichlet needs data\.path",
@@ -208,21 +210,22 @@ def test_files_that_cannot_be_pooled_are_refused(tmp_path: Path, subtests: pytes
                 r"which another client contains; did you mean 'crp'"
             ),
         ),
-    ):
-        with subtests.test(message=message):
-            write(tmp_path, south=hospital("south", 1, **change.get("frame", {})))
-            config = configuration(tmp_path)
-            config["data"] |= change.get("data", {})
-            if "south" in change and change["south"] is None:
-                del config["clients"]["groups"][1]["data"]
-            elif "south" in change:
-                own = change["south"]
-                if own.get("path"):
-                    own = {**own, "path": str(tmp_path / f"{own['path']}.csv")}
-                config["clients"]["groups"][1]["data"] |= own
+    ),
+)
+def test_files_that_cannot_be_pooled_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    write(tmp_path, south=hospital("south", 1, **change.get("frame", {})))
+    config = configuration(tmp_path)
+    config["data"] |= change.get("data", {})
+    if "south" in change and change["south"] is None:
+        del config["clients"]["groups"][1]["data"]
+    elif "south" in change:
+        own = change["south"]
+        if own.get("path"):
+            own = {**own, "path": str(tmp_path / f"{own['path']}.csv")}
+        config["clients"]["groups"][1]["data"] |= own
 
-            with pytest.raises(UserError, match=message):
-                dealt(config)
+    with pytest.raises(UserError, match=message):
+        dealt(config)
 
 
 def test_real_sites_require_common_file(tmp_path: Path) -> None:
@@ -254,35 +257,32 @@ def test_images_of_several_folders_or_files_are_pooled(tmp_path: Path) -> None:
     assert data.task.outputs == 4 and (data.n_test, data.n_proxy) == (36, 10)
 
 
-def test_unused_test_rows_of_a_clients_file_are_noted(
-    tmp_path: Path, subtests: pytest.Subtests
-) -> None:
-    for common in (False, True):
-        with subtests.test(common=common):
-            images, labels = np.zeros((60, 8, 8), dtype=np.uint8), np.arange(60) % 2
-            for name in (*HOSPITALS, "common"):
-                np.savez(tmp_path / f"{name}.npz", train_images=images, train_labels=labels)
-            np.savez(
-                tmp_path / "north.npz",
-                train_images=images,
-                train_labels=labels,
-                test_images=images[:9],
-                test_labels=labels[:9],
-            )
-            config = configuration(tmp_path)
-            config["data"] = {"name": "npz", "proxy": {"size": 10}}
-            if common:
-                config["data"]["path"] = str(tmp_path / "common.npz")
-            config["clients"]["defaults"] = {"model": "mlp"}
-            for group in config["clients"]["groups"]:
-                group["data"] = {"name": "npz", "path": str(tmp_path / f"{group['name']}.npz")}
+@each_case("common", (False, True))
+def test_unused_test_rows_of_a_clients_file_are_noted(common: bool, tmp_path: Path) -> None:
+    images, labels = np.zeros((60, 8, 8), dtype=np.uint8), np.arange(60) % 2
+    for name in (*HOSPITALS, "common"):
+        np.savez(tmp_path / f"{name}.npz", train_images=images, train_labels=labels)
+    np.savez(
+        tmp_path / "north.npz",
+        train_images=images,
+        train_labels=labels,
+        test_images=images[:9],
+        test_labels=labels[:9],
+    )
+    config = configuration(tmp_path)
+    config["data"] = {"name": "npz", "proxy": {"size": 10}}
+    if common:
+        config["data"]["path"] = str(tmp_path / "common.npz")
+    config["clients"]["defaults"] = {"model": "mlp"}
+    for group in config["clients"]["groups"]:
+        group["data"] = {"name": "npz", "path": str(tmp_path / f"{group['name']}.npz")}
 
-            notes = [note for note in dealt(config).notes if "not used" in note]
+    notes = [note for note in dealt(config).notes if "not used" in note]
 
-            assert notes == [
-                "clients: 'north': data: the test rows of the source are not used; rows are held "
-                "out of its training rows instead (data.split)"
-            ]
+    assert notes == [
+        "clients: 'north': data: the test rows of the source are not used; rows are held "
+        "out of its training rows instead (data.split)"
+    ]
 
 
 def test_run_without_common_file_is_evaluated(tmp_path: Path) -> None:

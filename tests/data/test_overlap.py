@@ -14,6 +14,7 @@ from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.data import federate, load_source
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
+from tests.support.cases import each_case
 from tests.support.speech_folders import write_speech_folder
 
 HERE = Path(".")
@@ -186,17 +187,16 @@ def test_columns_without_public_values_are_compared_between_other_sets(tmp_path:
     assert note.startswith("the proxy set")
 
 
-def test_copies_of_images_of_another_type_are_found(subtests: pytest.Subtests) -> None:
-    for dtype, pixel_range in ((np.uint8, 255), (np.uint16, 4095)):
-        with subtests.test(pixel_range=pixel_range):
-            y = np.arange(40) % 2
-            pixels = np.random.default_rng(0).integers(0, pixel_range + 1, (80, 8, 8)).astype(dtype)
-            pixels[:2, 0, 0] = pixel_range
-            as_floats = (pixels[:, None] / pixel_range).astype(np.float32)
-            clients = [hfl.Client(name, "linear", (pixels[rows], y)) for name, rows in ROWS.items()]
+@each_case(("dtype", "pixel_range"), ((np.uint8, 255), (np.uint16, 4095)))
+def test_copies_of_images_of_another_type_are_found(dtype: Any, pixel_range: int) -> None:
+    y = np.arange(40) % 2
+    pixels = np.random.default_rng(0).integers(0, pixel_range + 1, (80, 8, 8)).astype(dtype)
+    pixels[:2, 0, 0] = pixel_range
+    as_floats = (pixels[:, None] / pixel_range).astype(np.float32)
+    clients = [hfl.Client(name, "linear", (pixels[rows], y)) for name, rows in ROWS.items()]
 
-            copied = hfl.Federation(clients, test=(as_floats[:40], y), proxy=as_floats[40:])
+    copied = hfl.Federation(clients, test=(as_floats[:40], y), proxy=as_floats[40:])
 
-            proxy, test = shared(list(copied.prepare(hfl.FedMD()).notes))
-            assert proxy.startswith("the proxy set") and "40 of client 'b'" in proxy
-            assert test.startswith("the global test set") and "of client 'a'" in test
+    proxy, test = shared(list(copied.prepare(hfl.FedMD()).notes))
+    assert proxy.startswith("the proxy set") and "40 of client 'b'" in proxy
+    assert test.startswith("the global test set") and "of client 'a'" in test

@@ -24,7 +24,6 @@ from hetero_fl.data import Dataset, FederatedData, federate, load_source, partit
 from hetero_fl.data.partition.groups import (
     most_common_stratum,
     move_patients_to_short_clients,
-    split_patient_rows,
 )
 from hetero_fl.data.splits import sample_patients
 from hetero_fl.utils.errors import UserError
@@ -94,37 +93,6 @@ def test_patients_are_in_exactly_one_location(
     patient_sets = [set(patient[place].tolist()) for place in places]
     assert sum(map(len, patient_sets)) == len(set().union(*patient_sets))
     assert data.n_proxy <= max(proxy, *sizes) and (data.n_proxy > 0) == (proxy > 0)
-
-
-@pytest.mark.slow
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(
-    sizes=PATIENTS,
-    kind=st.sampled_from(["iid", "dirichlet", "classes", "quantity"]),
-    clients=st.integers(1, 6),
-    alpha=st.floats(0.05, 10),
-    seed=st.integers(0, 999),
-)
-def test_partitions_do_not_split_patients(
-    sizes: list[int], kind: str, clients: int, alpha: float, seed: int
-) -> None:
-    patient = patients_of(sizes, seed) * 7 + 3  # any numbers will do
-    y = torch.randint(3, (len(patient),), generator=torch.Generator().manual_seed(seed))
-    config = PartitionConfig(kind=kind, alpha=alpha, classes=3, min_size=5)
-    try:
-        parts = partition_rows(
-            y, None, config, [1] * clients, THREE_CLASSES, seed=seed, patient=patient
-        )
-    except UserError as error:
-        assert "min_size" in str(error) or "classes" in str(error)
-        return
-    assert split_patient_rows(parts, patient) is None
-    assert torch.equal(torch.cat(parts).sort().values, torch.arange(len(y)))
-    assert all(len(part) >= 5 and torch.equal(part, part.sort().values) for part in parts)
-    again = partition_rows(
-        y, None, config, [1] * clients, THREE_CLASSES, seed=seed, patient=patient
-    )
-    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

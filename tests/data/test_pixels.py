@@ -18,6 +18,7 @@ from hetero_fl.data.remote import PublicPack
 from hetero_fl.experiment.exporting.graph import inputs_of
 from hetero_fl.experiment.exporting.score import ScoringError, to_input
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.python_federations import QUIET
 
 RNG = np.random.default_rng(0)
@@ -41,8 +42,9 @@ def inputs(prepared: Any, name: str = "common_test") -> torch.Tensor:
     return found[:, 0]
 
 
-def test_pixels_are_divided_by_the_range_of_their_values(subtests: pytest.Subtests) -> None:
-    for images, pixel_range in (
+@each_case(
+    ("images", "pixel_range"),
+    (
         (BINARY.astype(bool), 1),
         (BINARY, 1),
         (BINARY.astype(np.uint8), 1),
@@ -55,17 +57,16 @@ def test_pixels_are_divided_by_the_range_of_their_values(subtests: pytest.Subtes
         (torch.from_numpy(SIXTEEN).int(), 65535),
         (SIXTEEN.astype(np.uint32), 65535),
         (RNG.integers(0, 1024, (40, 8, 8)).astype(np.int16), 1023),
-    ):
-        with subtests.test(pixel_range=pixel_range):
-            prepared = federation(images, proxy=images).prepare(hfl.FedMD())
+    ),
+)
+def test_pixels_are_divided_by_the_range_of_their_values(images: Any, pixel_range: int) -> None:
+    prepared = federation(images, proxy=images).prepare(hfl.FedMD())
 
-            expected = (
-                torch.as_tensor(np.asarray(images, dtype=np.float64)).reshape(40, 8, 8).float()
-            )
-            for name in ("common_test", "proxy"):
-                assert torch.allclose(inputs(prepared, name), expected / pixel_range)
-            notes = [note for note in prepared.notes if "pixels are" in note]
-            assert (notes == []) == (pixel_range == 255)
+    expected = torch.as_tensor(np.asarray(images, dtype=np.float64)).reshape(40, 8, 8).float()
+    for name in ("common_test", "proxy"):
+        assert torch.allclose(inputs(prepared, name), expected / pixel_range)
+    notes = [note for note in prepared.notes if "pixels are" in note]
+    assert (notes == []) == (pixel_range == 255)
 
 
 def test_range_is_that_of_the_training_rows_of_all_clients() -> None:

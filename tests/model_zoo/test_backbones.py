@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from model_zoo import (
     Outputs,
@@ -20,6 +20,7 @@ from model_zoo import (
     model_options,
 )
 from model_zoo.registry import MODELS
+from tests.support.cases import each_case
 from tests.support.models import Size, batch, check_vmap, make
 
 IMAGE_MODELS = [name for name in sorted(MODELS) if "image" in MODELS[name].kinds]
@@ -45,65 +46,54 @@ def cases() -> Iterator[tuple[str, int, Size]]:
         yield name, 7, ()
 
 
-def test_forward_split_and_one_step(subtests: pytest.Subtests) -> None:
-    for name, channels, size in cases():
-        with subtests.test(name=name, size=size):
-            model = make(name, 5, channels, size)
-            x = batch(channels, *size)
-            before = x.clone()
-            assert {n.split(".")[0] for n, _ in model.named_parameters()} <= {"backbone", "head"}
-            assert [n for n, _ in model.named_children()] == ["backbone", "head"]
+@each_case(("name", "channels", "size"), cases())
+def test_forward_split_and_one_step(name: Any, channels: Any, size: Any) -> None:
+    model = make(name, 5, channels, size)
+    x = batch(channels, *size)
+    before = x.clone()
+    assert {n.split(".")[0] for n, _ in model.named_parameters()} <= {"backbone", "head"}
+    assert [n for n, _ in model.named_children()] == ["backbone", "head"]
 
-            model.eval()
-            out = model(x)
-            assert isinstance(out, Outputs)
-            assert out.logits.shape == (4, 5)
-            assert out.features.shape == (4, model.feature_dim)
-            assert torch.equal(model.features(x), out.features)
-            assert torch.equal(model.head(out.features), out.logits)
-            assert torch.isfinite(out.logits).all()
-            assert out.logits.std(0).max() > 0  # the output depends on the input
+    model.eval()
+    out = model(x)
+    assert isinstance(out, Outputs)
+    assert out.logits.shape == (4, 5)
+    assert out.features.shape == (4, model.feature_dim)
+    assert torch.equal(model.features(x), out.features)
+    assert torch.equal(model.head(out.features), out.logits)
+    assert torch.isfinite(out.logits).all()
+    assert out.logits.std(0).max() > 0  # the output depends on the input
 
-            model.train()
-            old = {n: p.detach().clone() for n, p in model.named_parameters()}
-            optimizer = torch.optim.SGD(model.parameters(), 0.1)
-            F.cross_entropy(model(x).logits, torch.tensor([0, 1, 2, 3])).backward()
-            assert all(
-                p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters()
-            )
-            optimizer.step()
-            assert any(not torch.equal(p, old[n]) for n, p in model.named_parameters())
-            assert torch.equal(x, before)
+    model.train()
+    old = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    F.cross_entropy(model(x).logits, torch.tensor([0, 1, 2, 3])).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    optimizer.step()
+    assert any(not torch.equal(p, old[n]) for n, p in model.named_parameters())
+    assert torch.equal(x, before)
 
 
-def test_feature_dim_adds_a_projection_that_ends_in_relu(subtests: pytest.Subtests) -> None:
-    for name in [n for n in NUMBER_MODELS if n not in HEAVY]:
-        with subtests.test(name=name):
-            size: Size = (28, 28) if name in IMAGE_MODELS else ()
-            plain = make(name, size=size, channels=4)
-            model = make(name, size=size, channels=4, feature_dim=24)
-            x = batch(4, *size)
-            out = model(x)
-            assert plain.feature_dim != 24
-            assert out.features.shape == (4, 24)
-            assert model.head.weight.shape == (10, 24)
-            projection = model.backbone.projection
-            assert [type(m) for m in projection] == [nn.Linear, nn.ReLU]
-            assert out.features.min() == 0
-            assert {n.split(".")[0] for n, _ in model.named_parameters()} == {"backbone", "head"}
+@each_case("name", [n for n in NUMBER_MODELS if n not in HEAVY])
+def test_feature_dim_adds_a_projection_that_ends_in_relu(name: Any) -> None:
+    size: Size = (28, 28) if name in IMAGE_MODELS else ()
+    plain = make(name, size=size, channels=4)
+    model = make(name, size=size, channels=4, feature_dim=24)
+    x = batch(4, *size)
+    out = model(x)
+    assert plain.feature_dim != 24
+    assert out.features.shape == (4, 24)
+    assert model.head.weight.shape == (10, 24)
+    projection = model.backbone.projection
+    assert [type(m) for m in projection] == [nn.Linear, nn.ReLU]
+    assert out.features.min() == 0
+    assert {n.split(".")[0] for n, _ in model.named_parameters()} == {"backbone", "head"}
 
 
 def test_feature_dim_equal_to_the_width_adds_no_layer() -> None:
     plain, same = make("cnn_bn_small"), make("cnn_bn_small", feature_dim=32)
     assert list(plain.state_dict()) == list(same.state_dict())
     assert all(torch.equal(v, same.state_dict()[n]) for n, v in plain.state_dict().items())
-
-
-def test_model_output_is_a_pytree() -> None:
-    out = make("mlp")(batch(1, 28, 28))
-    doubled = pytree.tree_map(lambda t: 2 * t, out)
-    assert isinstance(doubled, Outputs)
-    assert torch.equal(doubled.features, 2 * out.features)
 
 
 def test_vmap_in_training_equals_one_model_after_another(subtests: pytest.Subtests) -> None:
@@ -156,27 +146,16 @@ def test_only_dropout_draws_random_numbers(
             assert rates == own + [0.4] * (several.get(name, 1) if has_dropout else 0)
 
 
-def test_dropout_acts_in_training_only(subtests: pytest.Subtests) -> None:
-    for name in [n for n in NUMBER_MODELS if "dropout" in model_options(n)]:
-        with subtests.test(name=name):
-            size: Size = (28, 28) if name in IMAGE_MODELS and name != "multimodal" else ()
-            model = make(name, size=size, dropout=0.5).train()
-            x = batch(1, *size)
-            assert any(isinstance(m, nn.Dropout) for m in model.modules())
-            assert not torch.equal(model(x).features, model(x).features)
-            model.eval()
-            assert torch.equal(model(x).features, model(x).features)
-            assert not any(isinstance(m, nn.Dropout) for m in make(name, size=size).modules())
-
-
-def test_weights_follow_the_global_seed() -> None:
-    def weights(seed: int) -> Tensor:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return torch.cat([p.detach().flatten() for p in create_model("lenet", 10).parameters()])
-
-    assert torch.equal(weights(3), weights(3))
-    assert not torch.equal(weights(3), weights(4))
+@each_case("name", [n for n in NUMBER_MODELS if "dropout" in model_options(n)])
+def test_dropout_acts_in_training_only(name: Any) -> None:
+    size: Size = (28, 28) if name in IMAGE_MODELS and name != "multimodal" else ()
+    model = make(name, size=size, dropout=0.5).train()
+    x = batch(1, *size)
+    assert any(isinstance(m, nn.Dropout) for m in model.modules())
+    assert not torch.equal(model(x).features, model(x).features)
+    model.eval()
+    assert torch.equal(model(x).features, model(x).features)
+    assert not any(isinstance(m, nn.Dropout) for m in make(name, size=size).modules())
 
 
 def test_options_change_the_model() -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from model_zoo import ModelError, SplitModel, create_model, describe, is_batch_norm, model_options
 from model_zoo.external import Enlarge
+from tests.support.cases import each_case
 
 SMALL = [  # name, channels, size, width of the features, enlarged to
     ("torchvision:mobilenet_v2", 1, 28, 1280, None),
@@ -305,14 +306,15 @@ WRONG_OWN: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-def test_invalid_custom_models_raise_one_line(own: str, subtests: pytest.Subtests) -> None:
-    for what, arguments, message in WRONG_OWN:
-        with subtests.test(what=what, message=message):
-            name = what if what.startswith("python:") else own + what
-            with pytest.raises(ModelError, match=message) as caught:
-                create_model(name, 3, **arguments)
-            assert "\n" not in str(caught.value)
-            assert str(caught.value).startswith(f"model {name}: ")
+@each_case(("what", "arguments", "message"), WRONG_OWN)
+def test_invalid_custom_models_raise_one_line(
+    what: Any, arguments: Any, message: Any, own: str
+) -> None:
+    name = what if what.startswith("python:") else own + what
+    with pytest.raises(ModelError, match=message) as caught:
+        create_model(name, 3, **arguments)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"model {name}: ")
 
 
 def test_description_of_external_models() -> None:

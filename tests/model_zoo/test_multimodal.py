@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from model_zoo import SplitModel, create_model
+from tests.support.cases import each_case
 
 BLOCKS = [["image", [1, 8, 8]], ["genes", [5]]]
 
@@ -40,44 +40,40 @@ def test_tensor_names_contain_the_block() -> None:
     assert image.keys() != set() and single(torch.rand(2, 1, 8, 8)).logits.shape == (2, 3)
 
 
-def test_values_of_an_absent_block_are_ignored(subtests: pytest.Subtests) -> None:
-    for fusion in ("concat", "gated"):
-        with subtests.test(fusion=fusion):
-            model = make_model(fusion=fusion).eval()
-            x = rows(genes=False)
-            other = x.clone()
-            other[:, 64:69] = 7.0
-            assert torch.equal(model(x).logits, model(other).logits)
-            filled = x.clone()
-            filled[:, 70] = 0
-            assert not torch.allclose(model(x).logits, model(filled).logits)
-            zeros = filled.clone()
-            zeros[:, 64:69] = 0  # an absent block differs from zeros
-            assert not torch.allclose(model(x).logits, model(zeros).logits)
-            nothing = rows(genes=False, image=False)
-            assert torch.allclose(model(nothing).logits, model(nothing).logits[:1].expand(6, 3))
+@each_case("fusion", ("concat", "gated"))
+def test_values_of_an_absent_block_are_ignored(fusion: str) -> None:
+    model = make_model(fusion=fusion).eval()
+    x = rows(genes=False)
+    other = x.clone()
+    other[:, 64:69] = 7.0
+    assert torch.equal(model(x).logits, model(other).logits)
+    filled = x.clone()
+    filled[:, 70] = 0
+    assert not torch.allclose(model(x).logits, model(filled).logits)
+    zeros = filled.clone()
+    zeros[:, 64:69] = 0  # an absent block differs from zeros
+    assert not torch.allclose(model(x).logits, model(zeros).logits)
+    nothing = rows(genes=False, image=False)
+    assert torch.allclose(model(nothing).logits, model(nothing).logits[:1].expand(6, 3))
 
 
-def test_image_branch_has_the_selected_network(subtests: pytest.Subtests) -> None:
-    for image in ("cnn", "pilotnet", "resnet", "vit"):
-        with subtests.test(image=image):
-            blocks = [["frame", [3, 12, 20]], ["state", [3]]]
-            model = make_model(blocks, image=image, image_width=4, drop=0.0).eval()
-            x = torch.rand(5, 725)
-            x[:, 723:] = 0
+@each_case("image", ("cnn", "pilotnet", "resnet", "vit"))
+def test_image_branch_has_the_selected_network(image: str) -> None:
+    blocks = [["frame", [3, 12, 20]], ["state", [3]]]
+    model = make_model(blocks, image=image, image_width=4, drop=0.0).eval()
+    x = torch.rand(5, 725)
+    x[:, 723:] = 0
 
-            assert model(x).logits.shape == (5, 3)
-            x[:, :720] = x[:, :720].flip(1)
-            assert model(x).logits.std(0).min() > 0
-            # Clients that share the branch do not share running statistics.
-            assert not list(model.buffers())
-            single = create_model(
-                "multimodal", 3, 3, (12, 20), blocks=blocks[:1], image=image, image_width=4
-            )
-            frame = {n for n, _ in model.named_parameters() if n.startswith("backbone.frame.")}
-            assert frame == {
-                n for n, _ in single.named_parameters() if n.startswith("backbone.frame.")
-            }
+    assert model(x).logits.shape == (5, 3)
+    x[:, :720] = x[:, :720].flip(1)
+    assert model(x).logits.std(0).min() > 0
+    # Clients that share the branch do not share running statistics.
+    assert not list(model.buffers())
+    single = create_model(
+        "multimodal", 3, 3, (12, 20), blocks=blocks[:1], image=image, image_width=4
+    )
+    frame = {n for n, _ in model.named_parameters() if n.startswith("backbone.frame.")}
+    assert frame == {n for n, _ in single.named_parameters() if n.startswith("backbone.frame.")}
 
 
 def test_absent_block_embedding_is_learned() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from model_zoo.generators import generator_hash
 from model_zoo.given_models import GivenModel
 from model_zoo.heads import split_module
 from model_zoo.shapes import Shape
+from tests.support.cases import each_case
 from tests.support.python_federations import QUIET
 
 ROW = Shape(6, ())
@@ -298,20 +300,22 @@ def test_batches_of_models_that_mix_rows_are_not_padded(model: type[nn.Module]) 
         assert torch.allclose(tensor, runs[1].models["c2"].tensors[name], atol=1e-6), name
 
 
-def test_model_that_cannot_be_trained_is_refused_in_one_line(subtests: pytest.Subtests) -> None:
-    for model, message in (
+@each_case(
+    ("model", "message"),
+    (
         (TupleInTraining, "a Tensor in evaluation mode, but a tuple in training mode; return"),
         (ScaledInTraining, "in training mode, the model's outputs are not those of its .*'cls'"),
         (FailsInTraining, "in training mode: cannot process a table row of 6 columns: two lines"),
         (Exits, "cannot process a table row of 6 columns: SystemExit: 3"),
-    ):
-        with subtests.test(message=message):
-            with pytest.raises(
-                UserError, match=rf"^clients: 'a': model: .*{model.__name__}.*{message}"
-            ) as info:
-                train(model)
+    ),
+)
+def test_model_that_cannot_be_trained_is_refused_in_one_line(model: Any, message: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"^clients: 'a': model: .*{model.__name__}.*{message}"
+    ) as info:
+        train(model)
 
-            assert "\n" not in str(info.value)
+    assert "\n" not in str(info.value)
 
 
 @pytest.mark.slow

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from model_zoo import SplitModel, create_model
+from tests.support.cases import each_case
 
 MODELS = ("matrix_factorization", "neural_filtering", "gru4rec")
 ROWS = torch.tensor([[1, 0, 0, 5, 7], [0, 3, 4, 5, 7], [0, 0, 0, 0, 0]])
@@ -98,13 +101,12 @@ def test_tables_of_items_have_equal_shapes_in_all_models() -> None:
     }
 
 
-def test_only_the_vector_of_the_user_is_trained(subtests: pytest.Subtests) -> None:
-    for name in MODELS:
-        with subtests.test(name=name):
-            model = make(name)
+@each_case("name", MODELS)
+def test_only_the_vector_of_the_user_is_trained(name: Any) -> None:
+    model = make(name)
 
-            model(ROWS).logits.square().sum().backward()
+    model(ROWS).logits.square().sum().backward()
 
-            users, _ = vectors(model)
-            assert users.grad is not None
-            assert torch.nonzero(users.grad.abs().sum(1)).flatten().tolist() == [1]
+    users, _ = vectors(model)
+    assert users.grad is not None
+    assert torch.nonzero(users.grad.abs().sum(1)).flatten().tolist() == [1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from model_zoo import batch_norm_buffers, is_batch_norm
 from model_zoo.backbones.sequence import to_steps
 from model_zoo.backbones.transformer import SelfAttention
+from tests.support.cases import each_case
 from tests.support.models import batch, make
 
 COUNTS = [
@@ -62,53 +64,48 @@ def move_statistics(model: nn.Module) -> None:
                 t.uniform_(low, high)
 
 
-def test_imagenet_stem_matches_torchvision_resnet(subtests: pytest.Subtests) -> None:
-    for blocks, name in (([2, 2, 2, 2], "resnet"), ([1, 1, 1, 1], "resnet10_imagenet")):
-        with subtests.test(name=name):
-            from torchvision.models.resnet import BasicBlock, ResNet
+@each_case(("blocks", "name"), (([2, 2, 2, 2], "resnet"), ([1, 1, 1, 1], "resnet10_imagenet")))
+def test_imagenet_stem_matches_torchvision_resnet(blocks: Any, name: str) -> None:
+    from torchvision.models.resnet import BasicBlock, ResNet
 
-            reference = ResNet(BasicBlock, blocks, num_classes=7)
-            move_statistics(reference)
-            given = (
-                {"widths": [64, 128, 256, 512], "blocks": blocks, "stem": "imagenet"}
-                if name == "resnet"
-                else {}
-            )
-            model = make(name, 7, 3, 48, **given)
-            copy_in_order(reference, model)
-            x = batch(3, 48, 48, n=2).double()
-            torch.testing.assert_close(
-                model.double().eval()(x).logits, reference.double().eval()(x)
-            )
+    reference = ResNet(BasicBlock, blocks, num_classes=7)
+    move_statistics(reference)
+    given = (
+        {"widths": [64, 128, 256, 512], "blocks": blocks, "stem": "imagenet"}
+        if name == "resnet"
+        else {}
+    )
+    model = make(name, 7, 3, 48, **given)
+    copy_in_order(reference, model)
+    x = batch(3, 48, 48, n=2).double()
+    torch.testing.assert_close(model.double().eval()(x).logits, reference.double().eval()(x))
 
 
-def test_cnn_matches_three_block_reference(subtests: pytest.Subtests) -> None:
-    for name, width in (("cnn_bn_small", 8), ("cnn_bn_medium", 16), ("cnn_bn_large", 32)):
-        with subtests.test(name=name, width=width):
+@each_case(("name", "width"), (("cnn_bn_small", 8), ("cnn_bn_medium", 16), ("cnn_bn_large", 32)))
+def test_cnn_matches_three_block_reference(name: str, width: int) -> None:
+    def block(i: int, o: int) -> list[nn.Module]:
+        return [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU()]
 
-            def block(i: int, o: int) -> list[nn.Module]:
-                return [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU()]
-
-            reference = nn.Sequential(
-                *block(1, width),
-                nn.MaxPool2d(2),
-                *block(width, 2 * width),
-                nn.MaxPool2d(2),
-                *block(2 * width, 4 * width),
-                nn.AdaptiveAvgPool2d(1),
-                nn.Flatten(),
-                nn.Linear(4 * width, 10),
-            )
-            model = make(name)
-            copy_in_order(reference, model)
-            x = batch(1, 28, 28)
-            assert model.feature_dim == 4 * width
-            assert torch.equal(model(x).logits, reference(x))
-            assert sum(map(is_batch_norm, model.modules())) == 3
-            wide = make("cnn", width=width)
-            assert [v.shape for v in wide.state_dict().values()] == [
-                v.shape for v in model.state_dict().values()
-            ]
+    reference = nn.Sequential(
+        *block(1, width),
+        nn.MaxPool2d(2),
+        *block(width, 2 * width),
+        nn.MaxPool2d(2),
+        *block(2 * width, 4 * width),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, 10),
+    )
+    model = make(name)
+    copy_in_order(reference, model)
+    x = batch(1, 28, 28)
+    assert model.feature_dim == 4 * width
+    assert torch.equal(model(x).logits, reference(x))
+    assert sum(map(is_batch_norm, model.modules())) == 3
+    wide = make("cnn", width=width)
+    assert [v.shape for v in wide.state_dict().values()] == [
+        v.shape for v in model.state_dict().values()
+    ]
 
 
 def test_group_norm_has_groups_of_at_least_four_channels() -> None:

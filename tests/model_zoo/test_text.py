@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 
 from model_zoo import Outputs, SplitModel, create_model, describe
 from model_zoo.registry import MODELS
+from tests.support.cases import each_case
 from tests.support.models import check_vmap
 
 TEXT = [name for name in sorted(MODELS) if "tokens" in MODELS[name].kinds]
@@ -25,19 +28,18 @@ def texts(n: int = 4, length: int = 7) -> Tensor:
     return torch.randint(2, WORDS, (n, length), generator=torch.Generator().manual_seed(1))
 
 
-def test_training_step_changes_every_parameter(subtests: pytest.Subtests) -> None:
-    for name in TEXT:
-        with subtests.test(name=name):
-            model = make(name).train()
-            x = texts()
-            out = model(x)
-            assert isinstance(out, Outputs)
-            assert out.logits.shape == (4, 5)
-            assert out.features.shape == (4, model.feature_dim)
-            assert {n.split(".")[0] for n, _ in model.named_parameters()} == {"backbone", "head"}
-            F.cross_entropy(out.logits, torch.tensor([0, 1, 2, 3])).backward()
-            assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-            assert make(name, feature_dim=12)(x).features.shape == (4, 12)
+@each_case("name", TEXT)
+def test_training_step_changes_every_parameter(name: Any) -> None:
+    model = make(name).train()
+    x = texts()
+    out = model(x)
+    assert isinstance(out, Outputs)
+    assert out.logits.shape == (4, 5)
+    assert out.features.shape == (4, model.feature_dim)
+    assert {n.split(".")[0] for n, _ in model.named_parameters()} == {"backbone", "head"}
+    F.cross_entropy(out.logits, torch.tensor([0, 1, 2, 3])).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert make(name, feature_dim=12)(x).features.shape == (4, 12)
 
 
 def test_outputs_do_not_depend_on_padding(subtests: pytest.Subtests) -> None:
@@ -74,12 +76,11 @@ def test_text_cnn_is_causal() -> None:
     assert not torch.allclose(backbone.layers(steps)[..., 4:], backbone.layers(later)[..., 4:])
 
 
-def test_vmap_in_training_equals_one_model_after_another(subtests: pytest.Subtests) -> None:
-    for name in set(TEXT) - {"text_gru", "gru4rec"}:
-        with subtests.test(name=name):
-            x = texts(12, 6).reshape(3, 4, 6)
-            x[..., :2] = 0
-            check_vmap([create_model(name, 3, 1, (6,), vocabulary=WORDS) for _ in range(3)], x)
+@each_case("name", set(TEXT) - {"text_gru", "gru4rec"})
+def test_vmap_in_training_equals_one_model_after_another(name: Any) -> None:
+    x = texts(12, 6).reshape(3, 4, 6)
+    x[..., :2] = 0
+    check_vmap([create_model(name, 3, 1, (6,), vocabulary=WORDS) for _ in range(3)], x)
 
 
 def test_costs_of_text_models() -> None:

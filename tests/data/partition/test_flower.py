@@ -16,6 +16,7 @@ from hetero_fl.config.data import DataConfig, PartitionConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data import federate, partition_rows
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.federated_data import PLAIN_CLIENT, numbered, rows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:::flwr_datasets")
@@ -79,27 +80,21 @@ def test_table_of_arguments_is_complete() -> None:
     assert classes - {name for name in classes if name.startswith("Vertical")} == set(ARGUMENTS)
 
 
+@each_case("name", sorted(ARGUMENTS))
 def test_every_partitioner(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    subtests: pytest.Subtests,
+    name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for name in sorted(ARGUMENTS):
-        with subtests.test(name=name):
-            (tmp_path / "numpy_sizes.py").write_text(
-                "def sizes(partition_id):\n    return partition_id\n"
-            )
-            monkeypatch.chdir(tmp_path)
+    (tmp_path / "numpy_sizes.py").write_text("def sizes(partition_id):\n    return partition_id\n")
+    monkeypatch.chdir(tmp_path)
 
-            parts = divide(f"flwr:{name}", **ARGUMENTS[name])
+    parts = divide(f"flwr:{name}", **ARGUMENTS[name])
 
-            rows = torch.cat(parts)
-            assert len(parts) == 4 and len(rows.unique()) == len(rows)
-            assert all(len(part) for part in parts)
-            again = divide(f"flwr:{name}", **ARGUMENTS[name])
-            assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
-            assert capfd.readouterr() == ("", "")
+    rows = torch.cat(parts)
+    assert len(parts) == 4 and len(rows.unique()) == len(rows)
+    assert all(len(part) for part in parts)
+    again = divide(f"flwr:{name}", **ARGUMENTS[name])
+    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_partition_depends_on_the_seed() -> None:
@@ -198,8 +193,9 @@ def test_run_from_a_configuration(tmp_path: Path) -> None:
     assert (changed.data.partition.arguments or {})["alpha"] == 0.2
 
 
-def test_mistakes_are_one_line(subtests: pytest.Subtests) -> None:
-    for kind, arguments, message in (
+@each_case(
+    ("kind", "arguments", "message"),
+    (
         ("DirichletPartitoner", {}, "did you mean 'DirichletPartitioner'?"),
         ("", {}, "choose from ContinuousPartitioner, DirichletPartitioner"),
         ("VerticalEvenPartitioner", {}, "divides columns instead of rows"),
@@ -234,12 +230,13 @@ def test_mistakes_are_one_line(subtests: pytest.Subtests) -> None:
             ARGUMENTS["DistributionPartitioner"] | {"distribution_array": [[1], ["x"]]},
             "distribution_array: expected a list of rows of numbers",
         ),
-    ):
-        with subtests.test(kind=kind, message=message):
-            with pytest.raises(UserError) as caught:
-                divide(f"flwr:{kind}", **arguments)
-            assert message in str(caught.value) and "\n" not in str(caught.value)
-            assert str(caught.value).startswith("data.partition.")
+    ),
+)
+def test_mistakes_are_one_line(kind: str, arguments: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        divide(f"flwr:{kind}", **arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith("data.partition.")
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import hetero_fl as hfl
-from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, PartitionConfig, registered_partition_kinds
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, federate, from_arrays, partition_rows, register_partition
 from hetero_fl.data.partition import PartitionContext, Partitioner, registry
 from hetero_fl.utils.errors import UserError
 from tests.support.federated_data import PLAIN_CLIENT
+from tests.support.mistakes import check_refused, refusal
 
 TEN = Task("multiclass", 10)
 
@@ -79,11 +79,8 @@ def test_partition_can_be_a_function(own: Callable[[str], list[torch.Tensor]]) -
         ("number", "is not a function of (context) that 'own_partition' defines or a subclass of"),
         ("halvs", "did you mean 'halves'"),
     ):
-        with pytest.raises(UserError) as refused:
-            own(name)
-        assert str(refused.value).startswith("data.partition.kind: ") and words in str(
-            refused.value
-        )
+        refused = refusal(own, name)
+        assert refused.startswith("data.partition.kind: ") and words in refused
 
 
 def visits(rows: int = 120) -> Dataset:
@@ -154,44 +151,6 @@ def test_class_is_created_with_arguments(registering: None) -> None:
     assert parts["north"] == parts["south"][::-1]
 
 
-def test_partition_from_a_configuration_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Train with a partition by a date column of a CSV file, which is not a feature."""
-    rng = np.random.default_rng(0)
-    lines = ["age,crp,date,ill"]
-    for _ in range(200):
-        day = rng.integers(0, 365)
-        date = np.datetime64("2024-01-01") + day
-        lines.append(f"{rng.normal():.3f},{day},{date},{'yes' if day % 2 else 'no'}")
-    (tmp_path / "visits.csv").write_text("\n".join(lines))
-    (tmp_path / "seasons.py").write_text(
-        "import numpy as np\n"
-        "def seasons(context, column):\n"
-        "    return np.array_split(np.argsort(context.columns[column]), len(context.clients))\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    source = {"name": "table", "path": "visits.csv", "label": "ill"}
-    partition = {"kind": "python:seasons:seasons", "column": "date", "min_size": 10}
-    config = {
-        "rounds": 1,
-        "data": {**source, "partition": partition},
-        "clients": {"groups": [{"name": "a", "model": "mlp"}, {"name": "b", "model": "mlp"}]},
-        "algorithm": {"name": "fedavg"},
-        "runtime": {"executor": "serial", "threads": 1},
-    }
-
-    run = hfl.run(config, out=tmp_path / "run", quiet=True)
-
-    assert run.summary["rounds_completed"] == 1
-    saved = hfl.load_config(tmp_path / "run" / "config.yaml", allow_code=True).data
-    assert saved.partition.arguments == {"column": "date"}
-    clients = {name: ClientSettings() for name in ("a", "b")}
-    data = federate(hfl.data.load_source(saved, tmp_path), saved, clients, seed=0)
-    crp = {name: rows_of_client(data, name)[:, 1] for name in clients}
-    assert crp["a"].max() <= crp["b"].min()
-
-
 def test_columns_are_read_only_and_complete(registering: None) -> None:
     seen: dict[str, Any] = {}
 
@@ -228,8 +187,14 @@ def test_patients_are_entries_with_their_columns(registering: None) -> None:
     first, second = hfl.split(dataset, 2, config, model="mlp")
     assert set(first.data.train.metadata["ward"]) == {"A"} and len(first.data.train) == 40
     assert set(second.data.train.metadata["ward"]) == {"B"} and len(second.data.train) == 80
-    with pytest.raises(UserError, match="assigns only 40 rows to a client"):
-        hfl.split(dataset, 2, config.model_copy(update={"min_size": 41}), model="mlp")
+    check_refused(
+        "assigns only 40 rows to a client",
+        hfl.split,
+        dataset,
+        2,
+        config.model_copy(update={"min_size": 41}),
+        model="mlp",
+    )
 
 
 def test_registered_name_is_unique(registering: None) -> None:
@@ -247,6 +212,11 @@ def test_unused_rows_are_noted(registering: None) -> None:
     notes: list[str] = []
     partition_rows(labels(100), None, PartitionConfig(kind="few"), [1, 1], TEN, seed=0, notes=notes)
     assert notes == ["data.partition.kind: few: no client gets 40 of 100 training rows"]
+
+
+def divide_visits(section: dict[str, Any]) -> None:
+    config = DataConfig(partition=section)
+    federate(visits(), config, {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT}, seed=0)
 
 
 def test_mistakes_are_one_line(registering: None, subtests: pytest.Subtests) -> None:
@@ -270,11 +240,7 @@ def test_mistakes_are_one_line(registering: None, subtests: pytest.Subtests) -> 
         ({"kind": "by_hospital", "order": 3}, "by_hospital raised TypeError: "),
     ):
         with subtests.test(message=message):
-            with pytest.raises(UserError) as caught:
-                config = DataConfig(partition=section)
-                federate(visits(), config, {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT}, seed=0)
-
-            assert message in str(caught.value) and "\n" not in str(caught.value)
+            assert message in refusal(divide_visits, section)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -186,25 +186,6 @@ def test_failed_download_raises_one_line(
         get(name, tmp_path / "file" / "below")
 
 
-def test_truncated_download_is_detected(
-    server: tuple[str, Path],
-    npz: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    medmnist: ModuleType,
-) -> None:
-    address, folder = server
-    data = npz().read_bytes()
-    (folder / "bloodmnist.npz").write_bytes(data[:-100])
-    monkeypatch.setitem(medmnist.INFO["bloodmnist"], "url", f"{address}bloodmnist.npz")
-    monkeypatch.setitem(medmnist.INFO["bloodmnist"], "MD5", md5(data))
-    with pytest.raises(
-        UserError,
-        match=r"download of bloodmnist failed \(RuntimeError: File not found or corrupted",
-    ):
-        get("bloodmnist", tmp_path / "root")
-
-
 def test_missing_package_names_the_extra(
     npz: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,33 +266,3 @@ def test_size_selects_a_file_in_a_folder(npz: Any, tmp_path: Path) -> None:
         load(tmp_path / "retinamnist_64.npz", 128)
     with pytest.raises(UserError, match=r"file '.*retinamnist_128\.npz' not found; did you mean"):
         load(tmp_path, 128)
-
-
-def test_larger_images_train(npz: Any, tmp_path: Path) -> None:
-    import hetero_fl
-
-    draws = np.random.default_rng(0)
-    images = {
-        f"{s}_images": draws.integers(0, 256, (n, 64, 64, 3), np.uint8) for s, n in ROWS.items()
-    }
-    labels = {
-        f"{s}_labels": draws.integers(0, 2, (n, 14)).astype(np.uint8) for s, n in ROWS.items()
-    }
-    npz("chestmnist_64.npz", **images, **labels)
-    config = {
-        "rounds": 1,
-        "data": {
-            "name": "chestmnist",
-            "path": str(tmp_path),
-            "size": 64,
-            "partition": {"min_size": 4},
-        },
-        "clients": {"count": 2, "defaults": {"model": "lenet"}},
-        "algorithm": {"name": "fedavg"},
-        "output": {"plots": False, "report": False},
-    }
-
-    run = hetero_fl.run(config, out=tmp_path / "run", quiet=True)
-
-    assert run.summary["data"]["n_test"] == 9
-    assert run.summary["personal"]["last"]["loss"] > 0

@@ -28,6 +28,7 @@ from hetero_fl.data.sources.driving.roads import (
     steering_angle,
 )
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.driving_folders import (
     SIMULATOR_HEADER,
     write_driving_folder,
@@ -518,22 +519,21 @@ def follow(drive: Drive, vehicle: Vehicle) -> np.ndarray:
     return path[np.searchsorted(along, drive.distance[1:-1])]
 
 
-def test_bicycle_model_with_the_angles_follows_the_road(subtests: pytest.Subtests) -> None:
-    for seed in range(4):
-        with subtests.test(seed=seed):
-            rng = np.random.default_rng(seed)
-            drive = make_drive(rng, BENDS, 80, interval=0.1)
-            vehicle = Vehicle(wheelbase=2.7)
+@each_case("seed", range(4))
+def test_bicycle_model_with_the_angles_follows_the_road(seed: Any) -> None:
+    rng = np.random.default_rng(seed)
+    drive = make_drive(rng, BENDS, 80, interval=0.1)
+    vehicle = Vehicle(wheelbase=2.7)
 
-            path = follow(drive, vehicle)
+    path = follow(drive, vehicle)
 
-            away = np.linalg.norm(path - drive.position()[1:-1], axis=1)
-            assert drive.distance[-1] > 60 and np.abs(drive.curvature).max() > 0.005
-            # To first order: the deviation is much smaller than the lane over the whole drive.
-            assert away.max() < 0.25
-            # Without the steering, the vehicle leaves the road.
-            straight = follow(replace(drive, curvature=0 * drive.curvature), vehicle)
-            assert np.linalg.norm(straight - drive.position()[1:-1], axis=1).max() > 3
+    away = np.linalg.norm(path - drive.position()[1:-1], axis=1)
+    assert drive.distance[-1] > 60 and np.abs(drive.curvature).max() > 0.005
+    # To first order: the deviation is much smaller than the lane over the whole drive.
+    assert away.max() < 0.25
+    # Without the steering, the vehicle leaves the road.
+    straight = follow(replace(drive, curvature=0 * drive.curvature), vehicle)
+    assert np.linalg.norm(straight - drive.position()[1:-1], axis=1).max() > 3
 
 
 def test_steering_angle_adds_understeer_to_the_bicycle_model() -> None:
@@ -563,40 +563,37 @@ def test_curvature_changes_gradually_and_is_limited() -> None:
     assert (road.curvature > 0.005).any() and (road.curvature < -0.005).any()
 
 
-def test_rendered_curvature_gives_the_angle_of_the_bicycle_model(subtests: pytest.Subtests) -> None:
-    for curvature in (0.0, 0.02, -0.012):
-        with subtests.test(curvature=curvature):
-            camera = Camera(view=60, height=1.4, tilt=8, noise=0.0)
-            scene = Scene(lanes=0, asphalt=0.1, ground=(0.1, 0.1, 0.1))
-            drive = straight_at(0.0, 0.0, curvature)
+@each_case("curvature", (0.0, 0.02, -0.012))
+def test_rendered_curvature_gives_the_angle_of_the_bicycle_model(curvature: Any) -> None:
+    camera = Camera(view=60, height=1.4, tilt=8, noise=0.0)
+    scene = Scene(lanes=0, asphalt=0.1, ground=(0.1, 0.1, 0.1))
+    drive = straight_at(0.0, 0.0, curvature)
 
-            frame = render(drive, camera, scene, (240, 480), np.random.default_rng(0))[0, 0].astype(
-                float
-            )
+    frame = render(drive, camera, scene, (240, 480), np.random.default_rng(0))[0, 0].astype(float)
 
-            # Independent reference: rays of the pixels, rotated by the tilt, meet the ground.
-            focal = 240 / math.tan(math.radians(30))
-            tilt = math.radians(8)
-            ahead, middle = [], []
-            for row in range(150, 240, 10):
-                below = (row + 0.5 - 120) / focal
-                depth = 1.4 / (math.sin(tilt) + below * math.cos(tilt))
-                weight = (frame[row] - np.median(frame[row])).clip(40) - 40
-                half = len(weight) // 2
-                sides = [
-                    float((part * (np.arange(240) + 0.5 + begin)).sum() / part.sum())
-                    for begin, part in ((0, weight[:half]), (240, weight[half:]))
-                    if part.sum() > 0
-                ]
-                if len(sides) == 2:
-                    ahead.append(depth * (math.cos(tilt) - below * math.sin(tilt)))
-                    middle.append(-depth * (sum(sides) / 2 - 240) / focal)
-            square = np.square(ahead)
-            found = 2 * float(square @ np.array(middle) / (square @ square))
-            assert len(ahead) >= 4
-            assert math.degrees(math.atan(2.7 * found)) == pytest.approx(
-                float(steering_angle(np.array([curvature]), 0.0, Vehicle(2.7))[0]), abs=0.25
-            )
+    # Independent reference: rays of the pixels, rotated by the tilt, meet the ground.
+    focal = 240 / math.tan(math.radians(30))
+    tilt = math.radians(8)
+    ahead, middle = [], []
+    for row in range(150, 240, 10):
+        below = (row + 0.5 - 120) / focal
+        depth = 1.4 / (math.sin(tilt) + below * math.cos(tilt))
+        weight = (frame[row] - np.median(frame[row])).clip(40) - 40
+        half = len(weight) // 2
+        sides = [
+            float((part * (np.arange(240) + 0.5 + begin)).sum() / part.sum())
+            for begin, part in ((0, weight[:half]), (240, weight[half:]))
+            if part.sum() > 0
+        ]
+        if len(sides) == 2:
+            ahead.append(depth * (math.cos(tilt) - below * math.sin(tilt)))
+            middle.append(-depth * (sum(sides) / 2 - 240) / focal)
+    square = np.square(ahead)
+    found = 2 * float(square @ np.array(middle) / (square @ square))
+    assert len(ahead) >= 4
+    assert math.degrees(math.atan(2.7 * found)) == pytest.approx(
+        float(steering_angle(np.array([curvature]), 0.0, Vehicle(2.7))[0]), abs=0.25
+    )
 
 
 def test_offset_and_direction_move_the_lane_in_the_frame() -> None:

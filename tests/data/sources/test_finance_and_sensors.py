@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig, Win
 from hetero_fl.data import Dataset, federate, load_source
 from hetero_fl.data.sources import sensors, tables
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.federated_data import PLAIN_CLIENT
 
 HERE = Path(".")
@@ -240,8 +242,9 @@ TABLE = pd.DataFrame(
 )
 
 
-def test_table_error_names_file_row_and_column(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for change, keys, words in (
+@each_case(
+    ("change", "keys", "words"),
+    (
         (
             {},
             {"label": "fruad"},
@@ -282,19 +285,20 @@ def test_table_error_names_file_row_and_column(tmp_path: Path, subtests: pytest.
             {"label": "fraud"},
             "data.path: FILE: column 'fraud': needs two classes, got 'no' in all 40 rows",
         ),
-    ):
-        with subtests.test(words=words):
-            path = tmp_path / "mine.csv"
-            TABLE.assign(**change).to_csv(path, index=False)
-            config = DataConfig(
-                name="table", path=str(path), partition=PartitionConfig(min_size=8), **keys
-            )
-            with pytest.raises(UserError) as refused:
-                federate(
-                    load_source(config, HERE, missing=True),
-                    config,
-                    {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT},
-                    0,
-                )
-            message = str(refused.value)
-            assert words.replace("FILE", str(path)) in message and "\n" not in message, message
+    ),
+)
+def test_table_error_names_file_row_and_column(
+    change: Any, keys: Any, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.csv"
+    TABLE.assign(**change).to_csv(path, index=False)
+    config = DataConfig(name="table", path=str(path), partition=PartitionConfig(min_size=8), **keys)
+    with pytest.raises(UserError) as refused:
+        federate(
+            load_source(config, HERE, missing=True),
+            config,
+            {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT},
+            0,
+        )
+    message = str(refused.value)
+    assert words.replace("FILE", str(path)) in message and "\n" not in message, message

@@ -22,6 +22,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, federate, load_source
 from hetero_fl.data.sources.hugging_face import source
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.federated_data import PLAIN_CLIENT
 
 datasets = pytest.importorskip("datasets", reason="pip install 'hetero_fl[huggingface]'")
@@ -89,20 +90,16 @@ def test_images_with_three_splits(tmp_path: Path) -> None:
     assert dataset.train.metadata["label"][:3].tolist() == NAMES
 
 
-def test_image_column_is_chosen_by_name(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for number, names in enumerate((("image", "img"), ("img", "image"), ("mask", "img", "image"))):
-        with subtests.test(names=names):
-            folder = tmp_path / str(number)
-            folder.mkdir()
-            content: dict[str, Any] = {
-                name: [Image.fromarray(each) for each in pixels(6, seed)]
-                for seed, name in enumerate(names)
-            }
-            save(folder / "scans", {**content, "label": [0, 1, 2] * 2})
+@each_case("names", (("image", "img"), ("img", "image"), ("mask", "img", "image")))
+def test_image_column_is_chosen_by_name(names: Any, tmp_path: Path) -> None:
+    content: dict[str, Any] = {
+        name: [Image.fromarray(each) for each in pixels(6, seed)] for seed, name in enumerate(names)
+    }
+    save(tmp_path / "scans", {**content, "label": [0, 1, 2] * 2})
 
-            x = load(folder / "scans").train.x
+    x = load(tmp_path / "scans").train.x
 
-            assert torch.equal(x[:, 0], torch.from_numpy(pixels(6, names.index("image"))))
+    assert torch.equal(x[:, 0], torch.from_numpy(pixels(6, names.index("image"))))
 
 
 def test_training_on_a_folder(tmp_path: Path) -> None:
@@ -149,33 +146,27 @@ def table(rows: int) -> dict[str, list[Any]]:
     }
 
 
-def test_table(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for number, kind in enumerate(("json", "parquet", "disk")):
-        with subtests.test(kind=kind):
-            folder = tmp_path / str(number)
-            folder.mkdir()
-            content = table(40)
-            if kind == "json":
-                rows = [
-                    dict(zip(content, row, strict=True))
-                    for row in zip(*content.values(), strict=True)
-                ]
-                (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-            elif kind == "parquet":
-                hub_set(content).to_parquet(str(folder / "train.parquet"))
-            else:
-                save(folder, content)
+@each_case("kind", ("json", "parquet", "disk"))
+def test_table(kind: str, tmp_path: Path) -> None:
+    content = table(40)
+    if kind == "json":
+        rows = [dict(zip(content, row, strict=True)) for row in zip(*content.values(), strict=True)]
+        (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    elif kind == "parquet":
+        hub_set(content).to_parquet(str(tmp_path / "train.parquet"))
+    else:
+        save(tmp_path, content)
 
-            dataset = load(folder)
+    dataset = load(tmp_path)
 
-            columns = ("age", "crp", "ward=A", "ward=B", "genes_0", "genes_1", "genes_2")
-            assert dataset.columns == columns
-            assert dataset.categories == (("ward", ("A", "B")),)
-            assert dataset.task.names == ("ill", "well")
-            expected = torch.tensor(content["genes"])
-            assert torch.allclose(dataset.train.x[:, 4:], expected)
-            assert set(dataset.train.metadata) == {"ward", "when", "label"}
-            assert any("left out: when" in note for note in dataset.notes)
+    columns = ("age", "crp", "ward=A", "ward=B", "genes_0", "genes_1", "genes_2")
+    assert dataset.columns == columns
+    assert dataset.categories == (("ward", ("A", "B")),)
+    assert dataset.task.names == ("ill", "well")
+    expected = torch.tensor(content["genes"])
+    assert torch.allclose(dataset.train.x[:, 4:], expected)
+    assert set(dataset.train.metadata) == {"ward", "when", "label"}
+    assert any("left out: when" in note for note in dataset.notes)
 
 
 def test_folder_of_csv_files(tmp_path: Path) -> None:
@@ -358,28 +349,6 @@ def test_unlabeled_proxy_set(tmp_path: Path) -> None:
     assert data.n_proxy == 20 and not data.has_proxy_labels
 
 
-def test_partition_function_sees_columns_of_the_data_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "hospitals.py").write_text(
-        "import numpy as np\n"
-        "def hospitals(context):\n"
-        "    return [np.flatnonzero(context.columns['hospital'] == c) for c in context.clients]\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    image_set(120).save_to_disk(str(tmp_path / "scans"))
-    config = DataConfig(
-        name="hf:scans", partition={"kind": "python:hospitals:hospitals", "min_size": 10}
-    )
-    dataset = load_source(config, tmp_path)
-    data = federate(dataset, config, dict.fromkeys(("north", "south"), PLAIN_CLIENT), seed=0)
-    hospitals = dataset.train.metadata["hospital"]
-    known = {x.numpy().tobytes(): h for x, h in zip(dataset.train.x, hospitals, strict=True)}
-    for name in ("north", "south"):
-        for share in data.client_rows[name].values():
-            assert {known[x.numpy().tobytes()] for x in share.copy_rows().x} == {name}
-
-
 def test_hub_name_that_cannot_be_reached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -406,17 +375,6 @@ def test_hub_name_that_cannot_be_reached(
         )
         assert asked.pop() == expected
     assert capfd.readouterr() == ("", "")
-
-
-def test_hub_in_offline_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library itself reports that the hub cannot be reached."""
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(UserError) as caught:
-        load_source(SourceConfig(name="hf:no-such-owner/no-such-name"), tmp_path)
-    assert str(caught.value).startswith("data.name: download of hf:no-such-owner/no-such-name fail")
-    assert "Couldn't reach" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

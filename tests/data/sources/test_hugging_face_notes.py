@@ -12,6 +12,7 @@ from PIL import Image
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import load_source
+from tests.support.cases import each_case
 
 datasets = pytest.importorskip("datasets", reason="pip install 'hetero_fl[huggingface]'")
 
@@ -46,23 +47,17 @@ def notes_of(frame: pd.DataFrame, folder: Path, kind: str, **keys: Any) -> list[
     return [note.partition(": ")[2] for note in load_source(source, folder).notes]
 
 
-def test_notes_are_those_of_a_table(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for number, keys in enumerate(
-        ({}, {"group": "hospital"}, {"group": "hospital", "patient": "patient"})
-    ):
-        with subtests.test(keys=keys):
-            folder = tmp_path / str(number)
-            folder.mkdir()
-            notes = {
-                kind: notes_of(visits(), folder, kind, label="y", **keys)
-                for kind in ("table", "hf")
-            }
+@each_case("keys", ({}, {"group": "hospital"}, {"group": "hospital", "patient": "patient"}))
+def test_notes_are_those_of_a_table(keys: Any, tmp_path: Path) -> None:
+    notes = {
+        kind: notes_of(visits(), tmp_path, kind, label="y", **keys) for kind in ("table", "hf")
+    }
 
-            assert notes["hf"] == notes["table"]
-            repeated = [note for note in notes["hf"] if "seems to identify patients" in note]
-            assert len(repeated) == ("patient" not in keys)
-            for key, column in keys.items():
-                assert f"{key} {column}; " in notes["hf"][0]
+    assert notes["hf"] == notes["table"]
+    repeated = [note for note in notes["hf"] if "seems to identify patients" in note]
+    assert len(repeated) == ("patient" not in keys)
+    for key, column in keys.items():
+        assert f"{key} {column}; " in notes["hf"][0]
 
 
 def test_columns_are_listed_as_used_or_as_left_out(tmp_path: Path) -> None:

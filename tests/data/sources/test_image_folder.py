@@ -18,6 +18,7 @@ from hetero_fl.data import Dataset, load_source
 from hetero_fl.data.sources.image_files import read_image_files
 from hetero_fl.data.sources.images import read_image_folder
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.mistakes import check_broken_folders
 
 
@@ -138,8 +139,9 @@ def save_turned(file: Path, pixels: np.ndarray, place: str) -> None:
         file.write_bytes(content[:-12] + chunk + content[-12:])
 
 
-def test_images_are_turned_upright(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for suffix, place, dtype in (
+@each_case(
+    ("suffix", "place", "dtype"),
+    (
         ("png", "exif", np.uint8),
         ("png", "exif", np.uint16),
         ("png", "late", np.uint8),
@@ -147,20 +149,19 @@ def test_images_are_turned_upright(tmp_path: Path, subtests: pytest.Subtests) ->
         ("tif", "exif", np.uint16),
         ("jpg", "exif", np.uint8),
         ("jpg", "xmp", np.uint8),
-    ):
-        with subtests.test(suffix=suffix, place=place):
-            pixels = np.arange(128, dtype=dtype).reshape(8, 16)
-            file = tmp_path / f"turned.{suffix}"
-            save_turned(file, pixels, place)
+    ),
+)
+def test_images_are_turned_upright(suffix: str, place: str, dtype: Any, tmp_path: Path) -> None:
+    pixels = np.arange(128, dtype=dtype).reshape(8, 16)
+    file = tmp_path / f"turned.{suffix}"
+    save_turned(file, pixels, place)
 
-            in_memory = read_image_files([file])
-            streamed = read_image_files([file], stream=StreamConfig())
+    in_memory = read_image_files([file])
+    streamed = read_image_files([file], stream=StreamConfig())
 
-            expected = np.rot90(pixels, -1)
-            assert np.abs(in_memory[0, 0].numpy() - expected.astype(int)).max() <= 4 * (
-                suffix == "jpg"
-            )
-            assert torch.equal(next(split_rows(streamed, 1)), in_memory)
+    expected = np.rot90(pixels, -1)
+    assert np.abs(in_memory[0, 0].numpy() - expected.astype(int)).max() <= 4 * (suffix == "jpg")
+    assert torch.equal(next(split_rows(streamed, 1)), in_memory)
 
 
 def test_folders_with_equal_subfolders_are_noted(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hetero_fl.data import Dataset, check_source, load_source
 from hetero_fl.data.sources.movies import movielens, read_ratings, simulation, source as movies
 from hetero_fl.data.sources.movies.histories import Ratings, User, assign_roles, make_dataset
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.file_server import md5
 from tests.support.mistakes import check_broken_folders
 from tests.support.movielens_folders import MOVIES, draw_ratings, write_movielens_folder
@@ -36,28 +37,25 @@ def load(
     return load_source(SourceConfig(name=name, path=found, group=group, movies=settings), root)
 
 
-def test_all_layouts_give_the_same_histories(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for number, layout in enumerate(("100k", "1m", "latest")):
-        with subtests.test(layout=layout):
-            folder = tmp_path / str(number)
-            folder.mkdir()
-            folder = write_movielens_folder(folder, layout)
+@each_case("layout", ("100k", "1m", "latest"))
+def test_all_layouts_give_the_same_histories(layout: str, tmp_path: Path) -> None:
+    write_movielens_folder(tmp_path, layout)
 
-            ratings = read_ratings(folder, None, 0.0)
+    ratings = read_ratings(tmp_path, None, 0.0)
 
-            assert len(ratings.titles) == MOVIES and ratings.titles[1] == "Léon (1994)"
-            assert ratings.titles[3] == "Movie 3, The (1953) [4]"
-            expected = {
-                user: sorted((t, m - 1) for u, m, _, t in draw_ratings(24) if u == user)
-                for user in range(1, 25)
-            }
-            for user in ratings.users:
-                assert user.movies.tolist() == [movie for _, movie in expected[int(user.name)]]
-            groups = {user.group for user in ratings.users}
-            if layout == "latest":
-                assert groups == {str(user) for user in range(1, 25)}
-            else:
-                assert groups == {"zip_1", "zip_9", "other"}
+    assert len(ratings.titles) == MOVIES and ratings.titles[1] == "Léon (1994)"
+    assert ratings.titles[3] == "Movie 3, The (1953) [4]"
+    expected = {
+        user: sorted((t, m - 1) for u, m, _, t in draw_ratings(24) if u == user)
+        for user in range(1, 25)
+    }
+    for user in ratings.users:
+        assert user.movies.tolist() == [movie for _, movie in expected[int(user.name)]]
+    groups = {user.group for user in ratings.users}
+    if layout == "latest":
+        assert groups == {str(user) for user in range(1, 25)}
+    else:
+        assert groups == {"zip_1", "zip_9", "other"}
 
 
 def test_equal_times_keep_the_order_of_the_file_and_low_ratings_are_ignored(tmp_path: Path) -> None:
@@ -249,52 +247,42 @@ def test_files_in_utf_8_without_header_are_read_as_such(tmp_path: Path) -> None:
     assert "Léon (1994)" in read_ratings(tmp_path, None, 0.0).titles
 
 
+@each_case("size", (1, 7, 1 << 20))
 def test_files_are_read_in_blocks_of_any_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
+    size: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number, size in enumerate((1, 7, 1 << 20)):
-        with subtests.test(size=size):
-            folder = tmp_path / str(number)
-            folder.mkdir()
-            folder = write_movielens_folder(folder, "latest")
-            rows = [
-                '"anna",2, 4.5 ,-5\r',
-                "",
-                " anna , 7,3,12",
-                "a user of twelve,2,1,0",
-                "é,1,0,3",
-            ]
-            rows += ["é,9,5.0,3", "anna,3,4,12", "a user of twelve,9,2,-100"]
-            content = "\n".join(["userId,movieId,rating,timestamp", *rows])
-            (folder / "ratings.csv").write_text(content, encoding="utf-8-sig", newline="")
-            monkeypatch.setattr(movielens, "BLOCK", size)
+    write_movielens_folder(tmp_path, "latest")
+    rows = [
+        '"anna",2, 4.5 ,-5\r',
+        "",
+        " anna , 7,3,12",
+        "a user of twelve,2,1,0",
+        "é,1,0,3",
+    ]
+    rows += ["é,9,5.0,3", "anna,3,4,12", "a user of twelve,9,2,-100"]
+    content = "\n".join(["userId,movieId,rating,timestamp", *rows])
+    (tmp_path / "ratings.csv").write_text(content, encoding="utf-8-sig", newline="")
+    monkeypatch.setattr(movielens, "BLOCK", size)
 
-            users = {
-                user.name: user.movies.tolist() for user in read_ratings(folder, None, 0.0).users
-            }
+    users = {user.name: user.movies.tolist() for user in read_ratings(tmp_path, None, 0.0).users}
 
-            # Equal times keep the order of the file.
-            assert users == {"anna": [1, 6, 2], "a user of twelve": [8, 1], "é": [0, 8]}
+    # Equal times keep the order of the file.
+    assert users == {"anna": [1, 6, 2], "a user of twelve": [8, 1], "é": [0, 8]}
 
 
-def test_byte_order_marks_are_ignored(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for number, layout in enumerate(("100k", "1m", "latest")):
-        with subtests.test(layout=layout):
-            folder = tmp_path / str(number)
-            folder.mkdir()
-            folder = write_movielens_folder(folder, layout)
-            expected = read_ratings(folder, None, 0.0)
-            for file in folder.iterdir():
-                file.write_text(
-                    file.read_text("utf-8" if layout == "latest" else "latin-1"), "utf-8-sig"
-                )
+@each_case("layout", ("100k", "1m", "latest"))
+def test_byte_order_marks_are_ignored(layout: str, tmp_path: Path) -> None:
+    write_movielens_folder(tmp_path, layout)
+    expected = read_ratings(tmp_path, None, 0.0)
+    for file in tmp_path.iterdir():
+        file.write_text(file.read_text("utf-8" if layout == "latest" else "latin-1"), "utf-8-sig")
 
-            found = read_ratings(folder, None, 0.0)
+    found = read_ratings(tmp_path, None, 0.0)
 
-            assert found.titles == expected.titles
-            for user, other in zip(found.users, expected.users, strict=True):
-                assert (user.name, user.group) == (other.name, other.group)
-                assert np.array_equal(user.movies, other.movies)
+    assert found.titles == expected.titles
+    for user, other in zip(found.users, expected.users, strict=True):
+        assert (user.name, user.group) == (other.name, other.group)
+        assert np.array_equal(user.movies, other.movies)
 
 
 def test_users_csv_has_the_regions(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from hetero_fl.data.sources.speech import read_features, source as speech, voice
 from hetero_fl.data.sources.speech.features import FLOOR, log_mel, mel_filters
 from hetero_fl.data.sources.speech.wav_files import read_wav
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.federated_data import PLAIN_CLIENT
 from tests.support.file_server import md5
 from tests.support.mistakes import check_broken_folders
@@ -103,35 +104,33 @@ def test_mel_filters_are_triangles_of_equal_mel_width() -> None:
     assert torch.allclose(inside, torch.ones_like(inside), atol=1e-5)
 
 
-def test_wav_of_any_width_is_read_as_mono_floats(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for bits, channels in ((8, 1), (16, 2), (24, 1), (24, 2), (32, 1)):
-        with subtests.test(bits=bits, channels=channels):
-            samples = tone(440.0)
-            path = write_wav(tmp_path / "a.wav", samples, bits=bits, channels=channels)
+@each_case(("bits", "channels"), ((8, 1), (16, 2), (24, 1), (24, 2), (32, 1)))
+def test_wav_of_any_width_is_read_as_mono_floats(bits: int, channels: int, tmp_path: Path) -> None:
+    samples = tone(440.0)
+    path = write_wav(tmp_path / "a.wav", samples, bits=bits, channels=channels)
 
-            found = read_wav(path, RATE)
+    found = read_wav(path, RATE)
 
-            assert found.dtype == torch.float32 and found.shape == (8000,)
-            assert np.allclose(found.numpy(), samples, atol=2.0 ** (1 - min(bits, 20)))
+    assert found.dtype == torch.float32 and found.shape == (8000,)
+    assert np.allclose(found.numpy(), samples, atol=2.0 ** (1 - min(bits, 20)))
 
 
-def test_extensible_header_of_pcm_is_read(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for bits in (16, 24, 32):
-        with subtests.test(bits=bits):
-            path = write_wav(tmp_path / "a.wav", bits=bits)
-            expected = read_wav(path, RATE)
-            plain = path.read_bytes()
-            # The sub-format is that of PCM (KSDATAFORMAT_SUBTYPE_PCM).
-            guid = bytes.fromhex("0100000000001000800000aa00389b71")
-            extension = struct.pack("<HHI", 22, bits, 4) + guid
-            header = b"\xfe\xff" + plain[22:36] + extension
-            chunks = b"WAVEfmt " + struct.pack("<I", len(header)) + header + plain[36:]
-            path.write_bytes(b"RIFF" + struct.pack("<I", len(chunks)) + chunks)
+@each_case("bits", (16, 24, 32))
+def test_extensible_header_of_pcm_is_read(bits: int, tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "a.wav", bits=bits)
+    expected = read_wav(path, RATE)
+    plain = path.read_bytes()
+    # The sub-format is that of PCM (KSDATAFORMAT_SUBTYPE_PCM).
+    guid = bytes.fromhex("0100000000001000800000aa00389b71")
+    extension = struct.pack("<HHI", 22, bits, 4) + guid
+    header = b"\xfe\xff" + plain[22:36] + extension
+    chunks = b"WAVEfmt " + struct.pack("<I", len(header)) + header + plain[36:]
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(chunks)) + chunks)
 
-            assert torch.equal(read_wav(path, RATE), expected)
-            path.write_bytes(path.read_bytes().replace(guid, b"\x03" + guid[1:]))
-            with pytest.raises(UserError, match=r"not a readable WAV file \(unknown"):
-                read_wav(path, RATE)
+    assert torch.equal(read_wav(path, RATE), expected)
+    path.write_bytes(path.read_bytes().replace(guid, b"\x03" + guid[1:]))
+    with pytest.raises(UserError, match=r"not a readable WAV file \(unknown"):
+        read_wav(path, RATE)
 
 
 def test_stereo_is_averaged(tmp_path: Path) -> None:

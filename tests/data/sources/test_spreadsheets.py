@@ -12,6 +12,7 @@ from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import Dataset, load_source
 from hetero_fl.data.external import load_unlabeled
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 
 
 def load(path: Path, text: str, label: str = "ill", task: str | None = None) -> Dataset:
@@ -40,8 +41,9 @@ def test_semicolons_and_decimal_commas(tmp_path: Path) -> None:
     assert found.train.x.tolist() == [[0.5], [1.5]] and found.columns == ("crp",)
 
 
-def test_ambiguous_cells_raise_one_line(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for text, words in (
+@each_case(
+    ("text", "words"),
+    (
         (
             "crp;ill\n1,250;0\n3,500;1\n",
             (
@@ -70,13 +72,14 @@ def test_ambiguous_cells_raise_one_line(tmp_path: Path, subtests: pytest.Subtest
             "row 1, column 'crp': missing value (2 in 3 rows); fill or remove missing values",
         ),
         ("crp,ill\n1, \n2,1\n", "row 1, column 'ill': missing value (1 in 2 rows)"),
-    ):
-        with subtests.test(text=text, words=words):
-            with pytest.raises(UserError) as refused:
-                load(tmp_path / "t.csv", text)
-            assert str(refused.value).startswith(
-                f"data.path: {tmp_path / 't.csv'}: "
-            ) and words in str(refused.value)
+    ),
+)
+def test_ambiguous_cells_raise_one_line(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        load(tmp_path / "t.csv", text)
+    assert str(refused.value).startswith(f"data.path: {tmp_path / 't.csv'}: ") and words in str(
+        refused.value
+    )
 
 
 def test_task_follows_the_configuration(tmp_path: Path) -> None:

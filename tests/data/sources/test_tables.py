@@ -11,6 +11,7 @@ from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import Dataset, load_source
 from hetero_fl.data.sources.table_files import read_table
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 
 FRAME = pd.DataFrame(
     {
@@ -80,20 +81,16 @@ def test_sites_and_patients_keep_their_spelling(tmp_path: Path) -> None:
     assert [train.patient_names[p] for p in train.patient] == ["007", "7", "007", "07"]
 
 
-def test_other_formats_give_equal_data(csv: Path, subtests: pytest.Subtests) -> None:
-    for name in ("t.tsv", "t.parquet"):
-        with subtests.test(name=name):
-            path = csv.with_name(name)
-            if name == "t.parquet":
-                pytest.importorskip("pyarrow")
-                FRAME.assign(day=pd.Timestamp("2020-01-01")).to_parquet(path)
-            else:
-                FRAME.to_csv(path, index=False, sep="\t")
-            found, expected = load(path), load(csv)
-            assert (
-                found.train.x.tolist() == expected.train.x.tolist()
-                and found.columns == expected.columns
-            )
+@each_case("name", ("t.tsv", "t.parquet"))
+def test_other_formats_give_equal_data(name: str, csv: Path) -> None:
+    path = csv.with_name(name)
+    if name == "t.parquet":
+        pytest.importorskip("pyarrow")
+        FRAME.assign(day=pd.Timestamp("2020-01-01")).to_parquet(path)
+    else:
+        FRAME.to_csv(path, index=False, sep="\t")
+    found, expected = load(path), load(csv)
+    assert found.train.x.tolist() == expected.train.x.tolist() and found.columns == expected.columns
 
 
 def test_several_labels_are_multilabel(csv: Path, tmp_path: Path) -> None:
@@ -114,8 +111,9 @@ def test_several_labels_are_multilabel(csv: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_invalid_cells_are_named(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for column, values, label, words in (
+@each_case(
+    ("column", "values", "label", "words"),
+    (
         (
             "dose",
             [0.5, "much", 2.5, 3.5],
@@ -144,14 +142,17 @@ def test_invalid_cells_are_named(tmp_path: Path, subtests: pytest.Subtests) -> N
             "age,dose",
             "column 'dose': expected numbers as multiple labels, got text",
         ),
-    ):
-        with subtests.test(column=column, label=label):
-            FRAME.assign(**{column: values}).to_csv(tmp_path / "t.csv", index=False)
-            with pytest.raises(UserError) as refused:
-                load(tmp_path / "t.csv", label, "site")
-            assert str(refused.value).startswith(
-                f"data.path: {tmp_path / 't.csv'}: "
-            ) and words in str(refused.value)
+    ),
+)
+def test_invalid_cells_are_named(
+    column: str, values: Any, label: str, words: str, tmp_path: Path
+) -> None:
+    FRAME.assign(**{column: values}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(UserError) as refused:
+        load(tmp_path / "t.csv", label, "site")
+    assert str(refused.value).startswith(f"data.path: {tmp_path / 't.csv'}: ") and words in str(
+        refused.value
+    )
 
 
 def test_large_class_names_stay_distinct() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hetero_fl.data.dataset import EMPTY, FIRST, UNKNOWN, split_words
 from hetero_fl.data.sources import text as phrases
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_numpy_generator
+from tests.support.cases import each_case
 
 HERE = Path(".")
 
@@ -52,8 +54,9 @@ def test_vocabulary_encodes_words() -> None:
     )
 
 
-def test_characters_are_words_in_scripts_without_spaces(subtests: pytest.Subtests) -> None:
-    for text, words in (
+@each_case(
+    ("text", "words"),
+    (
         ("我喜歡Python 3.10!", ["我", "喜", "歡", "python", "3", ".", "10", "!"]),
         ("ラーメンを食べる", list("ラーメンを食べる")),
         ("ﾃｽﾄ𠮷野家", list("ﾃｽﾄ𠮷野家")),
@@ -62,9 +65,10 @@ def test_characters_are_words_in_scripts_without_spaces(subtests: pytest.Subtest
         ("ខ្មែរ", ["ខ្", "មែ", "រ"]),
         ("မြန်မာ", ["မြ", "န်", "မာ"]),
         ("한국어 텍스트, наïve-ß", ["한국어", "텍스트", "наïve-ß"]),
-    ):
-        with subtests.test(text=text):
-            assert split_words(text) == words
+    ),
+)
+def test_characters_are_words_in_scripts_without_spaces(text: str, words: Any) -> None:
+    assert split_words(text) == words
 
 
 def test_combining_marks_belong_to_their_word(subtests: pytest.Subtests) -> None:

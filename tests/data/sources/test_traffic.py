@@ -14,6 +14,7 @@ from hetero_fl.config.data import SeriesConfig, SourceConfig
 from hetero_fl.data import Dataset, load_source
 from hetero_fl.data.sources.traffic import BEGIN, JUNCTIONS, make_junctions
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 
 LEAN = {"window": 6, "horizons": (1, 3)}
 
@@ -89,28 +90,20 @@ def test_generated_sets_are_marked_and_disjoint_from_proxy() -> None:
     assert data.columns[-5:] == ("temperature", "rain", "lane_1", "lane_2", "lane_3")
 
 
-def test_junctions_are_loaded_from_file(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for name in ("t.csv", "t.tsv"):
-        with subtests.test(name=name):
-            data = load(written(table(), tmp_path, name))
-            assert (
-                not data.simulated
-                and data.train.group_names == ("1", "2")
-                and data.test is not None
-            )
-            # no weather, no lanes
-            assert (
-                data.train.x[..., -5:].isnan().all()
-                and torch.isfinite(data.train.x[..., :-5]).all()
-            )
-            assert data.notes[0].startswith("traffic: training until 2023-01-1")
-            shuffled = (
-                table().sample(frac=1, random_state=0).sort_values("DateTime", kind="stable")
-            )  # hour by hour, sites mixed
-            assert torch.equal(
-                load(written(shuffled, tmp_path, name)).train.x.nan_to_num(),
-                data.train.x.nan_to_num(),
-            )
+@each_case("name", ("t.csv", "t.tsv"))
+def test_junctions_are_loaded_from_file(name: str, tmp_path: Path) -> None:
+    data = load(written(table(), tmp_path, name))
+    assert not data.simulated and data.train.group_names == ("1", "2") and data.test is not None
+    # no weather, no lanes
+    assert data.train.x[..., -5:].isnan().all() and torch.isfinite(data.train.x[..., :-5]).all()
+    assert data.notes[0].startswith("traffic: training until 2023-01-1")
+    shuffled = (
+        table().sample(frac=1, random_state=0).sort_values("DateTime", kind="stable")
+    )  # hour by hour, sites mixed
+    assert torch.equal(
+        load(written(shuffled, tmp_path, name)).train.x.nan_to_num(),
+        data.train.x.nan_to_num(),
+    )
 
 
 def test_columns_are_configurable(tmp_path: Path) -> None:
@@ -132,24 +125,24 @@ def test_columns_are_configurable(tmp_path: Path) -> None:
     assert 0 < data.train.x[..., -2].isnan().float().mean() < 0.05
 
 
-def test_date_formats_are_parsed(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for form in (
+@each_case(
+    "form",
+    (
         "%Y-%m-%d %H:%M",
         "%Y-%m-%dT%H:%M:%S",
         "%d/%m/%Y %H:%M",
         "%d.%m.%Y %H:%M",
         "%m/%d/%Y %H:%M",
-    ):
-        with subtests.test(form=form):
-            frame, plain = table(), table()
-            frame["DateTime"] = pd.to_datetime(
-                frame["DateTime"], format="%m/%d/%Y %H:%M"
-            ).dt.strftime(form)
-            a, b = (
-                load(written(frame, tmp_path)).train.time,
-                load(written(plain, tmp_path, "p.csv")).train.time,
-            )
-            assert a is not None and b is not None and torch.equal(a, b)
+    ),
+)
+def test_date_formats_are_parsed(form: str, tmp_path: Path) -> None:
+    frame, plain = table(), table()
+    frame["DateTime"] = pd.to_datetime(frame["DateTime"], format="%m/%d/%Y %H:%M").dt.strftime(form)
+    a, b = (
+        load(written(frame, tmp_path)).train.time,
+        load(written(plain, tmp_path, "p.csv")).train.time,
+    )
+    assert a is not None and b is not None and torch.equal(a, b)
 
 
 def test_ambiguous_dates_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ import torch
 
 from hetero_fl.config.data import SeriesConfig
 from hetero_fl.data import Dataset
-from hetero_fl.data.sources import traffic
 from hetero_fl.data.sources.traffic import HOUR, HourlySeries, Periods, make_windows
+from tests.support.cases import each_case
 
 START = 455_880  # a Monday, 0 h
 CONFIG = SeriesConfig(window=5, horizons=(1, 4), validation=0.1, test=0.2)
@@ -174,44 +175,10 @@ EVERY: list[dict[str, str]] = [
 ]
 
 
-def test_training_rows_do_not_depend_on_the_future(subtests: pytest.Subtests) -> None:
-    for settings in EVERY:
-        with subtests.test(settings=settings):
-            config = CONFIG.model_copy(update=settings)
-            assert not leaks(config) and not foresees(config)
-
-
-def of_all(site: HourlySeries, periods: Periods) -> float:
-    return float(site.value.mean())
-
-
-def test_injected_leaks_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that leaks in level, scale, threshold, cut and week before are detected."""
-    with monkeypatch.context() as patch:
-        patch.setattr(traffic, "mean_level", of_all)
-        assert leaks(CONFIG)
-    with monkeypatch.context() as patch:
-        scaled = traffic._standardize
-        patch.setattr(traffic, "_standardize", lambda column, past: scaled(column, slice(None)))
-        assert leaks(CONFIG)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            np,
-            "nanquantile",
-            lambda past, q: np.quantile(site().value if past.base is None else past.base, q),
-        )
-        assert leaks(CONFIG.model_copy(update={"target": "busy"}))
-    with monkeypatch.context() as patch:
-        cut = traffic._parts
-
-        def late(rows: object, config: SeriesConfig, periods: Periods) -> dict[str, torch.Tensor]:
-            return cut(rows, config, Periods(periods.train + 3, periods.validation))  # type: ignore[arg-type]
-
-        patch.setattr(traffic, "_parts", late)
-        assert leaks(CONFIG)
-    with monkeypatch.context() as patch:
-        patch.setattr(traffic, "WEEK", 2)  # the target hour would be an input
-        assert foresees(CONFIG)
+@each_case("settings", EVERY)
+def test_training_rows_do_not_depend_on_the_future(settings: Any) -> None:
+    config = CONFIG.model_copy(update=settings)
+    assert not leaks(config) and not foresees(config)
 
 
 def test_sites_share_cut_dates_but_not_scaling() -> None:

@@ -15,10 +15,11 @@ from hetero_fl.core.stored_rows import read_all
 from hetero_fl.data import Dataset, load_source
 from hetero_fl.data.external import load_unlabeled
 from hetero_fl.data.sources import image_files
-from hetero_fl.utils.errors import UserError
 from tests.support.benchmark_folders import write_iwildcam
+from tests.support.cases import each_case
 from tests.support.image_folders import make_image_folder
 from tests.support.malformed_files import EPS, READERS
+from tests.support.mistakes import check_refused
 
 datasets = pytest.importorskip("datasets", reason="pip install 'hetero_fl[huggingface]'")
 parquet = pytest.importorskip("pyarrow.parquet", reason="pip install 'hetero_fl[parquet]'")
@@ -45,15 +46,21 @@ def test_link_that_leaves_a_folder_needs_permission(
             entry.rename(outside)
             entry.symlink_to(outside)
 
-            with pytest.raises(UserError, match=r": leads out to .*outside; set data\.follow_lin"):
-                load(reader.source, path, **reader.keys)
+            check_refused(
+                r": leads out to .*outside; set data\.follow_lin",
+                load,
+                reader.source,
+                path,
+                **reader.keys,
+            )
             after = read_all(load(reader.source, path, **reader.keys, follow_links=True).train.x)
             entry.unlink()
             os.mkfifo(entry)
 
             assert after.nan_to_num().equal(before)
-            with pytest.raises(UserError, match=f"{entry}: expected a file or a folder"):
-                load(reader.source, path, **reader.keys)
+            check_refused(
+                f"{entry}: expected a file or a folder", load, reader.source, path, **reader.keys
+            )
 
 
 def test_links_within_a_folder_or_a_hub_cache_are_read(tmp_path: Path) -> None:
@@ -67,25 +74,25 @@ def test_links_within_a_folder_or_a_hub_cache_are_read(tmp_path: Path) -> None:
     assert len(load("image_folder", path).train) == 13
     (path / "red" / "000005.png").rename(tmp_path / "outside.png")
     (path / "red" / "000005.png").symlink_to(tmp_path / "outside.png")
-    with pytest.raises(UserError, match=r"000005\.png: leads out to .*outside\.png"):
-        load("image_folder", path)
+    check_refused(r"000005\.png: leads out to .*outside\.png", load, "image_folder", path)
     (path / "red" / "000005.png").unlink()
     (path / "red" / "all").symlink_to("..")
-    with pytest.raises(UserError, match="red/all: leads to a folder that contains it"):
-        load("image_folder", path)
+    check_refused("red/all: leads to a folder that contains it", load, "image_folder", path)
     (path / "red" / "all").unlink()
     (path / "red" / "000005.png").symlink_to(tmp_path / "outside.png")
     public = SourceConfig(name="image_folder", path=str(path / "red"))
-    with pytest.raises(UserError, match=r"^proxy\.path: .*; set proxy\.follow_links=true"):
-        load_unlabeled(public, tmp_path, "proxy")
+    check_refused(
+        r"^proxy\.path: .*; set proxy\.follow_links=true", load_unlabeled, public, tmp_path, "proxy"
+    )
 
 
 def test_class_folder_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = make_image_folder(tmp_path / "data", 12)
     (path / "red").rename(path / os.fsdecode(b"caf\xe9"))
 
-    with pytest.raises(UserError, match=r"class 'caf\\udce9': not encoded in UTF-8; rename it"):
-        load("image_folder", path)
+    check_refused(
+        r"class 'caf\\udce9': not encoded in UTF-8; rename it", load, "image_folder", path
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "zip://a.png::", "file://"])
@@ -103,31 +110,24 @@ def test_table_names_no_image_outside_its_folder(
         table.replace_schema_metadata({"huggingface": about}), tmp_path / "data" / "a.parquet"
     )
 
-    with pytest.raises(UserError, match="expected files in the folder, got"):
-        load("hf", tmp_path / "data")
+    check_refused("expected files in the folder, got", load, "hf", tmp_path / "data")
     if not prefix:
         assert int(read_all(load("hf", tmp_path / "data", follow_links=True).train.x).max()) == 77
 
 
-def test_data_set_names_no_table_outside_its_folder(
-    tmp_path: Path, subtests: pytest.Subtests
-) -> None:
-    for number, kind in enumerate(("card", "state")):
-        with subtests.test(kind=kind):
-            folder = tmp_path / str(number)
-            folder.mkdir()
-            path = folder / "data"
-            datasets.Dataset.from_dict({"a": [1, 2], "label": [0, 1]}).save_to_disk(str(path))
-            (path / "data-00000-of-00001.arrow").rename(folder / "secret.arrow")
-            state = (path / "state.json").read_text()
-            (path / "state.json").write_text(state.replace("data-00000-of-00001", "../secret"))
-            if kind == "card":
-                (path / "state.json").unlink()
-                card = "---\nconfigs:\n- config_name: default\n  data_files: ../secret.arrow\n---\n"
-                (path / "README.md").write_text(card)
+@each_case("kind", ("card", "state"))
+def test_data_set_names_no_table_outside_its_folder(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    datasets.Dataset.from_dict({"a": [1, 2], "label": [0, 1]}).save_to_disk(str(path))
+    (path / "data-00000-of-00001.arrow").rename(tmp_path / "secret.arrow")
+    state = (path / "state.json").read_text()
+    (path / "state.json").write_text(state.replace("data-00000-of-00001", "../secret"))
+    if kind == "card":
+        (path / "state.json").unlink()
+        card = "---\nconfigs:\n- config_name: default\n  data_files: ../secret.arrow\n---\n"
+        (path / "README.md").write_text(card)
 
-            with pytest.raises(UserError, match="expected files in the folder, got"):
-                load("hf", path)
+    check_refused("expected files in the folder, got", load, "hf", path)
 
 
 def test_metadata_names_no_image_outside_the_folder(tmp_path: Path) -> None:
@@ -136,8 +136,9 @@ def test_metadata_names_no_image_outside_the_folder(tmp_path: Path) -> None:
     text = (path / "metadata.csv").read_text().replace("0001.jpg", "../../secret.jpg")
     (path / "metadata.csv").write_text(text)
 
-    with pytest.raises(UserError, match=r"row 1: expected a file in the folder, got 'train/\.\./"):
-        load("iwildcam", path, size=8)
+    check_refused(
+        r"row 1: expected a file in the folder, got 'train/\.\./", load, "iwildcam", path, size=8
+    )
     assert len(load("iwildcam", path, size=8, follow_links=True).train) == 72
 
 
@@ -151,8 +152,13 @@ def test_postscript_starts_no_program(
     for file in [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.jpg")]:
         file.write_bytes(EPS)
 
-    with pytest.raises(UserError, match=r"not a readable image \(unknown format or damaged file"):
-        load(source, tmp_path, **reader.keys)
+    check_refused(
+        r"not a readable image \(unknown format or damaged file",
+        load,
+        source,
+        tmp_path,
+        **reader.keys,
+    )
 
 
 def test_announced_pixels_are_compared_with_the_memory(
@@ -164,6 +170,5 @@ def test_announced_pixels_are_compared_with_the_memory(
     load("image_folder", path)
     monkeypatch.setattr(image_files, "MAX_PIXELS", 63)
 
-    with pytest.raises(UserError, match=r"not a readable image \(more than 63 pixels\)"):
-        load("image_folder", path)
+    check_refused(r"not a readable image \(more than 63 pixels\)", load, "image_folder", path)
     assert sizes == [12 * 8 * 8 * 3]

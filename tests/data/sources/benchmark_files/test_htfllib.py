@@ -25,6 +25,7 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data
 from hetero_fl.utils.errors import UserError
 from tests.support.benchmark_folders import write_client_file, write_client_folder
+from tests.support.cases import each_case
 from tests.support.mistakes import check_broken_folders
 
 
@@ -178,25 +179,23 @@ def test_other_partition_is_reported(tmp_path: Path) -> None:
     )
 
 
-def test_layouts_of_x(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for number, (x, expected) in enumerate(
-        (
-            (np.zeros((2, 3, 4, 4), np.float64), (torch.float32, (2, 3, 4, 4))),
-            (np.zeros((2, 3, 4, 4), np.uint8), (torch.uint8, (2, 3, 4, 4))),
-            (np.zeros((2, 5), np.float32), (torch.float32, (2, 5))),
-            ([np.zeros((1, 4, 4), np.float32)] * 2, (torch.float32, (2, 1, 4, 4))),
-        )
-    ):
-        with subtests.test(x=x):
-            folder = tmp_path / str(number)
-            folder.mkdir()
-            for split in ("train", "test"):
-                write_client_file(folder / split / "0.npz", x=x, y=[0, np.int64(1)])
+@each_case(
+    ("x", "expected"),
+    (
+        (np.zeros((2, 3, 4, 4), np.float64), (torch.float32, (2, 3, 4, 4))),
+        (np.zeros((2, 3, 4, 4), np.uint8), (torch.uint8, (2, 3, 4, 4))),
+        (np.zeros((2, 5), np.float32), (torch.float32, (2, 5))),
+        ([np.zeros((1, 4, 4), np.float32)] * 2, (torch.float32, (2, 1, 4, 4))),
+    ),
+)
+def test_layouts_of_x(x: Any, expected: Any, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_client_file(tmp_path / split / "0.npz", x=x, y=[0, np.int64(1)])
 
-            train = load(folder).train
+    train = load(tmp_path).train
 
-            assert (train.x.dtype, tuple(train.x.shape)) == expected
-            assert train.labels.tolist() == [0, 1]
+    assert (train.x.dtype, tuple(train.x.shape)) == expected
+    assert train.labels.tolist() == [0, 1]
 
 
 def test_arrays_without_pickle_are_read(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-import hetero_fl
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import Dataset, load_source
 from hetero_fl.data.dataset import FIRST, UNKNOWN
@@ -18,7 +17,8 @@ from hetero_fl.data.sources.benchmark_files.leaf import LETTERS
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data
 from hetero_fl.utils.errors import UserError
-from tests.support.benchmark_folders import write_femnist, write_leaf_file, write_shakespeare
+from tests.support.benchmark_folders import write_femnist, write_leaf_file
+from tests.support.cases import each_case
 
 
 def load(path: Path) -> Dataset:
@@ -38,25 +38,6 @@ def configuration(path: Path, clients: int, model: str, **data: Any) -> dict[str
         "algorithm": {"name": "fedavg"},
         "output": {"plots": False, "report": False},
     }
-
-
-def test_users_of_femnist_train_as_clients(tmp_path: Path) -> None:
-    path = write_femnist(tmp_path / "femnist")
-
-    run = hetero_fl.run(configuration(path, 3, "lenet"), out=tmp_path / "run", quiet=True)
-
-    assert run.summary["data"]["n_test"] == 24
-    assert run.summary["personal"]["last"]["accuracy"] is not None
-    assert len(run.summary["clients"]) == 3
-
-
-def test_users_of_shakespeare_train_as_clients(tmp_path: Path) -> None:
-    path = write_shakespeare(tmp_path / "shakespeare")
-
-    run = hetero_fl.run(configuration(path, 2, "text_gru"), out=tmp_path / "run", quiet=True)
-
-    assert run.summary["data"]["n_test"] == 16
-    assert run.summary["personal"]["last"]["loss"] > 0
 
 
 def test_femnist_is_read_as_images_of_62_classes(tmp_path: Path) -> None:
@@ -142,89 +123,87 @@ def test_users_in_one_folder_only_are_not_local(tmp_path: Path) -> None:
 ROW = [0.5, 1.0]
 
 
-def test_malformed_files_are_named(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for number, (content, message) in enumerate(
+@each_case(
+    ("content", "message"),
+    (
+        ("{", "not a readable JSON file"),
+        ("[" * 100_000, "not a readable JSON file"),
+        ("[]", "expected the keys users and user_data"),
+        ({"user_data": [1]}, "expected the keys users and user_data"),
+        ({"users": ["a"], "user_data": {"b": {}}}, "user 'a' of users not found in user_data"),
+        ({"users": [3], "user_data": {}}, "users: expected a list of names"),
+        ({"user_data": {"a": 3}}, "user 'a': expected the keys x and y, got 3"),
+        ({"user_data": {"a": {"x": [ROW]}}}, "user 'a': y: expected a list"),
+        ({"user_data": {"a": {"x": [ROW], "y": [0, 1]}}}, "y: expected 1 rows as in x, got 2"),
+        ({"user_data": {"a": {"x": [ROW], "y": [0.5]}}}, "y: row 0: expected a class number"),
         (
-            ("{", "not a readable JSON file"),
-            ("[" * 100_000, "not a readable JSON file"),
-            ("[]", "expected the keys users and user_data"),
-            ({"user_data": [1]}, "expected the keys users and user_data"),
-            ({"users": ["a"], "user_data": {"b": {}}}, "user 'a' of users not found in user_data"),
-            ({"users": [3], "user_data": {}}, "users: expected a list of names"),
-            ({"user_data": {"a": 3}}, "user 'a': expected the keys x and y, got 3"),
-            ({"user_data": {"a": {"x": [ROW]}}}, "user 'a': y: expected a list"),
-            ({"user_data": {"a": {"x": [ROW], "y": [0, 1]}}}, "y: expected 1 rows as in x, got 2"),
-            ({"user_data": {"a": {"x": [ROW], "y": [0.5]}}}, "y: row 0: expected a class number"),
-            (
-                {"user_data": {"a": {"x": [ROW], "y": ["b"]}}},
-                "y: row 0: expected a number, got 'b'",
-            ),
-            (
-                {"user_data": {"a": {"x": [ROW, [1]], "y": [0, 1]}}},
-                "x: row 1: expected 2 numbers, got 1",
-            ),
-            (
-                {"user_data": {"a": {"x": [0.5], "y": [0]}}},
-                "x: row 0: expected a list of numbers, got 0.5",
-            ),
-            (
-                {"user_data": {"a": {"x": [ROW, None], "y": [0, 1]}}},
-                "row 1: expected 2 numbers, got None",
-            ),
-            (
-                {"user_data": {"a": {"x": [ROW], "y": [True]}}},
-                "y: row 0: expected a number, got True",
-            ),
-            (
-                {"user_data": {"a": {"x": ["000123.jpg"], "y": ["0"]}}},
-                "got the image file '000123.jpg'; of the data sets of LEAF, FEMNIST",
-            ),
-            (
-                {"user_data": {"a": {"x": [["7", "Mon", "NO_QUERY", "a", "hi"]], "y": [4]}}},
-                "x: row 0: expected a number, got '7'; of the data sets of LEAF, FEMNIST",
-            ),
-            (
-                {"user_data": {"a": {"x": [["a"]], "y": [0]}}},
-                "x: row 0: expected a number, got 'a'",
-            ),
-            (
-                {"user_data": {"a": {"x": [[1e999]], "y": [0]}}},
-                r"a\.json: user 'a': x: row 0: NaN or infinite value",
-            ),
-            (
-                {"user_data": {"a": {"x": [ROW], "y": [-1]}}},
-                r"a\.json: user 'a': y: row 0: label -1 is out of range",
-            ),
-            ({"user_data": {"a": {"x": [ROW], "y": [10**30]}}}, "y: "),
-            ({"user_data": {"a": {"x": ["abc"], "y": [0]}}}, "y: row 0: expected the character"),
-            (
-                {"user_data": {"a": {"x": ["abc", "ab"], "y": ["a", "b"]}}},
-                "x: row 1: expected a text",
-            ),
-            ({"user_data": {"a": {"x": ["ab", 3], "y": ["a", "b"]}}}, "x: row 1: expected a text"),
-            (
-                {"user_data": {"a": {"x": [ROW], "y": [0]}, "b": {"x": [[1]], "y": [0]}}},
-                "user 'b': x: expected rows of 2 numbers as for the first user, got 1 numbers",
-            ),
-            (
-                {"user_data": {"a": {"x": [ROW], "y": [0]}, "b": {"x": ["a"], "y": ["a"]}}},
-                "got 1 characters",
-            ),
-            ({"user_data": {}}, "no user in train has rows"),
-            ({"user_data": {"a": {"x": ["a"], "y": ["~"]}}}, "no user in train has rows"),
-        )
-    ):
-        with subtests.test(message=message):
-            folder = tmp_path / str(number)
-            folder.mkdir()
-            (folder / "train").mkdir()
-            text = content if isinstance(content, str) else json.dumps(content)
-            (folder / "train" / "a.json").write_text(text)
+            {"user_data": {"a": {"x": [ROW], "y": ["b"]}}},
+            "y: row 0: expected a number, got 'b'",
+        ),
+        (
+            {"user_data": {"a": {"x": [ROW, [1]], "y": [0, 1]}}},
+            "x: row 1: expected 2 numbers, got 1",
+        ),
+        (
+            {"user_data": {"a": {"x": [0.5], "y": [0]}}},
+            "x: row 0: expected a list of numbers, got 0.5",
+        ),
+        (
+            {"user_data": {"a": {"x": [ROW, None], "y": [0, 1]}}},
+            "row 1: expected 2 numbers, got None",
+        ),
+        (
+            {"user_data": {"a": {"x": [ROW], "y": [True]}}},
+            "y: row 0: expected a number, got True",
+        ),
+        (
+            {"user_data": {"a": {"x": ["000123.jpg"], "y": ["0"]}}},
+            "got the image file '000123.jpg'; of the data sets of LEAF, FEMNIST",
+        ),
+        (
+            {"user_data": {"a": {"x": [["7", "Mon", "NO_QUERY", "a", "hi"]], "y": [4]}}},
+            "x: row 0: expected a number, got '7'; of the data sets of LEAF, FEMNIST",
+        ),
+        (
+            {"user_data": {"a": {"x": [["a"]], "y": [0]}}},
+            "x: row 0: expected a number, got 'a'",
+        ),
+        (
+            {"user_data": {"a": {"x": [[1e999]], "y": [0]}}},
+            r"a\.json: user 'a': x: row 0: NaN or infinite value",
+        ),
+        (
+            {"user_data": {"a": {"x": [ROW], "y": [-1]}}},
+            r"a\.json: user 'a': y: row 0: label -1 is out of range",
+        ),
+        ({"user_data": {"a": {"x": [ROW], "y": [10**30]}}}, "y: "),
+        ({"user_data": {"a": {"x": ["abc"], "y": [0]}}}, "y: row 0: expected the character"),
+        (
+            {"user_data": {"a": {"x": ["abc", "ab"], "y": ["a", "b"]}}},
+            "x: row 1: expected a text",
+        ),
+        ({"user_data": {"a": {"x": ["ab", 3], "y": ["a", "b"]}}}, "x: row 1: expected a text"),
+        (
+            {"user_data": {"a": {"x": [ROW], "y": [0]}, "b": {"x": [[1]], "y": [0]}}},
+            "user 'b': x: expected rows of 2 numbers as for the first user, got 1 numbers",
+        ),
+        (
+            {"user_data": {"a": {"x": [ROW], "y": [0]}, "b": {"x": ["a"], "y": ["a"]}}},
+            "got 1 characters",
+        ),
+        ({"user_data": {}}, "no user in train has rows"),
+        ({"user_data": {"a": {"x": ["a"], "y": ["~"]}}}, "no user in train has rows"),
+    ),
+)
+def test_malformed_files_are_named(content: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / "train" / "a.json").write_text(text)
 
-            with pytest.raises(UserError, match=message) as caught:
-                load(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path)
 
-            assert str(caught.value).startswith(f"data.path: {folder}")
+    assert str(caught.value).startswith(f"data.path: {tmp_path}")
 
 
 def test_missing_or_repeated_users_are_named(tmp_path: Path) -> None:

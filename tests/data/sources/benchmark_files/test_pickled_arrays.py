@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as arrays
 
 from hetero_fl.data.sources.benchmark_files.pickled_arrays import PickledArray, load_pickled_arrays
+from tests.support.cases import each_case
 
 
 def read(data: bytes) -> Any:
@@ -101,13 +102,12 @@ def test_state_of_a_data_type_cannot_turn_bytes_into_objects() -> None:
         read(data)
 
 
-def test_classes_of_the_reader_cannot_be_changed(subtests: pytest.Subtests) -> None:
-    for name in (b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\n_reconstruct\n"):
-        with subtests.test(name=name):
-            data = b"\x80\x03" + name + b"}X\x04\x00\x00\x00evilI1\nsb."
+@each_case("name", (b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\n_reconstruct\n"))
+def test_classes_of_the_reader_cannot_be_changed(name: Any) -> None:
+    data = b"\x80\x03" + name + b"}X\x04\x00\x00\x00evilI1\nsb."
 
-            with pytest.raises(TypeError):
-                read(data)
+    with pytest.raises(TypeError):
+        read(data)
 
 
 @settings(max_examples=300, derandomize=True)

@@ -6,19 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-import hetero_fl
 from hetero_fl.config.data import SourceConfig
-from hetero_fl.data import Dataset, PartitionContext, load_source, register_partition
-from hetero_fl.data.dataset import without_metadata
+from hetero_fl.data import Dataset, load_source
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data
 from hetero_fl.utils.errors import UserError
 from tests.support.benchmark_folders import write_camelyon17, write_iwildcam
+from tests.support.cases import each_case
 
 
 def load(path: Path, name: str = "camelyon17", **keys: Any) -> Dataset:
@@ -48,25 +46,6 @@ def groups_of(dataset: Dataset) -> list[str]:
 def change_metadata(path: Path, pattern: str, replacement: str) -> None:
     file = path / "metadata.csv"
     file.write_text(re.sub(pattern, replacement, file.read_text(), count=1))
-
-
-def test_hospitals_train_as_clients(tmp_path: Path) -> None:
-    path = write_camelyon17(tmp_path / "camelyon17_v1.0")
-
-    run = hetero_fl.run(configuration(path, "camelyon17", 3), out=tmp_path / "run", quiet=True)
-
-    assert run.summary["data"]["n_test"] == 24
-    assert run.summary["personal"]["last"]["accuracy"] is not None
-
-
-def test_cameras_train_as_clients(tmp_path: Path) -> None:
-    path = write_iwildcam(tmp_path / "iwildcam_v2.0")
-    config = configuration(path, "iwildcam", 3, size=12)
-
-    run = hetero_fl.run(config, out=tmp_path / "run", quiet=True)
-
-    assert [client["n_train"] for client in run.summary["clients"]] == [24] * 3
-    assert run.summary["data"]["n_test"] == 12
 
 
 def test_official_splits_of_camelyon17(tmp_path: Path) -> None:
@@ -164,71 +143,69 @@ def test_label_without_a_category_is_out_of_range(tmp_path: Path) -> None:
         load(path, "iwildcam", size=12)
 
 
-def test_malformed_categories_are_named(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for number, (old, new, message) in enumerate(
+@each_case(
+    ("old", "new", "message"),
+    (
+        ("1,2,", "3,2,", r"categories\.csv: column 'y': class 1 not found$"),
+        ("1,2,", "0,2,", r"categories\.csv: row 2: class 0 occurs twice; remove one row$"),
         (
-            ("1,2,", "3,2,", r"categories\.csv: column 'y': class 1 not found$"),
-            ("1,2,", "0,2,", r"categories\.csv: row 2: class 0 occurs twice; remove one row$"),
-            (
-                "empty",
-                "tayassu pecari",
-                r"row 2: name 'tayassu pecari' occurs twice; remove one row$",
-            ),
-            ("1,2,", "one,2,", r"row 2, column 'y': expected a class number >= 0, got 'one'"),
-            ("empty", "", r"categories\.csv: .*column 'name'"),
-            ("name", "label", r"categories\.csv: column 'name' not found"),
-        )
-    ):
-        with subtests.test(old=old, new=new):
-            folder = tmp_path / str(number)
-            folder.mkdir()
-            path = write_iwildcam(folder, rows=3)
-            (path / "categories.csv").write_text(CATEGORIES.replace(old, new, 1))
+            "empty",
+            "tayassu pecari",
+            r"row 2: name 'tayassu pecari' occurs twice; remove one row$",
+        ),
+        ("1,2,", "one,2,", r"row 2, column 'y': expected a class number >= 0, got 'one'"),
+        ("empty", "", r"categories\.csv: .*column 'name'"),
+        ("name", "label", r"categories\.csv: column 'name' not found"),
+    ),
+)
+def test_malformed_categories_are_named(old: str, new: str, message: str, tmp_path: Path) -> None:
+    path = write_iwildcam(tmp_path, rows=3)
+    (path / "categories.csv").write_text(CATEGORIES.replace(old, new, 1))
 
-            with pytest.raises(UserError, match=message) as caught:
-                load(path, "iwildcam", size=12)
+    with pytest.raises(UserError, match=message) as caught:
+        load(path, "iwildcam", size=12)
 
-            assert str(caught.value).startswith("data.path: ") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith("data.path: ") and "\n" not in str(caught.value)
 
 
-def test_malformed_metadata_is_named(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for number, (pattern, replacement, message) in enumerate(
+@each_case(
+    ("pattern", "replacement", "message"),
+    (
+        (",tumor,", ",label,", r"metadata\.csv: column 'tumor' not found"),
+        (r"\n0,000,0,0,0,0", "\n0,000,0,0,0,2", r"row 1: label 2 is out of range 0 to 1"),
         (
-            (",tumor,", ",label,", r"metadata\.csv: column 'tumor' not found"),
-            (r"\n0,000,0,0,0,0", "\n0,000,0,0,0,2", r"row 1: label 2 is out of range 0 to 1"),
-            (
-                r"\n0,000,0,0,0,0",
-                "\n0,000,0,0,0,x",
-                r"row 1, column 'tumor': expected a class number",
-            ),
-            (r"\n0,000,0,0,0,0", "\n0,000,0,0,0,", r"row 1, column 'tumor'"),
-            (r"\n0,000,0,0", "\n0,000,0,9", r"x_9_y_0\.png: file not found"),
-            (r"(\n0,000.*),0\n", r"\1,7\n", r"row 1, column 'split': unknown split '7'"),
-            (
-                r"(\n\d+,019.*),1\n$",
-                r"\1,7\n",
-                r"row 40, column 'split': unknown split '7'; choose from 0, 1",
-            ),
-            (r"(\n\d+,008.*),1\n", r"\1,7\n", r"row 18, column 'split': unknown split '7'"),
-            (
-                r"\n0,000,0,0,0,0",
-                "\n0,000,0,0,0," + "9" * 5000,
-                r"row 1: label 10000 is out of range",
-            ),
-            (r"(?s)\n.*", "\n", r"metadata\.csv: has no rows"),
-            (r"(?s).*", "", r"metadata\.csv: the file is empty"),
-        )
-    ):
-        with subtests.test(pattern=pattern, replacement=replacement):
-            folder = tmp_path / str(number)
-            folder.mkdir()
-            path = write_camelyon17(folder, patches=1)
-            change_metadata(path, pattern, replacement)
+            r"\n0,000,0,0,0,0",
+            "\n0,000,0,0,0,x",
+            r"row 1, column 'tumor': expected a class number",
+        ),
+        (r"\n0,000,0,0,0,0", "\n0,000,0,0,0,", r"row 1, column 'tumor'"),
+        (r"\n0,000,0,0", "\n0,000,0,9", r"x_9_y_0\.png: file not found"),
+        (r"(\n0,000.*),0\n", r"\1,7\n", r"row 1, column 'split': unknown split '7'"),
+        (
+            r"(\n\d+,019.*),1\n$",
+            r"\1,7\n",
+            r"row 40, column 'split': unknown split '7'; choose from 0, 1",
+        ),
+        (r"(\n\d+,008.*),1\n", r"\1,7\n", r"row 18, column 'split': unknown split '7'"),
+        (
+            r"\n0,000,0,0,0,0",
+            "\n0,000,0,0,0," + "9" * 5000,
+            r"row 1: label 10000 is out of range",
+        ),
+        (r"(?s)\n.*", "\n", r"metadata\.csv: has no rows"),
+        (r"(?s).*", "", r"metadata\.csv: the file is empty"),
+    ),
+)
+def test_malformed_metadata_is_named(
+    pattern: str, replacement: Any, message: str, tmp_path: Path
+) -> None:
+    path = write_camelyon17(tmp_path, patches=1)
+    change_metadata(path, pattern, replacement)
 
-            with pytest.raises(UserError, match=message) as caught:
-                load(path)
+    with pytest.raises(UserError, match=message) as caught:
+        load(path)
 
-            assert str(caught.value).startswith("data.path: ")
+    assert str(caught.value).startswith("data.path: ")
 
 
 def test_official_splits_require_the_hospitals_of_wilds(tmp_path: Path) -> None:
@@ -302,37 +279,15 @@ def test_any_metadata_gives_one_line(rows: list[list[str]], name: str, tmp_path:
     assert "\n" not in str(caught.value) and str(caught.value).startswith("data.")
 
 
-def test_every_column_of_the_metadata_is_kept(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for number, (write, name) in enumerate(
-        ((write_camelyon17, "camelyon17"), (write_iwildcam, "iwildcam"))
-    ):
-        with subtests.test(name=name):
-            folder = tmp_path / str(number)
-            folder.mkdir()
-            path = write(folder)
-            dataset = load(path, name, splits="pooled", size=12)
-            lines = (path / "metadata.csv").read_text().splitlines()
-            header, rows = lines[0].split(","), [line.split(",") for line in lines[1:]]
+@each_case(("write", "name"), ((write_camelyon17, "camelyon17"), (write_iwildcam, "iwildcam")))
+def test_every_column_of_the_metadata_is_kept(write: Any, name: str, tmp_path: Path) -> None:
+    path = write(tmp_path)
+    dataset = load(path, name, splits="pooled", size=12)
+    lines = (path / "metadata.csv").read_text().splitlines()
+    header, rows = lines[0].split(","), [line.split(",") for line in lines[1:]]
 
-            assert len(dataset.train.metadata) == len(header)
-            for column, values in zip(header, zip(*rows, strict=True), strict=True):
-                if column:
-                    found = [
-                        str(value).zfill(len(values[0])) for value in dataset.train.metadata[column]
-                    ]
-                    assert found == [value.zfill(len(values[0])) for value in values], column
-
-
-def test_own_partition_sees_the_metadata(tmp_path: Path, registering: None) -> None:
-    path = write_camelyon17(tmp_path)
-
-    @register_partition("by_slide")
-    def by_slide(context: PartitionContext) -> list[np.ndarray]:
-        return [np.flatnonzero(context.columns["slide"] % 2 == parity) for parity in (0, 1)]
-
-    config = hetero_fl.Partition(kind="by_slide", min_size=4)
-    even, odd = hetero_fl.split(load(path), 2, config, model="lenet")
-
-    assert not without_metadata(load(path)).local_sets["validation"].metadata
-    for client, parity in ((even, 0), (odd, 1)):
-        assert set(client.data.train.metadata["slide"] % 2) == {parity}
+    assert len(dataset.train.metadata) == len(header)
+    for column, values in zip(header, zip(*rows, strict=True), strict=True):
+        if column:
+            found = [str(value).zfill(len(values[0])) for value in dataset.train.metadata[column]]
+            assert found == [value.zfill(len(values[0])) for value in values], column

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -20,6 +21,7 @@ from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.reporting.run_directory import CHECKSUMS, RunDirectory, lock_folder
 from hetero_fl.utils.errors import Interrupted, UserError
+from tests.support.cases import each_case
 from tests.support.federations import config
 
 SOURCE = config("fedavg", "linear", 2, rounds=4)
@@ -28,11 +30,10 @@ Damage = Callable[[Path], None]
 
 @pytest.fixture(scope="module")
 def prepared_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a finished, an interrupted and another finished run."""
+    """Return a folder with a finished and an interrupted run."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("made")
     run(SOURCE, out=folder / "finished")
-    run({**SOURCE, "seed": 1}, out=folder / "other")
 
     def stop(record: dict) -> None:
         if record["round"] == 3:
@@ -197,34 +198,15 @@ DEEP = {
     ),
 }
 DAMAGED = {**FINISHED, **DEEP}
+LOST = "no other file contains its lines; the run cannot be repaired"
 
 
-@pytest.mark.parametrize(("damage", "message"), DAMAGED.values(), ids=DAMAGED)
-def test_check_and_resume_name_the_damage_of_a_finished_run(
-    damage: Damage, message: str, finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    damage(finished)
-
-    assert main(["check", str(finished)]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert line.startswith(f"error: {finished / message}")
-    assert main(["train", "--resume", "--out", str(finished)]) == 2
-
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {finished / message}")
-
-
-@pytest.mark.parametrize(("damage", "message"), FINISHED.values(), ids=FINISHED)
-def test_opening_a_damaged_run_names_the_damage(
-    damage: Damage, message: str, finished: Path
-) -> None:
-    damage(finished)
-
-    with pytest.raises(UserError) as error:
-        Run(finished)
-
-    assert str(error.value).startswith(str(finished / message))
-    assert "hetero-fl check" in str(error.value)
+def check(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
+    """Check a damaged run and return the lines of errors and of notes."""
+    assert main(["check", str(path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    return errors, [line for line in lines if line.startswith("note: ")]
 
 
 def test_opening_a_run_needs_no_checkpoint_and_reading_models_checks_them(finished: Path) -> None:
@@ -248,47 +230,45 @@ def test_check_names_every_damaged_file(finished: Path, capsys: pytest.CaptureFi
         Run(finished)
 
 
-@pytest.mark.parametrize(
-    "case", ["model missing", "details missing", "checksums missing", "summary edited"]
-)
 def test_check_names_a_remedy_that_repairs_the_run(
-    case: str, finished: Path, capsys: pytest.CaptureFixture[str]
+    prepared_runs: Path,
+    tmp_path: Path,
+    subtests: pytest.Subtests,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    DAMAGED[case][0](finished)
+    for case in ("model missing", "details missing", "checksums missing", "summary edited"):
+        with subtests.test(damage=case):
+            path = Path(shutil.copytree(prepared_runs / "finished", tmp_path / case))
+            DAMAGED[case][0](path)
 
-    assert main(["check", str(finished)]) == 2
-    note = capsys.readouterr().err.splitlines()[-1]
-    assert note.startswith(
-        f"note: {finished}: delete summary.json and run "
-        f"`hetero-fl train --resume --out {finished}`;"
-    )
-    (finished / "summary.json").unlink()
-    assert main(["train", "--quiet", "--resume", "--out", str(finished)]) == 0
-    assert main(["check", str(finished)]) == 0
+            resume = ["train", "--quiet", "--resume", "--out", str(path)]
+            _, notes = check(path, capsys)
+            remedy = f"delete summary.json and run `hetero-fl train --resume --out {path}`;"
+            assert notes[-1].startswith(f"note: {path}: {remedy}")
+            (path / "summary.json").unlink()
+            if case == "model missing":
+                assert f"error: {path / 'summary.json'}: missing" in check(path, capsys)[0]
+            assert main(resume) == 0
+            assert main(["check", str(path)]) == 0
+            models = {name: data for name, data in contents(path).items() if "models/" in name}
+            assert models and models.items() <= contents(prepared_runs / "finished").items()
+    for case in ("lines missing", "line edited", "newest checkpoint missing", "model added"):
+        with subtests.test(damage=case):
+            path = Path(shutil.copytree(prepared_runs / "finished", tmp_path / case))
+            DAMAGED[case][0](path)
 
+            _, notes = check(path, capsys)
 
-@pytest.mark.parametrize(
-    "case", ["lines missing", "line edited", "newest checkpoint missing", "model added"]
-)
-def test_check_omits_remedy_if_unrepairable(
-    case: str, finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    DAMAGED[case][0](finished)
-
-    assert main(["check", str(finished)]) == 2
-
-    output = capsys.readouterr().err
-    assert "delete summary.json" not in output
-    lost = (
-        f"note: {finished / 'metrics.jsonl'}: no other file "
-        "contains its lines; the run cannot be repaired"
-    )
-    assert (lost in output.splitlines()) == ("line" in case)
+            assert "delete summary.json" not in "".join(notes)
+            lost = f"note: {path / 'metrics.jsonl'}: {LOST}"
+            assert (lost in notes) == ("line" in case)
 
 
 def test_check_of_an_undamaged_run_prints_one_line(
     prepared_runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    before = contents(prepared_runs)
+
     assert main(["check", str(prepared_runs / "finished")]) == 0
     assert capsys.readouterr() == (
         f"{prepared_runs / 'finished'}: no damage found; finished after 4 rounds\n",
@@ -301,36 +281,22 @@ def test_check_of_an_undamaged_run_prints_one_line(
         "of 4 rounds; `--resume` continues it\n"
     )
     assert capsys.readouterr().out == output
+    assert contents(prepared_runs) == before
 
 
-@pytest.mark.parametrize("name", ["round-000003 (1).ckpt", "round-copy.ckpt", "round-9.ckpt"])
-def test_check_ignores_files_with_other_names(
-    name: str, prepared_runs: Path, stopped: Path
-) -> None:
+def test_check_ignores_files_with_other_names(prepared_runs: Path, stopped: Path) -> None:
     finished = Path(shutil.copytree(prepared_runs / "finished", stopped.with_name("finished")))
+    names = ("round-000003 (1).ckpt", "round-copy.ckpt", "round-9.ckpt")
     for path in (stopped, finished):
-        shutil.copy(path / "checkpoint" / "round-000003.ckpt", path / "checkpoint" / name)
+        for name in names:
+            shutil.copy(path / "checkpoint" / "round-000003.ckpt", path / "checkpoint" / name)
         assert main(["check", str(path)]) == 0
     assert Run(finished).summary["rounds_completed"] == 4
 
     assert main(["train", "--resume", "--out", str(stopped)]) == 0
 
-    assert (stopped / "checkpoint" / name).exists()
+    assert all((stopped / "checkpoint" / name).exists() for name in names)
     assert main(["check", str(stopped)]) == 0
-
-
-def test_check_changes_nothing(finished: Path) -> None:
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-
-    main(["check", str(finished)])
-
-    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
-
-
-def test_check_refuses_other_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for path in (tmp_path, tmp_path / "none"):
-        assert main(["check", str(path)]) == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_check_refuses_a_run_in_progress(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -343,7 +309,7 @@ def test_check_refuses_a_run_in_progress(stopped: Path, capsys: pytest.CaptureFi
 def test_resume_of_finished_run_reports_it(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    before = contents(finished)
 
     assert main(["train", "--resume", "--out", str(finished)]) == 0
 
@@ -355,7 +321,7 @@ def test_resume_of_finished_run_reports_it(
         "output.best_models=false",
     ]
     assert out == f"{finished}\n"
-    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    assert contents(finished) == before
 
 
 UNFINISHED = {
@@ -391,18 +357,35 @@ UNFINISHED = {
 }
 
 
-@pytest.mark.parametrize(("damage", "message"), UNFINISHED.values(), ids=UNFINISHED)
-def test_resume_refuses_a_damaged_unfinished_run(
-    damage: Damage, message: str, stopped: Path, capsys: pytest.CaptureFixture[str]
+CASES = {("finished", case): damage for case, damage in DAMAGED.items()}
+CASES |= {("stopped", case): damage for case, damage in UNFINISHED.items()}
+
+
+def test_check_resume_and_run_name_the_damage(
+    prepared_runs: Path,
+    tmp_path: Path,
+    subtests: pytest.Subtests,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    damage(stopped)
+    for kind, case in CASES:
+        with subtests.test(run=kind, damage=case):
+            path = Path(shutil.copytree(prepared_runs / kind, tmp_path / kind / case))
+            damage, message = CASES[kind, case]
+            damage(path)
 
-    assert main(["check", str(stopped)]) == 2
-    assert f"error: {stopped / message}" in capsys.readouterr().err
-    assert main(["train", "--resume", "--out", str(stopped)]) == 2
+            errors, _ = check(path, capsys)
+            assert main(["train", "--resume", "--out", str(path)]) == 2
+            refused = capsys.readouterr().err.splitlines()
 
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"error: {stopped / message}")
+            expected = f"error: {path / message}"
+            assert any(line.startswith(expected) for line in errors)
+            assert refused[-1].startswith(expected)
+            if kind == "finished":
+                assert len(errors) == len(refused) == 1
+            if kind == "finished" and case in FINISHED:
+                with pytest.raises(UserError, match="hetero-fl check") as error:
+                    Run(path)
+                assert str(error.value).startswith(str(path / message))
 
 
 def test_stopped_run_without_records_and_checkpoints_is_damaged(
@@ -417,39 +400,44 @@ def test_stopped_run_without_records_and_checkpoints_is_damaged(
         f"{stopped / 'metrics.jsonl'}: missing",
         f"{stopped / 'checkpoint'}: missing, although log.txt has rounds",
     ]
-    lost = (
-        f"note: {stopped / 'metrics.jsonl'}: no other file "
-        "contains its lines; the run cannot be repaired"
-    )
+    lost = f"note: {stopped / 'metrics.jsonl'}: {LOST}"
     assert capsys.readouterr().err.splitlines() == [*(f"error: {line}" for line in output), lost]
     assert main(["train", "--resume", "--out", str(stopped)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"error: {output[1]}; restore it, or start a new run in another folder"
 
 
-@pytest.mark.parametrize(
-    "kept", ["details.json", CHECKSUMS, "models/server.safetensors", "log.txt"]
-)
 def test_resume_never_restarts_a_run_with_results(
-    kept: str, finished: Path, capsys: pytest.CaptureFixture[str]
+    prepared_runs: Path,
+    tmp_path: Path,
+    subtests: pytest.Subtests,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    no_checkpoints(finished)
-    for path in [*finished.rglob("*")]:
-        name = str(path.relative_to(finished))
-        if path.is_file() and name not in ("config.yaml", "environment.json", kept):
-            path.unlink()
-    before = {
-        path: path.read_bytes()
-        for path in finished.rglob("*")
-        if path.is_file() and path.name != "log.txt"
-    }
+    for kept in ("details.json", CHECKSUMS, "models/server.safetensors", "log.txt"):
+        with subtests.test(kept=kept):
+            path = Path(shutil.copytree(prepared_runs / "finished", tmp_path / kept))
+            no_checkpoints(path)
+            left = {"config.yaml", "environment.json", kept}
+            for file in contents(path).keys() - left:
+                (path / file).unlink()
+            line = f"error: {path / 'checkpoint'}: missing, although {kept}"
 
-    assert main(["check", str(finished)]) == 2
-    assert f"error: {finished / 'checkpoint'}: missing, although {kept}" in capsys.readouterr().err
-    assert main(["train", "--resume", "--out", str(finished)]) == 2
+            errors, _ = check(path, capsys)
+            assert main(["train", "--resume", "--out", str(path)]) == 2
+            refused = capsys.readouterr().err
 
-    assert f"{finished / 'checkpoint'}: missing, although {kept}" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in before} == before
+            assert any(error.startswith(line) for error in errors)
+            assert line.removeprefix("error: ") in refused
+            assert left <= contents(path).keys()
+            for file in left - {"log.txt"}:
+                source = prepared_runs / "finished" / file
+                assert (path / file).read_bytes() == source.read_bytes()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the content of each file of a folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def test_run_stopped_in_first_round_requires_checkpoint(
@@ -485,23 +473,12 @@ def test_run_stopped_before_first_checkpoint_restarts(
     assert main(["check", str(tmp_path / "a")]) == 0
 
 
-@pytest.mark.parametrize("settings", ["other", "same"])
 def test_checkpoint_of_another_run_is_refused(
-    settings: str,
-    prepared_runs: Path,
-    stopped: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = prepared_runs / "other"
-    if settings == "same":
-        other = tmp_path / "other"
-        run(SOURCE, out=other)
     no_checkpoints(stopped)
-    shutil.copytree(other / "checkpoint", stopped / "checkpoint")
-    (stopped / "checkpoint" / "round-000004.ckpt").rename(
-        stopped / "checkpoint" / "round-000002.ckpt"
-    )
+    run({**SOURCE, "rounds": 3}, out=tmp_path / "other")
+    shutil.copytree(tmp_path / "other" / "checkpoint", stopped / "checkpoint")
 
     assert main(["check", str(stopped)]) == 2
     assert "round-000003.ckpt: belongs to another run" in capsys.readouterr().err
@@ -517,20 +494,6 @@ def test_record_without_checkpoint_is_accepted(stopped: Path) -> None:
     (stopped / "checkpoint" / ".next.ckpt.tmp").write_bytes(b"half")
     assert main(["check", str(stopped)]) == 0
     assert main(["train", "--resume", "--out", str(stopped)]) == 0
-
-
-def test_resume_rewrites_missing_summary(
-    prepared_runs: Path, finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (finished / "summary.json").unlink()
-    assert main(["check", str(finished)]) == 2
-    assert "summary.json: missing" in capsys.readouterr().err
-
-    assert main(["train", "--resume", "--out", str(finished)]) == 0
-
-    assert main(["check", str(finished)]) == 0
-    for path in (prepared_runs / "finished" / "models").glob("*.safetensors"):
-        assert path.read_bytes() == (finished / "models" / path.name).read_bytes()
 
 
 def as_earlier(path: Path) -> None:
@@ -637,20 +600,13 @@ def test_missing_log_and_older_checkpoint_are_notes(
 
 
 def test_checksums_match_sha256sum(prepared_runs: Path) -> None:
-    import hashlib
-
     sums = RunDirectory(prepared_runs / "finished").checksums()
 
-    assert set(sums) >= {
-        "config.yaml",
-        "metrics.jsonl",
-        "summary.json",
-        "models/server.safetensors",
-    }
+    names = {"config.yaml", "metrics.jsonl", "summary.json", "models/server.safetensors"}
+    assert names <= set(sums)
     for name, checksum in sums.items():
-        assert (
-            hashlib.sha256((prepared_runs / "finished" / name).read_bytes()).hexdigest() == checksum
-        )
+        content = (prepared_runs / "finished" / name).read_bytes()
+        assert sha256(content).hexdigest() == checksum
 
 
 def test_missing_configuration_is_named(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -665,7 +621,7 @@ def test_missing_configuration_is_named(stopped: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(("clients", "rows"), [(20, 20), (21, 11)])
-@pytest.mark.parametrize("model", ["linear", "python:unknown:Model"])
+@each_case("model", ["linear", "python:unknown:Model"])
 def test_table_of_the_cost_is_short(
     clients: int, rows: int, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,22 +90,6 @@ def test_missing_flower_names_the_extra(
     assert not (tmp_path / "out").exists()
 
 
-def test_invalid_arguments_raise_one_line(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = ["--out", str(tmp_path / "out")]
-    assert "--config: missing" in printed(["federate", *out], capsys)
-    assert "--server: missing" in printed(["server", "--config", str(file), *out], capsys)
-    assert "file not found" in printed(
-        ["server", "--config", str(file), "--server", "none.yaml", *out], capsys
-    )
-    assert "--site" in printed(["node"], capsys)
-    assert "file not found" in printed(["node", "--site", str(tmp_path / "none.yaml")], capsys)
-    site = written(tmp_path, {"client": "north"}, "site.yaml")
-    assert "server: missing" in printed(["node", "--site", str(site)], capsys)
-    assert not (tmp_path / "out").exists()
-
-
 def test_check_prints_the_same_as_train(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = []
     for command in ("train", "federate"):

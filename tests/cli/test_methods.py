@@ -20,6 +20,7 @@ from hetero_fl.cli import main
 from hetero_fl.core.payload import ItemSpec
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 
 BUILT_IN = [
     name
@@ -42,7 +43,7 @@ def test_methods_lists_all_methods(capsys: pytest.CaptureFixture[str]) -> None:
         assert lines[place + 1].strip().startswith("sends ")
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@each_case("name", BUILT_IN)
 def test_summary_is_a_short_sentence(name: str) -> None:
     text = method_summary(register_algorithm[name])
     assert text.endswith(".") and 20 < len(text) <= 200, text
@@ -60,13 +61,7 @@ def test_methods_describes_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert "needs proxy set, single uploads" in out
 
 
-def test_unknown_method_suggests_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["methods", "fedporx"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "fedporx" in line and "did you mean" in line and "fedprox" in line
-
-
-@pytest.mark.parametrize(
+@each_case(
     ("typed", "meant"),
     [
         ("SCAFFOLD", "scaffold"),
@@ -92,12 +87,7 @@ def test_method_name_as_in_papers_is_suggested(
         load_config({}, [f"algorithm.name={typed}"])
 
 
-def test_long_list_of_methods_is_shortened(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["methods", "qqq"]) == 2
-    assert capsys.readouterr().err.endswith("fedlc, … (see `hetero-fl methods`)\n")
-
-
-@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["compare", "--help"]])
+@each_case("command", [["--help"], ["train", "--help"], ["compare", "--help"]])
 def test_help_mentions_methods(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 0
     assert "Run `hetero-fl methods` to list" in capsys.readouterr().out

@@ -8,16 +8,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from hetero_fl.cli import main
 from hetero_fl.cli.commands import comparison_command
-
-
-def test_resume_needs_a_run_directory(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--config", "x.yaml", "--resume"]) == 2
-
-    assert (
-        "--resume: requires --out, the directory of the run to continue" in capsys.readouterr().err
-    )
+from tests.support.cases import each_case
 
 
 @pytest.mark.parametrize(
@@ -31,7 +23,7 @@ def test_resume_needs_a_run_directory(capsys: pytest.CaptureFixture[str]) -> Non
         ("local", ["a", "b", "c"], 0, None),
     ],
 )
-@pytest.mark.parametrize(
+@each_case(
     ("settings", "options"),
     [
         ({"runtime": {"mode": "sync"}}, ""),

@@ -16,6 +16,7 @@ from hetero_fl.experiment.comparison.jobs import Variant
 from hetero_fl.experiment.comparison.study import Study
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.comparison.plots import write_curves
+from tests.support.cases import each_case
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
@@ -36,7 +37,7 @@ def images(path: Path, *shape: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+@each_case("path", STUDIES)
 def test_every_variant_of_a_study_loads(path: Path) -> None:
     study = Study.load(path)
     assert len(study.algorithms) > 1 or study.algorithms == ["all"]
@@ -99,33 +100,6 @@ def test_options_override_a_study_that_runs(
     assert {p.name[-1] for p in (tmp_path / "runs" / "small" / "runs").iterdir()} == {"3"}
 
 
-@pytest.mark.parametrize(
-    ("text", "output"),
-    [
-        ("config: a.yaml\n", "algorithms: missing"),
-        (
-            "config: a.yaml\nalgorithms: [fedavg]\nseed: [0]\n",
-            "seed: unknown key; did you mean 'seeds'?",
-        ),
-        (
-            "config: a.yaml\nalgorithms: [fedavg]\nseeds: [x]\n",
-            "seeds.0: expected an integer, got 'x'",
-        ),
-        ("config: no.yaml\nalgorithms: [fedavg]\n", "no.yaml: file not found"),
-    ],
-)
-def test_invalid_study_raises_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, output: str
-) -> None:
-    (tmp_path / "study.yaml").write_text(text)
-    assert (
-        main(["compare", "--study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")])
-        == 2
-    )
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert output in line and not (tmp_path / "out").exists()
-
-
 def test_options_of_compare_override_the_study(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,15 +110,6 @@ def test_options_of_compare_override_the_study(
     assert main(["compare", *given, "--algorithms", "of_the_option"]) == 2
 
     assert "'of_the_option'" in capsys.readouterr().err
-
-
-def test_compare_without_study_names_the_missing_option(capsys: pytest.CaptureFixture[str]) -> None:
-    for given, missing in (
-        (["--algorithms", "local", "--out", "x"], "--config"),
-        (["--config", "x.yaml"], "--out"),
-    ):
-        assert main(["compare", *given]) == 2
-        assert f"{missing}: missing" in capsys.readouterr().err
 
 
 def test_curves_need_few_methods_and_several_rounds(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from hetero_fl.cli import main
+from tests.support.cases import each_case
 
 METHOD = """
 from hetero_fl.algorithms import register_algorithm
@@ -33,7 +34,7 @@ def Mine(first, second=None):
 """
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("code", "key", "message", "status"),
     [
         (METHOD, "algorithm.name", "mine.py:5, in train: SystemExit: 3", 1),
@@ -44,7 +45,6 @@ def Mine(first, second=None):
         (FUNCTION, "data.partition.kind", "python:mine:Mine raised SystemExit: 3", 2),
         (FUNCTION, "evaluation.metrics.mine", "mine.py:3, in Mine: SystemExit: 3", 1),
     ],
-    ids=["method", "model", "module of a model", "module", "source", "partition", "metric"],
 )
 def test_exit_of_user_code_is_one_line(
     code: str,

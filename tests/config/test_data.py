@@ -10,6 +10,7 @@ from hetero_fl.config.data import SplitConfig
 from hetero_fl.config.load import read_config_file
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 
 
 def test_split_leaves_rows_to_train_on() -> None:
@@ -19,7 +20,7 @@ def test_split_leaves_rows_to_train_on() -> None:
             SplitConfig(validation=0.25, test=test)
 
 
-@pytest.mark.parametrize(
+@each_case(
     "value",
     [
         "${oc.env:SECRET}",
@@ -45,7 +46,7 @@ def test_reference_cannot_read_the_environment(
             load_config(given, overrides)
 
 
-@pytest.mark.parametrize("value", ["${" * 500 + "b" + "}" * 500, "[" * 900 + "]" * 900])
+@each_case("value", ["${" * 500 + "b" + "}" * 500, "[" * 900 + "]" * 900])
 def test_deeply_nested_value_raises_one_line(value: str, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(f"name: {value if value[0] == '[' else repr(value)}\n")
@@ -90,7 +91,7 @@ def chain(first: str, level: str, count: int) -> str:
     return "\n".join([f"a0: {first}", *levels])
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("text", "line"),
     [
         ("name: ${b}\n", "name: reference to unknown key 'b'"),

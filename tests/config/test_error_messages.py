@@ -13,8 +13,7 @@ from hetero_fl.algorithms import register_algorithm
 from hetero_fl.config.errors import CUSTOM_ERROR_TYPES, EXPECTED, LIMITS, describe_error
 from hetero_fl.config.schema import Config
 from hetero_fl.experiment.comparison.study import Study
-from hetero_fl.experiment.configuration import load_config
-from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 
 ERRORS_OF_NODE: dict[str, set[str]] = {
     "bool": {"bool_type", "bool_parsing"},
@@ -95,95 +94,7 @@ class Small(BaseModel):
     file: Path = Path()
 
 
-@pytest.mark.parametrize(
-    ("tree", "line"),
-    [
-        ({"rounds": "ten"}, "rounds: expected an integer, got 'ten'"),
-        ({"rounds": 2.5}, "rounds: expected an integer, got 2.5"),
-        ({"rounds": None}, "rounds: expected an integer, got null"),
-        ({"rounds": True}, "rounds: expected an integer, got true"),
-        (
-            {"data": {"partition": {"alpha": True}}},
-            "data.partition.alpha: expected a number, got true",
-        ),
-        (
-            {"clients": {"defaults": {"class_weights": [True, 2.0]}}},
-            "clients.defaults.class_weights: expected a number, got [True, 2.0]",
-        ),
-        (
-            {"privacy": {"clip": {"params": True}}},
-            "privacy.clip: expected a number, got {'params': True}",
-        ),
-        ({"rounds": [1]}, "rounds: expected an integer, got [1]"),
-        ({"rounds": float("nan")}, "rounds: expected a finite number, got nan"),
-        ({"rounds": 0}, "rounds: must be > 0, got 0"),
-        ({"rounds": -(10**5000)}, "rounds: must be > 0, got a very large integer"),
-        ({"seed": -1}, "seed: must be >= 0, got -1"),
-        ({"data": {"split": {"test": 1}}}, "data.split.test: must be < 1, got 1"),
-        (
-            {"clients": {"defaults": {"augment": {"rotate": 400}}}},
-            "augment.rotate: must be <= 180, got 400",
-        ),
-        (
-            {"data": {"partition": {"alpha": "x"}}},
-            "data.partition.alpha: expected a number, got 'x'",
-        ),
-        ({"output": {"plots": "maybe"}}, "output.plots: expected true or false, got 'maybe'"),
-        ({"output": {"plots": 2}}, "output.plots: expected true or false, got 2"),
-        ({"name": 5}, "name: expected a string, got 5"),
-        ({"seed": {"name": 1}}, "seed: expected an integer, got {'name': 1}"),
-        ({"name": ""}, "name: expected at least 1 character, got ''"),
-        ({"name": "my run"}, "name: must match ^[A-Za-z0-9][A-Za-z0-9_.-]*$, got 'my run'"),
-        ({5: 1}, "5: expected a string as key, got 5"),
-        ({"algorithm": {5: 1}}, "algorithm.5: expected a string as key, got 5"),
-        (
-            {"attacks": {"name": "label_flip", "pairs": {"a": 1}}},
-            "attacks.pairs.a: expected an integer as key, got 'a'",
-        ),
-        (
-            {"runtime": {"divergence": "skp"}},
-            "expected 'skip' or 'stop', got 'skp'; did you mean 'skip'?",
-        ),
-        (
-            {"clients": {"defaults": {"preprocess": {"channels": 2}}}},
-            "preprocess.channels: expected 1 or 3, got 2",
-        ),
-        (
-            {"clients": {"defaults": {"preprocess": {"normalize": "x"}}}},
-            "expected a mapping or 'own', got 'x'",
-        ),
-        (
-            {"clients": {"defaults": {"preprocess": {"normalize": {"mean": "x"}}}}},
-            "expected a number or a list, got 'x'",
-        ),
-        (
-            {"clients": {"defaults": {"preprocess": {"normalize": {"std": -1}}}}},
-            "normalize.std: must be > 0, got -1",
-        ),
-        (
-            {"clients": {"defaults": {"class_weights": [1, "a"]}}},
-            "class_weights.1: expected a number, got 'a'",
-        ),
-        (
-            {"data": {"series": {"sites": []}}},
-            "data.series.sites: expected at least 1 entry, got []",
-        ),
-        (
-            {"data": {"series": {"horizons": 5}}},
-            "data.series.horizons: expected a list, got 5; write [5]",
-        ),
-        ({"clients": {"groups": [{}]}}, "clients.groups.0.name: missing"),
-    ],
-)
-def test_describe_error_names_expected_and_found_values(tree: dict[Any, Any], line: str) -> None:
-    with pytest.raises(UserError) as error:
-        load_config(tree)
-
-    assert line in str(error.value)
-    assert "Input" not in str(error.value) and "valid" not in str(error.value)
-
-
-@pytest.mark.parametrize(
+@each_case(
     ("tree", "line"),
     [
         ({"exact": 4}, "exact: must be a multiple of 3, got 4"),

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-import hetero_fl
 from hetero_fl.cli import main
-from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 
 ROOT = Path(__file__).parents[2]
 MEDICAL = yaml.safe_load((ROOT / "configs" / "medical_hetero.yaml").read_text())
@@ -243,7 +242,7 @@ def test_invalid_configurations_exit_with_one_line(
         refused(["--config", str(path)], tmp_path / "out", capsys, names)
 
 
-@pytest.mark.parametrize(
+@each_case(
     "number",
     [
         "9" * 5000,
@@ -252,7 +251,6 @@ def test_invalid_configurations_exit_with_one_line(
         "1" + ":59" * 3000,
         "1" + ":59" * 3000 + ".5",
     ],
-    ids=["decimal", "hexadecimal", "octal", "sexagesimal", "sexagesimal float"],
 )
 def test_numbers_of_thousands_of_digits_exit_with_one_line(
     number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -271,28 +269,3 @@ def test_numbers_of_thousands_of_digits_exit_with_one_line(
     ):
         (tmp_path / "c.yaml").write_text(line.format(number))
         refused(["--config", str(tmp_path / "c.yaml")], tmp_path / "out", capsys, "error")
-
-
-@pytest.mark.parametrize(
-    "tree",
-    [{"seed": 10**5000}, {"clients": {"count": 10**5000}}, {"data": {"train_limit": 10**5000}}],
-)
-def test_numbers_of_thousands_of_digits_are_refused_from_python(tree: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"^configuration: .*got a very large integer$"):
-        hetero_fl.run({"data": {"name": "digits"}, **tree})
-
-
-def test_wrong_flags_exit_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = str(ROOT / "configs" / "digits_quickstart.yaml")
-    for arguments in (
-        [],
-        ["--config"],
-        ["--config", config, "--uot", "x"],
-        ["--config", config, "rounds"],
-    ):
-        assert main(arguments, command="train") == 2
-        assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "a").write_text("")
-    assert main(["--config", config, "--out", str(tmp_path / "taken")], command="train") == 2
-    assert "already exists" in capsys.readouterr().err

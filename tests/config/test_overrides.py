@@ -11,6 +11,7 @@ import yaml
 from hetero_fl import load_config
 from hetero_fl.config import Config
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 
 FLOWER = {"kind": "flwr:DirichletPartitioner", "partition_by": "label", "alpha": 0.3, "min_size": 5}
 
@@ -21,7 +22,7 @@ def partition(section: dict[str, Any], *overrides: str) -> dict[str, Any]:
     return config.data.partition.model_dump(exclude_unset=True)
 
 
-@pytest.mark.parametrize("override", ["data.partition.kind=iid", "data.partition={kind: iid}"])
+@each_case("override", ["data.partition.kind=iid", "data.partition={kind: iid}"])
 def test_override_of_the_kind_of_a_file_drops_the_arguments(override: str, tmp_path: Path) -> None:
     file = tmp_path / "flower.yaml"
     file.write_text(yaml.safe_dump({"data": {"name": "digits", "partition": FLOWER}}), "utf-8")
@@ -44,7 +45,7 @@ def test_other_kind_of_partition_uses_its_own_settings() -> None:
     assert found == {"kind": "classes", "classes": 3, "min_size": 5}
 
 
-@pytest.mark.parametrize(
+@each_case(
     "override",
     [
         "data.partition.kind=dirichlet",
@@ -77,7 +78,7 @@ def with_models(model: Any, *overrides: str) -> Config:
 
 
 @pytest.mark.parametrize("entry", ["model", "model.0"])
-@pytest.mark.parametrize("value", ["={name: mlp, hidden: [8]}", ".name=mlp"])
+@each_case("value", ["={name: mlp, hidden: [8]}", ".name=mlp"])
 def test_other_model_has_no_options_of_the_former_one(entry: str, value: str) -> None:
     cnn = {"name": "cnn", "width": 4, "feature_dim": 16}
     model = cnn if entry == "model" else [cnn, {"name": "mlp", "hidden": [4]}]
@@ -99,7 +100,7 @@ def test_other_optimizer_has_no_momentum_of_the_former_one() -> None:
     assert (optimizer.name, optimizer.lr, optimizer.momentum) == ("adam", 0.3, 0.0)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("own", "override", "used"),
     [
         ({"epochs": 5}, "steps=3", (1, 3)),

@@ -18,6 +18,7 @@ from hetero_fl.cli.commands import APP, COMMON_OPTIONS
 from hetero_fl.config import Config
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.deployment.config import AllowsConfig, DeploymentServerConfig, SiteConfig
+from tests.support.cases import each_case
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "describe_reference.py"
@@ -97,7 +98,7 @@ def test_every_setting_of_configuration_and_methods_has_a_description(
     assert not [row for row in rows if row.endswith("|  |")]
 
 
-@pytest.mark.parametrize("model", [DeploymentServerConfig, SiteConfig, AllowsConfig])
+@each_case("model", [DeploymentServerConfig, SiteConfig, AllowsConfig])
 def test_deployment_files_page_contains_every_key(
     script: ModuleType, model: type[BaseModel]
 ) -> None:

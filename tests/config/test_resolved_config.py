@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from hetero_fl.config import describe_difference, dump, expand_population, resolve_config
 from hetero_fl.experiment.configuration import load_config
+from tests.support.cases import each_case
 
 ROOT = Path(__file__).parents[2]
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
@@ -50,7 +50,7 @@ CONFIGS = sorted(
 )
 
 
-@pytest.mark.parametrize("source", [*CONFIGS, *[{"clients": c} for c in LAYERS]])
+@each_case("source", [*CONFIGS, *[{"clients": c} for c in LAYERS]])
 def test_resolved_configuration_loads_to_the_same_clients(source: Path | dict[str, Any]) -> None:
     config = load_config(source, allow_code=True)
     again = load_config(yaml.safe_load(dump(config)))
@@ -73,7 +73,7 @@ def differences(changes: dict[str, Any], **more: Any) -> str | None:
     )
 
 
-@pytest.mark.parametrize("name", ["1e5", "12e45678", "12345678", "1_2", "0x1f", "0a7c2a8d"])
+@each_case("name", ["1e5", "12e45678", "12345678", "1_2", "0x1f", "0a7c2a8d"])
 def test_written_configuration_keeps_names_that_look_like_numbers(
     name: str, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import hetero_fl as hfl
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.config.base import Settings
+from tests.support.cases import each_case
 
 
 def test_signature_has_plain_types() -> None:
@@ -21,7 +22,7 @@ def test_signature_has_plain_types() -> None:
     assert "Annotated" not in str(signature)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("kind", "arguments"),
     [
         (hfl.IID, {"min_size"}),
@@ -58,7 +59,7 @@ def test_class_variables_state_their_type() -> None:
     assert not bare
 
 
-@pytest.mark.parametrize("name", list(register_algorithm))
+@each_case("name", list(register_algorithm))
 def test_every_setting_of_a_method_is_described(name: str) -> None:
     method = register_algorithm[name]
 

@@ -13,6 +13,7 @@ from hetero_fl import load_config
 from hetero_fl.cli import main
 from hetero_fl.config import base, describe_difference, resolve_config, resume_relevant
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.federations import config
 
 ROOT = Path(__file__).parents[2]
@@ -23,27 +24,12 @@ def rename_rounds(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return {("rounds" if key == "steps" else key): value for key, value in raw.items()}
 
 
-@pytest.mark.parametrize("raw", [{"rounds": 3}, {"rounds": 3, "version": 1}])
+@each_case("raw", [{"rounds": 3}, {"rounds": 3, "version": 1}])
 def test_version_is_optional_and_saved(raw: dict[str, Any]) -> None:
     config = load_config(raw)
 
     assert resolve_config(config)["version"] == 1
     assert load_config(resolve_config(config)) == config
-
-
-@pytest.mark.parametrize(
-    ("version", "line"),
-    [
-        (2, "version: unknown version 2; this release reads version 1; install a newer hetero_fl"),
-        (0, "version: unknown version 0; this release reads version 1"),
-        ("one", "version: expected an integer, got 'one'"),
-    ],
-)
-def test_unknown_version_is_one_line(version: object, line: str) -> None:
-    with pytest.raises(UserError) as error:
-        load_config({"version": version})
-
-    assert str(error.value) == f"configuration: {line}"
 
 
 def test_older_version_is_migrated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,13 +41,6 @@ def test_older_version_is_migrated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_config({"rounds": 7, "version": 2}).version == 2
     with pytest.raises(UserError, match="reads versions 1 to 2"):
         load_config({"version": 3})
-
-
-def test_values_that_are_no_configuration_are_not_migrated(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(base, "MIGRATIONS", {1: rename_rounds})
-
     assert base.migrate([1]) == [1]
     assert base.migrate({"version": True}) == {"version": True}
 
@@ -87,7 +66,7 @@ DEPRECATED = {
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("key", DEPRECATED)
+@each_case("key", DEPRECATED)
 def test_command_prints_a_deprecated_key_once(
     key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,21 +17,18 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from hetero_fl.utils.environment import processor_name
 from tests.frozen_bits.cases import Config, cases
 from tests.support.commits import ROOT, checked_out, resolve_commit
 
 RECORD = Path(__file__).with_name("record.py")
 
 Outcomes = dict[str, dict[str, Any]]
-
-RENAMED: Mapping[str, str] = {}
-"""Keys of result files that were renamed on purpose since the commit: old name to new name."""
 
 
 def main() -> int:
@@ -60,17 +57,13 @@ def compare(expected: Outcomes, actual: Outcomes) -> list[str]:
     """Return one line per differing case, naming the first place that differs."""
     lines = []
     for name, outcome in actual.items():
-        before = {_renamed(path): value for path, value in expected[name].items()}
+        before = expected[name]
         if "error" in outcome or "error" in before:
             lines.append(f"{name}: {outcome.get('error') or before['error']}")
         elif outcome != before:
             place = next(p for p in [*before, *outcome] if before.get(p) != outcome.get(p))
             lines.append(f"{name}: {place}: {before.get(place)} became {outcome.get(place)}")
     return lines
-
-
-def _renamed(path: str) -> str:
-    return "/".join(RENAMED.get(part, part) for part in path.split("/"))
 
 
 def _outcomes_of_commit(commit: str, selected: dict[str, Config], jobs: int) -> Outcomes:
@@ -90,19 +83,16 @@ def _outcomes_of_commit(commit: str, selected: dict[str, Config], jobs: int) -> 
 def _cache_file(commit: str) -> Path:
     import torch
 
-    machine = [platform.node(), platform.python_version(), torch.__config__.show(), _processor()]
+    machine = [
+        platform.node(),
+        platform.python_version(),
+        torch.__config__.show(),
+        processor_name(),
+    ]
     contents = [RECORD.read_text(), RECORD.with_name("cases.py").read_text()]
     key = hashlib.sha256("\n".join([commit, *machine, *contents]).encode()).hexdigest()
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "hetero_fl" / "frozen_bits" / f"{key[:32]}.json"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith("model name")), "")
 
 
 def _record(tree: Path, selected: dict[str, Config], jobs: int) -> Outcomes:

@@ -31,7 +31,11 @@ def record(config: dict[str, Any]) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         hetero_fl.run(config, out=out)
-        return {**_models(out), **_metrics(out), **_summary(out)}
+        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        found = _models(out)
+        found.update(_flat([json.loads(line) for line in lines], "metrics.jsonl"))
+        found.update(_flat(json.loads((out / "summary.json").read_text()), "summary.json"))
+        return found
 
 
 def _models(out: Path) -> Outcome:
@@ -44,18 +48,6 @@ def _models(out: Path) -> Outcome:
             content = tensor.contiguous().flatten().view(-1).numpy().tobytes()
             hashes[f"models/{file.stem}/{name}"] = hashlib.sha256(described + content).hexdigest()
     return hashes
-
-
-def _metrics(out: Path) -> Outcome:
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found: Outcome = {}
-    for number, line in enumerate(lines, start=1):
-        found.update(_flat(json.loads(line), f"metrics.jsonl/{number}"))
-    return found
-
-
-def _summary(out: Path) -> Outcome:
-    return dict(_flat(json.loads((out / "summary.json").read_text()), "summary.json"))
 
 
 def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hetero_fl.algorithms import register_algorithm
-from tests.frozen_bits.__main__ import compare
+from tests.frozen_bits.__main__ import Outcomes, compare
 from tests.frozen_bits.cases import METHODS
 
 
@@ -15,25 +15,19 @@ def test_cases_cover_every_method() -> None:
     assert set(METHODS) == registered
 
 
-def test_compare_reports_nothing_for_equal_outcomes() -> None:
-    outcomes = {"case": {"models/site_1/weight": "aa", "metrics.jsonl/1/round": "1"}}
-
-    assert compare(outcomes, outcomes) == []
-
-
 def test_compare_names_the_first_difference() -> None:
-    before = {"case": {"models/site_1/weight": "aa", "metrics.jsonl/1/round": "1"}}
-    after = {"case": {"models/site_1/weight": "aa", "metrics.jsonl/1/round": "2"}}
+    same = {"models/site_1/weight": "aa", "metrics.jsonl/1/round": "1"}
+    before = {"same": same, "other": same, "less": same, "failing": same}
+    after: Outcomes = {
+        "same": same,
+        "other": {**same, "metrics.jsonl/1/round": "2"},
+        "less": {"metrics.jsonl/1/round": "1"},
+        "failing": {"error": "boom"},
+    }
 
-    assert compare(before, after) == ["case: metrics.jsonl/1/round: 1 became 2"]
-
-
-def test_compare_reports_a_missing_value() -> None:
-    before = {"case": {"models/site_1/weight": "aa", "summary.json/seed": "0"}}
-    after = {"case": {"models/site_1/weight": "aa"}}
-
-    assert compare(before, after) == ["case: summary.json/seed: 0 became None"]
-
-
-def test_compare_reports_an_error_on_either_side() -> None:
-    assert compare({"case": {"error": "boom"}}, {"case": {"error": "boom"}}) == ["case: boom"]
+    assert compare(before, after) == [
+        "other: metrics.jsonl/1/round: 1 became 2",
+        "less: models/site_1/weight: aa became None",
+        "failing: boom",
+    ]
+    assert compare({"case": {"error": "boom"}}, {"case": same}) == ["case: boom"]

@@ -31,6 +31,7 @@ from hetero_fl.engine.templates import Templates
 from hetero_fl.engine.training import run_fit
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.privacy import dp_sgd
 from hetero_fl.privacy.dp_sgd import PoissonBatches, PrivateGradients, sampling_plan
 from hetero_fl.privacy.mechanisms import KeyedNoiseSource, NoiseSource, SecretNoiseSource
 from tests.support.cases import each_case
@@ -134,8 +135,6 @@ def test_models_without_vmap_support_run_row_by_row() -> None:
 
 def test_large_models_run_row_by_row_with_equal_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """Include dropout, whose masks differ by row in both cases."""
-    from hetero_fl.privacy import dp_sgd
-
     model = {"name": "cnn", "width": 4, "norm": "group", "dropout": 0.3}
     found = [moved(client(model), whole(client(model)), clip=0.2)]
     monkeypatch.setattr(dp_sgd, "MEMORY", 1)
@@ -184,7 +183,6 @@ def test_non_finite_row_gradients_count_as_zero(
     value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check both computations: a failing fit would reveal the row."""
-    from hetero_fl.privacy import dp_sgd
 
     def spoilt(rows: int) -> dict[str, Tensor]:
         participant = client("mlp")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,7 @@ from hetero_fl.algorithms.hybrid import Hybrid
 from hetero_fl.algorithms.scaffold import CONTROL, Scaffold
 from hetero_fl.communication.protocol import Message
 from hetero_fl.config.privacy import PrivacyConfig
+from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows
@@ -34,10 +34,18 @@ CLIENT = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4}
 CPU = torch.device("cpu")
 
 
-def sent_by(site: Any, broadcasts: Mapping[str, bytes]) -> dict[str, Payload]:
-    """Return the replies of clients to these broadcasts in the first round."""
-    replies = site.run({client: Message("train", body, 0) for client, body in broadcasts.items()})
+def sent_by(rounds: Any, clients: list[str]) -> dict[str, Payload]:
+    """Return what clients upload in the first round."""
+    bodies = broadcasts(rounds, clients)
+    messages = {client: Message("train", body, 0) for client, body in bodies.items()}
+    replies = rounds.executor.runtime.run(messages)
     return {client: Payload.decode(reply.body) for client, reply in replies.items()}
+
+
+def update(rounds: Any, upload: Payload) -> torch.Tensor:
+    """Return the difference of an uploaded model from the only model of the server."""
+    (start,) = rounds.server.models.values()
+    return torch.cat([(t - start[n]).flatten() for n, t in upload["model"].items()])
 
 
 def private(
@@ -114,13 +122,10 @@ def test_noise_for_target_epsilon_is_recorded(tmp_path: Path) -> None:
         any(scale == 4.0 and steps == 1 for scale, _, steps in h)
         for h in prepared.budget.histories[-1]
     )
+    statistics = prepare(private("fedproto", RECORD, rounds=3)).budget
+    assert all((4.0, 1.0, 3) in history for history in statistics.histories[-1])
     plain = prepare(private("fedavg", RECORD)).budget
     assert plain is not None and all(scale == 1.0 for h in plain.histories[-1] for scale, _, _ in h)
-
-
-def test_released_statistics_are_charged_every_round() -> None:
-    budget = prepare(private("fedproto", RECORD, rounds=3)).budget
-    assert all((4.0, 1.0, 3) in history for history in budget.histories[-1])
 
 
 def guard(client: Participant, **changes: Any) -> PrivacyBackend:
@@ -136,14 +141,8 @@ def test_private_rows_are_read_only_in_steps() -> None:
     with pytest.raises(UserError, match="a method that predicts private rows"):
         keeper.run([(client, Predict("model"))])
     assert len(keeper.run([(client, Predict("model", Rows("proxy")))])[0]) == 60
-    keeper.run([(client, Fit({"model": None}, batch_size=16, objective=_supervised()))])
+    keeper.run([(client, Fit({"model": None}, batch_size=16, objective=Supervised()))])
     assert [c.rate for c in keeper.charges[client.participant_id]] == [16 / client.num_rows]
-
-
-def _supervised() -> Any:
-    from hetero_fl.core.objectives import Supervised
-
-    return Supervised()
 
 
 def test_class_sums_are_clipped_and_noised() -> None:
@@ -242,12 +241,8 @@ def test_server_noise_has_the_expected_scale() -> None:
 
 def test_updates_are_clipped_to_their_bound() -> None:
     rounds = rounds_of(private("fedavg", {**CLIENT, "clip": 0.01}), num_rounds=0)
-    site = rounds.executor.runtime  # type: ignore[attr-defined]
-    body = broadcasts(rounds, ["site_1"])["site_1"]
-    upload = sent_by(site, {"site_1": body})["site_1"]
-    start = Payload.decode(body)["model"]
-    moved = torch.cat([(t - start[n]).flatten() for n, t in upload["model"].items()])
-    assert float(moved.norm()) == pytest.approx(0.01, rel=1e-4)
+    upload = sent_by(rounds, ["site_1"])["site_1"]
+    assert float(update(rounds, upload).norm()) == pytest.approx(0.01, rel=1e-4)
     assert upload.item("model").weight == 1.0 and upload.report == {}
 
 
@@ -304,8 +299,8 @@ def test_votes_select_the_majority_class() -> None:
     """Without relevant noise, the teacher is the majority of first choices."""
     privacy = {**CLIENT, "noise_multiplier": 1e-9, "votes": True}
     found = rounds_of(private("fedmd", privacy, clients=5), num_rounds=0)
-    site = found.executor.runtime  # type: ignore[attr-defined]
-    sent = [u["logits"] for u in sent_by(site, broadcasts(found, found.sample_cohort(0))).values()]
+    uploads = sent_by(found, found.sample_cohort(0)).values()
+    sent = [upload["logits"] for upload in uploads]
     # The bound for any rows.
     assert all(float(votes.norm()) == pytest.approx(1.0, rel=1e-5) for votes in sent)
     ballots = torch.stack([votes.argmax(-1) for votes in sent])
@@ -392,13 +387,10 @@ def test_local_noise_is_added_to_uploads() -> None:
     )
     rounds = rounds_of(source, num_rounds=0)
     assert set(rounds.algorithm.uploads) == {"model", "logits", "counts"}
-    site = rounds.executor.runtime  # type: ignore[attr-defined]
-    body = broadcasts(rounds, ["site_1"])["site_1"]
-    upload, start = sent_by(site, {"site_1": body})["site_1"], Payload.decode(body)["model"]
-    moved = torch.cat([(t - start[n]).flatten() for n, t in upload["model"].items()])
+    upload = sent_by(rounds, ["site_1"])["site_1"]
     expected = 2 * 3.0 * 3**0.5 * 1e-6
     # float32 has few bits left next to the weights.
-    assert abs(float(moved.std()) / expected - 1) < 0.2
+    assert abs(float(update(rounds, upload).std()) / expected - 1) < 0.2
     logits = upload["logits"]
     assert abs(float(logits.std()) / expected - 1) < 5 / (2 * logits.numel()) ** 0.5
     assert isinstance(upload.item("logits"), Item) and upload.item("logits").weight == 1.0

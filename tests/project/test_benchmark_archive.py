@@ -12,6 +12,7 @@ from hetero_fl.experiment.benchmark.protocol import Benchmark
 from hetero_fl.experiment.benchmark.repetition import repeat_row
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
 from hetero_fl.utils.errors import RunFailedError
+from tests.support.cases import each_case
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs" / "benchmark"
@@ -28,7 +29,7 @@ differently, and single runs of small federations differ by a few points.
 """
 
 
-@pytest.mark.parametrize("name", ARCHIVED)
+@each_case("name", ARCHIVED)
 def test_archived_runs_have_the_present_configurations_and_defaults(name: str) -> None:
     federation = BENCHMARK.federations[name]
     source = read_config_file(federation.config)
@@ -44,7 +45,7 @@ def test_archived_runs_have_the_present_configurations_and_defaults(name: str) -
     assert archive.outdated(current) == {}, "repeat the runs with `hetero-fl benchmark`"
 
 
-@pytest.mark.parametrize("name", MAIN)
+@each_case("name", MAIN)
 def test_tuned_learning_rates_are_interior_optima(name: str) -> None:
     choices = BenchmarkResults(FOLDER, ARCHIVE).choices(name)
 

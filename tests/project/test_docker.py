@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from hetero_fl.cli.commands import APP
+from tests.support.cases import each_case
 
 ROOT = Path(__file__).parents[2]
 INSTRUCTIONS = {
@@ -71,7 +72,7 @@ def test_image_runs_the_command_as_non_root() -> None:
     assert last["ENTRYPOINT"] == '["hetero-fl"]' and last["USER"] not in ("root", "0")
 
 
-@pytest.mark.parametrize("name", ["server", "north", "south", "east"])
+@each_case("name", ["server", "north", "south", "east"])
 def test_containers_run_existing_commands(name: str) -> None:
     service = services()[name]
     command, *arguments = service["command"]

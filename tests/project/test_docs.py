@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from model_zoo import list_models
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FOLDERS = sorted({str(page.parent.relative_to(ROOT)) for page in PAGES})
 LONG = {  # run elsewhere: here they are parsed
     "runs/xray_lenet",
     "configs/medical_hetero.yaml",
@@ -60,33 +62,42 @@ def blocks(page: Path) -> Iterator[tuple[str, str, str | None]]:
         yield language, text, named and named[1]
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
     """Change to a folder with the configurations; plots and reports are not written."""
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("hetero_fl.experiment.session.write_presentation", lambda *_: None)
-    # Undo registrations of the page.
-    monkeypatch.setattr(register_algorithm, "_known", dict(register_algorithm._known))
-    monkeypatch.setattr(partitions, "_partitions", dict(partitions._partitions))
+    shutil.copytree(ROOT / "configs", folder / "configs")
     kinds = set(registered_partition_kinds)
     before = set(sys.modules)
-    yield tmp_path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        patch.setattr("hetero_fl.experiment.session.write_presentation", lambda *_: None)
+        # Undo registrations of the page.
+        patch.setattr(register_algorithm, "_known", dict(register_algorithm._known))
+        patch.setattr(partitions, "_partitions", dict(partitions._partitions))
+        yield
     registered_partition_kinds.intersection_update(kinds)
     # Another page may use the same module names.
     for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
             del sys.modules[name]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_every_block_runs(page: Path, folder: Path) -> None:
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_block_runs(folder: str, subtests: pytest.Subtests, tmp_path: Path) -> None:
+    for page in PAGES:
+        if page.parent == ROOT / folder:
+            with subtests.test(page=page.name), new_folder(tmp_path / page.stem):
+                run_blocks(page)
+
+
+def run_blocks(page: Path) -> None:
+    """Run, load or parse the blocks of a page in its order."""
     names: dict[str, object] = {}
     for language, text, file in blocks(page):
         if file is not None:
-            (folder / file).write_text(text, encoding="utf-8")
+            Path(file).write_text(text, encoding="utf-8")
         if language == "python" and file is None:
             exec(compile(text, f"{page.name}", "exec"), names)
         elif language == "yaml":
@@ -98,10 +109,11 @@ def test_every_block_runs(page: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_each_block_of_own_data_runs_alone(folder: Path) -> None:
-    for language, text, _ in blocks(ROOT / "docs" / "how_to" / "own_data.md"):
-        if language == "python":
-            exec(compile(text, "own_data.md", "exec"), {})
+def test_each_block_of_own_data_runs_alone(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "own_data"):
+        for language, text, _ in blocks(ROOT / "docs" / "how_to" / "own_data.md"):
+            if language == "python":
+                exec(compile(text, "own_data.md", "exec"), {})
 
 
 def commands_in(text: str) -> Iterator[str]:
@@ -147,22 +159,19 @@ def run_or_parse(line: str) -> None:
         assert (ROOT / "scripts" / f"{command}.py").is_file(), line
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=lambda p: p.stem)
-def test_page_starts_with_its_title(page: Path) -> None:
-    assert page.read_text(encoding="utf-8").startswith("# ")
+def test_pages_have_titles_and_links_that_exist(subtests: pytest.Subtests) -> None:
+    others = [ROOT / name for name in ("CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "SECURITY.md")]
+    for page in [*PAGES, *others, ROOT / "benchmarks" / "README.md"]:
+        with subtests.test(page=str(page.relative_to(ROOT))):
+            text = page.read_text(encoding="utf-8")
 
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_links_exist(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if not target.startswith(("http://", "https://", "#")):
-            file, _, anchor = target.partition("#")
-            assert (page.parent / file).exists(), target
-            if anchor:
-                assert anchor in anchors(page.parent / file), target
-        elif target.startswith("#"):
-            assert target[1:] in anchors(page), target
+            assert text.startswith("# ")
+            for target in re.findall(r"\]\(([^)\s]+)\)", text):
+                if not target.startswith(("http://", "https://")):
+                    file, _, anchor = target.partition("#")
+                    linked = page.parent / file if file else page
+                    assert linked.exists(), target
+                    assert not anchor or anchor in anchors(linked), target
 
 
 def test_medical_scenario_states_the_rows_of_its_hospitals() -> None:
@@ -183,6 +192,9 @@ def test_index_links_to_every_page() -> None:
     missing = set((ROOT / "docs").rglob("*.md")) - linked - {index}
 
     assert not missing, f"docs/README.md has no link to {sorted(missing)}"
+    gallery = (ROOT / "docs" / "scenarios" / "README.md").read_text().partition("## Gallery")[2]
+    scenarios = {page.name for page in (ROOT / "docs" / "scenarios").glob("[a-z]*.md")}
+    assert scenarios <= set(re.findall(r"\]\((\w+\.md)\)\n", gallery))
 
 
 def test_own_model_lists_each_model_of_the_zoo() -> None:
@@ -190,14 +202,6 @@ def test_own_model_lists_each_model_of_the_zoo() -> None:
     table = text.partition("| family | models |")[2].partition("\n\n")[0]
 
     assert sorted(re.findall(r"`(\w+)`", table)) == sorted(list_models())
-
-
-def test_architecture_lists_each_package_once() -> None:
-    text = (ROOT / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
-    packages = re.findall(r"^\| `(hetero_fl/\w*/?)`", text, re.MULTILINE)
-
-    assert len(packages) > 6
-    assert len(packages) == len(set(packages))
 
 
 def anchors(page: Path) -> set[str]:
@@ -216,24 +220,48 @@ BUILT_IN = [
 ]
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_each_method_has_one_section_with_its_settings(name: str) -> None:
-    pages = sorted((INDEX.parent / "methods").glob("*.md"))
-    heading = re.compile(rf"^## `{name}`\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+METHOD_PAGES = sorted((INDEX.parent / "methods").glob("*.md"))
 
-    (section,) = [text for page in pages for text in heading.findall(page.read_text("utf-8"))]
 
-    for word in ("- **Needs:**", "- **Evaluated:**", "- **Module:**"):
-        assert word in section, word
-    for key in register_algorithm[name].model_fields:
-        assert f"| `{key}` |" in section, key
+def sections_of(page: Path) -> dict[str, str]:
+    """Return the section of each method of a page."""
+    section = re.compile(r"^## `(\w+)`\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    return dict(section.findall(page.read_text(encoding="utf-8")))
+
+
+def test_each_method_has_a_section_with_its_settings_and_a_row_of_the_index(
+    subtests: pytest.Subtests,
+) -> None:
+    places = [(name, page) for page in METHOD_PAGES for name in sections_of(page)]
+    index = INDEX.read_text(encoding="utf-8")
+
+    assert sorted(name for name, _ in places) == sorted(BUILT_IN)
+    for name, page in places:
+        with subtests.test(method=name):
+            section = sections_of(page)[name]
+            for word in ("- **Needs:**", "- **Evaluated:**", "- **Module:**"):
+                assert word in section, word
+            for key in register_algorithm[name].model_fields:
+                assert f"| `{key}` |" in section, key
+            link = rf"^\| \[`{name}`\]\(methods/{page.name}#{name}\) \|.*\| (.*?) \|$"
+            needs = format_needs(describe_needs(register_algorithm[name]())) or "–"
+            assert re.findall(link, index, re.MULTILINE) == [needs]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(BUILT_IN) - {"centralized", "ensemble"}))
+@pytest.mark.parametrize("page", METHOD_PAGES, ids=lambda page: page.stem)
 def test_each_broadcast_item_is_in_the_table_of_its_method(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    page: Path, subtests: pytest.Subtests
 ) -> None:
+    for name, section in sections_of(page).items():
+        if name not in ("centralized", "ensemble"):
+            with subtests.test(method=name):
+                expected = set(re.findall(r"^\| `(\w+)` \| down \|", section, re.MULTILINE))
+                assert broadcast_items(name) == expected
+
+
+def broadcast_items(name: str) -> set[str]:
+    """Return the names of the items that a method broadcasts in two rounds and an evaluation."""
     sent: set[str] = set()
     method = register_algorithm[name]
     broadcast = method.broadcast
@@ -243,32 +271,12 @@ def test_each_broadcast_item_is_in_the_table_of_its_method(
         sent.update(items)
         return items
 
-    monkeypatch.setattr(method, "broadcast", record)
     groups = "[{name: a, count: 2, model: mlp}, {name: b, model: {name: mlp, hidden: [32]}}]"
     overrides = [f"algorithm.name={name}", f"clients.groups={groups}", "data.proxy.size=100"]
-    trainer = prepare(str(ROOT / "configs/digits_quickstart.yaml"), overrides).make_trainer()
-    for _ in range(2):
-        trainer.run_round()
-    trainer.evaluate()
-    heading = re.compile(rf"^## `{name}`\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    pages = (INDEX.parent / "methods").glob("*.md")
-    (section,) = [text for page in pages for text in heading.findall(page.read_text("utf-8"))]
-
-    assert sent == set(re.findall(r"^\| `(\w+)` \| down \|", section, re.MULTILINE))
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_index_links_to_each_method(name: str) -> None:
-    ((page, needs),) = re.findall(
-        rf"^\| \[`{name}`\]\((methods/\w+\.md)#{name}\) \|.*\| (.*?) \|$",
-        INDEX.read_text("utf-8"),
-        re.M,
-    )
-    assert f"## `{name}`" in (INDEX.parent / page).read_text("utf-8")
-    assert needs == (format_needs(describe_needs(register_algorithm[name]())) or "–")
-
-
-def test_every_scenario_is_in_the_gallery() -> None:
-    gallery = (ROOT / "docs" / "scenarios" / "README.md").read_text().partition("## Gallery")[2]
-    for page in (ROOT / "docs" / "scenarios").glob("[a-z]*.md"):
-        assert f"]({page.name})\n" in gallery
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method, "broadcast", record)
+        trainer = prepare(str(ROOT / "configs/digits_quickstart.yaml"), overrides).make_trainer()
+        for _ in range(2):
+            trainer.run_round()
+        trainer.evaluate()
+    return sent

@@ -6,8 +6,8 @@ import doctest
 import importlib
 import inspect
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -24,6 +24,10 @@ MODULES = [
     for path in sorted((ROOT / package).rglob("*.py"))
     if ">>>" in path.read_text(encoding="utf-8")
 ]
+PACKAGES = {
+    package: list(names)
+    for package, names in groupby(MODULES, lambda name: ".".join(name.split(".")[:2]))
+}
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
 
 
@@ -40,21 +44,29 @@ def public_objects() -> Iterator[tuple[str, object]]:
             yield f"algorithm {name}", register_algorithm[name]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_examples_of_module_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_examples_of_package_run(
+    package: str, subtests: pytest.Subtests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # An example registers a data source, which later tests in this process must not see.
     monkeypatch.setattr(registry, "_sources", dict(registry._sources))
-    module: ModuleType = importlib.import_module(name)
-    result = doctest.testmod(module, optionflags=OPTIONS)
+    for name in PACKAGES[package]:
+        with subtests.test(module=name):
+            folder = tmp_path / name
+            folder.mkdir()
+            monkeypatch.chdir(folder)
+            # It names the file and the line of each failed example.
+            report: list[str] = []
+            runner = doctest.DocTestRunner(optionflags=OPTIONS)
 
-    assert result.attempted > 0
-    assert result.failed == 0
+            for example in doctest.DocTestFinder().find(importlib.import_module(name)):
+                runner.run(example, out=report.append)
+
+            assert runner.tries > 0
+            assert runner.failures == 0, "".join(report)
 
 
-PUBLIC = dict(public_objects())
-
-
-@pytest.mark.parametrize("name", PUBLIC)
-def test_public_name_has_example(name: str) -> None:
-    assert ">>>" in (inspect.getdoc(PUBLIC[name]) or "")
+def test_public_names_have_examples(subtests: pytest.Subtests) -> None:
+    for name, found in public_objects():
+        with subtests.test(name=name):
+            assert ">>>" in (inspect.getdoc(found) or "")

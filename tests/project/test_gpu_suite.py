@@ -16,29 +16,20 @@ from benchmarks.gpu_suite import PARTS, Outcome, Setting, format_part, main, run
 DRY = Setting(is_dry=True, pairs=1)
 
 
-def test_part_is_measured_once_and_listed(tmp_path: Path) -> None:
+def test_part_is_measured_once_in_a_folder_of_its_form(tmp_path: Path) -> None:
     assert run_parts(["vectorized_mlp"], DRY, tmp_path, minutes=9) == {}
 
     file = tmp_path / "vectorized_mlp.json"
     part = json.loads(file.read_text("utf-8"))
     assert set(part["seconds"]) == {"serial", "vectorized"}
     assert format_part("vectorized_mlp", part) in (tmp_path / "table.md").read_text("utf-8")
+    gpu_suite.check_folder(tmp_path, is_dry=True)
+    with pytest.raises(SystemExit, match="holds figures of the dry form; give another folder"):
+        gpu_suite.check_folder(tmp_path, is_dry=False)
 
     file.write_text("measured before", encoding="utf-8")
     assert run_parts(["vectorized_mlp"], DRY, tmp_path, minutes=9) == {}
     assert file.read_text("utf-8") == "measured before"
-
-
-def test_failing_part_does_not_stop_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(PARTS, "pfl_research", (Mock(side_effect=ValueError("on purpose")), 1))
-    monkeypatch.setitem(PARTS, "htfllib", (lambda setting: Outcome("fine"), 1))
-
-    missing = run_parts(["pfl_research", "htfllib"], DRY, tmp_path, minutes=9)
-
-    assert missing == {"pfl_research": "failed: on purpose"}
-    assert [file.name for file in tmp_path.glob("*.json")] == ["htfllib.json"]
 
 
 def test_part_exceeding_the_time_limit_is_skipped(
@@ -82,39 +73,28 @@ def test_table_shows_ratios_of_turns_and_failed_tests() -> None:
     assert "3 passed, 1 failed\n- failed: test_it[a]\n- failed: torch.compile: no compiler" in tests
 
 
-def test_failed_part_is_run_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(setting: Setting) -> Outcome:
-        order.append("pfl_research")
-        sys.exit("no module named pfl")
+def test_failed_part_does_not_stop_the_others_and_is_run_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = Mock(side_effect=[ValueError("on purpose"), SystemExit("no module named pfl")])
+    parts = Mock(pfl_research=failed, htfllib=Mock(return_value=Outcome("fine")))
+    for name in ("pfl_research", "htfllib"):
+        monkeypatch.setitem(PARTS, name, (getattr(parts, name), 1))
 
-    def succeed(setting: Setting) -> Outcome:
-        order.append("htfllib")
-        return Outcome("fine")
+    first = run_parts(["pfl_research", "htfllib"], DRY, tmp_path, minutes=9)
+    (tmp_path / "htfllib.json").unlink()
+    second = run_parts(["pfl_research", "htfllib"], DRY, tmp_path, minutes=9)
 
-    order: list[str] = []
-    monkeypatch.setitem(PARTS, "pfl_research", (fail, 1))
-    monkeypatch.setitem(PARTS, "htfllib", (succeed, 1))
-
-    run_parts(["pfl_research"], DRY, tmp_path, minutes=9)
-    missing = run_parts(["pfl_research", "htfllib"], DRY, tmp_path, minutes=9)
-
-    assert order == ["pfl_research", "htfllib", "pfl_research"]
-    assert missing == {"pfl_research": "failed: no module named pfl"}
+    assert first == {"pfl_research": "failed: on purpose"}
+    assert second == {"pfl_research": "failed: no module named pfl"}
+    called = [name for name, _, _ in parts.mock_calls]
+    assert called == ["pfl_research", "htfllib", "htfllib", "pfl_research"]
+    assert [file.name for file in tmp_path.glob("*.json")] == ["htfllib.json"]
 
 
 def test_part_is_interrupted_at_its_time_limit() -> None:
     with pytest.raises(TimeoutError, match=r"more than 0\.05 s"), gpu_suite.time_limit(0.05):
         time.sleep(5)
-
-
-def test_dry_results_have_a_separate_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_parts(["vectorized_mlp"], DRY, tmp_path, minutes=9)
-
-    gpu_suite.check_folder(tmp_path, is_dry=True)
-    with pytest.raises(SystemExit, match="holds figures of the dry form; give another folder"):
-        gpu_suite.check_folder(tmp_path, is_dry=False)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from hetero_fl.experiment.comparison.study import Study
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
 from model_zoo import create_model
+from tests.support.cases import each_case
 
 # The lines that HtFLlib prints in two rounds and at the end.
 THEIR_OUTPUT = """
@@ -67,13 +68,19 @@ def test_split_has_the_layout_of_htfllib(split: Path) -> None:
     assert total == 1797 and (config["num_clients"], config["num_classes"]) == (4, 10)
 
 
-def test_split_depends_on_the_seed_only(split: Path, tmp_path: Path) -> None:
-    write_split(tmp_path / "same", clients=4, alpha=0.5, seed=0)
-    write_split(tmp_path / "other", clients=4, alpha=0.5, seed=1)
+def test_outputs_belong_to_a_split_which_depends_on_the_seed_only(
+    split: Path, tmp_path: Path
+) -> None:
+    same, other = tmp_path / "same" / split.name, tmp_path / "other" / split.name
+    write_split(same, clients=4, alpha=0.5, seed=0)
+    write_split(other, clients=4, alpha=0.5, seed=1)
 
     expected = (split / "train" / "2.npz").read_bytes()
-    assert (tmp_path / "same" / "train" / "2.npz").read_bytes() == expected
-    assert (tmp_path / "other" / "train" / "2.npz").read_bytes() != expected
+    assert (same / "train" / "2.npz").read_bytes() == expected
+    assert (other / "train" / "2.npz").read_bytes() != expected
+    setting = parity.Setting(1, "digits", tmp_path)
+    first, again, changed = (setting.header(parity.Split.read(f)) for f in (split, same, other))
+    assert first == again != changed
 
 
 def test_existing_folder_is_not_overwritten(
@@ -87,7 +94,7 @@ def test_existing_folder_is_not_overwritten(
     assert "already exists; choose another folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", ["digits", "HtFE-img-4"])
+@each_case("family", ["digits", "HtFE-img-4"])
 def test_models_have_pooled_features(family: str) -> None:
     side = 16 if family == "digits" else 32
     for config in FAMILIES[family]:
@@ -133,9 +140,6 @@ def test_round_is_weighted_by_test_rows_and_read_again() -> None:
     assert "-------------Round number: 3-------------" in text
     assert "Averaged Test Accuracy: 0.6250\nStd Test Accuracy: 0.2500" in text
     assert parity.read_accuracies(text) == [0.625]
-
-
-def test_output_of_htfllib_is_read() -> None:
     assert parity.read_accuracies(THEIR_OUTPUT) == [0.1, 0.75]
 
 
@@ -183,17 +187,6 @@ def test_outputs_of_other_settings_are_not_used(tmp_path: Path) -> None:
     assert parity.is_finished(path, "# rounds=2")
     assert not parity.is_finished(path, "# rounds=20")
     assert not parity.is_finished(tmp_path / "b.out", "# rounds=2")
-
-
-def test_outputs_of_other_files_of_the_same_name_are_not_used(split: Path, tmp_path: Path) -> None:
-    setting = parity.Setting(1, "digits", tmp_path)
-    same, other = tmp_path / "same" / split.name, tmp_path / "other" / split.name
-    write_split(same, clients=4, alpha=0.5, seed=0)
-    write_split(other, clients=4, alpha=0.5, seed=1)
-
-    first, again, changed = (setting.header(parity.Split.read(f)) for f in (split, same, other))
-
-    assert first == again != changed
 
 
 def test_mistakes_are_one_line(

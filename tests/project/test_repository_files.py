@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from hetero_fl import __version__
+from tests.support.cases import each_case
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -28,7 +28,7 @@ def test_workflows_exist() -> None:
     assert names == ["release", "site", "slow_tests", "tests"]
 
 
-@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+@each_case("workflow", WORKFLOWS)
 def test_commands_of_a_workflow_refer_to_existing_files(workflow: Path) -> None:
     commands = " ".join(step.get("run", "") for step in steps(workflow))
 
@@ -75,15 +75,6 @@ def test_changelog_has_the_headings_of_the_deprecation_policy() -> None:
 
     assert headings == ["Deprecated", "Removed"]
     assert all(f"\n### {heading}\n" in changelog for heading in headings)
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_links_exist(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-
-    for target in re.findall(r"\]\(([^)\s#]+)\)", text):
-        if not target.startswith("https://"):
-            assert (ROOT / target).exists(), target
 
 
 def test_issue_templates_and_hooks_are_valid_yaml() -> None:

@@ -35,6 +35,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.experiment.benchmark.protocol import Benchmark
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
 from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
+from tests.support.cases import each_case
 from tests.support.run_directories import Case, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -98,13 +99,17 @@ def runs_of(path: Path, key: str = "algorithm") -> dict[str, list[dict[str, str]
     return found
 
 
+def mean_and_deviation(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
 def test_pages_contain_their_tables() -> None:
     assert [name for _, name in marked(README)] == ["overview", "verdict"]
     assert set(marked(OPTIONS)) == {("components", name) for name in COMPONENT_TABLES}
     assert list(marked(REPLICATION)) == [("replication", name) for name in TABLES]
 
 
-@pytest.mark.parametrize(("page", "name"), SUMMARIES, ids=lambda x: getattr(x, "stem", x))
+@each_case(("page", "name"), SUMMARIES)
 def test_summary_matches_the_archived_runs(page: Path, name: str) -> None:
     federation = name.removeprefix("summary of ")
     path = BENCHMARK / f"{federation}.csv"
@@ -120,8 +125,7 @@ def test_summary_matches_the_archived_runs(page: Path, name: str) -> None:
         own = [run for run in runs[method] if run["components"] == "all"]
         for title, key in COLUMNS.items():
             values = [100 * float(run[key]) for run in own]
-            mean, deviation = statistics.mean(values), statistics.stdev(values)
-            assert row[title] == f"{mean:.1f} ± {deviation:.1f}", (method, title)
+            assert row[title] == mean_and_deviation(values), (method, title)
         sent = statistics.mean(float(run["up_bytes"]) + float(run["down_bytes"]) for run in own)
         assert float(row["MB"]) == pytest.approx(sent / 1e6, rel=0.05)
 
@@ -136,8 +140,7 @@ def test_overview_matches_the_archived_runs() -> None:
         for title, cell in row.items():
             runs = runs_of(BENCHMARK / f"{titles[title]}.csv", "method")[method]
             values = [100 * float(run[GLOBAL]) for run in runs if run["components"] == "all"]
-            mean, deviation = statistics.mean(values), statistics.stdev(values)
-            assert cell == f"{mean:.1f} ± {deviation:.1f}", (method, title)
+            assert cell == mean_and_deviation(values), (method, title)
     assert len(shown) == 8
 
 
@@ -223,7 +226,7 @@ def test_result_tables_check_finds_a_changed_figure(
         page.write_text(text, encoding="utf-8")
 
 
-@pytest.mark.parametrize("table", list(COMPONENT_TABLES))
+@each_case("table", list(COMPONENT_TABLES))
 def test_component_tables_match_the_archived_runs(table: str) -> None:
     spec = COMPONENT_TABLES[table]
     shown = read_rows(marked(OPTIONS)["components", table])
@@ -235,8 +238,7 @@ def test_component_tables_match_the_archived_runs(table: str) -> None:
             # The runs are in the order of their seeds.
             values = [100 * float(run[spec.metric]) for run in runs[: spec.seeds]]
             if len(values) > 1:
-                mean, deviation = statistics.mean(values), statistics.stdev(values)
-                found.add(f"{mean:.1f} ± {deviation:.1f} ({min(values):.1f})")
+                found.add(f"{mean_and_deviation(values)} ({min(values):.1f})")
         assert cells - {"–"} <= found, title
 
 
@@ -331,40 +333,20 @@ def test_recorded_output_names_the_command_and_the_commit(
     monkeypatch.setattr(record, "MEASUREMENTS", tmp_path / "measurements")
     monkeypatch.setattr(record, "archivable_commit", lambda: "0123abcd")
     monkeypatch.setattr(sys, "argv", ["record", "sums", "secure_sum", "--quick"])
-
     record.main()
-
-    lines = (tmp_path / "measurements" / "sums.txt").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "$ python -m benchmarks secure_sum --quick"
-    assert re.match(r"# 0123abcd, \d+ cores, .+, Python 3", lines[1])
-    assert lines[2].startswith("| clients | numbers |") and lines[4].startswith("| 5 | 1,000 |")
-
-
-def test_output_of_the_command_line_is_recorded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(record, "MEASUREMENTS", tmp_path)
-    monkeypatch.setattr(record, "archivable_commit", lambda: "0123abcd")
     monkeypatch.setattr(sys, "argv", ["record", "version", "hetero-fl", "--version"])
-
     record.main()
-
-    first, _, output = (tmp_path / "version.txt").read_text(encoding="utf-8").splitlines()
-    assert first == "$ hetero-fl --version"
-    assert output.startswith("hetero-fl ")
-
-
-def test_output_of_a_failed_benchmark_is_not_recorded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(record, "MEASUREMENTS", tmp_path)
-    monkeypatch.setattr(record, "archivable_commit", lambda: "0123abcd")
-    monkeypatch.setattr(sys, "argv", ["record", "sums", "no_such_benchmark"])
-
+    monkeypatch.setattr(sys, "argv", ["record", "failed", "no_such_benchmark"])
     with pytest.raises(SystemExit, match="nothing was archived"):
         record.main()
 
-    assert not list(tmp_path.iterdir())
+    files = {file.stem: file.read_text("utf-8") for file in (tmp_path / "measurements").iterdir()}
+    sums, version = (files.pop(name).splitlines() for name in ("sums", "version"))
+    assert not files
+    assert sums[0] == "$ python -m benchmarks secure_sum --quick"
+    assert re.match(r"# 0123abcd, \d+ cores, .+, Python 3", sums[1])
+    assert sums[2].startswith("| clients | numbers |") and sums[4].startswith("| 5 | 1,000 |")
+    assert version[0] == "$ hetero-fl --version" and version[2].startswith("hetero-fl ")
 
 
 @pytest.fixture
@@ -388,28 +370,24 @@ def git(folder: Path, *arguments: str) -> str:
 def test_results_of_a_commit_may_be_archived(repository: Path) -> None:
     (repository / "docs" / "results" / "sums.txt").write_text("2", encoding="utf-8")
     head = git(repository, "rev-parse", "HEAD")
+    tree = git(repository, "rev-parse", "HEAD^{tree}")
+    abandoned = git(repository, "commit-tree", tree, "-m", "abandoned")
 
     found = {record.archivable_commit(name, repository) for name in ("HEAD", head, head[:7])}
 
     assert found == {head[:8]}
+    for name in (abandoned, "01234567", f"{head[:8]}+"):
+        with pytest.raises(SystemExit, match="is not in the history of the repository"):
+            record.archivable_commit(name, repository)
 
 
-@pytest.mark.parametrize("name", ["benchmark.py", "new.py"])
+@each_case("name", ["new.py", "benchmark.py"])
 def test_results_of_changed_files_are_refused(name: str, repository: Path) -> None:
+    git(repository, "clean", "--quiet", "--force")
     (repository / name).write_text("2", encoding="utf-8")
 
     with pytest.raises(SystemExit, match=rf"^{name}: not committed; commit all changes first$"):
         record.archivable_commit(root=repository)
-
-
-def test_results_of_a_commit_outside_the_history_are_refused(repository: Path) -> None:
-    tree = git(repository, "rev-parse", "HEAD^{tree}")
-    abandoned = git(repository, "commit-tree", tree, "-m", "abandoned")
-    head = git(repository, "rev-parse", "--short=8", "HEAD")
-
-    for name in (abandoned, "01234567", f"{head}+"):
-        with pytest.raises(SystemExit, match="is not in the history of the repository"):
-            record.archivable_commit(name, repository)
 
 
 def test_archive_of_runs_of_an_unknown_commit_is_refused(

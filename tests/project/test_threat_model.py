@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
+from tests.support.cases import each_case
 
 ROOT = Path(__file__).parents[2]
 PARTIES = ("the server", "a site", "other sites", "the network", "the author of a file")
 TABLE = re.compile(r"^(\|.*\| test \|)\n\|[ |-]+\|\n((?:\|.*\n)+)", re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["SECURITY.md", "docs/explanation/threat_model.md"])
+@each_case("page", ["SECURITY.md", "docs/explanation/threat_model.md"])
 def test_everything_that_a_party_cannot_do_names_an_existing_test(page: str) -> None:
     tables = TABLE.findall((ROOT / page).read_text(encoding="utf-8"))
 

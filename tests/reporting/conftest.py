@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 
@@ -13,9 +14,9 @@ from tests.support.run_directories import Case, write_run
 
 @pytest.fixture
 def made_run(tmp_path: Path) -> Callable[..., RunDirectory]:
-    """Return a function that writes a run described by the keywords of `Case`."""
+    """Return a function that writes a run described by the keywords of `Case` to a new folder."""
 
     def make(**settings: object) -> RunDirectory:
-        return write_run(tmp_path / "run", Case(**settings))  # type: ignore[arg-type]
+        return write_run(Path(mkdtemp(dir=tmp_path)) / "run", Case(**settings))  # type: ignore[arg-type]
 
     return make

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 from hetero_fl.reporting.rendering import format_environment, format_training, render
+from tests.support.cases import each_case
 
 
 def test_environment_rows_have_labels_instead_of_keys() -> None:
@@ -56,7 +55,7 @@ def test_environment_rows_name_workers_and_clients_at_a_time() -> None:
     }
 
 
-@pytest.mark.parametrize("reason", ["OMP_NUM_THREADS", "runtime.threads"])
+@each_case("reason", ["OMP_NUM_THREADS", "runtime.threads"])
 def test_environment_rows_do_not_repeat_the_number_of_threads(reason: str) -> None:
     choice = {"server_threads": 2, "reasons": [f"2 threads ({reason})"]}
 
@@ -92,7 +91,7 @@ def test_training_settings_of_a_regression_leave_out_settings_of_classes() -> No
     assert format_training(settings, "regression") == "epochs 2, fine-tuning epochs 3"
 
 
-@pytest.mark.parametrize("attack", ["membership", "inversion"])
+@each_case("attack", ["membership", "inversion"])
 def test_audit_page_names_only_the_attacks_made(attack: str) -> None:
     tables: dict[str, list[list[str]]] = {"membership": [], "inversion": []}
     tables[attack] = [["site_1", "loss", "", "", "", ""]]

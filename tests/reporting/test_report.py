@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.reporting.plots import write_plots
 from hetero_fl.reporting.report import _repeat_command, write_report
 from hetero_fl.reporting.run_directory import RunDirectory
+from tests.support.cases import each_case
 
 MakeRun = Callable[..., RunDirectory]
 VOID = {"meta", "img", "br", "link"}
@@ -101,7 +101,7 @@ def test_report_is_self_contained(made_run: MakeRun, case: dict[str, Any]) -> No
     assert str(run.path) not in text, "a report tells nobody the folders of a machine"
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("configured", "chosen", "option"),
     [
         ("auto", {"executor": "serial", "chunk": 1}, " runtime.executor=serial"),
@@ -180,14 +180,18 @@ def test_report_embeds_the_plots_of_the_run(made_run: MakeRun) -> None:
     assert [base64.b64decode(source.partition(",")[2]) for source in sources] == drawn
 
 
-def test_report_states_warnings_first(made_run: MakeRun) -> None:
-    page = read(made_run(simulated=True, failures=True))
+def test_report_states_warnings_first_and_privacy(made_run: MakeRun) -> None:
+    run = made_run(simulated=True, failures=True)
+    page = read(run)
+    assert "No differential privacy was used." in page.text
     assert "The data of this run is generated, not real." in page.text
     assert (
         "Clients dropped in 1 round: round 2: hospital_2 "
         "(loss or parameters of 'model' are not finite)." in page.text
     )
     assert page.text.index("The data of this run is generated") < page.text.index("Summary")
+    run.write_json("summary.json", run.summary() | {"privacy": {"epsilon": 3.456, "delta": 1e-5}})
+    assert "ε = 3.46 at δ = 1e-05" in read(run).text
 
 
 def test_report_counts_undefined_values(made_run: MakeRun) -> None:
@@ -229,19 +233,6 @@ def test_report_describes_the_server_model(made_run: MakeRun, server: bool) -> N
     assert ("server's model" in page.text) == server
 
 
-def test_report_describes_custom_methods_by_docstring(
-    made_run: MakeRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Mine(Algorithm):
-        """Half of the clients wait (Doe 2020).
-
-        More of it.
-        """
-
-    monkeypatch.setattr(register_algorithm, "_known", {**register_algorithm._known, "mine": Mine})
-    assert "Half of the clients wait (Doe 2020)." in read(made_run(rounds=1, algorithm="mine")).text
-
-
 def test_report_escapes_all_texts(made_run: MakeRun) -> None:
     run = made_run(clients=2, rounds=1)
     evil = "<script>alert(1)</script>"
@@ -253,16 +244,3 @@ def test_report_escapes_all_texts(made_run: MakeRun) -> None:
     page = read(run)
     assert page.text.count(evil) >= 3
     assert "hospital_2</b>" not in (run.path / "report.html").read_text()
-
-
-def test_report_lists_all_clients(made_run: MakeRun) -> None:
-    page = read(made_run(clients=600, rounds=1))
-    named = [row[0].split()[0] for row in page.cells if row and row[0].startswith("clinic_")]
-    assert named == [f"clinic_{i:03d}" for i in range(1, 601)]
-
-
-def test_report_states_privacy(made_run: MakeRun) -> None:
-    run = made_run(rounds=1)
-    assert "No differential privacy was used." in read(run).text
-    run.write_json("summary.json", run.summary() | {"privacy": {"epsilon": 3.456, "delta": 1e-5}})
-    assert "ε = 3.46 at δ = 1e-05" in read(run).text

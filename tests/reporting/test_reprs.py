@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 import hetero_fl
@@ -15,12 +14,11 @@ from hetero_fl.reporting.run import Run
 from tests.support.federations import config
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return hetero_fl.run(config("fedavg", clients=2), out=tmp_path_factory.mktemp("repr") / "run")
+def test_run_shows_method_data_scores_and_models(tmp_path: Path) -> None:
+    run = hetero_fl.run(config("fedavg", clients=2), out=tmp_path / "run")
+    model = run.models["site_1"]
+    values = sum(tensor.numel() for tensor in model.tensors.values())
 
-
-def test_run_shows_method_data_and_scores(run: Run) -> None:
     first, second = repr(run).splitlines()
 
     assert first == f"Run('{run.path}': FedAvg on digits, 2 rounds, 2 clients, seed 0;"
@@ -28,25 +26,15 @@ def test_run_shows_method_data_and_scores(run: Run) -> None:
         r"    local test: balanced accuracy .*; global test: balanced accuracy [\d.]+%, .*\)",
         second,
     )
-
-
-def test_repr_of_an_unfinished_run(run: Run, tmp_path: Path) -> None:
-    for name in ("config.yaml", "environment.json"):
-        (tmp_path / name).write_bytes((run.path / name).read_bytes())
-
-    assert repr(Run(tmp_path)) == f"Run('{tmp_path}': not finished)"
-
-
-def test_repr_of_models_is_one_line_each(run: Run) -> None:
-    model = run.models["site_1"]
-    values = sum(tensor.numel() for tensor in model.tensors.values())
-
     assert repr(model) == (
         "SavedModel('cnn_bn_small': multiclass with 10 "
         f"outputs, input [1, 8, 8], {values:,} values in "
         f"{len(model.tensors)} tensors)"
     )
     assert "\n" not in repr(run.models)
+    for name in ("summary.json", "SHA256SUMS"):
+        (run.path / name).unlink()
+    assert repr(Run(run.path)) == f"Run('{run.path}': not finished)"
 
 
 def test_data_set_shows_its_rows_and_shapes() -> None:

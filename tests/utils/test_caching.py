@@ -1,3 +1,5 @@
+"""Caches of bounded size, by key and by identity."""
+
 from __future__ import annotations
 
 import copy

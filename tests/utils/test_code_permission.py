@@ -30,6 +30,7 @@ from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.federations import changed, config
 
 TRAP = """
@@ -134,13 +135,9 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     sys.modules.pop(name, None)
 
 
-def filled(value: Any, trap: str) -> Any:
-    """Return the value with the trap in place of `{}`."""
-    if isinstance(value, str):
-        return value.replace("{}", trap)
-    if isinstance(value, dict):
-        return {key: filled(each, trap) for key, each in value.items()}
-    return [filled(each, trap) for each in value] if isinstance(value, list) else value
+def filled(value: dict[str, Any], trap: str) -> Any:
+    """Return the settings with the trap in place of `{}`."""
+    return json.loads(json.dumps(value).replace("{}", trap))
 
 
 def written(source: dict[str, Any], name: str = "small.yaml") -> str:
@@ -163,68 +160,70 @@ def refused_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> st
     return captured.err.removeprefix("error: ").strip()
 
 
-@pytest.mark.parametrize("place", PLACES)
 def test_commands_refuse_code_named_by_files(
-    place: str, trap: str, capsys: pytest.CaptureFixture[str]
+    trap: str, capsys: pytest.CaptureFixture[str], subtests: pytest.Subtests
 ) -> None:
-    changes, key, name = PLACES[place]
-    file = written(changed(config(**BARE), **filled(changes, trap)))
-    line = f"{file}: {key}: {LINE.format(name=trap + name)}"
-
-    assert refused_line(["train", "--config", file, "--out", "run"], capsys) == line
-    compare = ["compare", "--config", file, "--algorithms", "local", "--out", "all"]
-    if not key.startswith("algorithm"):
-        assert refused_line(compare, capsys) == line
-    assert main(["train", "--config", file, "--check"]) == 0
-    printed = capsys.readouterr().out
-    assert "unknown" in printed and f"note: {key} names code, {trap + name};" in printed
-    with pytest.raises(UserError, match="pass allow_code=True to run it"):
-        load_config(file)
+    for place, (changes, key, name) in PLACES.items():
+        file = written(changed(config(**BARE), **filled(changes, trap)), f"{place}.yaml")
+        line = f"{file}: {key}: {LINE.format(name=trap + name)}"
+        with subtests.test(place=place):
+            assert refused_line(["train", "--config", file, "--out", "run"], capsys) == line
+            compare = ["compare", "--config", file, "--algorithms", "local", "--out", "all"]
+            if not key.startswith("algorithm"):
+                assert refused_line(compare, capsys) == line
+            assert main(["train", "--config", file, "--check"]) == 0
+            printed = capsys.readouterr().out
+            assert "unknown" in printed and f"note: {key} names code, {trap + name};" in printed
+            with pytest.raises(UserError, match="pass allow_code=True to run it"):
+                load_config(file)
     assert not Path("imported").exists()
 
-    load_config(file, allow_code=True)
+    for place in PLACES:
+        load_config(f"{place}.yaml", allow_code=True)
 
 
-@pytest.mark.parametrize("command", ["federate", "server"])
 def test_federations_refuse_code_that_a_file_names(
-    command: str, trap: str, capsys: pytest.CaptureFixture[str]
+    trap: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("flwr")
-    assert (
-        main(["certificates", "net", "--host", "127.0.0.1", "--clients", "site_1,site_2,site_3"])
-        == 0
-    )
+    clients = "site_1,site_2,site_3"
+    assert main(["certificates", "net", "--host", "127.0.0.1", "--clients", clients]) == 0
     capsys.readouterr()
     file = written(config(models=f"{trap}Net", **BARE))
-    more = ["--server", "net/server/server.yaml"] if command == "server" else []
-    line = refused_line([command, "--config", file, "--out", "run", *more], capsys)
-    assert line == f"{file}: clients.groups.0.model: {LINE.format(name=trap + 'Net')}"
+    for command in (["federate"], ["server", "--server", "net/server/server.yaml"]):
+        line = refused_line([*command, "--config", file, "--out", "run"], capsys)
+        assert line == f"{file}: clients.groups.0.model: {LINE.format(name=trap + 'Net')}"
 
 
 def test_name_of_another_type_is_refused(trap: str, capsys: pytest.CaptureFixture[str]) -> None:
-    file = written(config(**BARE, clients__defaults__model={"name": f"{trap}Net".encode()}))
-    assert "!!binary" in Path(file).read_text()
-    assert LINE.format(name=f"{trap}Net") in refused_line(
-        ["train", "--config", file, "--out", "run"], capsys
-    )
-    settings = {"name": "fml", "mentee": {"name": f"{trap}Net".encode()}}
-    file = written(config(**BARE, algorithm=settings))
-    assert "algorithm.mentee.name: 'python:" in refused_line(
-        ["train", "--config", file, "--out", "run"], capsys
-    )
+    binary = {"name": f"{trap}Net".encode()}
+    for changes, words in (
+        ({"clients__defaults__model": binary}, LINE.format(name=f"{trap}Net")),
+        ({"algorithm": {"name": "fml", "mentee": binary}}, "algorithm.mentee.name: 'python:"),
+    ):
+        file = written(config(**BARE, **changes))
+        assert "!!binary" in Path(file).read_text()
+        assert words in refused_line(["train", "--config", file, "--out", "run"], capsys)
 
 
-def test_command_line_names_require_the_flag(trap: str, capsys: pytest.CaptureFixture[str]) -> None:
-    file, name = written(config("local", **BARE)), f"{trap}Method"
-    line = refused_line(
-        ["train", "--config", file, "--out", "run", f"algorithm.name={name}"], capsys
-    )
-    assert line == f"algorithm.name={name}: algorithm.name: {LINE.format(name=name)}"
-    compare = ["compare", "--config", file, "--algorithms", f"local,{name}", "--out", "all"]
-    assert LINE.format(name=name) in refused_line(compare, capsys)
-    study = written({"config": file, "algorithms": [name], "out": "all"}, "study.yaml")
-    assert LINE.format(name=name) in refused_line(["compare", "--study", study], capsys)
-    assert LINE.format(name=name) in refused_line(["methods", name], capsys)
+def test_command_line_names_require_the_flag(
+    trap: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, method, rows = written(config("local", **BARE)), f"{trap}Method", f"{trap}rows"
+    study = written({"config": file, "algorithms": [method], "out": "all"}, "study.yaml")
+    override = f"algorithm.name={method}"
+    run = str(finished)
+    for name, place, command in (
+        (method, f"{override}: algorithm.name: ", ["train", "-c", file, "--out", "run", override]),
+        (method, "", ["compare", "-c", file, "--algorithms", f"local,{method}", "--out", "all"]),
+        (method, "", ["compare", "--study", study]),
+        (method, "", ["methods", method]),
+        (rows, "--data: ", ["evaluate", run, "--data", rows]),
+        (rows, "--data: ", ["join", run, "--data", rows]),
+        (f"{trap}Net", "--model: ", ["join", run, "--data", "digits", "--model", f"{trap}Net"]),
+    ):
+        line = refused_line(command, capsys)
+        assert line.startswith(place) and LINE.format(name=name) in line
 
 
 def test_error_search_imports_no_code(trap: str) -> None:
@@ -276,10 +275,14 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "place", [place for place in PLACES if place not in ("predictions", "attack")]
+@each_case(
+    ("place", "name"),
+    [
+        *((place, OTHERS[0]) for place in PLACES if place not in ("predictions", "attack")),
+        *(("source", name) for name in OTHERS[1:]),
+        *(("defaults", name) for name in OTHERS[1:]),
+    ],
 )
-@pytest.mark.parametrize("name", OTHERS)
 def test_other_callables_are_refused_despite_the_flag(
     place: str,
     name: str,
@@ -292,10 +295,8 @@ def test_other_callables_are_refused_despite_the_flag(
     monkeypatch.setattr("os.system", called)
     monkeypatch.setattr("subprocess.Popen.__init__", called)
     changes, _, what = PLACES[place]
-    text = json.dumps(filled(changes, trap)).replace(trap + what, name)
-    file = written(
-        changed(config("feddf" if place == "student" else "fedavg", **BARE), **json.loads(text))
-    )
+    own = json.loads(json.dumps(changes).replace("{}" + what, name))
+    file = written(changed(config("feddf" if place == "student" else "fedavg", **BARE), **own))
     line = refused_line(["train", "--config", file, "--out", "run", "--allow-code"], capsys)
     assert f"{name.split(':')[2]}" in line and "is not " in line
 
@@ -373,47 +374,36 @@ def test_permission_for_another_process_does_not_ask() -> None:
     assert permission.granted == {"python:a:B", "python:c:D"}
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize("answer", ["y\n", "n\n", "\n", ""])
+@pytest.mark.parametrize(
+    ("answer", "terminals"),
+    [
+        ("y\n", ("stdin", "stderr")),
+        ("n\n", ("stdin", "stderr")),
+        ("", ("stdin", "stderr")),
+        ("y\n", ("stdin",)),
+        ("y\n", ("stderr",)),
+    ],
+)
 def test_terminal_user_is_asked(
-    answer: str, trap: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    answer: str, terminals: tuple[str, ...], trap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = written(config("local", f"{trap}Net", 2, rounds=1, **BARE))
-    monkeypatch.setattr("sys.stdin", Terminal(answer * 5))
-    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    file = written(config("local", f"{trap}Net", 2, rounds=1, **BARE), "small\x1b[2K.yaml")
+    streams = {"stdin": io.StringIO(answer * 5), "stderr": io.StringIO()}
+    for name, stream in streams.items():
+        monkeypatch.setattr(stream, "isatty", lambda name=name: name in terminals)
+        monkeypatch.setattr(sys, name, stream)
+
     status = main(["train", "--config", file, "--out", "run"])
-    module = trap.split(":")[1]
-    question = f"{file}: clients.groups.0.model names code: Net of module {module}. Run it? [y/N] "
-    assert terminal.getvalue().count(question) == 1
-    ran = answer == "y\n"
+
+    question = (
+        "small\\x1b[2K.yaml: clients.groups.0.model names code: "
+        f"Net of module {trap.split(':')[1]}. Run it? [y/N] "
+    )
+    is_asked = len(terminals) == 2
+    ran = is_asked and answer == "y\n"
+    assert streams["stderr"].getvalue().count(question) == is_asked
     assert status == (0 if ran else 2)
     assert Path("imported").exists() is ran and Path("run").exists() is ran
-
-
-@pytest.mark.parametrize("stream", ["stdin", "stderr"])
-def test_only_terminal_users_are_asked(
-    stream: str, trap: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = written(config("local", f"{trap}Net", **BARE))
-    streams = {"stdin": Terminal("y\n"), "stderr": Terminal()}
-    monkeypatch.setattr("sys.stdin", streams["stdin"])
-    monkeypatch.setattr("sys.stderr", streams["stderr"])
-    monkeypatch.setattr(streams[stream], "isatty", lambda: False)
-    assert main(["train", "--config", file, "--out", "run"]) == 2
-    assert "[y/N]" not in streams["stderr"].getvalue() and not Path("imported").exists()
-
-
-def test_question_escapes_control_characters(trap: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "small\x1b[2K.yaml"
-    written(config("local", f"{trap}Net", **BARE), name)
-    monkeypatch.setattr("sys.stdin", Terminal("n\n"))
-    monkeypatch.setattr("sys.stderr", terminal := Terminal())
-    assert main(["train", "--config", name, "--out", "run"]) == 2
-    assert terminal.getvalue().startswith("small\\x1b[2K.yaml: clients.groups.0.model names code")
 
 
 @pytest.fixture(scope="module")
@@ -468,30 +458,13 @@ def test_commands_refuse_code_that_a_run_directory_names(
     )
     assert line == f"{file}: {LINE.format(name=trap + 'Net')}"
     assert sorted(Path("run").rglob("*")) == before and not Path("imported").exists()
+    if what == "config":
+        assert "names code" in refused_line(["train", "--resume", "--out", "run"], capsys)
     function = getattr(hetero_fl, command)
     more = {"evaluate": ["digits"], "join": ["digits"]}.get(command, [])
     with pytest.raises(UserError, match="pass allow_code=True to run it"):
         function("run", *more, **({"out": "joined"} if command == "join" else {}))
     assert not Path("imported").exists()
-
-
-def test_data_given_by_name_requires_the_flag(
-    trap: str, finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for command, option, name in (
-        (["evaluate"], "--data", f"{trap}rows"),
-        (["join"], "--data", f"{trap}rows"),
-        (["join", "--data", "digits"], "--model", f"{trap}Net"),
-    ):
-        line = refused_line([*command, str(finished), option, name], capsys)
-        assert line == f"{option}: {LINE.format(name=name)}"
-
-
-def test_resume_refuses_a_crafted_run(
-    trap: str, finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    crafted(finished, f"{trap}Net", "config")
-    assert "names code" in refused_line(["train", "--resume", "--out", "run"], capsys)
 
 
 def test_init_from_refuses_models_that_name_code(
@@ -541,26 +514,28 @@ def test_report_imports_no_code(trap: str) -> None:
     assert method_class(f"{trap}Method") is not None
 
 
-@pytest.mark.parametrize(
-    ("site", "key", "name"),
-    [
-        ({"model": "{}Net"}, "model.0.name", "Net"),
-        ({"data": {"name": "{}rows"}}, "data.name", "rows"),
-        ({"allows": {"own_code": ["{}Method"]}}, "allows.own_code.0", "Method"),
-        ({"allows": {"methods": ["{}Method"]}}, "allows.methods.0", "Method"),
-    ],
-)
+SITES: dict[str, dict[str, Any]] = {
+    "model.0.name": {"model": "{}Net"},
+    "data.name": {"data": {"name": "{}rows"}},
+    "allows.own_code.0": {"allows": {"own_code": ["{}Method"]}},
+    "allows.methods.0": {"allows": {"methods": ["{}Method"]}},
+}
+
+
 def test_site_file_does_not_grant_permission(
-    site: dict[str, Any], key: str, name: str, trap: str, capsys: pytest.CaptureFixture[str]
+    trap: str, capsys: pytest.CaptureFixture[str], subtests: pytest.Subtests
 ) -> None:
     server = {"address": "127.0.0.1:1", "key": "key"}
-    file = written({"client": "site_1", "server": server, **filled(site, trap)}, "site.yaml")
-    assert (
-        refused_line(["node", "--site", file], capsys)
-        == f"{file}: {key}: {LINE.format(name=trap + name)}"
-    )
+    for key, site in SITES.items():
+        with subtests.test(key=key):
+            settings = {"client": "site_1", "server": server, **filled(site, trap)}
+            file = written(settings, f"{key}.yaml")
+            line = refused_line(["node", "--site", file], capsys)
+            assert line.startswith(f"{file}: {key}: '{trap}")
+            assert line.endswith(LINE.partition("}'")[2])
     assert not Path("imported").exists()
-    assert load_site_config(file, allow_code=True)[0].client == "site_1"
+    for key in SITES:
+        assert load_site_config(f"{key}.yaml", allow_code=True)[0].client == "site_1"
 
 
 def test_node_runs_only_code_that_its_site_allows(trap: str) -> None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from hetero_fl.utils.environment import describe_environment
+from tests.support.cases import each_case
 
 
-@pytest.mark.parametrize("device", ["cpu", "mps"])
+@each_case("device", ["cpu", "mps"])
 def test_environment_without_cuda(device: str) -> None:
     assert describe_environment({"device": device, "threads": 1})["device"] == device
 
@@ -25,7 +26,7 @@ def test_environment_names_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("user", "spins"),
     [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
 )

@@ -47,26 +47,26 @@ class _Hide:
 
 
 @pytest.mark.usefixtures("without_extras")
-def test_table_without_pandas_names_the_extra(tmp_path: Path) -> None:
+def test_missing_package_names_the_extra(tmp_path: Path, subtests: pytest.Subtests) -> None:
     file = tmp_path / "rows.csv"
     file.write_text("age,label\n1,0\n", encoding="utf-8")
+    table = SourceConfig(name="table", path=str(file), label="label")
+    digits = {"data": {"name": "digits"}}
 
-    with pytest.raises(UserError, match=r"^data\.name: table: pandas .*'hetero_fl\[tables\]'$"):
-        load_source(SourceConfig(name="table", path=str(file), label="label"), tmp_path)
-
-
-@pytest.mark.usefixtures("without_extras")
-def test_compare_without_scipy_stops_before_its_runs(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^compare needs pandas.*'hetero_fl\[compare\]'$"):
-        compare({"data": {"name": "digits"}}, ["local"], out=tmp_path / "out")
-
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.usefixtures("without_extras")
-def test_history_without_pandas_names_the_extra() -> None:
-    with pytest.raises(UserError, match=r"^Run\.history needs pandas"):
-        history_frame([])
+    for message, use in (
+        (
+            r"^data\.name: table: pandas .*'hetero_fl\[tables\]'$",
+            lambda: load_source(table, tmp_path),
+        ),
+        (
+            r"^compare needs pandas.*'hetero_fl\[compare\]'$",
+            lambda: compare(digits, ["local"], out=tmp_path / "out"),
+        ),
+        (r"^Run\.history needs pandas", lambda: history_frame([])),
+    ):
+        with subtests.test(message=message), pytest.raises(UserError, match=message):
+            use()
+    assert not (tmp_path / "out").exists(), "compare stops before its runs"
 
 
 def test_command_reports_a_missing_package_in_one_line(

@@ -23,6 +23,7 @@ from hetero_fl.deployment.flower.commands import check_flower
 from hetero_fl.utils import environment, processes
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import write_atomically
+from tests.support.cases import each_case
 
 ROOT = Path(__file__).parents[2]
 # Modules of the standard library that Windows lacks.
@@ -63,7 +64,7 @@ def test_interrupts_are_ignored_without_signal_masks(monkeypatch: pytest.MonkeyP
         signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("platform", ["darwin", "win32"])
+@each_case("platform", ["darwin", "win32"])
 def test_workers_are_spawned_on_other_systems(
     monkeypatch: pytest.MonkeyPatch, platform: str
 ) -> None:
@@ -97,7 +98,7 @@ class Kernel:
         return lambda *_: self.results[name]
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("kernel", "is_running"),
     [
         (Kernel(handle=7, error=0, waited=processes.WAIT_TIMEOUT), True),
@@ -119,18 +120,16 @@ def test_windows_is_asked_for_a_process_without_a_signal(
     assert kernel.closed == [7] * bool(kernel.handle)
 
 
-def test_deployment_without_fork_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deployment_without_fork_or_unix_sockets_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delattr(os, "fork", raising=False)
+    monkeypatch.delattr(os, "getuid", raising=False)
 
     with pytest.raises(
         UserError, match=r"^deployments need fork and Unix sockets, which .* Linux$"
     ):
         check_flower()
-
-
-def test_site_without_unix_sockets_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(os, "getuid", raising=False)
-
     with pytest.raises(worker_socket.WorkerError, match="need Unix sockets"):
         worker_socket.socket_path(Path("site.yaml"))
 

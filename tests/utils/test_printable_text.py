@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-
 from hetero_fl.utils.errors import is_printable, printable
+from tests.support.cases import each_case
 
 FAMILY = "\N{WOMAN}\N{ZERO WIDTH JOINER}\N{GIRL}"
 
 
-@pytest.mark.parametrize(
+@each_case(
     "name",
     [
         "a\N{NO-BREAK SPACE}b",
@@ -23,7 +22,7 @@ def test_letters_of_all_scripts_and_emoji_are_printed_as_they_are(name: str) -> 
     assert printable(name) == name
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("name", "escaped"),
     [
         ("a\x1b[2J", "a\\x1b[2J"),

@@ -91,9 +91,16 @@ def test_comparison_worker_ends_with_its_parent(tmp_path: Path) -> None:
     assert not is_running
 
 
-def test_second_sigterm_raises() -> None:
+def test_second_sigterm_raises_and_the_first_without_work() -> None:
     announced = threading.Event()
     before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        processes.handle_termination(announced.set, lambda: True),
+    ):
+        signal.raise_signal(signal.SIGTERM)
+    assert not announced.is_set()
+
     with (
         pytest.raises(KeyboardInterrupt),
         processes.handle_termination(announced.set) as is_stopping,
@@ -103,13 +110,3 @@ def test_second_sigterm_raises() -> None:
         assert is_stopping() and announced.wait(10)
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_first_sigterm_raises_without_work() -> None:
-    announced = threading.Event()
-    with (
-        pytest.raises(KeyboardInterrupt),
-        processes.handle_termination(announced.set, lambda: True),
-    ):
-        signal.raise_signal(signal.SIGTERM)
-    assert not announced.is_set()

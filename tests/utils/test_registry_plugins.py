@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from hetero_fl import load_config, run
 from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.cli import main
 from hetero_fl.config.data import SourceConfig
-from hetero_fl.data import check_source, list_sources, load_source, registry
+from hetero_fl.data import list_sources, load_source, registry
 from hetero_fl.reporting.loggers import register_logger
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.registry import Registry
@@ -55,36 +56,41 @@ class Lines(Logger):
 
     _path: object = None
 '''
-LOGGERS = {"hetero_fl.loggers": {"lines": "other_package:Lines"}}
-METHODS = {"hetero_fl.algorithms": {"slower": "other_package:Slower"}}
+Install = Callable[..., None]
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Search for plug-ins again, and undo what the plug-ins of a test register."""
+@pytest.fixture
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Return a function that installs a package with plug-ins until the end of the test."""
     monkeypatch.delitem(sys.modules, "other_package", raising=False)
-    monkeypatch.setattr(register_algorithm, "_known", dict(register_algorithm._known))
-    monkeypatch.setattr(registry, "_sources", dict(registry._sources))
-    monkeypatch.setattr(register_logger, "_known", dict(register_logger._known))
-    assert register_algorithm.plugins is not None
-    assert register_logger.plugins is not None
-    groups = (register_algorithm.plugins, register_logger.plugins, registry.PLUGINS)
-    for plugins in groups:
-        plugins.refresh()
-    yield
-    for plugins in groups:
-        plugins.refresh()
+    for owner, name in (
+        (register_algorithm, "_known"),
+        (registry, "_sources"),
+        (register_logger, "_known"),
+    ):
+        monkeypatch.setattr(owner, name, dict(getattr(owner, name)))
+    groups: Any = (register_algorithm.plugins, register_logger.plugins, registry.PLUGINS)
 
+    def refresh() -> None:
+        for group in groups:
+            group.refresh()
 
-def install_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    references = {name: f"other_package:{name}" for name in names}
-    install(tmp_path, monkeypatch, {"hetero_fl.sources": references}, CODE)
+    def install_package(code: str = CODE, **references: str) -> None:
+        found: dict[str, dict[str, str]] = {}
+        for name, reference in references.items():
+            group, _, kind = reference.partition(":")
+            found.setdefault(f"hetero_fl.{group}", {})[name] = f"other_package:{kind}"
+        install(tmp_path, monkeypatch, found, code)
+        refresh()
+
+    yield install_package
+    refresh()
 
 
 def test_method_is_listed_with_its_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    plugins: Install, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    install(tmp_path, monkeypatch, METHODS, CODE)
+    plugins(slower="algorithms:Slower")
     monkeypatch.setenv("COLUMNS", "200")
 
     assert main(["methods"]) == 0
@@ -95,184 +101,109 @@ def test_method_is_listed_with_its_package(
     assert "from other_package 1.0" in lines[place + 1]
 
 
-def test_method_is_imported_when_it_is_looked_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(tmp_path, monkeypatch, METHODS, CODE)
+def test_method_and_logger_are_imported_when_they_are_looked_up(plugins: Install) -> None:
+    plugins(CODE + LOGGER, slower="algorithms:Slower", lines="loggers:Lines")
 
     assert "fedavg" in register_algorithm
+    load_config({"output": {"loggers": ["csv"]}})
     assert "other_package" not in sys.modules
     assert "slower" in register_algorithm
     assert register_algorithm["slower"].title == "Slower"
+    load_config({"output": {"loggers": ["lines"]}})
+    assert "lines" in list(register_logger)
 
 
-def test_run_uses_method_and_source_of_plugins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    groups = METHODS | {"hetero_fl.sources": {"blobs": "other_package:blobs"}}
-    install(tmp_path, monkeypatch, groups, CODE)
+def test_run_uses_method_source_and_logger_of_plugins(plugins: Install, tmp_path: Path) -> None:
+    plugins(CODE + LOGGER, slower="algorithms:Slower", blobs="sources:blobs", lines="loggers:Lines")
+    logger = {"kind": "lines", "start_at": 10}
     config = {
-        "rounds": 1,
+        "rounds": 2,
         "data": {"name": "blobs"},
         "clients": {"count": 2, "defaults": {"model": "mlp"}},
         "algorithm": {"name": "slower"},
-        "output": {"plots": False, "report": False},
+        "output": {"plots": False, "report": False, "loggers": [logger]},
     }
 
-    assert run(config, out=tmp_path / "run").summary["algorithm"] == "slower"
+    finished = run(config, out=tmp_path / "run")
+
+    assert finished.summary["algorithm"] == "slower"
+    assert (finished.path / "lines.txt").read_text() == "11 12 "
 
 
+@pytest.mark.filterwarnings("default")
 def test_broken_method_warns_and_the_others_are_listed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plugins: Install, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    install(tmp_path, monkeypatch, METHODS, "1 / 0")
+    plugins("1 / 0", slower="algorithms:Slower")
 
-    with pytest.warns(PluginWarning, match=r"^algorithm 'slower' of other_package 1\.0 cannot"):
-        names = list(register_algorithm)
+    assert main(["methods"]) == 0
+    names = list(register_algorithm)
 
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "warning: algorithm 'slower' of other_package 1.0 cannot be loaded: Zero"
+    )
     assert "slower" not in names and "fedavg" in names
     assert "slower" not in register_algorithm
     with pytest.raises(UserError, match=r"cannot be loaded: ZeroDivisionError: division by zero$"):
         register_algorithm["slower"]
 
 
-@pytest.mark.filterwarnings("default")
-def test_command_prints_the_warning_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    install(tmp_path, monkeypatch, METHODS, "1 / 0")
-
-    assert main(["methods"]) == 0
-
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(
-        "warning: algorithm 'slower' of other_package 1.0 cannot be loaded: Zero"
-    )
-
-
-def test_class_that_is_no_method_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(tmp_path, monkeypatch, METHODS, "class Slower: pass")
+def test_class_that_is_no_method_is_refused(plugins: Install) -> None:
+    plugins("class Slower: pass", slower="algorithms:Slower")
 
     with pytest.raises(UserError, match=r"not valid: expected a subclass of hetero_fl\.alg"):
         register_algorithm["slower"]
 
 
-@pytest.mark.parametrize(
-    ("group", "name"),
-    [
-        ("hetero_fl.algorithms", "fedavg"),
-        ("hetero_fl.sources", "digits"),
-        ("hetero_fl.loggers", "csv"),
-    ],
-)
-def test_built_in_names_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str, name: str
-) -> None:
-    install(tmp_path, monkeypatch, {group: {name: "other_package:Slower"}}, CODE)
+def test_built_in_names_are_refused(plugins: Install) -> None:
+    plugins(fedavg="algorithms:Slower", digits="sources:Slower", csv="loggers:Slower")
 
-    with pytest.warns(
-        PluginWarning, match=rf"^.* '{name}' of other_package 1.0: '{name}' is a bui"
+    for name, names in (
+        ("fedavg", register_algorithm),
+        ("digits", registry),
+        ("csv", register_logger),
     ):
-        names = [*register_algorithm, *list_sources(), *register_logger]
-
-    assert names.count(name) == 1
+        refused = rf"^.* '{name}' of other_package 1.0: '{name}' is a bui"
+        with pytest.warns(PluginWarning, match=refused):
+            found = list_sources() if names is registry else list(names)
+        assert found.count(name) == 1
     assert "other_package" not in sys.modules
 
 
-def test_decorator_refuses_a_built_in_name() -> None:
-    with pytest.raises(ValueError, match="'fedavg' is a built-in algorithm; choose another name"):
-
-        @register_algorithm("fedavg")
-        class FedAvg(Algorithm):
-            """Average."""
-
-
-def test_decorator_replaces_a_class_of_the_program() -> None:
+def test_decorator_refuses_a_built_in_name_and_replaces_a_class_of_the_program() -> None:
     known: Registry[type[Algorithm]] = Registry("algorithm", lambda: Algorithm)
+    first, second = type("First", (Algorithm,), {}), type("Second", (Algorithm,), {})
 
-    class First(Algorithm):
-        """First."""
+    known("mine")(first)
+    known("mine")(second)
 
-    class Second(Algorithm):
-        """Second."""
-
-    known("mine")(First)
-    known("mine")(Second)
-
-    assert known["mine"] is Second
+    assert known["mine"] is second
+    with pytest.raises(ValueError, match="'fedavg' is a built-in algorithm; choose another name"):
+        register_algorithm("fedavg")(first)
 
 
-def test_source_of_a_plugin_is_loaded_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install_sources(tmp_path, monkeypatch, "blobs", "sized")
+def test_source_of_a_plugin_is_loaded_by_name(plugins: Install, tmp_path: Path) -> None:
+    plugins(blobs="sources:blobs", sized="sources:sized")
 
     assert len(load_source(SourceConfig(name="blobs"), tmp_path).train) == 200
     assert len(load_source(SourceConfig(name="sized", size=3), tmp_path).train) == 200
     assert {"blobs", "sized"} < set(list_sources())
-    with pytest.raises(UserError, match="does not apply to source blobs"):
-        load_source(SourceConfig(name="blobs", size=3), tmp_path)
 
 
-def test_unknown_source_suggests_the_source_of_a_plugin(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_mistakes_with_sources_of_plugins_are_one_line(
+    plugins: Install, tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
-    install_sources(tmp_path, monkeypatch, "blobs")
+    plugins(blobs="sources:blobs", missing="sources:missing", wrong="sources:wrong")
 
-    with pytest.raises(UserError, match="unknown source 'blob'; did you mean 'blobs'"):
-        check_source(SourceConfig(name="blob"))
-
-
-def test_broken_source_raises_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install_sources(tmp_path, monkeypatch, "missing")
-
-    with pytest.raises(UserError, match=r"^data\.name: data source 'missing' of other_package 1\."):
-        check_source(SourceConfig(name="missing"))
-
-
-def test_source_that_returns_no_data_set_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install_sources(tmp_path, monkeypatch, "wrong")
-
-    with pytest.raises(UserError, match=r"^data\.name: wrong: expected .*Dataset, got int$"):
-        load_source(SourceConfig(name="wrong"), tmp_path)
-
-
-def test_logger_is_imported_when_it_is_looked_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(tmp_path, monkeypatch, LOGGERS, LOGGER)
-
-    load_config({"output": {"loggers": ["csv"]}})
-    assert "other_package" not in sys.modules
-
-    load_config({"output": {"loggers": ["lines"]}})
-    assert "other_package" in sys.modules
-    assert "lines" in list(register_logger)
-
-
-def test_run_uses_the_logger_of_a_plugin_with_its_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(tmp_path, monkeypatch, LOGGERS, LOGGER)
-    config = {
-        "rounds": 2,
-        "data": {"name": "digits", "train_limit": 100},
-        "clients": {"count": 2, "defaults": {"model": "mlp"}},
-        "algorithm": {"name": "local"},
-        "output": {
-            "plots": False,
-            "report": False,
-            "loggers": [{"kind": "lines", "start_at": 10}],
-        },
-    }
-
-    finished = run(config, out=tmp_path / "run")
-
-    assert (finished.path / "lines.txt").read_text() == "11 12 "
+    for source, message in (
+        ({"name": "missing"}, r"^data\.name: data source 'missing' of other_package 1\."),
+        ({"name": "blobs", "size": 3}, "does not apply to source blobs"),
+        ({"name": "blob"}, "unknown source 'blob'; did you mean 'blobs'"),
+        ({"name": "wrong"}, r"^data\.name: wrong: expected .*Dataset, got int$"),
+    ):
+        with subtests.test(**source), pytest.raises(UserError, match=message):
+            load_source(SourceConfig.model_validate(source), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -288,9 +219,9 @@ def test_run_uses_the_logger_of_a_plugin_with_its_settings(
     ],
 )  # fmt: skip
 def test_mistakes_with_the_logger_of_a_plugin_are_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, entry: object, message: str
+    plugins: Install, code: str, entry: object, message: str
 ) -> None:
-    install(tmp_path, monkeypatch, LOGGERS, code)
+    plugins(code, lines="loggers:Lines")
 
     with pytest.raises(UserError) as caught:
         load_config({"output": {"loggers": [entry]}})

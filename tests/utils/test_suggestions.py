@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.cli.commands import APP
 from hetero_fl.utils.errors import closest, suggest_file
+from tests.support.cases import each_case
 
 PARTITIONS = ["iid", "in_order", "dirichlet", "classes", "quantity", "natural", "drawn"]
 OPTIMIZERS = ["sgd", "adam", "adamw"]
@@ -21,7 +20,7 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("of", "found", "meant"),
     [
         ("partition", "non-iid", None),  # the opposite
@@ -62,7 +61,7 @@ def test_closest_name(of: str, found: str, meant: str | None) -> None:
     assert closest(found, NAMES[of]) == meant
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("found", "choices", "meant"),
     [
         ("temp", ["epochs", "temperature", "step"], "temperature"),
@@ -75,18 +74,16 @@ def test_closest_name(of: str, found: str, meant: str | None) -> None:
         ("median", ["mean"], None),
         ("client_11", ["client_1", "client_2"], "client_1"),
         ("bb", ["a", "b"], "b"),
+        # Fewer edits come first, then the same letters.
+        ("round", ["rounds", "groups"], "rounds"),
+        ("paht", ["pact", "path"], "path"),
     ],
 )
 def test_closest_key(found: str, choices: list[str], meant: str | None) -> None:
     assert closest(found, choices) == meant
 
 
-def test_closest_prefers_fewer_edits_then_the_same_letters() -> None:
-    assert closest("round", ["rounds", "groups"]) == "rounds"
-    assert closest("paht", ["pact", "path"]) == "path"
-
-
-@pytest.mark.parametrize(
+@each_case(
     ("missing", "meant"),
     [
         ("nope.yaml", ""),  # only the suffix is that of compose.yaml

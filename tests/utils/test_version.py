@@ -30,9 +30,10 @@ from hetero_fl.robustness import attacks, rules
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.registry import import_reference
 from hetero_fl.utils.version import MOVED_NAMES, RENAMED_MEMBERS, describe_new_name
+from tests.support.cases import each_case
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("line", "hint"),
     [
         (
@@ -86,6 +87,7 @@ OLDER = """
 from typing import ClassVar
 
 from hetero_fl.algorithms import FedAvg
+from tests.support.cases import each_case
 
 
 class Method(FedAvg):
@@ -136,7 +138,7 @@ def test_registered_class_with_old_hooks_is_refused(monkeypatch: pytest.MonkeyPa
 CLIENT = ClientInfo.__new__(ClientInfo)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("use", "hint"),
     [
         (lambda: CLIENT.n, "; ClientInfo.n is now ClientInfo.num_rows"),  # type: ignore[attr-defined]
@@ -186,7 +188,7 @@ CLASSES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RENAMED_MEMBERS)
+@each_case("name", RENAMED_MEMBERS)
 def test_renamed_members_are_removed(name: str) -> None:
     kind = CLASSES[name]
     members = {*dir(kind), *getattr(kind, "__annotations__", {})}

@@ -12,6 +12,7 @@ from hetero_fl.reporting.comparison.differences import DifferenceTable, make_dif
 from hetero_fl.reporting.comparison.report import write_comparison
 from hetero_fl.reporting.comparison.result import Comparison
 from tests.reporting.comparison.test_tables import BINARY, VALUES, make_rows, values
+from tests.support.cases import each_case
 
 KEY = "global_last_balanced_accuracy"
 
@@ -67,7 +68,7 @@ def test_methods_with_few_seeds_are_not_part_of_the_family() -> None:
     assert list(table.frame()["algorithm"]) == ["fedavg"]
 
 
-@pytest.mark.parametrize("rows", [make_rows(seeds=range(4)), make_rows(["hybrid", "centralized"])])
+@each_case("rows", [make_rows(seeds=range(4)), make_rows(["hybrid", "centralized"])])
 def test_no_table_without_a_test(rows: list[dict[str, object]], tmp_path: Path) -> None:
     assert make_difference_table(rows, BINARY) is None
     write_comparison(tmp_path, make_rows(), title="first", note="", task=BINARY)

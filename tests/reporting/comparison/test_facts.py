@@ -20,6 +20,7 @@ from hetero_fl.reporting.methods import describe_methods
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import PACKAGE
 from tests.reporting.test_report import Page
+from tests.support.cases import each_case
 from tests.support.run_directories import Case, write_run
 
 SCRIPT = str(Path(hetero_fl.__file__).parents[1] / "scripts" / "compare.py")
@@ -104,7 +105,7 @@ def test_facts_without_runs_come_from_the_rows(tmp_path: Path) -> None:
     assert found.facts == (("Seeds", "3"),) and found.jobs is None and found.local_test_note == ""
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("line", "command"),
     [
         ([SCRIPT, "--seeds", "0,1", "rounds=3"], "python scripts/compare.py --seeds 0,1 rounds=3"),
@@ -154,55 +155,39 @@ def test_methods_are_described_by_their_docstrings(monkeypatch: pytest.MonkeyPat
     assert found["FedMD"][2] == "Evaluated: after local training, as in the paper."
 
 
-def test_report_shows_code_of_docstrings(tmp_path: Path) -> None:
-    write_comparison(tmp_path, make_rows(tmp_path), title="t", note="", task=Task("multiclass", 2))
-    page = (tmp_path / "report.html").read_text()
-    assert "upload logits, shape <code>[D, C]</code> for D proxy rows" in page
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_caption_explains_shared_time(tmp_path: Path, jobs: int) -> None:
-    rows = make_rows(tmp_path)
-    (tmp_path / "log.txt").write_text(f"2026-01-01 10:00:00  2 runs, {jobs} at a time\n")
-    write_comparison(tmp_path, rows, title="t", note="", task=Task("multiclass", 2))
-    text = Page((tmp_path / "report.html").read_text()).text
-    assert ("Time (shared): runs shared the machine" in text) == (jobs > 1)
-
-
-@pytest.mark.parametrize(
-    ("program", "launcher"),
+@each_case(
+    ("program", "launcher", "before"),
     [
-        ("/opt/venv/bin/hetero-fl", "hetero-fl"),
-        (str(PACKAGE / "__main__.py"), "python -m hetero_fl"),
-        (str(PACKAGE / "cli" / "__main__.py"), "python -m hetero_fl"),
+        ("/opt/venv/bin/hetero-fl", "hetero-fl", []),
+        ("/opt/venv/bin/hetero-fl", "hetero-fl", ["--quiet"]),
+        (str(PACKAGE / "__main__.py"), "python -m hetero_fl", ["--quiet"]),
+        (str(PACKAGE / "cli" / "__main__.py"), "python -m hetero_fl", []),
     ],
 )
-@pytest.mark.parametrize("before", [[], ["--quiet"]])
 def test_command_of_a_comparison_can_be_repeated(
     program: str, launcher: str, before: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outside = tmp_path / "my data" / "c.yaml"
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    given = ["compare", "--config", str(outside), "--out", str(folder / "out"), "--search"]
-    given += ["optuna", "--budget", "3", "rounds=2", f"data.path={folder / 'x.csv'}"]
-    monkeypatch.setattr("sys.argv", [program, *before, *given])
+    monkeypatch.chdir(tmp_path)
+    line = "compare --config '{config}' --out {out} --search optuna rounds=2 data.path={data}"
+    outside = tmp_path.parent / "my data" / "c.yaml"
+    given = line.format(config=outside, out=tmp_path / "out", data=tmp_path / "x.csv")
+    monkeypatch.setattr("sys.argv", [program, *before, *shlex.split(given)])
 
     facts = gather_facts(tmp_path, [])
 
-    relative = ["compare", "--config", str(outside), "--out", "out", "--search"]
-    relative += ["optuna", "--budget", "3", "rounds=2", "data.path=x.csv"]
-    assert facts.command == f"{launcher} {shlex.join([*before, *relative])}"
+    relative = line.format(config=outside, out="out", data="x.csv")
+    assert facts.command == " ".join([launcher, *before, relative])
 
 
 def test_reports_contain_the_facts(tmp_path: Path) -> None:
     write_comparison(tmp_path, make_rows(tmp_path), title="t", note="", task=Task("multiclass", 2))
-    page = Page((tmp_path / "report.html").read_text())
+    html = (tmp_path / "report.html").read_text()
+    page = Page(html)
     rows = {row[0].strip(): row for row in page.cells}
     assert rows["Rounds"][1].strip() == "3" and rows["Data"][1].startswith("chest_xray")
     assert "hetero_fl.compare(" in rows["Command"][1] and rows["Method"][-1].strip() == "Time"
     assert "Seconds (2 runs at a time)" in page.text and "2 runs shared the machine" in page.text
+    assert "upload logits, shape <code>[D, C]</code> for D proxy rows" in html
     assert "None" not in page.text and str(tmp_path) not in page.text
     text = (tmp_path / "comparison.md").read_text()
     assert (

@@ -17,6 +17,8 @@ from hetero_fl.reporting.formatting import algorithm_name
 from hetero_fl.reporting.methods import method_needs
 from hetero_fl.reporting.plots import style
 from tests.reporting.plots.test_layout import texts
+from tests.support.cases import each_case
+from tests.support.figures import drawn
 
 ALL = [
     name
@@ -67,8 +69,7 @@ def panels(figure: Figure) -> dict[str, Axes]:
     ids=lambda t: t.kind,
 )
 def test_labels_do_not_overlap(names: list[str], seeds: int, task: Task) -> None:
-    with style.plot_style():
-        figure = draw_comparison(make_rows(names, seeds), task, 2)
+    figure = drawn(draw_comparison, make_rows(names, seeds), task, 2)
     # The height of a page, A4.
     assert figure.get_figwidth() <= style.WIDTH and figure.get_figheight() < 11.7
     shown = texts(figure)
@@ -84,8 +85,7 @@ def test_labels_do_not_overlap(names: list[str], seeds: int, task: Task) -> None
 
 
 def test_plot_shows_every_method_with_its_needs() -> None:
-    with style.plot_style():
-        found = panels(draw_comparison(make_rows(ALL, 1), Task("multiclass", 10), 1))
+    found = panels(drawn(draw_comparison, make_rows(ALL, 1), Task("multiclass", 10), 1))
     assert list(found) == ["Accuracy", "Balanced\naccuracy", "AUROC", "Bytes", "Time", "Needs"]
     labels = [t.get_text() for t in found["Accuracy"].get_yticklabels()]
     assert sorted(labels) == sorted(map(algorithm_name, ALL)) and labels[-2:] == [
@@ -111,43 +111,40 @@ def test_plot_shows_every_method_with_its_needs() -> None:
 def test_score_that_a_seed_lacks_is_left_out() -> None:
     rows = make_rows(["local", "fedavg"], 2)
     rows[-1]["global_last_auroc"] = None
-    with style.plot_style():
-        found = panels(draw_comparison(rows, Task("multiclass", 10), 1))
+    found = panels(drawn(draw_comparison, rows, Task("multiclass", 10), 1))
     assert len(found["Accuracy"].containers) - len(found["AUROC"].containers) == 1
 
 
 def test_labels_omit_the_section_of_client_settings() -> None:
     names = ["local", "fedmd:teacher=contrast:clients.defaults.logit_adjustment=true"]
-    with style.plot_style():
-        figure = draw_comparison(make_rows(names, 1), Task("multiclass", 10), 1)
+    figure = drawn(draw_comparison, make_rows(names, 1), Task("multiclass", 10), 1)
     labels = [t.get_text() for t in panels(figure)["Accuracy"].get_yticklabels()]
     assert labels == ["Local", "FedMD\n(teacher = contrast,\nlogit_adjustment = true)"]
 
 
-@pytest.mark.parametrize("names", [["local", "fedavg"], ["local", "hybrid", "fedmd"]])
+@each_case("names", [["local", "fedavg"], ["local", "hybrid", "fedmd"]])
 def test_title_of_the_needs_fits_its_panel(names: list[str]) -> None:
-    with style.plot_style():
-        figure = draw_comparison(make_rows(names, 1), Task("multiclass", 2), 1)
+    figure = drawn(draw_comparison, make_rows(names, 1), Task("multiclass", 2), 1)
     title = next(t for t in texts(figure) if t.get_text() == "Needs")
     assert title.get_window_extent().x1 <= figure.bbox.x1
 
 
 def test_baseline_is_drawn_in_all_panels() -> None:
     rows = make_rows(["fedavg", "local"], 3)
-    with style.plot_style():
-        figure = draw_comparison(rows, Task("multiclass", 10))
+    figure = drawn(draw_comparison, rows, Task("multiclass", 10))
     axes = panels(figure)["Accuracy"]
     for test in ("personal", "global"):
         mean = np.mean(
             [row[f"{test}_last_accuracy"] for row in rows if row["algorithm"] == "local"]
         )
-        drawn = [
+        positions = [
             line.get_xdata() for line in axes.lines if line.get_color() == style.TEST_COLORS[test]
         ]
-        assert [mean, mean] in [list(x) for x in drawn if len(x) == 2]
+        assert [mean, mean] in [list(x) for x in positions if len(x) == 2]
     assert "Local, the baseline" in [t.get_text() for t in figure.legends[0].get_texts()]
-    with style.plot_style():
-        single = draw_comparison(
-            [row for row in rows if row["algorithm"] != "local"], Task("multiclass", 10)
-        )
+    single = drawn(
+        draw_comparison,
+        [row for row in rows if row["algorithm"] != "local"],
+        Task("multiclass", 10),
+    )
     assert not any("beat" in t.get_text() for t in single.legends[0].get_texts())

@@ -16,6 +16,7 @@ from hetero_fl.reporting.comparison.significance import (
     mean_ranks,
     paired_difference,
 )
+from tests.support.cases import each_case
 
 A = {0: 0.81, 1: 0.79, 2: 0.86, 3: 0.77, 4: 0.83, 5: 0.80}
 B = {0: 0.78, 1: 0.80, 2: 0.80, 3: 0.71, 4: 0.82, 7: 0.10}
@@ -38,7 +39,7 @@ def test_paired_difference_needs_five_common_seeds() -> None:
     assert paired_difference({s: A[s] for s in range(4)}, B) is None
 
 
-@pytest.mark.parametrize(("shift", "p"), [(0.0, 1.0), (-0.1, 0.0)])
+@each_case(("shift", "p"), [(0.0, 1.0), (-0.1, 0.0)])
 def test_equal_differences_have_no_test_statistic(shift: float, p: float) -> None:
     found = paired_difference(
         {s: 0.5 + 0.01 * s + shift for s in range(5)}, {s: 0.5 + 0.01 * s for s in range(5)}
@@ -76,9 +77,7 @@ def test_mean_ranks_share_the_rank_of_equal_scores() -> None:
     assert mean_ranks(scores) == pytest.approx(expected.to_dict())
 
 
-@pytest.mark.parametrize(
-    ("k", "q"), [(2, 1.960), (3, 2.343), (4, 2.569), (5, 2.728), (6, 2.850), (10, 3.164)]
-)
+@each_case(("k", "q"), [(2, 1.960), (3, 2.343), (4, 2.569), (5, 2.728), (6, 2.850), (10, 3.164)])
 def test_critical_difference_has_the_values_of_demsar(k: int, q: float) -> None:
     # Table 5a of Demšar (2006).
     assert critical_difference(k, 14) == pytest.approx(q * math.sqrt(k * (k + 1) / 84), abs=2e-3)

@@ -18,6 +18,7 @@ from hetero_fl.reporting.comparison.report import comparison_row, write_comparis
 from hetero_fl.reporting.comparison.tables import Candidate, make_table, make_tuning_table
 from hetero_fl.reporting.run_directory import RunDirectory
 from tests.reporting.test_report import Page
+from tests.support.cases import each_case
 
 GUESSES = ("accuracy", "top3_accuracy", "perplexity")
 BINARY, TEN, LABELS = Task("multiclass", 2), Task("multiclass", 10), Task("multilabel", 14)
@@ -54,7 +55,7 @@ def values(rows: list[dict[str, Any]], algorithm: str, key: str) -> list[float]:
     return [row[key] for row in rows if row["algorithm"] == algorithm]
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("task", "metrics", "main"),
     [
         (BINARY, CLASSIFICATION, "global_last_balanced_accuracy"),
@@ -119,7 +120,7 @@ def test_missing_seeds_are_noted() -> None:
     assert make_table(short, BINARY, "last").lines[0].name == "Local (5 of 6 seeds)"
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("jobs", "header", "words"),
     [
         (1, "Seconds", "one run at a time."),
@@ -159,7 +160,7 @@ def test_columns_without_values_are_left_out() -> None:
     assert [line.cells[-1].text for line in table.lines] == ["–", "50.0 ± 0.0"]
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("task", "metrics", "shown", "worst"),
     [
         (BINARY, CLASSIFICATION, ["balanced_accuracy", "auroc", "accuracy"], "accuracy"),

@@ -1,4 +1,4 @@
-"""The built-in loggers: their files are read back, or a stand-in receives the calls."""
+"""The built-in loggers: their files are read back, or a mock receives the calls."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import pandas as pd
 import pytest
@@ -19,7 +20,7 @@ from hetero_fl.reporting.loggers import (
     WandbLogger,
 )
 from hetero_fl.reporting.run_directory import RunDirectory
-from tests.support.loggers import MlflowStandIn, read_finished_wandb_run
+from tests.support.loggers import read_finished_wandb_run
 
 
 def log_in_two_parts(
@@ -32,6 +33,8 @@ def log_in_two_parts(
     loggers.start([])
     for record in records[:half]:
         loggers.log(record)
+        csv = directory.path / "metrics.csv"
+        assert not csv.exists() or len(pd.read_csv(csv)) == record["round"]
     loggers.close()
 
     log = print if lines is None else lines.append
@@ -55,16 +58,6 @@ def test_csv_has_one_row_per_round(made_run: Callable[..., RunDirectory]) -> Non
     assert table["test/global/accuracy"].isna().tolist() == [True, False] * 3
     assert table["test/global/accuracy"][5] == records[5]["global"]["accuracy"]
     assert (directory.path / "metrics.csv").read_bytes().endswith(b"\n")
-
-
-def test_csv_is_complete_after_each_round(made_run: Callable[..., RunDirectory]) -> None:
-    directory = made_run(rounds=3)
-    loggers = RunLoggers({"csv": CSVLogger()}, directory, "trial", print)
-    loggers.start([])
-
-    for number, record in enumerate(directory.metrics(), 1):
-        loggers.log(record)
-        assert len(pd.read_csv(directory.path / "metrics.csv")) == number
 
 
 def test_tensorboard_events_are_read_back(made_run: Callable[..., RunDirectory]) -> None:
@@ -118,63 +111,40 @@ def test_wandb_continues_the_offline_run(
     ]
 
 
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> MlflowStandIn:
-    module = MlflowStandIn()
-    for name, part in module.modules().items():
-        monkeypatch.setitem(sys.modules, name, part)
-    return module
-
-
 def test_mlflow_logger_continues_its_run(
-    made_run: Callable[..., RunDirectory], stand_in: MlflowStandIn
+    made_run: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    client = Mock()
+    client.get_experiment_by_name.return_value = None
+    client.create_experiment.return_value = "7"
+    client.create_run.return_value.info.run_id = "a"
+    module = Mock(MlflowClient=Mock(return_value=client))
+    module.entities.Metric = module.entities.Param = lambda *fields: fields
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", module.entities)
+    monkeypatch.setitem(sys.modules, "mlflow.exceptions", module.exceptions)
     directory = made_run(rounds=4, every=2)
     directory.write_text("report.html", "<p>report</p>")
 
     log_in_two_parts(lambda: MLflowLogger(tracking_uri="file:x", tags={"site": "a"}), directory)
 
-    (logged,) = stand_in.runs.values()
-    steps = [step for name, _, _, step in logged["metrics"] if name == "communication/up_bytes"]
+    batches = [batch.kwargs for batch in client.log_batch.call_args_list]
+    metrics = [metric for batch in batches for metric in batch.get("metrics", ())]
+    params = dict(param for batch in batches for param in batch.get("params", ()))
+    artifacts = [Path(each.args[1]).name for each in client.log_artifact.call_args_list]
+    steps = [step for name, _, _, step in metrics if name == "communication/up_bytes"]
     assert steps == [1, 2, 3, 4]
-    assert stand_in.experiments == {"trial": "0"}
-    assert stand_in.uris == ["file:x", "file:x"]
-    assert (logged["name"], logged["status"]) == ("run", "FINISHED")
-    assert logged["tags"]["site"] == "a"
-    assert logged["params"]["data.partition.kind"] == "dirichlet"
-    assert logged["params"]["rounds"] == "4"
-    assert logged["artifacts"] == ["config.yaml", "summary.json", "report.html"]
-
-
-def test_interrupted_mlflow_run_is_marked(
-    made_run: Callable[..., RunDirectory], stand_in: MlflowStandIn
-) -> None:
-    directory = made_run(rounds=1)
-    loggers = RunLoggers({"mlflow": MLflowLogger()}, directory, "trial", print)
-    loggers.start(directory.metrics())
-
-    loggers.close()
-
-    assert stand_in.runs["run0"]["status"] == "KILLED"
-
-
-def test_unreachable_mlflow_server_does_not_stop_the_run(
-    made_run: Callable[..., RunDirectory], stand_in: MlflowStandIn
-) -> None:
-    directory = made_run(rounds=3)
-    lines: list[str] = []
-    loggers = RunLoggers({"mlflow": MLflowLogger()}, directory, "trial", lines.append)
-    loggers.start([])
-    first, second, third = directory.metrics()
-
-    stand_in.is_reachable = False
-    loggers.log(first)
-    loggers.log(second)
-    stand_in.is_reachable = True
-    loggers.log(third)
-
-    assert {step for *_, step in stand_in.runs["run0"]["metrics"]} == {1, 2, 3}
-    assert lines == ["mlflow: round 1 could not be logged (MlflowException: connection refused)"]
+    assert all(len(batch.get("params", ())) <= 100 for batch in batches)
+    assert (params["data.partition.kind"], params["rounds"]) == ("dirichlet", "4")
+    assert artifacts == ["config.yaml", "summary.json", "report.html"]
+    assert module.MlflowClient.call_args_list == [call("file:x")] * 2
+    client.create_experiment.assert_called_once_with("trial")
+    client.create_run.assert_called_once()
+    created = client.create_run.call_args
+    assert (created.args, created.kwargs["run_name"]) == (("7",), "run")
+    assert created.kwargs["tags"]["site"] == "a"
+    client.update_run.assert_called_once_with("a", status="RUNNING")
+    assert client.set_terminated.call_args_list == [call("a", "KILLED"), call("a", "FINISHED")]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,4 +1,4 @@
-"""Validation of loggers, and the rounds that they receive in resumed and failing runs."""
+"""The rounds that loggers receive in resumed and failing runs, and the start of loggers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-from pydantic import Field, PrivateAttr
+from pydantic import PrivateAttr
 
 from hetero_fl import Logger, load_config
-from hetero_fl.config.schema import OutputConfig
 from hetero_fl.reporting.loggers import (
     LoggedRun,
     RunLoggers,
@@ -21,26 +21,27 @@ from hetero_fl.reporting.loggers import (
 )
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import RunFailedError, UserError
+from tests.support.cases import each_case
+
+MakeRun = Callable[..., RunDirectory]
+LOST = OSError("no route\nto 2")
 
 
 class MemoryLogger(Logger):
-    """Record all calls. Calls of `log` fail in the rounds `failing`."""
+    """Record all calls of which the functions of a test raise no exception."""
 
-    limit: int = Field(3, gt=0)
-    failing: list[int] = []
+    on_start: Callable[[LoggedRun], object] = print
+    on_log: Callable[[Mapping[str, Any]], object] = print
 
     _calls: list[Any] = PrivateAttr(default_factory=list)
-    _failing: list[int] = PrivateAttr()
 
     def start(self, run: LoggedRun) -> None:
-        self._failing = list(self.failing)
         self._calls.append(("start", run.first_round, dict(run.state)))
         run.state["id"] = "abc"
+        self.on_start(run)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        if record["round"] in self._failing:
-            self._failing.remove(record["round"])
-            raise OSError(f"no route\nto {record['round']}")
+        self.on_log(record)
         self._calls.append(record["round"])
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -50,38 +51,27 @@ class MemoryLogger(Logger):
         self._calls.append("close")
 
 
-class BrokenLogger(Logger):
-    """Fail at the start."""
-
-    def start(self, run: LoggedRun) -> None:
-        raise ConnectionError("refused")
-
-
 class RewritingLogger(MemoryLogger):
     rewrites = True
 
 
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(register_logger, "_known", dict(register_logger._known))
-    register_logger("memory")(MemoryLogger)
-
-
-def run_loggers(
-    logger: Logger, directory: RunDirectory, lines: list[str] | None = None
+def log_rounds(
+    logger: Logger,
+    directory: RunDirectory,
+    done: int = 0,
+    end: int | None = None,
+    log: Callable[[str], object] = print,
 ) -> RunLoggers:
-    return RunLoggers(
-        {"memory": logger}, directory, "trial", ([] if lines is None else lines).append
-    )
+    """Start a logger when some rounds are done, and log the rounds until `end`."""
+    records = directory.metrics()
+    loggers = RunLoggers({"memory": logger}, directory, "trial", log)
+    loggers.start(records[:done])
+    for record in records[done:end]:
+        loggers.log(record)
+    return loggers
 
 
-def calls(logger: MemoryLogger) -> list[Any]:
-    return [call for call in logger._calls if not isinstance(call, tuple)]
-
-
-def test_scalars_are_all_defined_numbers_of_a_round(
-    made_run: Callable[..., RunDirectory],
-) -> None:
+def test_scalars_are_all_defined_numbers_of_a_round(made_run: MakeRun) -> None:
     records = made_run(rounds=4, every=2, server=False, kind="multiclass", classes=10).metrics()
     records[1]["personal"]["auroc"] = None
     records[3]["logged"] = {"a": {"gap": 1.0}, "b": {"gap": 2.0}, "c": {"drift": 5.0}}
@@ -96,55 +86,17 @@ def test_scalars_are_all_defined_numbers_of_a_round(
     assert "test/global/auroc" not in first
     assert "test/personal/auroc" not in second
     assert "test/personal/auroc_std" in second
-    assert last["logged/gap"] == 1.5
-    assert last["logged/drift"] == 5
-    assert last["privacy/epsilon"] == 2.5
+    expected = {"logged/gap": 1.5, "logged/drift": 5, "privacy/epsilon": 2.5}
+    assert {name: last[name] for name in expected} == expected
     assert not any("server" in name for name in last)
 
 
-@pytest.mark.parametrize(
-    ("written", "message"),
-    [
-        (["wand"], "output.loggers.0.kind: unknown logger 'wand'; did you mean 'wandb'?"),
-        (["csv", {"kind": "wandb", "projekt": "x"}],
-         "output.loggers.1.projekt: unknown key; did you mean 'project'? (kind=wandb)"),
-        ([{"kind": "wandb", "mode": "ofline"}], "output.loggers.0.mode: expected 'online', "),
-        ([{"kind": "memory", "limit": 0}], "output.loggers.0.limit: must be > 0, got 0"),
-        ([{"kind": "csv", "file": "x"}],
-         "output.loggers.0.file: unknown key; this logger has no settings (kind=csv)"),
-        ([{"kind": "wandb", "file": "x"}], "output.loggers.0.file: unknown key; choose from "),
-        (["csv", "csv"], "output.loggers: each kind of logger may occur once, got 'csv' twice"),
-        ("csv", "output.loggers: expected a list, got 'csv'; write [csv]"),
-        ([{"project": "x"}], "output.loggers.0.kind: missing"),
-        ([{"kind": 3}], "output.loggers.0.kind: expected a string, got 3"),
-        ([None], "output.loggers.0: expected a mapping, got null"),
-    ],
-)  # fmt: skip
-def test_mistakes_are_reported_in_one_line(written: Any, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        load_config({"output": {"loggers": written}})
-
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_mistake_in_an_override_names_the_override() -> None:
-    with pytest.raises(UserError, match=r"^output.loggers=\[wand\]: output.loggers.0.kind: "):
-        load_config({}, overrides=["output.loggers=[wand]"])
-
-
-def test_former_key_adds_the_tensorboard_logger() -> None:
+@each_case(("former", "kinds"), [(True, ["csv", "tensorboard"]), (False, ["csv"])])
+def test_former_key_adds_the_tensorboard_logger(former: bool, kinds: list[str]) -> None:
     with pytest.warns(FutureWarning, match=r"use output.loggers=\[tensorboard\]"):
-        config = load_config({"output": {"tensorboard": True, "loggers": ["csv"]}})
+        config = load_config({"output": {"tensorboard": former, "loggers": ["csv"]}})
 
-    assert [entry.kind for entry in config.output.loggers] == ["csv", "tensorboard"]
-
-
-def test_former_key_with_false_adds_no_logger() -> None:
-    with pytest.warns(FutureWarning):
-        output = OutputConfig(tensorboard=False)
-
-    assert output.loggers == []
+    assert [entry.kind for entry in config.output.loggers] == kinds
 
 
 def test_missing_module_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,15 +112,11 @@ def test_missing_module_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
-def test_logger_receives_each_round_once(made_run: Callable[..., RunDirectory]) -> None:
+def test_logger_receives_each_round_once(made_run: MakeRun) -> None:
     directory = made_run(rounds=3)
-    records = directory.metrics()
     logger = MemoryLogger()
 
-    loggers = run_loggers(logger, directory)
-    loggers.start([])
-    for record in records:
-        loggers.log(record)
+    loggers = log_rounds(logger, directory)
     loggers.finish(directory.summary())
     loggers.close()
     loggers.close()
@@ -176,182 +124,134 @@ def test_logger_receives_each_round_once(made_run: Callable[..., RunDirectory]) 
     assert logger._calls == [("start", 1, {}), 1, 2, 3, "finish", "close"]
 
 
-def test_resumed_run_logs_missing_rounds_only(made_run: Callable[..., RunDirectory]) -> None:
+@each_case(
+    ("kind", "before", "after", "calls"),
+    [
+        # Round 4 was committed but not logged.
+        (MemoryLogger, (0, 3), (4, 5), [("start", 4, {"id": "abc"}), 4, 5]),
+        # The newest checkpoint is from round 2, so round 3 is repeated.
+        (MemoryLogger, (3, 3), (2, 4), [("start", 4, {"id": "abc"}), 4]),
+        (RewritingLogger, (2, 2), (2, 2), [("start", 1, {"id": "abc"}), 1, 2]),
+    ],
+)
+def test_resumed_run_logs_missing_rounds_only(
+    made_run: MakeRun,
+    kind: type[MemoryLogger],
+    before: tuple[int, int],
+    after: tuple[int, int],
+    calls: list[Any],
+) -> None:
     directory = made_run(rounds=6)
-    records = directory.metrics()
-    first = run_loggers(MemoryLogger(), directory)
-    first.start([])
-    for record in records[:3]:
-        first.log(record)
-    first.close()
-    # Round 4 was committed but not logged.
-    logger = MemoryLogger()
-    second = run_loggers(logger, directory)
+    log_rounds(kind(), directory, *before).close()
+    logger = kind()
 
-    second.start(records[:4])
-    second.log(records[4])
+    log_rounds(logger, directory, *after)
 
-    assert logger._calls == [("start", 4, {"id": "abc"}), 4, 5]
+    assert logger._calls == calls
 
 
-def test_repeated_rounds_are_not_logged_again(made_run: Callable[..., RunDirectory]) -> None:
-    directory = made_run(rounds=4)
-    records = directory.metrics()
-    first = run_loggers(MemoryLogger(), directory)
-    first.start(records[:3])
-    # The newest checkpoint is from round 2, so round 3 is repeated.
-    logger = MemoryLogger()
-    second = run_loggers(logger, directory)
-
-    second.start(records[:2])
-    second.log(records[2])
-    second.log(records[3])
-
-    assert calls(logger) == [4]
-
-
-def test_rewriting_logger_receives_all_rounds_on_resume(
-    made_run: Callable[..., RunDirectory],
-) -> None:
-    directory = made_run(rounds=3)
-    records = directory.metrics()
-    run_loggers(RewritingLogger(), directory).start(records[:2])
-    logger = RewritingLogger()
-
-    run_loggers(logger, directory).start(records[:2])
-
-    assert logger._calls == [("start", 1, {"id": "abc"}), 1, 2]
-
-
-def test_failure_is_printed_once_and_the_rounds_are_logged_later(
-    made_run: Callable[..., RunDirectory],
+@each_case(
+    ("failures", "calls", "lines"),
+    [
+        # The round is logged with a later one.
+        ([None, LOST, LOST, None, None, None], [1, 2, 3, 4, "finish"], []),
+        ([None, *[LOST] * 9], [1, "finish"], ["memory: 3 rounds could not be logged"]),
+    ],
+)
+def test_failure_is_printed_once_and_rounds_that_were_never_logged_are_counted(
+    made_run: MakeRun, failures: list[Any], calls: list[Any], lines: list[str]
 ) -> None:
     directory = made_run(rounds=4)
-    lines: list[str] = []
-    logger = MemoryLogger(failing=[2, 2])
-    loggers = RunLoggers({"memory": logger}, directory, "trial", lines.append)
-    loggers.start([])
+    printed: list[str] = []
+    logger = MemoryLogger(on_log=Mock(side_effect=failures))
 
-    for record in directory.metrics():
-        loggers.log(record)
-
-    assert calls(logger) == [1, 2, 3, 4]
-    assert lines == ["memory: round 2 could not be logged (OSError: no route to 2)"]
-
-
-def test_rounds_that_were_never_logged_are_counted(made_run: Callable[..., RunDirectory]) -> None:
-    directory = made_run(rounds=2)
-    lines: list[str] = []
-    logger = MemoryLogger(failing=[2] * 9)
-    loggers = RunLoggers({"memory": logger}, directory, "trial", lines.append)
-    loggers.start([])
-
-    for record in directory.metrics():
-        loggers.log(record)
+    loggers = log_rounds(logger, directory, log=printed.append)
     loggers.finish(directory.summary())
     loggers.close()
 
-    assert calls(logger) == [1, "finish", "close"]
-    assert lines[-1] == "memory: 1 round could not be logged"
+    assert logger._calls[1:] == [*calls, "close"]
+    failed = "memory: round 2 could not be logged (OSError: no route to 2)"
+    assert printed == [failed, *lines]
 
 
-def test_logger_that_cannot_start_fails_the_run(made_run: Callable[..., RunDirectory]) -> None:
-    loggers = run_loggers(BrokenLogger(), made_run(rounds=1))
-
-    with pytest.raises(RunFailedError, match=r"memory did not start \(ConnectionError: refused\)"):
-        loggers.start([])
-
-
-@pytest.mark.parametrize("content", ["[]", "{", '{"memory": 3}', '{"memory": {"rounds": "x"}}'])
-def test_damaged_state_is_reported(made_run: Callable[..., RunDirectory], content: str) -> None:
+@each_case("content", ["[]", "{", '{"memory": 3}', '{"memory": {"rounds": "x"}}'])
+def test_damaged_state_is_reported(made_run: MakeRun, content: str) -> None:
     directory = made_run(rounds=1)
     (directory.path / "loggers.json").write_text(content)
 
     with pytest.raises(UserError, match=r"loggers.json: not valid; restore the file, or delete"):
-        run_loggers(MemoryLogger(), directory).start([])
+        log_rounds(MemoryLogger(), directory)
 
 
-def test_state_of_a_removed_logger_is_kept(made_run: Callable[..., RunDirectory]) -> None:
+def test_state_of_a_removed_logger_is_kept(made_run: MakeRun) -> None:
     directory = made_run(rounds=1)
-    run_loggers(MemoryLogger(), directory).start(directory.metrics())
+    log_rounds(MemoryLogger(), directory)
 
     RunLoggers({"other": MemoryLogger()}, directory, "trial", print).start([])
 
     assert json.loads((directory.path / "loggers.json").read_text())["memory"]["rounds"] == 1
 
 
-class ExitingLogger(MemoryLogger):
-    def log(self, record: Mapping[str, Any]) -> None:
+def test_logger_neither_stops_the_run_nor_modifies_its_records(made_run: MakeRun) -> None:
+    directory = made_run(rounds=2)
+    history = directory.metrics()
+    lines: list[str] = []
+
+    def clear_and_exit(record: Any) -> None:
+        record["train_loss"].clear()
         raise SystemExit(3)
 
-
-class ChangingLogger(MemoryLogger):
-    def log(self, record: Mapping[str, Any]) -> None:
-        record["train_loss"].clear()
-
-
-class UnsavedLogger(MemoryLogger):
-    """Store a state that JSON does not support."""
-
-    at_start: bool = False
-
-    _run: LoggedRun = PrivateAttr()
-
-    def start(self, run: LoggedRun) -> None:
-        self._run = run
-        run.state["id"] = {1} if self.at_start else "abc"
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        self._run.state["id"] = {1}
-
-
-class InvalidLogger(Logger):
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-
-    def model_post_init(self, context: Any) -> None:
-        raise KeyError("host")
-
-
-def test_logger_that_exits_does_not_stop_the_run(made_run: Callable[..., RunDirectory]) -> None:
-    directory = made_run(rounds=2)
-    lines: list[str] = []
-    loggers = run_loggers(ExitingLogger(), directory, lines)
-
-    loggers.start(directory.metrics())
+    loggers = RunLoggers(
+        {"memory": MemoryLogger(on_log=clear_and_exit)}, directory, "", lines.append
+    )
+    loggers.start(history)
 
     assert lines == ["memory: round 1 could not be logged (SystemExit: 3)"]
-
-
-def test_logger_cannot_modify_the_record(made_run: Callable[..., RunDirectory]) -> None:
-    directory = made_run(rounds=1)
-    history = directory.metrics()
-
-    run_loggers(ChangingLogger(), directory).start(history)
-
     assert history == directory.metrics()
 
 
-def test_state_that_cannot_be_saved_gives_one_line(
-    made_run: Callable[..., RunDirectory],
-) -> None:
+def test_state_that_cannot_be_saved_gives_one_line(made_run: MakeRun) -> None:
     directory = made_run(rounds=2)
+    runs: list[LoggedRun] = []
     lines: list[str] = []
 
-    run_loggers(UnsavedLogger(), directory, lines).start(directory.metrics())
+    def spoil(record: Any) -> None:
+        runs[0].state["id"] = {1}
+
+    log_rounds(MemoryLogger(on_start=runs.append, on_log=spoil), directory, 2, log=lines.append)
 
     (line,) = lines
     assert line.startswith("memory: the state could not be saved (TypeError: ")
     saved = json.loads((directory.path / "loggers.json").read_text())
     assert saved["memory"] == {"rounds": 2, "state": {"id": "abc"}}
-    with pytest.raises(RunFailedError, match="memory did not start"):
-        run_loggers(UnsavedLogger(at_start=True), directory).start([])
 
 
-def test_exception_in_validation_gives_one_line() -> None:
-    register_logger("invalid")(InvalidLogger)
+@each_case(
+    ("on_start", "message"),
+    [
+        (lambda run: run.state.update(id={1}), "memory did not start"),
+        (
+            Mock(side_effect=ConnectionError("refused")),
+            r"memory did not start \(ConnectionError: refused\)",
+        ),
+    ],
+)
+def test_logger_that_cannot_start_fails_the_run(
+    made_run: MakeRun, on_start: Callable[[LoggedRun], object], message: str
+) -> None:
+    with pytest.raises(RunFailedError, match=message):
+        log_rounds(MemoryLogger(on_start=on_start), made_run(rounds=1))
+
+
+def test_exception_in_validation_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(register_logger, "_known", dict(register_logger._known))
+    register_logger("invalid")(type("Invalid", (MemoryLogger,), {"model_post_init": _fail}))
 
     with pytest.raises(UserError) as caught:
         check_loggers(load_config({"output": {"loggers": ["invalid"]}}))
 
     assert str(caught.value).endswith("output.loggers.0: invalid is not valid (KeyError: 'host')")
+
+
+def _fail(logger: Logger, context: Any) -> None:
+    raise KeyError("host")

@@ -9,6 +9,7 @@ from matplotlib.dates import num2date
 
 from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.plots.scores import FORECAST_PANELS, plot_forecasts
+from tests.support.figures import drawn
 
 BEGIN = 1_672_531_200  # 1 January 2023
 
@@ -31,37 +32,27 @@ def make_forecasts(
 
 
 def test_forecast_shows_last_output_and_nearest_baseline() -> None:
-    with style.plot_style():
-        figure = plot_forecasts(*make_forecasts())
-    assert figure is not None and len(figure.axes) == 2
-    truth, forecast, rule = (line.get_ydata() for line in figure.axes[0].lines)
+    figure = drawn(plot_forecasts, *make_forecasts())
+    axes = figure.axes[0]
+    truth, forecast, rule = (line.get_ydata() for line in axes.lines)
+    assert len(figure.axes) == 2
     assert np.allclose(forecast, np.asarray(truth) + 2) and np.allclose(rule, np.asarray(truth) + 1)
-    assert figure.axes[0].get_title("left") == "c0, 6 h: mean absolute error 2.00, “close” 1.00"
-    assert (
-        num2date(figure.axes[0].lines[0].get_xdata(orig=False)[0]).strftime("%Y-%m-%d")
-        == "2023-01-01"
-    )
+    assert axes.get_title("left") == "c0, 6 h: mean absolute error 2.00, “close” 1.00"
+    start = num2date(axes.lines[0].get_xdata(orig=False)[0])
+    assert start.strftime("%Y-%m-%d") == "2023-01-01"
     assert figure.get_supylabel() == "cars"
 
 
 def test_forecast_without_dates_and_baselines() -> None:
-    with style.plot_style():
-        figure = plot_forecasts(*make_forecasts(begin=0, rules=False))
-    assert figure is not None and len(figure.axes[0].lines) == 2
-    assert figure.axes[0].lines[0].get_xdata()[1] == 3600
+    (first, *_) = drawn(plot_forecasts, *make_forecasts(begin=0, rules=False)).axes
+    assert len(first.lines) == 2 and first.lines[0].get_xdata()[1] == 3600
+    # Times beyond the calendar are numbers.
+    style.to_png(drawn(plot_forecasts, *make_forecasts(begin=1_672_531_200_000_000_000)))
 
 
 def test_forecast_of_many_and_no_clients() -> None:
-    with style.plot_style():
-        figure = plot_forecasts(*make_forecasts(clients=30))
-    assert figure is not None and len(figure.axes) == FORECAST_PANELS
+    figure = drawn(plot_forecasts, *make_forecasts(clients=30))
+    assert len(figure.axes) == FORECAST_PANELS
     summary, details = make_forecasts()
     assert plot_forecasts(summary, {**details, "forecast": {}}) is None
     assert plot_forecasts(summary, {"labels": ["load"]}) is None
-
-
-def test_times_beyond_the_calendar_are_numbers() -> None:
-    with style.plot_style():
-        figure = plot_forecasts(*make_forecasts(begin=1_672_531_200_000_000_000))
-        assert figure is not None
-        style.to_png(figure)

@@ -13,6 +13,7 @@ from matplotlib.text import Text
 
 from hetero_fl.reporting.plots import clients as client_plots, rounds, scores, style
 from hetero_fl.reporting.run_directory import RunDirectory
+from tests.support.figures import drawn
 
 LONG = "university_hospital_of_north_rhine_"
 
@@ -93,10 +94,8 @@ def test_headings_of_confusion_matrices_do_not_overlap(
     run = made_run(clients=6, classes=2, kind="binary", rounds=1)
     details = run.details()
     details["rows"] = {client: {**rows, "test": 100} for client, rows in details["rows"].items()}
-    with style.plot_style():
-        figure = scores.plot_confusion(run.summary(), details)
+    figure = drawn(scores.plot_confusion, run.summary(), details)
 
-    assert figure is not None
     texts(figure)
     headings = [
         axes.title.get_window_extent() for axes in figure.axes if axes.get_title(loc="center")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib import rcParams
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 
@@ -24,6 +24,8 @@ from hetero_fl.reporting.plots import (
 from hetero_fl.reporting.report import write_report
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
+from tests.support.figures import drawn
 
 MakeRun = Callable[..., RunDirectory]
 ALL = ["curves", "clients", "labels", "communication", "confusion", "calibration"]
@@ -118,13 +120,6 @@ def test_failed_report_is_reported(made_run: MakeRun, monkeypatch: pytest.Monkey
         write_report(run.path)
 
 
-def drawn(make: Callable[..., Figure | None], *content: Any) -> Figure:
-    with style.plot_style():
-        result = make(*content)
-    assert result is not None
-    return result
-
-
 def lines(figure: Figure, panel: int, color: str) -> list[np.ndarray]:
     """Return the data of the lines of one color in a panel: curve and last round."""
     found = [line for line in figure.axes[panel].lines if line.get_color() == color]
@@ -155,7 +150,7 @@ def test_curves_show_records_last_and_selected_rounds(made_run: MakeRun) -> None
     assert {round(float(y), 9) for x, y in band if x == 5} == {round(low, 9), round(high, 9)}
 
 
-@pytest.mark.parametrize("rounds", [1, 2, 3, 7])
+@each_case("rounds", [1, 2, 7])
 def test_round_ticks_are_integers(made_run: MakeRun, rounds: int) -> None:
     run = made_run(rounds=rounds)
     for axes in drawn(round_plots.plot_curves, run.summary(), run.metrics(), run.details()).axes:
@@ -163,7 +158,7 @@ def test_round_ticks_are_integers(made_run: MakeRun, rounds: int) -> None:
         assert len(ticks) and all(float(tick).is_integer() for tick in ticks)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("kind", "classes", "name"), [("binary", 2, "balanced_accuracy"), ("multilabel", 14, "auroc")]
 )
 def test_first_plot_shows_the_selection_metric(
@@ -181,9 +176,9 @@ def test_first_plot_shows_the_selection_metric(
 def test_curves_leave_out_undefined_rounds(made_run: MakeRun) -> None:
     run = made_run(rounds=4, server=False)
     summary, records = run.summary(), run.metrics()
-    records[1]["global"]["auroc"] = None
     for record in records:
         record["personal"]["auroc"] = None
+    records[1]["global"]["auroc"] = None
     figure = drawn(round_plots.plot_curves, summary, records, run.details())
     assert lines(figure, 1, style.TEST_COLORS["global"])[0][0].tolist() == [1, 3, 4]
     assert not lines(figure, 1, style.TEST_COLORS["personal"])
@@ -239,20 +234,28 @@ def test_client_plot_marks_few_test_rows(made_run: MakeRun) -> None:
     assert (full, hollow) == (45, 5) and figure.axes[0].get_xlabel() == "local test (n = 7 to 30)"
 
 
+def labels_of(run: RunDirectory) -> Axes:
+    """Return the panel of the plot of labels."""
+    return drawn(clients.plot_labels, run.summary(), run.details()).axes[0]
+
+
 def test_label_plot_shows_every_count(made_run: MakeRun) -> None:
     run = made_run(clients=4)
-    details = run.details()
-    bars = [
-        bar.get_width()
-        for bar in drawn(clients.plot_labels, run.summary(), details).axes[0].patches
-    ]
-    assert bars == [counts[c] for c in (0, 1) for counts in details["label_counts"].values()]
+    counts = run.details()["label_counts"].values()
+    bars = [bar.get_width() for bar in labels_of(run).patches]
+    assert bars == [own[c] for c in (0, 1) for own in counts]
+
+
+def test_label_plot_of_regression_shows_rows(made_run: MakeRun) -> None:
+    run = made_run(kind="regression", clients=3)
+    rows = run.details()["rows"].values()
+    bars = [bar.get_width() for bar in labels_of(run).patches]
+    assert bars == [own[part] for part in ("train", "validation", "test") for own in rows]
 
 
 def test_label_plot_of_many_clients_shows_shares(made_run: MakeRun) -> None:
     run = made_run(clients=41)
-    figure = drawn(clients.plot_labels, run.summary(), run.details())
-    first, second = (patch for patch in figure.axes[0].patches if isinstance(patch, StepPatch))
+    first, second = (patch for patch in labels_of(run).patches if isinstance(patch, StepPatch))
     shares = np.array([c[0] / sum(c) for c in run.details()["label_counts"].values()])
     assert first.get_data().values == pytest.approx(np.sort(shares))
     assert second.get_data().values == pytest.approx(np.ones(41))
@@ -262,7 +265,7 @@ def test_label_plot_shows_the_most_frequent_labels(made_run: MakeRun) -> None:
     run = made_run(clients=5, kind="multiclass", classes=30)
     details = run.details()
     counts = np.array(list(details["label_counts"].values()))
-    axes = drawn(clients.plot_labels, run.summary(), details).axes[0]
+    axes = labels_of(run)
     (image,) = axes.images
     most = np.argsort(-counts.sum(0), kind="stable")[:20]
     assert [t.get_text() for t in axes.get_yticklabels()] == [details["labels"][c] for c in most]
@@ -273,33 +276,16 @@ def test_label_plot_shows_the_most_frequent_labels(made_run: MakeRun) -> None:
     )
 
 
-def test_bubble_area_is_proportional_to_counts(made_run: MakeRun) -> None:
-    run = made_run(clients=5, kind="multiclass", classes=10)
-    counts = np.array(list(run.details()["label_counts"].values()))
-    (bubbles,) = drawn(clients.plot_labels, run.summary(), run.details()).axes[0].collections
-    areas = bubbles.get_sizes()
-    assert areas / areas.max() == pytest.approx(counts[counts > 0] / counts.max())
-
-
-@pytest.mark.parametrize(("kind", "name"), [("multiclass", "class"), ("multilabel", "label")])
-def test_label_plot_names_its_axis(made_run: MakeRun, kind: str, name: str) -> None:
+@each_case(("kind", "name"), [("multiclass", "class"), ("multilabel", "label")])
+def test_label_plot_names_its_axis_and_has_bubbles(made_run: MakeRun, kind: str, name: str) -> None:
     run = made_run(clients=3, kind=kind, classes=8)
-    axes = drawn(clients.plot_labels, run.summary(), run.details()).axes[0]
+    counts = np.array(list(run.details()["label_counts"].values()))
+    axes = labels_of(run)
     assert axes.get_xlabel() == name
     assert axes.get_title(loc="left") == f"Number of training rows by {name}"
-
-
-def test_label_plot_of_regression_shows_rows(made_run: MakeRun) -> None:
-    run = made_run(kind="regression", clients=3)
-    bars = [
-        bar.get_width()
-        for bar in drawn(clients.plot_labels, run.summary(), run.details()).axes[0].patches
-    ]
-    assert bars == [
-        rows[part]
-        for part in ("train", "validation", "test")
-        for rows in run.details()["rows"].values()
-    ]
+    (bubbles,) = axes.collections
+    areas = bubbles.get_sizes()
+    assert areas / areas.max() == pytest.approx(counts[counts > 0] / counts.max())
 
 
 def images(figure: Figure) -> list[np.ndarray]:
@@ -373,48 +359,36 @@ def test_calibration_pools_predictions_of_all_clients(made_run: MakeRun) -> None
     assert curve == pytest.approx(np.array(sums)[:, kept] / count.sum(0)[kept])
 
 
-def test_calibration_curve_omits_bins_with_a_single_prediction(made_run: MakeRun) -> None:
+def test_calibration_marks_bins_with_a_single_prediction(made_run: MakeRun) -> None:
     run = made_run(clients=1)
-    details = json.loads(json.dumps(run.details()))
-    bins = {"count": [5, 1, 4], "confidence": [0.2, 0.5, 0.8], "accuracy": [0.4, 1.0, 0.5]}
-    for found in details["calibration"].values():
-        found["global"] = {"ece": 0.2, **bins}
+    details = run.details()
+    bins: dict[str, list[float]] = {
+        "count": [5, 1, 4],
+        "confidence": [0.2, 0.5, 0.8],
+        "accuracy": [0.4, 1.0, 0.5],
+    }
+    details["calibration"] = {"hospital_1": {"global": {"ece": 0.2, **bins}}}
 
     figure = drawn(score_plots.plot_calibration, run.summary(), details)
+    bins["count"][1] = 2
+    without = drawn(score_plots.plot_calibration, run.summary(), details)
 
     curve = lines(figure, 0, style.TEST_COLORS["global"])[0]
     assert curve.tolist() == [[0.2, 0.8], [0.4, 0.5]]
-
-
-def test_calibration_marks_bins_with_a_single_prediction(made_run: MakeRun) -> None:
-    run = made_run(clients=1)
-    details = json.loads(json.dumps(run.details()))
-    bins = {"count": [5, 1, 4], "confidence": [0.2, 0.5, 0.8], "accuracy": [0.4, 1.0, 0.5]}
-    for found in details["calibration"].values():
-        found.clear()
-        found["global"] = {"ece": 0.2, **bins}
-
-    figure = drawn(score_plots.plot_calibration, run.summary(), details)
-
     points = figure.axes[0].collections[0]
     assert points.get_facecolor()[1].tolist() == [1, 1, 1, 1]
     assert points.get_linewidths()[1] > 0 == points.get_linewidths()[0]
-    assert [t.get_text() for t in figure.legends[0].get_texts()][-1] == "single prediction"
-    bins["count"] = [5, 2, 4]
-    found["global"].update(bins)
-    figure = drawn(score_plots.plot_calibration, run.summary(), details)
-    assert "single prediction" not in [t.get_text() for t in figure.legends[0].get_texts()]
+    legends = [[t.get_text() for t in f.legends[0].get_texts()] for f in (figure, without)]
+    assert legends[0][-1] == "single prediction" not in legends[1]
 
 
 def test_calibration_omits_clients_without_test_rows(made_run: MakeRun) -> None:
     run = made_run(clients=3)
-    details = json.loads(json.dumps(run.details()))
-    for found in details["calibration"].values():
-        found.clear()
+    details = run.details()
+    details["calibration"] = {client: {} for client in details["calibration"]}
     assert score_plots.plot_calibration(run.summary(), details) is None
-    details["calibration"]["hospital_2"] = {
-        "personal": {"ece": None, "confidence": [], "accuracy": [], "count": []}
-    }
+    empty = {"ece": None, "confidence": [], "accuracy": [], "count": []}
+    details["calibration"]["hospital_2"] = {"personal": empty}
     assert not drawn(score_plots.plot_calibration, run.summary(), details).axes[0].texts
 
 

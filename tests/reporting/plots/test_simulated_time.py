@@ -12,10 +12,11 @@ import pytest
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison.plots import hours_to_reach, write_curves
 from hetero_fl.reporting.formatting import format_arrivals, time_unit
-from hetero_fl.reporting.plots import rounds, style, write_plots
+from hetero_fl.reporting.plots import rounds, write_plots
 from hetero_fl.reporting.report import write_report
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.reporting.summary import timing_summary
+from tests.support.figures import drawn
 
 MakeRun = Callable[..., RunDirectory]
 
@@ -58,10 +59,8 @@ def test_run_in_simulated_time_has_plots_and_report(made_run: MakeRun, clients: 
 def test_timeline_shows_the_recorded_tasks(made_run: MakeRun) -> None:
     run = timed(made_run(clients=60, rounds=20), each=7200.0)
     summary, records, details = run.summary(), run.metrics(), run.details()
-    with style.plot_style():
-        gantt = rounds.plot_tasks(records)
-        both = rounds.plot_time(summary, records, details)
-    assert gantt is not None and both is not None
+    gantt = drawn(rounds.plot_tasks, records)
+    both = drawn(rounds.plot_time, summary, records, details)
     (axes,) = gantt.axes
     assert (
         len(axes.get_yticks()) == rounds.TASK_CLIENTS

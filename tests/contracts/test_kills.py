@@ -211,6 +211,8 @@ DEPLOYED: dict[str, dict[str, Any]] = {
     "changes down": config("fedavg", rounds=3, channel=DOWN),
     "secure sum": config("fedper", rounds=3, channel=SECURE),
 }
+# Messages of a round: those of training, and three of an evaluation.
+MESSAGES = {"hybrid": 6, "fedavg": 5, "changes down": 6, "secure sum": 15}
 
 
 @pytest.fixture
@@ -224,8 +226,9 @@ def test_killed_server_resumes_to_the_same_bits(
     kind: str, draw: random.Random, nodes: None, tmp_path: Path
 ) -> None:
     sites = Sites(CLIENTS, tmp_path / "sites")
-    # Nine messages until all are ready; then 3 to 12 a round, and 3 to evaluate.
-    crashes = [11, *(9 + draw.randint(1, 14) for _ in range(3))]
+    # Nine messages until all are ready; then those of three rounds, which these do not exceed.
+    per_round = MESSAGES[kind]
+    crashes = [9 + draw.randint(1, most) for most in (per_round, per_round, per_round - 1)]
 
     deployed = federation(DEPLOYED[kind], sites, tmp_path / "deployed", crashes)
 

@@ -416,7 +416,8 @@ class ProxyDistillation(ProxyTraining):
             teacher: Logits of the round's proxy rows, shape `[D, C]`.
             senders: Clients that uploaded a model. Models of groups without such a client are not
                 changed.
-            epochs: Number of epochs.
+            epochs: Number of epochs. If 0, only the BatchNorm statistics are computed, on all proxy
+                rows.
             statistics: Source of the models' BatchNorm statistics. With `proxy`, the statistics of
                 the proxy rows are kept. With `clients`, the mean of the clients' statistics is
                 restored.
@@ -427,15 +428,20 @@ class ProxyDistillation(ProxyTraining):
             for c in sorted(senders, key=lambda c: c.client_id, reverse=True)
         }
         averages = {group: server.models[group] for group in preprocess}
-        yield [
-            self.server_fit(server, group, teacher, epochs, preprocess[group])
-            for group in sorted(preprocess)
-        ]
+        if epochs:
+            yield [
+                self.server_fit(server, group, teacher, epochs, preprocess[group])
+                for group in sorted(preprocess)
+            ]
+        else:
+            for group, view in preprocess.items():
+                server.models[group] = yield from recalibrated_tensors(
+                    server, group, proxy_sample(server, view)
+                )
         if statistics == "clients":
             for group, average in averages.items():
-                buffers = average.keys() - server.arch[group].parameter_names
-                of_clients = {name: average[name] for name in buffers}
-                server.models[group] = {**server.models[group], **of_clients}
+                names = server.arch[group].parameter_names
+                server.models[group] = average | {n: server.models[group][n] for n in names}
 
 
 DONE = "initial_phase"

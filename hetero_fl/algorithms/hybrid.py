@@ -86,6 +86,11 @@ class Hybrid(ProxyDistillation, FedAvg):
     distill_epochs: PositiveInt = Field(
         3, description="epochs of distillation per round into each architecture's average"
     )
+    distill_rounds: PositiveInt | None = Field(
+        None,
+        description="number of rounds, from the first, in which the server distills; later rounds "
+        "only recompute BatchNorm statistics on proxy rows; `null`: all rounds",
+    )
     distilled_statistics: DistilledStatistics = "proxy"
     digest_epochs: PositiveInt = Field(
         1, description="epochs of distillation at the client after each broadcast"
@@ -111,12 +116,10 @@ class Hybrid(ProxyDistillation, FedAvg):
 
     @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        items = super().broadcast(server, recipient)
-        weight = self.replay_weight
-        replays = weight > 0 and recipient.purpose == "train"
-        if self.distill_at == "server" and not replays:
-            return items
-        return {**items, **self.teacher_for(server, recipient)}
+        replays = self.replay_weight > 0 and recipient.purpose == "train"
+        needs_teacher = replays or self.distill_at != "server"
+        teacher = self.teacher_for(server, recipient) if needs_teacher else {}
+        return {**super().broadcast(server, recipient), **teacher}
 
     @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
@@ -127,9 +130,8 @@ class Hybrid(ProxyDistillation, FedAvg):
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
-        weight = self.replay_weight
-        if TEACHER in received and weight:
-            yield self.proxy_replay(client, received, weight)
+        if TEACHER in received and self.replay_weight:
+            yield self.proxy_replay(client, received, self.replay_weight)
         else:
             yield local_fit(client)
         items = upload_model(self, client, self.weight_of(client))
@@ -142,8 +144,13 @@ class Hybrid(ProxyDistillation, FedAvg):
         if teacher is None:
             return
         if self.distill_at != "client":
-            senders = uploads.senders("model")
+            rounds = self.distill_rounds
+            is_early = rounds is None or server.round_context.round_idx < rounds
             yield from self.distill_into_groups(
-                server, teacher, senders, self.distill_epochs, statistics=self.distilled_statistics
+                server,
+                teacher,
+                uploads.senders("model"),
+                self.distill_epochs if is_early else 0,
+                statistics=self.distilled_statistics,
             )
         yield from self.train_student(server, teacher)

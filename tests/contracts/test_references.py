@@ -180,6 +180,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {
             **SOME,
             "distill_epochs": 1,
+            "distill_rounds": 2,
             "proxy_batch_size": 15,
             "clients__overrides": [
                 *VIEWS,

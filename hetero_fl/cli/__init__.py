@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import gc
 import io
 import itertools
 import os
@@ -38,6 +39,9 @@ from hetero_fl.utils.extras import describe_missing_package
 # that two runs on one machine slow each other down (see benchmarks/speed/threads.py).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+# At its end, Python searches all objects of torch for cycles, which takes about a second.
+atexit.register(gc.freeze)
 
 VERBOSE = re.compile(r"-q*v[qv]*|--verbose")
 

@@ -102,9 +102,10 @@ def write_comparison(
     out = RunDirectory(out_dir)
     out.path.mkdir(parents=True, exist_ok=True)
     found = client_gains(rows, task)
-    frame = pd.DataFrame(rows, columns=csv_columns(rows, task), dtype=object)
-    gains_of_runs = found.pivot_table("gain", ["algorithm", "seed"], "column", sort=False)
-    frame = frame.merge(gains_of_runs.reset_index(), how="left")
+    frame = pd.DataFrame(rows, columns=csv_columns(rows, task), dtype=object).merge(
+        found.pivot_table("gain", ["algorithm", "seed"], "column", sort=False).reset_index(),
+        how="left",
+    )
     out.write_text("comparison.csv", frame.to_csv(index=False, lineterminator="\n"))
     known = gather_facts(out.path, rows, missing)
     last = make_table(rows, task, "last", known.jobs, known.local_test_note)

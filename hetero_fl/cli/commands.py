@@ -57,9 +57,8 @@ def comparison_command(run: Run) -> str:
     """
     config = run.directory.config()
     groups = [client["group"] for client in run.directory.details()["clients"].values()]
-    federated = ["hybrid"] if run.summary["data"]["n_proxy"] else []
-    if len({*groups}) < len(groups):
-        federated = ["fedavg"]
+    possible = {"fedavg": len({*groups}) < len(groups), "hybrid": run.summary["data"]["n_proxy"]}
+    federated = [name for name, is_possible in possible.items() if is_possible][:1]
     names = list(dict.fromkeys(["local", *federated, run.summary["algorithm"]]))
     command = [
         *("hetero-fl", "compare", "--config", f"{run.path}/config.yaml"),

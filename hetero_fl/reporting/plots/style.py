@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageOps
 
 from hetero_fl.core.metrics import SMALLER_IS_BETTER
 
@@ -28,6 +29,8 @@ MIN_FONT_SIZE = 7.0
 """Smallest font size in points."""
 
 DPI = 300
+MARGIN = 18
+"""Width of the white margin around a picture, in pixels."""
 
 # The palette of Okabe and Ito (2008) without yellow, which is hard to see on white.
 BLUE = "#0072B2"
@@ -91,25 +94,21 @@ def figure(height: float, width: float = WIDTH) -> Figure:
         height: Height in inches.
         width: Width in inches.
     """
-    made = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(made)
-    return made
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def to_png(figure: Figure) -> bytes:
-    """Render a figure as a cropped PNG.
+    """Render a figure as a PNG, cropped to its content and a margin.
 
     Equal figures result in equal bytes.
     """
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    # `savefig(bbox_inches="tight")` would draw the figure twice.
+    content = picture.crop(ImageOps.invert(picture).getbbox())
     buffer = BytesIO()
-    figure.savefig(
-        buffer,
-        format="png",
-        dpi=DPI,
-        bbox_inches="tight",
-        pad_inches=0.06,
-        metadata={"Software": None},
-    )
+    ImageOps.expand(content, MARGIN, "white").save(buffer, "png", dpi=(DPI, DPI))
     return buffer.getvalue()
 
 
@@ -138,8 +137,7 @@ def ticks(most: int = 5) -> MaxNLocator:
 def remove_axes(axes: Axes) -> None:
     """Remove the grid, the frame and the tick marks, for plots of matrices."""
     axes.grid(False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
 
 
@@ -178,12 +176,10 @@ def draw_band(
         color: Color of the curve.
         alpha: Opacity of the band.
     """
-    low = mean - deviation
-    high = mean + deviation
+    limits = np.stack([mean - deviation, mean + deviation])
     if metric not in SMALLER_IS_BETTER and metric != "r2":
-        low = low.clip(0, 1)
-        high = high.clip(0, 1)
-    axes.fill_between(x, low, high, color=color, alpha=alpha, linewidth=0)
+        limits = limits.clip(0, 1)
+    axes.fill_between(x, *limits, color=color, alpha=alpha, linewidth=0)
 
 
 def add_colorbar(figure: Figure, image: AxesImage, axes: Any, label: str, **place: Any) -> Axes:

@@ -8,6 +8,7 @@ from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -32,7 +33,7 @@ def named(run: RunDirectory) -> tuple[dict[str, Any], list[dict[str, Any]], dict
 def texts(figure: Figure) -> list[Text]:
     """Return visible texts except rotated ones, whose bounding boxes overlap wrongly."""
     with style.plot_style():
-        figure.canvas.draw()
+        FigureCanvasAgg(figure).draw()
     found = [
         t
         for t in figure.findobj(Text)

@@ -16,7 +16,7 @@ from hetero_fl.cli import main
 from tests.support.cases import each_case
 
 ROOT = Path(__file__).parents[2]
-MEDICAL = yaml.safe_load((ROOT / "configs" / "medical_hetero.yaml").read_text())
+MEDICAL = yaml.safe_load((ROOT / "configs" / "benchmark" / "xrays_three_base.yaml").read_text())
 Case = tuple[dict[str, Any], list[str], str]  # configuration, overrides, what the line must name
 
 

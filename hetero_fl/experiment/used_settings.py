@@ -176,7 +176,10 @@ def _note(source: Source, section: str, labels: Sequence[str]) -> str:
     if not settings or not isinstance(name, str):
         return ""
     method = algorithm_name(name)
-    subject = f"The settings in the {section} ({settings})"
+    subject = f"The settings in the {section}"
     if name in map(algorithm_base, labels):
         return f"{subject} apply to {method} only; all other methods use their defaults."
-    return f"{subject} belong to {method}, which is not compared: all methods use their defaults."
+    return (
+        f"{subject} ({settings}) belong to {method}, which is not compared: "
+        "all methods use their defaults."
+    )

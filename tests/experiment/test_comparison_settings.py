@@ -76,9 +76,8 @@ def test_used_settings_name_the_study() -> None:
         (
             FILE,
             ["local", "hybrid", "hybrid:replay_weight=0"],
-            "The settings in the algorithm section of the configuration "
-            "(temperature = 2.0, heads = keep) apply to Hybrid only; all other methods use their "
-            "defaults.",
+            "The settings in the algorithm section of the configuration apply to Hybrid only; all "
+            "other methods use their defaults.",
         ),
         (
             FILE,

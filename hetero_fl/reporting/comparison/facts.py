@@ -361,7 +361,7 @@ def _local_test_note(tested: Sequence[Mapping[str, int]]) -> str:
         client: min(rows.get(client, count) for rows in tested)
         for client, count in tested[0].items()
     }
-    note = f"n = {format_range(counts)} rows per client over all seeds."
+    note = f"n = {format_range(counts)} rows per client."
     return f"{note} {small_test_note(fewest)}".strip()
 
 

@@ -274,7 +274,7 @@ def draw_gains(tables: Sequence[GainTable]) -> Figure:
         places = np.arange(len(clients))[:, None] + np.linspace(-0.2, 0.2, gains.shape[1])
         axes.set_prop_cycle(cycler(marker="os^") * cycler(color=COLORS))
         axes.plot(gains, places, linestyle="", markersize=5, label=list(gains))
-        axes.axvline(0, color=style.GREY, linewidth=0.9)
+        axes.axvline(0, color=style.GREY, linewidth=0.9, zorder=1)
         axes.set(
             title=tested_metric(table.test, table.metric),
             xlabel=f"gain over {algorithm_name(table.baseline)}, {table.unit}",

@@ -290,9 +290,9 @@ def format_score(value: float, metric: str) -> str:
 
 
 def format_difference(value: float, metric: str) -> str:
-    """Format a difference of two scores as in the tables, with a sign."""
-    sign = "−" if value < 0 else "+"
-    return sign + format_score(abs(value), metric)
+    """Format a difference of two scores as in the tables, with a sign unless it rounds to 0."""
+    text = format_score(abs(value), metric)
+    return text if not text.strip("0.") else f"{'−' if value < 0 else '+'}{text}"
 
 
 @dataclass(frozen=True)

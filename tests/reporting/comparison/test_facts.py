@@ -61,7 +61,7 @@ def test_facts_match_the_runs(tmp_path: Path) -> None:
         for r in RunDirectory.open(tmp_path / "runs" / "local-seed0").details()["rows"].values()
     ]
     assert found.local_test_note.startswith(
-        f"Local test: n = {min(tested)} to {max(tested)} rows per client over all seeds."
+        f"Local test: n = {min(tested)} to {max(tested)} rows per client."
     )
     assert (
         f"hospital_{tested.index(min(tested)) + 1}" in facts["Local test rows"] and min(tested) < 20

@@ -94,11 +94,12 @@ def test_table_and_sentence_say_who_gains(tmp_path: Path) -> None:
         ["clients that gain", "", "1 of 2", "2 of 2"],
     ]
     assert (
-        "With Hybrid, 2 of 2 clients gain over Local on the global test (from +5.0 for b to +35.0 "
-        "percentage points for a) and 2 of 2 on their local tests" in text
+        "After the last round of Hybrid, 2 of 2 clients are better than with Local by balanced "
+        "accuracy on the global test (from +5.0 for b to +35.0 percentage points for a) and 2 of 2 "
+        "by accuracy on their local tests" in text
     )
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<img") == 2 and "With Hybrid, 2 of 2 clients gain" in page
+    assert page.count("<img") == 2 and "last round of Hybrid, 2 of 2 clients" in page
     assert (tmp_path / "gains.png").stat().st_size > 10_000
 
 
@@ -113,8 +114,8 @@ def test_undefined_scores_are_left_out(tmp_path: Path) -> None:
 
     own = comparison.gains[comparison.gains["test"] == "global"]
     assert set(own["client"]) == {"a"}
-    assert "1 of 1 clients gain over Local on the global test" in comparison.to_markdown()
-    assert "With Hybrid, 1 of 2 clients gain over Local on the global test" in text
+    assert "1 of 1 clients are better than with Local" in comparison.to_markdown()
+    assert "Hybrid, 1 of 2 clients are better than with Local by balanced accuracy" in text
     assert "– is undefined" in text
 
 
@@ -167,4 +168,4 @@ def test_the_best_method_is_no_baseline(tmp_path: Path) -> None:
 
     text = write(tmp_path, rows).to_markdown()
 
-    assert "With FedAvg, 1 of 2 clients gain over Local on the global test" in text
+    assert "for b to +10.0 percentage points for a; 1 worse)" in text and "of FedAvg, 1 of 2" in text

@@ -17,7 +17,7 @@ from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, federate, from_arrays
-from hetero_fl.utils.errors import UserError
+from tests.support.mistakes import check_refused
 
 X = np.random.default_rng(0).normal(size=(12, 3))
 ONE_TO_THREE = np.array([1, 2, 3] * 4)
@@ -183,8 +183,12 @@ def test_run_keeps_class_names(tmp_path: Path) -> None:
         expected
     )
     np.savez(tmp_path / "new.npz", train_images=x[:40], train_labels=known - 1)
-    with pytest.raises(UserError, match="'0' is unknown to the models; choose from 1, 2, 3"):
-        hetero_fl.evaluate(run, str(tmp_path / "new.npz"))
+    check_refused(
+        "'0' is unknown to the models; choose from 1, 2, 3",
+        hetero_fl.evaluate,
+        run,
+        str(tmp_path / "new.npz"),
+    )
 
 
 def test_client_labels_are_mapped_by_class_name(tmp_path: Path) -> None:

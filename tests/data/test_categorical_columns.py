@@ -15,8 +15,8 @@ from hetero_fl.config.clients import ClientSettings, PreprocessConfig
 from hetero_fl.config.data import DataConfig, ProxyConfig, SourceConfig
 from hetero_fl.data import ColumnLayout, Dataset, FederatedData, Preprocess, federate, load_source
 from hetero_fl.data.remote import PublicPack
-from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
+from tests.support.mistakes import check_refused
 
 RAW = Preprocess()
 WARDS = ("A", "B", "C")
@@ -75,8 +75,7 @@ def test_columns_with_20_values_are_left_out(tmp_path: Path) -> None:
     for values, columns in ((19, 20), (20, 1)):
         source = table(tmp_path / "t.csv", wards=tuple(f"w{i}" for i in range(values)))
         assert len(load(source).columns) == columns
-    with pytest.raises(UserError, match="duplicate column 'ward=A'"):
-        load(table(tmp_path / "t.csv", **{"ward=A": 1.0}))
+    check_refused("duplicate column 'ward=A'", load, table(tmp_path / "t.csv", **{"ward=A": 1.0}))
 
 
 def test_configured_categories_take_precedence(tmp_path: Path) -> None:
@@ -126,8 +125,7 @@ def test_wrong_categories_are_refused(categories: Any, message: str, tmp_path: P
         "algorithm": {"name": "local"},
     }
 
-    with pytest.raises(UserError, match=message):
-        hetero_fl.run(config, out=tmp_path / "run")
+    check_refused(message, hetero_fl.run, config, out=tmp_path / "run")
 
 
 def test_client_files_use_common_encoding(tmp_path: Path) -> None:
@@ -146,11 +144,11 @@ def test_client_files_use_common_encoding(tmp_path: Path) -> None:
 
 def test_numeric_client_columns_use_common_text_encoding(tmp_path: Path) -> None:
     common = table(tmp_path / "common.csv", wards=("1", "2", "3a"))
-    with pytest.raises(
-        UserError,
-        match=r"expected a number, got '3a'; for categories, list the values in data\.categories",
-    ):
-        load(common)
+    check_refused(
+        r"expected a number, got '3a'; for categories, list the values in data\.categories",
+        load,
+        common,
+    )
     common = common.model_copy(update={"categories": {"ward": ("1", "2", "3a")}})
     own = table(tmp_path / "own.csv", wards=("1", "2"), seed=1)
 
@@ -162,10 +160,13 @@ def test_numeric_client_columns_use_common_text_encoding(tmp_path: Path) -> None
 def test_client_categories_must_match_common_ones(tmp_path: Path) -> None:
     own = table(tmp_path / "own.csv").model_copy(update={"categories": {"ward": ("B", "A")}})
 
-    with pytest.raises(
-        UserError, match=r"clients: 'own': data\.categories: table encodes other values"
-    ):
-        federated(tmp_path, table(tmp_path / "common.csv"), own)
+    check_refused(
+        r"clients: 'own': data\.categories: table encodes other values",
+        federated,
+        tmp_path,
+        table(tmp_path / "common.csv"),
+        own,
+    )
 
 
 def test_client_file_requires_used_columns(tmp_path: Path) -> None:
@@ -178,8 +179,14 @@ def test_client_file_requires_used_columns(tmp_path: Path) -> None:
     assert data.columns("own", "train", data.preprocess("own"))["x"].sum(1).eq(1).all()
     full.drop(columns="ward").to_csv(tmp_path / "own.csv", index=False)
     for columns in (None, ["ward"]):
-        with pytest.raises(UserError, match="column 'ward' not found, which the main data set co"):
-            federated(tmp_path, common, own, columns=columns)
+        check_refused(
+            "column 'ward' not found, which the main data set co",
+            federated,
+            tmp_path,
+            common,
+            own,
+            columns=columns,
+        )
     rows = federated(tmp_path, common, own, missing="indicate").columns("own", "train", RAW)["x"]
     assert rows[:, 1:].isnan().all() and not rows[:, 0].isnan().any()
 
@@ -209,8 +216,7 @@ def test_views_accept_text_column_names() -> None:
 
     assert layout.names == ("crp", "ward", "age")
     assert layout.spans(["age", "ward"], "columns") == ((1, 4),)
-    with pytest.raises(UserError, match="unknown name 'ward=A'; did you mean 'ward'"):
-        layout.spans(["ward=A"], "columns")
+    check_refused("unknown name 'ward=A'; did you mean 'ward'", layout.spans, ["ward=A"], "columns")
 
 
 def test_provisioned_files_contain_the_encoding(tmp_path: Path) -> None:
@@ -261,10 +267,15 @@ def test_predict_uses_encoding_of_run(finished: hetero_fl.Run) -> None:
 
     rows = [[0.5, 0, 1, 0], [-0.5, 0, 0, 0], [0.0, 0, 0, 0]]
     assert torch.equal(found, finished.predict("own", rows))
-    with pytest.raises(UserError, match="column 'ward' not found, which the model needs"):
-        finished.predict("own", frame[["crp"]])
-    with pytest.raises(UserError, match=r"column 'ward' not found, .*; did you mean 'wrd'"):
-        finished.predict("own", frame.rename(columns={"ward": "wrd"}))
+    check_refused(
+        "column 'ward' not found, which the model needs", finished.predict, "own", frame[["crp"]]
+    )
+    check_refused(
+        r"column 'ward' not found, .*; did you mean 'wrd'",
+        finished.predict,
+        "own",
+        frame.rename(columns={"ward": "wrd"}),
+    )
 
 
 def test_new_file_uses_encoding_of_run(finished: hetero_fl.Run, tmp_path: Path) -> None:

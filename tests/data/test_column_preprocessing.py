@@ -21,9 +21,9 @@ from hetero_fl.data import (
     load_source,
 )
 from hetero_fl.data.external import match_blocks, match_columns
-from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.text import Caution
+from tests.support.mistakes import check_refused
 
 NAN = float("nan")
 TABLE = ColumnLayout(("age", "crp", "bmi", "dose"))
@@ -159,19 +159,21 @@ def test_missing_values_require_a_setting() -> None:
     assert not pooled.isnan().any() and len(pooled) == int(
         (~x[:, 0].isnan()).repeat(6)[_train(data)].sum()
     )
-    with pytest.raises(
-        UserError,
-        match=(
-            r"clients: 'b': preprocess\.missing: arrays: row \d+ has "
-            r"no value in column 'genes'; set clients\.defaults\.preprocess\.missing=indicate, or "
-        ),
-    ):
-        hospitals(x, BLOCKS, {"a": both, "b": PreprocessConfig()})
-    with pytest.raises(
-        UserError,
-        match=r"clients: 'a': preprocess\.missing: arrays: row \d+ has no value in column 'image'",
-    ):
-        hospitals(x, BLOCKS, {"a": images, "b": images})
+    check_refused(
+        r"clients: 'b': preprocess\.missing: arrays: row \d+ has "
+        r"no value in column 'genes'; set clients\.defaults\.preprocess\.missing=indicate, or ",
+        hospitals,
+        x,
+        BLOCKS,
+        {"a": both, "b": PreprocessConfig()},
+    )
+    check_refused(
+        r"clients: 'a': preprocess\.missing: arrays: row \d+ has no value in column 'image'",
+        hospitals,
+        x,
+        BLOCKS,
+        {"a": images, "b": images},
+    )
 
 
 def _train(data: FederatedData) -> Tensor:
@@ -194,20 +196,22 @@ def test_public_rows_may_lack_blocks() -> None:
     assert [note for note in data.notes if not isinstance(note, Caution)] == [
         "client 'c' has none of the values of the proxy set and is excluded from training on it"
     ]
-    with pytest.raises(
-        UserError,
-        match=r"clients: 'a': preprocess\.missing: arrays: row \d+ has no value in column 'genes'",
-    ):
-        hospitals(
-            x,
-            BLOCKS,
-            {**clients, "a": PreprocessConfig()},
-            proxy=ProxyConfig(size=20, columns=["image"]),
-        )
-    with pytest.raises(
-        UserError, match=r"data\.proxy\.columns: unknown name 'images'; did you mean 'image'"
-    ):
-        hospitals(x, BLOCKS, clients, proxy=ProxyConfig(size=20, columns=["images"]))
+    check_refused(
+        r"clients: 'a': preprocess\.missing: arrays: row \d+ has no value in column 'genes'",
+        hospitals,
+        x,
+        BLOCKS,
+        {**clients, "a": PreprocessConfig()},
+        proxy=ProxyConfig(size=20, columns=["image"]),
+    )
+    check_refused(
+        r"data\.proxy\.columns: unknown name 'images'; did you mean 'image'",
+        hospitals,
+        x,
+        BLOCKS,
+        clients,
+        proxy=ProxyConfig(size=20, columns=["images"]),
+    )
 
 
 def test_external_sets_are_matched_by_name() -> None:
@@ -231,14 +235,13 @@ def test_table_with_missing_values_trains(tmp_path: Any) -> None:
     lines = [f"{i},{'' if i == 4 else i * 2},{i % 2}" for i in range(60)]
     path.write_text("\n".join(["age,crp,ill", *lines]))
     source = SourceConfig(name="table", path=str(path), label="ill")
-    with pytest.raises(
-        UserError,
-        match=(
-            r"row 5, column 'crp': missing value \(1 in 60 rows\); "
-            r"fill or remove missing values, or set"
-        ),
-    ):
-        load_source(source, tmp_path)
+    check_refused(
+        r"row 5, column 'crp': missing value \(1 in 60 rows\); "
+        r"fill or remove missing values, or set",
+        load_source,
+        source,
+        tmp_path,
+    )
     found = load_source(source, tmp_path, missing=True)
     config = DataConfig(partition=PartitionConfig(min_size=5))
 
@@ -254,14 +257,11 @@ def test_table_with_missing_values_trains(tmp_path: Any) -> None:
         == 4
     )
     assert federated(columns=["age"]).preprocess("a").shape((2,)) == (1,)
-    with pytest.raises(
-        UserError,
-        match=(
-            r"clients: 'a': preprocess\.missing: path: .*t\.csv: row 5 has "
-            r"no value in column 'crp'"
-        ),
-    ):
-        federated()
+    check_refused(
+        r"clients: 'a': preprocess\.missing: path: .*t\.csv: row 5 has "
+        r"no value in column 'crp'",
+        federated,
+    )
 
 
 def test_federate_keeps_block_layout() -> None:

@@ -7,9 +7,9 @@ import torch
 
 from hetero_fl.core.task import Task
 from hetero_fl.data import Examples, check_examples
-from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.registry import import_reference
+from tests.support.mistakes import refusal
 
 CLASSES = Task("multiclass", 3)
 IMAGES = torch.zeros(4, 1, 5, 5, dtype=torch.uint8)
@@ -59,6 +59,5 @@ def test_import_reference_imports_or_explains(
         ("python:no_such_module:x", "module 'no_such_module' not found in the working directory"),
         ("python:broken_for_import:x", "ZeroDivisionError"),
     ):
-        with pytest.raises(UserError) as refused:
-            import_reference(reference, "data.name")
-        assert str(refused.value).startswith("data.name: ") and words in str(refused.value)
+        refused = refusal(import_reference, reference, "data.name")
+        assert refused.startswith("data.name: ") and words in refused

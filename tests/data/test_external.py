@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hetero_fl.config.clients import ClientSettings, PreprocessConfig
-from hetero_fl.config.data import DataConfig, PartitionConfig, ProxyConfig, SourceConfig
+from hetero_fl.config.data import DataConfig, PartitionConfig, ProxyConfig, SourceConfig, TextConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data import (
     Dataset,
@@ -24,9 +24,11 @@ from hetero_fl.data import (
     make_table,
     partition_rows,
 )
-from hetero_fl.utils.errors import UserError
+from hetero_fl.data.sources.text import read_vocabulary
+from hetero_fl.experiment import prepare
 from tests.support.benchmark_folders import write_client_folder
 from tests.support.federated_data import PLAIN, PLAIN_CLIENT, THREE, identical, view
+from tests.support.mistakes import check_refused, refusal
 
 
 def test_labels_of_another_proxy_set_are_never_read(images: Dataset, npz: Any) -> None:
@@ -45,19 +47,20 @@ def test_labels_of_another_proxy_set_are_never_read(images: Dataset, npz: Any) -
     holed = SourceConfig(
         name="npz", path=str(npz("holed.npz", train_images=np.full((30, 8, 8), np.nan)))
     )
-    with pytest.raises(
-        UserError,
-        match=r"^data\.proxy\.source\.path: .*holed.npz: the examples have NaN or infinite values",
-    ):
-        view(images, clients=clients, proxy=ProxyConfig(source=holed))
-    with pytest.raises(
-        UserError,
-        match=(
-            r"^data\.proxy\.source: expected examples of shape \(1, "
-            r"16, 16\) .* client 'four', got \(1, 8, 8\)"
-        ),
-    ):
-        view(images, proxy=ProxyConfig(source=source))
+    check_refused(
+        r"^data\.proxy\.source\.path: .*holed.npz: the examples have NaN or infinite values",
+        view,
+        images,
+        clients=clients,
+        proxy=ProxyConfig(source=holed),
+    )
+    check_refused(
+        r"^data\.proxy\.source: expected examples of shape \(1, "
+        r"16, 16\) .* client 'four', got \(1, 8, 8\)",
+        view,
+        images,
+        proxy=ProxyConfig(source=source),
+    )
 
 
 def test_labels_of_another_proxy_set_are_matched_to_the_common_classes(tmp_path: Path) -> None:
@@ -84,13 +87,13 @@ def test_unlabeled_proxy_set_is_refused_if_labels_are_needed(images: Dataset, np
     clients = {"a": ClientSettings(preprocess=PreprocessConfig(resize=16))}
     proxy = ProxyConfig(source=SourceConfig(name="npz", path=str(path)), labels=True)
 
-    with pytest.raises(
-        UserError,
-        match=r"^data\.proxy\.labels=true needs matching labels: .*array 'train_labels' not found",
-    ) as error:
-        view(images, clients=clients, proxy=proxy)
-
-    assert "\n" not in str(error.value)
+    check_refused(
+        r"^data\.proxy\.labels=true needs matching labels: .*array 'train_labels' not found",
+        view,
+        images,
+        clients=clients,
+        proxy=proxy,
+    )
 
 
 def test_proxy_of_a_registered_source_and_of_a_table(images: Dataset, tmp_path: Path) -> None:
@@ -114,8 +117,9 @@ def test_proxy_of_a_registered_source_and_of_a_table(images: Dataset, tmp_path: 
     found = federate(table, config, THREE, 0).columns("", "proxy", PLAIN)["x"]
     assert torch.allclose(found, table.train.x[:30])
     frame.drop(columns="x3").to_csv(tmp_path / "p.csv", index=False)
-    with pytest.raises(UserError, match=r"column 'x3' not found, .* contains; choose from extra"):
-        federate(table, config, THREE, 0)
+    check_refused(
+        r"column 'x3' not found, .* contains; choose from extra", federate, table, config, THREE, 0
+    )
 
 
 def test_client_source_keeps_its_local_test_rows(tmp_path: Path) -> None:
@@ -212,11 +216,15 @@ def test_client_sources_are_split_with_different_draws(
 def test_external_proxy_must_fit_the_server(images: Dataset, npz: Any) -> None:
     clients = {n: ClientSettings(preprocess=PreprocessConfig(resize=16)) for n in "ab"}
     config = DataConfig(proxy=ProxyConfig(source=SourceConfig(name="npz", path=str(npz()))))
-    with pytest.raises(
-        UserError,
-        match=r"after preprocessing for the server, .*; set server\.preprocess\.resize or channels",
-    ):
-        federate(images, config, clients, 0, server=PreprocessConfig())
+    check_refused(
+        r"after preprocessing for the server, .*; set server\.preprocess\.resize or channels",
+        federate,
+        images,
+        config,
+        clients,
+        0,
+        server=PreprocessConfig(),
+    )
     assert federate(images, config, clients, 0, server=PreprocessConfig(resize=16)).n_proxy == 30
     assert federate(images, config, clients, 0).n_proxy == 30
 
@@ -271,9 +279,7 @@ def test_client_source_must_match_common_source(npz: Any, images: Dataset, tmp_p
             "'own': data.path: file 'none.npz' not found",
         ),
     ):
-        with pytest.raises(UserError) as refused:
-            own(common, source)
-        assert words in str(refused.value)
+        assert words in refusal(own, common, source)
     assert own(xray, local, preprocess=PreprocessConfig(resize=28)).client_ids == ["a", "b", "own"]
 
 
@@ -300,11 +306,8 @@ def test_client_classes_and_columns_are_matched_by_name(tmp_path: Path) -> None:
         ),
     ):
         change.to_csv(tmp_path / "own.csv", index=False)
-        with pytest.raises(UserError) as refused:
-            federate(common, DataConfig(), clients, 0)
-        assert str(refused.value).startswith("clients: 'own': data: table: ") and words in str(
-            refused.value
-        )
+        refused = refusal(federate, common, DataConfig(), clients, 0)
+        assert refused.startswith("clients: 'own': data: table: ") and words in refused
 
 
 def test_pooling_requires_equal_shapes(images: Dataset, npz: Any) -> None:
@@ -317,16 +320,50 @@ def test_pooling_requires_equal_shapes(images: Dataset, npz: Any) -> None:
         {"a": PLAIN_CLIENT, "own": own},
         0,
     )
-    with pytest.raises(
-        UserError,
-        match=r"clients: 'a': preprocess: .* pooled and must have one shape",
-    ):
-        data.columns("server", "pooled", PLAIN)
-    with pytest.raises(UserError, match=r"^server\.preprocess: .* must have one shape"):
-        data.columns("server", "pooled", Preprocess(channels=3))
+    check_refused(
+        r"clients: 'a': preprocess: .* pooled and must have one shape",
+        data.columns,
+        "server",
+        "pooled",
+        PLAIN,
+    )
+    check_refused(
+        r"^server\.preprocess: .* must have one shape",
+        data.columns,
+        "server",
+        "pooled",
+        Preprocess(channels=3),
+    )
     assert data.columns("server", "pooled", Preprocess(resize=16))["x"].shape == (
         data.n_train,
         1,
         16,
         16,
     )
+
+
+CLIENTS = {"count": 2, "defaults": {"model": "linear"}}
+
+
+def proxy_of(name: str, source: str, path: Path) -> np.ndarray:
+    data = {"name": name, "proxy": {"source": {"name": source, "path": str(path)}}}
+    run = prepare({"data": data, "clients": CLIENTS, "algorithm": {"name": "fedmd"}})
+    return run.federation.data.public_sets["proxy"].examples.x.numpy()  # type: ignore[no-any-return]
+
+
+def test_unlabeled_npz_files_of_any_spelling_are_a_proxy_set(tmp_path: Path) -> None:
+    windows = np.random.default_rng(0).normal(size=(30, 64, 6)).astype(np.float32)
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
+    for name in ("public.npz", "PUBLIC.NPZ"):
+        with (tmp_path / name).open("wb") as file:
+            np.savez(file, x=windows, train_images=images)
+        assert np.array_equal(proxy_of("activity", "activity", tmp_path / name), windows)
+        assert proxy_of("digits", "npz", tmp_path / name).shape == (30, 1, 8, 8)
+
+
+def test_vocabulary_reads_all_words_of_a_text_with_tabs(tmp_path: Path) -> None:
+    public = tmp_path / "public.txt"
+    public.write_text("spam\tgood\tbad\n" * 2)
+    for predict, words in (("class", {"good", "bad"}), ("next", {"good", "bad", "spam"})):
+        vocabulary = read_vocabulary(TextConfig(public=str(public), predict=predict))
+        assert set(vocabulary.words) == words

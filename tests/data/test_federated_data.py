@@ -13,8 +13,8 @@ from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, federate, make_table
 from hetero_fl.data.client_rows import ClientRows
 from hetero_fl.data.remote import describe_client_rows, restrict_to_holder
-from hetero_fl.utils.errors import UserError
 from tests.support.federated_data import PLAIN, PLAIN_CLIENT, THREE, everything, heterogeneous, view
+from tests.support.mistakes import check_refused
 
 
 def test_scanner_applies_to_private_rows_only(images: Dataset) -> None:
@@ -158,8 +158,7 @@ def test_hash_sees_every_image_and_label(images: Dataset) -> None:
 
 def test_unknown_names_raise(images: Dataset) -> None:
     data = view(images, proxy=ProxyConfig())
-    with pytest.raises(UserError, match=r"data\.proxy\.size: must be > 0"):
-        data.columns("one", "proxy", PLAIN)
+    check_refused(r"data\.proxy\.size: must be > 0", data.columns, "one", "proxy", PLAIN)
     for owner, name in (
         ("one", "trian"),
         ("five", "train"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import pytest
 import torch
 
 from hetero_fl.config.clients import PreprocessConfig
@@ -14,8 +13,8 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import Block, ColumnLayout, Preprocess
 from hetero_fl.data.inference import preprocess_inputs
-from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
+from tests.support.mistakes import check_refused
 
 LAYOUT = ColumnLayout(blocks=(Block("image", (1, 4, 4)), Block("genes", (3,))))
 NAN = float("nan")
@@ -50,8 +49,7 @@ def test_blocks_by_name_equal_full_rows(tmp_path: Any) -> None:
         ),
         (rows / 0, "row 0: NaN or infinite value"),
     ):
-        with pytest.raises(UserError, match=words):
-            preprocess_inputs(model, x)
+        check_refused(words, preprocess_inputs, model, x)
 
 
 def test_image_blocks_are_scaled_like_image_sets(tmp_path: Any) -> None:
@@ -80,10 +78,12 @@ def test_image_blocks_are_scaled_like_image_sets(tmp_path: Any) -> None:
     lacking[2] = NAN
     seen = preprocess_inputs(model, {"image": lacking, "marks": marks})
     assert torch.allclose(seen[[0, 1, 3, 4]], expected[[0, 1, 3, 4]]) and seen[2, 51] == 1
-    with pytest.raises(
-        UserError, match="image: expected uint8 or floats from 0 to 1, got floats from"
-    ):
-        preprocess_inputs(model, {"image": images.float() - 128, "marks": marks})
+    check_refused(
+        "image: expected uint8 or floats from 0 to 1, got floats from",
+        preprocess_inputs,
+        model,
+        {"image": images.float() - 128, "marks": marks},
+    )
 
 
 def test_single_block_accepts_image_dict_or_rows(tmp_path: Any) -> None:
@@ -98,8 +98,7 @@ def test_single_block_accepts_image_dict_or_rows(tmp_path: Any) -> None:
         preprocess_inputs(model, {"image": images}), preprocess_inputs(model, rows), atol=1e-6
     )
     rows[1, 2] = NAN
-    with pytest.raises(UserError, match="row 1: NaN or infinite value"):
-        preprocess_inputs(model, rows)
+    check_refused("row 1: NaN or infinite value", preprocess_inputs, model, rows)
 
 
 @each_case("x", ({}, {"image": torch.zeros(2, 1, 4, 4)}))
@@ -107,5 +106,4 @@ def test_dictionaries_are_for_models_with_blocks(x: Any) -> None:
     arch = ModelSpec.from_config("linear", 2, (1, 4, 4))
     model = SavedModel(arch.initial_tensors(0), arch, asdict(Preprocess()), Task("multiclass", 2))
 
-    with pytest.raises(UserError, match="got a dictionary; the model uses no blocks"):
-        preprocess_inputs(model, x)
+    check_refused("got a dictionary; the model uses no blocks", preprocess_inputs, model, x)

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
 import torch
 
 import hetero_fl as hfl
 from hetero_fl.data import Vocabulary, from_arrays
 from hetero_fl.data.sources.objects import to_dataset
-from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
+from tests.support.mistakes import check_refused
 from tests.support.python_federations import QUIET
 
 X = np.random.default_rng(0).normal(size=(40, 3))
@@ -58,8 +57,10 @@ def inputs(data: Any) -> torch.Tensor:
 def test_missing_entries_train_as_nan(x: Any) -> None:
     assert torch.equal(inputs((x, Y)), inputs((NAN, Y)))
     assert torch.equal(inputs(Items()), inputs((NAN, Y)))
-    with pytest.raises(UserError, match=r"row 3 has no value"):
-        hfl.Federation([hfl.Client("a", "mlp", (x, Y))], test=(X, Y)).prepare("local")
+    check_refused(
+        r"row 3 has no value",
+        lambda: hfl.Federation([hfl.Client("a", "mlp", (x, Y))], test=(X, Y)).prepare("local"),
+    )
 
 
 def test_masked_integers_become_nan() -> None:
@@ -89,8 +90,7 @@ def test_prediction_treats_masked_entries_as_missing() -> None:
     of_words = hfl.Federation([words]).train("local", rounds=1, overrides=QUIET)
 
     assert np.array_equal(run.predict("a", MASKED), run.predict("a", NAN))
-    with pytest.raises(UserError, match="expected integers"):
-        of_words.predict("a", np.ma.masked_array(TOKENS, mask=MASK))
+    check_refused("expected integers", of_words.predict, "a", np.ma.masked_array(TOKENS, mask=MASK))
 
 
 @each_case("part", ("x", "y", "group", "patient"))

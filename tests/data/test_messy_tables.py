@@ -18,9 +18,9 @@ from hetero_fl.data.external import load_unlabeled
 from hetero_fl.data.registry import load_source
 from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.experiment.datasets import FederationDatasets
-from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
 from tests.support.cases import each_case
+from tests.support.mistakes import check_refused
 from tests.support.python_federations import QUIET
 
 
@@ -177,8 +177,7 @@ def test_question_mark_as_label_is_a_missing_value(tmp_path: Path) -> None:
     frame = make_frame()
     frame.assign(sick=frame.sick.map({0: "no", 1: "yes"}).mask(frame.index == 3, "?")).to_csv(path)
 
-    with pytest.raises(UserError, match=r"row 4, column 'sick': missing value"):
-        layout_of(federate(path))
+    check_refused(r"row 4, column 'sick': missing value", layout_of, federate(path))
 
 
 def test_minus_sign_among_text_is_a_category(tmp_path: Path) -> None:
@@ -218,8 +217,7 @@ def test_backslash_in_double_quotes_is_refused(tmp_path: Path, subtests: pytest.
                         f'{{"data": {{"name": "text", {key}: {written}{close}}}}}', encoding="utf-8"
                     )
 
-                    with pytest.raises(UserError, match=r"write / or .* instead"):
-                        hfl.load_config(path)
+                    check_refused(r"write / or .* instead", hfl.load_config, path)
 
 
 def test_listed_categories_are_no_missing_values(tmp_path: Path) -> None:
@@ -315,5 +313,4 @@ def test_integer_of_many_digits_is_no_number(digits: int, tmp_path: Path) -> Non
     frame.iloc[5, 0] = "9" * digits
     frame.to_csv(tmp_path / "a.csv", index=False)
 
-    with pytest.raises(UserError, match="row 6, column 'age': expected a"):
-        layout_of(federate(tmp_path / "a.csv"))
+    check_refused("row 6, column 'age': expected a", layout_of, federate(tmp_path / "a.csv"))

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
 from torch import Tensor, nn
 
 import hetero_fl as hfl
-from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
+from tests.support.mistakes import check_refused, refusal
 from tests.support.python_federations import QUIET
 
 Y = np.arange(60) % 2
@@ -31,9 +30,7 @@ def save(path: Path, gap: int | None = None) -> dict[str, Any]:
 
 
 def refused(config: dict[str, Any]) -> str:
-    with pytest.raises(UserError) as error:
-        hfl.Federation.from_config(config).prepare("local")
-    return str(error.value)
+    return refusal(lambda: hfl.Federation.from_config(config).prepare("local"))
 
 
 @each_case("gap", (1, 6, 60))
@@ -81,8 +78,9 @@ def test_evaluation_names_the_row_as_the_file_does(tmp_path: Path) -> None:
     run = hfl.run(config, out=tmp_path / "run", overrides=QUIET)
     other = save(tmp_path / "other.csv", 6)
 
-    with pytest.raises(UserError, match=r"other\.csv: row 6 has no value that the model of"):
-        hfl.evaluate(run, other["path"])
+    check_refused(
+        r"other\.csv: row 6 has no value that the model of", hfl.evaluate, run, other["path"]
+    )
 
 
 @each_case("labels", (False, True))
@@ -116,10 +114,9 @@ def test_missing_value_in_memory_names_the_row_as_it_was_passed() -> None:
     ]
 
     for federation, words in cases:
-        with pytest.raises(UserError) as error:
-            federation.prepare(hfl.FedMD(), overrides=["data.partition.min_size=2"])
-        assert words in str(error.value)
-        assert str(error.value).count("clients:") == 1
+        error = refusal(federation.prepare, hfl.FedMD(), overrides=["data.partition.min_size=2"])
+        assert words in error
+        assert error.count("clients:") == 1
 
 
 def test_rows_of_data_frames_count_from_1_and_those_of_arrays_from_0() -> None:
@@ -133,11 +130,10 @@ def test_rows_of_data_frames_count_from_1_and_those_of_arrays_from_0() -> None:
         (gap, "predict: x: row 6, column 'dose': NaN or infinite value"),
         (gap.to_numpy(), "predict: x: row 5: NaN or infinite value"),
     ):
-        with pytest.raises(UserError) as error:
-            run.predict("a", x)
-        assert str(error.value) == words
-    with pytest.raises(UserError, match="data: row 6 has no value that the model of"):
-        hfl.evaluate(run, frame(6), label="ill")
+        assert refusal(run.predict, "a", x) == words
+    check_refused(
+        "data: row 6 has no value that the model of", hfl.evaluate, run, frame(6), label="ill"
+    )
 
 
 class Net(nn.Module):
@@ -160,10 +156,14 @@ def test_indicators_are_explained_where_the_federation_is_created(model: Any) ->
     client = hfl.Client("a", model, (x, Y), preprocess=preprocess)
     defaults = hfl.ClientSettings(preprocess=preprocess)
 
-    with pytest.raises(UserError, match="30 columns and 30 indicators"):
-        hfl.Federation([client], test=(x, Y))
-    with pytest.raises(UserError, match="30 columns and 30 indicators"):
-        hfl.Federation([hfl.Client("a", model, (x, Y))], test=(x, Y), defaults=defaults)
+    check_refused("30 columns and 30 indicators", hfl.Federation, [client], test=(x, Y))
+    check_refused(
+        "30 columns and 30 indicators",
+        hfl.Federation,
+        [hfl.Client("a", model, (x, Y))],
+        test=(x, Y),
+        defaults=defaults,
+    )
 
 
 def test_creation_of_a_federation_with_indicators_prepares_nothing() -> None:
@@ -187,9 +187,13 @@ def test_missing_column_suggests_indicators(tmp_path: Path) -> None:
 
     assert "set clients.defaults.preprocess.missing=indicate" in refused(config)
     lacking = hfl.Client("a", "mlp", frame().drop(columns="dose"))
-    with pytest.raises(UserError, match=r"pass preprocess=Preprocess\(missing='indicate'\)"):
-        hfl.Federation([lacking], test=frame(), label="ill").prepare("local")
+    check_refused(
+        r"pass preprocess=Preprocess\(missing='indicate'\)",
+        lambda: hfl.Federation([lacking], test=frame(), label="ill").prepare("local"),
+    )
     whole = hfl.Client("a", "mlp", frame())
     public = frame().drop(columns=["dose", "ill"])
-    with pytest.raises(UserError, match=r"'dose' not.*Preprocess\(missing='indicate'\)"):
-        hfl.Federation([whole], test=frame(), label="ill", proxy=public).prepare("fedmd")
+    check_refused(
+        r"'dose' not.*Preprocess\(missing='indicate'\)",
+        lambda: hfl.Federation([whole], test=frame(), label="ill", proxy=public).prepare("fedmd"),
+    )

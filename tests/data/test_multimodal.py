@@ -14,7 +14,7 @@ import hetero_fl as hfl
 from hetero_fl.config.clients import ClientSettings, PreprocessConfig
 from hetero_fl.config.data import DataConfig, PartitionConfig
 from hetero_fl.data import Dataset, federate, join_images_and_table
-from hetero_fl.utils.errors import UserError
+from tests.support.mistakes import check_refused
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
 WHOSE = ["p1", "p2", "p2", "p3", "p4", "p5"]
@@ -75,12 +75,16 @@ def test_images_of_all_clients_are_divided_by_one_range() -> None:
     masks = np.random.default_rng(0).integers(0, 2, (40, 8, 8), dtype=np.uint8)
     images = masks * 200
 
-    with pytest.raises(UserError, match=r"divided by 1 as in .* got 255; pass pixel_range=255"):
-        federate_joined(masks, images).prepare("fedavg")
+    check_refused(
+        r"divided by 1 as in .* got 255; pass pixel_range=255",
+        lambda: federate_joined(masks, images).prepare("fedavg"),
+    )
 
     public = federate_joined(masks).clients[0].data
-    with pytest.raises(UserError, match=r"^proxy: .*divided by 255 as in .* got 1; pass pixel_"):
-        federate_joined(images, proxy=public).prepare("fedmd")
+    check_refused(
+        r"^proxy: .*divided by 255 as in .* got 1; pass pixel_",
+        lambda: federate_joined(images, proxy=public).prepare("fedmd"),
+    )
 
     deep = np.random.default_rng(0).integers(0, 4096, (40, 8, 8), dtype=np.uint16)
     own = federate_joined(deep, deep).prepare("fedavg").federation.data.layout
@@ -160,8 +164,14 @@ def test_patient_ids_may_have_leading_zeros(tmp_path: Path) -> None:
     )
     assert found.train.patient_names == ("0001", "0002", "0003", "0004", "x5")
     # 1 and 0001 are different patients
-    with pytest.raises(UserError, match="patient '0003' has no image"):
-        join_images_and_table(IMAGES, Y, ["1", *owners[:3], "2", "0001"], path)
+    check_refused(
+        "patient '0003' has no image",
+        join_images_and_table,
+        IMAGES,
+        Y,
+        ["1", *owners[:3], "2", "0001"],
+        path,
+    )
 
 
 def test_multimodal_source_trains_a_federation() -> None:

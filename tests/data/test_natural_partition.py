@@ -6,15 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-import pytest
 import torch
 
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig
 from hetero_fl.data import federate, load_source
-from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
 from tests.support.federated_data import PLAIN_CLIENT, numbered, rows_of
+from tests.support.mistakes import check_refused
 
 NATURAL = DataConfig(partition=PartitionConfig(kind="natural"))
 
@@ -47,14 +46,22 @@ def test_group_without_training_rows_is_named() -> None:
         train=dataset.train.select_rows(torch.arange(190)),
         test=dataset.train.select_rows(torch.arange(150, 200)),
     )
-    with pytest.raises(
-        UserError, match="3 groups for 2 clients in arrays: no client for group 'south'"
-    ):
-        federate(dataset, NATURAL, dict.fromkeys(("east", "north"), PLAIN_CLIENT), 0)
-    with pytest.raises(
-        UserError, match="natural: group 'south' of arrays has no training rows left"
-    ):
-        federate(dataset, NATURAL, dict.fromkeys(("east", "north", "south"), PLAIN_CLIENT), 0)
+    check_refused(
+        "3 groups for 2 clients in arrays: no client for group 'south'",
+        federate,
+        dataset,
+        NATURAL,
+        dict.fromkeys(("east", "north"), PLAIN_CLIENT),
+        0,
+    )
+    check_refused(
+        "natural: group 'south' of arrays has no training rows left",
+        federate,
+        dataset,
+        NATURAL,
+        dict.fromkeys(("east", "north", "south"), PLAIN_CLIENT),
+        0,
+    )
     full = federate(dataset, NATURAL, {"all": PLAIN_CLIENT}, 0)
     assert (
         "arrays: client 'all' gets the rows of all groups: 'east', 'north', 'south'" in full.notes

@@ -15,6 +15,7 @@ from hetero_fl.data import load_source
 from hetero_fl.data.sources.npz_files import check_image_size, read_images, read_npz
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
+from tests.support.mistakes import check_refused, refusal
 
 TWO = Task("multiclass", 2)
 
@@ -58,8 +59,7 @@ def test_color_axis_moves_to_the_front(npz: Any) -> None:
 def test_npz_with_table_rows_requires_no_named_set(npz: Any) -> None:
     rows = {f"{s}_images": np.zeros((n, 4)) for s, n in (("train", 30), ("val", 6), ("test", 9))}
     assert load(npz(**rows)).train.x.shape == (30, 4)
-    with pytest.raises(UserError, match="train_images: expected shape"):
-        load(npz(**rows), "chest_xray")
+    check_refused("train_images: expected shape", load, npz(**rows), "chest_xray")
 
 
 NAN = np.zeros((30, 8, 8), dtype=np.float32)
@@ -142,24 +142,36 @@ def test_malformed_arrays_are_named(npz: Any, subtests: pytest.Subtests) -> None
     for changes, words in MALFORMED:
         path = npz(**changes)
         with subtests.test(words=words):
-            with pytest.raises(UserError) as refused:
-                load(path, "chest_xray")
-            assert str(refused.value).startswith(f"data.path: {path}: ")
-            assert words in str(refused.value)
-    with pytest.raises(
-        UserError, match=r"test_labels: expected 1 columns as in .*train_labels, got"
-    ):
-        load(npz(test_labels=np.zeros((9, 2))))
+            refused = refusal(load, path, "chest_xray")
+            assert refused.startswith(f"data.path: {path}: ")
+            assert words in refused
+    check_refused(
+        r"test_labels: expected 1 columns as in .*train_labels, got",
+        load,
+        npz(test_labels=np.zeros((9, 2))),
+    )
 
 
 def test_only_another_file_is_suggested_for_a_size(tmp_path: Path) -> None:
     file = tmp_path / "pathmnist_64.npz"
     file.write_bytes(b"")
     images = torch.zeros(1, 3, 28, 28)
-    with pytest.raises(UserError, match=r"got 28x28; remove size, or set path to the file"):
-        check_image_size(images, 64, file, "pathmnist")
-    with pytest.raises(UserError, match=r"; did you mean 'pathmnist_64\.npz'\?"):
-        check_image_size(images, 64, tmp_path / "pathmnist.npz", "pathmnist")
+    check_refused(
+        r"got 28x28; remove size, or set path to the file",
+        check_image_size,
+        images,
+        64,
+        file,
+        "pathmnist",
+    )
+    check_refused(
+        r"; did you mean 'pathmnist_64\.npz'\?",
+        check_image_size,
+        images,
+        64,
+        tmp_path / "pathmnist.npz",
+        "pathmnist",
+    )
 
 
 def test_other_files_are_refused_without_wrong_advice(tmp_path: Path, npz: Any) -> None:
@@ -183,9 +195,9 @@ def test_other_files_are_refused_without_wrong_advice(tmp_path: Path, npz: Any) 
         ("npz", ".", "data.path: "),
     ):
         path = tmp_path / file
-        with pytest.raises(UserError) as error:
-            load_source(SourceConfig(name=name, path=str(path)), tmp_path)
-        assert str(error.value).startswith(message.replace("PATH", str(path)))
+        assert refusal(load_source, SourceConfig(name=name, path=str(path)), tmp_path).startswith(
+            message.replace("PATH", str(path))
+        )
 
 
 def test_damaged_files_are_detected(npz: Any) -> None:
@@ -211,10 +223,8 @@ def test_damaged_files_are_detected(npz: Any) -> None:
 def test_images_are_read_without_labels(npz: Any) -> None:
     path = npz(train_labels=np.array([None] * 30))  # would be refused if it were read
     assert read_images(path).shape == (30, 1, 8, 8)
-    with pytest.raises(UserError, match="array 'train_images' not found"):
-        read_images(npz(train_images=None))
-    with pytest.raises(UserError, match="has no rows"):
-        read_images(npz(train_images=np.zeros((0, 8, 8))))
+    check_refused("array 'train_images' not found", read_images, npz(train_images=None))
+    check_refused("has no rows", read_images, npz(train_images=np.zeros((0, 8, 8))))
 
 
 def announce(path: Path, **shapes: tuple[int, ...]) -> Path:
@@ -260,5 +270,6 @@ def test_announced_sizes_are_compared_before_arrays_are_read(
     path = announce(tmp_path / "set.npz", **shapes)
     windows = WindowsConfig() if name == "activity" else None
 
-    with pytest.raises(UserError, match=line):
-        load_source(SourceConfig(name=name, path=str(path), windows=windows), tmp_path)
+    check_refused(
+        line, load_source, SourceConfig(name=name, path=str(path), windows=windows), tmp_path
+    )

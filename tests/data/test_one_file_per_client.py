@@ -13,9 +13,9 @@ import hetero_fl
 from hetero_fl.data import FederatedData
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data
-from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
 from tests.support.cases import each_case
+from tests.support.mistakes import check_refused
 
 HOSPITALS = ("north", "south", "east")
 
@@ -224,17 +224,18 @@ def test_files_that_cannot_be_pooled_are_refused(change: Any, message: str, tmp_
             own = {**own, "path": str(tmp_path / f"{own['path']}.csv")}
         config["clients"]["groups"][1]["data"] |= own
 
-    with pytest.raises(UserError, match=message):
-        dealt(config)
+    check_refused(message, dealt, config)
 
 
 def test_real_sites_require_common_file(tmp_path: Path) -> None:
     write(tmp_path)
 
-    with pytest.raises(
-        UserError, match=r"^data\.path: required if clients keep their files on their machines"
-    ):
-        dealt(configuration(tmp_path), absent=HOSPITALS)
+    check_refused(
+        r"^data\.path: required if clients keep their files on their machines",
+        dealt,
+        configuration(tmp_path),
+        absent=HOSPITALS,
+    )
 
 
 def test_images_of_several_folders_or_files_are_pooled(tmp_path: Path) -> None:

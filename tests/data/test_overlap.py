@@ -12,9 +12,9 @@ import hetero_fl as hfl
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.data import federate, load_source
-from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
 from tests.support.cases import each_case
+from tests.support.mistakes import refusal
 from tests.support.speech_folders import write_speech_folder
 
 HERE = Path(".")
@@ -140,11 +140,10 @@ def test_folder_that_is_read_twice_is_refused(
     if proxy is not None:
         config["proxy"] = {"source": {"name": "speech", "path": paths["proxy"]}}
 
-    with pytest.raises(UserError) as caught:
-        divide(config, None if own is None else {"path": paths["own"]})
+    caught = refusal(divide, config, None if own is None else {"path": paths["own"]})
 
-    assert words.format(**paths) in str(caught.value)
-    assert str(caught.value).endswith("so that rows would be in both; move them apart")
+    assert words.format(**paths) in caught
+    assert caught.endswith("so that rows would be in both; move them apart")
 
 
 def test_same_name_of_another_folder_is_no_overlap(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from hetero_fl.data.partition.groups import (
 from hetero_fl.data.splits import sample_patients
 from hetero_fl.utils.errors import UserError
 from tests.support.federated_data import PLAIN_CLIENT, THREE, numbered, rows_of
+from tests.support.mistakes import check_refused
 
 THREE_CLASSES = Task("multiclass", 3)
 PATIENTS = st.lists(st.integers(1, 9), min_size=30, max_size=60)  # rows of each
@@ -125,8 +126,15 @@ def test_small_clients_are_filled_up_by_patient() -> None:
     owner, size = torch.tensor([0, 0, 0, 1, -1]), torch.tensor([6, 3, 5, 1, 50])
     filled = move_patients_to_short_clients(owner, size, 2, 4, torch.tensor([0, 1, 2, 3, 4]))
     assert filled.tolist() == [1, 0, 0, 1, -1]
-    with pytest.raises(UserError, match=r"min_size: .* a client gets only 7 rows, got 8"):
-        move_patients_to_short_clients(owner, size, 2, 8, torch.arange(5))
+    check_refused(
+        r"min_size: .* a client gets only 7 rows, got 8",
+        move_patients_to_short_clients,
+        owner,
+        size,
+        2,
+        8,
+        torch.arange(5),
+    )
 
 
 def test_labels_are_still_skewed_by_dirichlet() -> None:
@@ -166,8 +174,14 @@ def test_patient_with_rows_in_two_groups_is_refused() -> None:
     # whether the draws leave the two rows to be dealt out, or not
     for row, seed in itertools.product((66, 132), range(3)):
         patients = [-1 if i in (row, row + 1) else i for i in range(200)]
-        with pytest.raises(UserError, match="patient '-1' has rows in groups"):
-            federate(numbered(groups=groups, patient=patients), limited, THREE, seed)
+        check_refused(
+            "patient '-1' has rows in groups",
+            federate,
+            numbered(groups=groups, patient=patients),
+            limited,
+            THREE,
+            seed,
+        )
 
 
 def test_function_of_six_arguments_may_not_divide_patients(
@@ -181,11 +195,18 @@ def test_function_of_six_arguments_may_not_divide_patients(
     y = torch.zeros(200).long()
     patient = torch.arange(200) // 2
 
-    with (
-        pytest.warns(DeprecationWarning, match="define a function of a PartitionContext"),
-        pytest.raises(UserError, match="assigns rows 0 and 1 of the same patient"),
-    ):
-        partition_rows(y, None, own, [1, 1], THREE_CLASSES, seed=0, patient=patient)
+    with pytest.warns(DeprecationWarning, match="define a function of a PartitionContext"):
+        check_refused(
+            "assigns rows 0 and 1 of the same patient",
+            partition_rows,
+            y,
+            None,
+            own,
+            [1, 1],
+            THREE_CLASSES,
+            seed=0,
+            patient=patient,
+        )
     with pytest.warns(DeprecationWarning):
         assert len(partition_rows(y, None, own, [1, 1], THREE_CLASSES, seed=0)) == 2
 
@@ -208,8 +229,7 @@ def test_patient_column_of_tables(tmp_path: Path) -> None:
         ("ill", range(8), r"data\.patient: must differ from label, got 'ill'"),
         ("who", ["x", None] * 4, "row 2, column 'who': missing value"),
     ):
-        with pytest.raises(UserError, match=message):
-            table(path, patient, who=who)
+        check_refused(message, table, path, patient, who=who)
 
 
 def test_possible_patient_column_is_noted(tmp_path: Path) -> None:
@@ -240,12 +260,15 @@ def test_patient_array_of_npz(npz: Any, tmp_path: Path) -> None:
         found = load(file, name, key).train
         assert found.patient is not None and found.patient.tolist() == [i // 3 for i in range(30)]
     assert load(npz()).train.patient is None
-    with pytest.raises(
-        UserError, match=r"data\.patient: array 'wo' not found in .*; did you mean 'who'"
-    ):
-        load(npz("b.npz", who=who), "npz", "wo")
-    with pytest.raises(
-        UserError,
-        match=r"patient: expected shape \(30,\), one entry per row, got \(4,\)",
-    ):
-        load(npz(patient=who[:4]))
+    check_refused(
+        r"data\.patient: array 'wo' not found in .*; did you mean 'who'",
+        load,
+        npz("b.npz", who=who),
+        "npz",
+        "wo",
+    )
+    check_refused(
+        r"patient: expected shape \(30,\), one entry per row, got \(4,\)",
+        load,
+        npz(patient=who[:4]),
+    )

@@ -17,8 +17,8 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data.remote import PublicPack
 from hetero_fl.experiment.exporting.graph import inputs_of
 from hetero_fl.experiment.exporting.score import ScoringError, to_input
-from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
+from tests.support.mistakes import check_refused
 from tests.support.python_federations import QUIET
 
 RNG = np.random.default_rng(0)
@@ -89,8 +89,7 @@ def test_dark_images_of_a_wide_type_have_the_bits_of_the_others() -> None:
         (warning,) = [n for n in prepared.notes if "divided by 4095 for all" in n]
         assert "do not exceed 255 at 'client_0'" in warning
     as_bytes = hfl.Client("client_0", "linear", (dark.astype(np.uint8), Y))
-    with pytest.raises(UserError, match="uint8"):
-        hfl.Federation([as_bytes, clients[1]]).prepare(hfl.FedAvg())
+    check_refused("uint8", lambda: hfl.Federation([as_bytes, clients[1]]).prepare(hfl.FedAvg()))
 
 
 def test_float_images_have_no_range() -> None:
@@ -112,8 +111,7 @@ def test_masks_beside_bytes_are_refused_everywhere() -> None:
     )
 
     for use in uses:
-        with pytest.raises(UserError, match="from 0 to 255 as in training, got 0 and 1 only"):
-            use()
+        check_refused("from 0 to 255 as in training, got 0 and 1 only", use)
     with pytest.raises(ScoringError, match="from 0 to 255, or floats from 0 to 1, got booleans"):
         to_input(masks, spec.record(), "x")
     black = np.zeros_like(photos)
@@ -185,8 +183,11 @@ def test_folder_of_several_depths_is_one_line(tmp_path: Path) -> None:
     Image.fromarray(BYTES[0].astype(np.uint8)).save(tmp_path / "train" / "class_0" / "zero.png")
 
     for stream in (False, True):
-        with pytest.raises(UserError, match=r"zero.png: expected 16 bits per pixel as in .* got 8"):
-            hfl.Federation.from_config({"data": source | {"stream": stream}}).prepare("fedavg")
+        check_refused(
+            r"zero.png: expected 16 bits per pixel as in .* got 8",
+            hfl.prepare,
+            {"data": source | {"stream": stream}},
+        )
 
 
 def test_color_images_of_16_bits_are_one_line(tmp_path: Path) -> None:
@@ -195,10 +196,12 @@ def test_color_images_of_16_bits_are_one_line(tmp_path: Path) -> None:
     folder.mkdir()
     tifffile.imwrite(folder / "0.tif", np.zeros((8, 8, 3), np.uint16), photometric="rgb")
 
-    with pytest.raises(UserError, match=r"0.tif: not a readable image \(16 bits per channel"):
-        hfl.Federation.from_config(
+    check_refused(
+        r"0.tif: not a readable image \(16 bits per channel",
+        lambda: hfl.Federation.from_config(
             {"data": {"name": "image_folder", "path": str(tmp_path)}}
-        ).prepare("fedavg")
+        ).prepare("fedavg"),
+    )
 
 
 def test_range_is_saved_with_the_model(tmp_path: Path) -> None:
@@ -219,15 +222,22 @@ def test_range_is_saved_with_the_model(tmp_path: Path) -> None:
         hfl.evaluate(run, (x, Y), client=name, log=print)[name] for x in (TWELVE, scaled)
     )
     assert as_integers["loss"] == pytest.approx(as_floats["loss"])
-    with pytest.raises(
-        UserError, match="expected pixels from 0 to 4095 as in training, got 8 bits"
-    ):
-        hfl.evaluate(run, (BYTES.astype(np.uint8), Y))
+    check_refused(
+        "expected pixels from 0 to 4095 as in training, got 8 bits",
+        hfl.evaluate,
+        run,
+        (BYTES.astype(np.uint8), Y),
+    )
     for use in (hfl.evaluate, lambda run, data: run.predict(name, data[0])):
-        with pytest.raises(UserError, match="from 0 to 4095 as in training, got larger ones"):
-            use(run, (SIXTEEN.astype(np.uint16), Y))
-    with pytest.raises(UserError, match="from 0 to 4095 as in training, got 8 bits"):
-        hfl.evaluate(run, (BINARY.astype(bool), Y))
+        check_refused(
+            "from 0 to 4095 as in training, got larger ones",
+            use,
+            run,
+            (SIXTEEN.astype(np.uint16), Y),
+        )
+    check_refused(
+        "from 0 to 4095 as in training, got 8 bits", hfl.evaluate, run, (BINARY.astype(bool), Y)
+    )
     own = str(tmp_path / "images.npz")
     hfl.join(run, own, out=tmp_path / "joined", patients=[10], seeds=[0])
     joined = SavedModel.load(next((tmp_path / "joined" / "models").iterdir()))
@@ -246,5 +256,11 @@ def test_public_pack_tells_the_range(tmp_path: Path) -> None:
 
     view = data.preprocess("site")
     assert view(data.raw_examples("common_test")).unique().tolist() == [0, 1]
-    with pytest.raises(UserError, match="expected pixels from 0 to 1 as in training"):
-        pack.data_of_client("site", DataConfig(), {"site": photos}, 0)
+    check_refused(
+        "expected pixels from 0 to 1 as in training",
+        pack.data_of_client,
+        "site",
+        DataConfig(),
+        {"site": photos},
+        0,
+    )

@@ -18,6 +18,7 @@ from hetero_fl.data import federate, partition_rows
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
 from tests.support.federated_data import PLAIN_CLIENT, numbered, rows_of
+from tests.support.mistakes import check_refused, refusal
 
 pytestmark = pytest.mark.filterwarnings("ignore:::flwr_datasets")
 partitioner = pytest.importorskip(
@@ -149,8 +150,14 @@ def test_natural_partition_by_a_column() -> None:
         assert set(client.data.train.metadata["hospital"]) == {client.name}
     other = federate(source, config, dict.fromkeys("abcd", PLAIN_CLIENT), seed=0)
     assert "no client has the name of a group; 'a' gets 'east'" in other.notes[-1]
-    with pytest.raises(UserError, match="no group for client 'est'; did you mean 'east'"):
-        federate(source, config, dict.fromkeys(["est", *names[:3]], PLAIN_CLIENT), seed=0)
+    check_refused(
+        "no group for client 'est'; did you mean 'east'",
+        federate,
+        source,
+        config,
+        dict.fromkeys(["est", *names[:3]], PLAIN_CLIENT),
+        seed=0,
+    )
 
 
 def test_patients_are_not_divided() -> None:
@@ -233,16 +240,14 @@ def test_run_from_a_configuration(tmp_path: Path) -> None:
     ),
 )
 def test_mistakes_are_one_line(kind: str, arguments: Any, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        divide(f"flwr:{kind}", **arguments)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-    assert str(caught.value).startswith("data.partition.")
+    caught = refusal(divide, f"flwr:{kind}", **arguments)
+    assert message in caught
+    assert caught.startswith("data.partition.")
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "flwr_datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'hetero_fl\[flower-datasets\]'"):
-        divide("flwr:IidPartitioner")
+    check_refused(r"pip install 'hetero_fl\[flower-datasets\]'", divide, "flwr:IidPartitioner")
 
 
 VALUES = st.none() | st.booleans() | st.integers(-3, 600) | st.floats() | st.text(max_size=5)

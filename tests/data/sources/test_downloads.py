@@ -19,8 +19,8 @@ import torchvision
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import Dataset, load_source
-from hetero_fl.utils.errors import UserError
 from tests.support.file_server import md5
+from tests.support.mistakes import check_refused, refusal
 
 ROWS = {"train": 30, "val": 6, "test": 9}
 """Rows of each split of the fixture `npz`."""
@@ -170,9 +170,7 @@ def test_failed_download_raises_one_line(
         monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [address])
         monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", address + "cifar.tar.gz")
         monkeypatch.setitem(medmnist.INFO["bloodmnist"], "url", address + "bloodmnist.npz")
-        with pytest.raises(UserError) as refused:
-            get(name, tmp_path)
-    line = str(refused.value)
+        line = refusal(get, name, tmp_path)
     assert line.startswith(f"data.name: download of {name} failed (") and line.endswith(
         "; set data.path to a local file"
     )
@@ -182,16 +180,14 @@ def test_failed_download_raises_one_line(
     assert capfd.readouterr() == ("", "")
     assert socket.getdefaulttimeout() is None
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=f"download of {name} failed"):
-        get(name, tmp_path / "file" / "below")
+    check_refused(f"download of {name} failed", get, name, tmp_path / "file" / "below")
 
 
 def test_missing_package_names_the_extra(
     npz: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "medmnist", None)
-    with pytest.raises(UserError, match=r"pip install 'hetero_fl\[medmnist\]'"):
-        get("pathmnist", tmp_path)
+    check_refused(r"pip install 'hetero_fl\[medmnist\]'", get, "pathmnist", tmp_path)
     local = load_source(SourceConfig(name="pathmnist", path=str(npz())), tmp_path)
     assert local.name == "pathmnist" and local.task.outputs == 9
 
@@ -244,8 +240,12 @@ def test_wrong_checksum_is_detected(
     (folder / "pathmnist_64.npz").write_bytes(npz().read_bytes())
     monkeypatch.setitem(medmnist.INFO["pathmnist"], "url_64", f"{address}pathmnist_64.npz")
 
-    with pytest.raises(UserError, match=r"download of pathmnist failed .*corrupted"):
-        load_source(SourceConfig(name="pathmnist", size=64), tmp_path / "root")
+    check_refused(
+        r"download of pathmnist failed .*corrupted",
+        load_source,
+        SourceConfig(name="pathmnist", size=64),
+        tmp_path / "root",
+    )
 
 
 def test_size_selects_a_file_in_a_folder(npz: Any, tmp_path: Path) -> None:
@@ -260,9 +260,16 @@ def test_size_selects_a_file_in_a_folder(npz: Any, tmp_path: Path) -> None:
     assert load(tmp_path, 64).train.x.shape == (30, 1, 64, 64)
     assert load(tmp_path / "retinamnist_64.npz").train.x.shape == (30, 1, 64, 64)
     assert load(tmp_path / "retinamnist_64.npz", 64).task.outputs == 5
-    with pytest.raises(UserError, match=r"data\.size: expected 64x64 pixels in .*, got 28x28; did"):
-        load(tmp_path / "retinamnist.npz", 64)
-    with pytest.raises(UserError, match=r"got 64x64; remove size, or set path to the file of"):
-        load(tmp_path / "retinamnist_64.npz", 128)
-    with pytest.raises(UserError, match=r"file '.*retinamnist_128\.npz' not found; did you mean"):
-        load(tmp_path, 128)
+    check_refused(
+        r"data\.size: expected 64x64 pixels in .*, got 28x28; did",
+        load,
+        tmp_path / "retinamnist.npz",
+        64,
+    )
+    check_refused(
+        r"got 64x64; remove size, or set path to the file of",
+        load,
+        tmp_path / "retinamnist_64.npz",
+        128,
+    )
+    check_refused(r"file '.*retinamnist_128\.npz' not found; did you mean", load, tmp_path, 128)

@@ -27,7 +27,6 @@ from hetero_fl.data.sources.driving.roads import (
     make_road,
     steering_angle,
 )
-from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
 from tests.support.driving_folders import (
     SIMULATOR_HEADER,
@@ -36,7 +35,7 @@ from tests.support.driving_folders import (
     write_simulator,
 )
 from tests.support.federated_data import PLAIN_CLIENT
-from tests.support.mistakes import check_broken_folders
+from tests.support.mistakes import check_broken_folders, check_refused, refusal
 
 HERE = Path(".")
 BENDS = RoadKind(bend=0.02, straight=0.2, left=0.5, limit=14.0)
@@ -165,8 +164,7 @@ def test_vehicles_with_drives_of_any_length_have_no_stretch_in_common(tmp_path: 
 
 def test_drive_that_is_shorter_than_the_gap_is_refused(tmp_path: Path) -> None:
     message = "gap: leaves no frames for validation of vehicle 'car', which has 40 frames, got 10"
-    with pytest.raises(UserError, match=message):
-        load(write_driving_folder(tmp_path, {"car": 40}, ()))
+    check_refused(message, load, write_driving_folder(tmp_path, {"car": 40}, ()))
 
 
 SMALL = {"height": 8, "width": 12, "gap": 2}
@@ -225,10 +223,9 @@ def test_division_that_is_not_possible_names_the_settings_to_change(
         config = DataConfig.model_validate({**plain, **keys})
         clients = dict.fromkeys(names.split(), client)
         with subtests.test(words=words):
-            with pytest.raises(UserError) as caught:
-                federate(load_source(config, HERE, missing=True), config, clients, 0)
-            assert [part for part in words if part not in str(caught.value)] == []
-            assert "patient" not in str(caught.value)
+            caught = refusal(federate, load_source(config, HERE, missing=True), config, clients, 0)
+            assert [part for part in words if part not in caught] == []
+            assert "patient" not in caught
 
 
 def test_generated_global_sets_of_clients_with_files_are_noted(tmp_path: Path) -> None:
@@ -474,15 +471,14 @@ def test_malformed_folder_raises_one_line(subtests: pytest.Subtests) -> None:
 def test_folder_without_vehicles_raises_one_line(tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "a.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"expected a folder for each vehicle, .* got a\.png"):
-        load(tmp_path / "flat")
-    with pytest.raises(UserError, match="expected a folder, got a file"):
-        load(tmp_path / "flat" / "a.png")
+    check_refused(r"expected a folder for each vehicle, .* got a\.png", load, tmp_path / "flat")
+    check_refused("expected a folder, got a file", load, tmp_path / "flat" / "a.png")
     folder = write_driving_folder(tmp_path / "drives", {"car": 10}, ())
-    with pytest.raises(
-        UserError, match=r"data\.name: expected a source, got the folder .*=driving"
-    ):
-        check_source(SourceConfig(name=str(folder)))
+    check_refused(
+        r"data\.name: expected a source, got the folder .*=driving",
+        check_source,
+        SourceConfig(name=str(folder)),
+    )
 
 
 def test_seed_selects_other_roads(tmp_path: Path) -> None:
@@ -490,8 +486,7 @@ def test_seed_selects_other_roads(tmp_path: Path) -> None:
         first, again, other = (load(name=name, seed=seed) for seed in (0, 0, 1))
         assert torch.equal(first.train.y, again.train.y)
         assert not torch.equal(first.train.y, other.train.y)
-    with pytest.raises(UserError, match=r"driving\.seed: applies to generated drives"):
-        load(tmp_path, seed=1)
+    check_refused(r"driving\.seed: applies to generated drives", load, tmp_path, seed=1)
 
 
 def straight_at(offset: float, yaw: float, curvature: float = 0.0) -> Drive:

@@ -13,9 +13,9 @@ import torch
 from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig, WindowsConfig
 from hetero_fl.data import Dataset, federate, load_source
 from hetero_fl.data.sources import sensors, tables
-from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
 from tests.support.federated_data import PLAIN_CLIENT
+from tests.support.mistakes import refusal
 
 HERE = Path(".")
 
@@ -196,9 +196,9 @@ def test_invalid_recordings_raise_one_line(samples: Path, tmp_path: Path) -> Non
         ({"activity": "walk"}, cut, {}, "expected at least two classes in FILE, got walk only"),
     ):
         frame.assign(**change).to_csv(tmp_path / "bad.csv", index=False)
-        with pytest.raises(UserError) as refused:
-            load("activity", tmp_path / "bad.csv", windows=WindowsConfig(**windows), **keys)
-        message = str(refused.value)
+        message = refusal(
+            load, "activity", tmp_path / "bad.csv", windows=WindowsConfig(**windows), **keys
+        )
         assert (
             words.replace("FILE", str(tmp_path / "bad.csv")) in message
             and "bad.csv" in message
@@ -227,9 +227,8 @@ def test_invalid_recordings_raise_one_line(samples: Path, tmp_path: Path) -> Non
         ),
     ):
         np.savez(tmp_path / "bad.npz", **arrays)
-        with pytest.raises(UserError) as refused:
-            load("activity", tmp_path / "bad.npz")
-        assert words in str(refused.value) and "bad.npz" in str(refused.value)
+        refused = refusal(load, "activity", tmp_path / "bad.npz")
+        assert words in refused and "bad.npz" in refused
 
 
 TABLE = pd.DataFrame(
@@ -293,12 +292,10 @@ def test_table_error_names_file_row_and_column(
     path = tmp_path / "mine.csv"
     TABLE.assign(**change).to_csv(path, index=False)
     config = DataConfig(name="table", path=str(path), partition=PartitionConfig(min_size=8), **keys)
-    with pytest.raises(UserError) as refused:
-        federate(
-            load_source(config, HERE, missing=True),
-            config,
-            {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT},
-            0,
-        )
-    message = str(refused.value)
-    assert words.replace("FILE", str(path)) in message and "\n" not in message, message
+
+    def divide() -> None:
+        dataset = load_source(config, HERE, missing=True)
+        federate(dataset, config, {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT}, 0)
+
+    message = refusal(divide)
+    assert words.replace("FILE", str(path)) in message, message

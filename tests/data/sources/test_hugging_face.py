@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -24,6 +25,7 @@ from hetero_fl.data.sources.hugging_face import source
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
 from tests.support.federated_data import PLAIN_CLIENT
+from tests.support.mistakes import check_refused, refusal
 
 datasets = pytest.importorskip("datasets", reason="pip install 'hetero_fl[huggingface]'")
 # Some versions of datasets do not close the CSV files that they read.
@@ -367,9 +369,7 @@ def test_hub_name_that_cannot_be_reached(
         ("imdb", ("imdb", None)),
         ("nyu-mll/glue:sst2", ("nyu-mll/glue", "sst2")),
     ):
-        with pytest.raises(UserError) as caught:
-            load_source(SourceConfig(name=f"hf:{name}"), tmp_path)
-        assert str(caught.value) == (
+        assert refusal(load_source, SourceConfig(name=f"hf:{name}"), tmp_path) == (
             f"data.name: download of hf:{name} failed (OSError: Temporary failure in name "
             "resolution); check the name, or give a folder that save_to_disk wrote"
         )
@@ -379,8 +379,12 @@ def test_hub_name_that_cannot_be_reached(
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(UserError, match=r"needs the package datasets; run pip install 'hetero_fl"):
-        load_source(SourceConfig(name="hf:imdb"), tmp_path)
+    check_refused(
+        r"needs the package datasets; run pip install 'hetero_fl",
+        load_source,
+        SourceConfig(name="hf:imdb"),
+        tmp_path,
+    )
 
 
 def damaged_image(path: Path) -> None:
@@ -653,10 +657,9 @@ def test_mistakes_are_one_line(tmp_path: Path, subtests: pytest.Subtests) -> Non
         path.parent.mkdir()
         with subtests.test(name=name):
             write(path)
-            with pytest.raises(UserError) as caught:
-                load(path, **keys)
-            assert message in str(caught.value) and "\n" not in str(caught.value)
-            assert str(caught.value).startswith("data.")
+            caught = refusal(load, path, **keys)
+            assert message in caught
+            assert caught.startswith("data.")
 
 
 def test_path_is_refused(tmp_path: Path, npz: Any) -> None:
@@ -668,9 +671,7 @@ def test_path_is_refused(tmp_path: Path, npz: Any) -> None:
         ("hf", place, f"{advice}{place}"),
         ("hf:beans", str(npz()), "data.path: does not apply to source hf; remove it"),
     ):
-        with pytest.raises(UserError) as caught:
-            load_source(SourceConfig(name=name, path=path), tmp_path)
-        assert str(caught.value) == message
+        assert refusal(load_source, SourceConfig(name=name, path=path), tmp_path) == message
 
 
 def test_damaged_files_print_one_line(tmp_path: Path) -> None:
@@ -695,11 +696,9 @@ def test_damaged_files_print_one_line(tmp_path: Path) -> None:
 
 def test_missing_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "scans").mkdir()
-    with pytest.raises(UserError, match="folder not found; did you mean 'scans'"):
-        load(tmp_path / "scan")
+    check_refused("folder not found; did you mean 'scans'", load, tmp_path / "scan")
     (tmp_path / "file.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="expected a folder, got a file"):
-        load(tmp_path / "file.csv")
+    check_refused("expected a folder, got a file", load, tmp_path / "file.csv")
 
 
 VALUES = st.one_of(
@@ -735,3 +734,82 @@ def test_malformed_data_is_one_line(
         assert str(error).startswith("data.") and "\n" not in str(error)
     else:
         assert len(dataset.train) <= 4
+
+
+def visits(rows: int = 40) -> pd.DataFrame:
+    """Return a table of visits, with four rows of each patient."""
+    return pd.DataFrame(
+        {
+            "age": np.arange(rows) + 0.5,
+            "ward": [["A", "B"][i % 2] for i in range(rows)],
+            "patient": [f"p{i // 4}" for i in range(rows)],
+            "hospital": [["north", "south"][i % 2] for i in range(rows)],
+            "when": pd.date_range("2024-01-01", periods=rows),
+            "y": [["ill", "well"][i % 2] for i in range(rows)],
+        }
+    )
+
+
+def notes_of(frame: pd.DataFrame, folder: Path, kind: str, **keys: Any) -> list[str]:
+    """Return the notes on a data frame without the name of the file."""
+    if kind == "table":
+        frame.to_parquet(folder / "visits.parquet")
+        source = SourceConfig(name="table", path=str(folder / "visits.parquet"), **keys)
+    else:
+        datasets.Dataset.from_pandas(frame).save_to_disk(str(folder / "visits"))
+        source = SourceConfig(name=f"hf:{folder / 'visits'}", **keys)
+    return [note.partition(": ")[2] for note in load_source(source, folder).notes]
+
+
+@each_case("keys", ({}, {"group": "hospital"}, {"group": "hospital", "patient": "patient"}))
+def test_notes_are_those_of_a_table(keys: Any, tmp_path: Path) -> None:
+    notes = {
+        kind: notes_of(visits(), tmp_path, kind, label="y", **keys) for kind in ("table", "hf")
+    }
+
+    assert notes["hf"] == notes["table"]
+    repeated = [note for note in notes["hf"] if "seems to identify patients" in note]
+    assert len(repeated) == ("patient" not in keys)
+    for key, column in keys.items():
+        assert f"{key} {column}; " in notes["hf"][0]
+
+
+def test_columns_are_listed_as_used_or_as_left_out(tmp_path: Path) -> None:
+    frame = visits().drop(columns=["patient"])
+
+    [note] = notes_of(frame, tmp_path, "hf", label="y", columns={"input": ["age", "when"]})
+
+    used, left_out = note.split("; left out: ")
+    assert used == "label y; columns used: age"
+    assert "age" not in left_out
+    assert left_out.startswith("when (datetime64")
+    assert left_out.endswith("ward (not in columns.input), hospital (not in columns.input)")
+
+
+def test_repeated_patients_of_images_are_noted(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 8, 8), dtype=np.uint8)
+    content = {
+        "image": [Image.fromarray(each) for each in pixels],
+        "subject_id": [i // 3 for i in range(12)],
+        "label": [i % 2 for i in range(12)],
+    }
+    part = datasets.Dataset.from_dict(content).cast_column("image", datasets.Image())
+    part.save_to_disk(str(tmp_path / "images"))
+
+    dataset = load_source(SourceConfig(name=f"hf:{tmp_path / 'images'}"), tmp_path)
+
+    assert any("'subject_id' seems to identify patients and repeats" in n for n in dataset.notes)
+    assert not any("is a feature" in note for note in dataset.notes)
+
+
+def test_mapped_group_and_patient_are_named(tmp_path: Path) -> None:
+    frame = visits().assign(note="fever and cough")
+
+    notes = notes_of(
+        frame,
+        tmp_path,
+        "hf",
+        columns={"input": "note", "label": "y", "group": "hospital", "patient": "patient"},
+    )
+
+    assert "input note; label y; group hospital; patient patient" in notes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,10 +15,9 @@ from hetero_fl.config.data import MoviesConfig, SourceConfig
 from hetero_fl.data import Dataset, check_source, load_source
 from hetero_fl.data.sources.movies import movielens, read_ratings, simulation, source as movies
 from hetero_fl.data.sources.movies.histories import Ratings, User, assign_roles, make_dataset
-from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
-from tests.support.file_server import md5
-from tests.support.mistakes import check_broken_folders
+from tests.support.file_server import publish
+from tests.support.mistakes import check_broken_folders, check_refused, refusal
 from tests.support.movielens_folders import MOVIES, draw_ratings, write_movielens_folder
 
 HERE = Path(".")
@@ -115,8 +113,13 @@ def test_roles_are_disjoint_and_public_users_are_in_the_public_source_only(tmp_p
 
     assert len(public.train) == 2 * 11 and not bool(public.train.x[:, 0].any())
     assert public.vocabulary == load(folder).vocabulary
-    with pytest.raises(UserError, match=r"public_users: must be > 0 for a proxy set, got 0"):
-        load(folder, "movies_public", public_users=0)
+    check_refused(
+        r"public_users: must be > 0 for a proxy set, got 0",
+        load,
+        folder,
+        "movies_public",
+        public_users=0,
+    )
 
 
 def test_candidates_are_unseen_movies_that_do_not_depend_on_the_run() -> None:
@@ -602,48 +605,34 @@ def test_malformed_folder_raises_one_line(subtests: pytest.Subtests) -> None:
 def test_folder_as_a_name_is_explained(tmp_path: Path) -> None:
     for layout in ("100k", "1m", "latest"):
         folder = write_movielens_folder(tmp_path / layout, layout)
-        with pytest.raises(UserError, match=r"expected a source, got the folder .*=movies and"):
-            check_source(SourceConfig(name=str(folder)))
+        check_refused(
+            r"expected a source, got the folder .*=movies and",
+            check_source,
+            SourceConfig(name=str(folder)),
+        )
 
 
-def publish(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Serve the archive of a folder in place of the published one, and return the archive."""
-    address, served = server
-    write_movielens_folder(tmp_path / "content" / "ml-100k")
-    name = shutil.make_archive(str(served / "ml-100k"), "zip", tmp_path / "content")
-    monkeypatch.setattr(movies, "URL", f"{address}ml-100k.zip")
-    monkeypatch.setattr(movies, "MD5", md5(Path(name).read_bytes()))
-    return Path(name)
-
-
-def test_movielens_100k_is_downloaded_once(
+def test_movielens_100k_is_downloaded_once_and_checked(
     server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    archive = publish(server, tmp_path, monkeypatch)
+    write_movielens_folder(tmp_path / "content" / "ml-100k")
+    archive = publish(tmp_path / "content", "ml-100k.zip", server, movies, monkeypatch)
+    content = archive.read_bytes()
     root = tmp_path / "root"
 
+    archive.write_bytes(content[:-100])
+    message = refusal(load, name="movielens_100k", root=root)
+    assert not (root / "ml-100k").exists()
+    archive.write_bytes(content)
     first = load(name="movielens_100k", root=root)
     archive.unlink()
     public = load(name="movielens_100k_public", root=root)
 
+    assert message.startswith("data.name: download of movielens_100k failed (RuntimeError: File ")
+    assert message.endswith("; set data.name=movies and data.path to a local folder")
     assert first.name == "movielens_100k" and not first.simulated
     assert first.train.group_names == ("other", "zip_1", "zip_9") and len(public.train) == 22
     assert [entry.name for entry in root.iterdir()] == ["ml-100k"]
-
-
-def test_damaged_download_is_refused(
-    server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    archive = publish(server, tmp_path, monkeypatch)
-    archive.write_bytes(archive.read_bytes()[:-100])
-
-    with pytest.raises(UserError) as refused:
-        load(name="movielens_100k", root=tmp_path / "root")
-
-    message = str(refused.value)
-    assert message.startswith("data.name: download of movielens_100k failed (RuntimeError: File ")
-    assert message.endswith("; set data.name=movies and data.path to a local folder")
-    assert not (tmp_path / "root" / "ml-100k").exists()
 
 
 def test_generated_users_match_the_description() -> None:

@@ -24,7 +24,7 @@ from hetero_fl.data import (
     with_test,
 )
 from hetero_fl.data.registry import _sources
-from hetero_fl.utils.errors import UserError
+from tests.support.mistakes import check_refused, refusal
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "make_embedded_set.py"
 
@@ -138,8 +138,7 @@ def test_source_can_be_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("constant", r"is not a function of \(config, root\) that 'own_source' defines"),
         ("god", "'good'"),
     ):
-        with pytest.raises(UserError, match=words):
-            load_source(SourceConfig(name=f"python:own_source:{name}"), tmp_path)
+        check_refused(words, load_source, SourceConfig(name=f"python:own_source:{name}"), tmp_path)
 
 
 def test_source_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,10 +150,12 @@ def test_source_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
         return dataset
 
     register_source("mine")(broken)
-    with pytest.raises(
-        UserError, match=r"data\.name: mine: train: x: row 7: NaN or infinite value"
-    ):
-        load_source(SourceConfig(name="mine"), Path())
+    check_refused(
+        r"data\.name: mine: train: x: row 7: NaN or infinite value",
+        load_source,
+        SourceConfig(name="mine"),
+        Path(),
+    )
     with pytest.raises(ValueError, match="already"):
         register_source("mine")(broken)
 
@@ -182,8 +183,7 @@ def test_missing_test_set_is_split_from_training_rows() -> None:
     both = torch.cat([dataset.test.x, dataset.train.x]).flatten().sort().values
     assert torch.equal(both, torch.arange(50.0))
     assert with_test(dataset) is dataset
-    with pytest.raises(UserError, match="too few"):
-        with_test(from_arrays(x[:2], [0, 1]))
+    check_refused("too few", with_test, from_arrays(x[:2], [0, 1]))
 
 
 def test_path_as_source_name_is_refused(
@@ -201,7 +201,7 @@ def test_path_as_source_name_is_refused(
         ("ml-100k", "folder 'ml-100k'; set data.name=movies and data.path=ml-100k"),
     ):
         with subtests.test(name=name, expected=expected):
-            with pytest.raises(UserError) as error:
-                load_source(SourceConfig(name=name), tmp_path)
-
-            assert str(error.value) == f"data.name: expected a source, got the {expected}"
+            assert (
+                refusal(load_source, SourceConfig(name=name), tmp_path)
+                == f"data.name: expected a source, got the {expected}"
+            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +18,10 @@ from hetero_fl.data import Dataset, check_source, federate, load_source
 from hetero_fl.data.sources.speech import read_features, source as speech, voices
 from hetero_fl.data.sources.speech.features import FLOOR, log_mel, mel_filters
 from hetero_fl.data.sources.speech.wav_files import read_wav
-from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
 from tests.support.federated_data import PLAIN_CLIENT
-from tests.support.file_server import md5
-from tests.support.mistakes import check_broken_folders
+from tests.support.file_server import publish
+from tests.support.mistakes import check_broken_folders, check_refused, refusal
 from tests.support.speech_folders import (
     PITCH,
     RATE,
@@ -129,8 +127,7 @@ def test_extensible_header_of_pcm_is_read(bits: int, tmp_path: Path) -> None:
 
     assert torch.equal(read_wav(path, RATE), expected)
     path.write_bytes(path.read_bytes().replace(guid, b"\x03" + guid[1:]))
-    with pytest.raises(UserError, match=r"not a readable WAV file \(unknown"):
-        read_wav(path, RATE)
+    check_refused(r"not a readable WAV file \(unknown", read_wav, path, RATE)
 
 
 def test_stereo_is_averaged(tmp_path: Path) -> None:
@@ -365,47 +362,38 @@ def test_malformed_folder_raises_one_line(subtests: pytest.Subtests) -> None:
 
 def test_folder_without_words_or_training_raises_one_line(tmp_path: Path) -> None:
     write_wav(tmp_path / "flat" / "ann_nohash_0.wav")
-    with pytest.raises(UserError, match="expected a folder for each of at least two words, got no"):
-        load(tmp_path / "flat")
+    check_refused(
+        "expected a folder for each of at least two words, got no", load, tmp_path / "flat"
+    )
     lists = {"validation_list.txt": ("cid",), "testing_list.txt": ("dora",)}
     write_speech_folder(tmp_path / "all", speakers={"cid": 1, "dora": 1}, lists=lists)
-    with pytest.raises(UserError, match="all recordings are in the lists, none is left"):
-        load(tmp_path / "all")
-    with pytest.raises(UserError, match="expected a folder, got a file"):
-        load(write_wav(tmp_path / "a.wav"))
-    with pytest.raises(UserError, match=r"data\.name: expected a source, got the folder .*=speech"):
-        check_source(SourceConfig(name=str(tmp_path / "all")))
+    check_refused("all recordings are in the lists, none is left", load, tmp_path / "all")
+    check_refused("expected a folder, got a file", load, write_wav(tmp_path / "a.wav"))
+    check_refused(
+        r"data\.name: expected a source, got the folder .*=speech",
+        check_source,
+        SourceConfig(name=str(tmp_path / "all")),
+    )
 
 
-def pack(folder: Path, archive: Path) -> str:
-    """Write the archive of a folder as it is published, and return its MD5 checksum."""
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(folder, arcname=".")
-    return md5(archive.read_bytes())
-
-
-def publish(server: tuple[str, Path], words: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write a data set, serve its archive in place of the published one, and return the archive."""
-    address, served = server
-    archive = served / "speech_commands_v0.02.tar.gz"
-    checksum = pack(write_speech_folder(words), archive)
-    monkeypatch.setattr(speech, "URL", address + archive.name)
-    monkeypatch.setattr(speech, "MD5", checksum)
-    return archive
-
-
-def test_speech_commands_is_downloaded_once(
-    server: tuple[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_speech_commands_is_downloaded_once_and_checked(
+    server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    archive = publish(server, tmp_path / "words", monkeypatch)
+    words = write_speech_folder(tmp_path / "words")
+    archive = publish(words, "speech_commands_v0.02.tar.gz", server, speech, monkeypatch)
+    content = archive.read_bytes()
     root = tmp_path / "root"
 
+    archive.write_bytes(content[:-100])
+    message = refusal(load, name="speech_commands", root=root)
+    assert not (root / "speech_commands_v0.02").exists()
+    archive.write_bytes(content)
     first = load(name="speech_commands", root=root)
     archive.unlink()
     again = load(name="speech_commands", root=root, words=("yes", "no"))
 
+    assert message.startswith("data.name: download of speech_commands failed (RuntimeError: File ")
+    assert message.endswith("; set data.name=speech and data.path to a local folder")
     assert first.name == "speech_commands" and "CC BY 4.0" in first.about
     assert first.train.group_names == ("ann", "bob") and len(first.train) == 12
     assert first.test is not None and len(first.test) == 6 and len(again.train) == 8
@@ -413,37 +401,19 @@ def test_speech_commands_is_downloaded_once(
     assert [entry.name for entry in root.iterdir()] == ["speech_commands_v0.02"]
 
 
-def test_damaged_download_is_refused(
-    server: tuple[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    archive = publish(server, tmp_path / "words", monkeypatch)
-    rewrite(archive, lambda content: content[:-100])
-
-    with pytest.raises(UserError) as refused:
-        load(name="speech_commands", root=tmp_path / "root")
-
-    message = str(refused.value)
-    assert message.startswith("data.name: download of speech_commands failed (RuntimeError: File ")
-    assert message.endswith("; set data.name=speech and data.path to a local folder")
-    assert not (tmp_path / "root" / "speech_commands_v0.02").exists()
-
-
 def test_interrupted_extraction_leaves_no_folder(
-    server: tuple[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    archive = publish(server, tmp_path / "words", monkeypatch)
+    words = write_speech_folder(tmp_path / "words")
+    archive = publish(words, "speech_commands_v0.02.tar.gz", server, speech, monkeypatch)
 
     def full(_archive: str, folder: str) -> None:
         (Path(folder) / "yes").mkdir()
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+    with monkeypatch.context() as patch:
         patch.setattr("torchvision.datasets.utils.extract_archive", full)
-        load(name="speech_commands", root=tmp_path / "root")
+        check_refused("No space left", load, name="speech_commands", root=tmp_path / "root")
     assert [e.name for e in (tmp_path / "root").iterdir()] == [archive.name]
     archive.unlink()
 
@@ -524,5 +494,9 @@ def test_seed_selects_other_persons(tmp_path: Path) -> None:
         assert not torch.equal(first.train.x[:50], other.train.x[:50])
         if first.test is not None and other.test is not None:
             assert not torch.equal(first.test.x, other.test.x)
-    with pytest.raises(UserError, match=r"speech\.seed: applies to generated recordings"):
-        load(write_speech_folder(tmp_path), seed=1)
+    check_refused(
+        r"speech\.seed: applies to generated recordings",
+        load,
+        write_speech_folder(tmp_path),
+        seed=1,
+    )

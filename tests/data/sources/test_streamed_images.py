@@ -18,6 +18,7 @@ from hetero_fl.data import Dataset, load_source
 from hetero_fl.data.sources.image_files import read_image_files
 from hetero_fl.utils.errors import UserError
 from tests.support.image_folders import make_image_folder
+from tests.support.mistakes import check_refused
 
 STREAM = StreamConfig(workers=2, prefetch=2)
 
@@ -74,27 +75,23 @@ def test_no_pixels_are_read_on_loading(folder: Path) -> None:
     images = train_images(load(folder))
 
     assert images.shape == (30, 3, 8, 8)
-    with pytest.raises(UserError, match=r"data\.path: .*000002\.png: not a readable image"):
-        read_all(images)
+    check_refused(r"data\.path: .*000002\.png: not a readable image", read_all, images)
 
 
 def test_images_of_different_sizes_are_named_on_loading(folder: Path) -> None:
     Image.new("RGB", (7, 8)).save(folder / "green" / "000001.png")
 
-    with pytest.raises(UserError, match=r"000001\.png: expected 8x8 .* got 7x8; set data\.size"):
-        load(folder)
+    check_refused(r"000001\.png: expected 8x8 .* got 7x8; set data\.size", load, folder)
     assert train_images(load(folder, size=4)).shape == (30, 3, 4, 4)
 
 
 def test_unreadable_headers_are_named_on_loading(folder: Path) -> None:
     (folder / "red" / "000002.png").write_bytes(b"text")
-    with pytest.raises(UserError, match=r"000002\.png: not a readable image"):
-        load(folder)
+    check_refused(r"000002\.png: not a readable image", load, folder)
 
     (folder / "red" / "000002.png").unlink()
     Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(folder / "red" / "000002.tif")
-    with pytest.raises(UserError, match=r"000002\.tif: not a readable image .*mode F"):
-        load(folder)
+    check_refused(r"000002\.tif: not a readable image .*mode F", load, folder)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +115,7 @@ def test_files_that_change_after_loading_are_named(
     else:
         replacement.save(file)
 
-    with pytest.raises(UserError, match=rf"^data\.path: .*0\.png: {message}"):
-        read_all(images)
+    check_refused(rf"^data\.path: .*0\.png: {message}", read_all, images)
 
 
 def test_grayscale_image_among_color_images_is_repeated(folder: Path) -> None:
@@ -174,5 +170,4 @@ def test_folder_that_disappears_is_named(folder: Path) -> None:
 
     shutil.rmtree(folder)
 
-    with pytest.raises(UserError, match="file not found"):
-        images.read(torch.tensor([0]))
+    check_refused("file not found", images.read, torch.tensor([0]))

@@ -14,9 +14,9 @@ from hetero_fl.config.data import SourceConfig, TextConfig
 from hetero_fl.data import Dataset, Vocabulary, from_arrays, load_source
 from hetero_fl.data.dataset import EMPTY, FIRST, UNKNOWN, split_words
 from hetero_fl.data.sources import text as phrases
-from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_numpy_generator
 from tests.support.cases import each_case
+from tests.support.mistakes import check_refused
 
 HERE = Path(".")
 
@@ -252,9 +252,7 @@ def test_invalid_text_files_raise_one_line(folder: Path) -> None:
             "needs at least two words that occur twice, got 0",
         ),
     ):
-        with pytest.raises(UserError, match=words) as refused:
-            load("text", folder / path, group, **text)
-        assert "\n" not in str(refused.value), path
+        check_refused(words, load, "text", folder / path, group, **text)
 
 
 def test_tokens_may_be_arrays() -> None:

@@ -26,7 +26,7 @@ from hetero_fl.experiment.preparation import load_federated_data
 from hetero_fl.utils.errors import UserError
 from tests.support.benchmark_folders import write_client_file, write_client_folder
 from tests.support.cases import each_case
-from tests.support.mistakes import check_broken_folders
+from tests.support.mistakes import check_broken_folders, check_refused
 
 
 def load(path: Path) -> Dataset:
@@ -133,11 +133,13 @@ def test_missing_path_is_named(tmp_path: Path) -> None:
     config = configuration(tmp_path)
     del config["data"]["path"]
 
-    with pytest.raises(UserError, match=r"^data\.path: missing; htfllib reads a folder$"):
-        load_federated_data(load_config(config))
+    check_refused(
+        r"^data\.path: missing; htfllib reads a folder$", load_federated_data, load_config(config)
+    )
     path = write_client_folder(tmp_path)
-    with pytest.raises(UserError, match=r"set data\.name=htfllib and data\.path="):
-        load_source(SourceConfig(name=str(path)), path)
+    check_refused(
+        r"set data\.name=htfllib and data\.path=", load_source, SourceConfig(name=str(path)), path
+    )
 
 
 def test_clients_have_the_same_rows_as_in_the_library(tmp_path: Path) -> None:
@@ -275,10 +277,9 @@ def test_malformed_rows_are_named(
             write_client_file(path / "train" / "1.npz", **rows)
             monkeypatch.chdir(folder)
 
-            with pytest.raises(UserError, match=message) as caught:
-                load(path)
+            caught = check_refused(message, load, path)
 
-            assert "train/1.npz" in str(caught.value)
+            assert "train/1.npz" in caught
             assert not (folder / "hacked").exists()
 
 

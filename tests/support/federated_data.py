@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hetero_fl.config.clients import ClientSettings, Normalize, PreprocessConfig, ScannerConfig
-from hetero_fl.config.data import DataConfig, PartitionConfig, ProxyConfig
-from hetero_fl.data import Dataset, FederatedData, Preprocess, federate, from_arrays
+from hetero_fl.config.data import DataConfig, PartitionConfig, ProxyConfig, SourceConfig
+from hetero_fl.data import (
+    Dataset,
+    FederatedData,
+    Preprocess,
+    federate,
+    from_arrays,
+    load_source,
+)
 
 PLAIN = Preprocess()
 PLAIN_CLIENT = ClientSettings()
 THREE = {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT, "c": PLAIN_CLIENT}
+
+
+def read_source(
+    name: str, path: Path | str | None = None, root: Path | None = None, **keys: Any
+) -> Dataset:
+    """Load a source with its missing values.
+
+    Args:
+        name: Name of the source.
+        path: The file or folder.
+        root: Folder for downloads. Default: the working directory.
+        **keys: Further keys of the source.
+    """
+    found = None if path is None else str(path)
+    config = SourceConfig.model_validate({"name": name, "path": found, **keys})
+    return load_source(config, root or Path(), missing=True)
 
 
 def numbered(rows: int = 200, groups: list[str] | None = None, **other: Any) -> Dataset:

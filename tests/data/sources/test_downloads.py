@@ -8,6 +8,7 @@ import itertools
 import pickle
 import socket
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,8 +20,13 @@ import torchvision
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import Dataset, load_source
-from tests.support.file_server import md5
+from hetero_fl.data.sources.movies import source as movies
+from hetero_fl.data.sources.speech import source as speech
+from tests.support.cases import each_case
+from tests.support.file_server import md5, publish
 from tests.support.mistakes import check_refused, refusal
+from tests.support.movielens_folders import write_movielens_folder
+from tests.support.speech_folders import write_speech_folder
 
 ROWS = {"train": 30, "val": 6, "test": 9}
 """Rows of each split of the fixture `npz`."""
@@ -33,8 +39,25 @@ def medmnist() -> ModuleType:
     return module
 
 
-def get(name: str, root: Path) -> Dataset:
-    return load_source(SourceConfig(name=name), root)
+def get(name: str, root: Path, **keys: Any) -> Dataset:
+    return load_source(SourceConfig(name=name, **keys), root)
+
+
+@pytest.fixture
+def serve_medmnist(
+    server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, medmnist: ModuleType
+) -> Callable[..., Path]:
+    """Return a function that serves a file of MedMNIST in place of the published one."""
+    address, folder = server
+
+    def publish_file(path: Path, name: str, suffix: str = "") -> Path:
+        file = folder / f"{name}{suffix}.npz"
+        file.write_bytes(path.read_bytes())
+        monkeypatch.setitem(medmnist.INFO[name], f"url{suffix}", address + file.name)
+        monkeypatch.setitem(medmnist.INFO[name], f"MD5{suffix}", md5(file.read_bytes()))
+        return file
+
+    return publish_file
 
 
 def test_mnist_is_loaded_from_download(
@@ -114,23 +137,14 @@ def test_cifar_is_loaded_from_download(
 
 @pytest.mark.parametrize("flag", ["pneumoniamnist", "chestmnist", "medmnist:pathmnist"])
 def test_medmnist_is_loaded_from_download(
-    flag: str,
-    npz: Any,
-    server: tuple[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    medmnist: ModuleType,
+    flag: str, npz: Any, tmp_path: Path, serve_medmnist: Callable[..., Path]
 ) -> None:
-    address, folder = server
     name = flag.removeprefix("medmnist:")
     several = {
         f"{s}_labels": np.eye(14, dtype=np.uint8)[np.arange(n) % 14]
         for s, n in (("train", 30), ("val", 6), ("test", 9))
     }
-    data = npz(**(several if name == "chestmnist" else {})).read_bytes()
-    (folder / f"{name}.npz").write_bytes(data)
-    monkeypatch.setitem(medmnist.INFO[name], "url", f"{address}{name}.npz")
-    monkeypatch.setitem(medmnist.INFO[name], "MD5", md5(data))
+    serve_medmnist(npz(**(several if name == "chestmnist" else {})), name)
     dataset = get(flag, tmp_path / "root")
     assert dataset.name == name and dataset.validation is not None and len(dataset.validation) == 6
     assert len(dataset.task.names) == dataset.task.outputs and "MedMNIST" in dataset.about
@@ -204,47 +218,27 @@ def test_interrupt_during_download_is_raised(
 
 @pytest.mark.parametrize("size", [28, 64])
 def test_size_selects_the_file_of_medmnist(
-    size: int,
-    npz: Any,
-    server: tuple[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    medmnist: ModuleType,
+    size: int, npz: Any, tmp_path: Path, serve_medmnist: Callable[..., Path]
 ) -> None:
-    address, folder = server
     images = {f"{s}_images": np.zeros((n, size, size, 3), np.uint8) for s, n in ROWS.items()}
-    suffix = "" if size == 28 else f"_{size}"
-    file = f"pathmnist{suffix}.npz"
-    data = npz(**images).read_bytes()
-    (folder / file).write_bytes(data)
-    monkeypatch.setitem(medmnist.INFO["pathmnist"], f"url{suffix}", address + file)
-    monkeypatch.setitem(medmnist.INFO["pathmnist"], f"MD5{suffix}", md5(data))
-    config = SourceConfig(name="pathmnist", size=size)
+    file = serve_medmnist(npz(**images), "pathmnist", "" if size == 28 else f"_{size}")
 
-    dataset = load_source(config, tmp_path / "root")
-    (folder / file).unlink()
-    again = load_source(config, tmp_path / "root")
+    dataset = get("pathmnist", tmp_path / "root", size=size)
+    file.unlink()
+    again = get("pathmnist", tmp_path / "root", size=size)
 
     assert dataset.train.x.shape == again.train.x.shape == (30, 3, size, size)
-    assert [f.name for f in (tmp_path / "root").iterdir()] == [file]
+    assert [f.name for f in (tmp_path / "root").iterdir()] == [file.name]
 
 
 def test_wrong_checksum_is_detected(
-    npz: Any,
-    server: tuple[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    medmnist: ModuleType,
+    npz: Any, tmp_path: Path, serve_medmnist: Callable[..., Path]
 ) -> None:
-    address, folder = server
-    (folder / "pathmnist_64.npz").write_bytes(npz().read_bytes())
-    monkeypatch.setitem(medmnist.INFO["pathmnist"], "url_64", f"{address}pathmnist_64.npz")
+    file = serve_medmnist(npz(), "pathmnist", "_64")
+    file.write_bytes(npz(extra=np.zeros(1)).read_bytes())
 
     check_refused(
-        r"download of pathmnist failed .*corrupted",
-        load_source,
-        SourceConfig(name="pathmnist", size=64),
-        tmp_path / "root",
+        r"download of pathmnist failed .*corrupted", get, "pathmnist", tmp_path / "root", size=64
     )
 
 
@@ -273,3 +267,50 @@ def test_size_selects_a_file_in_a_folder(npz: Any, tmp_path: Path) -> None:
         128,
     )
     check_refused(r"file '.*retinamnist_128\.npz' not found; did you mean", load, tmp_path, 128)
+
+
+@each_case(
+    ("source", "local", "folder", "archive"),
+    (
+        (movies, "movies", "ml-100k", "ml-100k.zip"),
+        (speech, "speech", "speech_commands_v0.02", "speech_commands_v0.02.tar.gz"),
+    ),
+)
+def test_archive_is_downloaded_once_and_checked(
+    source: Any,
+    local: str,
+    folder: str,
+    archive: str,
+    server: tuple[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    content, root = tmp_path / "content", tmp_path / "root"
+    if source is movies:
+        write_movielens_folder(content / folder)
+    else:
+        write_speech_folder(content)
+    name = {"movies": "movielens_100k", "speech": "speech_commands"}[local]
+    file = publish(content, archive, server, source, monkeypatch)
+    data = file.read_bytes()
+
+    file.write_bytes(data[:-100])
+    message = refusal(get, name, root)
+    assert not (root / folder).exists()
+    file.write_bytes(data)
+    first = get(name, root)
+    file.unlink()
+
+    assert message.startswith(f"data.name: download of {name} failed (RuntimeError: File ")
+    assert message.endswith(f"; set data.name={local} and data.path to a local folder")
+    assert first.name == name and not first.simulated
+    # The archive is removed, and no partial folder remains.
+    assert [entry.name for entry in root.iterdir()] == [folder]
+    if source is movies:
+        assert first.train.group_names == ("other", "zip_1", "zip_9")
+        assert len(get("movielens_100k_public", root).train) == 22
+    else:
+        assert first.train.group_names == ("ann", "bob") and len(first.train) == 12
+        assert "CC BY 4.0" in first.about
+        assert first.test is not None and len(first.test) == 6
+        assert len(get(name, root, speech={"words": ("yes", "no")}).train) == 8

@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from hetero_fl.config.clients import ClientSettings, PreprocessConfig
 from hetero_fl.config.data import DataConfig, DrivingConfig, SourceConfig
-from hetero_fl.data import Dataset, check_source, federate, load_source
+from hetero_fl.data import Dataset, federate, load_source
 from hetero_fl.data.sources.driving import read_frames
 from hetero_fl.data.sources.driving.cameras import LANE, Camera, Scene, render
 from hetero_fl.data.sources.driving.roads import (
@@ -34,17 +35,15 @@ from tests.support.driving_folders import (
     write_export,
     write_simulator,
 )
-from tests.support.federated_data import PLAIN_CLIENT
+from tests.support.federated_data import read_source
 from tests.support.mistakes import check_broken_folders, check_refused, refusal
 
-HERE = Path(".")
+CLIENT = ClientSettings(preprocess=PreprocessConfig(missing="indicate"))
 BENDS = RoadKind(bend=0.02, straight=0.2, left=0.5, limit=14.0)
 
 
 def load(path: Path | None = None, name: str = "driving", **keys: Any) -> Dataset:
-    settings = DrivingConfig(**keys) if keys else None
-    found = None if path is None else str(path)
-    return load_source(SourceConfig(name=name, path=found, driving=settings), HERE, missing=True)
+    return read_source(name, path, driving=keys or None)
 
 
 def test_folder_of_both_layouts_is_read_by_vehicle(tmp_path: Path) -> None:
@@ -68,22 +67,17 @@ def test_folder_of_both_layouts_is_read_by_vehicle(tmp_path: Path) -> None:
     for vehicle in range(3):
         own = train.group == vehicle
         assert torch.corrcoef(torch.stack([left[own], train.labels[own, 0]]))[0, 1] > 0.8
-
-
-def test_angles_speeds_and_positions_have_one_unit(tmp_path: Path) -> None:
-    dataset = load(write_driving_folder(tmp_path, {"car": 40}), gap=2)
+    # Angles, speeds and positions have one unit.
     wheel, speed, lat = (
         float((tmp_path / "car" / "interpolated.csv").read_text().splitlines()[1].split(",")[i])
         for i in (6, 8, 9)
     )
     cells = (tmp_path / "sim" / "driving_log.csv").read_text().splitlines()[0].split(",")
 
-    x, y = torch.as_tensor(dataset.train.x), dataset.train.labels
-
+    x, y = torch.as_tensor(train.x), train.labels
     assert float(y[0] * 5) == pytest.approx(math.degrees(wheel) / 14.8, rel=1e-5)
     assert x[0, 3456:3458].tolist() == pytest.approx([speed, lat], rel=1e-6)
-    assert dataset.train.group is not None
-    first = dataset.train.group.tolist().index(1)
+    first = train.group.tolist().index(1)
     assert float(y[first] * 5) == pytest.approx(-25 * float(cells[3]), rel=1e-5)
     assert float(x[first, 3456]) == pytest.approx(float(cells[6]) * 0.44704, rel=1e-5)
     assert bool(x[first, 3457:].isnan().all())
@@ -121,34 +115,18 @@ def test_steps_sizes_and_test_vehicles_are_configurable(tmp_path: Path) -> None:
 
 
 def test_splits_of_a_drive_are_contiguous_and_apart(tmp_path: Path) -> None:
-    config = DataConfig(
-        name="driving",
-        path=str(write_driving_folder(tmp_path, {"car": 200, "truck": 200}, ())),
-        partition={"kind": "natural"},
-    )
-    client = replace_missing(PLAIN_CLIENT)
+    dataset = read_source("driving", write_driving_folder(tmp_path, {"car": 200, "truck": 200}, ()))
+    config = DataConfig(name="driving", partition={"kind": "natural"})
 
-    data = federate(
-        load_source(config, HERE, missing=True), config, {"car": client, "truck": client}, 0
-    )
+    data = federate(dataset, config, {"car": CLIENT, "truck": CLIENT}, 0)
 
     # The latitude increases by 1e-4 degrees from frame to frame.
     places = {
-        part: torch.as_tensor(load(tmp_path).local_sets[part].x)[:, 3457]
+        part: torch.as_tensor(dataset.local_sets[part].x)[:, 3457]
         for part in ("validation", "test")
     }
     assert [data.n_rows("car", part) for part in ("train", "validation", "test")] == [110, 20, 50]
     assert places["test"].min() - places["validation"].max() > 9e-4
-
-
-def replace_missing(client: Any) -> Any:
-    preprocess = client.preprocess.model_copy(update={"missing": "indicate"})
-    return client.model_copy(update={"preprocess": preprocess})
-
-
-def test_other_partitions_keep_neighboring_frames_together(tmp_path: Path) -> None:
-    train = load(write_export(tmp_path / "car", 200)).train
-    assert train.patient is not None and train.patient.unique_consecutive().tolist() == [0, 1, 2]
 
 
 def test_vehicles_with_drives_of_any_length_have_no_stretch_in_common(tmp_path: Path) -> None:
@@ -160,6 +138,8 @@ def test_vehicles_with_drives_of_any_length_have_no_stretch_in_common(tmp_path: 
         for stretch, vehicle in zip(train.patient, train.group, strict=True)
     }
     assert len(owners) == len({stretch for stretch, _ in owners}) == 4
+    # Neighboring frames stay together.
+    assert len(train.patient.unique_consecutive()) == 4
 
 
 def test_drive_that_is_shorter_than_the_gap_is_refused(tmp_path: Path) -> None:
@@ -218,12 +198,13 @@ def test_division_that_is_not_possible_names_the_settings_to_change(
 ) -> None:
     path = str(write_driving_folder(tmp_path, {"car": 60, "truck": 60}, ()))
     plain = {"name": "driving", "path": path, "driving": SMALL, "partition": {"kind": "natural"}}
-    client = replace_missing(PLAIN_CLIENT)
     for names, keys, words in IMPOSSIBLE:
         config = DataConfig.model_validate({**plain, **keys})
-        clients = dict.fromkeys(names.split(), client)
+        clients = dict.fromkeys(names.split(), CLIENT)
         with subtests.test(words=words):
-            caught = refusal(federate, load_source(config, HERE, missing=True), config, clients, 0)
+            caught = refusal(
+                federate, load_source(config, tmp_path, missing=True), config, clients, 0
+            )
             assert [part for part in words if part not in caught] == []
             assert "patient" not in caught
 
@@ -231,9 +212,9 @@ def test_division_that_is_not_possible_names_the_settings_to_change(
 def test_generated_global_sets_of_clients_with_files_are_noted(tmp_path: Path) -> None:
     config = DataConfig(name="driving", driving=DrivingConfig(**SMALL))
     source = SourceConfig(name="driving", path=str(write_export(tmp_path / "car", 60)))
-    client = replace_missing(PLAIN_CLIENT).model_copy(update={"data": source})
+    client = CLIENT.model_copy(update={"data": source})
 
-    data = federate(load_source(config, HERE), config, {"car": client}, 0)
+    data = federate(load_source(config, tmp_path), config, {"car": client}, 0)
 
     assert (
         "data.path is not set: driving generates the global test and validation sets, but these "
@@ -472,13 +453,6 @@ def test_folder_without_vehicles_raises_one_line(tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "a.png").write_bytes(b"")
     check_refused(r"expected a folder for each vehicle, .* got a\.png", load, tmp_path / "flat")
-    check_refused("expected a folder, got a file", load, tmp_path / "flat" / "a.png")
-    folder = write_driving_folder(tmp_path / "drives", {"car": 10}, ())
-    check_refused(
-        r"data\.name: expected a source, got the folder .*=driving",
-        check_source,
-        SourceConfig(name=str(folder)),
-    )
 
 
 def test_seed_selects_other_roads(tmp_path: Path) -> None:

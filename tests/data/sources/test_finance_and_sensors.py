@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig, WindowsConfig
-from hetero_fl.data import Dataset, federate, load_source
+from hetero_fl.config.data import DataConfig, WindowsConfig
+from hetero_fl.data import federate
 from hetero_fl.data.sources import sensors, tables
-from tests.support.cases import each_case
-from tests.support.federated_data import PLAIN_CLIENT
+from tests.support.federated_data import PLAIN_CLIENT, read_source
 from tests.support.mistakes import refusal
-
-HERE = Path(".")
-
-
-def load(name: str, path: Path | None = None, missing: bool = True, **keys: object) -> Dataset:
-    return load_source(
-        SourceConfig(name=name, path=None if path is None else str(path), **keys),
-        HERE,
-        missing=missing,
-    )
 
 
 def test_banks_differ_in_columns_and_fraud_rate() -> None:
-    dataset = load("bank_fraud")
+    dataset = read_source("bank_fraud")
     train = dataset.train
     assert (
         dataset.simulated
@@ -55,7 +43,7 @@ def test_banks_differ_in_columns_and_fraud_rate() -> None:
 
 
 def test_rare_class_is_predictable() -> None:
-    dataset = load("bank_fraud")
+    dataset = read_source("bank_fraud")
     kept = DataConfig(name="bank_fraud", split={"validation": 0.1, "test": 0.2})
     settings = PLAIN_CLIENT.model_copy(
         update={"preprocess": PLAIN_CLIENT.preprocess.model_copy(update={"missing": "indicate"})}
@@ -64,14 +52,14 @@ def test_rare_class_is_predictable() -> None:
     assert data.task.rare == 1
     assert (
         federate(
-            load("synthetic_table"), DataConfig(), {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT}, 0
+            read_source("synthetic_table"), DataConfig(), {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT}, 0
         ).task.rare
         is None
     )
 
 
 def test_generated_windows_match_the_description() -> None:
-    dataset = load("activity")
+    dataset = read_source("activity")
     train = dataset.train
     assert (
         train.x.shape[1:] == (64, 6) and train.y is not None and dataset.columns == sensors.CHANNELS
@@ -121,7 +109,7 @@ def samples(tmp_path: Path) -> Path:
 
 
 def test_windows_contain_one_person_and_activity(samples: Path) -> None:
-    found = load("activity", samples, windows=WindowsConfig(length=10, time="t"))
+    found = read_source("activity", samples, windows=WindowsConfig(length=10, time="t"))
     train = found.train
     assert (
         found.columns == ("ax", "az")
@@ -136,7 +124,9 @@ def test_windows_contain_one_person_and_activity(samples: Path) -> None:
         and train.group.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
         and train.patient is None
     )
-    half = load("activity", samples, windows=WindowsConfig(length=10, step=5, time="t")).train
+    half = read_source(
+        "activity", samples, windows=WindowsConfig(length=10, step=5, time="t")
+    ).train
     # overlapping ones stay together
     assert half.patient is not None and half.patient.unique().tolist() == [0, 1, 2]
     assert half.x[:4, 0, 0].tolist() == [0, 5, 10, 15]
@@ -151,7 +141,7 @@ def test_npz_with_windows_is_loaded(tmp_path: Path) -> None:
         person=[1, 1, 2, 2],
         columns=["ax", "ay"],
     )
-    found = load("activity", path)
+    found = read_source("activity", path)
     assert (
         found.train.x.dtype == torch.float32
         and found.columns == ("ax", "ay")
@@ -197,7 +187,7 @@ def test_invalid_recordings_raise_one_line(samples: Path, tmp_path: Path) -> Non
     ):
         frame.assign(**change).to_csv(tmp_path / "bad.csv", index=False)
         message = refusal(
-            load, "activity", tmp_path / "bad.csv", windows=WindowsConfig(**windows), **keys
+            read_source, "activity", tmp_path / "bad.csv", windows=WindowsConfig(**windows), **keys
         )
         assert (
             words.replace("FILE", str(tmp_path / "bad.csv")) in message
@@ -227,75 +217,5 @@ def test_invalid_recordings_raise_one_line(samples: Path, tmp_path: Path) -> Non
         ),
     ):
         np.savez(tmp_path / "bad.npz", **arrays)
-        refused = refusal(load, "activity", tmp_path / "bad.npz")
+        refused = refusal(read_source, "activity", tmp_path / "bad.npz")
         assert words in refused and "bad.npz" in refused
-
-
-TABLE = pd.DataFrame(
-    {
-        "amount": np.arange(40.0),
-        "age": np.arange(40),
-        "fraud": ["no", "yes"] * 20,
-        "bank": ["a", "b"] * 20,
-    }
-)
-
-
-@each_case(
-    ("change", "keys", "words"),
-    (
-        (
-            {},
-            {"label": "fruad"},
-            "data.label: column 'fruad' not found in FILE; did you mean 'fraud'?",
-        ),
-        (
-            {},
-            {"label": "fraud", "group": "bnak"},
-            "data.group: column 'bnak' not found in FILE; did you mean 'bank'?",
-        ),
-        (
-            {"amount": ["1"] * 6 + ["1O"] + ["2"] * 33},
-            {"label": "fraud"},
-            "data.path: FILE: row 7, column 'amount': expected a number, got '1O'",
-        ),
-        (
-            {"age": [1] * 39 + ["old"]},
-            {"label": "fraud"},
-            "data.path: FILE: row 40, column 'age': expected a number, got 'old'",
-        ),
-        (
-            {"age": [1.0] * 39 + [None]},
-            {"label": "fraud"},
-            "FILE: row 40 has no value in column 'age'",
-        ),
-        (
-            {"amount": [1.0] * 39 + [np.inf]},
-            {"label": "fraud"},
-            "row 40, column 'amount': expected a finite number, got inf",
-        ),
-        (
-            {"fraud": ["no"] * 39 + [None]},
-            {"label": "fraud"},
-            "data.path: FILE: row 40, column 'fraud': missing value",
-        ),
-        (
-            {"fraud": "no"},
-            {"label": "fraud"},
-            "data.path: FILE: column 'fraud': needs two classes, got 'no' in all 40 rows",
-        ),
-    ),
-)
-def test_table_error_names_file_row_and_column(
-    change: Any, keys: Any, words: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "mine.csv"
-    TABLE.assign(**change).to_csv(path, index=False)
-    config = DataConfig(name="table", path=str(path), partition=PartitionConfig(min_size=8), **keys)
-
-    def divide() -> None:
-        dataset = load_source(config, HERE, missing=True)
-        federate(dataset, config, {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT}, 0)
-
-    message = refusal(divide)
-    assert words.replace("FILE", str(path)) in message, message

@@ -251,18 +251,6 @@ def test_multilabel(tmp_path: Path) -> None:
         assert dataset.train.labels.tolist() == [[0, 1], [1, 0], [1, 1]]
 
 
-def save_class_splits(path: Path, test_names: list[str], lists: bool = False) -> None:
-    """Write splits whose classes are numbered differently. The classes of the test set are 0, 1."""
-    parts = {}
-    for split, names in (("train", ["cat", "dog"]), ("test", test_names)):
-        label = datasets.ClassLabel(names=names)
-        parts[split] = hub_set(
-            {"x": [1.0, 2.0], "label": [[0], [1]] if lists else [0, 1]},
-            label=datasets.Sequence(label) if lists else label,
-        )
-    datasets.DatasetDict(parts).save_to_disk(str(path))
-
-
 PETS = datasets.ClassLabel(names=["cat", "dog"])
 
 
@@ -270,10 +258,12 @@ def save_splits(path: Path, test: dict[str, Any], train: dict[str, Any]) -> None
     """Write splits of two rows. A feature of classes stands for the class numbers 0 and 1."""
     parts = {}
     for split, content in (("train", train), ("test", test)):
-        features = {k: v for k, v in content.items() if isinstance(v, datasets.ClassLabel)}
-        parts[split] = hub_set(
-            {"x": [1.0, 2.0], **content, **{key: [0, 1] for key in features}}, **features
-        )
+        features = {k: v for k, v in content.items() if not isinstance(v, list)}
+        numbers = {
+            k: [0, 1] if isinstance(v, datasets.ClassLabel) else [[0], [1]]
+            for k, v in features.items()
+        }
+        parts[split] = hub_set({"x": [1.0, 2.0], **content, **numbers}, **features)
     datasets.DatasetDict(parts).save_to_disk(str(path))
 
 
@@ -291,7 +281,8 @@ def test_classes_of_splits_are_matched_by_name(tmp_path: Path) -> None:
         dataset = load(tmp_path / name)
         assert dataset.test is not None and dataset.test.labels.tolist() == [1, 0], name
         assert dataset.train.labels.tolist() == [0, 1]
-    save_class_splits(tmp_path / "lists", ["dog", "cat"], lists=True)
+    lists = [datasets.Sequence(names) for names in (other, PETS)]
+    save_splits(tmp_path / "lists", {"label": lists[0]}, {"label": lists[1]})
     dataset = load(tmp_path / "lists")
     assert dataset.test is not None and dataset.task.names == ("cat", "dog")
     assert dataset.test.labels.tolist() == [[0, 1], [1, 0]]
@@ -508,7 +499,9 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
         "test: column 'label' missing",
     ),
     "unknown class": (
-        lambda p: save_class_splits(p, ["ox", "dog"]),
+        lambda p: save_splits(
+            p, {"label": datasets.ClassLabel(names=["ox", "dog"])}, {"label": PETS}
+        ),
         {},
         "test: column 'label': unknown class 'ox'; choose from cat, dog",
     ),
@@ -609,7 +602,7 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
         "task: must be multiclass for column 'label' of classes, got multilabel",
     ),
     "multiclass of lists of classes": (
-        lambda p: save_class_splits(p, ["cat", "dog"], lists=True),
+        lambda p: save_splits(p, *[{"label": datasets.Sequence(PETS)}] * 2),
         {"task": "multiclass"},
         "task: must be multilabel for column 'label' of lists of classes, got multiclass",
     ),
@@ -660,18 +653,6 @@ def test_mistakes_are_one_line(tmp_path: Path, subtests: pytest.Subtests) -> Non
             caught = refusal(load, path, **keys)
             assert message in caught
             assert caught.startswith("data.")
-
-
-def test_path_is_refused(tmp_path: Path, npz: Any) -> None:
-    place = str(tmp_path)
-    advice = (
-        f"data.path: does not apply to Hugging Face data sets, got '{place}'; set data.name=hf:"
-    )
-    for name, path, message in (
-        ("hf", place, f"{advice}{place}"),
-        ("hf:beans", str(npz()), "data.path: does not apply to source hf; remove it"),
-    ):
-        assert refusal(load_source, SourceConfig(name=name, path=path), tmp_path) == message
 
 
 def test_damaged_files_print_one_line(tmp_path: Path) -> None:
@@ -784,6 +765,9 @@ def test_columns_are_listed_as_used_or_as_left_out(tmp_path: Path) -> None:
     assert "age" not in left_out
     assert left_out.startswith("when (datetime64")
     assert left_out.endswith("ward (not in columns.input), hospital (not in columns.input)")
+    mapped = {"input": "note", "label": "y", "group": "hospital", "patient": "patient"}
+    notes = notes_of(visits().assign(note="fever and cough"), tmp_path, "hf", columns=mapped)
+    assert "input note; label y; group hospital; patient patient" in notes
 
 
 def test_repeated_patients_of_images_are_noted(tmp_path: Path) -> None:
@@ -800,16 +784,3 @@ def test_repeated_patients_of_images_are_noted(tmp_path: Path) -> None:
 
     assert any("'subject_id' seems to identify patients and repeats" in n for n in dataset.notes)
     assert not any("is a feature" in note for note in dataset.notes)
-
-
-def test_mapped_group_and_patient_are_named(tmp_path: Path) -> None:
-    frame = visits().assign(note="fever and cough")
-
-    notes = notes_of(
-        frame,
-        tmp_path,
-        "hf",
-        columns={"input": "note", "label": "y", "group": "hospital", "patient": "patient"},
-    )
-
-    assert "input note; label y; group hospital; patient patient" in notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,33 +12,39 @@ import numpy as np
 import pytest
 import torch
 
-from hetero_fl.config.data import MoviesConfig, SourceConfig
-from hetero_fl.data import Dataset, check_source, load_source
-from hetero_fl.data.sources.movies import movielens, read_ratings, simulation, source as movies
+from hetero_fl.config.data import MoviesConfig
+from hetero_fl.data import Dataset
+from hetero_fl.data.sources.movies import movielens, read_ratings, simulation
 from hetero_fl.data.sources.movies.histories import Ratings, User, assign_roles, make_dataset
 from tests.support.cases import each_case
-from tests.support.file_server import publish
-from tests.support.mistakes import check_broken_folders, check_refused, refusal
+from tests.support.federated_data import read_source
+from tests.support.mistakes import check_broken_folders, check_refused
 from tests.support.movielens_folders import MOVIES, draw_ratings, write_movielens_folder
-
-HERE = Path(".")
 
 
 def load(
     path: Path | None = None,
     name: str = "movies",
-    root: Path = HERE,
+    root: Path | None = None,
     group: str | None = None,
     **keys: Any,
 ) -> Dataset:
-    settings = MoviesConfig(**keys) if keys else None
-    found = None if path is None else str(path)
-    return load_source(SourceConfig(name=name, path=found, group=group, movies=settings), root)
+    return read_source(name, path, root, group=group, movies=keys or None)
 
 
-@each_case("layout", ("100k", "1m", "latest"))
-def test_all_layouts_give_the_same_histories(layout: str, tmp_path: Path) -> None:
+@each_case(
+    ("layout", "encoding"),
+    itertools.product(("100k", "1m", "latest"), (None, "utf-8-sig", "utf-8")),
+)
+def test_all_layouts_give_the_same_histories(
+    layout: str, encoding: str | None, tmp_path: Path
+) -> None:
+    """Files of all layouts, with and without a byte order mark."""
     write_movielens_folder(tmp_path, layout)
+    if encoding is not None:
+        for file in tmp_path.iterdir():
+            text = file.read_text("utf-8" if layout == "latest" else "latin-1")
+            file.write_text(text, encoding)
 
     ratings = read_ratings(tmp_path, None, 0.0)
 
@@ -49,11 +56,8 @@ def test_all_layouts_give_the_same_histories(layout: str, tmp_path: Path) -> Non
     }
     for user in ratings.users:
         assert user.movies.tolist() == [movie for _, movie in expected[int(user.name)]]
-    groups = {user.group for user in ratings.users}
-    if layout == "latest":
-        assert groups == {str(user) for user in range(1, 25)}
-    else:
-        assert groups == {"zip_1", "zip_9", "other"}
+    groups = {str(user) for user in expected} if layout == "latest" else {"zip_1", "zip_9", "other"}
+    assert {user.group for user in ratings.users} == groups
 
 
 def test_equal_times_keep_the_order_of_the_file_and_low_ratings_are_ignored(tmp_path: Path) -> None:
@@ -242,14 +246,6 @@ def test_groups_users_and_candidates_of_a_folder(tmp_path: Path) -> None:
     assert all(len(row.unique()) == len(row) for row in dataset.test.candidates)
 
 
-def test_files_in_utf_8_without_header_are_read_as_such(tmp_path: Path) -> None:
-    write_movielens_folder(tmp_path, "1m")
-    file = tmp_path / "movies.dat"
-    file.write_text(file.read_text("latin-1"), encoding="utf-8")
-
-    assert "Léon (1994)" in read_ratings(tmp_path, None, 0.0).titles
-
-
 @each_case("size", (1, 7, 1 << 20))
 def test_files_are_read_in_blocks_of_any_size(
     size: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -271,21 +267,6 @@ def test_files_are_read_in_blocks_of_any_size(
 
     # Equal times keep the order of the file.
     assert users == {"anna": [1, 6, 2], "a user of twelve": [8, 1], "é": [0, 8]}
-
-
-@each_case("layout", ("100k", "1m", "latest"))
-def test_byte_order_marks_are_ignored(layout: str, tmp_path: Path) -> None:
-    write_movielens_folder(tmp_path, layout)
-    expected = read_ratings(tmp_path, None, 0.0)
-    for file in tmp_path.iterdir():
-        file.write_text(file.read_text("utf-8" if layout == "latest" else "latin-1"), "utf-8-sig")
-
-    found = read_ratings(tmp_path, None, 0.0)
-
-    assert found.titles == expected.titles
-    for user, other in zip(found.users, expected.users, strict=True):
-        assert (user.name, user.group) == (other.name, other.group)
-        assert np.array_equal(user.movies, other.movies)
 
 
 def test_users_csv_has_the_regions(tmp_path: Path) -> None:
@@ -600,39 +581,6 @@ def test_malformed_folder_raises_one_line(subtests: pytest.Subtests) -> None:
         cases = [(name, *case) for name, own, *case in BROKEN if own == layout]
         write = partial(write_movielens_folder, layout=layout)
         check_broken_folders(subtests, cases, write, load)
-
-
-def test_folder_as_a_name_is_explained(tmp_path: Path) -> None:
-    for layout in ("100k", "1m", "latest"):
-        folder = write_movielens_folder(tmp_path / layout, layout)
-        check_refused(
-            r"expected a source, got the folder .*=movies and",
-            check_source,
-            SourceConfig(name=str(folder)),
-        )
-
-
-def test_movielens_100k_is_downloaded_once_and_checked(
-    server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_movielens_folder(tmp_path / "content" / "ml-100k")
-    archive = publish(tmp_path / "content", "ml-100k.zip", server, movies, monkeypatch)
-    content = archive.read_bytes()
-    root = tmp_path / "root"
-
-    archive.write_bytes(content[:-100])
-    message = refusal(load, name="movielens_100k", root=root)
-    assert not (root / "ml-100k").exists()
-    archive.write_bytes(content)
-    first = load(name="movielens_100k", root=root)
-    archive.unlink()
-    public = load(name="movielens_100k_public", root=root)
-
-    assert message.startswith("data.name: download of movielens_100k failed (RuntimeError: File ")
-    assert message.endswith("; set data.name=movies and data.path to a local folder")
-    assert first.name == "movielens_100k" and not first.simulated
-    assert first.train.group_names == ("other", "zip_1", "zip_9") and len(public.train) == 22
-    assert [entry.name for entry in root.iterdir()] == ["ml-100k"]
 
 
 def test_generated_users_match_the_description() -> None:

@@ -24,7 +24,11 @@ from hetero_fl.data import (
     with_test,
 )
 from hetero_fl.data.registry import _sources
+from tests.support.benchmark_folders import write_client_folder, write_iwildcam
+from tests.support.driving_folders import write_driving_folder
 from tests.support.mistakes import check_refused, refusal
+from tests.support.movielens_folders import write_movielens_folder
+from tests.support.speech_folders import write_speech_folder
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "make_embedded_set.py"
 
@@ -191,14 +195,24 @@ def test_path_as_source_name_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scans").mkdir()
-    (tmp_path / "ml-100k").mkdir()
-    (tmp_path / "ml-100k" / "u.data").touch()
+    for layout in ("100k", "1m", "latest"):
+        write_movielens_folder(tmp_path / f"ml-{layout}", layout)
+    write_speech_folder(tmp_path / "words")
+    write_driving_folder(tmp_path / "drives", {"car": 10}, ())
+    write_iwildcam(tmp_path / "cameras")
+    write_client_folder(tmp_path / "clients")
 
     for name, expected in (
         ("registry.csv", "file 'registry.csv'; set data.name=table and data.path=registry.csv"),
         ("mine.npz", "file 'mine.npz'; set data.name=npz and data.path=mine.npz"),
         ("scans", "folder 'scans'; set data.name=image_folder and data.path=scans"),
         ("ml-100k", "folder 'ml-100k'; set data.name=movies and data.path=ml-100k"),
+        ("ml-1m", "folder 'ml-1m'; set data.name=movies and data.path=ml-1m"),
+        ("ml-latest", "folder 'ml-latest'; set data.name=movies and data.path=ml-latest"),
+        ("words", "folder 'words'; set data.name=speech and data.path=words"),
+        ("drives", "folder 'drives'; set data.name=driving and data.path=drives"),
+        ("cameras", "folder 'cameras'; set data.name=iwildcam and data.path=cameras"),
+        ("clients", "folder 'clients'; set data.name=htfllib and data.path=clients"),
     ):
         with subtests.test(name=name, expected=expected):
             assert (

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from hetero_fl.config.data import DataConfig, SourceConfig, SpeechConfig
-from hetero_fl.data import Dataset, check_source, federate, load_source
+from hetero_fl.config.data import DataConfig, SpeechConfig
+from hetero_fl.data import Dataset, federate
 from hetero_fl.data.sources.speech import read_features, source as speech, voices
 from hetero_fl.data.sources.speech.features import FLOOR, log_mel, mel_filters
 from hetero_fl.data.sources.speech.wav_files import read_wav
 from tests.support.cases import each_case
-from tests.support.federated_data import PLAIN_CLIENT
+from tests.support.federated_data import PLAIN_CLIENT, read_source
 from tests.support.file_server import publish
-from tests.support.mistakes import check_broken_folders, check_refused, refusal
+from tests.support.mistakes import check_broken_folders, check_refused
 from tests.support.speech_folders import (
     PITCH,
     RATE,
@@ -30,13 +30,11 @@ from tests.support.speech_folders import (
     write_wav,
 )
 
-HERE = Path(".")
 
-
-def load(path: Path | None = None, name: str = "speech", root: Path = HERE, **keys: Any) -> Dataset:
-    settings = SpeechConfig(**keys) if keys else None
-    found = None if path is None else str(path)
-    return load_source(SourceConfig(name=name, path=found, speech=settings), root)
+def load(
+    path: Path | None = None, name: str = "speech", root: Path | None = None, **keys: Any
+) -> Dataset:
+    return read_source(name, path, root, speech=keys or None)
 
 
 def test_folder_is_read_by_word_speaker_and_list(tmp_path: Path) -> None:
@@ -181,13 +179,9 @@ def test_natural_clients_are_the_speakers(tmp_path: Path) -> None:
     counts = {"ann": 8, "bob": 8, "dora": 2}
     lists = {"validation_list.txt": (), "testing_list.txt": ("dora",)}
     write_speech_folder(tmp_path, speakers=counts, lists=lists)
-    config = DataConfig(
-        name="speech", path=str(tmp_path), partition={"kind": "natural"}, validation=0.1
-    )
+    config = DataConfig(name="speech", partition={"kind": "natural"}, validation=0.1)
 
-    data = federate(
-        load_source(config, HERE), config, {"ann": PLAIN_CLIENT, "bob": PLAIN_CLIENT}, 0
-    )
+    data = federate(load(tmp_path), config, {"ann": PLAIN_CLIENT, "bob": PLAIN_CLIENT}, 0)
 
     for speaker in ("ann", "bob"):
         rows = torch.cat(
@@ -368,37 +362,6 @@ def test_folder_without_words_or_training_raises_one_line(tmp_path: Path) -> Non
     lists = {"validation_list.txt": ("cid",), "testing_list.txt": ("dora",)}
     write_speech_folder(tmp_path / "all", speakers={"cid": 1, "dora": 1}, lists=lists)
     check_refused("all recordings are in the lists, none is left", load, tmp_path / "all")
-    check_refused("expected a folder, got a file", load, write_wav(tmp_path / "a.wav"))
-    check_refused(
-        r"data\.name: expected a source, got the folder .*=speech",
-        check_source,
-        SourceConfig(name=str(tmp_path / "all")),
-    )
-
-
-def test_speech_commands_is_downloaded_once_and_checked(
-    server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = write_speech_folder(tmp_path / "words")
-    archive = publish(words, "speech_commands_v0.02.tar.gz", server, speech, monkeypatch)
-    content = archive.read_bytes()
-    root = tmp_path / "root"
-
-    archive.write_bytes(content[:-100])
-    message = refusal(load, name="speech_commands", root=root)
-    assert not (root / "speech_commands_v0.02").exists()
-    archive.write_bytes(content)
-    first = load(name="speech_commands", root=root)
-    archive.unlink()
-    again = load(name="speech_commands", root=root, words=("yes", "no"))
-
-    assert message.startswith("data.name: download of speech_commands failed (RuntimeError: File ")
-    assert message.endswith("; set data.name=speech and data.path to a local folder")
-    assert first.name == "speech_commands" and "CC BY 4.0" in first.about
-    assert first.train.group_names == ("ann", "bob") and len(first.train) == 12
-    assert first.test is not None and len(first.test) == 6 and len(again.train) == 8
-    # The archive is removed, and no partial folder remains.
-    assert [entry.name for entry in root.iterdir()] == ["speech_commands_v0.02"]
 
 
 def test_interrupted_extraction_leaves_no_folder(

@@ -10,22 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from hetero_fl.config.data import SourceConfig, TextConfig
-from hetero_fl.data import Dataset, Vocabulary, from_arrays, load_source
+from hetero_fl.data import Dataset, Vocabulary, from_arrays
 from hetero_fl.data.dataset import EMPTY, FIRST, UNKNOWN, split_words
 from hetero_fl.data.sources import text as phrases
 from hetero_fl.utils.seeding import keyed_numpy_generator
 from tests.support.cases import each_case
+from tests.support.federated_data import read_source
 from tests.support.mistakes import check_refused
-
-HERE = Path(".")
 
 
 def load(name: str, path: Path | None = None, group: str | None = None, **text: object) -> Dataset:
-    source = SourceConfig(
-        name=name, path=None if path is None else str(path), group=group, text=TextConfig(**text)
-    )
-    return load_source(source, HERE)
+    return read_source(name, path, group=group, text=text)
 
 
 def words_of(dataset: Dataset, row: int) -> list[str]:

@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.stored_rows import StoredRows, read_all
-from hetero_fl.data import Dataset, load_source
+from hetero_fl.data import Dataset
 from hetero_fl.data.sources.npz_files import read_npz
 from hetero_fl.data.sources.zarr_stores import _read
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
+from tests.support.federated_data import read_source
 from tests.support.image_folders import make_arrays
 from tests.support.mistakes import check_refused
 
@@ -48,10 +48,7 @@ def write(path: Path, **changes: Any) -> Path:
 
 
 def load(path: Path, **settings: Any) -> Dataset:
-    source = SourceConfig.model_validate(
-        {"name": "zarr", "path": str(path), "stream": True, **settings}
-    )
-    return load_source(source, path)
+    return read_source("zarr", path, **{"stream": True, **settings})
 
 
 def test_store_equals_npz_file(tmp_path: Path, subtests: pytest.Subtests) -> None:

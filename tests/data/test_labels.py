@@ -1,8 +1,10 @@
-"""Labels of all sources: one rule for classes, one for the kind of task."""
+"""Labels of all sources and arrays: one rule for classes, one for the kind of task."""
 
 from __future__ import annotations
 
 import itertools
+import re
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ import torch
 from PIL import Image
 
 import hetero_fl as hfl
-from hetero_fl.config.data import SourceConfig
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data import Dataset, from_arrays, load_source
+from hetero_fl.data import Dataset, federate, from_arrays, load_source
 from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.utils.text import Caution
 from tests.support.cases import each_case
@@ -167,6 +170,10 @@ def test_federation_task_and_num_classes_replace_the_guess() -> None:
     assert names_of(hfl.Federation(clients(text, text), task=named)) == named.names
     numbers = np.resize([0, 2], ROWS)
     assert names_of(hfl.Federation(clients(numbers, numbers), num_classes=4)) == tuple("0123")
+    gap = hfl.Federation(clients(numbers, numbers))
+    assert names_of(gap) == ("0", "2")
+    advice = "0 as class 0, 2 as class 1; pass num_classes=3"
+    assert any(advice in note for note in cautions_of(gap))
 
 
 @each_case("kind", ("regression", "multilabel"))
@@ -186,17 +193,6 @@ def test_task_of_several_columns_keeps_names_unit_and_outputs(kind: str) -> None
     assert np.array_equal(part.data.train.y.numpy(), y[:, ::-1])
     unnamed = read(frame, Task(kind, 2), "lower, upper").prepare(hfl.Local()).federation.task
     assert unnamed.names == ("lower", "upper")
-
-
-def test_gap_in_class_numbers_is_a_caution() -> None:
-    y = np.resize([0, 2], ROWS)
-
-    own = hfl.Federation(clients(y, y))
-
-    assert names_of(own) == ("0", "2")
-    assert any(
-        "0 as class 0, 2 as class 1; pass num_classes=3" in note for note in cautions_of(own)
-    )
 
 
 def test_similar_names_are_a_caution() -> None:
@@ -355,44 +351,35 @@ def test_notes_on_all_labels_name_no_client_and_appear_once() -> None:
         assert isinstance(found[0], Caution)
 
 
-def test_clients_without_a_common_class_are_a_caution(tmp_path: Path) -> None:
-    labels = {"a": [0, 1], "b": [0, 1], "c": [5, 6]}
+def files_of_clients(folder: Path, labels: dict[str, list[Any]]) -> dict[str, Any]:
+    """Write a table with the labels of each client, and return the configuration."""
+    groups = []
     for name, values in labels.items():
-        frame = pd.DataFrame(X, columns=list("xyz")).assign(y=np.resize(values, ROWS))
-        frame.to_csv(tmp_path / f"{name}.csv", index=False)
-    groups = [
-        {
-            "name": name,
-            "model": "mlp",
-            "data": {"name": "table", "path": str(tmp_path / f"{name}.csv")},
-        }
-        for name in labels
-    ]
-    files = {
+        path = folder / f"{name}.csv"
+        FRAME.assign(y=np.resize(values, ROWS)).to_csv(path, index=False)
+        data = {"name": "table", "path": str(path)}
+        groups.append({"name": name, "model": "mlp", "data": data})
+    return {
         "data": {"name": "table", "label": "y"},
         "clients": {"groups": groups},
         "algorithm": {"name": "local"},
     }
 
-    of_files = cautions(hfl.prepare(files).notes)
-    of_objects = cautions_of(
-        hfl.Federation(clients(*(np.resize(v, ROWS) for v in labels.values())))
-    )
 
-    for found, client in ((of_files, "c"), (of_objects, "c2")):
+def test_clients_without_a_common_class_are_a_caution(tmp_path: Path) -> None:
+    labels = {"c0": [0, 1], "c1": [0, 1], "c2": [5, 6]}
+    own = clients(*(np.resize(values, ROWS) for values in labels.values()))
+
+    of_files = cautions(hfl.prepare(files_of_clients(tmp_path, labels)).notes)
+
+    for found in (of_files, cautions_of(hfl.Federation(own))):
         assert [note for note in found if "no other client has a class" in note] == [
-            f"clients: '{client}': no other client has a class of this client: 5, 6"
+            "clients: 'c2': no other client has a class of this client: 5, 6"
         ]
 
 
 def test_numbers_and_names_in_files_of_clients_are_refused(tmp_path: Path) -> None:
-    groups = []
-    for client, values in (("a", ["ill", "well"]), ("b", [0, 1])):
-        path = tmp_path / f"{client}.csv"
-        pd.DataFrame(X, columns=list("xyz")).assign(y=np.resize(values, ROWS)).to_csv(path)
-        data = {"name": "table", "path": str(path)}
-        groups.append({"name": client, "model": "mlp", "data": data})
-    config = {"data": {"name": "table", "label": "y"}, "clients": {"groups": groups}}
+    config = files_of_clients(tmp_path, {"a": ["ill", "well"], "b": [0, 1]})
 
     message = r"^clients: 'a': data: a\.csv: expected class numbers as in .*b\.csv, got ill, well"
     check_refused(message, hfl.prepare, config)
@@ -404,3 +391,189 @@ def test_class_may_have_a_name_of_thousands_of_digits(tmp_path: Path) -> None:
     task = read_csv(tmp_path, np.array(names * 30)).task
 
     assert task.names == names and task.numbers == ()
+
+
+TWELVE = np.random.default_rng(0).normal(size=(12, 3))
+ONE_TO_THREE = np.array([1, 2, 3] * 4)
+
+
+def made_with_warning(message: str, y: Any, **settings: Any) -> Dataset:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dataset = from_arrays(TWELVE, y, **settings)
+    assert re.search(message, str(caught[0].message)) and caught[0].category is UserWarning
+    assert all("\n" not in str(w.message) and w.filename == __file__ for w in caught)
+    assert [str(w.message) for w in caught] == list(dataset.notes)
+    return dataset
+
+
+def targets(dataset: Dataset) -> list[Any]:
+    assert dataset.train.y is not None
+    return dataset.train.y.tolist()
+
+
+def test_from_arrays_reads_labels_as_classes_with_a_warning(subtests: pytest.Subtests) -> None:
+    one_hot = np.eye(3)[ONE_TO_THREE - 1]
+    one_hot_words = "every row has exactly one 1, read as 3 classes; pass task='multilabel'"
+    advice = "; pass task='regression' for regression targets"
+    minus = f"y: read as 2 classes: -1 as class 0, 1 as class 1{advice}$"
+    five = (-2, -1, 0, 1, 2)
+    cases: list[tuple[Any, str, tuple[int, ...]]] = [
+        (
+            ONE_TO_THREE,
+            "arrays: y: read as 3 classes: 1 as class 0, 2 as class 1, 3 .* 2",
+            (1, 2, 3),
+        ),
+        (ONE_TO_THREE, r"; pass num_classes=4 .* task='regression'", (1, 2, 3)),
+        (ONE_TO_THREE * 2.0, "read as 3 classes: 2 as class 0", (2, 4, 6)),
+        (np.arange(12) + 10, "10 as class 0, .* 17 as class 7 and 4 more", tuple(range(10, 22))),
+        (np.resize([-1.0, 1.0], len(TWELVE)), f"read as 2 classes: .*{advice}", (-1, 1)),
+        (np.resize(np.array(five) * 1.0, len(TWELVE)), f"read as 5 classes: .*{advice}", five),
+        (np.where(ONE_TO_THREE > 1, 1, -1), minus, (-1, 1)),
+        (torch.tensor([-1, 1, 1] * 4), minus, (-1, 1)),
+        (torch.tensor(ONE_TO_THREE - 1.0), "3 distinct integers, as floats, read as cl", ()),
+        (one_hot.astype(np.int64), one_hot_words, ()),
+        (one_hot.astype(np.uint8), one_hot_words, ()),
+        (one_hot.astype(np.float32), one_hot_words, ()),
+        (one_hot.astype(bool), one_hot_words, ()),
+    ]
+    for y, message, numbers in cases:
+        with subtests.test(y=y[:3], message=message):
+            dataset = made_with_warning(message, y)
+
+            given = y.argmax(1) if y.ndim == 2 else y
+            assert dataset.task.kind == "multiclass"
+            assert dataset.task.numbers == numbers
+            assert dataset.task.names == tuple(map(str, numbers))
+            assert [(numbers or range(3))[number] for number in targets(dataset)] == list(given)
+    asked = made_with_warning(
+        "-1 as class 0", np.resize([-1.0, 1.0], len(TWELVE)), task="multiclass"
+    )
+    assert asked.task.names == ("-1", "1")
+
+
+def test_from_arrays_maps_gaps_over_all_splits() -> None:
+    y = np.array([0, 2] * 6)
+
+    dataset = made_with_warning(
+        "0 as class 0, 2 as class 1, 5 as class 2", y, test=(TWELVE[:1], [5])
+    )
+
+    assert dataset.task.names == ("0", "2", "5")
+    assert dataset.test is not None and dataset.test.labels.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("y", "settings", "task"),
+    [
+        (ONE_TO_THREE, {"num_classes": 4}, Task("multiclass", 4)),
+        (ONE_TO_THREE, {"task": Task("multiclass", 4)}, Task("multiclass", 4)),
+        (ONE_TO_THREE, {"task": "regression"}, Task("regression", 1)),
+        (ONE_TO_THREE - 1, {}, Task("multiclass", 3)),
+        (ONE_TO_THREE - 1, {"num_classes": 5}, Task("multiclass", 5)),
+        (ONE_TO_THREE > 1, {}, Task("multiclass", 2)),
+        (np.eye(3)[ONE_TO_THREE - 1], {"task": "multilabel"}, Task("multilabel", 3)),
+        (np.eye(3)[ONE_TO_THREE - 1], {"task": "multiclass"}, Task("multiclass", 3)),
+        (1 - np.eye(3)[ONE_TO_THREE - 1], {}, Task("multilabel", 3)),
+        (ONE_TO_THREE - 1.0, {"task": "multiclass"}, Task("multiclass", 3)),
+        (ONE_TO_THREE - 1.0, {"num_classes": 3}, Task("multiclass", 3)),
+        (ONE_TO_THREE - 1.0, {"task": "regression"}, Task("regression", 1)),
+        (ONE_TO_THREE - 1.0, {"unit": np.ones(12)}, Task("regression", 1)),
+        (ONE_TO_THREE - 0.5, {}, Task("regression", 1)),
+        (np.arange(12.0), {}, Task("regression", 1)),
+        (np.zeros(12), {}, Task("regression", 1)),
+    ],
+)
+def test_from_arrays_does_not_warn_if_unambiguous(
+    y: Any, settings: dict[str, Any], task: Task
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset = from_arrays(TWELVE, y, **settings)
+
+    assert dataset.task == task and dataset.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("y", "kind", "other"),
+    [
+        (np.arange(90) % 30, "multiclass", "regression"),
+        (np.arange(90) % 30 + 1, "multiclass", "regression"),
+        (np.arange(90) % 30 - 10, "regression", "multiclass"),
+        (np.arange(90), "regression", "multiclass"),
+    ],
+)
+def test_from_arrays_warns_about_many_integers(y: np.ndarray, kind: str, other: str) -> None:
+    with pytest.warns(UserWarning, match=f"read as .* pass task='{other}'"):
+        dataset = from_arrays(np.zeros((90, 2)), y)
+
+    assert dataset.task.kind == kind
+
+
+def test_from_arrays_names_classes_after_text(subtests: pytest.Subtests) -> None:
+    letters = ["b", "a", "a"] * 4
+    column = np.array(letters, dtype=object)[:, None]
+    for y in (np.array(letters), letters, column, pd.Series(letters)):
+        with subtests.test(kind=type(y)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                dataset = from_arrays(TWELVE, y, test=(TWELVE[:2], ["c", "a"]))
+
+            assert dataset.task == Task("multiclass", 3, ("a", "b", "c"))
+            assert targets(dataset) == [1, 0, 0] * 4
+            assert dataset.test is not None
+            assert dataset.test.labels.tolist() == [2, 0]
+    given = from_arrays(TWELVE, letters, task=Task("multiclass", 3, ("b", "c", "a")))
+    assert targets(given) == [0, 2, 2] * 4
+
+
+def test_from_arrays_reads_named_or_single_channels_as_series() -> None:
+    x = np.random.default_rng(0).random((12, 8, 8))
+
+    assert from_arrays(x, ONE_TO_THREE - 1, columns=tuple("abcdefgh")).train.x.shape == (12, 8, 8)
+    assert from_arrays(x[:, :, :1], ONE_TO_THREE - 1).train.x.shape == (12, 8, 1)
+    assert from_arrays(x[:, None], ONE_TO_THREE - 1).train.x.shape == (12, 1, 8, 8)
+
+
+def test_run_keeps_class_names(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(120, 3)).astype(np.float32)
+    with pytest.warns(UserWarning, match="1 as class 0"):
+        data = from_arrays(x, np.array([1, 2, 3] * 40))
+
+    run = hfl.run(
+        {
+            "rounds": 1,
+            "clients": {"groups": [{"name": "a", "model": "tabular"}]},
+            "algorithm": {"name": "local"},
+            "output": {"plots": False, "report": False},
+        },
+        dataset=data,
+        out=tmp_path / "run",
+        quiet=True,
+    )
+
+    assert run.models["a"].task.names == ("1", "2", "3")
+    assert "1 as class 0" in (tmp_path / "run" / "log.txt").read_text()
+    known = np.array([1, 2] * 20)
+    np.savez(tmp_path / "new.npz", train_images=x[:40], train_labels=known + 1)
+    expected = float((run.predict("a", x[:40], personal=False).argmax(1).numpy() == known).mean())
+    assert hfl.evaluate(run, str(tmp_path / "new.npz"))["a"]["accuracy"] == pytest.approx(expected)
+    np.savez(tmp_path / "new.npz", train_images=x[:40], train_labels=known - 1)
+    check_refused(
+        "'0' is unknown to the models; choose from 1, 2, 3",
+        hfl.evaluate,
+        run,
+        str(tmp_path / "new.npz"),
+    )
+
+
+def test_client_labels_are_mapped_by_class_name(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
+    with pytest.warns(UserWarning, match="1 as class 0"):
+        common = from_arrays(x, np.array([1, 2, 3] * 20))
+    np.savez(tmp_path / "own.npz", train_images=x, train_labels=np.array([1, 2] * 30))
+    own = ClientSettings(data=SourceConfig(name="npz", path=str(tmp_path / "own.npz")))
+
+    data = federate(common, DataConfig(), {"own": own, "other": ClientSettings()}, 0)
+
+    assert data.label_counts("own")[2] == 0 and (data.label_counts("own")[:2] > 10).all()

@@ -1,4 +1,4 @@
-"""All models of the package: shapes, training, splitting, vmap and randomness."""
+"""All models of the package: training and splitting, and comparisons with formulas and papers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from model_zoo import (
     is_batch_norm,
     model_options,
 )
+from model_zoo.backbones.sequence import to_steps
+from model_zoo.backbones.transformer import SelfAttention
 from model_zoo.registry import MODELS
 from tests.support.cases import each_case
 from tests.support.models import Size, batch, check_vmap, make
@@ -197,3 +199,206 @@ def test_initial_loss_is_near_log_num_classes() -> None:
     for name in set(IMAGE_MODELS) - HEAVY:
         loss = F.cross_entropy(make(name).train()(x).logits, y).item()
         assert loss < 2 * math.log(10), name
+
+
+COUNTS = [
+    ("linear", {}, 7_850),
+    ("mlp", {}, 101_770),
+    ("mlp", {"hidden": [200, 200]}, 199_210),  # McMahan et al. (2017): their 2NN
+    ("lenet", {}, 61_706),
+    ("fedavg_cnn", {}, 1_663_370),  # McMahan et al. (2017)
+    ("niid_cnn", {}, 44_426),  # Li et al. (2022)
+    ("fedproto_cnn", {}, 21_840),  # Tan et al. (2022)
+    ("fedproto_cnn", {"width": 22}, 260 + 250 * 22 + 22 + 16 * 22 * 50 + 50 + 510),
+    ("fedgen_cnn", {}, 26_434),  # Zhu et al. (2021)
+    # Bojarski et al. (2016) give 250 thousand.
+    ("pilotnet", {"classes": 1, "channels": 3, "size": (66, 200)}, 252_219),
+    ("resnet20", {"channels": 3, "size": 32}, 272_474),  # He et al. (2016) give 0.27 M
+    ("resnet8", {"channels": 3, "size": 32}, 78_042),
+    ("resnet18_small", {"channels": 3, "size": 32}, 11_173_962),
+    ("resnet18", {"classes": 1000, "channels": 3, "size": 64}, 11_689_512),
+    ("gru", {}, 3 * 64 * (28 + 64 + 2) + 650),
+    ("cnn1d", {}, 28 * 32 + 32 + 3 * (3 * 32 * 32 + 32 + 64 + 32 * 32 + 32) + 650),
+    ("lstm", {"hidden": 32, "layers": 2}, 4 * 32 * (28 + 32 + 2) + 4 * 32 * (32 + 32 + 2) + 330),
+]
+
+
+def test_parameter_counts_match_published_values() -> None:
+    for name, arguments, count in COUNTS:
+        assert sum(p.numel() for p in make(name, **arguments).parameters()) == count, name
+
+
+def copy_in_order(source: nn.Module, target: nn.Module) -> None:
+    """Copy parameters and buffers in the order of definition; shapes must agree."""
+    values, places = list(source.state_dict().values()), list(target.state_dict().values())
+    assert [v.shape for v in values] == [p.shape for p in places]
+    for value, place in zip(values, places, strict=True):
+        place.copy_(value)
+
+
+def move_statistics(model: nn.Module) -> None:
+    """Set BatchNorm statistics and weights to values other than 0 and 1."""
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for t, low, high in (
+                (m.running_mean, -1, 1),
+                (m.running_var, 0.5, 2),
+                (m.weight.data, 0.5, 2),
+            ):
+                assert t is not None
+                t.uniform_(low, high)
+
+
+@each_case(("blocks", "name"), (([2, 2, 2, 2], "resnet"), ([1, 1, 1, 1], "resnet10_imagenet")))
+def test_imagenet_stem_matches_torchvision_resnet(blocks: Any, name: str) -> None:
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    reference = ResNet(BasicBlock, blocks, num_classes=7)
+    move_statistics(reference)
+    given = (
+        {"widths": [64, 128, 256, 512], "blocks": blocks, "stem": "imagenet"}
+        if name == "resnet"
+        else {}
+    )
+    model = make(name, 7, 3, 48, **given)
+    copy_in_order(reference, model)
+    x = batch(3, 48, 48, n=2).double()
+    torch.testing.assert_close(model.double().eval()(x).logits, reference.double().eval()(x))
+
+
+@each_case(("name", "width"), (("cnn_bn_small", 8), ("cnn_bn_medium", 16), ("cnn_bn_large", 32)))
+def test_cnn_matches_three_block_reference(name: str, width: int) -> None:
+    def block(i: int, o: int) -> list[nn.Module]:
+        return [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU()]
+
+    reference = nn.Sequential(
+        *block(1, width),
+        nn.MaxPool2d(2),
+        *block(width, 2 * width),
+        nn.MaxPool2d(2),
+        *block(2 * width, 4 * width),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, 10),
+    )
+    model = make(name)
+    copy_in_order(reference, model)
+    x = batch(1, 28, 28)
+    assert model.feature_dim == 4 * width
+    assert torch.equal(model(x).logits, reference(x))
+    assert sum(map(is_batch_norm, model.modules())) == 3
+    wide = make("cnn", width=width)
+    assert [v.shape for v in wide.state_dict().values()] == [
+        v.shape for v in model.state_dict().values()
+    ]
+
+
+def test_group_norm_has_groups_of_at_least_four_channels() -> None:
+    for width, groups in ((8, [2, 4, 8]), (32, [8, 16, 32]), (6, [1, 3, 6])):
+        model = make("cnn", width=width, norm="group")
+        assert [m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)] == groups
+
+
+def test_models_with_group_norm_have_no_batch_statistics() -> None:
+    x = batch(1, 28, 28)
+    for name in ("cnn_gn_small", "cnn_gn_medium", "cnn_gn_large"):
+        model = make(name)
+        assert not batch_norm_buffers(model), name
+        torch.testing.assert_close(model(x).logits[:1], model(x[:1]).logits)
+    for name in ("resnet", "resnet8", "resnet20", "resnet18_small"):
+        model = make(name, norm="group")
+        assert not any(map(is_batch_norm, model.modules())), name
+        assert any(isinstance(m, nn.GroupNorm) for m in model.modules())
+        assert any(map(is_batch_norm, make(name).modules()))
+
+
+def test_attention_is_scaled_dot_product_attention() -> None:
+    attention = SelfAttention(12, 3).double()
+    x = torch.randn(2, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    reference = nn.MultiheadAttention(12, 3, batch_first=True).double()
+    with torch.no_grad():
+        reference.in_proj_weight.copy_(attention.to_qkv.weight)
+        reference.in_proj_bias.copy_(attention.to_qkv.bias)
+        reference.out_proj.weight.copy_(attention.out.weight)
+        reference.out_proj.bias.copy_(attention.out.bias)
+    torch.testing.assert_close(attention(x), reference(x, x, x, need_weights=False)[0])
+
+
+def test_recurrent_models_read_image_rows_and_series_points() -> None:
+    x = batch(3, 4, 5, n=2)
+    steps = to_steps(x)
+    assert steps.shape == (2, 4, 15)
+    assert torch.equal(steps[1, 2], x[1, :, 2, :].flatten())
+    series = batch(3, 6, n=2)
+    assert torch.equal(to_steps(series)[0, 4], series[0, :, 4])
+    model = make("gru", channels=3, size=(4, 5))
+    outputs, hidden = model.backbone.network(steps)
+    assert torch.equal(model.features(x), hidden[0])
+    assert torch.equal(model.features(x), outputs[:, -1])
+    model.backbone.pool = "mean"
+    torch.testing.assert_close(model.features(x), outputs.mean(1))
+    model.backbone.pool = "both"
+    torch.testing.assert_close(model.features(x), torch.cat([outputs.mean(1), outputs[:, -1]], 1))
+
+
+def test_dilation_doubles_per_block_and_is_symmetric() -> None:
+    """Check the receptive field: 2 · (1 + 2 + 4) = 14 steps to each side with kernel 5."""
+    model = make("cnn1d", channels=2, size=(41,), width=8, blocks=3, kernel=5, norm="none").double()
+    series = batch(2, 41, n=1).double().requires_grad_()
+    steps = model.backbone.blocks(model.backbone.stem(series))
+    assert steps.shape == (1, 8, 41)
+    steps[..., 20].square().sum().backward()
+    read = series.grad.abs().sum((0, 1)) > 0
+    assert read.nonzero().flatten().tolist() == list(range(20 - 14, 20 + 14 + 1))
+    model.backbone.pool = "last"
+    assert torch.equal(model.backbone(series), steps.relu()[..., -1])
+    model.backbone.pool = "both"
+    assert torch.equal(
+        model.backbone(series), torch.cat([steps.relu().mean(-1), steps.relu()[..., -1]], 1)
+    )
+
+
+def test_vit_tokens_are_the_patches() -> None:
+    model = make("vit", channels=2, size=(8, 12), patch=4)
+    seen: list[Tensor] = []
+    model.backbone.encoder.embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x = batch(2, 8, 12, n=2)
+    model(x)
+    patches = F.unfold(x, kernel_size=4, stride=4).transpose(1, 2)  # [B, patches, channels·4·4]
+    assert torch.equal(seen[0], patches)
+
+
+def test_outputs_depend_on_positions() -> None:
+    x = batch(1, 28, 28).double()
+    turned = x.flip(2)  # the same rows in another order
+    for name in ("transformer", "vit", "cnn1d"):
+        model = make(name).double().eval()
+        assert (model(x).logits - model(turned).logits).abs().max() > 1e-4, name
+
+
+def test_resnets_start_from_he_initial_weights() -> None:
+    convolutions = [m for m in make("resnet18_small").modules() if isinstance(m, nn.Conv2d)]
+    for conv in convolutions[1:]:
+        fan_out = conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1]
+        assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.05)
+
+
+def test_fedproto_cnn_features_have_no_dropout() -> None:
+    model = make("fedproto_cnn").train()
+    x = batch(1, 28, 28, n=64)
+    channels = model.backbone[:5](x)
+    is_zero = (channels == 0).flatten(2).all(-1)
+    assert (
+        0.4 < is_zero.double().mean() < 0.6
+        and not (channels == 0).flatten(2).any(-1)[~is_zero].any()
+    )
+    logits, features = model(x)
+    assert not torch.allclose(F.linear(features, model.head.weight, model.head.bias), logits)
+    model.eval()
+    logits, features = model(x)
+    assert torch.equal(F.linear(features, model.head.weight, model.head.bias), logits)
+
+
+def test_fedgen_cnn_features_have_either_sign() -> None:
+    features = make("fedgen_cnn")(batch(1, 28, 28, n=16)).features
+    assert features.shape == (16, 32) and (features < 0).any() and (features > 0).any()

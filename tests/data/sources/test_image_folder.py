@@ -17,13 +17,14 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from hetero_fl import prepare
-from hetero_fl.config.data import SourceConfig, StreamConfig
+from hetero_fl.config.data import StreamConfig
 from hetero_fl.core.stored_rows import StoredRows, read_all, split_rows
-from hetero_fl.data import Dataset, load_source
+from hetero_fl.data import Dataset
 from hetero_fl.data.sources.image_files import read_image_files
 from hetero_fl.data.sources.images import read_image_folder
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
+from tests.support.federated_data import read_source
 from tests.support.image_folders import make_image_folder
 from tests.support.mistakes import check_broken_folders, check_refused
 
@@ -35,7 +36,7 @@ def save(path: Path, value: int = 0, size: tuple[int, int] = (6, 5), mode: str =
 
 
 def load(path: Path, group: str | None = None) -> Dataset:
-    return load_source(SourceConfig(name="image_folder", path=str(path), group=group), path)
+    return read_source("image_folder", path, group=group)
 
 
 def test_class_folders_become_labels(tmp_path: Path) -> None:
@@ -213,10 +214,7 @@ STREAM = StreamConfig(workers=2, prefetch=2)
 
 
 def load_streamed(path: Path, **settings: object) -> Dataset:
-    source = SourceConfig.model_validate(
-        {"name": "image_folder", "path": str(path), "stream": True, **settings}
-    )
-    return load_source(source, path)
+    return read_source("image_folder", path, **{"stream": True, **settings})
 
 
 def train_images(dataset: Dataset) -> StoredRows:

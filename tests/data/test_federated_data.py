@@ -11,7 +11,7 @@ import torch
 from hetero_fl.config.clients import ClientSettings, PreprocessConfig, ScannerConfig
 from hetero_fl.config.data import DataConfig, PartitionConfig, ProxyConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data import Dataset, Examples, check_examples, federate, make_table
+from hetero_fl.data import Dataset, Examples, federate, make_table
 from hetero_fl.data.client_rows import ClientRows
 from hetero_fl.data.remote import describe_client_rows, restrict_to_holder
 from hetero_fl.utils.ordering import natural_order
@@ -172,22 +172,9 @@ def test_unknown_names_raise(images: Dataset) -> None:
             data.columns(owner, name, PLAIN)
 
 
-CLASSES = Task("multiclass", 3)
-IMAGES = torch.zeros(4, 1, 5, 5, dtype=torch.uint8)
-LABELS = torch.tensor([0, 1, 2, 0])
-
-
-def test_valid_examples_are_accepted() -> None:
-    check_examples(Examples(IMAGES, LABELS), CLASSES, "here")
-    # one class only is allowed
-    check_examples(Examples(IMAGES, torch.zeros(4, dtype=torch.int64)), CLASSES, "here")
-    check_examples(Examples(torch.zeros(4, 2), torch.ones(4, 3)), Task("multilabel", 3), "here")
-    check_examples(Examples(torch.zeros(4, 7, 2), torch.randn(4, 1)), Task("regression", 1), "here")
-
-
 def test_take_keeps_columns_together() -> None:
-    x = torch.arange(4.0)[:, None]
-    taken = Examples(x, LABELS, LABELS + 1, ("a", "b", "c", "d")).select_rows(torch.tensor([3, 1]))
+    x, labels = torch.arange(4.0)[:, None], torch.tensor([0, 1, 2, 0])
+    taken = Examples(x, labels, labels + 1, ("a", "b", "c", "d")).select_rows(torch.tensor([3, 1]))
     assert taken.x.flatten().tolist() == [3, 1]
     assert taken.y is not None and taken.y.tolist() == [0, 1]
     assert taken.group is not None and taken.group.tolist() == [1, 2]

@@ -83,11 +83,19 @@ def pooled_file(folder: Path, frames: dict[str, pd.DataFrame]) -> dict[str, Any]
 
 def test_file_per_client_equals_a_natural_partition(tmp_path: Path) -> None:
     frames = write(tmp_path)
+    inherited = configuration(tmp_path, label="ill", patient="patient")
+    for group in inherited["clients"]["groups"]:
+        group["data"] = {key: group["data"][key] for key in ("name", "path")}
+
     separate, together = dealt(configuration(tmp_path)), dealt(pooled_file(tmp_path, frames))
 
     assert separate.content_hash() == together.content_hash()
     assert separate.layout == together.layout
     assert (separate.n_test, separate.n_proxy) == (48, 24)
+    assert dealt(inherited).content_hash() == separate.content_hash()
+    other = dealt({**configuration(tmp_path), "seed": 1})
+    assert separate.raw_examples("common_test").equal(other.raw_examples("common_test"))
+    assert not separate.raw_examples("proxy").equal(other.raw_examples("proxy"))
 
 
 def test_common_rows_cover_all_hospitals_without_splitting_patients(tmp_path: Path) -> None:
@@ -113,14 +121,6 @@ def test_common_rows_cover_all_hospitals_without_splitting_patients(tmp_path: Pa
             assert seen.setdefault((who, 0), name) == name
 
 
-def test_proxy_set_depends_on_seed_but_test_set_does_not(tmp_path: Path) -> None:
-    write(tmp_path)
-    one, other = (dealt({**configuration(tmp_path), "seed": seed}) for seed in (0, 1))
-
-    assert one.raw_examples("common_test").equal(other.raw_examples("common_test"))
-    assert not one.raw_examples("proxy").equal(other.raw_examples("proxy"))
-
-
 def test_proxy_file_replaces_held_out_rows(tmp_path: Path) -> None:
     write(tmp_path)
     hospital("west", 9).drop(columns=["ill", "patient"]).to_csv(
@@ -140,15 +140,6 @@ def test_proxy_file_replaces_held_out_rows(tmp_path: Path) -> None:
         "ward=south",
     )
     assert (data.raw_examples("proxy")[:, 3:] == 0).all()  # no hospital has ward west
-
-
-def test_missing_keys_of_files_are_inherited(tmp_path: Path) -> None:
-    write(tmp_path)
-    config = configuration(tmp_path, label="ill", patient="patient")
-    for group in config["clients"]["groups"]:
-        group["data"] = {key: group["data"][key] for key in ("name", "path")}
-
-    assert dealt(config).content_hash() == dealt(configuration(tmp_path)).content_hash()
 
 
 def test_classes_and_columns_of_all_files_are_matched_by_name(
@@ -241,45 +232,41 @@ def test_real_sites_require_common_file(tmp_path: Path) -> None:
     )
 
 
-def test_images_of_several_folders_or_files_are_pooled(tmp_path: Path) -> None:
-    draws = np.random.default_rng(0)
-    config = configuration(tmp_path)
+def npz_configuration(folder: Path, classes: int = 2, **arrays: np.ndarray) -> dict[str, Any]:
+    """Write a file of 60 images for each client; return the configuration.
+
+    Args:
+        folder: Folder of the files.
+        classes: Number of classes of the first client; the others have one more each.
+        **arrays: Further arrays of the first file.
+    """
+    config = configuration(folder)
     config["data"] = {"name": "npz", "proxy": {"size": 10}}
     config["clients"]["defaults"] = {"model": "mlp"}
-    for number, name in enumerate(HOSPITALS):
-        images = draws.integers(0, 256, (60, 8, 8), dtype=np.uint8)
-        np.savez(
-            tmp_path / f"{name}.npz", train_images=images, train_labels=np.arange(60) % (number + 2)
-        )
-        config["clients"]["groups"][number]["data"] = {
-            "name": "npz",
-            "path": str(tmp_path / f"{name}.npz"),
-        }
+    for number, group in enumerate(config["clients"]["groups"]):
+        path = folder / f"{group['name']}.npz"
+        images = np.random.default_rng(number).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+        labels = np.arange(60) % (classes + number)
+        more = arrays if number == 0 else {}
+        np.savez(path, train_images=images, train_labels=labels, **more)
+        group["data"] = {"name": "npz", "path": str(path)}
+    return config
 
-    data = dealt(config)
+
+def test_images_of_several_files_are_pooled(tmp_path: Path) -> None:
+    data = dealt(npz_configuration(tmp_path))
 
     assert data.task.outputs == 4 and (data.n_test, data.n_proxy) == (36, 10)
 
 
 @each_case("common", (False, True))
 def test_unused_test_rows_of_a_clients_file_are_noted(common: bool, tmp_path: Path) -> None:
-    images, labels = np.zeros((60, 8, 8), dtype=np.uint8), np.arange(60) % 2
-    for name in (*HOSPITALS, "common"):
-        np.savez(tmp_path / f"{name}.npz", train_images=images, train_labels=labels)
-    np.savez(
-        tmp_path / "north.npz",
-        train_images=images,
-        train_labels=labels,
-        test_images=images[:9],
-        test_labels=labels[:9],
-    )
-    config = configuration(tmp_path)
-    config["data"] = {"name": "npz", "proxy": {"size": 10}}
+    tested = {"test_images": np.zeros((9, 8, 8), np.uint8), "test_labels": np.arange(9) % 2}
+    config = npz_configuration(tmp_path, **tested)
     if common:
         config["data"]["path"] = str(tmp_path / "common.npz")
-    config["clients"]["defaults"] = {"model": "mlp"}
-    for group in config["clients"]["groups"]:
-        group["data"] = {"name": "npz", "path": str(tmp_path / f"{group['name']}.npz")}
+        (tmp_path / "east.npz").rename(tmp_path / "common.npz")
+        del config["clients"]["groups"][2]
 
     notes = [note for note in dealt(config).notes if "not used" in note]
 
@@ -363,21 +350,11 @@ def test_copies_of_global_rows_in_a_file_of_a_client_are_noted(tmp_path: Path) -
 
 
 def test_copy_of_the_file_of_another_client_is_a_caution(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write_table(tmp_path / f"{name}.csv", range(200))
-    groups = [
-        {
-            "name": n,
-            "model": "linear",
-            "data": {"name": "table", "path": str(tmp_path / f"{n}.csv")},
-        }
-        for n in ("a", "b")
-    ]
-    config = {"data": {"name": "table", "label": "y"}, "clients": {"groups": groups}}
+    write(tmp_path, south=hospital("north", 0))
 
-    found = [note for note in hfl.prepare(config).notes if isinstance(note, Caution)]
+    found = [n for n in hfl.prepare(configuration(tmp_path)).notes if isinstance(n, Caution)]
 
-    assert any("rows of two clients are equal: " in n and "of client 'a'" in n for n in found)
+    assert any("rows of two clients are equal: " in n and "of client 'north'" in n for n in found)
 
 
 def test_copies_of_private_and_global_rows_in_a_public_file_are_noted(tmp_path: Path) -> None:

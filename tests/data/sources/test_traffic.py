@@ -146,17 +146,6 @@ def test_date_formats_are_parsed(form: str, tmp_path: Path) -> None:
     assert torch.equal(a.train.time, b.train.time)
 
 
-def test_ambiguous_dates_are_refused(tmp_path: Path) -> None:
-    frame = table(hours=2, sites=("1",))
-    frame["DateTime"] = ["03/04/2023 10:00", "03/04/2023 11:00"]
-    check_refused(
-        r"series\.format: missing; .* column 'DateTime' of .*t\.csv "
-        r"are ambiguous, choose '%m/%d/%Y %H:%M' or '%d/%m",
-        load,
-        written(frame, tmp_path),
-    )
-
-
 def with_cell(row: int, column: str, value: object) -> Callable[[pd.DataFrame], pd.DataFrame]:
     def change(frame: pd.DataFrame) -> pd.DataFrame:
         frame = frame.astype({"Vehicles": object})
@@ -184,6 +173,10 @@ MISTAKES: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
         with_cell(450, "DateTime", "yesterday"),
         "data.path: PATH: row 451, column 'DateTime': expected a date as YYYY-MM-DD hh:mm, got "
         "'yesterday'",
+    ),
+    "ambiguous dates": (
+        lambda frame: frame[:2].assign(DateTime=["03/04/2023 10:00", "03/04/2023 11:00"]),
+        "t.csv are ambiguous, choose '%m/%d/%Y %H:%M' or '%d/%m",
     ),
     "order": (
         lambda frame: frame.iloc[[*range(410), 411, 410, *range(412, 800)]],

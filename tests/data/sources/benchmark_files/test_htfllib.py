@@ -132,15 +132,6 @@ def test_malformed_folder_raises_one_line(subtests: pytest.Subtests) -> None:
     check_broken_folders(subtests, BROKEN, write_client_folder, load)
 
 
-def test_missing_path_is_named(tmp_path: Path) -> None:
-    config = configuration(tmp_path)
-    del config["data"]["path"]
-
-    check_refused(
-        r"^data\.path: missing; htfllib reads a folder$", load_federated_data, load_config(config)
-    )
-
-
 def test_clients_have_the_same_rows_as_in_the_library(tmp_path: Path) -> None:
     path = write_client_folder(tmp_path)
 

@@ -229,20 +229,18 @@ def test_backslash_in_double_quotes_is_refused(tmp_path: Path, subtests: pytest.
                     check_refused(r"write / or .* instead", hfl.load_config, path)
 
 
+def read_listed(frame: pd.DataFrame, folder: Path, **listed: tuple[str, ...]) -> list[Dataset]:
+    """Read a table with listed categories from a file and from memory."""
+    frame.to_csv(folder / "table.csv", index=False)
+    source = SourceConfig(name="table", path=str(folder / "table.csv"), label="sick")
+    return [load(source, categories=listed), to_dataset(frame, "data", "sick", categories=listed)]
+
+
 def test_listed_categories_are_no_missing_values(tmp_path: Path) -> None:
     frame = pd.DataFrame({"test": ["+", "?"] * 10, "grade": ["1", "NA"] * 10, "sick": [0, 1] * 10})
-    frame.to_csv(tmp_path / "table.csv", index=False)
-    listed = {"test": ("+", "?"), "grade": ("1", "NA")}
-    config = SourceConfig(
-        name="table", path=str(tmp_path / "table.csv"), label="sick", categories=listed
-    )
 
-    from_file = load_source(config, tmp_path)
-    from_frame = to_dataset(frame, "data", "sick", categories=listed)
-
-    expected = torch.eye(2).repeat(10, 2)
-    assert torch.equal(from_file.train.x, expected)
-    assert torch.equal(from_frame.train.x, expected)
+    for dataset in read_listed(frame, tmp_path, test=("+", "?"), grade=("1", "NA")):
+        assert torch.equal(dataset.train.x, torch.eye(2).repeat(10, 2))
 
 
 def test_all_markers_of_pandas_are_missing_values_in_listed_columns(tmp_path: Path) -> None:
@@ -250,16 +248,8 @@ def test_all_markers_of_pandas_are_missing_values_in_listed_columns(tmp_path: Pa
     cells = [*markers, "+", "-"]
     frame = pd.DataFrame({"test": cells, "age": range(len(cells))})
     frame["sick"] = frame.age % 2
-    frame.to_csv(tmp_path / "table.csv", index=False)
-    listed = {"test": ("+", "-")}
-    config = SourceConfig(
-        name="table", path=str(tmp_path / "table.csv"), label="sick", categories=listed
-    )
 
-    from_file = load_source(config, tmp_path)
-    from_frame = to_dataset(frame, "data", "sick", categories=listed)
-
-    for dataset in (from_file, from_frame):
+    for dataset in read_listed(frame, tmp_path, test=("+", "-")):
         indicators = dataset.train.x[:, [dataset.columns.index(n) for n in ("test=+", "test=-")]]
         assert bool((indicators[: len(markers)] == 0).all())
         assert torch.equal(indicators[len(markers) :], torch.eye(2))

@@ -18,8 +18,6 @@ from hetero_fl.algorithms.requirements import (
 )
 from hetero_fl.cli import main
 from hetero_fl.core.payload import ItemSpec
-from hetero_fl.experiment.configuration import load_config
-from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
 
 BUILT_IN = [
@@ -59,32 +57,6 @@ def test_methods_describes_settings(capsys: pytest.CaptureFixture[str]) -> None:
             assert re.search(rf"{key}\s.*{meaning}", out), key
     assert re.search(r"mu\s+│ number >= 0\s+│ 0\.01", out) and "samples, uniform, sum" in out
     assert "needs proxy set, single uploads" in out
-
-
-@each_case(
-    ("typed", "meant"),
-    [
-        ("SCAFFOLD", "scaffold"),
-        ("KT-pFL", "kt_pfl"),
-        ("DS-FL", "ds_fl"),
-        ("FedGKT", "fedgkt"),
-        ("DENSE", "dense"),
-        ("LOCAL", "local"),
-        ("LG-FedAvg", "lg_fedavg"),
-        ("fedpotro", "fedproto"),
-    ],
-)
-def test_method_name_as_in_papers_is_suggested(
-    typed: str, meant: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["methods", typed]) == 2
-    assert capsys.readouterr().err.endswith(
-        f"unknown algorithm '{typed}'; did you mean '{meant}'?\n"
-    )
-    with pytest.raises(
-        UserError, match=f"algorithm.name: unknown algorithm '{typed}'; did you mean '{meant}'"
-    ):
-        load_config({}, [f"algorithm.name={typed}"])
 
 
 @each_case("command", [["--help"], ["train", "--help"], ["compare", "--help"]])

@@ -41,11 +41,3 @@ def test_overrides_may_be_a_string_or_a_dictionary() -> None:
     config = load_config({}, given)
     assert (config.rounds, config.data.name, config.privacy) == (2, "digits", None)
     assert config.algorithm["name"] == "fedprox" and config.algorithm["mu"] == 0.5
-
-
-def test_load_config_refuses_an_integer_that_python_cannot_read(tmp_path: Path) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_text(f"rounds: {'9' * 5000}\n")
-
-    with pytest.raises(UserError, match=r"c\.yaml: cannot be read: "):
-        load_config(file)

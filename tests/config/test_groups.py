@@ -44,17 +44,22 @@ def test_group_without_count_gets_remaining_clients(
     assert Counter(client_id[0] for client_id in clients) == members
 
 
-@each_case("layer", ["group", "override"])
-def test_other_optimizer_does_not_inherit_momentum(layer: str) -> None:
-    adam: dict[str, Any] = {"optimizer": {"name": "adam"}}
-    clients = expand(defaults={"optimizer": SGD}, **own_settings(layer, adam))
+@pytest.mark.parametrize("layer", ["group", "override"])
+@each_case(
+    ("own", "used"),
+    [
+        ({"name": "adam"}, ("adam", 0.05, 0.0, False)),
+        ({"name": "sgd", "lr": 0.1}, ("sgd", 0.1, 0.9, True)),
+        ({"momentum": 0.5, "nesterov": False}, ("sgd", 0.05, 0.5, False)),
+    ],
+)
+def test_only_the_same_optimizer_inherits_momentum(
+    own: dict[str, Any], used: tuple[object, ...], layer: str
+) -> None:
+    clients = expand(defaults={"optimizer": SGD}, **own_settings(layer, {"optimizer": own}))
+
     changed, kept = clients["a"].optimizer, clients["b"].optimizer
-    assert (changed.name, changed.lr, changed.momentum, changed.nesterov) == (
-        "adam",
-        0.05,
-        0.0,
-        False,
-    )
+    assert (changed.name, changed.lr, changed.momentum, changed.nesterov) == used
     assert (kept.name, kept.lr, kept.momentum, kept.nesterov) == ("sgd", 0.05, 0.9, True)
 
 
@@ -76,24 +81,6 @@ def test_epochs_and_steps_replace_each_other(
 
     assert (clients["a"].epochs, clients["a"].steps) == used
     assert clients["b"] == ClientSettings(**defaults)
-
-
-def test_same_optimizer_inherits_momentum() -> None:
-    again = expand(
-        defaults={"optimizer": SGD}, groups=[{"name": "a", "optimizer": {"name": "sgd", "lr": 0.1}}]
-    )
-    assert (again["a"].optimizer.lr, again["a"].optimizer.momentum) == (0.1, 0.9)
-
-
-@each_case("layer", ["group", "override"])
-def test_layer_without_optimizer_name_changes_the_inherited_one(layer: str) -> None:
-    changed: dict[str, Any] = {"optimizer": {"momentum": 0.5, "nesterov": True}}
-    clients = expand(
-        defaults={"optimizer": {"name": "sgd", "lr": 0.05}}, **own_settings(layer, changed)
-    )
-    got = clients["a"].optimizer
-    assert (got.name, got.lr, got.momentum, got.nesterov) == ("sgd", 0.05, 0.5, True)
-    assert clients["b"].optimizer.momentum == 0.0
 
 
 def test_clients_use_the_models_of_an_override_in_turn() -> None:

@@ -6,66 +6,49 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from hetero_fl import load_config
 from hetero_fl.config import Config
-from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
 
 FLOWER = {"kind": "flwr:DirichletPartitioner", "partition_by": "label", "alpha": 0.3, "min_size": 5}
 
 
-def partition(section: dict[str, Any], *overrides: str) -> dict[str, Any]:
-    """Return the settings of the partition that are set explicitly or by overrides."""
-    config = load_config({"data": {"name": "digits", "partition": section}}, overrides)
-    return config.data.partition.model_dump(exclude_unset=True)
-
-
-@each_case("override", ["data.partition.kind=iid", "data.partition={kind: iid}"])
-def test_override_of_the_kind_of_a_file_drops_the_arguments(override: str, tmp_path: Path) -> None:
-    file = tmp_path / "flower.yaml"
-    file.write_text(yaml.safe_dump({"data": {"name": "digits", "partition": FLOWER}}), "utf-8")
-
-    found = load_config(file, [override]).data.partition
-
-    assert (found.kind, found.arguments, found.min_size) == ("iid", None, 5)
-
-
-def test_other_kind_of_partition_uses_its_own_settings() -> None:
-    dirichlet = {"kind": "dirichlet", "alpha": 0.1, "cap": 2.0, "min_size": 5}
-
-    assert partition(dirichlet, "data.partition.kind=quantity") == {
-        "kind": "quantity",
-        "min_size": 5,
-    }
-    found = partition(dirichlet, "data.partition={kind: flwr:IidPartitioner}")
-    assert found == {"kind": "flwr:IidPartitioner", "min_size": 5}
-    found = partition(FLOWER, "data.partition.classes=3", "data.partition.kind=classes")
-    assert found == {"kind": "classes", "classes": 3, "min_size": 5}
+DIRICHLET = {"kind": "dirichlet", "alpha": 0.1}
+CAPPED = {**DIRICHLET, "cap": 2.0, "min_size": 5}
 
 
 @each_case(
-    "override",
+    ("section", "overrides", "expected"),
     [
-        "data.partition.kind=dirichlet",
-        "data.partition={kind: dirichlet}",
-        "data.partition.min_size=7",
-        "data={partition: {kind: dirichlet}}",
+        (CAPPED, ["data.partition.kind=quantity"], {"kind": "quantity", "min_size": 5}),
+        (
+            CAPPED,
+            ["data.partition={kind: flwr:IidPartitioner}"],
+            {"kind": "flwr:IidPartitioner", "min_size": 5},
+        ),
+        (FLOWER, ["data.partition.kind=iid"], {"kind": "iid", "min_size": 5}),
+        (FLOWER, ["data.partition={kind: iid}"], {"kind": "iid", "min_size": 5}),
+        (
+            FLOWER,
+            ["data.partition.classes=3", "data.partition.kind=classes"],
+            {"kind": "classes", "classes": 3, "min_size": 5},
+        ),
+        # The same kind keeps the settings.
+        (DIRICHLET, ["data.partition.kind=dirichlet"], DIRICHLET),
+        (DIRICHLET, ["data.partition={kind: dirichlet}"], DIRICHLET),
+        (DIRICHLET, ["data.partition.min_size=7"], {**DIRICHLET, "min_size": 7}),
+        (DIRICHLET, ["data={partition: {kind: dirichlet}}"], DIRICHLET),
+        (DIRICHLET, ["data.partition.kind=iid", "data.partition.kind=dirichlet"], DIRICHLET),
+        ({"alpha": 0.1}, ["data.partition.kind=dirichlet"], DIRICHLET),
     ],
 )
-def test_same_kind_keeps_the_settings(override: str) -> None:
-    assert partition({"kind": "dirichlet", "alpha": 0.1}, override)["alpha"] == 0.1
+def test_other_kind_of_partition_uses_its_own_settings(
+    section: dict[str, Any], overrides: list[str], expected: dict[str, Any]
+) -> None:
+    config = load_config({"data": {"name": "digits", "partition": section}}, overrides)
 
-
-def test_kind_that_the_file_does_not_name_keeps_the_settings() -> None:
-    assert partition({"alpha": 0.1}, "data.partition.kind=dirichlet")["alpha"] == 0.1
-
-
-def test_last_override_decides_about_the_kind() -> None:
-    overrides = ("data.partition.kind=iid", "data.partition.kind=dirichlet")
-
-    assert partition({"kind": "dirichlet", "alpha": 0.1}, *overrides)["alpha"] == 0.1
+    assert config.data.partition.model_dump(exclude_unset=True) == expected
 
 
 def with_models(model: Any, *overrides: str) -> Config:
@@ -116,13 +99,6 @@ def test_epochs_and_steps_of_the_file_are_replaced(
     defaults = load_config(source, [f"clients.defaults.{override}"]).clients.defaults
 
     assert (defaults.epochs, defaults.steps) == used
-
-
-def test_setting_of_another_kind_in_an_override_is_refused() -> None:
-    overrides = ["data.partition.kind=iid", "data.partition.partition_by=label"]
-
-    with pytest.raises(UserError, match=r"^data.partition.partition_by: unknown key"):
-        partition(FLOWER, *overrides)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

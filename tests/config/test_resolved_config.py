@@ -84,34 +84,28 @@ def test_written_configuration_keeps_names_that_look_like_numbers(
     assert list(expand_population(load_config(path).clients)) == [name]
 
 
-def test_difference_names_the_key() -> None:
+def test_difference_names_keys() -> None:
     assert differences({}) is None
-    line = differences({"objective": "python:own:Loss"})
-    assert line == "clients.groups.0.objective: was not set, is now 'python:own:Loss'"
-    assert (
-        differences({"model": "linear"})
-        == "clients.groups.0.model.0.name: was 'mlp', is now 'linear'"
-    )
     assert differences({}, rounds=3) == "rounds: was 10, is now 3"
-
-
-def test_difference_names_a_removed_key() -> None:
-    assert (
-        describe_difference({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {}})
-        == "b.c: was 2, is now not set"
-    )
-
-
-def test_difference_lists_three_keys_and_counts_the_rest() -> None:
-    line = differences({"epochs": 2, "batch_size": 5}, rounds=3, seed=4, evaluation={"every": 2})
-    assert line == (
+    for changes, line in (
+        ({"objective": "python:own:Loss"}, "objective: was not set, is now 'python:own:Loss'"),
+        ({"model": "linear"}, "model.0.name: was 'mlp', is now 'linear'"),
+    ):
+        assert differences(changes) == f"clients.groups.0.{line}"
+    # Of many, three are listed.
+    many = {"rounds": 3, "seed": 4, "evaluation": {"every": 2}}
+    assert differences({"epochs": 2, "batch_size": 5}, **many) == (
         "seed: was 0, is now 4; rounds: was 10, is now 3; "
         "clients.groups.0.epochs: was not set, is now 2; and 2 more"
     )
 
 
-def test_difference_of_list_lengths_and_long_values() -> None:
-    assert describe_difference({"a": [{"b": 1}]}, {"a": []}) == "a.0: was {'b': 1}, is now not set"
-    assert describe_difference({"a": [1, 2]}, {"a": [1]}) == "a: was [1, 2], is now [1]"
-    line = describe_difference({"a": "x" * 5000}, {"a": "y" * 5000})
-    assert line is not None and len(line) < 150
+def test_difference_of_plain_values() -> None:
+    for old, new, line in (
+        ({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {}}, "b.c: was 2, is now not set"),
+        ({"a": [{"b": 1}]}, {"a": []}, "a.0: was {'b': 1}, is now not set"),
+        ({"a": [1, 2]}, {"a": [1]}, "a: was [1, 2], is now [1]"),
+    ):
+        assert describe_difference(old, new) == line
+    line_of_texts = describe_difference({"a": "x" * 5000}, {"a": "y" * 5000})
+    assert line_of_texts is not None and len(line_of_texts) < 150

@@ -6,8 +6,6 @@ import inspect
 import re
 from pathlib import Path
 
-import pytest
-
 import hetero_fl as hfl
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.config.base import Settings
@@ -37,13 +35,6 @@ def test_partitions_list_only_the_settings_that_they_use(
     assert set(inspect.signature(kind).parameters) == arguments
     documented = str(kind.__doc__)
     assert ("shots:" in documented) == ("shots" in arguments)
-
-
-def test_unused_settings_are_unexpected_arguments() -> None:
-    with pytest.raises(TypeError, match=r"Adam.. got an unexpected keyword argument 'momentum'"):
-        hfl.Adam(momentum=0.9)
-    with pytest.raises(TypeError, match=r"Dirichlet.. got an unexpected .* did you mean 'alpha'"):
-        hfl.Dirichlet(alpa=0.3)
 
 
 def test_class_variables_state_their_type() -> None:

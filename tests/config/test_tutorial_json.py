@@ -13,7 +13,6 @@ import hetero_fl
 from hetero_fl.config import Config
 from hetero_fl.config.population import expand_population
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.utils.errors import UserError
 from tests.support.configurations import FILE, tutorial
 
 KEYS = tutorial()
@@ -64,21 +63,6 @@ def test_overrides_of_tutorial_and_configuration_keys() -> None:
     assert config.algorithm["server_lr"] == 0.2 and config.clients.defaults.epochs == 2
     assert load_config(json.loads(FILE.read_text())) == load_config(FILE)
     assert load_config(FILE, ["algorithm.name=fedmd"]).algorithm["name"] == "fedmd"
-
-
-def test_invalid_json_and_missing_file_raise_one_line(tmp_path: Path) -> None:
-    path = conf(tmp_path, k=11)
-    with pytest.raises(UserError, match=r"conf\.json: k: must be <= no_models"):
-        load_config(path)
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(UserError) as error:
-        load_config(tmp_path / "other.yaml")
-    assert str(error.value).endswith("other.yaml: file not found; the folder contains conf.json")
-    path.write_text(path.read_text().replace(", ", "\n", 1))
-    with pytest.raises(
-        UserError, match=r"conf.json, line 2: invalid JSON: .*; is a comma missing\?"
-    ):
-        load_config(path)
 
 
 def test_json_configuration_is_not_translated(tmp_path: Path) -> None:

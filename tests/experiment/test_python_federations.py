@@ -15,7 +15,7 @@ from typing_extensions import override
 
 import hetero_fl as hfl
 from hetero_fl.algorithms import average_models
-from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.python_federations import (
     DIGITS,
     QUIET,
@@ -94,7 +94,7 @@ def runs_from_both(method: Any, folder: Path, overrides: list[str]) -> tuple[hfl
     return first, hfl.run(file, out=folder / "run", overrides=overrides)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+@each_case("method", METHODS)
 def test_objects_and_configuration_give_identical_bits(method: Any, tmp_path: Path) -> None:
     first, second = runs_from_both(method, tmp_path, QUIET)
 
@@ -218,18 +218,6 @@ def test_prepared_run_outlives_its_federation() -> None:
     trainer.executor.close()
 
 
-def test_file_that_names_code_is_refused_without_permission(tmp_path: Path) -> None:
-    path = tmp_path / "x.yaml"
-    path.write_text("clients: {count: 2, defaults: {objective: 'object:loss'}}")
-    with pytest.raises(UserError, match="which a file cannot name"):
-        hfl.Federation.from_config(path)
-
-    path.write_text(f"clients: {{count: 2, defaults: {{model: '{DIGITS}'}}}}")
-    with pytest.raises(UserError, match="pass allow_code=True"):
-        hfl.Federation.from_config(path)
-    assert len(hfl.Federation.from_config(path, allow_code=True)) == 2
-
-
 def test_comparison_of_methods(tmp_path: Path) -> None:
     comparison = federation().compare(
         [hfl.Local(), Mean(), "fedavg:logit_adjustment=true"],
@@ -253,8 +241,6 @@ def test_configuration_file_of_a_federation(tmp_path: Path) -> None:
     read = hfl.Federation.from_config(tmp_path / "federation.yaml")
 
     assert read.config["clients"]["groups"][0]["epochs"] == 2
-    with pytest.raises(UserError, match="object of this program"):
-        federation().to_yaml(tmp_path / "objects.yaml")
 
 
 # Ways to hand over data and models

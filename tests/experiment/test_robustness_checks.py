@@ -30,15 +30,6 @@ def test_share_of_malicious_clients_is_rounded_up() -> None:
     assert [share.num_malicious(n) for n in (1, 5, 6, 15, 20)] == [1, 1, 2, 3, 4]
 
 
-def test_uploads_without_a_rule_are_noted() -> None:
-    median = {"rule": "median", "malicious": 1}
-    noted, covered = (prepare(small(m, aggregation=median)).notes for m in ("hybrid", "fedavg"))
-
-    line = "aggregation.predictions=mean: logits of malicious clients are averaged"
-    assert any(line in note for note in noted)
-    assert not any("=mean: " in note for note in covered)
-
-
 class Largest(Rule):
     """Custom rule for parameters."""
 

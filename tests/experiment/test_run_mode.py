@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from hetero_fl.config.base import StalenessConfig
@@ -31,27 +29,6 @@ def test_every_method_supports_asynchronous_mode_or_refuses_it(subtests: pytest.
             words = f"^runtime.mode=async cannot be combined with algorithm.name={method}"
             with pytest.raises(UserError, match=words):
                 prepare(source)
-
-
-def test_unused_staleness_settings_are_noted() -> None:
-    section = {**ASYNC, "staleness": {"kind": "constant", "a": 3.0, "b": 2}}
-    notes = prepare(config("fedavg", runtime=section)).notes
-    assert [n for n in notes if "is ignored" in n] == [
-        f"runtime.staleness.{key} is ignored because the staleness kind is constant" for key in "ab"
-    ]
-    notes = prepare(config("fedasync", algorithm__b=2)).notes
-    assert "algorithm.b is ignored because the staleness kind is polynomial" in notes
-
-    section_of_one = {**ASYNC, "buffer": 1}
-    cases: list[tuple[dict[str, Any], bool]] = [
-        ({"runtime": section_of_one}, True),
-        ({"runtime": {**section_of_one, "buffer": 2}}, False),
-        ({"runtime": {**section_of_one, "staleness": {"kind": "constant"}}}, False),
-        ({"method": "fedasync"}, False),
-    ]
-    for changes, is_noted in cases:
-        notes = prepare(config(**changes)).notes
-        assert any(note.startswith("runtime.staleness has no effect") for note in notes) == is_noted
 
 
 @pytest.mark.parametrize("method", ["fedasync", "fedbuff"])

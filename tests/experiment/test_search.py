@@ -69,34 +69,6 @@ def test_budgets_are_runs_or_hours() -> None:
     assert Budget(max_hours=1).allows(99, 0.9) and not Budget(max_hours=1).allows(1, 1.0)
 
 
-WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"space": {"algorithm.mu": "0.1..1"}}, "space: algorithm.mu: unknown key"),
-    ({"space": {LR: "-1..1"}}, f"space: {LR}: must be > 0, got -1"),
-    ({"space": {LR: "0.1..1"}, "grid": {LR: ["1"]}}, "space: cannot be combined with grid"),
-    ({"space": {"seed": "1..9"}}, "space: seed: set by the comparison; remove it"),
-    ({"space": {"rounds": "1..9"}}, "space: rounds: set by the comparison; remove it"),
-    ({"space": {"output.plots": "true,false"}}, "space: output.plots: set by the comparison"),
-    ({"grid": {"seed": ["1", "2"]}}, "grid: seed: set by the comparison; remove it"),
-    ({"space": {LR: [0.1]}}, f"space: {LR}: expected 'a,b,c' or 'low..high', got [0.1]"),
-    ({"space": {LR: 5}}, f"space: {LR}: expected 'a,b,c' or 'low..high', got 5"),
-    ({"space": {LR: "0.1..1"}, "budget": "soon"}, "budget: expected a number of runs or hours"),
-]
-
-
-def test_wrong_searches_are_refused_before_the_first_run(
-    tmp_path: Path, subtests: pytest.Subtests
-) -> None:
-    pytest.importorskip("optuna")
-
-    for arguments, message in WRONG:
-        with subtests.test(message=message):
-            with pytest.raises(UserError) as caught:
-                hetero_fl.compare(CONFIG, "fedavg", out=tmp_path / "out", **arguments)
-
-            assert str(caught.value).startswith(message)
-            assert not (tmp_path / "out").exists()
-
-
 def test_missing_optuna_gives_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = extras.find_spec
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "optuna" else find(name))
@@ -157,27 +129,19 @@ def test_search_continues_and_repeats_interrupted_trials(
     assert optuna.trial.TrialState.RUNNING not in states
 
 
-def test_best_trial_is_complete() -> None:
-    variant = Variant.parse("fedavg")
+def test_best_trial_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    def best_of(*trials: tuple[str, float]) -> Trial:
+        found = [
+            Trial(FEDAVG, number, (f"a={number}",), state, score, 1, 1.0, "")
+            for number, (state, score) in enumerate(trials)
+        ]
+        monkeypatch.setattr(search_module.Search, "trials", lambda self, variant: found)
+        return search_module.Search.__new__(search_module.Search).best(FEDAVG)
 
-    class Recorded(search_module.Search):
-        def __init__(self, trials: list[Trial]) -> None:
-            self.recorded = trials
-
-        def trials(self, variant: Variant) -> list[Trial]:
-            return self.recorded
-
-    def trial(state: str, score: float, number: int) -> Trial:
-        return Trial(variant, number, (f"a={number}",), state, score, 1, 1.0, "")
-
-    trials = [trial("stopped", 0.9, 0), trial("complete", 0.5, 1), trial("complete", 0.5, 2)]
-
-    assert Recorded(trials).best(variant).number == 1
-    assert Recorded([trial("complete", -1.0, 0), trial("complete", 0.0, 1)]).best(variant) == trial(
-        "complete", 0.0, 1
-    )
+    assert best_of(("stopped", 0.9), ("complete", 0.5), ("complete", 0.5)).number == 1
+    assert best_of(("complete", -1.0), ("complete", 0.0)).number == 1
     with pytest.raises(RunFailedError, match="no trial of fedavg is complete"):
-        Recorded(trials[:1]).best(variant)
+        best_of(("stopped", 0.9))
 
 
 def test_drawn_numbers_stay_in_a_narrow_range() -> None:

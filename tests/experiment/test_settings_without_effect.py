@@ -140,10 +140,6 @@ def test_argument_without_effect_is_refused() -> None:
 
     with pytest.raises(UserError, match="label: applies"):
         hfl.evaluate(run, (X, Y), label="y")
-    with pytest.raises(UserError, match="label: no data frame"):
-        federation_with(label="c")
-    with pytest.raises(UserError, match="size: has no effect"):
-        federation_with(defaults=hfl.ClientSettings(size=2)).prepare()
 
 
 def test_label_of_a_proxy_set_is_used_or_missing_in_one_line() -> None:

@@ -25,6 +25,7 @@ from hetero_fl.reporting.run_directory import (
 )
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
+from tests.support.mistakes import check_refused
 
 
 def create(path: Path) -> RunDirectory:
@@ -47,18 +48,6 @@ def test_run_directory_round_trip(tmp_path: Path) -> None:
     }
 
 
-def test_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    for path, message in (
-        (tmp_path, "already exists; choose another folder, or resume the run"),
-        (tmp_path / "notes.txt", "already exists"),
-        (tmp_path / "notes.txt" / "below", "not writable"),
-    ):
-        with pytest.raises(UserError, match=message):
-            create(path)
-    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-
-
 def test_interrupted_creation_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,38 +67,6 @@ def test_interrupted_creation_can_be_repeated(
     assert create(tmp_path / "a").config()["name"] == "a"
 
 
-def check_is_refused(read: Callable[[], Any], message: str) -> None:
-    with pytest.raises(UserError, match=message) as error:
-        read()
-    assert "\n" not in str(error.value)
-
-
-@each_case(
-    ("files", "message"),
-    [
-        ({}, "not a run directory"),
-        ({"environment.json": "{"}, "environment.json: not valid JSON"),
-        ({"environment.json": "[]"}, "expected an object, got a list"),
-        ({"environment.json": "{}"}, "run directory of version None; this release reads version 1"),
-        (
-            {"environment.json": '{"run_directory_version": 99}'},
-            "version 99; this release reads version 1",
-        ),
-        ({"environment.json": "\udcff"}, "cannot be read"),
-    ],
-)
-def test_foreign_folder_raises_one_line(
-    tmp_path: Path, files: dict[str, str], message: str
-) -> None:
-    for name, content in files.items():
-        (tmp_path / name).write_text(content, errors="surrogateescape")
-
-    check_is_refused(lambda: RunDirectory.open(tmp_path), message)
-    check_is_refused(
-        lambda: RunDirectory.open(tmp_path / "a"), "folder not found; expected a run directory"
-    )
-
-
 ALIASES = "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9}]\n" for i in range(1, 10))
 
 
@@ -125,13 +82,14 @@ def test_unreadable_files_raise_one_line(tmp_path: Path, subtests: pytest.Subtes
     ):
         (run.path / "config.yaml").write_text(content)
         with subtests.test(content=content[:20]):
-            check_is_refused(run.config, rf"a/config.yaml: not valid YAML \({reason}")
+            check_refused(rf"a/config.yaml: not valid YAML \({reason}", run.config)
     for bad in ("{", "3", "{}", '{"round": "one"}', "null"):
         (run.path / "metrics.jsonl").write_text(f'{{"round": 1}}\n{bad}\n')
         with subtests.test(line=bad):
-            words = "metrics.jsonl: line 2: expected the record of a round"
-            check_is_refused(run.metrics, words)
-    check_is_refused(run.summary, r"summary.json: cannot be read \(No such file")
+            check_refused("metrics.jsonl: line 2: expected the record of a round", run.metrics)
+    check_refused(r"summary.json: cannot be read \(No such file", run.summary)
+    (run.path / "environment.json").write_bytes(b"\xff")
+    check_refused("environment.json: cannot be read", RunDirectory.open, run.path)
 
 
 def test_missing_models_are_explained(tmp_path: Path) -> None:

@@ -137,11 +137,6 @@ def test_mistakes_in_files_are_named(
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_folder_without_protocol_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"contains no protocol\.yaml"):
-        Benchmark.load(tmp_path)
-
-
 def test_rows_are_selected_by_method_or_by_method_and_components(tmp_path: Path) -> None:
     first = {**FEDERATION, "rows": ["local", "fedavg/none"]}
     second = {**FEDERATION, "left_out": {"fedavg": "too slow"}, "tuned_as": "first"}

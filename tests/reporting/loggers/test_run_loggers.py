@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 from unittest.mock import Mock
@@ -97,19 +96,6 @@ def test_former_key_adds_the_tensorboard_logger(former: bool, kinds: list[str]) 
         config = load_config({"output": {"tensorboard": former, "loggers": ["csv"]}})
 
     assert [entry.kind for entry in config.output.loggers] == kinds
-
-
-def test_missing_module_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mlflow", None)
-    config = load_config({"output": {"loggers": ["csv", "mlflow"]}})
-
-    with pytest.raises(UserError) as caught:
-        check_loggers(config)
-
-    assert str(caught.value) == (
-        "output.loggers.1: mlflow requires mlflow, which is not installed; "
-        "run pip install 'hetero_fl[mlflow]' or remove the logger"
-    )
 
 
 def test_logger_receives_each_round_once(made_run: MakeRun) -> None:

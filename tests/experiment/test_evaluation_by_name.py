@@ -14,6 +14,8 @@ import hetero_fl
 from hetero_fl.cli import main
 from hetero_fl.experiment import evaluate
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
+from tests.support.mistakes import check_refused
 
 # some tests score the file that the run was trained on
 pytestmark = pytest.mark.filterwarnings("ignore:.*are also in the run's training rows:UserWarning")
@@ -40,24 +42,50 @@ def finished(folder: Path, **data: Any) -> hetero_fl.Run:
     return hetero_fl.run(source, out=folder / "run")
 
 
-@pytest.mark.parametrize(
-    "view", [{}, {"columns": ["a", "b"]}, {"columns": ["a", "b"], "missing": "indicate"}]
+@each_case(
+    ("view", "absent"),
+    [
+        ({}, None),
+        ({"columns": ["a", "b"]}, "c"),
+        ({"columns": ["a", "b"], "missing": "indicate"}, "b"),
+    ],
 )
-def test_evaluate_matches_columns_by_name(view: dict[str, Any], tmp_path: Path) -> None:
-    x = np.random.default_rng(0).normal(size=(300, 3)) * [1, 10, 100]
-    frame = pd.DataFrame(x, columns=["a", "b", "c"]).assign(y=(x[:, 0] > 0).astype(int))
-    frame.to_csv(tmp_path / "t.csv", index=False)
-    frame[["c", "y", "b", "a"]].to_csv(tmp_path / "turned.csv", index=False)
-    frame.drop(columns="a").to_csv(tmp_path / "less.csv", index=False)
+def test_evaluate_and_predict_match_columns_by_name(
+    view: dict[str, Any], absent: str | None, tmp_path: Path
+) -> None:
+    x = np.random.default_rng(0).normal(size=(300, 3)).astype(np.float32) * [1, 10, 100]
+    features = pd.DataFrame(x, columns=["a", "b", "c"])
+    frame = features.assign(y=(x[:, 0] > 0).astype(int))
+    turned = frame[["c", "y", "b", "a"]]
+    for name, rows in (("t", frame), ("turned", turned), ("less", frame.drop(columns="a"))):
+        rows.to_csv(tmp_path / f"{name}.csv", index=False)
     run = finished(tmp_path, name="table", path=str(tmp_path / "t.csv"), label="y", preprocess=view)
-    expected = evaluate(run, str(tmp_path / "t.csv"))
-    assert evaluate(run, str(tmp_path / "turned.csv")) == expected
-    assert evaluate(run, frame[["c", "y", "b", "a"]], label="y") == expected
+
+    scores = evaluate(run, str(tmp_path / "t.csv"))
+    assert evaluate(run, str(tmp_path / "turned.csv")) == scores
+    assert evaluate(run, turned, label="y") == scores
+    expected = run.predict("c_1", x)
+    assert torch.equal(run.predict("c_1", features[["c", "b", "a"]]), expected)
+    # Additional columns are ignored.
+    with_label = features.assign(y=1, pid="p7")
+    assert torch.equal(run.predict("c_1", with_label), expected)
+    if absent is not None:
+        with_nan = torch.tensor(features.assign(**{absent: np.nan}).to_numpy())
+        assert torch.equal(
+            run.predict("c_1", with_label.drop(columns=absent)), run.predict("c_1", with_nan)
+        )
+    mistakes = [
+        (with_label.rename(columns={"a": "aa"}), "x: column 'a' not found, .*; did you mean 'aa'"),
+        (features[["a", "b", "b"]], "predict: x: column 'b' occurs 2 times"),
+        (features.assign(b="much"), "predict: x: column 'b': expected numbers, got text"),
+    ]
     if "missing" not in view:
-        with pytest.raises(
-            UserError, match="data: table: column 'a' not found, which the run's data contains"
-        ):
-            evaluate(run, str(tmp_path / "less.csv"))
+        without = with_label[["pid", "b", "c"]]
+        mistakes.append((without, "column 'a' not found, which the model needs$"))
+        words = "data: table: column 'a' not found, which the run's data contains"
+        check_refused(words, evaluate, run, str(tmp_path / "less.csv"))
+    for wrong, words in mistakes:
+        check_refused(words, run.predict, "c_1", wrong)
 
 
 def test_evaluate_client_needs_only_the_columns_of_this_client(tmp_path: Path) -> None:
@@ -83,46 +111,6 @@ def test_evaluate_client_needs_only_the_columns_of_this_client(tmp_path: Path) -
     assert scores == evaluate(run, str(tmp_path / "t.csv"), "a")
     with pytest.raises(UserError, match="column 'b' not found"):
         evaluate(run, str(tmp_path / "less.csv"), "b")
-
-
-@pytest.mark.parametrize(
-    ("view", "absent"),
-    [
-        ({}, None),
-        ({"columns": ["a", "b"]}, "c"),
-        ({"columns": ["a", "b"], "missing": "indicate"}, "b"),
-    ],
-)
-def test_predict_matches_columns_by_name(
-    view: dict[str, Any], absent: str | None, tmp_path: Path
-) -> None:
-    x = np.random.default_rng(0).normal(size=(300, 3)).astype(np.float32) * [1, 10, 100]
-    frame = pd.DataFrame(x, columns=["a", "b", "c"])
-    frame.assign(y=(x[:, 0] > 0).astype(int)).to_csv(tmp_path / "t.csv", index=False)
-    run = finished(tmp_path, name="table", path=str(tmp_path / "t.csv"), label="y", preprocess=view)
-    expected = run.predict("c_1", x)
-    assert torch.equal(run.predict("c_1", frame[["c", "b", "a"]]), expected)
-    # additional columns are ignored
-    with_label = frame.assign(y=1, pid="p7")
-    assert torch.equal(run.predict("c_1", with_label), expected)
-    if absent is not None:
-        with_nan = torch.tensor(frame.assign(**{absent: np.nan}).to_numpy())
-        assert torch.equal(
-            run.predict("c_1", with_label.drop(columns=absent)), run.predict("c_1", with_nan)
-        )
-    for wrong, words in (
-        (with_label.rename(columns={"a": "aa"}), "x: column 'a' not found, .*; did you mean 'aa'"),
-        (frame[["a", "b", "b"]], "predict: x: column 'b' occurs 2 times"),
-        (frame.assign(b="much"), "predict: x: column 'b': expected numbers, got text"),
-        *(
-            []
-            if "missing" in view
-            else [(with_label[["pid", "b", "c"]], "column 'a' not found, which the model needs$")]
-        ),
-    ):
-        with pytest.raises(UserError, match=words) as refused:
-            run.predict("c_1", wrong)
-        assert "\n" not in str(refused.value)
 
 
 def test_evaluate_cuts_recordings_as_the_run(tmp_path: Path) -> None:

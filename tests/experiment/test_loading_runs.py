@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import hetero_fl as hfl
 from hetero_fl.utils.errors import UserError
+from tests.support.mistakes import refusal
 from tests.support.python_federations import QUIET, Digits, images
 
 ROWS = np.zeros((3, 8, 8), np.uint8)
@@ -133,32 +134,27 @@ def test_importable_class_is_permitted_or_passed(tmp_path: Path) -> None:
         assert torch.equal(hfl.Run.load(path, **permission).predict("inst", ROWS), expected)
 
 
-@pytest.mark.parametrize(
-    ("models", "message"),
-    [
-        ({"inst": nn.Sequential(nn.Flatten(), nn.Linear(64, 3))}, "'inst': does not fit"),
-        ({"inst": Net(width=7)}, "'inst': does not fit the saved model: 'backbone"),
-        (Net(), "models: expected modules keyed by client id, got Net"),
-        ({"inst": 3}, "'inst': does not fit the saved model: model: expected a torch.nn.Module"),
-        ({"clinic": Net()}, "'clinic': the saved model is mlp, which needs no module"),
-        ({"instt": Net()}, "no model of 'instt'; did you mean 'inst'?"),
-    ],
-)
-def test_unsuitable_module_is_refused(models: Any, message: str, tmp_path: Path) -> None:
+UNSUITABLE: list[tuple[Any, str]] = [
+    ({"inst": nn.Sequential(nn.Flatten(), nn.Linear(64, 3))}, "'inst': does not fit"),
+    ({"inst": Net(width=7)}, "'inst': does not fit the saved model: 'backbone"),
+    (Net(), "models: expected modules keyed by client id, got Net"),
+    ({"inst": 3}, "'inst': does not fit the saved model: model: expected a torch.nn.Module"),
+    ({"clinic": Net()}, "'clinic': the saved model is mlp, which needs no module"),
+    ({"instt": Net()}, "no model of 'instt'; did you mean 'inst'?"),
+]
+
+
+def test_unsuitable_module_is_refused_or_used_with_a_warning(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
     trained_before_a_restart(tmp_path / "run", Net(), head="cls")
 
-    with pytest.raises(UserError) as caught:
-        hfl.Run.load(tmp_path / "run", models=models)
-
-    assert str(caught.value).startswith("models: ") and message in str(caught.value)
-
-
-def test_module_with_other_attributes_is_used_with_a_warning(tmp_path: Path) -> None:
-    trained_before_a_restart(tmp_path / "run", Net(), head="cls")
-
+    for models, message in UNSUITABLE:
+        with subtests.test(message=message):
+            refused = refusal(hfl.Run.load, tmp_path / "run", models=models)
+            assert refused.startswith("models: ") and message in refused
     with pytest.warns(UserWarning, match="'inst': Net differs from the module of the run"):
         run = hfl.Run.load(tmp_path / "run", models={"inst": Net(slope=0.5)})
-
     assert run.predict("inst", ROWS).shape == (3, 3)
 
 

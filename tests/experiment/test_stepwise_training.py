@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import hetero_fl as hfl
 from hetero_fl.reporting.run_directory import is_locked
 from hetero_fl.utils.errors import UserError
+from tests.support.mistakes import refusal
 from tests.support.python_federations import QUIET
 
 
@@ -58,39 +60,19 @@ def test_models_after_the_last_round_are_those_of_the_run(executor: str) -> None
         trainer.evaluate()
 
 
-def test_models_after_an_early_end_are_refused_in_one_line(tmp_path: Path) -> None:
-    with hfl.Trainer(
-        federation(), hfl.FedAvg(), rounds=3, out=tmp_path / "run", overrides=QUIET
-    ) as trainer:
+def test_early_end_has_no_models_and_failed_resume_unlocks_the_run(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings: dict[str, Any] = {"rounds": 3, "out": out, "overrides": QUIET}
+    with hfl.Trainer(federation(), hfl.FedAvg(), **settings) as trainer:
         next(trainer)
 
-    with pytest.raises(UserError) as caught:
-        trainer.model("a")
-
-    assert str(caught.value).endswith("has no models; the run has not finished")
-
-
-def test_failed_resume_unlocks_the_run(tmp_path: Path) -> None:
-    with hfl.Trainer(
-        federation(), hfl.FedAvg(), rounds=3, out=tmp_path / "run", overrides=QUIET
-    ) as trainer:
-        next(trainer)
-    checkpoints = tmp_path / "run" / "checkpoint"
-    checkpoints.rename(tmp_path / "moved")
-
+    assert refusal(trainer.model, "a").endswith("has no models; the run has not finished")
+    (out / "checkpoint").rename(tmp_path / "moved")
     # A caught error, like the last error of a notebook, refers to the trainer.
     with pytest.raises(UserError, match="restore it") as caught:
-        hfl.Trainer(
-            federation(),
-            hfl.FedAvg(),
-            rounds=3,
-            out=tmp_path / "run",
-            resume=True,
-            overrides=QUIET,
-        )
-
+        hfl.Trainer(federation(), hfl.FedAvg(), **settings, resume=True)
     assert caught.value.__traceback__ is not None
-    assert not is_locked(tmp_path / "run")
+    assert not is_locked(out)
 
 
 def test_comparison_lists_runs_in_the_order_of_its_rows(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn import functional
 import hetero_fl as hfl
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
+from tests.support.cases import each_case
 from tests.support.python_federations import QUIET, images
 
 BATCHED = ["runtime.executor=batched", *QUIET[1:]]
@@ -187,18 +189,7 @@ class WeightedObjective(hfl.Objective):
 
 
 def test_objective_with_a_scalar_is_equal_on_all_executors() -> None:
-    clients = [
-        hfl.Client(
-            f"site_{i}",
-            "linear",
-            images(30 + 4 * i, i),
-            objective=WeightedObjective,
-            optimizer=hfl.SGD(lr=RATE),
-            batch_size=7,
-        )
-        for i in (1, 2)
-    ]
-    own = hfl.Federation(clients, test=images(12, 9))
+    own = federation(objective=WeightedObjective, optimizer=hfl.SGD(lr=RATE), batch_size=7)
 
     serial, batched = (
         own.train(hfl.FedAvg(), rounds=1, overrides=overrides) for overrides in (QUIET, BATCHED)
@@ -452,23 +443,21 @@ def test_loss_that_cannot_keep_its_meaning_is_refused(subtests: pytest.Subtests)
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize("overrides", [QUIET, BATCHED], ids=["serial", "batched"])
-@pytest.mark.parametrize(
-    "make",
-    [LoggedLoss, lambda: torch.jit.script(nn.CrossEntropyLoss())],
-    ids=["last value", "scripted"],
-)
-def test_loss_may_keep_its_last_value_or_be_scripted(
-    make: Callable[[], Any], overrides: list[str]
-) -> None:
+@each_case("overrides", [QUIET, BATCHED])
+def test_loss_may_keep_its_last_value_or_be_scripted(overrides: list[str]) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES))
 
-    own, plain = (
+    plain, logged, scripted = (
         federation(model, objective=loss).train(hfl.Local(), rounds=1, overrides=overrides)
-        for loss in (make(), nn.CrossEntropyLoss())
+        for loss in (
+            nn.CrossEntropyLoss(),
+            LoggedLoss(),
+            torch.jit.script(nn.CrossEntropyLoss()),
+        )
     )
 
-    assert torch.allclose(weights(own), weights(plain), atol=1e-6)
+    for own in (logged, scripted):
+        assert torch.allclose(weights(own), weights(plain), atol=1e-6)
 
 
 class TrainingSoftmax(nn.Softmax):
@@ -492,7 +481,7 @@ class HalfLogSoftmax(nn.LogSoftmax):
         return super().forward(x) / 2
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("last", "objective", "words"),
     [
         (nn.Softmax(-1), None, "are probabilities"),
@@ -506,16 +495,13 @@ class HalfLogSoftmax(nn.LogSoftmax):
         (Exponential(), None, "are probabilities"),
         (HalfLogSoftmax(-1), None, ""),
     ],
-    ids=lambda value: getattr(type(value), "__name__", None),
 )
-def test_outputs_that_are_no_logits_are_noted(
-    last: nn.Module, objective: Any, words: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_outputs_that_are_no_logits_are_noted(last: nn.Module, objective: Any, words: str) -> None:
     own = federation(log_softmax_model(last), objective=objective)
 
-    own.train(hfl.FedAvg(), rounds=1, overrides=QUIET)
+    notes = own.prepare(hfl.FedAvg(), rounds=1).notes
 
-    cautions = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    cautions = [note for note in notes if isinstance(note, Caution)]
     assert len(cautions) == bool(words)
     assert all("clients: 'site_1': model " in line and words in line for line in cautions)
 
@@ -527,8 +513,10 @@ class EvaluatedLogSoftmax(nn.LogSoftmax):
         return x if self.training else super().forward(x)
 
 
-@pytest.mark.parametrize("last", [nn.Identity(), nn.LogSoftmax(-1), EvaluatedLogSoftmax(-1)])
-@pytest.mark.parametrize("objective", [None, nn.NLLLoss()])
+@each_case(
+    ("last", "objective"),
+    product([nn.Identity(), nn.LogSoftmax(-1), EvaluatedLogSoftmax(-1)], [None, nn.NLLLoss()]),
+)
 def test_advice_on_log_softmax_leads_to_a_silent_run(last: nn.Module, objective: Any) -> None:
     for _ in range(3):
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,23 +59,6 @@ def test_optimizer_without_closure_equals_sgd() -> None:
     assert torch.allclose(first, second, atol=1e-6)
 
 
-def test_settings_of_a_client_replace_the_defaults() -> None:
-    optimizer = hfl.SGD(lr=0.2, momentum=0.9)
-    clients = [
-        hfl.Client("a", "linear", images(30, 1), optimizer="adam", epochs=4),
-        hfl.Client("b", "linear", images(30, 2)),
-    ]
-
-    defaults = hfl.ClientSettings(optimizer=optimizer, steps=3)
-    prepared = hfl.Federation(clients, defaults=defaults).prepare()
-
-    own, other = (prepared.federation.client_infos[client].settings for client in "ab")
-    used = own.optimizer
-    assert (used.name, used.lr, used.momentum) == ("adam", 1e-3, 0.0)
-    assert (own.epochs, own.steps) == (4, None)
-    assert (other.optimizer.name, other.optimizer.lr, other.steps) == ("sgd", 0.2, 3)
-
-
 def test_optimizer_of_some_parameters_is_accepted() -> None:
     run = federation(optimizer=make_sgd_of_matrices).train(hfl.FedAvg(), rounds=1, overrides=QUIET)
 
@@ -91,22 +73,6 @@ def test_optimizer_that_local_training_cannot_use_is_refused() -> None:
 
     with pytest.raises(UserError, match=rf"^Client\('a'\): {words}"):
         hfl.Client("a", "linear", optimizer=SharpnessAware)
-
-
-@pytest.mark.parametrize("section", ["clients: defaults:", "server:"])
-def test_optimizer_of_a_file_is_refused(section: str, tmp_path: Path) -> None:
-    optimizer = {"name": f"python:{__name__}:make_lbfgs"}
-    client = {"optimizer": optimizer} if section != "server:" else {}
-    file = {
-        "data": {"name": "digits", "train_limit": 60},
-        "clients": {"count": 2, "defaults": {"model": "linear", **client}},
-        "server": {} if client else {"optimizer": optimizer},
-    }
-
-    with pytest.raises(UserError, match=r"optimizer.name: LBFGS.step\(\) fails") as caught:
-        hfl.run(file, out=tmp_path / "run")
-
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from hetero_fl.cli import main
 from hetero_fl.experiment.exporting import export
 from hetero_fl.utils.errors import UserError
 from tests.experiment.exporting.test_graph import require_onnx
+from tests.support.cases import each_case
 from tests.support.federations import config
 
 BARE = {"rounds": 1, "evaluation__clients": None}
@@ -79,12 +80,8 @@ def test_export_of_a_run_on_x_rays(tmp_path: Path) -> None:
         clients=2,
         **BARE,
     )
-    source["data"] |= {
-        "name": "chest_xray",
-        "train_limit": 160,
-        "test_limit": 60,
-        "proxy": {"size": 20},
-    }
+    limits = {"train_limit": 160, "test_limit": 60, "proxy": {"size": 20}}
+    source["data"] |= {"name": "chest_xray", **limits}
     source["clients"]["defaults"]["preprocess"] = {"normalize": "own"}
     medical = hetero_fl.run(source, out=tmp_path / "run")
     result = hetero_fl.export(medical)
@@ -102,47 +99,45 @@ def test_export_of_a_run_on_x_rays(tmp_path: Path) -> None:
         assert client_info["model"]["label_frequencies"] == "none"
 
 
-def test_card_contains_the_results_of_the_run(run: hetero_fl.Run, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def exported(run: hetero_fl.Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with an export of site_1, by the command."""
     require_onnx()
-    file = hetero_fl.export(run, "site_1", out=tmp_path)["site_1"]
-    client_info = json.loads((tmp_path / "site_1.json").read_text())
-    page = file.card.read_text()
+    out = tmp_path_factory.mktemp("exported")
+    assert main(["export", str(run.path), "--client", "site_1", "--out", str(out)]) == 0
+    return out
+
+
+def test_export_command_writes_the_results_of_the_run(run: hetero_fl.Run, exported: Path) -> None:
+    files = {path.name for path in exported.iterdir()}
+    assert files == {"site_1.onnx", "site_1.json", "site_1.md", "score.py"}
+
+    about = json.loads((exported / "site_1.json").read_text())
     (client,) = [c for c in run.summary["clients"] if c["id"] == "site_1"]
     rows = run.directory.details()["rows"]["site_1"]
-    local = client_info["figures"]["at home"]  # style: ok (file key)
-    common = client_info["figures"]["in common"]  # style: ok (file key)
-    assert local["accuracy"] == client["personal"]["accuracy"]
-    assert local["n"] == rows["test"] and common["n"] == 90
-    assert common["auroc"] == client["global"]["auroc"]
-    assert client_info["data"]["rows"] == rows and client_info["data"]["clients"] == 3
-    assert (
-        client_info["data"]["partition"]["kind"] == "dirichlet"
-        and "partition dirichlet, alpha 0.5" in page
-    )
-    assert client_info["model"]["parameters"] == client["parameters"]
-    assert set(client_info["model"]["preprocess"]) == {"resize", "mean", "std"}
-    assert client_info["run"] == {
-        "name": "small",
-        "algorithm": "hybrid",
-        "seed": 0,
-        "rounds_completed": 1,
-    }
-    assert client_info["files"][0]["sha256"] == hashlib.sha256(file.model.read_bytes()).hexdigest()
-    assert client_info["versions"]["run"]["torch"] == torch.__version__.split("+")[0]
-    assert (
-        f"{100 * client['personal']['accuracy']:.1f}%" in page and f"(n = {rows['test']})" in page
-    )
+    local = about["figures"]["at home"]  # style: ok (file key)
+    common = about["figures"]["in common"]  # style: ok (file key)
+    assert (local["accuracy"], local["n"]) == (client["personal"]["accuracy"], rows["test"])
+    assert (common["auroc"], common["n"]) == (client["global"]["auroc"], 90)
+    assert about["data"]["rows"] == rows and about["data"]["clients"] == 3
+    assert about["data"]["partition"]["kind"] == "dirichlet"
+    assert about["model"]["parameters"] == client["parameters"]
+    assert set(about["model"]["preprocess"]) == {"resize", "mean", "std"}
+    named = {"name": "small", "algorithm": "hybrid", "seed": 0, "rounds_completed": 1}
+    assert about["run"] == named
+    digest = hashlib.sha256((exported / "site_1.onnx").read_bytes()).hexdigest()
+    assert about["files"][0]["sha256"] == digest
+    assert about["versions"]["run"]["torch"] == torch.__version__.split("+")[0]
+    page = (exported / "site_1.md").read_text()
     for words in (
+        f"{100 * client['personal']['accuracy']:.1f}%",
+        f"(n = {rows['test']})",
+        "partition dirichlet, alpha 0.5",
         "No differential privacy was used.",
         "does not include the client's label frequencies",
         "batch × 1 × height × width",
     ):
         assert words in page
-    hetero_fl.export(run, "server", "safetensors", tmp_path)
-    figures = json.loads((tmp_path / "server.json").read_text())["figures"]
-    assert list(figures) == ["in common"]  # style: ok (file key)
-    common = figures["in common"]  # style: ok (file key)
-    assert common["accuracy"] == run.summary["server"]["last"]["accuracy"]
 
 
 def test_card_states_privacy_and_caveats(run: hetero_fl.Run, tmp_path: Path) -> None:
@@ -174,6 +169,7 @@ def test_card_states_privacy_and_caveats(run: hetero_fl.Run, tmp_path: Path) -> 
 def test_formats_of_a_model_share_one_card(run: hetero_fl.Run, tmp_path: Path) -> None:
     require_onnx()
     hetero_fl.export(run, "site_2", "safetensors", tmp_path)
+    assert not (tmp_path / "score.py").exists(), "it cannot read safetensors files"
     tensors = hetero_fl.export(run, "site_2", "safetensors", tmp_path)["site_2"]
     graph = hetero_fl.export(run, "site_2", "onnx", tmp_path)["site_2"]
     client_info = json.loads((tmp_path / "site_2.json").read_text())
@@ -182,30 +178,14 @@ def test_formats_of_a_model_share_one_card(run: hetero_fl.Run, tmp_path: Path) -
     assert "site_2.onnx` needs numpy and onnxruntime" in page
     assert "site_2.safetensors` is the file of the run and contains tensors only" in page
     assert tensors.model.read_bytes() == (run.path / "models" / "site_2.safetensors").read_bytes()
-    other = tmp_path / "other"
-    hetero_fl.export(run, "site_2", "safetensors", other)
-    # score.py cannot read safetensors files
-    assert not (other / "score.py").exists()
+    server = hetero_fl.export(run, "server", "safetensors", tmp_path)["server"]
+    figures = json.loads(server.card.with_suffix(".json").read_text())["figures"]
+    assert list(figures) == ["in common"]  # style: ok (file key)
+    common = figures["in common"]  # style: ok (file key)
+    assert common["accuracy"] == run.summary["server"]["last"]["accuracy"]
 
 
-def test_export_command_prints_the_folder(
-    run: hetero_fl.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    require_onnx()
-    command = ["export", str(run.path), "--client", "site_2", "--out", str(tmp_path)]
-    assert main(command) == 0
-    out, err = capsys.readouterr()
-    assert out.strip() == str(tmp_path)
-    assert "site_2.onnx, differs from the run's predictions by at most" in err
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "site_2.onnx",
-        "site_2.json",
-        "site_2.md",
-        "score.py",
-    }
-
-
-@pytest.mark.parametrize(
+@each_case(
     ("flags", "words"),
     [
         (["--client", "sitee_2"], "--client: no model of 'sitee_2'; did you mean 'site_2'?"),
@@ -226,10 +206,8 @@ def test_export_flags_raise_one_line(
     words: str,
 ) -> None:
     (tmp_path / "FILE").write_text("")
-    assert (
-        main(["export", str(run.path), *(f.replace("FILE", str(tmp_path / "FILE")) for f in flags)])
-        == 2
-    )
+    flags = [flag.replace("FILE", str(tmp_path / "FILE")) for flag in flags]
+    assert main(["export", str(run.path), *flags]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and words in err
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from hetero_fl.experiment.exporting.graph import (
 )
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_generator
-from tests.support.saved_models import CASES, COLUMNS, case
+from tests.support.saved_models import CASES, case
 
 
 def require_onnx() -> None:
@@ -86,7 +85,9 @@ def test_exported_file_predicts_as_the_model_for_any_batch_size(
 
 
 def check_exported_file(model: SavedModel) -> None:
-    """Check predictions of the file of a model, for valid and for invalid rows."""
+    """Check the predictions and the description of the file of a model."""
+    from onnxruntime import InferenceSession
+
     personal = model.log_prior is not None
     content = file_of(model, personal)
     score = export.load_scorer(content)
@@ -101,6 +102,14 @@ def check_exported_file(model: SavedModel) -> None:
         inputs = draw_inputs(model, 5, keyed_generator("bad"))
         inputs[input_idx][1].view(-1)[-1] = value
         assert score(inputs).isnan().all(1).tolist() == [False, True, False, False, False]
+    session = InferenceSession(content, providers=["CPUExecutionProvider"])
+    about = interface(model)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["hetero_fl"]) == about
+    for graph, described in (
+        (session.get_inputs(), about["inputs"]),
+        (session.get_outputs(), [about["output"]]),
+    ):
+        assert [each.name for each in graph] == [each["name"] for each in described]
     # no path of this machine
     assert __file__.split("/tests/")[0].encode() not in content
     assert b"site-packages" not in content
@@ -132,35 +141,7 @@ def test_two_channels_are_not_accepted_as_colors() -> None:
         preprocess_inputs(model, two)
 
 
-@pytest.mark.slow
-def test_exported_file_describes_its_interface() -> None:
-    require_onnx()
-    model = case("tabular_with_gaps")
-    about = json.loads(_embedded(file_of(model)))
-    assert about == interface(model)
-    (row,) = about["inputs"]
-    assert (
-        row["columns"] == ["weight", "pulse", "glucose"]
-        and row["gaps"]
-        and row["shape"] == ["batch", 3]
-    )
-    assert set(row["columns"]) < set(COLUMNS)
-    assert about["output"] == {"name": "probabilities", "shape": ["batch", 4], "dtype": "float32"}
-
-
-def _embedded(content: bytes) -> Any:
-    from onnxruntime import InferenceSession
-
-    session = InferenceSession(content, providers=["CPUExecutionProvider"])
-    assert [model_input.name for model_input in session.get_inputs()] == ["row"]
-    assert (
-        session.get_inputs()[0].shape == ["batch", 3]
-        and session.get_outputs()[0].name == "probabilities"
-    )
-    return session.get_modelmeta().custom_metadata_map["hetero_fl"]
-
-
-def test_image_inputs_have_symbolic_shapes() -> None:
+def test_inputs_and_outputs_are_described() -> None:
     (image,) = inputs_of(case("lenet_of_colours"))
     assert image.shape == ("channels", "height", "width")
     assert [model_input.name for model_input in inputs_of(case("multimodal"))] == [
@@ -168,3 +149,8 @@ def test_image_inputs_have_symbolic_shapes() -> None:
         "genes",
     ]
     assert inputs_of(case("lstm"))[0].shape == (20, 3)
+    about = interface(case("tabular_with_gaps"))
+    (row,) = about["inputs"]
+    assert (row["name"], row["columns"]) == ("row", ["weight", "pulse", "glucose"])
+    assert row["gaps"] and row["shape"] == ["batch", 3]
+    assert about["output"] == {"name": "probabilities", "shape": ["batch", 4], "dtype": "float32"}

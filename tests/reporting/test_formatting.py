@@ -50,25 +50,23 @@ from tests.support.cases import each_case
         (format_duration(3780), "1 h 3 min"),
         (pluralize(1, "round"), "1 round"),
         (pluralize(2000, "row"), "2,000 rows"),
+        (algorithm_name("lg_fedavg"), "LG-FedAvg"),
+        (
+            algorithm_name("hybrid:teacher=mean:heads=take"),
+            "Hybrid (teacher = mean, heads = take)",
+        ),
+        (algorithm_name("python:my.module:MyMethod"), "MyMethod"),
+        (algorithm_name("python:my.module:MyMethod:lr=1"), "MyMethod (lr = 1)"),
+        (algorithm_base("python:my.module:MyMethod:lr=1"), "python:my.module:MyMethod"),
+        (algorithm_name("tomorrow"), "tomorrow"),
     ],
 )
-def test_numbers_are_rounded_for_display(written: str, text: str) -> None:
+def test_numbers_and_names_are_formatted_for_display(written: str, text: str) -> None:
     assert written == text
 
 
 def test_smallest_number_has_few_digits() -> None:
     assert len(format_significant(5e-324)) < 30
-
-
-def test_algorithm_name() -> None:
-    assert algorithm_name("lg_fedavg") == "LG-FedAvg"
-    assert (
-        algorithm_name("hybrid:teacher=mean:heads=take") == "Hybrid (teacher = mean, heads = take)"
-    )
-    assert algorithm_name("python:my.module:MyMethod") == "MyMethod"
-    assert algorithm_name("python:my.module:MyMethod:lr=1") == "MyMethod (lr = 1)"
-    assert algorithm_base("python:my.module:MyMethod:lr=1") == "python:my.module:MyMethod"
-    assert algorithm_name("tomorrow") == "tomorrow"
 
 
 def test_better_depends_on_the_direction_of_the_metric() -> None:

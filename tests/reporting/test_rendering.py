@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hetero_fl.reporting.rendering import format_environment, format_training, render
 from tests.support.cases import each_case
 
@@ -64,31 +66,40 @@ def test_environment_rows_do_not_repeat_the_number_of_threads(reason: str) -> No
     assert rows["Threads"] == f"2 for clients, 2 for the server ({reason})"
 
 
-def test_training_settings_include_logit_adjustment() -> None:
-    settings = {"optimizer": {"lr": 0.1, "momentum": None}, "epochs": 2}
+@each_case(
+    ("settings", "kind", "text"),
+    [
+        ({}, "multiclass", ""),
+        ({"logit_adjustment": False}, "multiclass", ""),
+        (
+            {"logit_adjustment": True, "class_weights": "inverse"},
+            "multiclass",
+            ", logit adjustment, class weights",
+        ),
+        (
+            {"recalibrate": ["global_test", "local_test"], "fine_tune_epochs": 3},
+            "multiclass",
+            ", recalibrated BatchNorm statistics (global test, local test), fine-tuning epochs 3",
+        ),
+        (
+            {
+                "logit_adjustment": True,
+                "class_weights": "inverse",
+                "prior_correction": True,
+                "local_prior": True,
+                "fine_tune_epochs": 3,
+            },
+            "regression",
+            ", fine-tuning epochs 3",
+        ),
+    ],
+)
+def test_training_settings_that_have_an_effect_are_shown(
+    settings: dict[str, Any], kind: str, text: str
+) -> None:
+    common = {"optimizer": {"lr": 0.1, "momentum": None}, "epochs": 2}
 
-    assert format_training(settings) == "lr 0.1, epochs 2"
-    assert format_training({**settings, "logit_adjustment": False}) == "lr 0.1, epochs 2"
-    adjusted = format_training({**settings, "logit_adjustment": True, "class_weights": "inverse"})
-    assert adjusted == "lr 0.1, epochs 2, logit adjustment, class weights"
-    options = {"recalibrate": ["global_test", "local_test"], "fine_tune_epochs": 3}
-    assert format_training({**settings, **options}) == (
-        "lr 0.1, epochs 2, recalibrated BatchNorm statistics (global test, local test), "
-        "fine-tuning epochs 3"
-    )
-
-
-def test_training_settings_of_a_regression_leave_out_settings_of_classes() -> None:
-    settings = {
-        "epochs": 2,
-        "logit_adjustment": True,
-        "class_weights": "inverse",
-        "prior_correction": True,
-        "local_prior": True,
-        "fine_tune_epochs": 3,
-    }
-
-    assert format_training(settings, "regression") == "epochs 2, fine-tuning epochs 3"
+    assert format_training({**common, **settings}, kind) == f"lr 0.1, epochs 2{text}"
 
 
 @each_case("attack", ["membership", "inversion"])

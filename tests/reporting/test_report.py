@@ -173,9 +173,10 @@ def test_report_values_match_the_summary(made_run: MakeRun) -> None:
 
 
 @pytest.mark.slow
-def test_report_embeds_the_plots_of_the_run(made_run: MakeRun) -> None:
+def test_plots_are_reproducible_and_in_the_report(made_run: MakeRun) -> None:
     run = made_run(rounds=2)
-    drawn = [path.read_bytes() for path in write_plots(run.path)]
+    drawn, again = ([path.read_bytes() for path in write_plots(run.path)] for _ in range(2))
+    assert drawn == again
     sources = [a["src"] or "" for tag, a in read(run, pictures=True).attributes if tag == "img"]
     assert [base64.b64decode(source.partition(",")[2]) for source in sources] == drawn
 

@@ -223,27 +223,28 @@ def test_rows_without_archived_runs_cannot_be_repeated(folder: Path, runs: InPro
         repeat(folder, "first", "local/all")
 
 
-def test_a_missing_run_and_only_this_run_is_repeated(folder: Path, runs: InProcess) -> None:
+def test_a_missing_run_and_runs_of_a_changed_configuration_are_repeated(
+    folder: Path, runs: InProcess
+) -> None:
     archive = start(folder, "first")
+    num_runs = len(runs.jobs)
     rows = RunArchive(archive / "first.csv")
     removed = list(rows.rows)[2]
     before = dict(rows.rows)
     rows.arrange([key for key in rows.rows if key != removed])
-    runs.jobs.clear()
+
     start(folder, "first")
-    (job,) = runs.jobs
+
+    (job,) = runs.jobs[num_runs:]
     assert (job.variant.label, job.seed) == ("local", 1)
     after = RunArchive(archive / "first.csv").rows
     assert list(after) == list(before)
     assert {**after[removed], "seconds_total": 0} == {**before[removed], "seconds_total": 0}
 
-
-def test_a_changed_configuration_is_run_again(folder: Path, runs: InProcess) -> None:
-    start(folder, "first")
-    num_runs = len(runs.jobs)
     write(folder, {**PROTOCOL, "overrides": ["clients.defaults.batch_size=16"]})
-    archive = start(folder, "first")
-    assert len(runs.jobs) >= 2 * num_runs - 2, "tuning and reported runs, up to the widened grids"
+    start(folder, "first")
+    # Tuning and reported runs, up to the widened grids.
+    assert len(runs.jobs) >= 2 * num_runs - 1
     hashes = {row["config_hash"] for row in RunArchive(archive / "first.csv").rows.values()}
     assert len(hashes) == 2
 
@@ -259,23 +260,19 @@ def test_diverged_trials_are_archived_without_a_score(folder: Path, runs: InProc
     assert "0.1: diverged" in (archive / "results.md").read_text(encoding="utf-8")
 
 
-def test_failed_reported_runs_are_listed_and_the_others_archived(
-    folder: Path, runs: InProcess
-) -> None:
-    runs.edit = lambda job: (
-        "no space\nleft" if (job.variant.label, job.seed) == ("local", 1) else None
-    )
-    words = r"1 run failed\nfirst: local .* seed 1: no space left"
-    with pytest.raises(RunFailedError, match=words):
-        start(folder, "first")
-    assert len(RunArchive(folder.parent / "archive" / "first.csv").rows) == 3
-
-
-def test_killed_trials_are_not_archived(folder: Path, runs: InProcess) -> None:
+def test_killed_trials_and_failed_runs_are_not_archived(folder: Path, runs: InProcess) -> None:
+    archive = folder.parent / "archive"
     runs.edit = lambda _job: KILLED
     with pytest.raises(RunFailedError, match="its process was killed"):
         start(folder, "first")
-    assert not RunArchive(folder.parent / "archive" / "first_tuning.csv").rows
+    assert not RunArchive(archive / "first_tuning.csv").rows
+
+    failing = ("local", 1)
+    runs.edit = lambda job: "no space\nleft" if (job.variant.label, job.seed) == failing else None
+    words = r"1 run failed\nfirst: local .* seed 1: no space left"
+    with pytest.raises(RunFailedError, match=words):
+        start(folder, "first")
+    assert len(RunArchive(archive / "first.csv").rows) == 3
 
 
 def test_a_paused_benchmark_continues(folder: Path, runs: InProcess) -> None:

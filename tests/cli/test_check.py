@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from unittest.mock import Mock
+from unittest import mock
 
 import pytest
 import torch
@@ -58,33 +58,28 @@ def remove(name: str) -> Damage:
     return lambda path: (path / name).unlink()
 
 
+def rewrite(name: str, change: Callable[[bytes], bytes]) -> Damage:
+    """Change the content of a file."""
+
+    def damage(path: Path) -> None:
+        content = (path / name).read_bytes()
+        assert change(content) != content
+        (path / name).write_bytes(change(content))
+
+    return damage
+
+
 def replace(name: str, old: str, new: str) -> Damage:
-    def damage(path: Path) -> None:
-        text = (path / name).read_text()
-        assert old in text
-        (path / name).write_text(text.replace(old, new, 1))
-
-    return damage
+    return rewrite(name, lambda content: content.replace(old.encode(), new.encode(), 1))
 
 
-def lines(change: Callable[[list[str]], list[str]]) -> Damage:
-    """Change the lines of `metrics.jsonl`."""
-
-    def damage(path: Path) -> None:
-        file = path / "metrics.jsonl"
-        file.write_text("".join(change(file.read_text().splitlines(keepends=True))))
-
-    return damage
+def lines(change: Callable[[list[bytes]], list[bytes]]) -> Damage:
+    return rewrite("metrics.jsonl", lambda content: b"".join(change(content.splitlines(True))))
 
 
 def flip(name: str) -> Damage:
     """Invert the bits of the last byte."""
-
-    def damage(path: Path) -> None:
-        data = (path / name).read_bytes()
-        (path / name).write_bytes(data[:-1] + bytes([data[-1] ^ 255]))
-
-    return damage
+    return rewrite(name, lambda content: content[:-1] + bytes([content[-1] ^ 255]))
 
 
 def folder_at(name: str) -> Damage:
@@ -101,10 +96,8 @@ def no_checkpoints(path: Path) -> None:
     shutil.rmtree(path / "checkpoint")
 
 
-def edit(line: str) -> str:
-    record = json.loads(line)
-    record["up_bytes"] += 1
-    return json.dumps(record) + "\n"
+def edit(line: bytes) -> bytes:
+    return line.replace(b'"up_bytes": ', b'"up_bytes": 1')
 
 
 FINISHED = {
@@ -129,7 +122,7 @@ FINISHED = {
         "metrics.jsonl: line 3: expected round 3, got round 2",
     ),
     "half a line": (
-        lines(lambda kept: [kept[0], kept[1][:9] + "\n", *kept[2:]]),
+        lines(lambda kept: [kept[0], kept[1][:9] + b"\n", *kept[2:]]),
         "metrics.jsonl: line 2: expected the record of a round",
     ),
     "line edited": (
@@ -440,37 +433,23 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def test_run_stopped_in_first_round_requires_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_run_stopped_at_its_start_requires_a_checkpoint_or_restarts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(SynchronousTrainer, "run_round", Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(Interrupted):
-            run(SOURCE, out=tmp_path / "a")
-    assert main(["check", str(tmp_path / "a")]) == 0
-    no_checkpoints(tmp_path / "a")
-    capsys.readouterr()
+    for owner, name in ((SynchronousTrainer, "run_round"), (Checkpoints, "save")):
+        with (
+            mock.patch.object(owner, name, side_effect=KeyboardInterrupt),
+            pytest.raises(Interrupted),
+        ):
+            run(SOURCE, out=tmp_path / name)
+        assert main(["check", str(tmp_path / name)]) == 0
 
-    assert main(["check", str(tmp_path / "a")]) == 2
-
-    assert (
-        "checkpoint: missing, although log.txt shows that the run has started"
-        in capsys.readouterr().err
-    )
-
-
-def test_run_stopped_before_first_checkpoint_restarts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(Checkpoints, "save", Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(Interrupted):
-            run(SOURCE, out=tmp_path / "a")
-    assert main(["check", str(tmp_path / "a")]) == 0
-
-    assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
-
-    assert main(["check", str(tmp_path / "a")]) == 0
+    no_checkpoints(tmp_path / "run_round")
+    assert main(["check", str(tmp_path / "run_round")]) == 2
+    missing = "checkpoint: missing, although log.txt shows that the run has started"
+    assert missing in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(tmp_path / "save")]) == 0
+    assert main(["check", str(tmp_path / "save")]) == 0
 
 
 def test_checkpoint_of_another_run_is_refused(

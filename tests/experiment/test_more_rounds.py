@@ -242,6 +242,8 @@ def test_resume_refuses_changes_other_than_more_rounds(
     assert refusal(short, capsys, "rounds=7", "seed=3") == f"{differs}seed: was 0, is now 3"
     epochs = refusal(short, capsys, "clients.groups.0.epochs=2")
     assert epochs == f"{differs}clients.groups.0.epochs: was not set, is now 2"
+    (short / "models" / "site_1.safetensors").unlink()
+    assert "models/site_1.safetensors: missing" in refusal(short, capsys, "rounds=7")
 
 
 def test_run_on_nodes_cannot_be_extended(tmp_path: Path) -> None:
@@ -305,12 +307,3 @@ def test_final_evaluation_does_not_stop_an_extension(tmp_path: Path) -> None:
 
     run({**source, "rounds": 6}, out=tmp_path / "b")
     assert results(tmp_path / "a") == results(tmp_path / "b")
-
-
-def test_damaged_run_cannot_be_extended(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (short / "models" / "site_1.safetensors").unlink()
-
-    assert main(["train", "--resume", "--out", str(short), "rounds=7"]) == 2
-
-    assert "models/site_1.safetensors: missing" in capsys.readouterr().err
-    assert (short / "summary.json").exists()

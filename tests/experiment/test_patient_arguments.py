@@ -20,6 +20,7 @@ from hetero_fl.experiment import PreparedRun
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
 from tests.support.cases import each_case
+from tests.support.mistakes import refusal
 
 COLUMNS = ["a", "b", "c"]
 
@@ -433,44 +434,28 @@ def test_equal_answers_of_dependent_questions_are_no_warnings_unless_a_set_is_co
     assert any("global test set contains rows" in note for note in warnings_of(copied))
 
 
-@pytest.mark.parametrize("in_files", [False, True])
-@pytest.mark.parametrize("is_pooled", [False, True])
-def test_client_with_few_rows_is_refused_from_objects_and_files(
-    in_files: bool, is_pooled: bool, tmp_path: Path
-) -> None:
-    sets = {"few": frame(19, 1), "many": frame(20, 1, seed=1), "main": frame(60, 1, seed=2)}
-    sets = {name: each.drop(columns="pid") for name, each in sets.items()}
-    for name, each in sets.items():
-        each.to_csv(tmp_path / f"{name}.csv", index=False)
-    own = [
-        {"name": name, "data": {"name": "table", "path": str(tmp_path / f"{name}.csv")}}
-        for name in ("few", "many")
-    ]
-    main = {"name": "table", "path": str(tmp_path / "main.csv"), "label": "ill"}
+def test_client_with_few_rows_is_refused_from_objects_and_files(tmp_path: Path) -> None:
     cure = "data.partition.min_size=19"
-    if in_files:
-        federation = hfl.Federation.from_config(
-            {
-                "data": {"name": "table", "label": "ill"} if is_pooled else main,
-                "clients": {
-                    "defaults": {"model": "mlp"},
-                    "groups": own if is_pooled else [*own, {"name": "rest"}],
-                },
-            }
-        )
-    else:
-        named = [hfl.Client(n, model="mlp", data=sets[n]) for n in ("few", "many")]
-        test = None if is_pooled else sets["main"]
-        federation = hfl.Federation(named, test=test, label="ill")
+    sets = {"few": frame(19, 1), "many": frame(20, 1, seed=1)}
+    objects, files = [], []
+    for name, table in sets.items():
+        path = tmp_path / f"{name}.csv"
+        table.drop(columns="pid").to_csv(path, index=False)
+        objects.append(hfl.Client(name, model="mlp", data=table.drop(columns="pid")))
+        files.append({"name": name, "data": {"name": "table", "path": str(path)}})
+    config = {
+        "data": {"name": "table", "label": "ill"},
+        "clients": {"defaults": {"model": "mlp"}, "groups": files},
+    }
 
-    with pytest.raises(UserError) as caught:
-        federation.prepare(hfl.FedAvg())
-
-    assert "'few': data: has 19 rows, fewer than data.partition.min_size=20" in str(caught.value)
-    assert f'pass overrides=["{cure}"]' in str(caught.value) or (
-        in_files and f"set {cure}" in str(caught.value)
-    )
-    assert federation.prepare(hfl.FedAvg(), overrides=[cure]).data.n_rows("few", "train") > 0
+    for own, advice in (
+        (hfl.Federation(objects, label="ill"), f'pass overrides=["{cure}"]'),
+        (hfl.Federation.from_config(config), cure),
+    ):
+        message = refusal(own.prepare, hfl.FedAvg())
+        assert "'few': data: has 19 rows, fewer than data.partition.min_size=20" in message
+        assert advice in message
+        assert own.prepare(hfl.FedAvg(), overrides=[cure]).data.n_rows("few", "train") > 0
 
 
 def test_fewer_rows_than_classes_are_a_warning() -> None:

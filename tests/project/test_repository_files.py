@@ -13,7 +13,6 @@ from tests.support.cases import each_case
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-PAGES = ["CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "SECURITY.md"]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 

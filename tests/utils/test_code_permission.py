@@ -256,15 +256,19 @@ def test_flag_permits_code(trap: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.slow
 def test_comparison_processes_inherit_the_permission(
-    trap: str, capsys: pytest.CaptureFixture[str]
+    trap: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
     file = written(config("local", f"{trap}Net", 2, rounds=1, **BARE))
-    methods = f"local,{trap}Method"
-    assert (
-        main(["compare", "--config", file, "--algorithms", methods, "--out", "all", "--allow-code"])
-        == 0
-    )
+    compare = ["compare", "--config", file, "--algorithms", f"local,{trap}Method"]
+    assert main([*compare, "--out", "all", "--allow-code"]) == 0
     assert "Method" in capsys.readouterr().out
+    with pytest.raises(UserError, match="names code; pass allow_code=True"):
+        hetero_fl.compare(file, ["local"], out="other")
+
+    # A program may name a method.
+    file = written(config("local", "mlp", 2, rounds=1, **BARE))
+    assert (hetero_fl.compare(file, [f"{trap}Method"], out="own").path / "comparison.csv").exists()
 
 
 OTHERS = [
@@ -336,19 +340,6 @@ def test_run_allows_code_named_by_the_program(trap: str) -> None:
     with pytest.raises(UserError, match="names code"):
         load_config(file, [f"clients.defaults.objective={trap}Loss"])
     assert load_config(file, allow_code=True).algorithm["name"] == f"{trap}Method"
-
-
-@pytest.mark.slow
-def test_compare_allows_methods_named_by_the_program(
-    trap: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
-    file = written(config("local", "mlp", 2, rounds=1, **BARE))
-    out = hetero_fl.compare(file, [f"{trap}Method"], out="all").path
-    assert (out / "comparison.csv").exists()
-    file = written(config("local", f"{trap}Net", 2, rounds=1, **BARE))
-    with pytest.raises(UserError, match="names code; pass allow_code=True"):
-        hetero_fl.compare(file, ["local"], out="other")
 
 
 def test_file_changed_during_compare_runs_no_code(
@@ -474,8 +465,6 @@ def test_init_from_refuses_models_that_name_code(
     file = written(config("local", "mlp", 2, init_from="run", **BARE))
     line = refused_line(["train", "--config", file, "--out", "next"], capsys)
     assert line.startswith("init_from: run/models/site_1.safetensors: architecture.name: 'python:")
-    with pytest.raises(UserError, match="names code"):
-        hetero_fl.run(config("local", "mlp", 2, init_from="run", **BARE), out="next")
     assert not Path("imported").exists()
 
 

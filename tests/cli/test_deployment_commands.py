@@ -44,16 +44,6 @@ def written(folder: Path, source: dict[str, Any], name: str = "small.yaml") -> P
     return folder / name
 
 
-def printed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the one line that a user error prints."""
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert (
-        captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    )
-    return captured.err
-
-
 @pytest.fixture
 def without_flower(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Hide Flower, and forget modules that were imported without it."""
@@ -85,18 +75,10 @@ def test_missing_flower_names_the_extra(
     main(["certificates", str(net), "--host", "127.0.0.1", "--clients", "site_1,site_2,site_3"])
     capsys.readouterr()
     more = ["--server", str(net / "server" / "server.yaml")] if command == "server" else []
-    line = printed([command, "--config", str(file), "--out", str(tmp_path / "out"), *more], capsys)
-    assert "pip install 'hetero_fl[flower]'" in line
+    assert main([command, "--config", str(file), "--out", str(tmp_path / "out"), *more]) == 2
+    error = capsys.readouterr().err
+    assert "pip install 'hetero_fl[flower]'" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_check_prints_the_same_as_train(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    printed = []
-    for command in ("train", "federate"):
-        assert main([command, "--config", str(file), "--check"]) == 0
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1] and "cost of fedavg" in printed[0]
-    assert "data: digits, 10 classes; method: fedavg; 3 clients" in printed[0]
 
 
 @contextmanager
@@ -180,7 +162,7 @@ needs_processes = pytest.mark.skipif(
 
 
 @pytest.mark.slow
-def test_federate_runs_code_only_with_permission(tmp_path: Path) -> None:
+def test_federate_runs_code_with_permission(tmp_path: Path) -> None:
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
     code = "from hetero_fl.algorithms import FedAvg\n\nclass Mine(FedAvg):\n    pass\n"
     (tmp_path / "own_method_of_nodes.py").write_text(code)
@@ -188,9 +170,7 @@ def test_federate_runs_code_only_with_permission(tmp_path: Path) -> None:
     written(tmp_path, config(name, "linear", 2, rounds=1, **SERIAL))
     command = ["federate", "--config", "small.yaml", "--out", "out"]
 
-    with started(*command, cwd=tmp_path, log=log) as process:
-        assert ended(process, log) == 2, log.read_text()
-    assert f"'{name}' names code; pass --allow-code" in log.read_text()
+    # Without the flag, the command refuses the code; see tests/utils/test_code_permission.py.
     with started(*command, "--allow-code", cwd=tmp_path, log=log) as process:
         assert ended(process, log) == 0, log.read_text()
 

@@ -25,11 +25,16 @@ from hetero_fl.reporting.run_directory import RunDirectory, lock_folder
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.processes import UNGUARDED
 from hetero_fl.utils.recorded_warnings import RecordedWarning
+from tests.support.cases import each_case
 from tests.support.federations import config
 
 ROOT = Path(__file__).parents[2]
 # timeout in seconds; the machine may be busy
 TIMEOUT = 300.0
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+DENSE = "dense:synthesis_epochs=1:generator_steps=1:student_steps=1"
 
 
 def small(**changes: Any) -> dict[str, Any]:
@@ -72,35 +77,29 @@ def test_unexpected_exception_fails_only_its_run(
 
 
 @pytest.mark.slow
-def test_settings_derived_by_a_method_do_not_differ(tmp_path: Path, in_process: list[str]) -> None:
-    method = "dense:synthesis_epochs=1:generator_steps=1:student_steps=1"
-    # the second comparison finds a student that the first derived
-    for seeds in ([0], [0, 1]):
-        compare(small(), [method], seeds, out=tmp_path / "out")
-    with pytest.raises(UserError, match=r"algorithm\.student: was 'site_1', is now 'site_2'"):
-        compare(small(), [f"{method}:student=site_2"], [0], out=moved(tmp_path / "out", method))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [("fedasync", {}), ("fedavg", {"privacy": {"unit": "record", "target_epsilon": 8.0}})],
-    ids=["mode", "noise"],
+@each_case(
+    ("method", "changes"),
+    [
+        (DENSE, {}),
+        ("fedasync", {}),
+        ("fedavg", {"privacy": {"unit": "record", "target_epsilon": 8.0}}),
+    ],
 )
-def test_settings_derived_by_a_run_do_not_differ(
-    name: str, changes: dict[str, Any], tmp_path: Path, in_process: list[str]
+def test_derived_settings_do_not_differ(
+    method: str, changes: dict[str, Any], tmp_path: Path, in_process: list[str]
 ) -> None:
+    # The second comparison finds the student, mode or noise that the first derived.
     for seeds in ([0], [0, 1]):
-        out = compare(small(**changes), [name], seeds, out=tmp_path / "out").path
-    assert len(list((out / "runs").iterdir())) == 2
+        runs = compare(small(**changes), [method], seeds, out=tmp_path / "out").path / "runs"
 
-
-def moved(out: Path, method: str) -> Path:
-    """Rename the first run as if it had been made with another student; return the folder."""
-    variant = Variant.parse(f"{method}:student=site_2")
-    name = run_folder(Variant.parse(method), (), 0)
-    (out / "runs" / name).rename(out / "runs" / run_folder(variant, (), 0))
-    return out
+    assert len(list(runs.iterdir())) == 2
+    if method == DENSE:
+        # As if the first run had been made with another student.
+        other = f"{DENSE}:student=site_2"
+        first, renamed = (run_folder(Variant.parse(each), (), 0) for each in (DENSE, other))
+        (runs / first).rename(runs / renamed)
+        with pytest.raises(UserError, match=r"algorithm\.student: was 'site_1', is now 'site_2'"):
+            compare(small(), [other], [0], out=tmp_path / "out")
 
 
 def test_names_of_run_folders_are_unique_and_short() -> None:
@@ -111,13 +110,6 @@ def test_names_of_run_folders_are_unique_and_short() -> None:
     long = {run_folder(variant, point, seed) for point in points for seed in (0, 1)}
     assert len(long) == 4
     assert max(map(len, long)) < 220
-
-
-def test_compare_gives_each_run_one_core(tmp_path: Path) -> None:
-    compare(small(), ["local"], [0, 1], out=tmp_path / "out", jobs=2)
-    for seed in (0, 1):
-        log = (tmp_path / f"out/runs/local-seed{seed}/log.txt").read_text()
-        assert "serial executor: one core" in log
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
@@ -138,9 +130,10 @@ def test_killed_process_fails_only_its_run(tmp_path: Path) -> None:
         f"{killed} seed 0: its process was killed, possibly for lack of memory; run the command "
         "again to continue",
     ]
-    assert all(
-        RunDirectory(tmp_path / f"out/runs/{name}-seed0").finished for name in ("local", "fedavg")
-    )
+    for name in ("local", "fedavg"):
+        directory = RunDirectory(tmp_path / f"out/runs/{name}-seed0")
+        assert directory.finished
+        assert "serial executor: one core" in (directory.path / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("call", [run, compare])
@@ -168,8 +161,20 @@ def test_script_without_main_guard_raises_one_error_unless_from_standard_input(
     other = tmp_path / "other"
     other.mkdir()
 
-    completed = run_python("script.py", tmp_path)
-    from_input = run_python("-", other, standard_input=UNGUARDED_SCRIPT)
+    runs = [("script.py", tmp_path, None), ("-", other, UNGUARDED_SCRIPT)]
+    completed, from_input = (
+        subprocess.run(
+            [sys.executable, script],
+            input=standard_input,
+            check=False,
+            cwd=folder,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+        for script, folder, standard_input in runs
+    )
 
     assert completed.returncode == 1 and completed.stderr.count("Traceback") == 1
     line = completed.stderr.splitlines()[-1]
@@ -177,25 +182,6 @@ def test_script_without_main_guard_raises_one_error_unless_from_standard_input(
     assert "if __name__ == '__main__':" in line
     assert from_input.returncode == 0, from_input.stderr
     assert RunDirectory(other / "out/runs/local-seed1").finished
-
-
-def run_python(
-    script: str, folder: Path, standard_input: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, script],
-        input=standard_input,
-        check=False,
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
@@ -220,7 +206,7 @@ def test_interrupted_comparison_prints_its_command(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, script, *long],
         cwd=tmp_path,
-        env=environment(),
+        env=ENVIRONMENT,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -74,6 +74,11 @@ def test_streamed_run_equals_run_in_memory(method: str, folder: Path, tmp_path: 
         {"clients__defaults__recalibrate": ["global_test", "local_test"]},
         {"attacks": {"name": "label_flip", "clients": ["site_2"]}},
         {"runtime__executor": "batched"},
+        {
+            "privacy": {"unit": "record", "clip": 1.0, "noise_multiplier": 1.0},
+            "clients__defaults__preprocess": {},
+            "clients__groups": [{"name": "site", "count": 4, "model": "cnn_gn_small"}],
+        },
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -87,14 +92,6 @@ def test_streamed_options_equal_those_in_memory(
         reference["runtime"] = {**reference["runtime"], "executor": "serial"}
 
     assert_equal_results(source, reference, tmp_path)
-
-
-def test_private_training_reads_batches(folder: Path, tmp_path: Path) -> None:
-    source = streamed(folder, privacy={"unit": "record", "clip": 1.0, "noise_multiplier": 1.0})
-    source["clients"]["defaults"].pop("preprocess")
-    source["clients"]["groups"][0]["model"] = "cnn_gn_small"
-
-    assert_equal_results(source, in_memory(source), tmp_path)
 
 
 def test_clients_read_folders_of_their_own(folder: Path, tmp_path: Path) -> None:

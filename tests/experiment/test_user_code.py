@@ -140,21 +140,11 @@ def test_loss_function_equals_the_supervised_loss() -> None:
     assert same_models(train(own, hfl.FedAvg()), plain)
 
 
-def test_optimizer_function_equals_the_built_in_optimizer() -> None:
-    sgd = hfl.SGD(lr=0.05, momentum=0.9, weight_decay=0.01)
-    own = federation(
-        optimizer=lambda parameters: torch.optim.SGD(
-            parameters, lr=0.05, momentum=0.9, weight_decay=0.01, fused=True
-        )
-    )
-
-    assert same_models(train(own), train(federation(optimizer=sgd)))
-
-
-def test_learning_rate_of_an_optimizer_function_follows_the_schedule() -> None:
+def test_optimizer_function_with_a_schedule_equals_the_built_in_optimizer() -> None:
     schedule = ["clients.defaults.optimizer.schedule=cosine"]
-    sgd = federation(optimizer=hfl.SGD(lr=0.05))
-    own = federation(optimizer=lambda p: torch.optim.SGD(p, lr=0.05, fused=True))
+    settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+    sgd = federation(optimizer=hfl.SGD(**settings))
+    own = federation(optimizer=lambda p: torch.optim.SGD(p, **settings, fused=True))
 
     first, second = (train(each, overrides=[*QUIET, *schedule]) for each in (sgd, own))
 

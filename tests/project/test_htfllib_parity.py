@@ -83,17 +83,6 @@ def test_outputs_belong_to_a_split_which_depends_on_the_seed_only(
     assert first == again != changed
 
 
-def test_existing_folder_is_not_overwritten(
-    split: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["htfllib_split", "--out", str(split)])
-
-    with pytest.raises(SystemExit):
-        write_split_command()
-
-    assert "already exists; choose another folder" in capsys.readouterr().err
-
-
 @each_case("family", ["digits", "HtFE-img-4"])
 def test_models_have_pooled_features(family: str) -> None:
     side = 16 if family == "digits" else 32
@@ -190,12 +179,19 @@ def test_outputs_of_other_settings_are_not_used(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_one_line(
-    split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    split: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(UserError, match=r"folder '.*none' not found"):
         parity.Split.read(tmp_path / "none")
     with pytest.raises(SystemExit, match="--methods: unknown method 'fedproto'; choose from Local"):
         parity.select_methods("fedproto")
+    monkeypatch.setattr("sys.argv", ["htfllib_split", "--out", str(split)])
+    with pytest.raises(SystemExit):
+        write_split_command()
+    assert "already exists; choose another folder" in capsys.readouterr().err
     for options, words in (
         ([str(tmp_path / split.name)], "--data: two folders have the same name"),
         (["--htfllib", str(tmp_path)], "--htfllib: .*: folder 'system/flcore' not found"),

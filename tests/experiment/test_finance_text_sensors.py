@@ -133,24 +133,16 @@ def test_methods_train_on_tokens(method: str) -> None:
 
 
 @pytest.mark.slow
-def test_token_models_are_equal_in_both_backends() -> None:
-    torch.set_default_dtype(torch.float64)
-    try:
-        own = json.dumps(
-            [{"name": "phone", "count": 12, "model": ["text_cnn", "text_transformer"]}]
-        )
-        small = ["clients.defaults.steps=3", "data.proxy.size=40", f"clients.groups={own}"]
-        runs = [
-            run_two_rounds("text_hetero", *small, f"runtime.executor={executor}")
-            for executor in ("serial", "batched")
-        ]
-        one, other = (r.server.models for r in runs)
-        assert one.keys() == other.keys()
-        for slot in one:
-            for n, t in one[slot].items():
-                torch.testing.assert_close(t, other[slot][n], rtol=1e-6, atol=1e-8)
-    finally:
-        torch.set_default_dtype(torch.float32)
+def test_token_models_are_equal_in_both_backends(float64: None) -> None:
+    own = json.dumps([{"name": "phone", "count": 12, "model": ["text_cnn", "text_transformer"]}])
+    small = ["clients.defaults.steps=3", "data.proxy.size=40", f"clients.groups={own}"]
+
+    serial, batched = (
+        run_two_rounds("text_hetero", *small, f"runtime.executor={executor}").server.models
+        for executor in ("serial", "batched")
+    )
+
+    torch.testing.assert_close(serial, batched, rtol=1e-6, atol=1e-8)
 
 
 def test_metrics_of_many_classes() -> None:

@@ -8,18 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.communication.protocol import DirectProtocol
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import load_source
 from hetero_fl.data.sources.synthetic import HOSPITALS, make_profiles
-from hetero_fl.engine.device_memory import DeviceMemory
-from hetero_fl.engine.serial import SerialBackend
-from hetero_fl.engine.vectorized import VectorizedBackend
-from hetero_fl.experiment import PreparedRun, prepare
-from hetero_fl.experiment.configuration import load_config
-from hetero_fl.federation.client_runtime import ClientRuntime
-from hetero_fl.federation.executors.base import InProcessExecutor
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.experiment import PreparedRun, prepare, run
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
 from tests.support.federations import METHODS, deployed, same_bits
@@ -225,43 +217,19 @@ def test_model_blocks_match_the_data_of_the_hospital() -> None:
     assert [arch.input_shape for arch in archs.values()] == [(846,), (1, 28, 28), (61,)]
 
 
-def test_invalid_shares_raise_one_line() -> None:
-    with pytest.raises(
-        UserError,
-        match=r"shares: no model has a tensor with prefix 'backbone\.imag\.'; "
-        r"did you mean 'backbone.image.'",
-    ):
-        reduced("fedavg", "clients.defaults.shares=[backbone.imag.]")
-    with pytest.raises(
-        UserError,
-        match=r"'backbone' cannot be combined with 'backbone\.image\.'",
-    ):
-        load_config(CONFIG, ["clients.defaults.shares=[backbone,backbone.image.]"])
-    with pytest.raises(UserError, match="unknown value 'backbones'; did you mean 'backbone'"):
-        load_config(CONFIG, ["clients.defaults.shares=[backbones]"])
-
-
 @pytest.mark.slow
-def test_block_dropout_is_equal_in_both_backends(float64: None) -> None:
-    messages: list[str] = []
-    results = []
-    for backend in (
-        SerialBackend(DeviceMemory(torch.device("cpu"))),
-        VectorizedBackend(DeviceMemory(torch.device("cpu")), messages.append),
-    ):
-        run = reduced("hybrid")
-        site = ClientRuntime(run.method, run.federation, StateStore(), backend, DirectProtocol())
-        executor = InProcessExecutor(site, chunk=100)
-        rounds = SynchronousTrainer(run.method, run.federation, executor)
-        rounds.run_round()
-        rounds.run_round()
-        ids = run.federation.client_infos
-        results.append(
-            {client_id: rounds.store.get(client_id).models["model"] for client_id in ids}
-        )
+def test_block_dropout_is_equal_in_both_backends(float64: None, tmp_path: Path) -> None:
+    common = [*REDUCED, "algorithm.name=hybrid", "output.plots=false", "output.report=false"]
 
-    assert messages == []
-    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
+    serial, batched = (
+        run(CONFIG, overrides=[*common, f"runtime.executor={executor}"], out=tmp_path / executor)
+        for executor in ("serial", "batched")
+    )
+
+    assert "cannot be vectorized" not in (batched.path / "log.txt").read_text()
+    for client, model in serial.models.items():
+        found = batched.models[client].tensors
+        torch.testing.assert_close(model.tensors, found, rtol=1e-8, atol=1e-8)
 
 
 def test_hospitals_have_their_documented_blocks() -> None:

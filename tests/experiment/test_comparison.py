@@ -6,10 +6,10 @@ import csv
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from hetero_fl import Comparison
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.cli import main
 from hetero_fl.experiment import compare
@@ -84,30 +84,25 @@ def test_report_shows_candidates_with_validation_scores(
     tmp_path: Path, in_process: list[str]
 ) -> None:
     grid = {"clients.defaults.optimizer.lr": ["1e-9", "0.05"]}
-    compare(small(), "local,fedavg", [0, 1], out=tmp_path / "out", grid=grid)
-    out = tmp_path / "out"
-    text, page = (out / "comparison.md").read_text(), (out / "report.html").read_text()
-    section = text.partition("## Tuning candidates")[2].partition("## Details")[0]
+    compare(small(), "local,fedavg", [0, 1], out=tmp_path, grid=grid)
+    text, page = (tmp_path / name for name in ("comparison.md", "report.html"))
+    section = text.read_text().partition("## Tuning candidates")[2].partition("## Details")[0]
+
     for name in ("local", "fedavg"):
-        for value in ("1e-9", "0.05"):
-            both = []
-            for seed in (0, 1):
-                point = f"clients.defaults.optimizer.lr={value.replace('-', '_')}"
-                both.append(
-                    Run(out / "runs" / f"{name}-{point}-seed{seed}").metrics[-1]["validation"]
-                )
-            scores = [
-                v[which]["balanced_accuracy"] for v in both for which in ("personal", "global")
-            ]
-            shown = f"{100 * fmean(scores):.1f}"
-            (line,) = [
-                row
-                for row in section.splitlines()
-                if algorithm_name(name) in row and f"lr={value} " in row
-            ]
-            assert line.split("|")[3].strip() in (shown, f"**{shown}**")
-            assert f'<td class="text">clients.defaults.optimizer.lr={value}</td>' in page
-        assert section.count("**") == 4
+        scores = []
+        for seed in (0, 1):
+            folder = f"{name}-clients.defaults.optimizer.lr=0.05-seed{seed}"
+            found = Run(tmp_path / "runs" / folder).metrics[-1]["validation"]
+            scores += [found[test]["balanced_accuracy"] for test in ("personal", "global")]
+        start = f"| {algorithm_name(name)} "
+        rows = [row for row in section.splitlines() if row.startswith(start)]
+        (line,) = (row for row in rows if "lr=0.05 " in row)
+        assert line.split("|")[3].strip() == f"**{100 * fmean(scores):.1f}**"
+        assert len(rows) == 2 and "lr=1e-9 " in "".join(rows)
+    for value in grid["clients.defaults.optimizer.lr"]:
+        cell = f'<td class="text">clients.defaults.optimizer.lr={value}</td>'
+        assert cell in page.read_text()
+    assert section.count("**") == 4
 
 
 def test_choice_uses_the_metric_of_the_task(
@@ -173,28 +168,13 @@ def test_label_gives_name_and_overrides(label: str, base: str, name: str) -> Non
     assert variant.overrides[0] == f"algorithm.name={base}" and len(variant.overrides) == 3
 
 
-def test_grid_accepts_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options_of_compare: dict[str, Any] = {}
+def test_grid_accepts_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = Mock(side_effect=RunFailedError("stopped"))
+    monkeypatch.setattr("hetero_fl.experiment.compare", stopped)
+    command = "compare -c c.yaml --algorithms heterofl --out o --grid algorithm.widths=[1,0.5],[1]"
 
-    def record_options(*_: Any, **options: Any) -> Comparison:
-        options_of_compare.update(options)
-        for name in ("comparison.md", "comparison.csv"):
-            (tmp_path / name).write_text("")
-        return Comparison(tmp_path)
-
-    monkeypatch.setattr("hetero_fl.experiment.compare", record_options)
-    command = [
-        "--config",
-        "c.yaml",
-        "--algorithms",
-        "heterofl",
-        "--out",
-        "o",
-        "--grid",
-        "algorithm.widths=[1,0.5],[1]",
-    ]
-    assert main(command, command="compare") == 0
-    assert options_of_compare["grid"] == {"algorithm.widths": ["[1,0.5]", "[1]"]}
+    assert main(command.split()) == 1
+    assert stopped.call_args.kwargs["grid"] == {"algorithm.widths": ["[1,0.5]", "[1]"]}
 
 
 def test_all_selects_the_methods_that_the_configuration_allows(

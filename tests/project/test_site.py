@@ -7,10 +7,7 @@ import posixpath
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -169,44 +166,6 @@ def test_example_of_docstring_is_a_section_of_examples() -> None:
     assert examples.value == [(griffe.DocstringSectionKind.examples, ">>> one()\n1")]
 
 
-class Targets(HTMLParser):
-    """Collect the links and the anchors of a page.
-
-    Args:
-        page: Content of the page.
-    """
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.anchors: set[str] = set()
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Add the addresses and the names of an element."""
-        found = {name: value for name, value in attrs if value}
-        self.links += [found[name] for name in ("href", "src") if name in found and tag != "link"]
-        self.anchors |= {found[name] for name in ("id", "name") if name in found}
-
-
-def broken_links(site: Path) -> Iterator[str]:
-    """Yield the links of all pages that lead to no file or no anchor of the site."""
-    pages = {
-        page.resolve(): Targets(page.read_text(encoding="utf-8")) for page in site.rglob("*.html")
-    }
-    for page, targets in pages.items():
-        for link in targets.links:
-            url = urlsplit(link)
-            # The address of the page for unknown addresses starts at the root.
-            if url.scheme or url.netloc or page.name == "404.html":
-                continue
-            target = (page.parent / unquote(url.path)).resolve() if url.path else page
-            target = target / "index.html" if target.is_dir() else target
-            anchor = unquote(url.fragment)
-            if not target.is_file() or (anchor and anchor not in pages[target].anchors):
-                yield f"{page.relative_to(site.resolve())}: {link}"
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of the site, built without warnings."""
@@ -228,8 +187,3 @@ def test_site_builds_without_warnings(site: Path) -> None:
     assert (site / "source" / "configs" / "medical_hetero.yaml" / "index.html").is_file()
     # Nothing is loaded from other servers.
     assert not re.findall(r'(?:src|href)="https?://[^"]+\.(?:js|css)', start)
-
-
-@pytest.mark.slow
-def test_each_link_of_the_site_leads_to_a_page_and_an_anchor(site: Path) -> None:
-    assert not list(broken_links(site))

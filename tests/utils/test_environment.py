@@ -13,17 +13,16 @@ from hetero_fl.utils.environment import describe_environment
 from tests.support.cases import each_case
 
 
-@each_case("device", ["cpu", "mps"])
-def test_environment_without_cuda(device: str) -> None:
-    assert describe_environment({"device": device, "threads": 1})["device"] == device
-
-
-def test_environment_names_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+@each_case(
+    ("device", "text"),
+    [("cpu", "cpu"), ("mps", "mps"), ("cuda:0", "cuda:0 (Model of cuda:0)")],
+)
+def test_environment_names_the_device(
+    device: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Model of {device}")
-    assert (
-        describe_environment({"device": "cuda:0", "threads": 1})["device"]
-        == "cuda:0 (Model of cuda:0)"
-    )
+
+    assert describe_environment({"device": device, "threads": 1})["device"] == text
 
 
 @each_case(

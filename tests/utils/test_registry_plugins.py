@@ -183,18 +183,15 @@ def test_decorator_refuses_a_built_in_name_and_replaces_a_class_of_the_program()
         register_algorithm("fedavg")(first)
 
 
-def test_source_of_a_plugin_is_loaded_by_name(plugins: Install, tmp_path: Path) -> None:
-    plugins(blobs="sources:blobs", sized="sources:sized")
-
-    assert len(load_source(SourceConfig(name="blobs"), tmp_path).train) == 200
-    assert len(load_source(SourceConfig(name="sized", size=3), tmp_path).train) == 200
-    assert {"blobs", "sized"} < set(list_sources())
-
-
-def test_mistakes_with_sources_of_plugins_are_one_line(
+def test_sources_of_plugins_are_loaded_by_name_or_refused_in_one_line(
     plugins: Install, tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
-    plugins(blobs="sources:blobs", missing="sources:missing", wrong="sources:wrong")
+    named = {name: f"sources:{name}" for name in ("blobs", "sized", "missing", "wrong")}
+    plugins(**named)
+    assert len(load_source(SourceConfig(name="blobs"), tmp_path).train) == 200
+    assert len(load_source(SourceConfig(name="sized", size=3), tmp_path).train) == 200
+    with pytest.warns(PluginWarning, match="'missing' of other_package 1.0 cannot be loaded"):
+        assert {"blobs", "sized", "wrong"} < set(list_sources())
 
     for source, message in (
         ({"name": "missing"}, r"^data\.name: data source 'missing' of other_package 1\."),

@@ -16,13 +16,12 @@ from hetero_fl.core.generative_objectives import (
     Generator,
     preprocess_generated,
 )
-from hetero_fl.core.participant import ClientInfo, floating_tensors
-from hetero_fl.core.payload import Payload
+from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.synchronous import SynchronousTrainer
 from model_zoo import create_model
 from tests.references.local_training import clients, module
+from tests.support.calls import record_results
 from tests.support.federations import MIXED, config, deployed, rounds_of, same_bits
 
 FEW = {
@@ -64,33 +63,18 @@ def test_generator_supports_every_input_shape() -> None:
         assert len(shape) != 3 or bool(((x >= 0) & (x <= 1)).all()), shape
 
 
-def uploads(rounds: SynchronousTrainer) -> list[dict[str, list[str]]]:
-    """Return the items that each client sends, by round."""
-    seen_: list[dict[str, list[str]]] = []
-    receive = rounds.decode_upload
-
-    def note(client_info: ClientInfo, data: bytes, requests: Any, index: int) -> Payload:
-        payload = receive(client_info, data, requests, index)
-        seen_[-1][client_info.client_id] = list(payload)
-        return payload
-
-    rounds.decode_upload = note  # type: ignore[method-assign]
-    while rounds.completed < rounds.federation.num_rounds:
-        seen_.append({})
-        rounds.run_round()
-    return seen_
-
-
-def test_models_are_uploaded_once_and_training_is_local_before() -> None:
+def test_models_are_uploaded_once_and_training_is_local_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     source = {**federation(), "rounds": 3}
     source["clients"]["overrides"] = [{"match": "site_3", "shares": ["backbone"]}]
     rounds = rounds_of(source, num_rounds=0)
-    assert uploads(rounds) == [
-        {"site_1": [], "site_2": [], "site_3": []},
-        {"site_1": [], "site_2": [], "site_3": []},
-        # A partial model cannot be a teacher.
-        {"site_1": ["model"], "site_2": ["model"], "site_3": []},
-    ]
+    received = record_results(monkeypatch, rounds, "decode_upload")
+    for _ in range(3):
+        rounds.run_round()
+
+    # A partial model cannot be a teacher.
+    assert [list(payload) for payload in received] == [[]] * 6 + [["model"], ["model"], []]
     local = rounds_of({**config("local", MIXED, 3), "rounds": 3})
     for client_id in local.federation.client_infos:
         assert same_bits(

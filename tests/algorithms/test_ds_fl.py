@@ -5,17 +5,16 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from hetero_fl.algorithms import DSFL
 from hetero_fl.algorithms.ds_fl import pack_labels, quantize_probabilities, unpack_labels
-from hetero_fl.communication.protocol import Message
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.task import Task
-from hetero_fl.federation.client_runtime import ClientRuntime
-from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.seeding import keyed_generator
+from tests.support.calls import record_calls
 from tests.support.federations import MIXED, config, rounds_of
 
 DIGITS = Task("multiclass", 10)
@@ -53,38 +52,28 @@ def test_entropy_reduction_sharpens_each_label() -> None:
 # Cache
 
 
-def watched(rounds: SynchronousTrainer, seen: dict[str, Payload]) -> None:
-    """Record what each client receives for training."""
-    site: ClientRuntime = rounds.executor.runtime  # type: ignore[attr-defined]
-    answer = site.run
-
-    def note(requests: dict[str, Message]) -> Any:
-        seen.update({client: Payload.decode(m.body) for client, m in requests.items()})
-        return answer(requests)
-
-    site.run = note  # type: ignore[method-assign]
-
-
-def test_cache_sends_only_missing_or_expired_rows() -> None:
+def test_cache_sends_only_missing_or_expired_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     life = 3
     source = {**federation("mlp", 4, cache_life=life), "rounds": 8, "server": {"model": "linear"}}
     # Receives broadcasts but uploads no predictions.
     source["clients"]["overrides"] = [{"match": "site_4", "shares": ["statistics"]}]
     source["clients"]["per_round"] = 2
-    rounds, seen = rounds_of(source, num_rounds=0), {}
-    watched(rounds, seen)
+    rounds = rounds_of(source, num_rounds=0)
+    site = rounds.executor.runtime  # type: ignore[attr-defined]
+    requests = record_calls(monkeypatch, site, "run", lambda by_client: by_client.items())
     # Row to the round of its newest server label.
     sent_rows: dict[int, int] = {}
     has: dict[str, dict[int, int]] = {client_id: {} for client_id in rounds.federation.client_infos}
     asked_all, again, last = [], 0, -1
     for index in range(8):
-        seen.clear()
+        requests.clear()
         due = [
             r for r in drawn(index).tolist() if r not in sent_rows or index - sent_rows[r] >= life
         ]
         again += sum(r in sent_rows for r in due)
         words = rounds.server.state.get("teacher")
         rounds.run_round()
+        seen = {client: Payload.decode(m.body) for call in requests for client, m in call}
         for client_id, got in seen.items():
             assert got["ask"].tolist() == due
             if words is None:

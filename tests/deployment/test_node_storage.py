@@ -16,6 +16,7 @@ from hetero_fl.deployment.node_storage import NodeStorage, StateLostError, load_
 from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.utils.errors import UserError
+from tests.support.calls import record_calls
 from tests.support.cases import each_case
 from tests.support.deployments import Federation, small
 from tests.support.federations import TOP
@@ -126,19 +127,8 @@ def test_key_is_synced_before_encrypted_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A power failure must not leave encrypted data whose key was only in memory."""
-    done: list[str] = []
-    synced, replaced = os.fsync, os.replace
-
-    def fsync(handle: int) -> None:
-        done.append(os.readlink(f"/proc/self/fd/{handle}"))
-        synced(handle)
-
-    def replace(source: Path, target: Path) -> None:
-        done.append(str(target))
-        replaced(source, target)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", replace)
+    done = record_calls(monkeypatch, os, "fsync", lambda f: os.readlink(f"/proc/self/fd/{f}"))
+    record_calls(monkeypatch, os, "replace", lambda source, target: str(target), done)
     key = tmp_path / "safe" / "keys" / "a"
     node = Node(SiteConfig(client="a", encrypt=str(key)), tmp_path / "site")
     NodeStorage(tmp_path / "site" / "runs" / "r", node.storage_key).secret("noise")

@@ -18,8 +18,10 @@ from hetero_fl.communication.secure_aggregation.messages import REQUESTS
 from hetero_fl.deployment.node_storage import MAX_STATES, NodeStorage, StateLostError
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
+from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.simulation.sampling import ClientSampler
 from hetero_fl.reporting.report import write_report
+from tests.support.calls import record_calls
 from tests.support.federations import MIXED, TOP, config
 from tests.support.nodes import (
     LONG,
@@ -55,7 +57,7 @@ def test_secure_sum_excludes_node_killed_before_answering(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_lost_messages_are_resent_without_retraining(
-    tmp_path: Path, trained: Counter[tuple[str, int]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kills: dict[Point, str] = {
         ("site_1", 0, "train"): "unheard",
@@ -65,9 +67,19 @@ def test_lost_messages_are_resent_without_retraining(
         ("site_2", 2, "train"): "during",
     }
     sites = Sites(CLIENTS, tmp_path / "sites", kills)
+    uploads = record_calls(
+        monkeypatch,
+        ClientRuntime,
+        "_send",
+        lambda _, client, upload, received, request, training: (
+            client.participant_id,
+            request.round_idx,
+        ),
+    )
     deployed = federation(KINDS["hybrid"], sites, tmp_path / "deployed", patience=LONG)
     assert not sites.kills
     # It had trained, and nothing of it had left the site.
+    trained = Counter(uploads)
     assert trained.pop(("site_2", 2)) == 2 and set(trained.values()) == {1}
     requests = sites.request_counts
     assert requests["site_1", 0, "train"] == requests["site_2", 0, "train"] == 2

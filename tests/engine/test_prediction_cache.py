@@ -20,6 +20,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.base import client_chunks
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.federation.synchronous import SynchronousTrainer
+from tests.support.calls import record_calls
 from tests.support.cases import each_case
 from tests.support.federations import MIXED, config, rounds_of
 
@@ -36,21 +37,14 @@ def clients(**changes: Any) -> list[Participant]:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Record the outputs that `SerialBackend` computes as pairs of participant and step."""
-    seen: list[Any] = []
-    outputs = SerialBackend._outputs
-
-    def noted(self: SerialBackend, participant: Participant, steps: list[Any]) -> list[Any]:
-        seen.extend((participant, step) for step in steps)
-        return outputs(self, participant, steps)
-
-    monkeypatch.setattr(SerialBackend, "_outputs", noted)
-    return seen
+    """Record the steps of the outputs that `SerialBackend` computes together."""
+    return record_calls(monkeypatch, SerialBackend, "_outputs", lambda _, client, steps: steps)
 
 
-def predictions(work: list[Any], name: str) -> int:
+def predictions(computed: list[Any], name: str) -> int:
     """Count the prediction steps on the set of that name."""
-    return sum(isinstance(step, Predict) and step.data.name == name for _, step in work)  # type: ignore[union-attr]
+    steps = [step for call in computed for step in call]
+    return sum(isinstance(step, Predict) and step.data.name == name for step in steps)  # type: ignore[union-attr]
 
 
 def test_equal_models_are_evaluated_once(computed: list[Any]) -> None:

@@ -28,6 +28,7 @@ from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.federation.test_cost import estimate_and_count
 from tests.federation.test_secure_aggregation import failing
+from tests.support.calls import record_results
 from tests.support.cases import each_case
 from tests.support.federations import MIXED, SUMMING, config, rounds_of, same_bits
 from tests.support.homomorphic import encrypted, shared_key, unsealed_server
@@ -113,14 +114,7 @@ def test_server_has_neither_key_nor_models(monkeypatch: pytest.MonkeyPatch) -> N
     trainer = rounds_of(encrypted("fedavg", "mlp"), num_rounds=0)
     initial = {k: dict(v) for k, v in trainer.server.models.items()}
     seen = recorded_bytes(trainer, monkeypatch)
-    vectors: list[np.ndarray] = []
-    pack = VectorLayout.pack
-
-    def recorded_pack(*arguments: Any) -> np.ndarray:
-        vectors.append(pack(*arguments))
-        return vectors[-1]
-
-    monkeypatch.setattr(VectorLayout, "pack", recorded_pack)
+    vectors = record_results(monkeypatch, VectorLayout, "pack")
     trainer.run_round()
     key = trainer.executor.runtime.federation.shared_key  # type: ignore[attr-defined]
     server = unsealed_server(trainer)

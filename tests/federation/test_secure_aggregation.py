@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.aggregation import Uploads
+from hetero_fl.algorithms import Hybrid
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
 from hetero_fl.core.payload import PayloadError
 from hetero_fl.engine.driver import DivergedError
@@ -25,6 +25,7 @@ from tests.federation.executors.test_workers import kill_workers
 from tests.federation.simulation.test_simulated_rounds import arithmetic
 from tests.federation.test_cost import estimate_and_count
 from tests.support.asynchronous_runs import FAULTS
+from tests.support.calls import record_calls
 from tests.support.cases import each_case
 from tests.support.federations import MIXED, SUMMING, config, rounds_of
 from tests.support.summed_runs import largest_difference, secure
@@ -105,15 +106,8 @@ def test_methods_without_uploads_run_unchanged(method: str) -> None:
 def test_reports_contain_only_mean_losses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seen: list[Uploads] = []
     rounds = rounds_of(secure("hybrid"), num_rounds=0)
-    aggregate = type(rounds.algorithm).aggregate
-
-    def watched(self: Any, server: Any, uploads: Uploads) -> Any:
-        seen.append(uploads)
-        return aggregate(self, server, uploads)
-
-    monkeypatch.setattr(type(rounds.algorithm), "aggregate", watched)
+    seen = record_calls(monkeypatch, Hybrid, "aggregate", lambda method, server, uploads: uploads)
     record, plain = (
         rounds.run_round(),
         rounds_of(config("hybrid", MIXED, 4), num_rounds=0).run_round(),

@@ -26,6 +26,7 @@ from hetero_fl.federation.upload_collector import UploadCollector
 from hetero_fl.federation.upload_contents import UploadContent, _group_tensors, upload_contents
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import encode
+from tests.support.calls import record_calls, record_results
 from tests.support.cases import each_case
 from tests.support.deployments import small
 from tests.support.federations import MIXED, TOP, broadcasts, config, rounds_of, same_bits
@@ -158,12 +159,11 @@ class Body(bytes):
 
 def test_uploads_are_freed_after_aggregation_step(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = rounds_of(config(models="mlp", clients=5), num_rounds=0)
-    answer, add = rounds.executor.run, Uploads.add
-    seen = {"made": [], "added": []}
+    answer, made = rounds.executor.run, list[int]()
 
     def tracked(clients: list[str], request: Any) -> Iterator[tuple[str, Any]]:
         for client in clients:
-            seen["made"].append(len(alive))
+            made.append(len(alive))
             ((_, reply),) = answer([client], request)
             body = Body(reply.body)
             alive.append(id(body))
@@ -171,28 +171,17 @@ def test_uploads_are_freed_after_aggregation_step(monkeypatch: pytest.MonkeyPatc
             del body, reply
             yield client, replies.pop()
 
-    def adding(self: Uploads, upload: Any) -> None:
-        seen["added"].append(len(alive))
-        add(self, upload)
-
     monkeypatch.setattr(rounds.executor, "run", tracked)
-    monkeypatch.setattr(Uploads, "add", adding)
+    added = record_calls(monkeypatch, Uploads, "add", lambda *_: len(alive))
     rounds.run_round()
     # While an upload is added, only its encoded form exists.
-    assert seen == {"made": [0] * 5, "added": [1] * 5}
+    assert (made, added) == ([0] * 5, [1] * 5)
 
 
-def test_executor_frees_returned_uploads() -> None:
+def test_executor_frees_returned_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = rounds_of(config(models="mlp", clients=4), num_rounds=0)
     rounds.executor.chunk = 4  # type: ignore[attr-defined]
-    site = rounds.executor.runtime  # type: ignore[attr-defined]
-    answer, handed = site.run, []
-
-    def kept(*args: Any) -> Any:
-        handed.append(answer(*args))
-        return handed[-1]
-
-    site.run = kept
+    handed = record_results(monkeypatch, rounds.executor.runtime, "run")  # type: ignore[attr-defined]
     left = [len(handed[0]) for _ in rounds.executor.run(*requests(rounds))]
     assert left == [3, 2, 1, 0]
 

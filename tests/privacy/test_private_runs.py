@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from hetero_fl.privacy.accounting import epsilon_of_history
 from hetero_fl.privacy.dp_sgd import PrivacyBackend
 from hetero_fl.privacy.mechanisms import KeyedNoiseSource
 from hetero_fl.utils.errors import UserError
+from tests.support.calls import record_calls
 from tests.support.federations import broadcasts, config, rounds_of, same_bits
 
 RECORD = {"noise_multiplier": 1.0, "delta": 1e-4, "accountant": "rdp"}
@@ -401,39 +403,29 @@ ARCHITECTURES = ["cnn_gn_small", {"name": "mlp", "hidden": [12]}, "linear"]
 
 def test_server_steps_do_not_reveal_participants(monkeypatch: pytest.MonkeyPatch) -> None:
     """Distill into an architecture of one client, sampled or not."""
-    distilled: list[set[str]] = []
-
-    def note(
-        self: Any, server: Any, teacher: Any, senders: Any, epochs: int, statistics: str
-    ) -> Any:
-        distilled.append({sender.arch.spec_id for sender in senders})
-        yield from ()
-
-    monkeypatch.setattr(Hybrid, "distill_into_groups", note)
+    distill = Mock(side_effect=lambda *_, **__: iter(()))
+    monkeypatch.setattr(Hybrid, "distill_into_groups", distill)
     rounds = rounds_of(private("hybrid", CLIENT, ARCHITECTURES), num_rounds=0)
     rounds.sample_cohort = lambda round_idx: ["site_1", "site_2"]  # type: ignore[method-assign]
 
     rounds.run_round()
 
-    assert distilled[-1] == {info.arch.spec_id for info in rounds.federation.client_infos.values()}
+    _, _, senders, *_ = distill.call_args.args
+    infos = rounds.federation.client_infos.values()
+    assert {sender.arch.spec_id for sender in senders} == {info.arch.spec_id for info in infos}
 
 
 def test_control_variates_are_scaled_by_the_expected_number_of_senders(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    counts = []
-    aggregate = Scaffold.aggregate
-
-    def note(self: Any, server: Any, uploads: Any) -> Any:
-        (tensors,) = uploads.counts_by_group(CONTROL).values()
-        counts.append(set(tensors.values()))
-        yield from aggregate(self, server, uploads)
-
     source = private("scaffold", CLIENT, "linear", clients__per_round=2)
     trainers = [rounds_of(source, num_rounds=0), rounds_of(source, num_rounds=0)]
-    monkeypatch.setattr(Scaffold, "aggregate", note)
+    uploads = record_calls(monkeypatch, Scaffold, "aggregate", lambda method, server, sent: sent)
     for trainer, cohort in zip(trainers, (["site_1", "site_2"], ["site_1"]), strict=True):
         trainer.sample_cohort = lambda round_idx, cohort=cohort: cohort  # type: ignore[method-assign]
         trainer.run_round()
 
-    assert counts == [{2.0}, {2.0}]
+    for sent in uploads:
+        (tensors,) = sent.counts_by_group(CONTROL).values()
+        assert set(tensors.values()) == {2.0}
+    assert len(uploads) == 2

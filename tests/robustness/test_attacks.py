@@ -27,6 +27,7 @@ from hetero_fl.robustness.attacks import (
     MaliciousClients,
     attack,
 )
+from tests.support.calls import record_calls
 from tests.support.cases import each_case
 from tests.support.federations import MIXED, config, deployed, rounds_of
 from tests.support.python_federations import QUIET
@@ -186,16 +187,10 @@ def sent(
     source: dict[str, Any], monkeypatch: pytest.MonkeyPatch, rounds: int = 1
 ) -> dict[str, Payload]:
     """Return the uploads of all clients in the last of that many rounds."""
-    seen: dict[str, Payload] = {}
-    add = Uploads.add
-
-    def watched(self: Uploads, upload: Any) -> None:
-        seen[upload.client] = upload.payload
-        add(self, upload)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Uploads, "add", watched)
+        added = record_calls(patch, Uploads, "add", lambda _, upload: upload)
         trainer = rounds_of(source, num_rounds=rounds)
+    seen = {upload.client: upload.payload for upload in added}
     # In the order of client ids.
     assert list(seen) == [f"site_{i}" for i in range(1, 6)]
     trainer.executor.close()

@@ -14,6 +14,7 @@ from hetero_fl.core.payload import Payload
 from hetero_fl.experiment import PreparedRun
 from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.trainer import FederatedTrainer, add_evaluation
+from tests.support.calls import record_results
 
 
 def triples(arrays: Iterable[np.ndarray]) -> np.ndarray:
@@ -56,18 +57,10 @@ def floats_in(data: bytes) -> Iterator[np.ndarray]:
 
 
 @contextmanager
-def tapped() -> Iterator[set[bytes]]:
+def tapped() -> Iterator[list[bytes]]:
     """Collect the bytes of all payloads in both directions, encoded as between machines."""
-    payloads: set[bytes] = set()
-    encode = Payload.encode
-
-    def tap(self: Payload) -> bytes:
-        data = encode(self)
-        payloads.add(data)
-        return data
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Payload, "encode", tap)
+        payloads = record_results(patch, Payload, "encode")
         encoded = property(lambda self: False, lambda self, value: None)
         for kind in (ClientRuntime, FederatedTrainer):
             patch.setattr(kind, "skips_encoding", encoded, raising=False)
@@ -110,9 +103,10 @@ def search_run(
             record = trainer.run_round()
             add_evaluation(record, trainer.evaluate())
             tensors += private_tensors(trainer, is_private)
-    sent = triples(array for payload in payloads for array in floats_in(payload))
+    different = set(payloads)
+    sent = triples(array for payload in different for array in floats_in(payload))
     of_rows, of_tensors = (number_in_common(triples(each), sent) for each in (rows, tensors))
-    return Found(of_rows, of_tensors, payloads)
+    return Found(of_rows, of_tensors, different)
 
 
 def private_tensors(

@@ -43,6 +43,7 @@ from hetero_fl.federation.executors.workers import (
 )
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.recorded_warnings import record_warnings
+from tests.support.calls import record_calls
 from tests.support.cases import each_case
 from tests.support.federations import broadcasts, config
 from tests.support.workers import (
@@ -371,22 +372,6 @@ def ends(remembered: int = 2) -> tuple[SharedMemoryConnection, SharedMemoryConne
     )
 
 
-def record_pipe_sizes(
-    carrier: SharedMemoryConnection, monkeypatch: pytest.MonkeyPatch
-) -> list[int]:
-    """Return a list that records the sizes of messages this end writes to the pipe."""
-    sizes: list[int] = []
-    plain = Connection._send_bytes  # type: ignore[attr-defined]
-
-    def counted(self: Connection, data: bytes) -> None:
-        if self is carrier.connection:
-            sizes.append(len(data))
-        plain(self, data)
-
-    monkeypatch.setattr(Connection, "_send_bytes", counted)
-    return sizes
-
-
 def transfer(message: Any, sender: SharedMemoryConnection, receiver: SharedMemoryConnection) -> Any:
     """Send a message and return what arrives; receive concurrently, because pipes are small."""
     with ThreadPoolExecutor(1) as pool:
@@ -430,14 +415,7 @@ def test_two_messages_may_be_sent_before_one_is_read() -> None:
 def test_known_strings_are_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = ends()
     first, second, third = (bytes([b]) * (LONG + b) for b in b"abc")
-    filled: list[int] = []
-    plain = SharedMemoryBlock.fill
-
-    def fill(self: SharedMemoryBlock, strings: list[memoryview]) -> object:
-        filled.append(len(strings))
-        return plain(self, strings)
-
-    monkeypatch.setattr(SharedMemoryBlock, "fill", fill)
+    filled = record_calls(monkeypatch, SharedMemoryBlock, "fill", lambda _, strings: len(strings))
     got = []
     for string in (first, second, first, second, third, second, first, third):
         got.append(transfer([string, string], one, other))
@@ -477,7 +455,8 @@ def test_payload_tensors_arrive_as_writable_copies(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one, other = ends(remembered=0)
-    sizes = record_pipe_sizes(one, monkeypatch)
+    # Both ends.
+    sizes = record_calls(monkeypatch, Connection, "_send_bytes", lambda _, data: len(data))
     model = {
         "weight": torch.randn(300, 200),
         "strided": torch.randn(50, 40).T,

@@ -10,9 +10,6 @@ import pytest
 
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import describe_needs, format_needs
-from hetero_fl.core.participant import Participant
-from hetero_fl.core.payload import Item, Payload
-from hetero_fl.core.plan import Plan
 from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.reporting.rendering import render
@@ -20,8 +17,7 @@ from hetero_fl.reporting.report import report_facts
 from hetero_fl.reporting.run_directory import RunDirectory
 from tests.engine.test_vectorized_runs import agree
 from tests.support import asynchronous_runs
-from tests.support.federations import MIXED, config, rounds_of
-from tests.support.workers import outcome, rounds_on, setup_of, shared_process_pool
+from tests.support.federations import MIXED, config, poison_upload, rounds_of
 
 ON = {"initial_phase": True, "initial_private_epochs": 2}
 
@@ -48,7 +44,7 @@ def watched(rounds: SynchronousTrainer) -> Counter[str]:
 def test_refused_first_upload_repeats_it() -> None:
     rounds = rounds_of(federation(per_round=4), num_rounds=0)
     seen = watched(rounds)
-    spoil_first_upload(rounds, "site_1")
+    poison_upload(rounds, "site_1", 0, "logits")
 
     assert list(rounds.run_round()["failed"]) == ["site_1"]
     rounds.run_round()
@@ -56,22 +52,6 @@ def test_refused_first_upload_repeats_it() -> None:
 
     counts = [seen[f"{name}: initial private"] for name in rounds.federation.client_infos]
     assert counts == [2, 1, 1, 1]
-
-
-def spoil_first_upload(rounds: SynchronousTrainer, client_id: str) -> None:
-    """Put a NaN into a client's upload of the first round."""
-    method = type(rounds.algorithm)
-
-    def train(self: Any, client: Participant, got: Payload) -> Plan[Any]:
-        items = yield from method.train(self, client, got)
-        if client.participant_id == client_id and client.round_context.round_idx == 0:
-            spoiled = items["logits"].values.clone()
-            spoiled[0, 0] = float("nan")
-            items["logits"] = Item(spoiled, items["logits"].weight, "rows")
-        return items
-
-    rounds.algorithm = type("Spoiled", (method,), {"train": train})(**rounds.algorithm.model_dump())
-    rounds.executor.runtime.algorithm = rounds.expectations.algorithm = rounds.algorithm  # type: ignore[attr-defined]
 
 
 def test_proxy_labels_are_not_needed_without_public_epochs() -> None:
@@ -83,17 +63,6 @@ def test_proxy_labels_are_not_needed_without_public_epochs() -> None:
     (first, *_) = rounds.run_round()["cohort"]
 
     assert seen[f"{first}: initial private"] == 1 and seen[f"{first}: initial public"] == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["fedmd", "kt_pfl"])
-def test_worker_processes_match_one_process(method: str) -> None:
-    setup = setup_of(federation(method, per_round=3))
-    expected = outcome(rounds_on(setup, None))
-    with shared_process_pool(setup, 2) as pool:
-        pool.take(setup)
-        for size in (1, 2):
-            assert outcome(rounds_on(setup, pool, size)) == expected
 
 
 @pytest.mark.slow

@@ -66,6 +66,29 @@ def test_method_is_invariant(method: str, pool: SharedProcessPool) -> None:
     assert_invariant(source(method), pool, METHODS.index(method))
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "latent features": {"name": "fedgen", "latent_weight": 0.5, "decay": 0.9},
+    "proxy rows and weights": {"name": "fedmd", "proxy_rows": 20, "teacher": "entropy"},
+    "public and private epochs": {
+        "name": "fedmd",
+        "initial_phase": True,
+        "initial_public_epochs": 2,
+        "initial_private_epochs": 2,
+    },
+    "private epochs": {"name": "kt_pfl", "initial_phase": True},
+    "proxy rows": {"name": "hybrid", "proxy_rows": 20},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_method_with_settings_is_invariant(settings: str, pool: SharedProcessPool) -> None:
+    algorithm = SETTINGS[settings]
+    # Clients first participate in different rounds.
+    run = source(algorithm["name"], algorithm=algorithm, rounds=4, data__proxy__labels=True)
+
+    assert_invariant(run, pool, list(SETTINGS).index(settings))
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_feature_is_invariant(feature: str, pool: SharedProcessPool) -> None:
     method = "hybrid" if feature in ("compression", "devices", "secure sums") else "fedper"

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from hetero_fl import run
 from tests.support import asynchronous_runs, server_crash
-from tests.support.federations import MIXED, TOP, config
+from tests.support.federations import MIXED, TOP, config, stop_after
 from tests.support.nodes import LONG, Point, Sites, federation, patient_nodes, same
 from tests.support.workers import figures, models
 
@@ -134,12 +134,8 @@ def stopped(
     )
     folder = tmp_path_factory.mktemp(request.param)
 
-    def stop(record: dict[str, Any]) -> None:
-        if record["round"] == STOP:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run(run_config, out=folder / "stopped", callbacks=[stop])
+        run(run_config, out=folder / "stopped", callbacks=[stop_after(STOP)])
     run(run_config, out=folder / "whole")
     # The private state of clients is in several files.
     assert len(list((folder / "stopped" / "checkpoint").glob("*.ckpt"))) >= 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,14 +16,28 @@ from hetero_fl.cli import main
 from hetero_fl.reporting.comparison.result import Comparison
 from hetero_fl.reporting.run_directory import RunDirectory, lock_folder
 from hetero_fl.utils.errors import Interrupted, UserError
-from tests.support.federations import MIXED, config
+from tests.support.federations import MIXED, config, stop_after
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "run_directory.md"
 LOGGERS = {"metrics.csv", "tensorboard/", "wandb/", "loggers.json"}
 SERVER = {"model": {"name": "mlp", "hidden": [8]}}
+# Runs send changes of models, and their time is simulated.
+FEATURES = {
+    "channel": {"compress_down": [{"topk": 0.2}, {"quantize": 6}]},
+    "devices": {"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5, "down": 1e6},
+}
 SOURCES: dict[str, dict[str, Any]] = {
-    "simulated": config("hybrid", MIXED, 4, rounds=3, server=SERVER),
-    "asynchronous": config("fedbuff", "mlp", 3, rounds=3, clients__per_round=2),
+    "simulated": config(
+        "hybrid",
+        MIXED,
+        4,
+        rounds=3,
+        clients__per_round=3,
+        server=SERVER,
+        cohort={"sampling": "oort"},
+        **FEATURES,
+    ),
+    "asynchronous": config("fedbuff", "mlp", 3, rounds=3, clients__per_round=2, **FEATURES),
 }
 # These runs have no loggers, plots and report.
 NOT_WRITTEN = {*LOGGERS, "plots/*.png", "report.html"}
@@ -71,14 +84,6 @@ def results(path: Path) -> dict[str, Any]:
         "records": records,
         "summary": summary,
     }
-
-
-def stop_after(round_idx: int) -> Callable[[dict[str, Any]], None]:
-    def stop(record: dict[str, Any]) -> None:
-        if record["round"] == round_idx:
-            raise KeyboardInterrupt
-
-    return stop
 
 
 @pytest.fixture(scope="module")

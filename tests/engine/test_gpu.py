@@ -27,7 +27,7 @@ from hetero_fl.federation.executors.workers import Worker, WorkerSetup
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import Interrupted
 from tests.support.cases import each_case
-from tests.support.federations import METHODS, MIXED, TOP, config, rounds_of
+from tests.support.federations import METHODS, MIXED, TOP, config, rounds_of, stop_after
 from tests.support.pretend_gpu import PretendGPU
 from tests.support.workers import LocalWorkerPool, rounds_on, setup_of
 
@@ -170,13 +170,9 @@ def test_resumed_run_matches_the_cpu(method: str, tmp_path: Path) -> None:
     uninterrupted = run(source, out=tmp_path / "whole")
     source["runtime"] |= {"device": "cuda", "deterministic": True}
 
-    def stop(record: dict[str, Any]) -> None:
-        if record["round"] == 2:
-            raise KeyboardInterrupt
-
     with make_gpu():
         with pytest.raises(Interrupted):
-            run(source, out=tmp_path / "resumed", callbacks=[stop])
+            run(source, out=tmp_path / "resumed", callbacks=[stop_after(2)])
         resumed = run(source, out=tmp_path / "resumed", resume=True)
     for test, scores in uninterrupted.summary["personal"].items():
         assert defined(resumed.summary["personal"][test]) == pytest.approx(defined(scores), 1e-4)

@@ -9,7 +9,6 @@ import tempfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -23,7 +22,7 @@ from hetero_fl.federation.state_store import COMPACT, OpenSegment, PrivateState,
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.serialization import CodecError
 from tests.support.cases import each_case
-from tests.support.federations import MIXED, config, rounds_of, same_bits, state_of
+from tests.support.federations import MIXED, config, rounds_of, same_bits
 
 
 def checkpoints_in(
@@ -34,15 +33,6 @@ def checkpoints_in(
 
 def files(folder: Path) -> list[str]:
     return [p.name for p in sorted(folder.iterdir())]
-
-
-def test_two_checkpoints_are_kept_and_the_newest_is_read(tmp_path: Path) -> None:
-    checkpoints = checkpoints_in(tmp_path)
-    for i in range(5):
-        checkpoints.save(i, {"round": i, "t": torch.full((3,), float(i))})
-    assert files(tmp_path) == ["round-000003.ckpt", "round-000004.ckpt"]
-    newest = checkpoints.load_newest()
-    assert newest is not None and newest["round"] == 4 and newest["t"].tolist() == [4, 4, 4]
 
 
 def test_damaged_checkpoint_is_detected_and_previous_used(tmp_path: Path) -> None:
@@ -200,44 +190,6 @@ def test_large_trees_are_written_in_chunks(tmp_path: Path, monkeypatch: pytest.M
         and read["server"]["state"] == tree["server"]["state"]
     )
     assert all(same_bits(models[g], read["server"]["models"][g]) for g in models)
-
-
-SETTINGS: list[dict[str, Any]] = [
-    {"name": "fedgen", "latent_weight": 0.5, "decay": 0.9},
-    {"name": "fedmd", "proxy_rows": 20, "teacher": "entropy"},
-    {
-        "name": "fedmd",
-        "initial_phase": True,
-        "initial_public_epochs": 2,
-        "initial_private_epochs": 2,
-    },
-    {"name": "kt_pfl", "initial_phase": True},
-    {"name": "hybrid", "proxy_rows": 20},
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_resumed_run_equals_uninterrupted_run(settings: dict[str, Any], tmp_path: Path) -> None:
-    source = config(
-        settings["name"],
-        MIXED,
-        clients=4,
-        clients__per_round=3,
-        algorithm=settings,
-        rounds=4,
-        data__proxy__labels=True,
-    )
-    plain = rounds_of(source)
-    first = rounds_of(source, num_rounds=2, store=StateStore(tmp_path))
-    Checkpoints(first.store, pytest.fail).save(2, {"run": first.state_dict()})
-    again = rounds_of(source, num_rounds=0, store=StateStore(tmp_path))
-    saved = Checkpoints(again.store, pytest.fail).load_newest()
-    again.load_state_dict(saved["run"])
-    for _ in range(2):
-        again.run_round()
-    assert state_of(again) == state_of(plain)
-    assert again.traffic == plain.traffic
 
 
 CLIENTS = [f"site_{i}" for i in range(5)]

@@ -12,60 +12,44 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import hetero_fl
 from hetero_fl.aggregation import Uploads
-from hetero_fl.algorithms import local_fit
+from hetero_fl.algorithms import Hybrid, local_fit
 from hetero_fl.core.participant import ClientInfo, Participant, copy_tree
-from hetero_fl.core.payload import Item, Payload
+from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Fit, Plan
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.reporting.summary import Patience
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.serialization import decode, encode
+from tests.support.calls import record_calls, record_results
 from tests.support.cases import each_case
-from tests.support.federations import MIXED, config, deployed, rounds_of, same_bits
+from tests.support.federations import (
+    MIXED,
+    change_method,
+    config,
+    deployed,
+    poison_upload,
+    rounds_of,
+    same_bits,
+)
 
 
-def test_evaluation_and_training_deploy_the_same_model() -> None:
+def test_evaluation_and_training_deploy_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that deploying twice is bit-identical and does not digest twice."""
     algorithm = {"name": "hybrid", "distill_at": "both"}
     rounds = rounds_of(config("hybrid", MIXED, algorithm=algorithm), num_rounds=1)
     read = deployed(rounds, "site_1").models["model"]
-    found, fit = [], type(rounds.algorithm).proxy_replay
-
-    def before(self: Any, client: Any, *rest: Any) -> Fit:
-        found.append(client.models["model"])
-        return fit(self, client, *rest)
-
-    rounds.algorithm = type("Watched", (type(rounds.algorithm),), {"proxy_replay": before})(
-        **rounds.algorithm.model_dump()
+    found = record_calls(
+        monkeypatch, Hybrid, "proxy_replay", lambda _, client, *rest: client.models["model"]
     )
-    rounds.executor.runtime.algorithm = rounds.algorithm
     rounds.run_round()
     assert same_bits(found[0], read)
-
-
-def poisoned(rounds: SynchronousTrainer, client: str) -> None:
-    """Put a NaN into one client's upload."""
-    train = type(rounds.algorithm).train
-
-    def bad(self: Any, participant: Any, received: Any) -> Any:
-        items = yield from train(self, participant, received)
-        if participant.participant_id == client and participant.round_context.round_idx == 1:
-            tensors = {n: t.clone() for n, t in items["model"].values.items()}
-            next(iter(tensors.values())).view(-1)[0] = float("nan")
-            items["model"] = Item(tensors, items["model"].weight, "params")
-        return items
-
-    rounds.algorithm = type("Poisoned", (type(rounds.algorithm),), {"train": bad})(
-        **rounds.algorithm.model_dump()
-    )
-    rounds.executor.runtime.algorithm = rounds.expectations.algorithm = rounds.algorithm
 
 
 @each_case("method", ["fedavg", "fedper"])
@@ -74,7 +58,7 @@ def test_nan_upload_is_refused_and_state_is_unchanged(
 ) -> None:
     rounds = rounds_of(config(method, rounds=3), num_rounds=1)
     before = rounds.store.get("site_1").models
-    poisoned(rounds, "site_1")
+    poison_upload(rounds, "site_1", 1, "model")
     record = rounds.run_round()
     assert list(record["failed"]) == ["site_1"] and "not finite" in record["failed"]["site_1"]
     assert (
@@ -154,15 +138,11 @@ def loud(rounds: FederatedTrainer, client: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def scaled(payload: Payload) -> Payload:
-    def values(found: Any) -> Any:
-        if isinstance(found, dict):
-            return {n: values(t) for n, t in found.items()}
-        return found * 1000 if found.is_floating_point() else found
-
-    return Payload(
-        {n: replace(i, values=values(i.values)) for n, i in payload.items_by_name.items()},
-        payload.report,
-    )
+    items = {
+        name: replace(item, values=tree_map(lambda t: t * 1000, item.values))
+        for name, item in payload.items_by_name.items()
+    }
+    return Payload(items, payload.report)
 
 
 @each_case("method", ["fedavg", "fedbuff"])
@@ -254,21 +234,14 @@ def test_sharing_interval_of_two_rounds() -> None:
         prepare(config("fedavg", clients__defaults={"share_every": 2}, clients__per_round=2))
 
 
-def test_label_counts_stay_local_without_shared_statistics() -> None:
+def test_label_counts_stay_local_without_shared_statistics(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     shares = {"shares": ["parameters", "predictions"], "optimizer": {"name": "sgd", "lr": 0.05}}
-    rounds, seen = (
-        rounds_of(
-            config(
-                "fedmd",
-                algorithm={"name": "fedmd", "teacher": "contrast"},
-                clients__defaults=shares,
-            ),
-            num_rounds=0,
-        ),
-        [],
-    )
-    receive = rounds.decode_upload
-    rounds.decode_upload = lambda *a: seen.append(receive(*a)) or seen[-1]  # type: ignore[method-assign]
+    algorithm = {"name": "fedmd", "teacher": "contrast"}
+    source = config("fedmd", algorithm=algorithm, clients__defaults=shares)
+    rounds = rounds_of(source, num_rounds=0)
+    seen = record_results(monkeypatch, rounds, "decode_upload")
     rounds.run_round()
     for payload in seen:
         weight = payload.item("logits").weight
@@ -353,9 +326,8 @@ def test_persistent_optimizer_continues_from_its_state() -> None:
 
 def test_hook_without_steps_may_be_a_plain_function() -> None:
     rounds = rounds_of(config("fedavg"), num_rounds=0)
-    aggregated = []
-    hooks = {"aggregate": lambda self, server, uploads: aggregated.append(len(uploads))}
-    rounds.algorithm = type("Plain", (type(rounds.algorithm),), hooks)()
+    aggregated: list[int] = []
+    change_method(rounds, aggregate=lambda self, server, uploads: aggregated.append(len(uploads)))
 
     rounds.run_round()
 

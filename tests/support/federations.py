@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.communication.protocol import encoded
 from hetero_fl.core.participant import Participant
+from hetero_fl.core.payload import Payload
+from hetero_fl.core.plan import Plan
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
@@ -108,6 +111,37 @@ def rounds_of(
     for _ in range(prepared.config.rounds if num_rounds is None else num_rounds):
         rounds.run_round()
     return rounds
+
+
+def change_method(trainer: FederatedTrainer, **hooks: Any) -> None:
+    """Let a run in this process use its method with other hooks."""
+    method = type("Changed", (type(trainer.algorithm),), hooks)(**trainer.algorithm.model_dump())
+    trainer.algorithm = trainer.expectations.algorithm = method
+    trainer.executor.runtime.algorithm = method  # type: ignore[attr-defined]
+
+
+def poison_upload(trainer: FederatedTrainer, client_id: str, round_idx: int, item: str) -> None:
+    """Put NaNs into an item of a client's upload in a round."""
+    train = type(trainer.algorithm).train
+
+    def poisoned(method: Any, client: Participant, received: Payload) -> Plan[dict[str, Any]]:
+        items: dict[str, Any] = yield from train(method, client, received)
+        if client.participant_id == client_id and client.round_context.round_idx == round_idx:
+            values = tree_map(lambda tensor: tensor * float("nan"), items[item].values)
+            items[item] = replace(items[item], values=values)
+        return items
+
+    change_method(trainer, train=poisoned)
+
+
+def stop_after(round_idx: int) -> Callable[[dict[str, Any]], None]:
+    """Return a callback that interrupts a run after a round."""
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["round"] == round_idx:
+            raise KeyboardInterrupt
+
+    return stop
 
 
 def broadcasts(

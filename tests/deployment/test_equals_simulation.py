@@ -249,15 +249,9 @@ def test_tasks_in_flight_are_repeated_after_server_restart(
 def test_client_with_lost_state_receives_full_model(tmp_path: Path) -> None:
     sites = Sites(CLIENTS, tmp_path / "sites")
 
-    def delete_states(record: dict[str, Any]) -> None:
-        if record["round"] == 1:
-            for file in (tmp_path / "sites" / "site_2").rglob("state-*"):
-                file.unlink()
-
+    lose = [lambda record: sites.lose_state("site_2") if record["round"] == 1 else None]
     run_config = {**source("fedavg", places=4, channel=DOWN), "rounds": 4}
-    deployed = records(
-        federation(run_config, sites, tmp_path / "deployed", callbacks=[delete_states])
-    )
+    deployed = records(federation(run_config, sites, tmp_path / "deployed", callbacks=lose))
 
     reset = [record.get("anew", []) for record in deployed]  # style: ok (file key)
     assert {client for clients in reset for client in clients} == {"site_2"}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import tracemalloc
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -201,12 +202,13 @@ def test_evaluated_model_of_any_bytes_is_read_or_refused(prepared: Any, header: 
 # Bounds
 
 
-def peak_of(call: Callable[[], object]) -> int:
-    """Return the peak memory of a call, in bytes."""
+@contextmanager
+def peak_below(num_bytes: int) -> Iterator[None]:
+    """Check that the memory of a context stays below a number of bytes."""
     tracemalloc.start()
     try:
-        call()
-        return tracemalloc.get_traced_memory()[1]
+        yield
+        assert tracemalloc.get_traced_memory()[1] < num_bytes
     finally:
         tracemalloc.stop()
 
@@ -222,11 +224,9 @@ def test_header_of_ten_million_values_is_refused_unparsed(reader: str) -> None:
         "text": lambda: decode(with_header(b'"' + b"x" * MAX_HEADER_BYTES + b'"'), PAYLOAD),
     }
 
-    def refused() -> None:
-        with pytest.raises((PayloadError, RequestRefusedError, CodecError), match="at most"):
-            readers[reader]()
-
-    assert peak_of(refused) < 5 * len(data)
+    refusals = (PayloadError, RequestRefusedError, CodecError)
+    with peak_below(5 * len(data)), pytest.raises(refusals, match="at most"):
+        readers[reader]()
 
 
 def test_header_of_large_model_is_accepted() -> None:
@@ -277,11 +277,11 @@ def test_oversized_layout_is_refused_before_allocation() -> None:
     forged = zlib.compress(zlib.decompress(sent[start + 4 : end]).replace(b"40", b"9" * 11))
     data = sent[:start] + len(forged).to_bytes(4, "little") + forged + sent[end:]
 
-    def refused() -> None:
-        with pytest.raises(PayloadError, match="layout: 99,999,999,999 numbers"):
-            link.receive(data, (0,))
-
-    assert peak_of(refused) < 2**20
+    with (
+        peak_below(2**20),
+        pytest.raises(PayloadError, match="layout: 99,999,999,999 numbers"),
+    ):
+        link.receive(data, (0,))
 
 
 def test_answer_in_a_secure_sum_much_longer_than_agreed_is_refused_unread() -> None:
@@ -476,8 +476,7 @@ def test_large_request_is_logged_in_a_short_line(session: NodeSession) -> None:
 def test_node_refuses_oversized_message_before_parsing(session: NodeSession) -> None:
     data = bomb(form=FORM)
 
-    def refused() -> None:
+    with peak_below(5 * len(data)):
         answer = session.node.handle(Envelope({"ask": "terms", "run": "r"}, data))
-        assert "at most" in str(answer.head["why"])
 
-    assert peak_of(refused) < 5 * len(data)
+    assert "at most" in str(answer.head["why"])

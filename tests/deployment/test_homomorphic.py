@@ -16,7 +16,6 @@ from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.config import AllowsConfig, SiteConfig
 from hetero_fl.deployment.handshake import Handshake
 from hetero_fl.deployment.messages import RequestRefusedError
-from hetero_fl.deployment.node import Node
 from hetero_fl.experiment import run
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.cases import each_case
@@ -34,17 +33,13 @@ class KeyedSites(Sites):
     keys: dict[str, Path | None]
     allows: AllowsConfig
 
-    def start(self, client: str) -> None:
+    def site(self, client: str) -> SiteConfig:
         key = self.keys[client]
-        site = SiteConfig(
+        return SiteConfig(
             client=client,
             tells=ALL,
             shared_key=None if key is None else str(key),
             allows=self.allows,
-        )
-        node = Node(site, self.folder / client)
-        self.nodes[client] = self.transport.join(
-            lambda envelope: self._handle(client, node, envelope)
         )
 
 

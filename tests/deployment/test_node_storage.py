@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
-from hetero_fl.deployment.config import SiteConfig, load_site_config
+from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_storage import NodeStorage, StateLostError, load_or_create_key
-from hetero_fl.deployment.transport import Envelope, Handle
+from hetero_fl.deployment.transport import Envelope
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.utils.errors import UserError
 from tests.support.calls import record_calls
@@ -24,20 +25,12 @@ from tests.support.federations import TOP
 PIECE = 64  # bytes of a tensor that are looked for
 
 
-def tensors(tree: Any) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, dict | list | tuple):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from tensors(value)
-
-
 def pieces(node: Node) -> list[bytes]:
     """Return bytes from the middle of each private tensor of a node's state and rows."""
     private: PrivateState = node.joined.worker.store.get(node.site.client)
     rows = node.joined.data.client_rows[node.site.client]["train"].copy_rows()
     found = []
-    for tensor in [*tensors(private.models), *tensors(private.state), rows.x]:
+    for tensor in filter(torch.is_tensor, tree_leaves([private.models, private.state, rows.x])):
         raw = tensor.contiguous().numpy().tobytes()
         for at in range(0, max(1, len(raw) - PIECE), max(1, len(raw) // 8)):
             if len(set(raw[at : at + PIECE])) > 8:  # a run of zeros would be found anywhere
@@ -45,47 +38,50 @@ def pieces(node: Node) -> list[bytes]:
     return found
 
 
+def record_tasks(patch: pytest.MonkeyPatch, note: Callable[[Node], Any]) -> list[Any]:
+    """Record a note of the node of site_1 after each task."""
+    notes: list[Any] = []
+    plain = Node._log_answer
+
+    def log_answer(node: Node, answer: Envelope) -> None:
+        if node.site.client == "site_1" and answer.head["ask"] == "done":
+            notes.append(note(node))
+        plain(node, answer)
+
+    patch.setattr(Node, "_log_answer", log_answer)
+    return notes
+
+
 def stored_files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("encrypted", [True, False])
-def test_private_tensors_are_encrypted_on_disk(encrypted: bool, tmp_path: Path) -> None:
+def test_private_tensors_are_encrypted_on_disk(
+    encrypted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """FedPer with top-k has a private head and residuals that were not sent."""
     site = {"encrypt": str(tmp_path / "keys" / "site_1")} if encrypted else {}
-    federation = Federation(tmp_path, {"site_1": site})
-    kept: list[bytes] = []
+    seen = record_tasks(monkeypatch, pieces)
 
-    def looking(handle: Handle) -> Handle:
-        def handles(envelope: Envelope) -> Envelope:
-            answer = handle(envelope)
-            if envelope.head["ask"] == "do":
-                kept[:] = pieces(federation.nodes["site_1"])
-            return answer
+    run = Federation(tmp_path, {"site_1": site}).serve(small("fedper", channel=TOP))
 
-        return handles
-
-    run = federation.serve(small("fedper", channel=TOP), {"site_1": looking})
+    kept = seen[-1]
     assert run.summary["rounds_completed"] == 2 and len(kept) > 20
     on_disk = [path.read_bytes() for path in stored_files(tmp_path / "site_1")]
     found = [piece for piece in kept if any(piece in data for data in on_disk)]
     assert bool(found) != encrypted
 
 
-def test_site_folder_is_private(tmp_path: Path) -> None:
-    Federation(tmp_path, {"site_1": {"encrypt": str(tmp_path / "keys" / "site_1")}}).serve(
-        small(rounds=1)
-    )
+def test_encrypted_storage_is_private_and_reopens_with_its_key(tmp_path: Path) -> None:
+    key = tmp_path / "keys" / "site_1"
+    Federation(tmp_path, {"site_1": {"encrypt": str(key)}}).serve(small(rounds=1))
+
     for top in (tmp_path / "site_1", tmp_path / "keys" / "site_1", tmp_path / "run" / "secrets"):
         for path in [top, *top.rglob("*")]:
             assert path.stat().st_mode & 0o077 == 0, path
-
-
-def test_encrypted_storage_reopens_only_with_the_same_key(tmp_path: Path) -> None:
-    site = {"site_1": {"encrypt": str(tmp_path / "key")}}
-    Federation(tmp_path, site).serve(small(rounds=1))
     folder = next((tmp_path / "site_1" / "runs").iterdir())
-    secret = NodeStorage(folder, load_or_create_key(tmp_path / "key")).read("noise")
+    secret = NodeStorage(folder, load_or_create_key(key)).read("noise")
     assert secret is not None and len(secret) == 32
     assert NodeStorage(folder, bytes(32)).read("noise") is None
 
@@ -138,11 +134,6 @@ def test_key_is_synced_before_encrypted_data(
         assert str(path) in done[:sealed], path
 
 
-def test_key_path_is_relative_to_the_site_file(tmp_path: Path) -> None:
-    (tmp_path / "site.yaml").write_text("client: a\nencrypt: keys/a\n")
-    assert load_site_config(tmp_path / "site.yaml")[0].encrypt == str(tmp_path / "keys" / "a")
-
-
 # Noise
 
 
@@ -163,22 +154,9 @@ def test_server_noise_does_not_depend_on_seed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_site_noise_differs_between_tasks(tmp_path: Path) -> None:
+def test_site_noise_differs_between_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two different tasks in one round must not get the same noise."""
-    federation = Federation(tmp_path)
-    tasks: list[bytes] = []
-
-    def looking(handle: Handle) -> Handle:
-        def handles(envelope: Envelope) -> Envelope:
-            answer = handle(envelope)
-            joined = federation.nodes["site_1"].joined
-            if envelope.head["ask"] == "do" and joined is not None:
-                assert joined.worker.runtime.privacy.noise is joined.noise
-                tasks.append(joined.noise.task)
-            return answer
-
-        return handles
-
+    tasks = record_tasks(monkeypatch, lambda node: node.joined.worker.runtime.privacy.noise.task)
     private = small(privacy={"unit": "record", "noise_multiplier": 1.0}, output__best_models=False)
-    federation.serve(private, {"site_1": looking})
+    Federation(tmp_path).serve(private)
     assert len(tasks) == 4 and len(set(tasks)) == 4  # two rounds, two readings

@@ -124,12 +124,8 @@ def test_fallback_checkpoint_finds_its_client_states(tmp_path: Path) -> None:
 def test_client_with_lost_state_is_reset_and_counted(kind: str, tmp_path: Path) -> None:
     sites = Sites(CLIENTS, tmp_path / "sites")
 
-    def delete_states(record: dict[str, Any]) -> None:
-        if record["round"] == 1:
-            for file in (tmp_path / "sites" / "site_2").rglob("state-*"):
-                file.unlink()
-
-    deployed = federation(KINDS[kind], sites, tmp_path / "deployed", callbacks=[delete_states])
+    lose = [lambda record: sites.lose_state("site_2") if record["round"] == 1 else None]
+    deployed = federation(KINDS[kind], sites, tmp_path / "deployed", callbacks=lose)
     reset = [record.get("anew") for record in records(deployed)]  # style: ok (file key)
     assert reset == [None, ["site_2"], None]
     assert all(record["counts"]["arrived"] == 3 for record in records(deployed))

@@ -15,7 +15,6 @@ from hetero_fl.deployment.config import SiteConfig, load_site_config
 from hetero_fl.deployment.messages import RequestRefusedError, decode_body, message
 from hetero_fl.deployment.node import begin_run
 from hetero_fl.deployment.policy import run_fingerprint
-from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.privacy.accounting import epsilon_of_mechanisms, gaussian_epsilon
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import encode
@@ -260,10 +259,6 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> NodeSession:
     return NodeSession(tmp_path_factory.mktemp("asked"), site, output__loggers=["csv"])
 
 
-def other(digit: str) -> str:
-    return digit * 64
-
-
 def test_repeated_task_is_answered_only_if_unchanged(
     session: NodeSession,
 ) -> None:
@@ -272,7 +267,7 @@ def test_repeated_task_is_answered_only_if_unchanged(
         {"body": session.requests["train"].body + b" "},
         {"round": 0},
         {"work": 0.5},
-        {"base": other("a")},
+        {"base": "a" * 64},
     ):
         assert session.refusal_reason("train", **change).endswith(
             "was sent before with different content"
@@ -322,7 +317,7 @@ def test_task_that_was_not_agreed_is_refused(
     "body", [b"", b"x", b"\xff" * 100, encode({"items": {}, "report": {}}, "hetero_fl payload 1")]
 )
 def test_malformed_broadcast_is_refused(session: NodeSession, body: bytes) -> None:
-    answer = session.repeat("train", body, task=other("c"), again=2)
+    answer = session.repeat("train", body, task="c" * 64, again=2)
     assert answer.head["ask"] == "refused"
 
 
@@ -417,20 +412,15 @@ def test_unshared_items_are_never_sent(session: NodeSession) -> None:
 
 def test_plan_with_unshared_items_is_refused_before_encoding(tmp_path: Path) -> None:
     """A method that sends more than the site shares is stopped before encoding."""
-    federation = Federation(tmp_path)
+    session = NodeSession(tmp_path, rounds=2)
+    policy = session.node.joined.policy
+    # As if no round had taken place.
+    session.node.joined.usage.trained.clear()
+    policy.site = policy.site.model_copy(update={"shares": ["backbone"]})
 
-    def narrowing(handle: Handle) -> Handle:
-        def handles(envelope: Envelope) -> Envelope:
-            answer = handle(envelope)
-            joined = federation.nodes["site_1"].joined
-            if envelope.head["ask"] == "roster" and joined is not None:
-                joined.policy.site = joined.policy.site.model_copy(update={"shares": ["backbone"]})
-            return answer
+    reason = session.refusal_reason("train", task="d" * 64, again=1)
 
-        return handles
-
-    run = federation.serve(small(rounds=1), {"site_1": narrowing})
-    assert "shares: 'model' contains head." in run.metrics[0]["failed"]["site_1"]
+    assert "shares: 'model' contains head." in reason
 
 
 # The file

@@ -29,7 +29,6 @@ from rich.console import Console
 
 from hetero_fl.cli import main
 from hetero_fl.cli.deployment_commands import print_status
-from hetero_fl.config.data import SourceConfig
 from hetero_fl.deployment import messages
 from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
@@ -68,7 +67,7 @@ class Sites:
     def __init__(self, folder: Path, sites: list[SiteConfig], once: bool = False) -> None:
         self.folder, self.sites, self.once = folder, sites, once
         self.stops: list[threading.Event] = []
-        self.lines: list[str] = []
+        self.lines = EventLines()
         self.refused: list[LoggedNode] = []
 
     def gathered(
@@ -82,12 +81,8 @@ class Sites:
         loopback = LoopbackTransport()
         for index, site in enumerate(self.sites):
             self.stops.append(threading.Event())
-            log = EventLog()
-            log.__class__ = type(
-                "Kept", (EventLog,), {"__call__": lambda _, line, **about: self.lines.append(line)}
-            )
-            node = Node(site, self.folder / site.client, log)
-            attended = LoggedNode(node, log, self.stops[-1], self.once)
+            node = Node(site, self.folder / site.client, self.lines)
+            attended = LoggedNode(node, self.lines, self.stops[-1], self.once)  # type: ignore[arg-type]
             self.refused.append(attended)
             requests = attended.handle
             loopback.join(
@@ -126,24 +121,26 @@ def test_status_file_is_complete_after_a_run(sites: Sites, tmp_path: Path) -> No
     assert sites.lines.count(line) == 3
 
 
-def test_site_without_data_is_told_to_set_it(sites: Sites, tmp_path: Path) -> None:
+def test_site_without_data_is_told_to_set_it(tmp_path: Path) -> None:
     source = {**config(models="tabular", **SERIAL), "data": public_table(tmp_path / "public.csv")}
     words = "data: table is not in this site's allows.data; to use the site's own data, set data in"
     with pytest.raises(RunFailedError, match=words):
-        run_federation(source, sites.gathered(), out=tmp_path / "out", wait=LONG)
+        Federation(tmp_path).serve(source)
+
+
+def with_torch(answer: Envelope, version: str) -> Envelope:
+    """Return an answer that names a version of torch if it names one."""
+    if "torch" not in answer.head:
+        return answer
+    return Envelope({**answer.head, "torch": version}, answer.body)
 
 
 def test_node_of_another_version_is_refused(sites: Sites, tmp_path: Path, clock: Clock) -> None:
-    def older(answer: Envelope) -> Envelope:
-        if answer.head["ask"] == "here":
-            return Envelope({**answer.head, "torch": "1.0"}, answer.body)
-        return answer
-
     log_lines: list[str] = []
     with pytest.raises(RunFailedError, match="no node connected within 300 s for site_1"):
         run_federation(
             config(**SERIAL),
-            sites.gathered(older),
+            sites.gathered(lambda answer: with_torch(answer, "1.0")),
             out=tmp_path / "out",
             wait=LONG,
             log=clock.after(3, log_lines),
@@ -158,15 +155,10 @@ def test_node_of_another_version_is_refused(sites: Sites, tmp_path: Path, clock:
 
 
 def test_nodes_with_another_build_of_torch_train(tmp_path: Path) -> None:
-    def rebuilt(handle: Handle) -> Handle:
-        def answer(envelope: Envelope) -> Envelope:
-            reply = handle(envelope)
-            if reply.head["ask"] == "here":
-                public = torch.__version__.partition("+")[0]
-                return Envelope({**reply.head, "torch": f"{public}+rocm6.2"}, reply.body)
-            return reply
+    version = torch.__version__.partition("+")[0] + "+rocm6.2"
 
-        return answer
+    def rebuilt(handle: Handle) -> Handle:
+        return lambda envelope: with_torch(handle(envelope), version)
 
     run = Federation(tmp_path).serve(small(rounds=1), dict.fromkeys(SITES, rebuilt), wait=20.0)
 
@@ -300,11 +292,9 @@ def test_site_tables_use_common_encoding(tmp_path: Path) -> None:
         for c in wards
         if c != "public"
     }
-    sites = [SiteConfig(client=c, tells=ALL, data=SourceConfig(**expected[c])) for c in expected]
+    sites = {client: {"data": data, "tells": {"model": True}} for client, data in expected.items()}
 
-    deployed = run_federation(
-        source, Sites(tmp_path / "sites", sites).gathered(), out=tmp_path / "federation", wait=LONG
-    )
+    deployed = Federation(tmp_path / "sites", sites).serve(source)
     each = [{"match": client, "data": expected[client]} for client in expected]
     simulated = run(changed(source, clients__overrides=each), out=tmp_path / "simulation")
 
@@ -312,9 +302,7 @@ def test_site_tables_use_common_encoding(tmp_path: Path) -> None:
     assert deployed.models["site_1"].categories == (("ward", ("A", "B")),)
     del source["data"]["path"]
     with pytest.raises(UserError, match=r"^data\.path: required if clients keep their files"):
-        run_federation(
-            source, Sites(tmp_path / "others", sites).gathered(), out=tmp_path / "none", wait=LONG
-        )
+        Federation(tmp_path / "others", sites).serve(source)
 
 
 def test_node_answers_task_with_invalid_round(sites: Sites) -> None:

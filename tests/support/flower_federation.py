@@ -17,8 +17,9 @@ from typing import Any
 import httpx
 import yaml
 
-# In seconds; the machine may be busy.
-SOON = 300.0
+from tests.support.nodes import LONG, until
+from tests.support.workers import running_processes
+
 COMMANDS = Path(sys.executable).parent
 
 
@@ -104,7 +105,7 @@ class FlowerFederation:
             env=self._environment,
             capture_output=True,
             text=True,
-            timeout=SOON,
+            timeout=LONG,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout)
@@ -128,26 +129,14 @@ class FlowerFederation:
             return False
 
 
-def until(condition: Any, seconds: float = SOON) -> None:
-    """Wait until a condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def worker_processes(sites: Iterable[Path]) -> list[int]:
     """Return the processes of the workers of these sites."""
     wanted = {os.fsencode(site) for site in sites}
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = entry.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"hetero_fl.deployment.flower.worker" in words and wanted & set(words):
-            found.append(int(entry.parent.name))
-    return found
+    return [
+        number
+        for number, command, _ in running_processes()
+        if b"hetero_fl.deployment.flower.worker" in command and wanted & set(command)
+    ]
 
 
 def _free_port() -> int:

@@ -83,7 +83,7 @@ class EventLines(list[str]):
         super().__init__()
         self.clients: list[str | None] = []
 
-    def __call__(self, line: str, *, client: str | None = None) -> None:
+    def __call__(self, line: str, *, client: str | None = None, **fields: Any) -> None:
         self.append(line)
         self.clients.append(client)
 
@@ -251,14 +251,23 @@ class Sites:
 
     def start(self, client: str) -> None:
         """Start a node's process with the content of its folder."""
-        node = Node(SiteConfig(client=client, tells=ALL), self.folder / client)
+        node = Node(self.site(client), self.folder / client)
         self.nodes[client] = self.transport.join(
             lambda envelope: self._handle(client, node, envelope)
         )
 
+    def site(self, client: str) -> SiteConfig:
+        """Return the content of a node's site file."""
+        return SiteConfig(client=client, tells=ALL)
+
     def stop(self, client: str) -> None:
         """Kill the node's process."""
         self.transport.leave(self.nodes.pop(client))
+
+    def lose_state(self, client: str) -> None:
+        """Delete the stored states of a client."""
+        for file in (self.folder / client).rglob("state-*"):
+            file.unlink()
 
     def _handle(self, client: str, node: Node, envelope: Envelope) -> Envelope:
         head = envelope.head
@@ -357,11 +366,9 @@ def unable_to_answer() -> Iterator[None]:
             raise NodeEndedError
         write(self, name, data)
 
-    NodeStorage.write = crash  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NodeStorage, "write", crash)
         yield
-    finally:
-        NodeStorage.write = write  # type: ignore[method-assign]
 
 
 def federation(

@@ -181,6 +181,17 @@ def run_reusable_worker(
                 carrier.send(worker.run_job(got))
 
 
+def running_processes() -> Iterator[tuple[int, list[bytes], dict[bytes, bytes]]]:
+    """Yield the number, the command and the environment variables of processes."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().split(b"\0")
+            pairs = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        yield int(entry.name), command, dict(pair.split(b"=", 1) for pair in pairs if b"=" in pair)
+
+
 def session_processes(session: int) -> list[int]:
     """Return the running processes of a session."""
     found = []

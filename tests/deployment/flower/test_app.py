@@ -17,7 +17,8 @@ from hetero_fl.cli import main
 from hetero_fl.deployment.flower.app import write_app
 from hetero_fl.utils.errors import UserError
 from tests.support.federations import config
-from tests.support.flower_federation import FlowerFederation, until, worker_processes
+from tests.support.flower_federation import FlowerFederation, worker_processes
+from tests.support.nodes import until
 
 CLIENTS = ("site_1", "site_2", "site_3")
 TELLS = {"labels": True, "details": True, "model": True}

@@ -31,8 +31,8 @@ from hetero_fl.deployment.flower.supernode import start_prefork
 from hetero_fl.deployment.transport import Envelope, UnreadableAnswer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.cases import each_case
-from tests.support.flower_federation import until
 from tests.support.loopback import LoopbackTransport
+from tests.support.nodes import until
 
 TREE = """
 import subprocess, sys, time

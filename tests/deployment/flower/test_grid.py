@@ -20,7 +20,6 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
 
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
-from flwr.serverapp import Grid
 
 import hetero_fl
 from hetero_fl.deployment.certificates import make_node_key, public_bytes
@@ -56,8 +55,8 @@ class FakeNode:
     public_key: bytes = b""
 
 
-class FakeGrid(Grid):
-    """A grid whose nodes answer at once, in this process."""
+class FakeGrid:
+    """The used part of a grid, whose nodes answer at once, in this process."""
 
     def __init__(self) -> None:
         self.members: dict[int, FakeNode] = {}
@@ -70,22 +69,6 @@ class FakeGrid(Grid):
         node = FakeNode(100 + len(self.members), handle)
         self.members[node.node_id] = node
         return node
-
-    def set_run(self, run: Any) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Any:
-        raise NotImplementedError
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
-
-    def send_and_receive(self, *args: Any, **kwargs: Any) -> Iterable[Message]:
-        raise NotImplementedError
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.members)
 
     def get_nodes(self) -> Any:
         self._check_up()
@@ -136,12 +119,12 @@ def pull_all(transport: GridTransport, numbers: list[str]) -> dict[str, Envelope
 
 
 @pytest.fixture
-def grid() -> FakeGrid:
+def grid() -> Any:
     return FakeGrid()
 
 
 @pytest.fixture
-def node(grid: FakeGrid, transport: GridTransport) -> int:
+def node(grid: Any, transport: GridTransport) -> int:
     """Let a node that answers join the grid."""
     grid.join(echo)
     (number,) = transport.nodes()
@@ -149,13 +132,13 @@ def node(grid: FakeGrid, transport: GridTransport) -> int:
 
 
 @pytest.fixture
-def transport(grid: FakeGrid) -> GridTransport:
+def transport(grid: Any) -> GridTransport:
     return GridTransport(grid)
 
 
 @pytest.mark.parametrize("size", [0, 1, SMALL_BODY_BYTES, SMALL_BODY_BYTES + 1])
 def test_message_and_answer_arrive_unchanged(
-    grid: FakeGrid, transport: GridTransport, node: int, size: int
+    grid: Any, transport: GridTransport, node: int, size: int
 ) -> None:
     head = {"ask": "do", "round": 3, "work": 0.5, "details": False, "key": b"\0\xff"}
     body = bytes(i % 251 for i in range(size))
@@ -167,7 +150,7 @@ def test_message_and_answer_arrive_unchanged(
 
 
 def test_unknown_nodes_and_failed_client_app_have_no_answer(
-    grid: FakeGrid, transport: GridTransport, node: int
+    grid: Any, transport: GridTransport, node: int
 ) -> None:
     failing = FakeNode(200, lambda envelope: Envelope({"ask": str(1 // 0)}))
     grid.members = {200: failing}
@@ -178,7 +161,7 @@ def test_unknown_nodes_and_failed_client_app_have_no_answer(
 
 
 def test_restarted_node_is_another_node(
-    grid: FakeGrid, transport: GridTransport, monkeypatch: pytest.MonkeyPatch
+    grid: Any, transport: GridTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grid_module, "NODES_SECONDS", 0.0)
     first = grid.join(echo)
@@ -196,7 +179,7 @@ def test_restarted_node_is_another_node(
     assert before[1] in after and before[0] not in after and len(after) == 2
 
 
-def test_unreadable_answer_does_not_hide_others(grid: FakeGrid, transport: GridTransport) -> None:
+def test_unreadable_answer_does_not_hide_others(grid: Any, transport: GridTransport) -> None:
     grid.join(echo)
     grid.join(echo)
     numbers = [transport.push(node, Envelope(), 60.0) for node in transport.nodes()]
@@ -209,9 +192,7 @@ def test_unreadable_answer_does_not_hide_others(grid: FakeGrid, transport: GridT
     assert answers[numbers[1]] == Envelope({"answered": True})
 
 
-def test_stopped_superlink_fails_the_run(
-    grid: FakeGrid, transport: GridTransport, node: int
-) -> None:
+def test_stopped_superlink_fails_the_run(grid: Any, transport: GridTransport, node: int) -> None:
     number = transport.push(node, Envelope(), 60.0)
     grid.is_down = True
 
@@ -224,7 +205,7 @@ def test_stopped_superlink_fails_the_run(
             call()
 
 
-def test_expired_answers_are_discarded(grid: FakeGrid, transport: GridTransport, node: int) -> None:
+def test_expired_answers_are_discarded(grid: Any, transport: GridTransport, node: int) -> None:
     transport.push(node, Envelope({"n": 1}), -1.0)  # nobody asks for its answer
     number = transport.push(node, Envelope({"n": 2}), 60.0)
 
@@ -233,7 +214,7 @@ def test_expired_answers_are_discarded(grid: FakeGrid, transport: GridTransport,
     until(lambda: not grid.answers)
 
 
-def test_slow_answer_does_not_block_others(grid: FakeGrid, transport: GridTransport) -> None:
+def test_slow_answer_does_not_block_others(grid: Any, transport: GridTransport) -> None:
     grid.join(echo)
     grid.join(echo)
     numbers = [transport.push(node, Envelope(), 60.0) for node in transport.nodes()]
@@ -245,7 +226,7 @@ def test_slow_answer_does_not_block_others(grid: FakeGrid, transport: GridTransp
     assert transport.pull(numbers[:1], 10.0) == {numbers[0]: Envelope({"answered": True})}
 
 
-def test_answers_are_kept_until_pulled(grid: FakeGrid, transport: GridTransport, node: int) -> None:
+def test_answers_are_kept_until_pulled(grid: Any, transport: GridTransport, node: int) -> None:
     first = transport.push(node, Envelope({"n": 1}), 60.0)
     second = transport.push(node, Envelope({"n": 2}), 60.0)
 
@@ -255,7 +236,7 @@ def test_answers_are_kept_until_pulled(grid: FakeGrid, transport: GridTransport,
 
 
 def test_late_answer_of_a_lost_node_is_collected(
-    grid: FakeGrid, transport: GridTransport, monkeypatch: pytest.MonkeyPatch
+    grid: Any, transport: GridTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grid_module, "NODES_SECONDS", 0.0)
     delay = grid.join(echo)
@@ -273,9 +254,7 @@ def test_late_answer_of_a_lost_node_is_collected(
     until(lambda: transport.pull([waiting], 0.1) or not grid.answers)
 
 
-def test_run_stopped_by_flower_is_named(
-    grid: FakeGrid, transport: GridTransport, node: int
-) -> None:
+def test_run_stopped_by_flower_is_named(grid: Any, transport: GridTransport, node: int) -> None:
     class RunNotRunningException(BaseException):
         """Stand in for Flower's exception of this name."""
 
@@ -299,7 +278,7 @@ def test_foreign_messages_have_no_envelope() -> None:
     assert [from_message(Message(content, 1, "query")) for content in foreign] == [None] * 4
 
 
-def test_run_in_app_equals_simulation(grid: FakeGrid, tmp_path: Path) -> None:
+def test_run_in_app_equals_simulation(grid: Any, tmp_path: Path) -> None:
     source = config("fedmd", "cnn_gn_small", runtime={"executor": "serial", "threads": 1})
     for client in ("site_1", "site_2", "site_3"):
         grid.join(Node(SiteConfig(client=client, tells=ALL), tmp_path / client).handle)
@@ -315,7 +294,7 @@ def test_run_in_app_equals_simulation(grid: FakeGrid, tmp_path: Path) -> None:
 
 
 def test_nodes_file_binds_clients_to_keys(
-    grid: FakeGrid, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    grid: Any, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
     # Admission closes after the run's folder, two clients and a refusal.
@@ -347,12 +326,12 @@ def test_nodes_file_binds_clients_to_keys(
         ({"resume": True}, "run-config: resume requires out, the directory of the run"),
     ],
 )
-def test_invalid_run_config_is_named(grid: FakeGrid, settings: dict[str, Any], line: str) -> None:
+def test_invalid_run_config_is_named(grid: Any, settings: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=line):
         run_in_app(grid, settings, config("fedavg", "cnn_gn_small"))
 
 
-def test_resumed_run_keeps_its_configuration(grid: FakeGrid, tmp_path: Path) -> None:
+def test_resumed_run_keeps_its_configuration(grid: Any, tmp_path: Path) -> None:
     source = config("fedavg", "cnn_gn_small", runtime={"executor": "serial", "threads": 1})
     for client in ("site_1", "site_2", "site_3"):
         grid.join(Node(SiteConfig(client=client), tmp_path / client).handle)

@@ -23,7 +23,6 @@ from flwr.app import ConfigRecord
 from hetero_fl.core.payload import FORM as PAYLOAD
 from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.certificates import (
-    ServerFiles,
     load_node_key,
     make_node_key,
     make_server_files,
@@ -39,7 +38,7 @@ from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.deployments import SITES, small
 from tests.support.echo_node import EchoNode
-from tests.support.flower_federation import SOON, FlowerFederation, until
+from tests.support.flower_federation import FlowerFederation
 from tests.support.hostile_messages import (
     ANSWERS,
     HEADS,
@@ -50,7 +49,7 @@ from tests.support.hostile_messages import (
     hostile,
     sealed,
 )
-from tests.support.nodes import LONG
+from tests.support.nodes import LONG, until
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +70,7 @@ def only_node(transport: FlowerTransport) -> int:
 
 def answer(transport: FlowerTransport, number: str) -> Envelope | None:
     """Wait for the answer to a message."""
-    end = time.monotonic() + SOON
+    end = time.monotonic() + LONG
     while time.monotonic() < end:
         if got := transport.pull([number], 1.0):
             return got[number]
@@ -97,14 +96,14 @@ def test_messages_arrive_and_failures_are_noticed(transport: FlowerTransport) ->
         number = only_node(transport)
         for size in (0, 10_000, 2**16 + 1, 12_000_000):
             body = os.urandom(size)
-            sent = transport.push(number, Envelope(head, body), SOON)
+            sent = transport.push(number, Envelope(head, body), LONG)
             assert answer(transport, sent) == Envelope(head, body[::-1])
-        failed = transport.push(number, Envelope({"fail": True}), SOON)
+        failed = transport.push(number, Envelope({"fail": True}), LONG)
         assert answer(transport, failed) is None
         assert node.failure is None
 
     assert transport.pull(["of another run"], 0.0) == {"of another run": None}
-    lost = transport.push(number + 1, Envelope(), SOON)
+    lost = transport.push(number + 1, Envelope(), LONG)
     assert transport.pull([lost], 0.0) == {lost: None}
 
 
@@ -116,19 +115,19 @@ def test_killed_superlink_is_replaced(
 
     def wait(envelope: Envelope) -> Envelope:
         if envelope.head.get("wait"):
-            resume.wait(SOON)
+            resume.wait(LONG)
         return envelope
 
     with EchoNode(transport._superlink.address, wait):
         first = only_node(transport)
-        waiting = transport.push(first, Envelope({"wait": True}), SOON)
+        waiting = transport.push(first, Envelope({"wait": True}), LONG)
         assert transport.pull([waiting], 3.0) == {}
         kill_superlink(transport)
         assert answer(transport, waiting) is None
         resume.set()
         second = only_node(transport)
         assert second != first
-        sent = transport.push(second, Envelope({"a": 1}), SOON)
+        sent = transport.push(second, Envelope({"a": 1}), LONG)
         assert answer(transport, sent) == Envelope({"a": 1})
 
     monkeypatch.setattr(superlink_module, "MIN_LIFETIME", 1e9)
@@ -137,43 +136,34 @@ def test_killed_superlink_is_replaced(
         until(transport.nodes)
 
 
-class Admission:
-    """A SuperLink with TLS that admits one node."""
-
-    def __init__(self, folder: Path) -> None:
-        self.files: ServerFiles = make_server_files(folder / "server", ["localhost", "127.0.0.1"])
-        self.other: ServerFiles = make_server_files(folder / "other", ["127.0.0.1"])
-        self.north = folder / "north"
-        self.stranger = folder / "stranger"
-        for path in (self.north, self.stranger):
-            make_node_key(path)
-        public = self.north.with_suffix(".pub")
-        self.transport = FlowerTransport(SuperLink(files=self.files, nodes=[public]))
-        self.address = self.transport._superlink.address
-
-
 def test_superlink_admits_only_known_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = Admission(tmp_path)
+    files = make_server_files(tmp_path / "server", ["localhost", "127.0.0.1"])
+    other = make_server_files(tmp_path / "other", ["127.0.0.1"])
+    north, stranger = tmp_path / "north", tmp_path / "stranger"
+    for path in (north, stranger):
+        make_node_key(path)
+    transport = FlowerTransport(SuperLink(files=files, nodes=[north.with_suffix(".pub")]))
+    address = transport._superlink.address
     monkeypatch.setattr(supernode_module, "PATIENCE", 1.0)
     try:
-        with EchoNode(server.address, lambda e: e, server.files.authority, server.north):
-            number = only_node(server.transport)
-            known = public_bytes(load_node_key(server.north).public_key())
-            assert server.transport.nodes()[number].strip() == known.strip()
-            sent = server.transport.push(number, Envelope({"a": 1}, b"b"), SOON)
-            assert answer(server.transport, sent) == Envelope({"a": 1}, b"b")
+        with EchoNode(address, lambda e: e, files.authority, north):
+            number = only_node(transport)
+            known = public_bytes(load_node_key(north).public_key())
+            assert transport.nodes()[number].strip() == known.strip()
+            sent = transport.push(number, Envelope({"a": 1}, b"b"), LONG)
+            assert answer(transport, sent) == Envelope({"a": 1}, b"b")
 
             refusals = (
-                (server.files.authority, server.stranger, "does not admit this node ("),
-                (server.other.authority, server.north, "the server's certificate is not valid"),
+                (files.authority, stranger, "does not admit this node ("),
+                (other.authority, north, "the server's certificate is not valid"),
             )
             for authority, key, line in refusals:
-                with EchoNode(server.address, lambda e: e, authority, key) as refused_node:
+                with EchoNode(address, lambda e: e, authority, key) as refused_node:
                     until(lambda node=refused_node: node.failure is not None)
                 assert isinstance(refused_node.failure, UserError)
                 assert line in str(refused_node.failure)
 
-            url = f"https://{server.address}"
+            url = f"https://{address}"
             for path, status in (
                 ("/v1/control/list-runs", {404}),
                 ("/v1/runtime/acquire-task", {404}),
@@ -181,9 +171,9 @@ def test_superlink_admits_only_known_nodes(tmp_path: Path, monkeypatch: pytest.M
             ):
                 refused = httpx.post(f"{url}{path}", verify=False)
                 assert refused.status_code in status, path
-            assert list(server.transport.nodes()) == [number]
+            assert list(transport.nodes()) == [number]
     finally:
-        server.transport.close()
+        transport.close()
 
 
 MAX_ANSWER_BYTES = 2**22  # bytes of an answer

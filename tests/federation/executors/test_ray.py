@@ -26,6 +26,7 @@ from tests.support.workers import (
     has_checksums,
     outcome,
     rounds_on,
+    running_processes,
     session_ends,
     setup_of,
     start_session,
@@ -204,19 +205,11 @@ def test_local_cluster_is_shut_down_on_ctrl_c(tmp_path: Path) -> None:
     assert (
         session_ends(process.pid)
         and not list(Path(folder).glob("hetero_fl-*"))
-        and eventually(lambda: not processes_with(folder), 0.1)
+        and eventually(
+            lambda: (
+                not any(folder.encode() in b" ".join(words) for _, words, _ in running_processes())
+            ),
+            0.1,
+        )
     )
     shutil.rmtree(folder)
-
-
-def processes_with(text: str) -> list[str]:
-    """Return command lines of processes that contain the text."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = entry.read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if text in line:
-            found.append(line)
-    return found

@@ -22,6 +22,7 @@ from tests.support.workers import (
     environment,
     eventually,
     models,
+    running_processes,
     start_session,
 )
 
@@ -60,15 +61,11 @@ def launch(
 
 def rank_processes(out: Path) -> list[int]:
     """Return the process ids of a launched run by rank, found by torchrun's variables."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            line, variables = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
-        except OSError:
-            continue
-        known = dict(pair.split(b"=", 1) for pair in variables.split(b"\0") if b"=" in pair)
-        if str(out).encode() in line and b"TORCHELASTIC_RUN_ID" in known:
-            found[int(known[b"RANK"])] = int(entry.name)
+    found = {
+        int(variables[b"RANK"]): number
+        for number, command, variables in running_processes()
+        if b"TORCHELASTIC_RUN_ID" in variables and os.fsencode(out) in command
+    }
     return [found[rank] for rank in sorted(found)]
 
 

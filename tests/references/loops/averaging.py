@@ -9,14 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.references.loops.base import (
-    READ,
     Loop,
     Loss,
     State,
     copied,
     floats,
     load,
-    predicted,
 )
 
 Weights = dict[str, dict[str, float]]
@@ -115,17 +113,13 @@ class FedAvg(Loop):
         """Return the names of the parameters of an architecture; other tensors are statistics."""
         return {name for name, _ in self.modules[group].named_parameters()}
 
-    def read(self) -> None:
-        predictions: dict[Any, Tensor] = {}
-        for i, card in enumerate(self.cards):
-            module = self.tuned(i, self.received(i))
-            is_own = bool(self.kept[i] or card.settings.fine_tune_epochs)
-            for name in READ:
-                key = (self.group(i), card.preprocess, name)
-                # Equal models have equal outputs.
-                if name == "test" or is_own or key not in predictions:
-                    predictions[key] = predicted(module, self.data[i][name]["x"])
-                self.score(i, name, predictions[key])
+    def evaluated(self, i: int) -> nn.Module:
+        return self.tuned(i, self.received(i))
+
+    def like(self, i: int, name: str) -> Any:
+        card = self.cards[i]
+        is_own = name == "test" or self.kept[i] or card.settings.fine_tune_epochs
+        return i if is_own else (self.group(i), card.preprocess)
 
     def tuned(self, i: int, module: nn.Module) -> nn.Module:
         """Return the model that is evaluated, after fine-tuning."""

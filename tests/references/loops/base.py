@@ -30,8 +30,8 @@ Loss = Callable[[Tensor, Tensor, int], Tensor]
 class Loop:
     """Clients with one model each that train alone; the method Local.
 
-    A subclass creates its models in `start`, runs clients and server in `work` and evaluates in
-    `read`. Clients are numbered in the natural order of their ids.
+    A subclass creates its models in `start`, runs clients and server in `work` and evaluates the
+    `outputs` of its models. Clients are numbered in the natural order of their ids.
 
     Args:
         prepared: The prepared run, from which data, initial weights and settings are taken.
@@ -111,20 +111,29 @@ class Loop:
         for i in self.cohort:
             self.train(i, self.models[i])
 
+    # Evaluation
     def read(self) -> None:
         """Evaluate every client's model on its test rows and on the common sets."""
-        for i, model in enumerate(self.models):
-            for name in READ:
-                self.score(i, name, predicted(model, self.data[i][name]["x"]))
-
-    def read_of_one(self, predict: Callable[[str, Tensor], Tensor]) -> None:
-        """Evaluate a shared model for all clients, computing common sets once."""
-        predictions: dict[str, Tensor] = {}
+        found: dict[Any, Tensor] = {}
         for i in range(len(self.cards)):
+            model = self.evaluated(i)
             for name in READ:
-                if name == "test" or name not in predictions:
-                    predictions[name] = predict(self.cards[i].client_id, name)
-                self.score(i, name, predictions[name])
+                key = (name, self.like(i, name))
+                if key not in found:
+                    found[key] = self.outputs(i, model, name)
+                self.score(i, name, found[key])
+
+    def evaluated(self, i: int) -> nn.Module:
+        """Return the model of a client that is evaluated."""
+        return self.models[i]
+
+    def outputs(self, i: int, model: nn.Module, name: str) -> Tensor:
+        """Return the outputs of a client's evaluated model on a named set."""
+        return predicted(model, self.data[i][name]["x"])
+
+    def like(self, i: int, name: str) -> Any:
+        """Return a key that is equal for clients with equal outputs, which are computed once."""
+        return i
 
     def score(self, i: int, name: str, logits: Tensor) -> None:
         """Record the loss and compute the accuracy."""

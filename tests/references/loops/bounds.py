@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tests.references.loops.base import (
     CLASSES,
-    READ,
     Loop,
     copied,
     descend,
@@ -28,16 +27,16 @@ class Ensemble(Loop):
 
     own_models = False
 
-    def read(self) -> None:
-        def predictions(client_id: str, name: str) -> Tensor:
-            outputs = []
-            for k, (card, model) in enumerate(zip(self.cards, self.models, strict=True)):
-                x = self.federation.data.columns(client_id, name, card.preprocess)["x"]
-                z = self.corrected(k, predicted(model, x))
-                outputs.append(z.log_softmax(-1))
-            return torch.stack(outputs).logsumexp(0)
+    def outputs(self, i: int, model: nn.Module, name: str) -> Tensor:
+        outputs = []
+        for k, (card, each) in enumerate(zip(self.cards, self.models, strict=True)):
+            x = self.federation.data.columns(self.cards[i].client_id, name, card.preprocess)["x"]
+            z = self.corrected(k, predicted(each, x))
+            outputs.append(z.log_softmax(-1))
+        return torch.stack(outputs).logsumexp(0)
 
-        self.read_of_one(predictions)
+    def like(self, i: int, name: str) -> Any:
+        return i if name == "test" else "all"
 
 
 class Centralized(Loop):
@@ -75,16 +74,16 @@ class Centralized(Loop):
         losses = (F.cross_entropy(model(x[o]).logits + prior, y[o]) for o in orders)
         descend([model], losses, self.own_optimizer(k, [model]))
 
-    def read(self) -> None:
-        predictions: dict[Any, Tensor] = {}
-        for i, card in enumerate(self.cards):
-            k = self.pattern[i]
-            for name in READ:
-                if name == "test" or (k, name) not in predictions:
-                    view = self.cards[k].preprocess
-                    x = self.federation.data.columns(card.client_id, name, view)["x"]
-                    predictions[k, name] = predicted(self.pooled[k], x)
-                self.score(i, name, predictions[k, name])
+    def evaluated(self, i: int) -> nn.Module:
+        return self.pooled[self.pattern[i]]
+
+    def outputs(self, i: int, model: nn.Module, name: str) -> Tensor:
+        view = self.cards[self.pattern[i]].preprocess
+        x = self.federation.data.columns(self.cards[i].client_id, name, view)["x"]
+        return predicted(model, x)
+
+    def like(self, i: int, name: str) -> Any:
+        return i if name == "test" else self.pattern[i]
 
 
 class Dense(Loop):
@@ -116,7 +115,8 @@ class Dense(Loop):
 
     def work(self) -> None:
         super().work()
-        if self.done == self.federation.num_rounds - 1:
+        # The benchmark repeats the last round.
+        if self.done >= self.federation.num_rounds - 1:
             self.is_distilled = True
             self.distill()
 
@@ -139,7 +139,7 @@ class Dense(Loop):
             raw = predicted(self.maker, noise).unflatten(1, shape)
             examples.append(seen(self.card, raw))
             with torch.no_grad():
-                logits.append(torch.stack(self.outputs(raw)).mean(0))
+                logits.append(torch.stack(self.predictions(raw)).mean(0))
             x, teacher = torch.cat(examples), torch.cat(logits)
             self.student.requires_grad_(True)
             orders = self.orders(len(x), s.student_steps, "student", use)
@@ -154,7 +154,7 @@ class Dense(Loop):
         """Return batches of a step of the server."""
         return self.full_batches(n, "server", label, self.method.synthetic_batch, steps, use)
 
-    def outputs(self, raw: Tensor) -> list[Tensor]:
+    def predictions(self, raw: Tensor) -> list[Tensor]:
         """Return the logits of each client's model for generated examples."""
         pairs = zip(self.cards, self.models, strict=True)
         return [model(seen(card, raw)).logits for card, model in pairs]
@@ -163,7 +163,7 @@ class Dense(Loop):
         """Return the generator's loss."""
         raw = self.maker(noise).logits.unflatten(1, self.card.arch.input_shape)
         self.apart = [torch.zeros(())]
-        mean = torch.stack(self.outputs(raw)).mean(0)
+        mean = torch.stack(self.predictions(raw)).mean(0)
         statistics = torch.stack(self.apart).sum() / len(self.models)
         student = self.student(seen(self.card, raw)).logits
         log_p, differ = mean.log_softmax(-1), mean.argmax(-1) != student.argmax(-1)
@@ -175,18 +175,18 @@ class Dense(Loop):
             - s.adversarial_weight * (differ * kl).mean()
         )
 
-    def read(self) -> None:
+    def evaluated(self, i: int) -> nn.Module:
+        return self.student if self.is_distilled else super().evaluated(i)
+
+    def outputs(self, i: int, model: nn.Module, name: str) -> Tensor:
         if not self.is_distilled:
-            super().read()
-            return
-        columns = self.federation.data.columns
-        self.read_of_one(
-            lambda client_id, name: predicted(
-                self.student, columns(client_id, name, self.card.preprocess)["x"]
-            )
-        )
-        # The benchmark repeats the last round.
-        self.done = self.federation.num_rounds - 1
+            return super().outputs(i, model, name)
+        view = self.card.preprocess
+        x = self.federation.data.columns(self.cards[i].client_id, name, view)["x"]
+        return predicted(model, x)
+
+    def like(self, i: int, name: str) -> Any:
+        return "student" if self.is_distilled and name != "test" else i
 
 
 def seen(card: Any, raw: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from hetero_fl.utils.seeding import Key, keyed_generator
 from tests.references.loops.averaging import FedAvg, Weights
 from tests.references.loops.base import (
     CLASSES,
-    READ,
     Loop,
     Loss,
     State,
@@ -174,12 +173,10 @@ class Deployed(Public):
         """Epochs of distillation."""
         return int(self.method.digest_epochs)
 
-    def read(self) -> None:
-        for i, model in enumerate(self.models):
-            used = deepcopy(model)
-            self.deploy(i, used)
-            for name in READ:
-                self.score(i, name, predicted(used, self.data[i][name]["x"]))
+    def evaluated(self, i: int) -> nn.Module:
+        used = deepcopy(self.models[i])
+        self.deploy(i, used)
+        return used
 
 
 class DSFL(Deployed):
@@ -362,20 +359,19 @@ class Hybrid(FedDF):
 
         return loss
 
-    def read(self) -> None:
-        if "local_test" not in (self.cards[0].settings.recalibrate or ()):
-            super().read()
-            return
-        predictions: dict[Any, Tensor] = {}
-        for i, card in enumerate(self.cards):
-            module = self.received(i)
-            home = recalibrated(module, self.mixed(i))
-            self.score(i, "test", predicted(home, self.data[i]["test"]["x"]))
-            for name in list(READ)[1:]:
-                key = (self.group(i), card.preprocess, name)
-                if key not in predictions or self.kept[i] or self.method.distill_at != "server":
-                    predictions[key] = predicted(module, self.data[i][name]["x"])
-                self.score(i, name, predictions[key])
+    def outputs(self, i: int, model: nn.Module, name: str) -> Tensor:
+        if name == "test" and self.recalibrates:
+            model = recalibrated(model, self.mixed(i))
+        return super().outputs(i, model, name)
+
+    def like(self, i: int, name: str) -> Any:
+        is_own = self.recalibrates and self.method.distill_at != "server"
+        return i if is_own else super().like(i, name)
+
+    @property
+    def recalibrates(self) -> bool:
+        """Whether statistics are recomputed before the local test."""
+        return "local_test" in (self.cards[0].settings.recalibrate or ())
 
     def mixed(self, i: int) -> Tensor:
         """Return equally many own and proxy rows, shuffled."""

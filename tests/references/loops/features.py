@@ -10,7 +10,6 @@ from hetero_fl.core.model_spec import ModelSpec
 from tests.references.loops.averaging import FedAvg
 from tests.references.loops.base import (
     CLASSES,
-    READ,
     Loop,
     Loss,
     State,
@@ -106,16 +105,13 @@ class FedProto(Loop):
 
         return loss
 
-    def read(self) -> None:
+    def outputs(self, i: int, model: nn.Module, name: str) -> Tensor:
         if self.method.inference == "head":
-            super().read()
-            return
-        for i, model in enumerate(self.models):
-            for name in READ:
-                features = predicted(model, self.data[i][name]["x"], "features")
-                is_own = self.method.inference == "own" and name == "test"
-                has = self.known * self.counts[i] > 0 if is_own else self.known > 0
-                self.score(i, name, self.nearness(features, has))
+            return super().outputs(i, model, name)
+        features = predicted(model, self.data[i][name]["x"], "features")
+        is_own = self.method.inference == "own" and name == "test"
+        has = self.known * self.counts[i] > 0 if is_own else self.known > 0
+        return self.nearness(features, has)
 
     def nearness(self, features: Tensor, has: Tensor) -> Tensor:
         """Return negative distances; classes without a prototype are 20 below the lowest."""
@@ -238,14 +234,10 @@ class FedGKT(Loop):
 
         return loss
 
-    def read(self) -> None:
+    def outputs(self, i: int, model: nn.Module, name: str) -> Tensor:
         if self.method.inference == "client":
-            super().read()
-            return
-        for i, model in enumerate(self.models):
-            for name in READ:
-                features = predicted(model, self.data[i][name]["x"], "features")
-                self.score(i, name, predicted(self.large, features))
+            return super().outputs(i, model, name)
+        return predicted(self.large, predicted(model, self.data[i][name]["x"], "features"))
 
 
 class FedGen(FedAvg):

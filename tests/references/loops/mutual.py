@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from hetero_fl.algorithms.mutual import HIDDEN, MENTEE, PROJECTION
 from tests.references.loops.base import (
-    READ,
     Loop,
     State,
     copied,
@@ -62,12 +61,12 @@ class FML(Loop):
         """Return the next shared model."""
         return mean
 
-    def read(self) -> None:
+    def evaluated(self, i: int) -> nn.Module:
         load(self.mentee, self.shared)
-        for i, own in enumerate(self.models):
-            for name in READ:
-                model = own if name == "test" else self.mentee
-                self.score(i, name, predicted(model, self.data[i][name]["x"]))
+        return super().evaluated(i)
+
+    def outputs(self, i: int, model: nn.Module, name: str) -> Tensor:
+        return super().outputs(i, model if name == "test" else self.mentee, name)
 
 
 class FedKD(FML):
@@ -142,11 +141,8 @@ class FedMRL(FML):
         self.train(i, model, loss, besides=[self.mentee, projection])
 
     @torch.no_grad()
-    def read(self) -> None:
-        load(self.mentee, self.shared)
-        for i, model in enumerate(self.models):
-            for name in READ:
-                x = self.data[i][name]["x"]
-                g, f = predicted(self.mentee, x, "features"), predicted(model, x, "features")
-                r = predicted(self.projections[i], torch.cat([g, f], 1))
-                self.score(i, name, model.head(r))  # type: ignore[operator]
+    def outputs(self, i: int, model: nn.Module, name: str) -> Tensor:
+        x = self.data[i][name]["x"]
+        g, f = predicted(self.mentee, x, "features"), predicted(model, x, "features")
+        r = predicted(self.projections[i], torch.cat([g, f], 1))
+        return model.head(r)  # type: ignore[operator,no-any-return]

@@ -10,7 +10,7 @@ from hetero_fl.algorithms import FedGKT
 from hetero_fl.core.payload import Payload
 from hetero_fl.experiment import prepare
 from hetero_fl.utils.errors import UserError
-from tests.references.local_training import clients
+from tests.support.calls import record_results
 from tests.support.federations import MIXED, config, rounds_of
 
 
@@ -19,7 +19,7 @@ def federation(models: Any = MIXED, clients: int = 3, **changes: Any) -> dict[st
     return config("fedgkt", models, clients, algorithm__large_model=large, **changes)
 
 
-def test_uploads_per_row_require_permission() -> None:
+def test_uploads_per_row_require_permission(monkeypatch: pytest.MonkeyPatch) -> None:
     specs = FedGKT.uploads
     assert set(specs) == {"features", "logits", "labels"}
     assert all(s.private and s.rows_of == "train" and s.share == "features" for s in specs.values())
@@ -29,14 +29,13 @@ def test_uploads_per_row_require_permission() -> None:
         # The parts that could be shared in earlier versions.
         {"match": "site_2", "shares": ["parameters", "predictions", "statistics"]}
     ]
-    rounds, seen = rounds_of(source, num_rounds=0), {}
-    receive = rounds.decode_upload
-    rounds.decode_upload = lambda c, *rest: seen.setdefault(c.client_id, receive(c, *rest))  # type: ignore[method-assign]
+    rounds = rounds_of(source, num_rounds=0)
+    received = record_results(monkeypatch, rounds, "decode_upload")
     rounds.run_round()
-    assert {c: len(p) for c, p in seen.items()} == {"site_1": 3, "site_2": 0, "site_3": 3}
-    assert {c: len(p["labels"]) for c, p in seen.items() if p} == {
-        c: clients(rounds)[c].num_rows for c in seen if seen[c]
-    }
+    assert [len(payload) for payload in received] == [3, 0, 3]
+    infos = rounds.federation.client_infos
+    for payload, client in ((received[0], "site_1"), (received[2], "site_3")):
+        assert len(payload["labels"]) == infos[client].num_rows
     assert set(rounds.server.state["logits"]) == {"site_1", "site_3"}
     source["clients"]["overrides"][0]["match"] = "*"
     with pytest.raises(UserError, match="requires clients that share features"):

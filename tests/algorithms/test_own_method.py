@@ -20,6 +20,7 @@ from hetero_fl.core.plan import Plan
 from hetero_fl.experiment import run
 from hetero_fl.utils.errors import UserError
 from tests.support import documented_method
+from tests.support.calls import record_results
 from tests.support.federations import MIXED, config, rounds_of, same_bits
 
 
@@ -47,11 +48,9 @@ def test_documented_method_runs_by_name_and_by_reference(tmp_path: Path) -> None
     assert by_name.summary["communication"]["up_bytes"] > 0
 
 
-def test_documented_method_sends_median_teacher() -> None:
+def test_documented_method_sends_median_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = rounds_of(config("median_teacher", MIXED, rounds=1), num_rounds=0)
-    seen = []
-    uploads_of = rounds.decode_upload
-    rounds.decode_upload = lambda *a: seen.append(uploads_of(*a)) or seen[-1]  # type: ignore[method-assign]
+    seen = record_results(monkeypatch, rounds, "decode_upload")
     rounds.run_round()
     expected = np.median([p["logits"].numpy() for p in seen], axis=0)
     assert np.allclose(rounds.server.state["teacher"], expected, atol=1e-6)

@@ -37,16 +37,6 @@ def run_rounds(
     return rounds_of(source, num_rounds=rounds)
 
 
-def counts_of(rounds: SynchronousTrainer, *ids: str) -> Tensor:
-    return sum(
-        (
-            rounds.federation.label_counts(client_id)
-            for client_id in ids or rounds.federation.client_infos
-        ),
-        torch.zeros(10),
-    )
-
-
 # The rule
 
 

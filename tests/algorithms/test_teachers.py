@@ -18,6 +18,7 @@ from hetero_fl.engine.batches import index_batches
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.references.local_training import clients, largest_difference, module
+from tests.support.calls import record_calls
 from tests.support.federations import MIXED, config, rounds_of
 
 # Weights
@@ -55,7 +56,7 @@ def public(rounds: SynchronousTrainer, client_id: str, rows: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("method", ["fedmd", "hybrid", "ds_fl", "kt_pfl"])
-def test_old_teacher_is_distilled_on_its_rows(method: str) -> None:
+def test_old_teacher_is_distilled_on_its_rows(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Upload nothing in round 4: round 5 sends the teacher of round 3 again with its rows."""
     settings = {"name": method, "proxy_rows": 20}
     source = {**config(method, MIXED, algorithm=settings), "rounds": 6}
@@ -70,12 +71,9 @@ def test_old_teacher_is_distilled_on_its_rows(method: str) -> None:
     assert got[PROXY_INDICES].tolist() == [2]
     rows = rounds.algorithm.teacher_rows(client, got)
     assert torch.equal(rows, rounds.algorithm.proxy_indices(client, 2))
-    seen: list[Fit] = []
-    perform = rounds.backend.run
-    rounds.backend.run = lambda work: (
-        seen.extend(s for _, s in work if isinstance(s, Fit)) or perform(work)
-    )  # type: ignore[method-assign]
+    steps = record_calls(monkeypatch, rounds.backend, "run", lambda work: [s for _, s in work])
     run_plan(client, rounds.algorithm.train(client, got), rounds.backend)
+    seen = [step for call in steps for step in call if isinstance(step, Fit)]
     if method != "hybrid":
         (digest,) = (step for step in seen if step.label == "digest")
         assert torch.equal(digest.data.rows, rows) and len(got[TEACHER]) == 20

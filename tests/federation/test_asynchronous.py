@@ -12,22 +12,16 @@ from hetero_fl.federation.asynchronous import AsynchronousTrainer, ClientTask, T
 from hetero_fl.federation.simulation.faults import NO_FAULT, FaultOutcome
 from hetero_fl.utils.errors import RunFailedError
 from tests.support.asynchronous_runs import session, source
+from tests.support.calls import record_calls
 from tests.support.cases import each_case
-from tests.support.federations import MIXED, SUMMING, TOP, config, rounds_of
+from tests.support.federations import MIXED, SUMMING, TOP, config, rounds_of, state_of
 
 PACE = {"site_1": 1.0, "site_2": 1.3, "site_3": 2.9, "site_4": 7.1}
 
 
 def bits(run: Any) -> dict[str, Any]:
-    """Return the state of the server and all clients as bytes."""
-    return {
-        "models": {
-            slot: {n: t.numpy().tobytes() for n, t in m.items()}
-            for slot, m in run.server.models.items()
-        },
-        "private": {client: run.store.encoded(client) for client in run.federation.client_infos},
-        "traffic": run.traffic,
-    }
+    """Return the state of the server and all clients as bytes, and the traffic."""
+    return {"state": state_of(run), "traffic": run.traffic}
 
 
 # Synchronous limit case
@@ -64,7 +58,7 @@ def test_unequal_task_times_differ_from_synchronous_run() -> None:
     assert any(len(set(record["cohort"])) < 4 for record in records)
 
 
-def test_tasks_that_fail_before_upload_are_not_computed() -> None:
+def test_tasks_that_fail_before_upload_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     fates = {
         0: FaultOutcome("before"),
         1: FaultOutcome("during", completed_share=0.5),
@@ -72,13 +66,9 @@ def test_tasks_that_fail_before_upload_are_not_computed() -> None:
         3: FaultOutcome("lost"),
     }
     run = session(config("fedavg", clients=4, runtime={"threads": 1, "mode": "async"}), fates=fates)
-    sampled = []
-    answer = run.executor.run
-    run.executor.run = lambda clients, request: (sampled.extend(clients), answer(clients, request))[
-        1
-    ]  # type: ignore[method-assign]
+    calls = record_calls(monkeypatch, run.executor, "run", lambda clients, request: len(clients))
     record = run.run_round()
-    assert sorted(record["failed"]) == sorted(PACE) and len(sampled) == 4
+    assert sorted(record["failed"]) == sorted(PACE) and sum(calls) == 4
     assert record["counts"] == {"invited": 8, "arrived": 4, "failed": 4, "late": 0}
 
 
@@ -142,13 +132,12 @@ def test_runs_with_failures_complete_and_counts_add_up(
     assert abs(failed / tasks - chance) < 0.25 and (chance > 0) == (failed > 0)
 
 
-def test_tasks_of_one_version_draw_separate_compression() -> None:
+def test_tasks_of_one_version_draw_separate_compression(monkeypatch: pytest.MonkeyPatch) -> None:
     run_config = config("fedavg", "mlp", 3, channel={"compress": [{"quantize": 4}]})
     run_config["runtime"] = {"threads": 1, "mode": "async", "buffer": 6}
     run = session(run_config, seconds=lambda client_id, _: PACE[client_id])
-    link, keys = run.executor.runtime.links.up, list[Any]()  # type: ignore[attr-defined]
-    send = link.send
-    link.send = lambda payload, key, *rest: (keys.append(key), send(payload, key, *rest))[1]
+    link = run.executor.runtime.links.up  # type: ignore[attr-defined]
+    keys = record_calls(monkeypatch, link, "send", lambda payload, key, *rest: key)
     records = [run.run_round() for _ in range(2)]
     assert not any(record["failed"] for record in records) and run.version == 1
     assert len(keys) > 3 and len(set(keys)) == len(keys)
@@ -200,13 +189,13 @@ def test_state_follows_accepted_uploads() -> None:
         fates={3: FaultOutcome("lost"), 4: FaultOutcome("lost"), 5: FaultOutcome("lost")},
     )
     lost.run_round()
-    before = bits(lost)["private"]
-    assert before == bits(plain)["private"]
+    before = state_of(lost)
+    assert before == state_of(plain)
     seen = []
     end = lost._finish_task
     lost._finish_task = lambda task, tally: (
         end(task, tally),
-        seen.append((task.number, bits(lost)["private"])),
+        seen.append((task.number, state_of(lost))),
     )[0]  # type: ignore[method-assign,func-returns-value]
     lost.run_round()
     assert [number for number, _ in seen[:3]] == [3, 4, 5] and all(
@@ -248,17 +237,7 @@ def after(
     )
     counts = [run.run_round()["counts"] for _ in range(2)]
     assert all(c["invited"] == c["arrived"] + c["failed"] + c["late"] for c in counts)
-    models = {
-        slot: {n: t.numpy().tobytes() for n, t in m.items()}
-        for slot, m in run.server.models.items()
-    }
-    return run, {
-        "models": models,
-        "private": {
-            client_id: run.store.encoded(client_id) for client_id in run.federation.client_infos
-        },
-        "now": run.now,
-    }
+    return run, {**state_of(run), "now": run.now}
 
 
 @pytest.mark.slow
@@ -295,7 +274,7 @@ def test_delayed_upload_equals_slow_client(
     run, _ = after(slow, {}, channel)
     # Durations repeat after that.
     if run.num_tasks <= 64:
-        assert one["models"] == after(slow, {}, channel)[1]["models"]
+        assert one["server"] == after(slow, {}, channel)[1]["server"]
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.floats(0, 5)), max_size=40), st.data())

@@ -131,32 +131,19 @@ def test_cost_of_custom_method_may_depend_on_the_round() -> None:
 # Asynchronous runs
 
 
-def asynchronous_cost_and_traffic(source: dict[str, Any]) -> tuple[list[int], list[int]]:
-    prepared = prepare(source)
-    c = prepared.config
-    cost = expected_cost(
-        prepared.method, prepared.federation, c.rounds, c.clients.per_round, c.evaluation.every
-    )
-    trainer = prepared.make_trainer()
-    for round_idx in range(1, c.rounds + 1):
-        trainer.run_round()
-        if round_idx % c.evaluation.every == 0 or round_idx == c.rounds:
-            trainer.evaluate()
-    expected = [cost.up.total(), cost.down.total() + cost.evaluation.total()]
-    return expected, [trainer.traffic.up, trainer.traffic.down]
-
-
 @pytest.mark.slow
 @each_case(
     ("channel", "method"),
     itertools.product([{}, TOP], ["hybrid", "fedmd", "fedbuff", "fedasync"]),
 )
-def test_asynchronous_cost_is_close_to_traffic(method: str, channel: dict[str, Any]) -> None:
+def test_asynchronous_cost_is_close_to_traffic(
+    method: str, channel: dict[str, Any], tmp_path: Any
+) -> None:
     run_config = paced(method, channel=channel, faults={})
     if method in ("fedbuff", "fedasync"):
         del run_config["runtime"]["buffer"]
 
-    expected, counted = asynchronous_cost_and_traffic(run_config)
+    expected, counted = estimate_and_count(tmp_path, run_config)
 
     # Clients that are fast enough to upload twice are not known in advance.
     assert expected == pytest.approx(counted, rel=0.5) and any(counted) == (method != "local")
@@ -171,7 +158,7 @@ def test_check_of_asynchronous_run_names_omitted_costs(
     assert main(["--config", str(path), "--check"], command="train") == 0
 
     printed = " ".join(capsys.readouterr().out.split())
-    expected, _ = asynchronous_cost_and_traffic(paced("fedavg"))
+    expected, _ = estimate_and_count(tmp_path, paced("fedavg"))
     assert f"about {format_bytes(sum(expected))} in 3 rounds: " in printed
     assert "asynchronous: estimated for clients of equal speed without failures" in printed
 

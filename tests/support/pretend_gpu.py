@@ -2,7 +2,7 @@
 
     with PretendGPU() as gpu:
         trainer.run_round()
-    print(gpu.summary())
+    print(gpu.transfers)
 
 Tensors created on "cuda" or moved there report that device, and operations on tensors of both
 sides fail as on a GPU. Copies between the sides and waits for values are recorded with the line
@@ -12,7 +12,6 @@ that caused them. Values are those of the CPU: kernels, memory and speed are not
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -161,14 +160,6 @@ class PretendGPU:
             yield
         finally:
             self.factory, self.is_moving = factory, False
-
-    def summary(self) -> dict[tuple[str, str], tuple[int, int]]:
-        """Return number and bytes of the transfers of each kind and line."""
-        numbers = Counter((t.kind, t.where) for t in self.transfers)
-        sizes: Counter[tuple[str, str]] = Counter()
-        for t in self.transfers:
-            sizes[t.kind, t.where] += t.nbytes
-        return {key: (numbers[key], sizes[key]) for key in sorted(numbers)}
 
 
 class _Calls(TorchFunctionMode):

@@ -24,6 +24,13 @@ EXCHANGES = ("keys", "shares", "train", "consistency", "unmask")
 Change = Callable[[str, Message], Message | None]
 
 
+def replacing(client: str, kind: str, change: Callable[[Message], Message]) -> Change:
+    """Replace the messages of one kind to or from a client."""
+    return lambda other, message: (
+        change(message) if (other, message.kind) == (client, kind) else message
+    )
+
+
 def upload(client: str, group: str = "a", size: int = 5) -> Payload:
     """Return an upload with values that differ by client."""
     g = keyed_generator("party", client)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.federation.trainer import FederatedTrainer
@@ -26,16 +27,8 @@ def tensors_of(trainer: FederatedTrainer, key: SharedKey | None = None) -> list[
 
         server = unsealed_server(trainer, key)
     clients = [trainer.store.get(client) for client in trainer.federation.client_infos]
-    return _tensors([server.models, server.state, [(p.models, p.state) for p in clients]])
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    values: Any = ()
-    if isinstance(tree, dict | list | tuple):
-        values = tree.values() if isinstance(tree, dict) else tree
-    return [tensor for value in values for tensor in _tensors(value)]
+    trees = [server.models, server.state, [(p.models, p.state) for p in clients]]
+    return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor)]
 
 
 def largest_difference(first: FederatedTrainer, second: FederatedTrainer) -> float:

@@ -21,7 +21,7 @@ from hetero_fl.communication.secure_aggregation.messages import (
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.seeding import stream_key
 from tests.support.cases import each_case
-from tests.support.secure_aggregation import EXCHANGES, Party
+from tests.support.secure_aggregation import EXCHANGES, Party, replacing
 
 Arrays = dict[str, np.ndarray]
 
@@ -206,8 +206,7 @@ def test_hostile_requests_are_refused(
     ask: str, change: Callable[[Arrays], None], reason: str
 ) -> None:
     party = Party(5)
-    down = lambda c, m: changed(m, REQUESTS, change) if (c, m.kind) == ("site_1", ask) else m  # noqa: E731
-    summed = party.run_round(down=down)
+    summed = party.run_round(down=replacing("site_1", ask, lambda m: changed(m, REQUESTS, change)))
     assert reason in summed.dropouts["site_1"]
     assert np.array_equal(summed.total, party.plain(["site_2", "site_3", "site_4", "site_5"]))
 
@@ -238,33 +237,32 @@ def test_hostile_replies_are_refused(
     ask: str, change: Callable[[Arrays], None], reason: str
 ) -> None:
     party = Party(5)
-    up = lambda c, m: changed(m, REPLIES, change) if (c, m.kind) == ("site_1", ask) else m  # noqa: E731
-    summed = party.run_round(up=up)
+    summed = party.run_round(up=replacing("site_1", ask, lambda m: changed(m, REPLIES, change)))
     assert reason in summed.dropouts["site_1"]
     assert np.array_equal(summed.total, party.plain(["site_2", "site_3", "site_4", "site_5"]))
 
 
 def test_wrong_shares_are_detected_and_replaced() -> None:
     party = Party(5)
-
-    def wrong(who: tuple[str, ...]) -> Callable[[str, Message], Message]:
-        def up(client: str, message: Message) -> Message:
-            if client not in who or message.kind != "unmask":
-                return message
-            return changed(message, REPLIES, lambda got: got["shares"][:, 0].__iadd__(1))
-
-        return up
+    one, other = (
+        replacing(
+            client,
+            "unmask",
+            lambda m: changed(m, REPLIES, lambda got: got["shares"][:, 0].__iadd__(1)),
+        )
+        for client in ("site_2", "site_3")
+    )
 
     # Seeds only; seeds and a masking key.
     for leaves in ({}, {"site_4": "train"}):
         if not leaves:
-            summed = party.run_round(leaves, up=wrong(("site_3",)))
+            summed = party.run_round(leaves, up=other)
             assert np.array_equal(summed.total, party.plain(summed.clients))
         with pytest.raises(
             RunFailedError,
             match=r"received . shares of the secret of site_1, but 4 valid shares are needed",
         ):
-            party.run_round(leaves, up=wrong(("site_2", "site_3")))
+            party.run_round(leaves, up=lambda c, m: one(c, other(c, m)))
 
 
 @pytest.mark.parametrize("messages", [50, pytest.param(150, marks=pytest.mark.slow)])
@@ -308,17 +306,10 @@ def test_arbitrary_messages_cause_no_crash(messages: int) -> None:
 )
 def test_unusable_public_key_drops_only_its_sender(forged: bytes, reason: str) -> None:
     party = Party(5)
+    key = np.frombuffer(forged, np.uint8)
+    forge = lambda got: got["keys"].__setitem__(slice(64), key)  # noqa: E731
 
-    def forge(client: str, message: Message) -> Message:
-        if client != "site_3" or message.kind != "keys":
-            return message
-        return changed(
-            message,
-            REPLIES,
-            lambda got: got["keys"].__setitem__(slice(64), np.frombuffer(forged, np.uint8)),
-        )
-
-    summed = party.run_round(up=forge)
+    summed = party.run_round(up=replacing("site_3", "keys", lambda m: changed(m, REPLIES, forge)))
 
     assert summed.clients == ["site_1", "site_2", "site_4", "site_5"]
     assert summed.dropouts == {"site_3": reason}
@@ -355,14 +346,10 @@ GARBAGE: dict[str, Callable[[bytes], bytes]] = {
 @each_case(("garbage", "ask"), itertools.product(GARBAGE, EXCHANGES))
 def test_garbage_drops_or_names_its_sender(ask: str, garbage: str) -> None:
     party = Party(5)
-
-    def spoil(client: str, message: Message) -> Message:
-        if client != "site_3" or message.kind != ask:
-            return message
-        return Message(message.kind, GARBAGE[garbage](message.body))
+    spoil = lambda message: Message(ask, GARBAGE[garbage](message.body))  # noqa: E731
 
     try:
-        summed = party.run_round(up=spoil)
+        summed = party.run_round(up=replacing("site_3", ask, spoil))
     except RunFailedError as error:
         # Sealed shares are opened in the last exchange, when their sender cannot be dropped.
         assert ask == "shares" and "site_3" in str(error)
@@ -373,14 +360,10 @@ def test_garbage_drops_or_names_its_sender(ask: str, garbage: str) -> None:
 
 def test_unreadable_sealed_shares_end_the_round() -> None:
     party = Party(5)
-
-    def up(client: str, message: Message) -> Message:
-        if (client, message.kind) != ("site_2", "shares"):
-            return message
-        return changed(message, REPLIES, lambda got: got["sealed"].fill(7))
+    unreadable = lambda m: changed(m, REPLIES, lambda got: got["sealed"].fill(7))  # noqa: E731
 
     with pytest.raises(RunFailedError, match="received 1 shares of the secret of site_2") as error:
-        party.run_round(up=up)
+        party.run_round(up=replacing("site_2", "shares", unreadable))
     assert "\n" not in str(error.value)
 
 

@@ -17,7 +17,7 @@ from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation.messages import REQUESTS
 from hetero_fl.communication.secure_aggregation.site_keys import ENDORSEMENT, SiteKeys
 from tests.support.cases import each_case
-from tests.support.secure_aggregation import Party
+from tests.support.secure_aggregation import Party, replacing
 
 Arrays = dict[str, np.ndarray]
 NOT_SIGNED = "the keys of 'site_2' are not signed with its key in allows.keys"
@@ -72,14 +72,12 @@ def test_replaced_round_keys_are_refused(change: Callable[[Arrays, Arrays], None
     assert party.run_round().clients == party.clients
     (old,) = [m for client, m in party.requests if (client, m.kind) == ("site_1", "shares")]
 
-    def replace(client: str, message: Message) -> Message:
-        if (client, message.kind) != ("site_1", "shares"):
-            return message
+    def replace(message: Message) -> Message:
         arrays = decode_arrays(message.body, REQUESTS["shares"])
         change(arrays, decode_arrays(old.body, REQUESTS["shares"]))
         return Message("shares", encode_arrays(arrays))
 
-    summed = party.run_round(down=replace)
+    summed = party.run_round(down=replacing("site_1", "shares", replace))
 
     assert NOT_SIGNED in summed.dropouts["site_1"]
 

@@ -168,4 +168,4 @@ def test_the_best_method_is_no_baseline(tmp_path: Path) -> None:
 
     text = write(tmp_path, rows).to_markdown()
 
-    assert "for b to +10.0 percentage points for a; 1 worse)" in text and "of FedAvg, 1 of 2" in text
+    assert "of FedAvg, 1 of 2" in text and "to +10.0 percentage points for a; 1 worse)" in text

@@ -88,8 +88,8 @@ class Hybrid(ProxyDistillation, FedAvg):
     )
     distill_rounds: PositiveInt | None = Field(
         None,
-        description="number of rounds, from the first, in which the server distills; later rounds "
-        "only recompute BatchNorm statistics on proxy rows; `null`: all rounds",
+        description="first rounds, in which the server distills; later, it only recomputes "
+        "BatchNorm statistics on proxy rows; `null`: all",
     )
     distilled_statistics: DistilledStatistics = "proxy"
     digest_epochs: PositiveInt = Field(

@@ -15,7 +15,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageOps
 
 from hetero_fl.core.metrics import SMALLER_IS_BETTER
 
@@ -29,8 +28,6 @@ MIN_FONT_SIZE = 7.0
 """Smallest font size in points."""
 
 DPI = 300
-MARGIN = 18
-"""Width of the white margin around a picture, in pixels."""
 
 # The palette of Okabe and Ito (2008) without yellow, which is hard to see on white.
 BLUE = "#0072B2"
@@ -94,21 +91,25 @@ def figure(height: float, width: float = WIDTH) -> Figure:
         height: Height in inches.
         width: Width in inches.
     """
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    made = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(made)
+    return made
 
 
 def to_png(figure: Figure) -> bytes:
-    """Render a figure as a PNG, cropped to its content and a margin.
+    """Render a figure as a cropped PNG.
 
     Equal figures result in equal bytes.
     """
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    # `savefig(bbox_inches="tight")` would draw the figure twice.
-    content = picture.crop(ImageOps.invert(picture).getbbox())
     buffer = BytesIO()
-    ImageOps.expand(content, MARGIN, "white").save(buffer, "png", dpi=(DPI, DPI))
+    figure.savefig(
+        buffer,
+        format="png",
+        dpi=DPI,
+        bbox_inches="tight",
+        pad_inches=0.06,
+        metadata={"Software": None},
+    )
     return buffer.getvalue()
 
 

@@ -52,6 +52,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 PICTURES = {
     "comparisons/driving_hetero": Task("regression", 1, unit="degrees"),
     "comparisons/finance_hetero": Task("multiclass", 2, rare=1),
+    "comparisons/medical_hetero": Task("multiclass", 2),
     "comparisons/recommendation_hetero": Task("multiclass", 200, is_ranking=True),
     "comparisons/sensors_hetero": Task("multiclass", 6),
     "comparisons/speech_hetero": Task("multiclass", 10),
@@ -59,8 +60,6 @@ PICTURES = {
     "comparisons/text_hetero": Task("multiclass", 199),
 }
 """Task of each archived comparison of which docs/images shows the methods at their defaults."""
-BENCHMARK_PICTURES = {"medical_hetero": ("xrays_three", Task("multiclass", 2))}
-"""Federation of the benchmark, and its task, of each further picture in docs/images."""
 TEXT = ("algorithm", "commit")
 Row = dict[str, Any]
 
@@ -149,15 +148,6 @@ def draw_replication() -> bytes:
         for table in published.TABLES.values()
     }
     return style.to_png(draw_scores({title: found for title, found in scores.items() if found}))
-
-
-def benchmark_rows(name: str) -> list[Row]:
-    """Return the runs with components of a federation of the benchmark, as in a comparison."""
-    frame = BenchmarkResults(BENCHMARK, BENCHMARK_ARCHIVE).scores[name].frame
-    frame = frame[frame["components"] == "all"].rename(columns={"method": "algorithm"})
-    # Columns without a value, such as the scores of a server, are None.
-    rows: list[Row] = frame.astype(object).where(frame.notna(), None).to_dict("records")
-    return rows
 
 
 def output(name: str) -> str:
@@ -279,10 +269,6 @@ def main() -> int:
             defaults = [row for row in archived(name) if ":" not in row["algorithm"]]
             picture = style.to_png(plots.draw_comparison(defaults, task))
             (images / f"{Path(name).name}.png").write_bytes(picture)
-        for name, (federation, task) in BENCHMARK_PICTURES.items():
-            if rows := benchmark_rows(federation):
-                picture = style.to_png(plots.draw_comparison(rows, task))
-                (images / f"{name}.png").write_bytes(picture)
         (images / "replication.png").write_bytes(draw_replication())
     return 0
 

@@ -77,6 +77,15 @@ TABLES = {
             "Average precision, local test": "personal_last_average_precision",
         },
     ),
+    "medical_hetero": ComparisonTable(
+        ("medical_hetero",),
+        {
+            "Balanced accuracy, global test": "global_last_balanced_accuracy",
+            "AUROC, global test": "global_last_auroc",
+            **LOCAL_ACCURACY,
+            "Worst hospital, local test": "personal_last_accuracy_worst",
+        },
+    ),
     "recommendation_hetero": ComparisonTable(
         ("recommendation_hetero",),
         {

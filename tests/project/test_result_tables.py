@@ -50,7 +50,6 @@ MARKED = re.compile(
     re.DOTALL,
 )
 SUMMARIES = [
-    (MEDICAL, "summary of xrays_three"),
     (MEDICAL, "summary of xrays_one"),
 ]
 COLUMNS = {

@@ -440,8 +440,9 @@ class ProxyDistillation(ProxyTraining):
                 )
         if statistics == "clients":
             for group, average in averages.items():
-                names = server.arch[group].parameter_names
-                server.models[group] = average | {n: server.models[group][n] for n in names}
+                buffers = average.keys() - server.arch[group].parameter_names
+                of_clients = {name: average[name] for name in buffers}
+                server.models[group] = {**server.models[group], **of_clients}
 
 
 DONE = "initial_phase"

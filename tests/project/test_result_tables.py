@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -35,7 +32,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.experiment.benchmark.protocol import Benchmark
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
 from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
-from tests.support.cases import each_case
+from scripts import result_tables
 from tests.support.run_directories import Case, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -49,9 +46,6 @@ MARKED = re.compile(
     r"<!-- (benchmark|components|replication): ([\w ,]+?) \(.*?-->\n(.*?)<!-- end of results -->",
     re.DOTALL,
 )
-SUMMARIES = [
-    (MEDICAL, "summary of xrays_one"),
-]
 COLUMNS = {
     "Global test, balanced accuracy": "global_last_balanced_accuracy",
     "Global test, AUROC": "global_last_auroc",
@@ -59,19 +53,6 @@ COLUMNS = {
     "Worst client": "personal_last_accuracy_worst",
 }
 LABELS = {method_title(register_algorithm[name]): name for name in register_algorithm}
-
-
-@pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location(
-        "result_tables", ROOT / "scripts" / "result_tables.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
 
 
 def marked(page: Path) -> dict[tuple[str, str], str]:
@@ -108,15 +89,9 @@ def test_pages_contain_their_tables() -> None:
     assert list(marked(REPLICATION)) == [("replication", name) for name in TABLES]
 
 
-@each_case(("page", "name"), SUMMARIES)
-def test_summary_matches_the_archived_runs(page: Path, name: str) -> None:
-    federation = name.removeprefix("summary of ")
-    path = BENCHMARK / f"{federation}.csv"
-    if not BenchmarkResults(ROOT / "configs" / "benchmark", BENCHMARK).scores[federation].rows:
-        pytest.skip(f"{path.name} is not complete yet")
-    runs = runs_of(path, "method")
-
-    shown = read_rows(marked(page)["benchmark", name])
+def test_summary_matches_the_archived_runs() -> None:
+    runs = runs_of(BENCHMARK / "xrays_one.csv", "method")
+    shown = read_rows(marked(MEDICAL)["benchmark", "summary of xrays_one"])
 
     rows = {LABELS[row["Method"].partition(" +")[0]]: row for row in shown if row["MB"]}
     assert rows.keys() == runs.keys()
@@ -207,21 +182,21 @@ def test_tables_without_runs_say_so(tmp_path: Path) -> None:
 
 
 def test_result_tables_check_finds_a_changed_figure(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pages = {path: tmp_path / path.name for path in (OPTIONS, REPLICATION)}
     for path, page in pages.items():
         page.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr(script, "PAGES", tuple(pages.values()))
+    monkeypatch.setattr(result_tables, "PAGES", tuple(pages.values()))
     monkeypatch.setattr(sys, "argv", ["result_tables.py", "--check"])
-    assert script.main() == 0
+    assert result_tables.main() == 0
 
     for page in pages.values():
         text = page.read_text(encoding="utf-8")
         figure = re.search(r"(?<= )\d\d\.\d ?± ?\d|(?<=\| )9\d\.\d\d(?= \|)", text)
         assert figure is not None
         page.write_text(text.replace(figure[0], "99.9±0", 1), encoding="utf-8")
-        assert script.main() == 1
+        assert result_tables.main() == 1
         page.write_text(text, encoding="utf-8")
 
 
@@ -241,9 +216,9 @@ def test_component_table_marks_the_best_row_with_all_seeds() -> None:
 
 
 def test_result_tables_archive_keeps_every_run_and_adds_the_commit(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(script, "ARCHIVE", tmp_path / "archive")
+    monkeypatch.setattr(result_tables, "ARCHIVE", tmp_path / "archive")
     out = tmp_path / "out"
     runs = [
         write_run(out / "runs" / f"{name}-seed0", Case(algorithm=name, rounds=3))
@@ -254,12 +229,12 @@ def test_result_tables_archive_keeps_every_run_and_adds_the_commit(
     rows = [comparison_row(run.summary()) for run in runs]
     write_comparison(out, rows, title="t", note="", task=Task("multiclass", 2))
 
-    script.archive([out], "0123abc")
-    script.archive([out, out], "0123abc", "two_folders")
+    result_tables.archive([out], "0123abc")
+    result_tables.archive([out, out], "0123abc", "two_folders")
 
-    kept = script.archived("medical_hetero")
+    kept = result_tables.archived("medical_hetero")
     assert [(row["threads"], row["commit"]) for row in kept] == [(1, "0123abc")] * 2
-    assert script.archived("two_folders") == [*kept, *kept]
+    assert result_tables.archived("two_folders") == [*kept, *kept]
     for row, result in zip(kept, rows, strict=True):
         assert {key: row.get(key) for key in result} == {**result, "clients": None}
 
@@ -371,11 +346,11 @@ def test_results_of_a_commit_without_changes_may_be_archived(repository: Path) -
 
 
 def test_archive_of_runs_of_an_unknown_commit_is_refused(
-    monkeypatch: pytest.MonkeyPatch, script: ModuleType, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     arguments = ["--archive", f"runs={tmp_path}", "--commit", "01234567"]
     monkeypatch.setattr(sys, "argv", ["result_tables.py", *arguments])
-    monkeypatch.setattr(script, "ARCHIVE", tmp_path)
+    monkeypatch.setattr(result_tables, "ARCHIVE", tmp_path)
 
     with pytest.raises(SystemExit, match=r"^commit '01234567' is not in the history"):
-        script.main()
+        result_tables.main()

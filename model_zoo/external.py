@@ -11,7 +11,8 @@ import contextlib
 import io
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from model_zoo.errors import InputError, ModelError, one_line
+from model_zoo.generators import keyed_generators
 from model_zoo.shapes import Shape
 from model_zoo.split_model import Body, measure_feature_width
 
@@ -75,8 +77,7 @@ def external_backbone(
 ) -> Body:
     """Return a library's model without the classifier, and the width of the features.
 
-    If the model does not accept images of this size, the images are enlarged. The smallest accepted
-    size is determined by running the model on two blank images.
+    If the model does not accept images of this size, the images are enlarged.
 
     Args:
         library_name: `torchvision` or `timm`.
@@ -90,25 +91,33 @@ def external_backbone(
             the weights cannot be loaded.
     """
     make = _make_torchvision if library_name == "torchvision" else _make_timm
-    first_error: ModelError | None = None
-    for size in _candidate_sizes(shape):
-        model_shape = Shape(shape.channels, size)
-        try:
-            model = make(name, model_shape, False, options)
-            width = measure_feature_width(model, model_shape)
-            break
-        except InputError as error:
-            first_error = first_error or error
-    else:
-        assert first_error is not None
-        raise first_error
-    if pretrained:
-        model = make(name, model_shape, True, options)
+    size, width = _accepted_size(make, name, shape, **options)
+    model = make(name, Shape(shape.channels, size), pretrained, options)
     disable_stochastic_depth(model)
     if size != shape.size:
         enlarge = Enlarge(size=size, mode="bilinear", align_corners=False)
         model = nn.Sequential(OrderedDict(enlarge=enlarge, model=model))
     return model, width
+
+
+@cache
+def _accepted_size(
+    make: Callable[..., nn.Module], name: str, shape: Shape, **options: Any
+) -> tuple[tuple[int, ...], int]:
+    """Return the smallest tested size of images that a model accepts, and its number of features.
+
+    The model is run on two blank images of each size. No random numbers are drawn.
+    """
+    errors = []
+    for size in _candidate_sizes(shape):
+        model_shape = Shape(shape.channels, size)
+        try:
+            with keyed_generators(0):
+                model = make(name, model_shape, False, options)
+            return size, measure_feature_width(model, model_shape)
+        except InputError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _candidate_sizes(shape: Shape) -> list[tuple[int, ...]]:

@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageOps
 
 from hetero_fl.core.metrics import SMALLER_IS_BETTER
 
@@ -28,6 +29,8 @@ MIN_FONT_SIZE = 7.0
 """Smallest font size in points."""
 
 DPI = 300
+MARGIN = 0.06
+"""Width of the white margin around a picture, in inches."""
 
 # The palette of Okabe and Ito (2008) without yellow, which is hard to see on white.
 BLUE = "#0072B2"
@@ -97,19 +100,22 @@ def figure(height: float, width: float = WIDTH) -> Figure:
 
 
 def to_png(figure: Figure) -> bytes:
-    """Render a figure as a cropped PNG.
+    """Render a figure as a PNG, cropped to its content and a margin.
 
     Equal figures result in equal bytes.
     """
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    left, top, right, bottom = ImageOps.invert(picture).getbbox() or (0, 0, 0, 0)
     buffer = BytesIO()
-    figure.savefig(
-        buffer,
-        format="png",
-        dpi=DPI,
-        bbox_inches="tight",
-        pad_inches=0.06,
-        metadata={"Software": None},
-    )
+    if min(left, top) > 0 and right < picture.width and bottom < picture.height:
+        content = picture.crop((left, top, right, bottom))
+        margin = round(MARGIN * DPI)
+        ImageOps.expand(content, margin, "white").save(buffer, "png", dpi=(DPI, DPI))
+    else:
+        # Parts may be outside of the figure, such as a wide legend.
+        figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=MARGIN)
     return buffer.getvalue()
 
 

@@ -129,7 +129,6 @@ class Uploads:
         self.aggregated_items: set[tuple[str, str]] = set()
         self._kept: list[Upload] = []
         self._senders: dict[str, list[ClientInfo]] = {}
-        self._staleness_weights: dict[str, list[float]] = {}
         self._tensors: dict[str, ItemSum | RobustItemMeans] = {}
         self._models: dict[str, OwnerMeans | RobustModelMeans] = {}
         self._count = 0
@@ -178,7 +177,6 @@ class Uploads:
         kept_items = {}
         for name in upload.payload:
             self._senders.setdefault(name, []).append(upload.client_info)
-            self._staleness_weights.setdefault(name, []).append(upload.staleness_weight)
             if self._spec(name).use == "each":
                 kept_items[name] = upload.payload.item(name)
             if self._spec(name).use != "each" or self._uses_rule(name):
@@ -254,13 +252,6 @@ class Uploads:
             MissingItemError: If the method does not declare the item.
         """
         return bool(self.senders(name))
-
-    def staleness_weights(self, name: str) -> list[float]:
-        """Return the staleness weights of the clients that sent the item.
-
-        If no upload of the item has been added, the result contains a 1 for each of `senders`.
-        """
-        return list(self._staleness_weights.get(name, [1.0] * len(self.senders(name))))
 
     def mean(self, name: str) -> Tensor | None:
         """Return the elementwise mean of a single-tensor item, or the result of the robust rule.

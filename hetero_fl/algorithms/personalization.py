@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from typing_extensions import override
 
@@ -21,7 +21,6 @@ from hetero_fl.algorithms.base import (
 )
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.algorithms.local_training import local_fit
-from hetero_fl.config.base import warn_deprecated
 from hetero_fl.core.objectives import Proximal
 from hetero_fl.core.participant import ClientDirectory, Participant
 from hetero_fl.core.payload import Payload
@@ -194,22 +193,13 @@ class FedBABU(FedPer):
         "own model: before fine-tuning)"
     )
 
-    finetune_epochs: PositiveInt | None = Field(
-        None, description="deprecated; write the client option `fine_tune_epochs` instead"
-    )
     finetune: Literal["all", "head"] = Field(
         "all", description="part that is fine-tuned: the whole model or the head"
     )
 
-    @model_validator(mode="after")
-    def _warn_former_key(self) -> FedBABU:
-        if self.finetune_epochs is not None:
-            warn_deprecated("algorithm.finetune_epochs", "algorithm.fine_tune_epochs")
-        return self
-
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
-        clients.set_default("fine_tune_epochs", self.finetune_epochs or 5)
+        clients.set_default("fine_tune_epochs", 5)
         return super().configure(clients)
 
     @override

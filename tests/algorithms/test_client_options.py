@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import hetero_fl
-from hetero_fl.algorithms import FedBABU
 from hetero_fl.data import Dataset, make_table
 from hetero_fl.experiment import prepare
 from hetero_fl.utils.errors import UserError
@@ -124,13 +123,6 @@ def test_fedbabu_fine_tunes_for_the_epochs_of_the_client() -> None:
         for epochs in (1, 0)
     )
     assert not torch.equal(tuned, not_tuned)
-
-
-def test_former_key_of_fedbabu_is_deprecated() -> None:
-    with pytest.warns(FutureWarning, match=r"use algorithm.fine_tune_epochs"):
-        assert fine_tune_epochs(config("fedbabu", algorithm__finetune_epochs=2)) == 2
-    with pytest.warns(FutureWarning, match=r"use algorithm.fine_tune_epochs"):
-        assert FedBABU(finetune_epochs=2).finetune_epochs == 2
 
 
 @pytest.mark.parametrize("executor", ["serial", "batched"])

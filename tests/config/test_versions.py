@@ -55,10 +55,6 @@ DEPRECATED = {
         {"algorithm": {"name": "feddf", "distil_epochs": 2}},  # style: ok (former name)
         "algorithm.distill_epochs",
     ),
-    "algorithm.finetune_epochs": (
-        {"algorithm": {"name": "fedbabu", "finetune_epochs": 2}},
-        "algorithm.fine_tune_epochs",
-    ),
     "output.tensorboard": ({"output": {"tensorboard": False}}, "output.loggers=[tensorboard]"),
 }
 

@@ -433,7 +433,7 @@ class ProxyDistillation(ProxyTraining):
                 self.server_fit(server, group, teacher, epochs, preprocess[group])
                 for group in sorted(preprocess)
             ]
-        else:
+        elif statistics == "proxy":
             for group, view in preprocess.items():
                 server.models[group] = yield from recalibrated_tensors(
                     server, group, proxy_sample(server, view)

@@ -88,8 +88,8 @@ class Hybrid(ProxyDistillation, FedAvg):
     )
     distill_rounds: PositiveInt | None = Field(
         None,
-        description="first rounds, in which the server distills; later, it only recomputes "
-        "BatchNorm statistics on proxy rows; `null`: all",
+        description="number of rounds at the start in which the server distills; later, it only "
+        "recomputes BatchNorm statistics on proxy rows; `null`: all",
     )
     distilled_statistics: DistilledStatistics = "proxy"
     digest_epochs: PositiveInt = Field(

@@ -40,9 +40,6 @@ from hetero_fl.utils.extras import describe_missing_package
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-# At its end, Python searches all objects of torch for cycles, which takes about a second.
-atexit.register(gc.freeze)
-
 VERBOSE = re.compile(r"-q*v[qv]*|--verbose")
 
 # Commands that are repeated to continue.
@@ -89,6 +86,8 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         argv: Arguments. If None, the arguments of the process are used.
         command: Name of the command. If None, the first argument is the name.
     """
+    # At its end, Python searches all objects of torch for cycles, which takes about a second.
+    atexit.register(gc.freeze)
     if TORCHRUN_VARIABLE in os.environ:
         from hetero_fl.federation.executors.torchrun import run_as_ranks
 

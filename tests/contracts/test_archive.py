@@ -1,7 +1,7 @@
 """Contract of the archive: the documentation shows what the archived runs give.
 
-- Each archived run names a commit of this repository, and has its present configuration and the
-  present defaults.
+- Each archived run names a commit of this repository. Runs of the benchmark have its present
+  configurations and the present defaults.
 - Each table, and each figure in a sentence about the benchmark, is that of the archived runs.
 - The cheapest run of each federation gives the archived scores again.
 """

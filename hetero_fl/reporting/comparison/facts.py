@@ -162,7 +162,7 @@ def metrics_of(task: Task) -> tuple[str, ...]:
 def client_metrics(task: Task) -> dict[str, str]:
     """Return the metric that a comparison shows for each client, keyed by test.
 
-    Accuracies are defined on all local tests, including those without a class.
+    The accuracy, which most tasks use for local tests, is defined without rows of some classes.
     """
     shown = _SHOWN[_task_kind(task)]
     return {"global": shown.metrics[0], "personal": shown.worst}

@@ -82,7 +82,8 @@ class GainTable:
 
     def gaining(self, label: str) -> str:
         """Return how many clients gain with a method, such as "5 of 6"."""
-        return f"{sum(self.gains[label] > 0)} of {len(self.gains)}"
+        gains = self.gains[label].map(self.format).str.startswith("+")
+        return f"{gains.sum()} of {len(gains)}"
 
     def format(self, gain: float) -> str:
         """Format a gain, which is NaN if a score is undefined."""
@@ -151,12 +152,13 @@ def make_gain_tables(gains: pd.DataFrame, rows: Sequence[Row], task: Task) -> li
     return tables
 
 
-def describe_gains(tables: Sequence[GainTable], rows: Sequence[Row]) -> str:
+def describe_gains(tables: Sequence[GainTable], rows: Sequence[Row], jobs: int | None) -> str:
     """Return sentences on the gains with the best method, and their price in bytes and time.
 
     Args:
         tables: The tables of `make_gain_tables`. Without tables, the text is empty.
         rows: One row for each run.
+        jobs: Number of runs at a time, or None if it is unknown.
     """
     means = pd.DataFrame(rows).groupby("algorithm").mean(numeric_only=True)
-    return render_line("gain_answer.txt", tables=tables, means=means.T.to_dict())
+    return render_line("gain_answer.txt", tables=tables, means=means.T.to_dict(), jobs=jobs)

@@ -137,7 +137,7 @@ def write_comparison(
         "differences": differences,
         "differences_note": "" if differences or len(shown.all_labels) < 2 else DIFFERENCES_NOTE,
         "gains": gains,
-        "answer": describe_gains(gains, rows),
+        "answer": describe_gains(gains, rows, known.jobs),
         "grid": make_tuning_table(tried, task),
         "settings": settings,
         "methods": describe_methods(shown.all_labels),

@@ -15,7 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageOps
+from matplotlib.transforms import Bbox
+from PIL import Image
 
 from hetero_fl.core.metrics import SMALLER_IS_BETTER
 
@@ -106,16 +107,18 @@ def to_png(figure: Figure) -> bytes:
     """
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    left, top, right, bottom = ImageOps.invert(picture).getbbox() or (0, 0, 0, 0)
+    content, page = figure.get_tightbbox(), figure.bbox_inches
     buffer = BytesIO()
-    if min(left, top) > 0 and right < picture.width and bottom < picture.height:
-        content = picture.crop((left, top, right, bottom))
-        margin = round(MARGIN * DPI)
-        ImageOps.expand(content, margin, "white").save(buffer, "png", dpi=(DPI, DPI))
+    if np.array_equal(Bbox.union([content, page]).extents, page.extents):
+        visible = Bbox.intersection(content.padded(MARGIN), page) or page
+        left, bottom, right, top = visible.extents * DPI
+        picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        cropped = picture.crop((left, picture.height - top, right, picture.height - bottom))
+        cropped.save(buffer, "png", dpi=(DPI, DPI))
     else:
-        # Parts may be outside of the figure, such as a wide legend.
-        figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=MARGIN)
+        # Parts are outside of the figure, such as a wide legend, so it is drawn on a larger canvas.
+        options: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": MARGIN}
+        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None}, **options)
     return buffer.getvalue()
 
 

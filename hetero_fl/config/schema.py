@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -27,9 +26,9 @@ from hetero_fl.config.base import (
     check_folder_name,
     check_version,
     choice_type,
+    drop_empty_key,
     format_value,
     migrate,
-    warn_deprecated,
 )
 from hetero_fl.config.clients import ClientsConfig, ModelConfig, PreprocessConfig, expand_model_name
 from hetero_fl.config.communication import ChannelConfig
@@ -234,20 +233,8 @@ class OutputConfig(ConfigSection):
 
     @model_validator(mode="before")
     @classmethod
-    def _replace_tensorboard(cls, raw: Any) -> Any:
-        """Replace the former key `tensorboard` with an entry of `loggers`."""
-        if not isinstance(raw, Mapping) or "tensorboard" not in raw:
-            return raw
-        rest = {key: value for key, value in raw.items() if key != "tensorboard"}
-        is_enabled = raw["tensorboard"]
-        loggers = rest.get("loggers") or []
-        if not isinstance(is_enabled, bool) or not isinstance(loggers, list):
-            return raw
-        warn_deprecated("output.tensorboard", "output.loggers=[tensorboard]")
-        kinds = [entry.get("kind") if isinstance(entry, dict) else entry for entry in loggers]
-        if is_enabled and "tensorboard" not in kinds:
-            rest["loggers"] = [*loggers, "tensorboard"]
-        return rest
+    def _drop_tensorboard(cls, raw: Any) -> Any:
+        return drop_empty_key(raw, "tensorboard", "write loggers: [tensorboard] instead")
 
     @field_validator("loggers")
     @classmethod

@@ -55,7 +55,6 @@ DEPRECATED = {
         {"algorithm": {"name": "feddf", "distil_epochs": 2}},  # style: ok (former name)
         "algorithm.distill_epochs",
     ),
-    "output.tensorboard": ({"output": {"tensorboard": False}}, "output.loggers=[tensorboard]"),
 }
 
 
@@ -65,7 +64,7 @@ def test_command_and_log_show_a_deprecated_key_once(
     key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written, new = DEPRECATED[key]
-    output = {"plots": False, "report": False, **written.get("output", {})}
+    output = {"plots": False, "report": False}
     source = {**config(models="mlp", rounds=1), **written, "output": output}
     file = tmp_path / "old.yaml"
     file.write_text(yaml.safe_dump(source), encoding="utf-8")

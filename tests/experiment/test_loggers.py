@@ -82,8 +82,7 @@ def test_run_of_an_earlier_version_is_resumed(tmp_path: Path) -> None:
     recorded["output"]["tensorboard"] = False
     directory.write_config(recorded)
 
-    with pytest.warns(FutureWarning, match=r"output.tensorboard: deprecated"):
-        finished = run(out / "config.yaml", out=out, resume=True)
+    finished = run(out / "config.yaml", out=out, resume=True)
 
     assert finished.summary["rounds_completed"] == 2
 

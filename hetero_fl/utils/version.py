@@ -188,7 +188,6 @@ RENAMED_MEMBERS = {
         "combined": "aggregated_items",
         "having": "containing",
         "heard_of": "is_available",
-        "worths": "staleness_weights",
     },
 }
 

@@ -90,14 +90,6 @@ def test_scalars_are_all_defined_numbers_of_a_round(made_run: MakeRun) -> None:
     assert not any("server" in name for name in last)
 
 
-@each_case(("former", "kinds"), [(True, ["csv", "tensorboard"]), (False, ["csv"])])
-def test_former_key_adds_the_tensorboard_logger(former: bool, kinds: list[str]) -> None:
-    with pytest.warns(FutureWarning, match=r"use output.loggers=\[tensorboard\]"):
-        config = load_config({"output": {"tensorboard": former, "loggers": ["csv"]}})
-
-    assert [entry.kind for entry in config.output.loggers] == kinds
-
-
 def test_logger_receives_each_round_once(made_run: MakeRun) -> None:
     directory = made_run(rounds=3)
     logger = MemoryLogger()

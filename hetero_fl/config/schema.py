@@ -234,7 +234,9 @@ class OutputConfig(ConfigSection):
     @model_validator(mode="before")
     @classmethod
     def _drop_tensorboard(cls, raw: Any) -> Any:
-        return drop_empty_key(raw, "tensorboard", "write loggers: [tensorboard] instead")
+        return drop_empty_key(
+            raw, "tensorboard", "write loggers: [tensorboard] instead of tensorboard"
+        )
 
     @field_validator("loggers")
     @classmethod

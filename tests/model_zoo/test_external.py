@@ -58,7 +58,11 @@ def test_external_models_accept_small_images(
     enlarged: tuple[int, int] | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    torch.manual_seed(0)
     model = create_model(name, 6, channels, size)
+    torch.manual_seed(0)
+    again = create_model(name, 6, channels, size).state_dict()
+    assert all(torch.equal(tensor, again[n]) for n, tensor in model.state_dict().items())
     x = torch.randn(2, channels, *((size, size) if isinstance(size, int) else size))
     before = x.clone()
     model.eval()

@@ -103,6 +103,19 @@ def test_table_and_sentence_say_who_gains(tmp_path: Path) -> None:
     assert (tmp_path / "gains.png").stat().st_size > 10_000
 
 
+def test_gains_shown_as_zero_are_neither_gains_nor_losses(tmp_path: Path) -> None:
+    rows = rows_with_clients(a=0.5, b=0.5)
+    for row in rows:
+        if row["algorithm"] == "hybrid":
+            for client, change in zip(row["clients"], (0.0004, -0.0004), strict=True):
+                client["global"]["balanced_accuracy"] += change
+
+    text = write(tmp_path, rows).to_markdown()
+
+    assert "Hybrid, 0 of 2 clients are better" in text
+    assert "(from 0.0 for b to 0.0 percentage points for a) and" in text
+
+
 def test_undefined_scores_are_left_out(tmp_path: Path) -> None:
     comparison = write(tmp_path, rows_with_clients(b=None))
     diverged = rows_with_clients()

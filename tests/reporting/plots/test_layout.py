@@ -19,6 +19,16 @@ from tests.support.figures import drawn
 LONG = "university_hospital_of_north_rhine_"
 
 
+def test_content_outside_of_a_figure_is_not_cut() -> None:
+    figure = style.figure(height=1.0, width=2.0)
+    figure.text(0.5, 0.1, "inside")
+    figure.text(0.5, 1.5, "above")
+
+    height = int.from_bytes(style.to_png(figure)[20:24], "big")
+
+    assert height > 1.3 * style.DPI
+
+
 def named(run: RunDirectory) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """Return the run's files with long names of clients and classes."""
     content = json.dumps([run.summary(), run.metrics(), run.details()])

@@ -272,7 +272,8 @@ def draw_gains(tables: Sequence[GainTable]) -> Figure:
         gains = table.gains.loc[clients].rename(columns=_short_name)
         # The methods of a client lie below each other.
         places = np.arange(len(clients))[:, None] + np.linspace(-0.2, 0.2, gains.shape[1])
-        axes.set_prop_cycle(cycler(marker="os^") * cycler(color=COLORS))
+        # The first color is that of the baseline in the plot of learning curves.
+        axes.set_prop_cycle(cycler(marker="os^") * cycler(color=COLORS[1:]))
         axes.plot(gains, places, linestyle="", markersize=5, label=list(gains))
         axes.axvline(0, color=style.GREY, linewidth=0.9, zorder=1)
         axes.set(

@@ -201,6 +201,8 @@ def make_table(
     caption = render_line(
         "table_caption.txt",
         task=task,
+        columns=columns,
+        moment=moment,
         seeds=seeds,
         references=shown.references,
         baseline=algorithm_name(str(shown.baseline)),

@@ -132,6 +132,16 @@ def test_seconds_note_parallel_runs(jobs: int | None, header: str, words: str) -
     assert table.header[-2:] == [header, "Needs"] and table.caption.endswith(words)
 
 
+def test_caption_tells_what_means_and_rounds_are_shown() -> None:
+    last, best = (make_table(make_rows(), BINARY, moment) for moment in ("last", "best"))
+    errors = make_table(make_rows(["local", "fedavg"], metrics=REGRESSION), VALUES, "last")
+
+    assert "Local test AUROC: mean over the clients whose test rows have more" in last.caption
+    assert "AUROC" not in errors.caption
+    assert "of the rounds with the best score" in best.caption
+    assert "of the rounds with" not in last.caption
+
+
 def test_columns_without_values_are_left_out() -> None:
     rows = make_rows(["local", "hybrid"])
     for row in rows:

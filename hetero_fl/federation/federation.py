@@ -40,6 +40,7 @@ from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.privacy.mechanisms import KeyedNoiseSource, NoiseSource, noisy_label_counts
 from hetero_fl.robustness.attacks import CountsFunction, DataFunction, MaliciousClients
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.registry import import_reference
 from hetero_fl.utils.seeding import Key, sample_numbers
 from model_zoo import ModelError, model_options
@@ -406,16 +407,15 @@ class FederationSpec:
     def preprocessing_of(self, slot: str) -> Preprocess:
         """Return the preprocessing of public examples for a model at the server.
 
-        If clients train the model, the preprocessing of the first client with the architecture is
-        returned. Otherwise, the preprocessing of the server is returned.
+        If clients train the model, the preprocessing of the first client (in natural order) with
+        the architecture is returned. Otherwise, the preprocessing of the server is returned.
 
         Args:
             slot: Slot of the model.
         """
-        for profile in self.client_infos.profiles:
-            if profile.arch.spec_id == slot:
-                return self.client_infos[profile.first].preprocess
-        return self.server_preprocess
+        profiles = self.client_infos.profiles
+        first = natural_order(p.first for p in profiles if p.arch.spec_id == slot)[:1]
+        return self.client_infos[first[0]].preprocess if first else self.server_preprocess
 
 
 def attempt_key(attempt: int) -> tuple[Key, ...]:

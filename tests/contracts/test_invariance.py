@@ -26,12 +26,16 @@ FEATURES: dict[str, dict[str, Any]] = {
     "secure sums": {"channel": {"secure_sum": {}}},
     "private records": {"privacy": {"unit": "record", "accountant": "rdp", **NOISE}},
     "private clients": {"privacy": {"unit": "client", **NOISE}},
-    "median": {"aggregation": {"rule": "median"}, "attacks": {"name": "sign_flip", "share": 0.25}},
+    "robust rules": {
+        "aggregation": {"rule": "median", "predictions": "down_weight"},
+        "attacks": {"name": "sign_flip", "share": 0.25},
+    },
     "devices": {"devices": SLOW, "faults": {**FAULTS, "delay": 5.0}},
     "augmentation": {"clients__defaults__augment": {"rotate": 10, "crop": 1, "flip": True}},
     "adam": {"clients__defaults__optimizer": {"name": "adam", "lr": 0.01}},
 }
-SYNCHRONOUS_ONLY = ("secure sums", "private records", "private clients", "median")
+OF_HYBRID = ("compression", "devices", "robust rules", "secure sums")
+SYNCHRONOUS_ONLY = ("secure sums", "private records", "private clients", "robust rules")
 
 
 def source(method: str, models: Any = MODELS, **changes: Any) -> dict[str, Any]:
@@ -40,6 +44,7 @@ def source(method: str, models: Any = MODELS, **changes: Any) -> dict[str, Any]:
         {
             "name": f"site_{n}",
             "model": models[n % len(models)] if isinstance(models, list) else models,
+            "preprocess": {"normalize": {"mean": 0.1 * n}},
         }
         for n in range(1, 5)
     ]
@@ -91,7 +96,7 @@ def test_method_with_settings_is_invariant(settings: str, pool: SharedProcessPoo
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_feature_is_invariant(feature: str, pool: SharedProcessPool) -> None:
-    method = "hybrid" if feature in ("compression", "devices", "secure sums") else "fedper"
+    method = "hybrid" if feature in OF_HYBRID else "fedper"
     models = "cnn_gn_small" if feature in SYNCHRONOUS_ONLY else MODELS
     run = source(method, models, **FEATURES[feature])
 

@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def listed(help_text: str) -> list[str]:
     """Return the names of the commands in a help text."""
-    return re.findall(r"^  ([a-z][a-z-]+)  ", help_text, re.MULTILINE)
+    return re.findall(r"^  ([a-z][a-z-]+)(?:  |$)", help_text, re.MULTILINE)
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,6 +61,8 @@ def test_each_command_has_help_and_suggests_the_nearest_option(
             assert main([command, "--help"]) == 0
             output, error = capsys.readouterr()
             assert all(option in output for option in SHARED_OPTIONS) and error == ""
+            undescribed = re.findall(r"^  (-\S+(?: \S+)*)\n(?! {6})", output, re.MULTILINE)
+            assert output.split("\n\n")[1].startswith("  ") and undescribed == []
             assert main([command, "--versoin"]) == 2
             line = "error: unknown option --versoin; did you mean '--version'? (see hetero-fl "
             assert capsys.readouterr() == ("", f"{line}{command} --help)\n")

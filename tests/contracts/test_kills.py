@@ -100,7 +100,13 @@ def test_run_killed_between_writes_resumes_to_the_same_bits(mode: str, tmp_path:
         out = tmp_path / f"killed{number}"
         server_crash.kill_at(point, run_config, out)
         assert not (out / "report.html").exists()
+        # A file that is replaced does not change its links.
+        links = shutil.copytree(
+            out, tmp_path / f"links{number}", ignore=lambda *_: {"log.txt"}, copy_function=os.link
+        )
+        before = {path: path.read_bytes() for path in links.rglob("*") if path.is_file()}
         run(run_config, out=out, resume=True)
+        assert {path: path.read_bytes() for path in before} == before, point
         assert results(out) == results(tmp_path / "plain"), point
         assert (out / "report.html").exists()
 
@@ -179,6 +185,8 @@ DAMAGE = st.one_of(
 @example(lambda data: flip((len(data) - 1) / len(data), 7)(data))
 # The length field of the header.
 @example(lambda data: flip((len(data) - 36) / len(data))(data))
+# A client in the head.
+@example(lambda data: b"site_9".join(data.rsplit(b"site_1", 1)))
 @example(cut(0.0))
 @example(lambda data: data + b"more")
 @given(DAMAGE)

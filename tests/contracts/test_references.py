@@ -74,7 +74,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "fedavg_ft": [{**ADJUSTED, "fine_tune_epochs": 2, "clients__overrides": VIEWS}],
     "fedlc": [{"tau": 0.4, "denominator": "all"}],
     "fedprox": [{**ADJUSTED, **UNIFORM, "mu": 0.4}],
-    "fednova": [{**ADJUSTED, **SOME, **SHORT}, {**SOME, **UNIFORM, "clients__defaults__steps": 5}],
+    "fednova": [
+        {**ADJUSTED, **SOME, **SHORT},
+        {**SOME, **UNIFORM, "clients__defaults__steps": 5},
+        {**SHORT, "clients__defaults__optimizer__nesterov": True},
+    ],
     "fedavgm": [{**ADJUSTED, **ALONE, "momentum": 0.8, "server_lr": 1.7}],
     "fedadam": [
         {**ALONE, "beta1": 0.8, "beta2": 0.6, "tau": 0.01, "server_lr": 0.05},

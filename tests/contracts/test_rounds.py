@@ -35,13 +35,11 @@ def test_observed_run_equals_run_without_evaluation(method: str) -> None:
 
     assert seen.changed_in_place == []
     assert all(0 <= record["global"]["accuracy"] <= 1 for record in seen.records)
-    assert all(record["clients"].keys() == {*source_clients()} for record in seen.records)
+    assert all(
+        record["clients"].keys() == {f"site_{n}" for n in range(1, 5)} for record in seen.records
+    )
     assert state_of(seen.trainer) == state_of(rounds_of(source))
     check_traffic(method, seen)
-
-
-def source_clients() -> list[str]:
-    return [f"site_{number}" for number in range(1, 5)]
 
 
 def check_traffic(method: str, seen: Any) -> None:
@@ -81,9 +79,12 @@ def test_compressed_run_sends_the_estimated_bytes(method: str) -> None:
 # Mistakes of a method after its first round, and words of the refusal.
 MISTAKES = {
     "undeclared": "'rows'",
+    "missing": "'model'",
     "not shared": "'model'",
-    "shape": "'model'",
+    "shape": "'model', backbone.1.weight: expected shape",
+    "dtype": "'model', backbone.1.weight: expected dtype",
     "not finite": "'model' is not finite",
+    "weight": "'model': weight must be <=",
 }
 WRONG = "python:tests.support.failing_methods:SendsWrongItem"
 

@@ -6,11 +6,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.core.payload import Item
@@ -21,28 +24,44 @@ FedAvg, Hybrid = register_algorithm["fedavg"], register_algorithm["hybrid"]
 class Fails(FedAvg):  # type: ignore[misc,valid-type]
     """Federated averaging that raises while training one of the clients."""
 
+    def fail(self) -> None:
+        raise ZeroDivisionError("of all things")
+
     def train(self, client: Any, received: Any) -> Any:
         if client.participant_id == "site_1" and client.round_context.round_idx == 1:
-            raise ZeroDivisionError("of all things")
+            self.fail()
         return (yield from super().train(client, received))
 
 
-class Exits(FedAvg):  # type: ignore[misc,valid-type]
+class Exits(Fails):
     """Federated averaging that calls sys.exit while training one of the clients."""
 
-    def train(self, client: Any, received: Any) -> Any:
-        if client.participant_id == "site_1" and client.round_context.round_idx == 1:
-            sys.exit(3)
-        return (yield from super().train(client, received))
+    def fail(self) -> None:
+        sys.exit(3)
 
 
-class Leaves(FedAvg):  # type: ignore[misc,valid-type]
+class Leaves(Fails):
     """Federated averaging that ends the process at once."""
 
-    def train(self, client: Any, received: Any) -> Any:
-        if client.participant_id == "site_1" and client.round_context.round_idx == 1:
-            os._exit(3)
-        return (yield from super().train(client, received))
+    def fail(self) -> None:
+        os._exit(3)
+
+
+def _changed(item: Item, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Return an upload with changed tensors."""
+    return {"model": replace(item, values={n: change(t) for n, t in item.tensors.items()})}
+
+
+WRONG_UPLOADS: dict[str, Callable[[Item, Any], dict[str, Any]]] = {
+    "undeclared": lambda item, _: {"model": item, "rows": torch.zeros(3)},
+    "missing": lambda *_: {},
+    "not shared": lambda item, client: {"model": replace(item, values=client.models["model"])},
+    "shape": lambda item, _: _changed(item, torch.flatten),
+    "dtype": lambda item, _: _changed(item, Tensor.double),
+    "not finite": lambda item, _: _changed(item, lambda tensor: tensor * float("nan")),
+    "weight": lambda item, client: {"model": replace(item, weight=10.0 * client.num_rows)},
+}
+"""Wrong uploads by mistake, given the right item and the client."""
 
 
 class SendsWrongItem(FedAvg):  # type: ignore[misc,valid-type]
@@ -55,18 +74,8 @@ class SendsWrongItem(FedAvg):  # type: ignore[misc,valid-type]
 
     def train(self, client: Any, received: Any) -> Any:
         items = yield from super().train(client, received)
-        if client.participant_id != "site_3" or client.round_context.round_idx != 1:
-            return items
-        tensors = dict(items["model"].values)
-        if self.mistake == "undeclared":
-            return {**items, "rows": torch.zeros(3)}
-        if self.mistake == "not shared":
-            tensors = client.models["model"]
-        elif self.mistake == "shape":
-            tensors = {name: tensor.flatten() for name, tensor in tensors.items()}
-        elif self.mistake == "not finite":
-            tensors = {name: tensor * float("nan") for name, tensor in tensors.items()}
-        return {**items, "model": Item(tensors, items["model"].weight, "params")}
+        is_right = client.participant_id != "site_3" or client.round_context.round_idx != 1
+        return items if is_right else WRONG_UPLOADS[self.mistake](items["model"], client)
 
 
 class Killed(FedAvg):  # type: ignore[misc,valid-type]
@@ -80,14 +89,12 @@ class Killed(FedAvg):  # type: ignore[misc,valid-type]
         return (yield from super().train(client, received))
 
 
-class Waits(FedAvg):  # type: ignore[misc,valid-type]
+class Waits(Fails):
     """Federated averaging that never ends; it creates the file `waiting` when it starts to wait."""
 
-    def train(self, client: Any, received: Any) -> Any:
-        if client.participant_id == "site_1" and client.round_context.round_idx == 1:
-            Path("waiting").touch()
-            time.sleep(1000)
-        return (yield from super().train(client, received))
+    def fail(self) -> None:
+        Path("waiting").touch()
+        time.sleep(1000)
 
 
 class WaitsOnce(Hybrid):  # type: ignore[misc,valid-type]

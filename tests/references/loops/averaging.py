@@ -173,9 +173,12 @@ class FedNova(FedAvg):
 
     def local(self, i: int, module: nn.Module) -> None:
         steps = self.train(i, module)
-        rho = self.cards[i].settings.optimizer.momentum
+        optimizer = self.cards[i].settings.optimizer
         # The sum of the factors of all gradients (eq. 5).
-        length = sum((1 - rho ** (steps - k)) / (1 - rho) for k in range(steps))
+        length = sum(
+            (1 - optimizer.momentum ** (steps - k + optimizer.nesterov)) / (1 - optimizer.momentum)
+            for k in range(steps)
+        )
         self.lengths[i] = length
         start = self.began[self.group(i)]
         with torch.no_grad():

@@ -243,7 +243,7 @@ class Loop:
         """Return an optimizer of all trainable parameters."""
         lr = self.rate(config)
         if config.name == "sgd":
-            return sgd(modules, lr, config.momentum)
+            return sgd(modules, lr, config.momentum, config.nesterov)
         return torch.optim.Adam(trainable(modules), lr, fused=True)
 
     def rate(self, config: OptimizerConfig) -> float:
@@ -277,9 +277,11 @@ def trainable(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
-def sgd(modules: Iterable[nn.Module], lr: float, momentum: float = 0.0) -> torch.optim.Optimizer:
+def sgd(
+    modules: Iterable[nn.Module], lr: float, momentum: float = 0.0, nesterov: bool = False
+) -> torch.optim.Optimizer:
     """Return SGD."""
-    return torch.optim.SGD(trainable(modules), lr, momentum, fused=True)
+    return torch.optim.SGD(trainable(modules), lr, momentum, nesterov=nesterov, fused=True)
 
 
 def descend(

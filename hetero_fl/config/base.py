@@ -6,7 +6,7 @@ import inspect
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -356,47 +356,16 @@ The version changes if a key gets another meaning. A key that is renamed does no
 (see `rename_keys`).
 """
 
-# Functions that convert a configuration of version n, as plain values, to version n + 1, keyed by
-# n. A function must not change its argument.
-MIGRATIONS: dict[int, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {}
-
-
-def migrate(raw: Any) -> Any:
-    """Convert a configuration of an older version to the current version.
-
-    Args:
-        raw: The configuration as plain values. A configuration without the key `version` has
-            version 1.
-
-    Returns:
-        The configuration in the current version. A value that is not a configuration, or whose
-        version is not known, is returned unchanged.
-
-    Example:
-        >>> from hetero_fl.config.base import migrate
-        >>> migrate({"rounds": 5})
-        {'rounds': 5}
-    """
-    if not isinstance(raw, Mapping):
-        return raw
-    version = raw.get("version", 1)
-    while type(version) is int and version in MIGRATIONS:
-        raw = MIGRATIONS[version](raw)
-        version += 1
-        raw = {**raw, "version": version}
-    return raw
-
 
 def check_version(version: int) -> int:
-    """Check the version of a migrated configuration and return it.
+    """Check the version of a configuration and return it.
 
     Raises:
         ValueError: If this release does not know the version.
     """
     if version != VERSION:
-        known = f"version {VERSION}" if VERSION == 1 else f"versions 1 to {VERSION}"
         hint = "; install a newer hetero_fl" if version > VERSION else ""
-        raise ValueError(f"unknown version {version}; this release reads {known}{hint}")
+        raise ValueError(f"unknown version {version}; this release reads version {VERSION}{hint}")
     return version
 
 

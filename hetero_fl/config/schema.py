@@ -28,7 +28,6 @@ from hetero_fl.config.base import (
     choice_type,
     drop_empty_key,
     format_value,
-    migrate,
 )
 from hetero_fl.config.clients import ClientsConfig, ModelConfig, PreprocessConfig, expand_model_name
 from hetero_fl.config.communication import ChannelConfig
@@ -310,11 +309,6 @@ class Config(ConfigSection):
     )
 
     @model_validator(mode="before")
-    @classmethod
-    def _prepare(cls, raw: Any) -> Any:
-        """Convert older versions, and move client options to the section of the clients."""
-        return cls._move_client_options(migrate(raw))
-
     @classmethod
     def _move_client_options(cls, raw: Any) -> Any:
         """Move options such as `algorithm.logit_adjustment` to `clients.defaults`."""

@@ -23,7 +23,6 @@ from hetero_fl.core.plan import (
 )
 from hetero_fl.engine.templates import Templates
 from hetero_fl.utils.errors import NoUploadError, RunFailedError, UserError, user_code_place
-from hetero_fl.utils.version import describe_new_name
 from model_zoo.module_state import advise_on_error
 
 T = TypeVar("T")
@@ -270,5 +269,5 @@ def translate_user_errors() -> Iterator[None]:
         if place is None:
             raise
         message = " ".join(str(error).split())[:MAX_MESSAGE_LENGTH]
-        message += describe_new_name(error) + advise_on_error(error)
+        message += advise_on_error(error)
         raise RunFailedError(f"{place}: {type(error).__name__}: {message}") from error

@@ -13,7 +13,6 @@ from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX, find_object, get_object, name_object
 from hetero_fl.utils.text import split_top_level
-from hetero_fl.utils.version import describe_new_name, describe_renamed_hooks
 from model_zoo.plugins import PluginError, Plugins
 
 T = TypeVar("T")
@@ -93,7 +92,6 @@ class Registry(Generic[T]):
             raise UserError(
                 f"unknown {self.kind} '{name}'{suggest_or_list(name, self, self._all_of)}"
             )
-        _check_hook_names(self._known[name], f"{self.kind} '{name}'")
         return self._known[name]
 
     def get_loaded(self, name: str) -> T | None:
@@ -163,8 +161,7 @@ def _describe_import_error(module_name: str, error: BaseException) -> str:
             f"module '{error.name}' not found in the working directory {os.getcwd()} or among the "
             "installed packages"
         )
-    reason = f"{type(error).__name__}: {error}{describe_new_name(error)}"
-    return f"cannot import '{module_name}': {reason}"
+    return f"cannot import '{module_name}': {type(error).__name__}: {error}"
 
 
 def import_reference(
@@ -206,7 +203,6 @@ def import_reference(
         )
     found = getattr(module, name)
     if base is not None and isinstance(found, type) and issubclass(found, base):
-        _check_hook_names(found, f"{where}: {reference}")
         return found
     if takes is not None and isinstance(found, types.FunctionType):
         if found.__module__ == module_name:
@@ -284,12 +280,4 @@ def call_reference(
         raise UserError(f"{where}: {reference}: {error}") from error
     # A user's function may raise any exception, or call sys.exit.
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}{describe_new_name(error)}"
-        raise UserError(f"{where}: {reference} raised {reason}") from error
-
-
-def _check_hook_names(found: object, where: str) -> None:
-    """Raise UserError if a user's class defines a hook that has been renamed."""
-    renamed = describe_renamed_hooks(found) if isinstance(found, type) else ""
-    if renamed:
-        raise UserError(f"{where}: {renamed}")
+        raise UserError(f"{where}: {reference} raised {type(error).__name__}: {error}") from error

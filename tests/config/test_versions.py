@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,9 @@ import yaml
 
 from hetero_fl import load_config
 from hetero_fl.cli import main
-from hetero_fl.config import base, describe_difference, resolve_config, resume_relevant
-from hetero_fl.utils.errors import UserError
+from hetero_fl.config import describe_difference, resolve_config, resume_relevant
 from tests.support.cases import each_case
 from tests.support.federations import config
-
-
-def rename_rounds(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Convert version 1 to version 2, as if `steps` had been renamed to `rounds`."""
-    return {("rounds" if key == "steps" else key): value for key, value in raw.items()}
 
 
 @each_case("raw", [{"rounds": 3}, {"rounds": 3, "version": 1}])
@@ -28,19 +21,6 @@ def test_version_is_optional_and_saved(raw: dict[str, Any]) -> None:
 
     assert resolve_config(config)["version"] == 1
     assert load_config(resolve_config(config)) == config
-
-
-def test_older_version_is_migrated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "VERSION", 2)
-    monkeypatch.setattr(base, "MIGRATIONS", {1: rename_rounds})
-
-    assert base.migrate({"steps": 7}) == {"rounds": 7, "version": 2}
-    assert load_config({"steps": 7, "version": 1}).rounds == 7
-    assert load_config({"rounds": 7, "version": 2}).version == 2
-    with pytest.raises(UserError, match="reads versions 1 to 2"):
-        load_config({"version": 3})
-    assert base.migrate([1]) == [1]
-    assert base.migrate({"version": True}) == {"version": True}
 
 
 def test_run_of_an_older_version_can_be_resumed() -> None:

@@ -71,8 +71,6 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
-# Its strings name modules that it does not import.
-NAMES_OTHERS = "hetero_fl.utils.version"
 
 
 def imports_of(importer: str, path: Path) -> list[Import]:
@@ -112,7 +110,7 @@ def _names(node: ast.AST, importer: str, is_package: bool) -> list[str]:
             name if (name := f"{base}.{alias.name}") in MODULES else base for alias in node.names
         ]
     if isinstance(node, ast.Constant) and node.value in MODULES.keys() - {"hetero_fl"}:
-        return [] if importer == NAMES_OTHERS else [str(node.value)]
+        return [str(node.value)]
     return []
 
 

@@ -22,7 +22,6 @@ from hetero_fl.utils.errors import UserError, one_line, suggest_or_list
 from hetero_fl.utils.registry import import_reference
 from hetero_fl.utils.seeding import stream_key
 from hetero_fl.utils.text import pluralize
-from hetero_fl.utils.version import describe_new_name
 
 UserPartition = Callable[..., Any]
 """A function of a `PartitionContext`, or a subclass of `Partitioner`."""
@@ -72,7 +71,7 @@ def call_partition(partition: UserPartition, context: PartitionContext) -> list[
 def _describe(error: BaseException) -> str:
     # The text of a KeyError is the repr of its argument.
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return f"{type(error).__name__}: {one_line(text)}{describe_new_name(error)}"
+    return f"{type(error).__name__}: {one_line(text)}"
 
 
 def check_arguments(

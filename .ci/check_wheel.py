@@ -24,7 +24,6 @@ WANTED = (
     "hetero_fl/reporting/templates/base.html",
     "hetero_fl/reporting/templates/comparison.html",
     "hetero_fl/reporting/templates/report.html",
-    "hetero_fl/reporting/templates/watch.html",
 )
 UNWANTED = ("tests/", "scripts/", "configs/", "benchmarks/", "examples/")
 

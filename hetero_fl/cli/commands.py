@@ -1,11 +1,10 @@
-"""The commands `train`, `watch`, `evaluate` and `methods`, and the group of all commands."""
+"""The commands `train`, `evaluate` and `methods`, and the group of all commands."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,38 +162,6 @@ def evaluate(
             raise UserError(f"--json: {json_file}: cannot be written ({error.strerror})") from None
 
 
-@command(epilog=examples("hetero-fl watch runs/my-run", "hetero-fl watch runs --port 8080"))
-@click.argument(
-    "runs",
-    nargs=-1,
-    required=True,
-    type=PATH,
-    metavar="RUN...",
-    help="Run directories, or folders that contain run directories, now or later.",
-)
-@click.option("--port", default=8321, help="Port to listen on, or 0 for any free port.")
-@click.option(
-    "--host",
-    default="127.0.0.1",
-    metavar="ADDRESS",
-    help="Address to listen on. With 0.0.0.0, other machines have access, without a password.",
-)
-@quiet_option
-def watch(runs: tuple[Path, ...], port: int, host: str, quiet: bool) -> None:
-    """Show live curves of runs on a local web page, until Ctrl-C."""
-    from hetero_fl.reporting.watch.server import serve_watch
-
-    log = make_printer(quiet)
-    with serve_watch(runs, host, port) as address:
-        echo(address)
-        log("press Ctrl-C to stop")
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            # A signal is the way to end this command, not an interruption of a run.
-            log("stopped")
-
-
 @command(epilog=examples("hetero-fl methods", "hetero-fl methods fedprox fedmd"))
 @click.argument(
     "names",
@@ -284,7 +251,6 @@ APP = OrderedGroup(
         status,
         compare,
         benchmark,
-        watch,
         evaluate,
         join,
         audit,
@@ -298,6 +264,11 @@ APP = OrderedGroup(
     epilog=METHODS_HINT,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+DROPPED_COMMANDS = {
+    "watch": "write output.loggers=[tensorboard] and run tensorboard --logdir runs",
+}
+"""What to use instead of each command of earlier versions."""
 
 for _command in APP.commands.values():
     _command.short_help = (_command.help or "").split("\n\n")[0]
@@ -317,6 +288,8 @@ def parse_command(prog: str, name: str | None, arguments: list[str]) -> Context:
         UserError: If a command, option or value is invalid.
         Exit: After `--help` or `--version`.
     """
+    if name in DROPPED_COMMANDS:
+        raise UserError(f"command '{name}' was dropped; {DROPPED_COMMANDS[name]}")
     if name is not None and name not in APP.commands:
         hint = suggest_or_list(name, APP.commands)
         raise UserError(f"unknown command '{name}'{hint} (see hetero-fl --help)")

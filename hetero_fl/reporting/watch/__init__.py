@@ -1,1 +1,0 @@
-"""Local web page with live curves of several runs."""

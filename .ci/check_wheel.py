@@ -17,7 +17,6 @@ from hetero_fl.data import load_source
 WANTED = (
     "hetero_fl/py.typed",
     "model_zoo/py.typed",
-    "hetero_fl/cli/names.json",
     "hetero_fl/data/embedded/chest_xray.npz",
     "hetero_fl/data/embedded/digits.npz",
     "hetero_fl/data/embedded/LICENSE.md",

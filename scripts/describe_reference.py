@@ -2,7 +2,7 @@
 """Write the generated pages of docs/reference.
 
 These pages describe the configuration, the files of a deployment, the methods, the command line,
-the messages and the modules. The script also writes the names that shells complete.
+the messages and the modules.
 
     python scripts/describe_reference.py            # write the pages
     python scripts/describe_reference.py --check    # exit status 1 if a page is outdated
@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 from pydantic import BaseModel
@@ -37,7 +36,6 @@ from hetero_fl.algorithms.distillation import (  # noqa: E402
 from hetero_fl.algorithms.mutual import MenteeTraining  # noqa: E402
 from hetero_fl.algorithms.prototypes import CommonFeatureWidth  # noqa: E402
 from hetero_fl.algorithms.requirements import (  # noqa: E402
-    declared_properties,
     describe_needs,
     format_needs,
     method_paragraphs,
@@ -58,16 +56,10 @@ from hetero_fl.config.describe import (  # noqa: E402
 )
 from hetero_fl.config.schema import CLIENT_OPTIONS, LoggerConfig  # noqa: E402
 from hetero_fl.core.payload import ItemSpec  # noqa: E402
-from hetero_fl.data import list_sources  # noqa: E402
-from hetero_fl.data.registry import PLUGINS  # noqa: E402
 from hetero_fl.deployment.config import DeploymentServerConfig, SiteConfig  # noqa: E402
 from hetero_fl.reporting.loggers import Logger, register_logger  # noqa: E402
-from hetero_fl.utils.registry import is_internal  # noqa: E402
-from model_zoo.registry import MODELS  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "reference"
-# Names for the completion in shells.
-NAMES = ROOT / "hetero_fl" / "cli" / "names.json"
 
 
 def all_pages() -> dict[str, str]:
@@ -913,79 +905,16 @@ def main() -> int:
     )
     is_check = parser.parse_args().check
     files = {REFERENCE / name: text for name, text in all_pages().items()}
-    files[NAMES] = completion_names()
     outdated = [path for path, text in files.items() if _read(path) != text]
     if is_check:
         for path in outdated:
-            print(f"{_place(path)}: outdated; run `make docs`", file=sys.stderr)
+            name = path.relative_to(REFERENCE).as_posix()
+            print(f"docs/reference/{name}: outdated; run `make docs`", file=sys.stderr)
         return 1 if outdated else 0
     for path in outdated:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(files[path], encoding="utf-8")
     return 0
-
-
-def _place(path: Path) -> str:
-    if path == NAMES:
-        return NAMES.relative_to(ROOT).as_posix()
-    return f"docs/reference/{path.relative_to(REFERENCE).as_posix()}"
-
-
-# Names for the completion in shells
-
-
-def completion_names() -> str:
-    """Return the text of hetero_fl/cli/names.json."""
-    keys: dict[str, Any] = {
-        ".".join(path): {
-            "help": _first_clause(field.description or ""),
-            "values": _listed_values(field.annotation, field.metadata),
-        }
-        for path, field in _plain_keys(Config, ())
-    }
-    keys["output.loggers"] = {
-        "help": "loggers",
-        "values": sorted(_built_in_loggers()),
-    }
-    keys["algorithm.name"] = {"help": "method", "values": []}
-    keys["data.name"]["values"] = [name for name in list_sources() if name not in PLUGINS]
-    keys["clients.defaults.model"] = {"help": "model", "values": sorted(MODELS)}
-    methods = {
-        name: {
-            "summary": method_summary(register_algorithm[name]),
-            "properties": "; ".join(declared_properties(register_algorithm[name])),
-        }
-        for name in sorted(register_algorithm)
-        if is_internal(register_algorithm[name])
-    }
-    content = {"methods": methods, "keys": dict(sorted(keys.items()))}
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
-def _plain_keys(
-    section: type[BaseModel], prefix: tuple[str, ...]
-) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    """Yield the paths and fields of all keys that are neither sections nor in lists of sections."""
-    for name, field in section.model_fields.items():
-        inner = section_of(field.annotation)
-        if inner is None:
-            yield (*prefix, name), field
-        elif isinstance(field.default, BaseModel):
-            yield from _plain_keys(inner, (*prefix, name))
-
-
-def _listed_values(annotation: Any, metadata: Sequence[Any]) -> list[str]:
-    """Return the values of a key that has a fixed set of values, otherwise an empty list."""
-    words = describe_values(annotation, metadata).replace("`", "").split(", ")
-    if words == ["true or false"]:
-        return ["true", "false"]
-    if len(words) == 1 or words[0].startswith("list of "):
-        return []
-    return [word for word in words if "…" not in word]
-
-
-def _first_clause(text: str) -> str:
-    return re.split(r"[;,.:]", text.replace("`", ""))[0]
 
 
 def _read(path: Path) -> str:

@@ -256,11 +256,10 @@ def _invoke(invocation: Invocation, options: dict[str, Any]) -> int:
     """
     from click.exceptions import Exit
 
-    from hetero_fl.cli.commands import APP, parse_command
-    from hetero_fl.cli.completion import complete, is_completion_requested
+    from hetero_fl.cli.commands import COMPLETION_VARIABLE, complete, parse_command
 
-    if is_completion_requested():
-        return complete(APP)
+    if COMPLETION_VARIABLE in os.environ:
+        return complete(os.environ[COMPLETION_VARIABLE])
     try:
         with parse_command(invocation.prog, invocation.command, invocation.arguments) as context:
             options.update(context.params)

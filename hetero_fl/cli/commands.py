@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click import Context, Group, Option, Parameter
 from click.exceptions import BadParameter, Exit, MissingParameter, NoSuchOption, UsageError
+from click.shell_completion import shell_complete
 from typing_extensions import override
 
-from hetero_fl.cli.completion import SHELLS, complete_methods, completion_script
 from hetero_fl.cli.deployment_commands import (
     certificates,
     federate,
@@ -167,24 +167,35 @@ def evaluate(
     "names",
     nargs=-1,
     metavar="[NAME]...",
-    shell_complete=complete_methods,
     help="Methods to describe, with their settings. Without a name, all methods are listed.",
 )
 @allow_code_option
 def methods(names: tuple[str, ...], allow_code: bool) -> None:
     """List all methods, or describe the given methods."""
+    from hetero_fl.cli.printing import print_method_details, print_methods
     from hetero_fl.reporting.terminal import Terminal
 
     references = dict.fromkeys(find_references(names), "NAME")
     code_permission(allow_code).check(references, "")
     if names:
-        from hetero_fl.cli.printing import print_method_details
-
         print_method_details(names, Terminal())
     else:
-        from hetero_fl.cli.method_list import print_methods
-
         print_methods(Terminal())
+
+
+COMPLETION_VARIABLE = "_HETERO_FL_COMPLETE"
+"""Environment variable with which a shell requests completions."""
+
+SHELLS = ("bash", "zsh", "fish", "powershell")
+
+
+def complete(instruction: str) -> int:
+    """Print completions, or a script that enables them, and return the exit status.
+
+    Args:
+        instruction: Name of the shell, followed by `_complete` or `_source`.
+    """
+    return shell_complete(APP, {}, "hetero-fl", COMPLETION_VARIABLE, instruction)
 
 
 @command(
@@ -200,8 +211,8 @@ def methods(names: tuple[str, ...], allow_code: bool) -> None:
     help=f"Name of the shell: {', '.join(SHELLS)}.",
 )
 def completion(shell: str) -> None:
-    """Print a script that enables completion of commands, keys and methods in a shell."""
-    click.echo(completion_script(APP, shell), nl=False)
+    """Print a script that enables completion of commands and options in a shell."""
+    complete(f"{shell}_source")
 
 
 def _print_version(_context: Context, _option: Parameter, is_given: bool) -> None:

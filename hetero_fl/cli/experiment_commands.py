@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 from click.exceptions import Exit
 
-from hetero_fl.cli.completion import complete_methods
 from hetero_fl.cli.run_options import (
     METHODS_HINT,
     PATH,
@@ -137,7 +136,6 @@ def audit(
 @click.option(
     "--algorithms",
     metavar="A,B,...",
-    shell_complete=complete_methods,
     help="Methods to compare, as NAME or NAME:setting=value. `all` selects all compatible methods. "
     "Optional with --study.",
 )

@@ -1,4 +1,4 @@
-"""Terminal output of `--check`, `hetero-fl methods NAME` and `hetero-fl evaluate`."""
+"""Terminal output of `--check`, `hetero-fl methods` and `hetero-fl evaluate`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from hetero_fl.algorithms import register_algorithm
+from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.algorithms.requirements import (
     declared_properties,
     method_paragraphs,
     method_references,
+    method_summary,
 )
 from hetero_fl.config import Config, dump, expand_population
 from hetero_fl.config.describe import describe_key, describe_values, format_default
@@ -226,10 +227,25 @@ def _num_parameters(arch: ModelSpec) -> int:
     return sum(math.prod(arch.shapes[name]) for name in arch.parameter_names)
 
 
-def _plugin_note(name: str) -> str:
-    """Return `; from PACKAGE VERSION` for a method of a plug-in, otherwise an empty string."""
+def _properties(name: str, kind: type[Algorithm]) -> str:
+    """Return the declared properties of a method, and the package of a plug-in."""
+    properties = list(declared_properties(kind))
     plugins = register_algorithm.plugins
-    return f"; from {plugins.origin(name)}" if plugins is not None and name in plugins else ""
+    if plugins is not None and name in plugins:
+        properties.append(f"from {plugins.origin(name)}")
+    return "; ".join(properties)
+
+
+def print_methods(console: Console) -> None:
+    """Print a summary of each method, with its uploads, requirements and supported tasks."""
+    table = Table.grid("name", "summary", padding=(0, 2))
+    table.columns[0].no_wrap = True
+    for name in sorted(register_algorithm):
+        kind = register_algorithm[name]
+        table.add_row(Text(name, style="bold"), Text(method_summary(kind)))
+        table.add_row("", Text(_properties(name, kind), style="dim"))
+    console.print(table)
+    console.print("\nRun `hetero-fl methods NAME` for a method's settings.", highlight=False)
 
 
 def print_method_details(names: Sequence[str], console: Console) -> None:
@@ -250,8 +266,7 @@ def print_method_details(names: Sequence[str], console: Console) -> None:
             console.print(Text(paragraph))
         for reference in method_references(kind):
             console.print(Text(reference))
-        properties = "; ".join(declared_properties(kind)) + _plugin_note(name)
-        console.print(Text(properties, style="dim"))
+        console.print(Text(_properties(name, kind), style="dim"))
         console.print(Text(f"evaluated: {kind.evaluated_when}", style="dim"))
         table = Table("setting", "values", "default", "meaning")
         for key, field in kind.model_fields.items():

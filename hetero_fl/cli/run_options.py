@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hetero_fl.cli.completion import complete_overrides
 from hetero_fl.utils.code_permission import CODE_PREFIX, CodePermission
 from hetero_fl.utils.errors import UserError, closest, echo
 
@@ -58,7 +57,6 @@ overrides_argument = click.argument(
     "overrides",
     nargs=-1,
     metavar="[key.path=value]...",
-    shell_complete=complete_overrides,
     help="Configuration keys to override, such as rounds=5.",
 )
 quiet_option = click.option("-q", "--quiet", is_flag=True, help=QUIET_HELP)

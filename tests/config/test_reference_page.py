@@ -61,10 +61,8 @@ def test_check_reports_outdated_pages(
         monkeypatch.setattr(sys, "argv", ["describe_reference.py", *arguments])
         return int(script.main())
 
-    folder, names = tmp_path / "reference", tmp_path / "names.json"
-    names.write_text(script.completion_names(), encoding="utf-8")
+    folder = tmp_path / "reference"
     monkeypatch.setattr(script, "REFERENCE", folder)
-    monkeypatch.setattr(script, "NAMES", names)
     monkeypatch.setattr(script, "all_pages", lambda: pages)
 
     assert run("--check") == 1 and not folder.exists()

@@ -40,7 +40,7 @@ STARTS = {
     ),
     "the list of methods": (
         "from hetero_fl.cli import main\nassert main(['methods']) == 0",
-        HEAVY - {"rich"} | {"torch", "numpy", "pydantic"},
+        HEAVY - {"rich"},
     ),
     "the package": (
         "import hetero_fl, hetero_fl.utils.errors",

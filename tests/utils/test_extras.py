@@ -73,7 +73,7 @@ def test_command_reports_a_missing_package_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "hetero_fl.cli.method_list.print_methods",
+        "hetero_fl.cli.printing.print_methods",
         Mock(side_effect=ModuleNotFoundError("No module named 'scipy'", name="scipy.stats")),
     )
 

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Write the generated pages of docs/reference.
 
-These pages describe the configuration, the files of a deployment, the methods, the command line,
-the messages and the modules.
+These pages describe the configuration, the files of a deployment, the methods and the command line.
 
     python scripts/describe_reference.py            # write the pages
     python scripts/describe_reference.py --check    # exit status 1 if a page is outdated
@@ -11,12 +10,10 @@ the messages and the modules.
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import click
@@ -44,7 +41,7 @@ from hetero_fl.algorithms.requirements import (  # noqa: E402
     method_title,
     supported_tasks,
 )
-from hetero_fl.cli.commands import APP, COMMON_OPTIONS  # noqa: E402
+from hetero_fl.cli.commands import APP  # noqa: E402
 from hetero_fl.config import Config  # noqa: E402
 from hetero_fl.config.clients import ClientSettings  # noqa: E402
 from hetero_fl.config.describe import (  # noqa: E402
@@ -60,26 +57,24 @@ from hetero_fl.deployment.config import DeploymentServerConfig, SiteConfig  # no
 from hetero_fl.reporting.loggers import Logger, register_logger  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "reference"
+NOTICE = "<!-- written by scripts/describe_reference.py (`make docs`); do not edit -->"
+METHODS = {
+    name: kind
+    for name in register_algorithm
+    if (kind := register_algorithm[name]).__module__.startswith("hetero_fl.")
+}
+"""Classes of the built-in methods, keyed by name."""
 
 
 def all_pages() -> dict[str, str]:
     """Return the texts of all generated pages, keyed by path below docs/reference."""
-    pages = {
+    return {
         "configuration.md": configuration_page(),
         "deployment_files.md": deployment_files_page(),
         "methods.md": methods_index(),
         "command_line.md": command_line_page(),
-        "messages.md": messages_page(),
-        "modules.md": modules_page(),
+        **{f"methods/{family.page}.md": family_page(family) for family in FAMILIES},
     }
-    for family in FAMILIES:
-        pages[f"methods/{family.page}.md"] = family_page(family)
-    return pages
-
-
-def _notice(source: str) -> str:
-    script = Path(__file__).name
-    return f"<!-- written by scripts/{script} (`make docs`) from {source}; do not edit -->"
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -104,7 +99,7 @@ contains the keys that differ. `configs/medical_hetero.yaml` is a commented exam
   They are replaced when the file is read, before overrides. Environment variables and functions
   are refused.
 - **Errors** are reported in one line with the key, the value found and the nearest valid key or
-  value, before anything is written. [Messages](messages.md) lists them.
+  value, before anything is written.
 - `--check` prints the resolved configuration. A run saves it as `config.yaml`.
 - **User-defined** algorithms, models, data sources and partitions are written as
   `python:package.module:Name` instead of a name. They require `--allow-code`
@@ -119,22 +114,23 @@ CONFIGURATION_HEADER = ("key", "values", "default", "meaning")
 
 def configuration_page() -> str:
     """Return the text of docs/reference/configuration.md."""
-    lines = [
-        "# Configuration",
-        "",
-        _notice("the schema in hetero_fl/config"),
-        "",
-        CONFIGURATION_TEXT,
-        *_sections(Config, "", {}, "Top level"),
-        "## Settings of the algorithms",
-        "",
-        "Write them next to `algorithm.name`. [Methods](methods.md) lists the methods, whose pages",
-        "contain the settings, and the",
-        "[options of all methods](methods.md#options-of-all-methods).",
-        "",
-        *_logger_sections(),
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            "# Configuration",
+            "",
+            NOTICE,
+            "",
+            CONFIGURATION_TEXT,
+            *_sections(Config, "", {}, "Top level"),
+            "## Settings of the algorithms",
+            "",
+            "Write them next to `algorithm.name`. [Methods](methods.md) lists the methods, whose",
+            "pages contain the settings, and the",
+            "[options of all methods](methods.md#options-of-all-methods).",
+            "",
+            *_logger_sections(),
+        ]
+    )
 
 
 LOGGERS_TEXT = """\
@@ -180,16 +176,17 @@ def deployment_files_page() -> str:
     seen = {
         section: link.replace("(#", "(configuration.md#") for section, link in configured.items()
     }
-    lines = [
-        "# Server file and site file",
-        "",
-        _notice("the schema in hetero_fl/deployment/config.py"),
-        "",
-        DEPLOYMENT_FILES_TEXT,
-        *_sections(DeploymentServerConfig, "", seen, "Server file"),
-        *_sections(SiteConfig, "", seen, "Site file"),
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            "# Server file and site file",
+            "",
+            NOTICE,
+            "",
+            DEPLOYMENT_FILES_TEXT,
+            *_sections(DeploymentServerConfig, "", seen, "Server file"),
+            *_sections(SiteConfig, "", seen, "Site file"),
+        ]
+    )
 
 
 def _sections(
@@ -232,14 +229,11 @@ def _setting_row(
     model: type[BaseModel],
     name: str,
     field: FieldInfo,
-    seen: dict[type[BaseModel], str] | None = None,
+    seen: Mapping[type[BaseModel], str] = MappingProxyType({}),
 ) -> tuple[str, ...]:
-    def link(part: type[BaseModel]) -> str:
-        return (seen or {}).get(part, "mapping")
-
     return (
         f"`{name}`",
-        describe_values(field.annotation, field.metadata, link),
+        describe_values(field.annotation, field.metadata, lambda part: seen.get(part, "mapping")),
         "" if field.is_required() else format_default(field),
         describe_key(model, name).replace("|", "\\|"),
     )
@@ -413,6 +407,11 @@ UPLOADS = {
     ("fedgkt", "labels"): "labels of the training rows, `[n_k]`",
 }
 """Content of uploaded items that differs from that of their kind, keyed by method and item."""
+LOCAL_PARTS = {
+    "batch_norm": " without BatchNorm layers",
+    "batch_norm_statistics": " without BatchNorm statistics",
+}
+"""What shared parameters leave out, keyed by `SharedPart.local`."""
 TEACHER = {"teacher": "consensus logits of proxy rows, `[D, C]`"}
 PROTOTYPES = {
     "prototypes": "prototypes, `[C, d]`",
@@ -447,35 +446,23 @@ BROADCASTS: dict[str, dict[str, str]] = {
 """Content of broadcast items in addition to the shared part of the model, keyed by method."""
 
 
-def built_in_methods() -> dict[str, type[Algorithm]]:
-    """Return the classes of the built-in methods, keyed by name."""
-    methods = {name: register_algorithm[name] for name in register_algorithm}
-    return {n: kind for n, kind in methods.items() if kind.__module__.startswith("hetero_fl.")}
-
-
 def methods_index() -> str:
-    """Return the text of docs/reference/methods.md.
-
-    Raises:
-        SystemExit: If `FAMILIES` does not contain exactly the built-in methods.
-    """
-    known = built_in_methods()
-    listed = [name for family in FAMILIES for name in family.methods]
-    if missing := sorted(set(known) ^ set(listed)):
-        raise SystemExit(f"FAMILIES of {Path(__file__).name} and the registry differ in {missing}")
-    lines = ["# Method reference", "", _notice("hetero_fl/algorithms"), "", INDEX_TEXT]
+    """Return the text of docs/reference/methods.md."""
+    lines = ["# Method reference", "", NOTICE, "", INDEX_TEXT]
     for family in FAMILIES:
-        rows = []
-        for name in family.methods:
-            link = f"[`{name}`](methods/{family.page}.md#{name})"
-            needs = format_needs(describe_needs(known[name]())) or "–"
-            rows.append(
-                (link, method_title(known[name]), method_summary(known[name]).rstrip("."), needs)
+        rows = [
+            (
+                f"[`{name}`](methods/{family.page}.md#{name})",
+                method_title(METHODS[name]),
+                method_summary(METHODS[name]).rstrip("."),
+                format_needs(describe_needs(METHODS[name]())) or "–",
             )
+            for name in family.methods
+        ]
         lines += [f"## {family.title}", ""]
         lines += [*_table(("name", "title", "summary", "needs"), rows), ""]
     rows = [
-        _setting_row(ClientSettings, name, ClientSettings.model_fields[name], {})
+        _setting_row(ClientSettings, name, ClientSettings.model_fields[name])
         for name in CLIENT_OPTIONS
     ]
     lines += ["## Options of all methods", "", OPTIONS_TEXT, ""]
@@ -485,29 +472,23 @@ def methods_index() -> str:
 
 def family_page(family: Family) -> str:
     """Return the text of the page of a family, which is docs/reference/methods/`page`.md."""
-    known = built_in_methods()
-    lines = [f"# {family.title}", "", _notice("hetero_fl/algorithms"), "", family.text, ""]
+    lines = [f"# {family.title}", "", NOTICE, "", family.text, ""]
     for name in family.methods:
-        lines += _method_section(name, known[name])
+        lines += _method_section(name, METHODS[name])
     for heading, base in family.notes.items():
-        _summary, *paragraphs = method_paragraphs(base)
-        used_by = [name for name, kind in known.items() if issubclass(kind, base)]
-        lines += [f"## {heading}", "", f"Used by {', '.join(f'`{n}`' for n in sorted(used_by))}."]
-        for paragraph in paragraphs:
-            lines += ["", paragraph]
-        lines.append("")
+        users = sorted(f"`{name}`" for name, kind in METHODS.items() if issubclass(kind, base))
+        paragraphs = [f"Used by {', '.join(users)}.", *method_paragraphs(base)[1:]]
+        lines += [f"## {heading}", "", "\n\n".join(paragraphs), ""]
     return "\n".join(lines)
 
 
 def _method_section(name: str, kind: type[Algorithm]) -> list[str]:
     method = kind()
-    first, *paragraphs = method_paragraphs(kind)
-    lines = [f"## `{name}`", "", f"**{method_title(kind)}.** {first}"]
-    for paragraph in paragraphs:
-        lines += ["", paragraph]
-    needs = format_needs(describe_needs(method))
+    first, *others = method_paragraphs(kind)
+    paragraphs = [f"**{method_title(kind)}.** {first}", *others]
+    lines = [f"## `{name}`", "", "\n\n".join(paragraphs)]
     facts = {
-        "Needs": needs or "–",
+        "Needs": format_needs(describe_needs(method)) or "–",
         "Tasks": ", ".join(supported_tasks(method)) or "all",
         "Evaluated": kind.evaluated_when,
         "Module": f"`{kind.__module__.replace('.', '/')}.py`",
@@ -564,11 +545,7 @@ def _shared_content(method: Algorithm) -> str:
     content = f"parameters and buffers of {model}"
     if shared.part:
         content = f"{', '.join(prefix.rstrip('.') for prefix in shared.part)} of {model}"
-    if shared.local == "batch_norm":
-        content += " without BatchNorm layers"
-    elif shared.local == "batch_norm_statistics":
-        content += " without BatchNorm statistics"
-    return content
+    return content + LOCAL_PARTS.get(shared.local, "")
 
 
 # Command line
@@ -592,7 +569,7 @@ def command_line_page() -> str:
     lines = [
         "# Command line",
         "",
-        _notice("the commands in hetero_fl/cli"),
+        NOTICE,
         "",
         "`hetero-fl COMMAND --help` prints the description of a command. In a checkout,",
         "`python scripts/train.py` is equivalent to `hetero-fl train`. There are also scripts for",
@@ -602,293 +579,13 @@ def command_line_page() -> str:
         "",
         *_table(("command", "purpose"), rows),
         "",
-        "## Options of all commands",
-        "",
-        *_table(
-            ("option", "description"),
-            [(_option_names(option), _help_text(option)) for option in COMMON_OPTIONS]
-            + [("`-h`, `--help`", "Show the help and exit.")],
-        ),
-        "",
     ]
     for name, command in APP.commands.items():
-        lines += _command_section(name, command)
+        context = click.Context(
+            command, info_name=f"hetero-fl {name}", terminal_width=88, **command.context_settings
+        )
+        lines += [f"## `hetero-fl {name}`", "", "```text", command.get_help(context), "```", ""]
     return "\n".join(lines)
-
-
-def _command_section(name: str, command: click.Command) -> list[str]:
-    context = click.Context(command, info_name=f"hetero-fl {name}")
-    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
-    lines = [f"## `hetero-fl {name}`", "", *_paragraphs(command.help or "")]
-    lines += ["```text", usage, "```", ""]
-    documented = {option.name for option in COMMON_OPTIONS}
-    rows = []
-    for parameter in command.params:
-        if parameter.name in documented:
-            continue
-        name_text = _option_names(parameter)
-        default = "" if isinstance(parameter, click.Argument) else _default_text(parameter)
-        rows.append((name_text, default, _help_text(parameter)))
-    if rows:
-        lines += [*_table(("argument or option", "default", "description"), rows), ""]
-    examples = (command.epilog or "").partition("Examples:\n")[2].partition("\n\n")[0]
-    return [*lines, "```sh", *(line[2:] for line in examples.splitlines() if line), "```", ""]
-
-
-def _paragraphs(text: str) -> Iterator[str]:
-    for paragraph in text.strip().split("\n\n"):
-        yield " ".join(paragraph.split())
-        yield ""
-
-
-def _option_names(parameter: click.Parameter) -> str:
-    if isinstance(parameter, click.Argument):
-        return f"`{parameter.metavar or (parameter.name or '').upper()}`".replace("|", "\\|")
-    names = ", ".join(f"`{name}`" for name in parameter.opts)
-    if getattr(parameter, "is_flag", False):
-        return names
-    values = parameter.metavar
-    if values is None and isinstance(parameter.type, click.Choice):
-        values = "|".join(parameter.type.choices)
-    values = values or parameter.type.name.upper()
-    return f"{names} `{values}`".replace("|", "\\|")
-
-
-def _default_text(parameter: click.Parameter) -> str:
-    if parameter.required:
-        return "required"
-    written = re.search(r"\[default: (.*?)\]$", getattr(parameter, "help", None) or "")
-    if written:
-        return f"`{written[1]}`" if "<" in written[1] or "/" in written[1] else written[1]
-    value = parameter.to_info_dict()["default"]
-    # Compare with `is`, because 0 == False.
-    return "" if value is None or value is False or value == () else f"`{value}`"
-
-
-def _help_text(parameter: click.Parameter) -> str:
-    text = re.sub(r"\s*\[default: .*\]$", "", getattr(parameter, "help", None) or "")
-    return text.replace("<", "\\<").replace("|", "\\|")
-
-
-# Messages
-
-
-MESSAGES_TEXT = """\
-The messages of errors that a user, a site or the author of a method can cause, by package; notes of
-a run are marked as such. A part in braces is replaced: `{path}` by a path, `…` by other text. Most
-messages start with the key, file or option that causes the error; where a message has none, the
-caller adds it. An `ArgumentError` names an argument of a Python function; the command line prints
-the option instead.
-"""
-# Classes of errors whose messages are addressed to users.
-ERROR_CLASSES = {
-    "ArgumentError",
-    "BadParameter",
-    "InputError",
-    "ModelError",
-    "PayloadError",
-    "RequestRefusedError",
-    "RoundAbandonedError",
-    "RunFailedError",
-    "ScoringError",
-    "TypeError",
-    "UsageError",
-    "UserError",
-    "ValueError",
-}
-RULE_CLASS = "CompatibilityRule"
-RULE_ERRORS = {RULE_CLASS: "UserError"}
-SOURCES = ("hetero_fl", "model_zoo")
-# Functions whose results are named after their first argument in a message.
-TRANSPARENT = {"str", "repr", "list", "sorted", "tuple", "set", "format_value", "printable", "len"}
-
-
-def messages_page() -> str:
-    """Return the text of docs/reference/messages.md."""
-    lines = [
-        "# Messages",
-        "",
-        _notice("the source of hetero_fl and model_zoo"),
-        "",
-        MESSAGES_TEXT,
-    ]
-    for package, messages in sorted(collect_messages().items()):
-        rows = [
-            (_code(text), error, f"`{module}`")
-            for text, error, module in sorted(messages, key=lambda row: (row[0].lower(), row))
-        ]
-        lines += [f"## `{package}`", "", *_table(("message", "error", "module"), rows), ""]
-    return "\n".join(lines)
-
-
-def collect_messages() -> dict[str, set[tuple[str, str, str]]]:
-    """Collect the messages of all errors in the source code.
-
-    Returns:
-        Tuples (message, error class, module), keyed by package.
-    """
-    found: dict[str, set[tuple[str, str, str]]] = {}
-    for source in SOURCES:
-        for path in sorted((ROOT / source).rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            package = ".".join(parts[:2]) if len(parts) > 2 else source
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            module = ".".join(parts)
-            for text, error in _messages_of(tree):
-                found.setdefault(package, set()).add((_with_constants(text, module), error, module))
-    return found
-
-
-def _with_constants(text: str, module: str) -> str:
-    """Replace the names of constants in braces by their values, if these are texts or numbers."""
-
-    def value(name: re.Match[str]) -> str:
-        constant = getattr(importlib.import_module(module), name[1], None)
-        return str(constant) if isinstance(constant, str | int | float) else name[0]
-
-    return re.sub(r"\{([A-Z][A-Z_]+)\}", value, text)
-
-
-def _messages_of(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Yield a tuple (message, error class) for each error that a module creates."""
-    constants = _assigned_texts(tree.body)
-    scopes: list[tuple[ast.AST, dict[str, list[ast.expr]]]] = [(tree, constants)]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            scopes.append((node, constants | _assigned_texts(list(ast.walk(node)))))
-    seen: set[ast.Call] = set()
-    notes = {
-        call
-        for statement in tree.body
-        if isinstance(statement, ast.AnnAssign) and _name_of(statement.target).endswith("NOTES")
-        for call in ast.walk(statement)
-    }
-    # `ast.walk` yields inner functions last. Inner functions are searched first, because their
-    # scopes contain the most names.
-    for scope, names in reversed(scopes):
-        for node in ast.walk(scope):
-            if not isinstance(node, ast.Call) or node in seen:
-                continue
-            seen.add(node)
-            error = _name_of(node.func)
-            position = 2 if error == RULE_CLASS else 0
-            if (error in ERROR_CLASSES or error == RULE_CLASS) and len(node.args) > position:
-                for text in _texts(node.args[position], names):
-                    if re.search(r"[a-z]{2,}", re.sub(r"\{[^}]*\}", "", text)):
-                        yield text, "note" if node in notes else RULE_ERRORS.get(error, error)
-
-
-def _assigned_texts(body: list[ast.stmt] | list[ast.AST]) -> dict[str, list[ast.expr]]:
-    """Return the text expressions that are assigned to variables, keyed by variable name."""
-    found: dict[str, list[ast.expr]] = {}
-    for node in body:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1:
-            target = node.targets[0]
-            if isinstance(target, ast.Name) and isinstance(
-                node.value, ast.Constant | ast.JoinedStr | ast.BinOp | ast.IfExp
-            ):
-                found.setdefault(target.id, []).append(node.value)
-    return found
-
-
-def _texts(node: ast.expr, names: dict[str, list[ast.expr]]) -> list[str]:
-    """Return all texts to which an expression can evaluate, with variable names in braces."""
-    if isinstance(node, ast.Constant):
-        return [node.value] if isinstance(node.value, str) else []
-    if isinstance(node, ast.JoinedStr):
-        return ["".join(map(_part, node.values))]
-    if isinstance(node, ast.IfExp):
-        return _texts(node.body, names) + _texts(node.orelse, names)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        lefts = _texts(node.left, names) or [_placeholder(node.left)]
-        rights = _texts(node.right, names) or [_placeholder(node.right)]
-        return [left + right for left in lefts for right in rights]
-    if isinstance(node, ast.Name) and node.id in names:
-        values = names[node.id]
-        others = {key: value for key, value in names.items() if key != node.id}
-        return [text for value in values for text in _texts(value, others)]
-    return []
-
-
-def _part(node: ast.expr) -> str:
-    """Return the text of one part of a formatted string."""
-    if isinstance(node, ast.Constant):
-        return str(node.value)
-    assert isinstance(node, ast.FormattedValue)
-    return _placeholder(node.value)
-
-
-def _placeholder(node: ast.expr) -> str:
-    return f"{{{_name_of(node)}}}" if _name_of(node) else "…"
-
-
-def _name_of(node: ast.AST) -> str:
-    """Return a short name for an expression.
-
-    The name is that of the variable, attribute or function, or empty for other expressions.
-    """
-    name = ""
-    if isinstance(node, ast.Name):
-        name = node.id
-    elif isinstance(node, ast.Attribute):
-        name = node.attr
-    elif isinstance(node, ast.Subscript):
-        name = _name_of(node.value)
-    elif isinstance(node, ast.Call):
-        name = _name_of(node.func)
-        if name == "join" or name in TRANSPARENT:
-            name = _name_of(node.args[0]) if node.args else ""
-    elif isinstance(node, ast.GeneratorExp | ast.ListComp):
-        name = _name_of(node.generators[0].iter)
-    return name.lstrip("_")
-
-
-def _code(text: str) -> str:
-    """Format a text as Markdown code for a table cell."""
-    # Messages of rules contain attributes, such as {run.config.clients.per_round:g}.
-    short = re.sub(r"\{(?:\w+\.)*(\w+)(?:\[\w+\])?(?::[^}]*)?\}", r"{\1}", text)
-    line = " ".join(short.split()).replace("|", "\\|")
-    return f"`` {line} ``" if "`" in line else f"`{line}`"
-
-
-# Modules
-
-
-MODULES_TEXT = """\
-The modules of each folder with the first sentence of their docstrings.
-[Architecture](../explanation/architecture.md) explains how the packages depend on each other.
-"""
-
-
-def modules_page() -> str:
-    """Return the text of docs/reference/modules.md."""
-    lines = [
-        "# Modules",
-        "",
-        _notice("the docstrings of hetero_fl and model_zoo"),
-        "",
-        MODULES_TEXT,
-    ]
-    for source in SOURCES:
-        for package in sorted((ROOT / source).rglob("__init__.py")):
-            folder = package.parent
-            name = folder.relative_to(ROOT).as_posix()
-            rows = [
-                (f"[`{path.name}`](../../{name}/{path.name})", first_sentence(path).rstrip("."))
-                for path in sorted(folder.glob("*.py"))
-                if path != package
-            ]
-            lines += [f"## `{name}/`", "", first_sentence(package), ""]
-            lines += [*_table(("module", "content"), rows), ""]
-    return "\n".join(lines)
-
-
-def first_sentence(path: Path) -> str:
-    """Return the first sentence of the docstring of a module file, for a table cell."""
-    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    first = " ".join(docstring.partition("\n\n")[0].split())
-    first = re.split(r"(?<=\.)(?<!et al\.) ", first)[0]
-    return first.replace("|", "\\|")
 
 
 def main() -> int:
@@ -904,21 +601,18 @@ def main() -> int:
         help="do not write files; list outdated pages and exit with status 1 if there are any",
     )
     is_check = parser.parse_args().check
-    files = {REFERENCE / name: text for name, text in all_pages().items()}
-    outdated = [path for path, text in files.items() if _read(path) != text]
-    if is_check:
-        for path in outdated:
-            name = path.relative_to(REFERENCE).as_posix()
+    status = 0
+    for name, text in all_pages().items():
+        path = REFERENCE / name
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        if is_check:
             print(f"docs/reference/{name}: outdated; run `make docs`", file=sys.stderr)
-        return 1 if outdated else 0
-    for path in outdated:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(files[path], encoding="utf-8")
-    return 0
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+            status = 1
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    return status
 
 
 if __name__ == "__main__":

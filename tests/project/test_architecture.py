@@ -16,8 +16,6 @@ from tests.support.cases import each_case
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hetero_fl"
 PAGE = ROOT / "docs" / "explanation" / "architecture.md"
-# Written by scripts/describe_reference.py; tests/config/test_reference_page.py checks its text.
-MODULES_PAGE = ROOT / "docs" / "reference" / "modules.md"
 # Bottom to top: each package may import those before it.
 PACKAGES = (
     "utils",
@@ -220,21 +218,6 @@ def test_page_lists_packages_in_order() -> None:
     )
 
     assert tuple(reversed(listed)) == PACKAGES
-
-
-def test_reference_lists_each_module_with_its_content() -> None:
-    text = MODULES_PAGE.read_text(encoding="utf-8")
-    listed = re.findall(
-        r"^\| \[`\w+\.py`\]\(\.\./\.\./(hetero_fl/[\w/]+\.py)\) \| \S.* \|$", text, re.MULTILINE
-    )
-    folders = re.findall(r"^## `(hetero_fl/[\w/]*)`\n\n[A-Z]", text, re.MULTILINE)
-    files = [path.relative_to(ROOT) for path in MODULES.values()]
-
-    assert sorted(listed) == sorted(f.as_posix() for f in files if f.name != "__init__.py")
-    assert sorted(folders) == sorted(
-        f"{f.parent.as_posix()}/" for f in files if f.name == "__init__.py"
-    )
-    assert "(../reference/modules.md)" in PAGE.read_text(encoding="utf-8")
 
 
 def test_functions_named_on_the_page_exist() -> None:

@@ -29,11 +29,6 @@ from hetero_fl.algorithms.base import (
 )
 from hetero_fl.algorithms.local_training import local_fit
 from hetero_fl.algorithms.prototypes import require_linear_head
-from hetero_fl.communication.compression import (
-    FULL_ENERGY,
-    compress_low_rank,
-    reconstruct_low_rank,
-)
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.images import is_convertible, reshape_rows
 from hetero_fl.core.model_spec import ModelSpec, Tensors
@@ -256,6 +251,10 @@ class FML(MenteeTraining):
 HIDDEN = "hidden"
 
 
+# An energy above 1 disables the truncation, so that matrices have their largest size.
+FULL_ENERGY = 2.0
+
+
 @register_algorithm("fedkd")
 class FedKD(MenteeTraining):
     """Distill each client's model and a small common model into each other, with low-rank updates.
@@ -387,6 +386,68 @@ class FedKD(MenteeTraining):
             server.models[MENTEE] = add_low_rank(mentee, change)
             server.state.update(change=change, version=version + 1)
         yield from ()
+
+
+def compress_low_rank(tensors: Mapping[str, Tensor], energy: float) -> Tensors:
+    """Approximate matrices by a truncated SVD (Wu et al. 2022, FedKD, eq. 8).
+
+    A tensor of two or more dimensions is treated as a matrix `[m, n]`, where m is the size of the
+    first dimension. The matrix becomes a tensor `[k, m + n]` of k rank-one terms. Each row contains
+    a left singular vector, multiplied by the singular value, and a right singular vector. If k such
+    rows do not have fewer values than the matrix, the values of the matrix are instead written into
+    rows of length m + n, padded with zeros. The two cases differ in the number of rows. Tensors
+    with fewer than two dimensions do not change.
+
+    Args:
+        tensors: Finite tensors, keyed by name.
+        energy: Fraction of the sum of squared singular values that the terms must reach, 0 to 1. If
+            greater than 1, no matrix is factored.
+
+    Returns:
+        The compressed tensors, keyed by name.
+    """
+    return {
+        n: _terms(t.reshape(len(t), -1), energy) if t.ndim > 1 else t for n, t in tensors.items()
+    }
+
+
+def reconstruct_low_rank(packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensors:
+    """Reconstruct tensors from the result of `compress_low_rank`.
+
+    Args:
+        packed: The return value of `compress_low_rank`.
+        like: Tensors with the original shapes, keyed by name.
+
+    Returns:
+        The tensors with the original shapes, keyed by name.
+    """
+    return {n: _matrix(t, like[n]) if like[n].ndim > 1 else t for n, t in packed.items()}
+
+
+def _num_packed_rows(m: int, n: int) -> int:
+    """Return the number of rows of length m + n that are needed for m * n values."""
+    return -(-m * n // (m + n))
+
+
+def _terms(matrix: Tensor, energy: float) -> Tensor:
+    m, n = matrix.shape
+    most = _num_packed_rows(m, n)
+    if energy <= 1:
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        kept = s.square().cumsum(0)
+        k = min(int((kept < energy * kept[-1]).sum()) + 1, len(s))
+        if k < most:
+            return torch.cat([u[:, :k].T * s[:k, None], v[:k]], 1)
+    padding = matrix.new_zeros(most * (m + n) - m * n)
+    return torch.cat([matrix.reshape(-1), padding]).reshape(most, m + n)
+
+
+def _matrix(packed: Tensor, like: Tensor) -> Tensor:
+    m = len(like)
+    n = like[0].numel()
+    if len(packed) == _num_packed_rows(m, n):
+        return packed.reshape(-1)[: m * n].reshape(like.shape)
+    return (packed[:, :m].T @ packed[:, m:]).reshape(like.shape)
 
 
 def add_low_rank(tensors: Tensors, change: Mapping[str, Tensor]) -> Tensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from typing_extensions import override
 
@@ -21,7 +21,7 @@ from hetero_fl.algorithms.base import (
 )
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.algorithms.local_training import local_fit
-from hetero_fl.config.base import drop_empty_key
+from hetero_fl.config.base import Dropped
 from hetero_fl.core.objectives import Proximal
 from hetero_fl.core.participant import ClientDirectory, Participant
 from hetero_fl.core.payload import Payload
@@ -193,16 +193,15 @@ class FedBABU(FedPer):
         "after aggregation and fine-tuning of the client's copy, on both test sets (the server's "
         "own model: before fine-tuning)"
     )
+    dropped = {
+        "finetune_epochs": Dropped(
+            "write the client option fine_tune_epochs instead of finetune_epochs"
+        )
+    }
 
     finetune: Literal["all", "head"] = Field(
         "all", description="part that is fine-tuned: the whole model or the head"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_former_key(cls, raw: Any) -> Any:
-        advice = "write the client option fine_tune_epochs instead of finetune_epochs"
-        return drop_empty_key(raw, "finetune_epochs", advice)
 
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:

@@ -1,13 +1,8 @@
-"""Pack integers into a fixed number of bits, and read untrusted bytes with bounds checks.
-
-Ascending indices are encoded with the Elias-Fano code (Elias 1974; Fano 1971), which needs about
-k (2 + log2(n / k)) bits for k of n indices. Optionally, the differences of the indices are
-compressed with LZMA if the result is shorter.
-"""
+"""Pack integers into a fixed number of bits, and read untrusted bytes with bounds checks."""
 
 from __future__ import annotations
 
-import lzma
+import zlib
 from typing import Any
 
 import numpy as np
@@ -15,12 +10,8 @@ import numpy as np
 from hetero_fl.core.payload import PayloadError
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
-# First byte of encoded indices: `FANO` for the Elias-Fano code, `GAPS` for compressed differences.
-FANO = b"\0"
-GAPS = b"\1"
-# Differences of at least this value are replaced by it, and written separately in 32 bits.
-ESCAPE = 255
-FILTERS = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16, "lc": 0, "lp": 0, "pb": 0}]
+# Bits of packed integers.
+WIDTHS = (1, 2, 4, 8, 16, 32)
 
 
 class ByteReader:
@@ -69,41 +60,26 @@ class ByteReader:
             raise PayloadError(f"{len(self._view) - self._offset} unexpected bytes at the end")
 
 
-def packed_size(count: int, bits: int) -> int:
-    """Return the number of bytes that `count` packed integers of `bits` bits occupy."""
-    return count * (bits // 8) + (count * (bits % 8) + 7) // 8
-
-
 def pack_bits(values: Numbers, bits: int) -> bytes:
     """Pack integers into `bits` bits each.
 
-    The lowest `bits // 8` bytes are written byte by byte: the lowest byte of all values, then the
-    second byte of all values, and so on. The remaining `bits % 8` high bits of all values follow
-    without gaps.
+    Several integers of less than 8 bits share a byte, the first one in the lowest bits. Longer
+    integers are written as the lowest byte of all values, then the second byte of all values, and
+    so on.
 
     Args:
         values: Integers from 0 to 2^bits - 1, shape `[N]`.
-        bits: Bits per integer, at most 32.
+        bits: Bits per integer, one of `WIDTHS`.
     """
-    values = np.ascontiguousarray(values)
-    planes = [
-        (values >> (8 * place) if place else values).astype(np.uint8).tobytes()
-        for place in range(bits // 8)
-    ]
-    width = bits % 8
-    if width:
-        # Eight values of `width` bits fill `width` bytes.
-        rest = (values >> (bits - width)) & ((1 << width) - 1)
-        padded = np.zeros(-(-len(rest) // 8) * 8, np.uint8)
-        padded[: len(rest)] = rest
-        eights = padded.reshape(-1, 8)
-        acc = np.zeros(len(padded) // 8, "<u8")
-        for i in range(8):
-            acc |= eights[:, i].astype("<u8") << np.uint64(i * width)
-        planes.append(
-            acc.view(np.uint8).reshape(-1, 8)[:, :width].tobytes()[: (len(values) * width + 7) // 8]
-        )
-    return b"".join(planes)
+    if bits >= 8:
+        planes = values.astype(f"<u{bits // 8}").view(np.uint8).reshape(-1, bits // 8).T
+        return planes.tobytes()
+    per_byte = 8 // bits
+    padded = np.zeros(-(-len(values) // per_byte) * per_byte, np.uint8)
+    padded[: len(values)] = values
+    shifted = padded.reshape(-1, per_byte) << np.arange(0, 8, bits, dtype=np.uint8)
+    packed: Numbers = np.bitwise_or.reduce(shifted, axis=1)
+    return packed.tobytes()
 
 
 def unpack_bits(source: ByteReader, count: int, bits: int) -> Numbers:
@@ -112,62 +88,35 @@ def unpack_bits(source: ByteReader, count: int, bits: int) -> Numbers:
     Args:
         source: Reader at the start of the packed integers.
         count: Number of integers.
-        bits: Bits per integer, at most 32.
+        bits: Bits per integer, one of `WIDTHS`.
 
     Returns:
-        Integers, shape `[count]`, of type uint8, uint16 or int64.
+        Integers, shape `[count]`, of the smallest unsigned type.
 
     Raises:
         PayloadError: If fewer bytes remain.
     """
-    dtype = np.uint8 if bits <= 8 else np.uint16 if bits <= 16 else np.int64
-    raw = source.take(packed_size(count, bits))
-    values = np.zeros(count, dtype)
-    for place in range(bits // 8):
-        values |= np.frombuffer(raw[place * count : (place + 1) * count], np.uint8).astype(
-            dtype
-        ) << (8 * place)
-    width = bits % 8
-    if width:
-        rest = np.frombuffer(raw[count * (bits // 8) :], np.uint8)
-        padded = np.zeros(-(-count // 8) * width, np.uint8)
-        padded[: len(rest)] = rest
-        whole = np.zeros((-(-count // 8), 8), np.uint8)
-        whole[:, :width] = padded.reshape(-1, width)
-        acc = whole.view("<u8")[:, 0]
-        eights = np.empty((len(whole), 8), np.uint8)
-        for i in range(8):
-            eights[:, i] = (acc >> np.uint64(i * width)) & np.uint64((1 << width) - 1)
-        values |= eights.reshape(-1)[:count].astype(dtype) << (bits - width)
-    return values
+    packed = np.frombuffer(source.take(-(-count * bits // 8)), np.uint8)
+    if bits >= 8:
+        values: Numbers = packed.reshape(bits // 8, count).T.copy().view(f"<u{bits // 8}")
+        return values.reshape(-1)
+    parts = packed[:, None] >> np.arange(0, 8, bits, dtype=np.uint8)
+    return (parts & (2**bits - 1)).reshape(-1)[:count]
 
 
-def _low_bits(total: int, count: int) -> int:
-    return max(0, (total // count).bit_length() - 1)
-
-
-def write_indices(indices: Numbers, total: int, entropy: bool = False) -> bytes:
+def write_indices(indices: Numbers, strategy: int = zlib.Z_RLE) -> bytes:
     """Encode ascending indices. The number of indices is not part of the result.
+
+    The differences of the indices are written byte by byte (see `pack_bits`) and compressed.
 
     Args:
         indices: At least one index, int64, shape `[K]`.
-        total: Exclusive upper bound of the indices.
-        entropy: Whether to compress the differences of the indices with LZMA if the result is
-            shorter.
+        strategy: Strategy of zlib.
     """
-    low = _low_bits(total, len(indices))
-    bitmap = np.zeros(len(indices) + (total - 1 >> low) + 1, bool)
-    bitmap[(indices >> low) + np.arange(len(indices))] = True
-    plain = FANO + pack_bits(indices, low) + np.packbits(bitmap, bitorder="little").tobytes()
-    if not entropy:
-        return plain
     gaps = np.diff(indices, prepend=-1) - 1
-    wide = gaps[gaps >= ESCAPE].astype("<u4").tobytes()
-    coded = lzma.compress(
-        np.minimum(gaps, ESCAPE).astype(np.uint8).tobytes() + wide, lzma.FORMAT_RAW, filters=FILTERS
-    )
-    coded = GAPS + len(coded).to_bytes(4, "little") + coded
-    return min(plain, coded, key=len)
+    compressor = zlib.compressobj(strategy=strategy)
+    coded = compressor.compress(pack_bits(gaps, 32)) + compressor.flush()
+    return len(coded).to_bytes(4, "little") + coded
 
 
 def read_indices(source: ByteReader, count: int, total: int) -> Numbers:
@@ -184,42 +133,14 @@ def read_indices(source: ByteReader, count: int, total: int) -> Numbers:
     Raises:
         PayloadError: If the bytes are malformed, or the indices are not ascending below `total`.
     """
-    code = bytes(source.take(1))
-    if code == FANO:
-        low = _low_bits(total, count)
-        lows = unpack_bits(source, count, low).astype(np.int64)
-        length = count + (total - 1 >> low) + 1
-        bits = np.unpackbits(
-            np.frombuffer(source.take((length + 7) // 8), np.uint8), bitorder="little"
-        )
-        places = np.flatnonzero(bits)
-        if len(places) != count:
-            raise PayloadError(f"expected {count} indices, got {len(places)}")
-        indices = (places - np.arange(count)) << low | lows
-    elif code == GAPS:
-        gaps = _index_differences(
-            bytes(source.take(int.from_bytes(source.take(4), "little"))), count
-        )
-        indices = np.cumsum(gaps + 1) - 1
-    else:
-        raise PayloadError(f"indices: unknown code {code[0]}")
-    if indices[-1] >= total or (np.diff(indices) < 1).any():
+    coded = source.take(source.read_integer(4))
+    try:
+        packed = ByteReader(zlib.decompressobj().decompress(coded, 4 * count + 1))
+    except zlib.error:
+        raise PayloadError("indices: cannot be decompressed") from None
+    gaps = unpack_bits(packed, count, 32).astype(np.int64)
+    packed.expect_end()
+    indices = np.cumsum(gaps + 1) - 1
+    if indices[-1] >= total:
         raise PayloadError(f"indices: expected ascending values below {total}")
     return indices
-
-
-def _index_differences(coded: bytes, count: int) -> Numbers:
-    try:
-        raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS).decompress(
-            coded, 5 * count + 1
-        )
-    except lzma.LZMAError:
-        raise PayloadError("indices: cannot be decompressed") from None
-    gaps = np.frombuffer(raw[:count], np.uint8).astype(np.int64)
-    wide = gaps == ESCAPE
-    if len(gaps) != count or len(raw) != count + 4 * int(wide.sum()):
-        raise PayloadError(
-            f"indices: expected differences of {count} indices, got {len(raw)} bytes"
-        )
-    gaps[wide] = np.frombuffer(raw[count:], "<u4")
-    return gaps

@@ -1,4 +1,4 @@
-"""Stages of compression: top-k, random-k, low rank, top classes, quantization, half precision.
+"""Stages of compression: top-k, random-k, top classes, quantization and half precision.
 
 A chain of stages compresses a vector in which several tensors are concatenated. Each `Stage`
 reduces the vector to fewer numbers and side information, such as the indices of these numbers. A
@@ -7,10 +7,10 @@ reduces the vector to fewer numbers and side information, such as the indices of
 
 from __future__ import annotations
 
-import math
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.communication.bit_packing import (
+    WIDTHS,
     ByteReader,
     pack_bits,
     read_indices,
@@ -27,7 +28,6 @@ from hetero_fl.communication.bit_packing import (
     write_indices,
 )
 from hetero_fl.config.communication import StageConfig
-from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.payload import PayloadError
 
 # Meaning of the numbers of an item: an update ("change"), a complete model ("whole"), predictions
@@ -40,77 +40,6 @@ Layout = tuple[tuple[int, ...], ...]
 Draw = Callable[[str], torch.Generator]
 # Largest exponent of the power of two by which half precision scales a tensor, as in float32.
 MAX_SHIFT = 126
-# An energy above 1 disables the truncation, so that matrices have their largest size.
-FULL_ENERGY = 2.0
-
-
-def compress_low_rank(tensors: Mapping[str, Tensor], energy: float) -> Tensors:
-    """Approximate matrices by a truncated SVD (Wu et al. 2022, FedKD, eq. 8).
-
-    A tensor of two or more dimensions is treated as a matrix `[m, n]`, where m is the size of the
-    first dimension. The matrix becomes a tensor `[k, m + n]` of k rank-one terms. Each row contains
-    a left singular vector, multiplied by the singular value, and a right singular vector. If k such
-    rows do not have fewer values than the matrix, the values of the matrix are instead written into
-    rows of length m + n, padded with zeros. The two cases differ in the number of rows. Tensors
-    with fewer than two dimensions do not change.
-
-    Args:
-        tensors: Finite tensors, keyed by name.
-        energy: Fraction of the sum of squared singular values that the terms must reach, 0 to 1. If
-            greater than 1, no matrix is factored.
-
-    Returns:
-        The compressed tensors, keyed by name.
-    """
-    return {
-        n: _terms(t.reshape(len(t), -1), energy) if t.ndim > 1 else t for n, t in tensors.items()
-    }
-
-
-def reconstruct_low_rank(packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensors:
-    """Reconstruct tensors from the result of `compress_low_rank`.
-
-    Args:
-        packed: The return value of `compress_low_rank`.
-        like: Tensors with the original shapes, keyed by name.
-
-    Returns:
-        The tensors with the original shapes, keyed by name.
-    """
-    return {n: _matrix(t, like[n]) if like[n].ndim > 1 else t for n, t in packed.items()}
-
-
-def widest_packed_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Return the largest shape `[rows, m + n]` to which `compress_low_rank` packs a matrix."""
-    m = shape[0]
-    n = math.prod(shape[1:])
-    return _num_packed_rows(m, n), m + n
-
-
-def _num_packed_rows(m: int, n: int) -> int:
-    """Return the number of rows of length m + n that are needed for m * n values."""
-    return -(-m * n // (m + n))
-
-
-def _terms(matrix: Tensor, energy: float) -> Tensor:
-    m, n = matrix.shape
-    most = _num_packed_rows(m, n)
-    if energy <= 1:
-        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-        kept = s.square().cumsum(0)
-        k = min(int((kept < energy * kept[-1]).sum()) + 1, len(s))
-        if k < most:
-            return torch.cat([u[:, :k].T * s[:k, None], v[:k]], 1)
-    padding = matrix.new_zeros(most * (m + n) - m * n)
-    return torch.cat([matrix.reshape(-1), padding]).reshape(most, m + n)
-
-
-def _matrix(packed: Tensor, like: Tensor) -> Tensor:
-    m = len(like)
-    n = like[0].numel()
-    if len(packed) == _num_packed_rows(m, n):
-        return packed.reshape(-1)[: m * n].reshape(like.shape)
-    return (packed[:, :m].T @ packed[:, m:]).reshape(like.shape)
 
 
 def num_values(layout: Layout) -> int:
@@ -270,7 +199,7 @@ class TopClasses(Stage):
 
     @staticmethod
     def _class_bits(num_classes: int) -> int:
-        return (num_classes - 1).bit_length()
+        return next(bits for bits in WIDTHS if num_classes <= 2**bits)
 
     @override
     def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
@@ -349,78 +278,16 @@ class FullPrecision(NumberFormat):
 
 
 @dataclass(frozen=True)
-class LowRank(Stage):
-    """Stage that approximates each matrix of an update by a few rank-one terms.
-
-    See `compress_low_rank`.
-
-    Attributes:
-        energy: Fraction of the sum of squared singular values to keep, 0 to 1.
-    """
-
-    energy: float
-
-    sorts = frozenset({"change"})
-    biased = True
-
-    @override
-    def with_worst_case_size(self) -> LowRank:
-        return LowRank(FULL_ENERGY)
-
-    @override
-    def compresses(self, layout: Layout) -> bool:
-        return any(len(shape) > 1 for shape in layout)
-
-    @override
-    def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
-        # The SVD needs finite values.
-        energy = self.energy if bool(torch.isfinite(numbers).all()) else FULL_ENERGY
-        packed = compress_low_rank(
-            {str(i): part for i, part in enumerate(split_vector(numbers, layout))}, energy
-        )
-        packed_layout = tuple(tuple(t.shape) for t in packed.values())
-        rows = b"".join(
-            packed_shape[0].to_bytes(4, "little")
-            for packed_shape, shape in zip(packed_layout, layout, strict=True)
-            if len(shape) > 1
-        )
-        return torch.cat([t.reshape(-1) for t in packed.values()]), packed_layout, rows
-
-    @override
-    def decode_side_information(
-        self, source: ByteReader, layout: Layout, draw: Draw
-    ) -> tuple[Layout, Any]:
-        packed_layout: list[tuple[int, ...]] = []
-        for shape in layout:
-            if len(shape) > 1:
-                max_rows, width = widest_packed_shape(shape)
-                rows = source.read_integer(4)
-                if not 1 <= rows <= max_rows:
-                    raise PayloadError(f"terms of a matrix: expected 1 to {max_rows}, got {rows}")
-                packed_layout.append((rows, width))
-            else:
-                packed_layout.append(shape)
-        return tuple(packed_layout), tuple(packed_layout)
-
-    @override
-    def decompress(self, numbers: Tensor, layout: Layout, side_information: Any) -> Tensor:
-        packed = {str(i): part for i, part in enumerate(split_vector(numbers, side_information))}
-        like = {str(i): numbers.new_empty(shape) for i, shape in enumerate(layout)}
-        return torch.cat([t.reshape(-1) for t in reconstruct_low_rank(packed, like).values()])
-
-
-@dataclass(frozen=True)
 class Quantize(NumberFormat):
     """Number format that quantizes numbers to equidistant levels between -m and m.
 
-    The scale m is the largest magnitude. With b > 1 bits, there are 2^b - 1 levels including zero.
-    With one bit, the levels are -m and m. Numbers are rounded stochastically, so that the expected
-    value of a decoded number is the number itself (QSGD with the maximum norm, Alistarh et al.
-    2017).
+    The scale m is the largest magnitude of a tensor. With b > 1 bits, there are 2^b - 1 levels
+    including zero. With one bit, the levels are -m and m. Numbers are rounded stochastically, so
+    that the expected value of a decoded number is the number itself (QSGD with the maximum norm,
+    Alistarh et al. 2017).
 
     Attributes:
         bits: Bits per number.
-        bucket: Number of values that share a scale m. If None, there is one scale per tensor.
         nearest: Whether to round to the nearest level instead. Used if the sender adds the rounding
             error to the next message. With two or more bits, the rounding error is exact in
             floating point (Sterbenz lemma). With one bit, the scale is the mean magnitude, because
@@ -428,7 +295,6 @@ class Quantize(NumberFormat):
     """
 
     bits: int
-    bucket: int | None = None
     nearest: bool = False
 
     @override
@@ -441,14 +307,14 @@ class Quantize(NumberFormat):
         )
         scales = []
         at = 0
-        for block in self._split_blocks(numbers, layout):
-            size = block.abs()
-            scales.append(size.mean(1) if self.nearest and self.bits == 1 else size.amax(1))
+        for part in self._nonempty_parts(numbers, layout):
+            size = part.abs()
+            scales.append(size.mean() if self.nearest and self.bits == 1 else size.amax())
             scale = torch.where(scales[-1] > 0, scales[-1], torch.ones_like(scales[-1]))
-            normalized = block.div(scale[:, None]).view(-1)
+            normalized = part.div(scale).view(-1)
             here = slice(at, at := at + len(normalized))
             codes[here] = self._encode_levels(normalized, None if chance is None else chance[here])
-        return torch.cat(scales).numpy().tobytes() + pack_bits(codes.numpy(), self.bits)
+        return torch.stack(scales).numpy().tobytes() + pack_bits(codes.numpy(), self.bits)
 
     def _encode_levels(self, normalized: Tensor, chance: Tensor | None) -> Tensor:
         """Round numbers in [-1, 1] to indices of levels, where the lowest level has index 0.
@@ -469,7 +335,7 @@ class Quantize(NumberFormat):
 
     @override
     def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype) -> Tensor:
-        scales = read_numbers(source, sum(rows for rows, _ in self._block_shapes(layout)), dtype)
+        scales = read_numbers(source, sum(prod(shape) > 0 for shape in layout), dtype)
         codes = torch.from_numpy(unpack_bits(source, num_values(layout), self.bits))
         numbers = codes.to(dtype)
         numbers = (
@@ -477,9 +343,8 @@ class Quantize(NumberFormat):
             if self.bits == 1
             else numbers.sub_(self._max_level).div_(self._max_level)
         )
-        at = 0
-        for block in self._split_blocks(numbers, layout):
-            block.mul_(scales[at : (at := at + len(block)), None])
+        for part, scale in zip(self._nonempty_parts(numbers, layout), scales, strict=True):
+            part.mul_(scale)
         return numbers
 
     @property
@@ -487,19 +352,9 @@ class Quantize(NumberFormat):
         """The integer of the highest level. The lowest level is `-_max_level`."""
         return max(1, 2 ** (self.bits - 1) - 1)
 
-    def _block_shapes(self, layout: Layout) -> Iterator[tuple[int, int]]:
-        """Yield the shapes `[rows, width]` of blocks whose rows have separate scales."""
-        for size in map(prod, layout):
-            width = min(size, self.bucket or size)
-            if size:
-                yield size // width, width
-            if size and size % width:
-                yield 1, size % width
-
-    def _split_blocks(self, numbers: Tensor, layout: Layout) -> Iterator[Tensor]:
-        shapes = list(self._block_shapes(layout))
-        for flat, shape in zip(numbers.split([r * w for r, w in shapes]), shapes, strict=True):
-            yield flat.view(shape)
+    @staticmethod
+    def _nonempty_parts(numbers: Tensor, layout: Layout) -> Iterator[Tensor]:
+        return (part for part in split_vector(numbers, layout) if part.numel())
 
 
 @dataclass(frozen=True)
@@ -536,23 +391,31 @@ class SparseStage(Stage):
 class TopK(SparseStage):
     """Stage that keeps the k numbers of largest magnitude and their indices (Stich et al. 2018).
 
+    The size of compressed indices depends on the indices and is largest if they are spread
+    uniformly.
+
     Attributes:
-        entropy: Whether to compress the indices with LZMA if the result is shorter.
+        is_worst_case: Whether to send uniformly spread indices, which are compressed less well.
     """
 
-    entropy: bool = False
+    is_worst_case: bool = False
 
     biased = True
 
     @override
     def with_worst_case_size(self) -> TopK:
-        return TopK(self.amount)
+        return TopK(self.amount, is_worst_case=True)
 
     @override
     def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
         k = self.num_kept(len(numbers))
-        indices = largest_indices(numbers, k)
-        return numbers[indices], ((k,),), write_indices(indices.numpy(), len(numbers), self.entropy)
+        if self.is_worst_case:
+            indices = random_indices(len(numbers), k, seed=0)
+            coded = write_indices(indices.numpy(), zlib.Z_HUFFMAN_ONLY)
+        else:
+            indices = largest_indices(numbers, k)
+            coded = write_indices(indices.numpy())
+        return numbers[indices], ((k,),), coded
 
     @override
     def decode_side_information(
@@ -566,38 +429,21 @@ class TopK(SparseStage):
 class RandomK(SparseStage):
     """Stage that keeps k of n numbers, which are selected uniformly at random.
 
-    The sender and the receiver draw the same indices from generators with the same seed. The
-    indices are therefore not sent.
-
-    Attributes:
-        scaled: Whether to divide the kept numbers by the sampling rate k / n, so that the expected
-            value of the decompressed vector is the vector itself. Set to False if omitted values
-            are added to the next message.
+    The kept numbers are divided by the sampling rate k / n, so that the expected value of the
+    decompressed vector is the vector itself. The sender and the receiver draw the same indices from
+    generators with the same seed. The indices are therefore not sent.
     """
 
-    scaled: bool = True
-
-    # The base class declares a class variable, but here the value depends on the attribute
-    # `scaled`.
-    @property
-    @override
-    def biased(self) -> bool:  # type: ignore[override]
-        return not self.scaled
+    biased = False
 
     def _draw_indices(self, total: int, draw: Draw) -> Tensor:
         seed = int(torch.randint(2**63 - 1, (1,), generator=draw("randk")))
-        chosen = np.random.default_rng(seed).choice(
-            total, self.num_kept(total), replace=False, shuffle=False
-        )
-        chosen.sort()
-        return torch.from_numpy(chosen)
+        return random_indices(total, self.num_kept(total), seed)
 
     @override
     def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
         indices = self._draw_indices(len(numbers), draw)
-        kept = numbers[indices]
-        if self.scaled:
-            kept = kept * (len(numbers) / len(indices))
+        kept = numbers[indices] * (len(numbers) / len(indices))
         return kept, ((len(indices),),), b""
 
     @override
@@ -605,6 +451,13 @@ class RandomK(SparseStage):
         self, source: ByteReader, layout: Layout, draw: Draw
     ) -> tuple[Layout, Any]:
         return ((self.num_kept(num_values(layout)),),), self._draw_indices(num_values(layout), draw)
+
+
+def random_indices(total: int, k: int, seed: int) -> Tensor:
+    """Return k of `total` indices in ascending order, which are selected uniformly at random."""
+    chosen = np.random.default_rng(seed).choice(total, k, replace=False, shuffle=False)
+    chosen.sort()
+    return torch.from_numpy(chosen)
 
 
 def largest_indices(numbers: Tensor, k: int) -> Tensor:
@@ -618,15 +471,13 @@ def largest_indices(numbers: Tensor, k: int) -> Tensor:
     return torch.from_numpy(indices)
 
 
-# Functions that create a stage from its settings and `channel.entropy`, keyed by name in the
-# configuration.
-STAGE_TYPES: dict[str, Callable[[StageConfig, bool], Stage | NumberFormat]] = {
-    "topk": lambda c, entropy: TopK(c.topk or 0, entropy),
-    "randk": lambda c, _entropy: RandomK(c.randk or 0),
-    "lowrank": lambda c, _entropy: LowRank(c.lowrank or 0),
-    "top_classes": lambda c, _entropy: TopClasses(c.top_classes or 0),
-    "quantize": lambda c, _entropy: Quantize(c.quantize or 0, c.bucket),
-    "half": lambda _c, _entropy: HalfPrecision(),
+# Functions that create a stage from its settings, keyed by name in the configuration.
+STAGE_TYPES: dict[str, Callable[[StageConfig], Stage | NumberFormat]] = {
+    "topk": lambda c: TopK(c.topk or 0),
+    "randk": lambda c: RandomK(c.randk or 0),
+    "top_classes": lambda c: TopClasses(c.top_classes or 0),
+    "quantize": lambda c: Quantize(c.quantize or 0),
+    "half": lambda _: HalfPrecision(),
 }
 
 
@@ -639,18 +490,6 @@ def with_worst_case_size(
     )
 
 
-def build_stages(
-    chain: Sequence[StageConfig], entropy: bool, has_feedback: bool = False
-) -> tuple[Stage | NumberFormat, ...]:
-    """Return the stages of a configured chain, in order.
-
-    Args:
-        chain: Settings of the stages.
-        entropy: Whether to compress indices with LZMA if the result is shorter.
-        has_feedback: Whether omitted values are added to the next message. If True, `RandomK` does
-            not divide the kept numbers by the sampling rate.
-    """
-    stages = tuple(STAGE_TYPES[stage.kind](stage, entropy) for stage in chain)
-    if not has_feedback:
-        return stages
-    return tuple(replace(s, scaled=False) if isinstance(s, RandomK) else s for s in stages)
+def build_stages(chain: Sequence[StageConfig]) -> tuple[Stage | NumberFormat, ...]:
+    """Return the stages of a configured chain, in order."""
+    return tuple(STAGE_TYPES[stage.kind](stage) for stage in chain)

@@ -372,8 +372,6 @@ class Link:
         specs: Declarations of items, keyed by name. Broadcasts may contain items without a
             declaration.
         outputs: Number of outputs of the task, which is the number of columns of predictions.
-        includes_layout: Whether each message contains a layout. If False, only messages without a
-            reference contain a layout.
     """
 
     def __init__(
@@ -381,9 +379,7 @@ class Link:
         stages: Sequence[Stage | NumberFormat],
         specs: Mapping[str, ItemSpec],
         outputs: int,
-        includes_layout: bool = False,
     ) -> None:
-        self.includes_layout = includes_layout
         self.specs = specs
         self.names = sorted(specs)
         self.streams = ItemCodec(stages, outputs)
@@ -427,7 +423,7 @@ class Link:
             bodies[name] = _encode_weight(item.weight) + body
         names = self.names
         layout = b""
-        if reference is None or self.includes_layout:
+        if reference is None:
             names = list(forms)
             layout = zlib.compress(json.dumps({n: f.to_json() for n, f in forms.items()}).encode())
         report = json.dumps(payload.report, separators=(",", ":"), allow_nan=False).encode()
@@ -464,7 +460,7 @@ class Link:
             reference: The payload that was passed to `send` as `reference`.
             like: Items with the expected names, shapes and dtypes, keyed by name. Required if the
                 message contains no layout. Must be None if the message contains a layout, which is
-                then used (see `Link`).
+                then used.
 
         Returns:
             The decoded payload.

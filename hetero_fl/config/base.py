@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_type_hints
+from typing import Annotated, Any, ClassVar, NamedTuple, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -93,6 +93,22 @@ FilePath = Annotated[str, AfterValidator(_check_path)]
 """Path of a file or folder."""
 
 
+class Dropped(NamedTuple):
+    """A key that a section had in an earlier version.
+
+    Attributes:
+        advice: Error message if the key has a value, which names the replacement.
+        default: Former default value, which configurations of older runs contain.
+    """
+
+    advice: str
+    default: Any = None
+
+    def ignores(self, value: Any) -> bool:
+        """Return whether a value has no effect, as it is empty or the former default value."""
+        return not value or value == self.default
+
+
 class Settings(BaseModel):
     """Base class of configuration sections and methods.
 
@@ -110,6 +126,8 @@ class Settings(BaseModel):
     """Settings that a class determines, such as the name of an optimizer."""
     unused: ClassVar[frozenset[str]] = frozenset()
     """Inherited settings that have no effect in a class."""
+    dropped: ClassVar[Mapping[str, Dropped]] = {}
+    """Settings that the class had in an earlier version, keyed by name."""
 
     def __init__(self, **settings: Any) -> None:
         for name in settings.keys() - self.accepted().keys() & type(self).model_fields.keys():
@@ -141,6 +159,21 @@ class Settings(BaseModel):
             info.description = info.description or next(filter(None, texts), None)
         cls.__doc__ = add_arguments(cls)
         cls.__signature__ = _plain_signature(cls)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _remove_dropped_keys(cls, raw: Any) -> Any:
+        """Remove dropped keys that are empty or have their former default value.
+
+        Raises:
+            ValueError: If a dropped key has another value.
+        """
+        if not isinstance(raw, Mapping) or not cls.dropped.keys() & raw.keys():
+            return raw
+        for key, former in cls.dropped.items():
+            if not former.ignores(raw.get(key)):
+                raise ValueError(former.advice)
+        return {key: value for key, value in raw.items() if key not in cls.dropped}
 
     @field_validator("*", mode="wrap")
     @classmethod
@@ -299,27 +332,6 @@ def warn_deprecated(key: str, replacement: str) -> None:
     warnings.warn(message, FutureWarning, stacklevel=1)
 
 
-def drop_empty_key(raw: Any, key: str, advice: str) -> Any:
-    """Remove a former key that is empty, as in the configurations of older runs.
-
-    Args:
-        raw: Content of the section.
-        key: The former key.
-        advice: Error message if the key has a value.
-
-    Returns:
-        The content without the key. If `raw` is not a mapping, it is returned unchanged.
-
-    Raises:
-        ValueError: If the key has a value.
-    """
-    if not isinstance(raw, Mapping):
-        return raw
-    if raw.get(key):
-        raise ValueError(advice)
-    return {name: value for name, value in raw.items() if name != key}
-
-
 def rename_keys(raw: Any, renamed: Mapping[str, str], section: str) -> Any:
     """Replace former names of keys and issue a warning for each replaced key.
 
@@ -380,6 +392,7 @@ class Choice:
         synonyms: Valid values to suggest for other common names. For example, `{"gpu": "cuda"}`
             suggests `cuda` for `gpu`.
         registered: Further valid values, which may be added later.
+        dropped: Error messages for values of earlier versions, which name the replacements.
     """
 
     names: tuple[str, ...]
@@ -387,6 +400,7 @@ class Choice:
     suffix: str | None = None
     synonyms: Mapping[str, str] = field(default_factory=dict, hash=False)
     registered: Collection[str] = field(default=(), hash=False)
+    dropped: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def prefixes(self) -> tuple[str, ...]:
@@ -402,6 +416,8 @@ class Choice:
         names = (*self.names, *self.registered)
         if isinstance(value, str) and (value in names or self._has_affix(value)):
             return value
+        if isinstance(value, str) and value in self.dropped:
+            raise ValueError(self.dropped[value])
         if isinstance(value, str) and value in self.synonyms:
             hint = f"; did you mean '{self.synonyms[value]}'?"
         else:
@@ -422,6 +438,7 @@ def choice_type(
     suffix: str | None = None,
     synonyms: Mapping[str, str] | None = None,
     registered: Collection[str] = (),
+    dropped: Mapping[str, str] | None = None,
 ) -> Any:
     """Create a string type that accepts one of several names.
 
@@ -433,8 +450,9 @@ def choice_type(
         suffix: See `Choice`.
         synonyms: See `Choice`.
         registered: See `Choice`.
+        dropped: See `Choice`.
     """
-    choice = Choice(names, prefix, suffix, synonyms or {}, registered)
+    choice = Choice(names, prefix, suffix, synonyms or {}, registered, dropped or {})
     return Annotated[str, BeforeValidator(choice)]
 
 

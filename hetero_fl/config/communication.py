@@ -19,11 +19,11 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import ConfigSection, ShareOrCount, drop_empty_key, format_value
+from hetero_fl.config.base import ConfigSection, Dropped, ShareOrCount, format_value
 from hetero_fl.utils.errors import suggest_or_list
 
-# Stages that drop a part of a model update. The receiver replaces the dropped part with zeros.
-SPARSE = ("topk", "randk", "lowrank")
+# Stages that send some of the numbers of a model update. The receiver sets the others to zero.
+SPARSE = ("topk", "randk")
 
 # Stages that encode numbers and must be the last stage of a chain.
 FORMATS = ("quantize", "half")
@@ -33,6 +33,12 @@ STAGES = (*SPARSE, "top_classes", *FORMATS)
 
 class SecureAggregationConfig(ConfigSection):
     """Secure aggregation, with which the server learns only sums (Bonawitz et al. 2017)."""
+
+    dropped = {
+        "neighbors": Dropped(
+            "all clients share masks; remove the key 'neighbors' (a round has at most 200 clients)"
+        )
+    }
 
     threshold: ShareOrCount | None = Field(
         None,
@@ -49,14 +55,6 @@ class SecureAggregationConfig(ConfigSection):
         description="binary digits after the point; `null`: as many as satisfy "
         "cohort size × range × 2^bits < 2^63",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neighbors(cls, raw: Any) -> Any:
-        advice = (
-            "all clients share masks; remove the key 'neighbors' (a round has at most 200 clients)"
-        )
-        return drop_empty_key(raw, "neighbors", advice)
 
     @field_validator("threshold")
     @classmethod
@@ -135,7 +133,12 @@ def num_fraction_bits(config: SecureAggregationConfig | HomomorphicConfig, cohor
 
 
 class StageConfig(ConfigSection):
-    """One stage of a compression chain, which has a single key, or both `quantize` and `bucket`."""
+    """One stage of a compression chain, which has a single key."""
+
+    dropped = {
+        "lowrank": Dropped("stage 'lowrank' was removed; choose topk or randk"),
+        "bucket": Dropped("'bucket' was removed; quantize uses one scale per tensor"),
+    }
 
     topk: ShareOrCount | None = Field(
         None,
@@ -149,23 +152,13 @@ class StageConfig(ConfigSection):
         description="model changes: send randomly chosen values, a share <= 1.0 or a number >= 1, "
         "divided by the probability to be chosen",
     )
-    lowrank: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="model changes: send each matrix as the fewest singular vectors with this "
-        "share of its energy; the rest is added to the next change",
-    )
     top_classes: PositiveInt | None = Field(
         None,
         description="predictions: send the values of this number of classes per row and the mean "
         "of the others",
     )
-    quantize: int | None = Field(
-        None, ge=1, le=16, description="send each number with this number of bits"
-    )
-    bucket: PositiveInt | None = Field(
-        None, description="`quantize`: numbers that share a scale; `null`: those of a tensor"
+    quantize: Literal[1, 2, 4, 8, 16] | None = Field(
+        None, description="send each number with this number of bits"
     )
     half: bool = Field(
         False, description="send numbers in half precision; the stage may be written as `half`"
@@ -180,8 +173,6 @@ class StageConfig(ConfigSection):
                 f"expected one stage per entry, got {' and '.join(stages) or 'none'}; "
                 f"choose from {', '.join(STAGES)}"
             )
-        if self.bucket is not None and self.quantize is None:
-            raise ValueError(f"bucket requires quantize, got {stages[0]}")
         return self
 
     @model_serializer(mode="plain")
@@ -221,7 +212,7 @@ def _example(stage: object) -> str:
     if stage == "half":
         return "half"
     name = stage if stage in STAGES else "topk"
-    value = {"topk": 0.01, "randk": 0.01, "lowrank": 0.9}.get(str(name), 8)
+    value = {"topk": 0.01, "randk": 0.01}.get(str(name), 8)
     return f"{{{name}: {value}}}"
 
 
@@ -231,8 +222,7 @@ Chain = Annotated[tuple[StageConfig, ...], BeforeValidator(_parse_chain)]
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         "compress": [{"topk": 0.01}, {"quantize": 8}],
-        "compress_down": [{"topk": 0.05}, {"quantize": 4}],
-        "entropy": True,
+        "compress_down": [{"quantize": 4}],
     }
 }
 
@@ -251,6 +241,12 @@ class ChannelConfig(ConfigSection):
         8
     """
 
+    dropped = {
+        "entropy": Dropped(
+            "'entropy' was removed; positions of topk are always compressed, remove the key"
+        )
+    }
+
     preset: Literal["small"] | None = Field(
         None,
         description="recommended chains: `small` is for models of a million parameters or more; "
@@ -262,12 +258,7 @@ class ChannelConfig(ConfigSection):
     )
     compress_down: Chain = Field(
         (),
-        description="compression of broadcasts; `topk`, `randk` and `lowrank` send changes of the "
-        "model, and what they drop is added to the next change; `[]`: none",
-    )
-    entropy: bool = Field(
-        False,
-        description="`topk`: encode the positions of the values without loss, if that is shorter",
+        description="compression of broadcasts by `top_classes`, `quantize` or `half`; `[]`: none",
     )
     secure_sum: SecureAggregationConfig | None = Field(
         None, description="secure aggregation; `null`: the server receives individual uploads"
@@ -322,9 +313,20 @@ class ChannelConfig(ConfigSection):
             raise ValueError(f"cannot combine {' with '.join(formats)}; choose one of them")
         if formats and names[-1] != formats[0]:
             raise ValueError(f"{formats[0]} must be the last stage, got {names[-1]} after it")
-        others = [name for name in names if name in ("topk", "lowrank")]
-        if "randk" in names and others:
+        if "randk" in names and "topk" in names:
             raise ValueError(
-                f"cannot combine randk, which is unbiased, with {others[0]}; choose one of them"
+                "cannot combine randk, which is unbiased, with topk; choose one of them"
             )
+        return chain
+
+    @field_validator("compress_down")
+    @classmethod
+    def _check_dense(cls, chain: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
+        """Check that broadcasts are not compressed by sparse stages."""
+        for stage in chain:
+            if stage.kind in SPARSE:
+                raise ValueError(
+                    f"expected quantize, half or top_classes, got {stage.kind}, which is for "
+                    "uploads only"
+                )
         return chain

@@ -99,7 +99,7 @@ def describe_error(
     if first["type"] == "extra_forbidden":
         *parent, key = first["loc"]
         place = _data_location(tuple(parent), raw)
-        section = _section_at(model, place)
+        section = section_at(model, place)
         known = list(section.model_fields) if section else []
         ignored = _sections_of_other_sources(raw) if place == ["data"] else set()
         known = [name for name in known if name not in ignored]
@@ -114,7 +114,7 @@ def describe_error(
         return f"{'.'.join([*at, *place, str(first['loc'][-1])])}: missing"
     where = ".".join([*at, *place])
     problems_there = [p for p in problems if _data_location(p["loc"], raw) == place]
-    description = _describe_problem(problems_there, where, _section_at(model, place))
+    description = _describe_problem(problems_there, where, section_at(model, place))
     return f"{where}: {description}" if where else description
 
 
@@ -365,7 +365,7 @@ def _data_location(loc: tuple[int | str, ...], raw: Any) -> list[str]:
     return place
 
 
-def _section_at(model: type[BaseModel], place: Iterable[str]) -> type[BaseModel] | None:
+def section_at(model: type[BaseModel], place: Iterable[str]) -> type[BaseModel] | None:
     """Return the section of the schema at a path, or None if the path is not a section."""
     current: type[BaseModel] | None = model
     for part in place:

@@ -19,6 +19,7 @@ from pydantic import (
 from hetero_fl.config.base import (
     VERSION,
     ConfigSection,
+    Dropped,
     FilePath,
     OptimizerConfig,
     Reference,
@@ -26,7 +27,6 @@ from hetero_fl.config.base import (
     check_folder_name,
     check_version,
     choice_type,
-    drop_empty_key,
     format_value,
 )
 from hetero_fl.config.clients import ClientsConfig, ModelConfig, PreprocessConfig, expand_model_name
@@ -217,6 +217,8 @@ class OutputConfig(ConfigSection):
         False
     """
 
+    dropped = {"tensorboard": Dropped("write loggers: [tensorboard] instead of tensorboard")}
+
     plots: bool = Field(True, description="write figures to `plots/*.png`")
     report: bool = Field(True, description="write `report.html`")
     best_models: bool = Field(
@@ -229,13 +231,6 @@ class OutputConfig(ConfigSection):
         description="loggers to which each round is written, by `kind` or with settings; do not "
         "affect results (see [below](#settings-of-the-loggers))",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_tensorboard(cls, raw: Any) -> Any:
-        return drop_empty_key(
-            raw, "tensorboard", "write loggers: [tensorboard] instead of tensorboard"
-        )
 
     @field_validator("loggers")
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import (
     AfterValidator,
@@ -17,9 +17,9 @@ from pydantic import (
 
 from hetero_fl.config.base import (
     ConfigSection,
+    Dropped,
     FilePath,
     choice_type,
-    drop_empty_key,
     format_value,
 )
 
@@ -148,6 +148,13 @@ class FaultsConfig(ConfigSection):
         0.1
     """
 
+    dropped = {
+        "server": Dropped(
+            "server faults are no longer simulated; remove the key 'server' (a run whose process "
+            "is killed can be resumed)"
+        )
+    }
+
     before: Probability = Field(
         0.0, description="probability that the client fails before training"
     )
@@ -166,15 +173,6 @@ class FaultsConfig(ConfigSection):
         0.0, description="probability that the upload is corrupted and therefore rejected"
     )
     delay: PositiveFloat = Field(3600.0, description="delay of `late` uploads in seconds")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_server(cls, raw: Any) -> Any:
-        advice = (
-            "server faults are no longer simulated; remove the key 'server' (a run whose process "
-            "is killed can be resumed)"
-        )
-        return drop_empty_key(raw, "server", advice)
 
     @property
     def probabilities(self) -> dict[str, float]:

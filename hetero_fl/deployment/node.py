@@ -8,7 +8,6 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -561,8 +560,7 @@ class Node:
             raise RequestRefusedError(f"task {task[:12]}: was sent before with different content")
         if digest in usage.answered:
             self._line["outcome"] = REPEATED
-        load_state = partial(storage.load_state, base)
-        if spent := joined.policy.check(kind, request, digest, load_state):
+        if spent := joined.policy.check(kind, request, digest):
             self._line["spent"] = spent
         if (stored := storage.read("answer")) is not None:
             known = decode(stored, FORM)

@@ -33,10 +33,8 @@ from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.engine.batches import step_count
 from hetero_fl.engine.driver import Work, run_plan
 from hetero_fl.experiment.preparation import PreparedRun
-from hetero_fl.federation.broadcasts import ESTIMATES_KEY, read_broadcast
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.dry_run import DryRunBackend, ExpectedUploads
-from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.privacy.accounting import PrivacyCharge, epsilon_of_mechanisms
 from hetero_fl.privacy.client_side import WITHIN_CLIP
@@ -357,16 +355,13 @@ class Policy:
         self.protocol = make_protocol(method, federation)
         self.summed = federation.channel.summed if method.uploads else ""
 
-    def check(
-        self, kind: str, request: Message, digest: bytes, load_state: Callable[[], bytes]
-    ) -> list[dict[str, Any]]:
+    def check(self, kind: str, request: Message, digest: bytes) -> list[dict[str, Any]]:
         """Check a task before it runs.
 
         Args:
             kind: "answer" for an exchange of the protocol, "read" for an evaluation.
             request: Request of the server.
             digest: Digest of the task from `task_digest`.
-            load_state: Function that loads the encoded private state from which the task starts.
 
         Returns:
             Privacy charges of the task as entries of the audit log. The list is empty for
@@ -389,7 +384,7 @@ class Policy:
                 f"work: must be > 0 and <= 1 (a share of the steps), got {request.step_share:g}"
             )
         if kind == "read":
-            self._check_length(lambda: self._dry_run_evaluation(request, load_state), 1.0)
+            self._check_length(lambda: self._dry_run_evaluation(request), 1.0)
             return []
         kinds = self.protocol.requests
         if request.kind not in kinds:
@@ -409,7 +404,7 @@ class Policy:
             )
         charges: list[PrivacyCharge] = []
         self._check_length(
-            lambda: charges.extend(self._dry_run_training(request, load_state)),
+            lambda: charges.extend(self._dry_run_training(request)),
             request.step_share,
         )
         return (
@@ -470,27 +465,23 @@ class Policy:
         expectations.backend = self._step_counter
         return expectations
 
-    def _read_broadcast(self, request: Message, load_state: Callable[[], bytes]) -> Payload:
+    def _read_broadcast(self, request: Message) -> Payload:
         body = encoded(self.protocol.broadcast_in(self.site.client, request))
-        state = load_state() if self.links.sends_changes else b""
-        estimates = PrivateState.decode(state).state.get(ESTIMATES_KEY) if state else None
-        return read_broadcast(self.links, request.round_idx, body, estimates)
+        return self.links.decode_broadcast(request.round_idx, body)
 
-    def _dry_run_training(
-        self, request: Message, load_state: Callable[[], bytes]
-    ) -> tuple[PrivacyCharge, ...]:
+    def _dry_run_training(self, request: Message) -> tuple[PrivacyCharge, ...]:
         """Dry-run a training task and return its privacy charges."""
         privacy = self.prepared.federation.privacy
         is_sampled = privacy is not None and privacy.unit == "record"
         self._step_counter.privacy = privacy if is_sampled else None
-        received = self._read_broadcast(request, load_state)
+        received = self._read_broadcast(request)
         return self._expectations.dry_run_upload(self.client_info, received, request.round_idx)[1]
 
-    def _dry_run_evaluation(self, request: Message, load_state: Callable[[], bytes]) -> None:
+    def _dry_run_evaluation(self, request: Message) -> None:
         """Dry-run the plans that prepare the model for evaluation."""
         self._step_counter.privacy = None
         client = self._expectations.placeholder_client(self.client_info, request.round_idx)
-        received = self._read_broadcast(request, load_state)
+        received = self._read_broadcast(request)
         for hook in (self.prepared.method.deploy, self.prepared.method.personalize):
             run_plan(client, hook(client, received), self._step_counter)
 

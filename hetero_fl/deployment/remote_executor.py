@@ -78,8 +78,6 @@ class NodeExecutor(RemoteExecutor):
         self._dispatched = Conversations(self.connections)
         # Clients that lost their private state since the last `pop_reset_clients`.
         self._reset_clients: list[str] = []
-        # Called with a client that has lost its private state, before the request is recreated.
-        self.on_reset: Callable[[str], object] = lambda _client: None
         # Names of the clients' states in each checkpoint, newest last.
         self._checkpoint_states: deque[dict[str, str]] = deque(maxlen=KEPT_CHECKPOINTS)
 
@@ -190,7 +188,7 @@ class NodeExecutor(RemoteExecutor):
                 "work": request.step_share,
                 "what": request.kind,
             }
-            return self._task(client, "answer", request, make_request, nonce=nonce, about=about)
+            return self._task(client, "answer", request, nonce=nonce, about=about)
 
         return conversation
 
@@ -198,9 +196,7 @@ class NodeExecutor(RemoteExecutor):
         self, client: str, broadcast: Callable[[str], Content], round_idx: int, details: bool
     ) -> Callable[[], Conversation]:
         def conversation() -> Conversation:
-            def make_request(client: str) -> Message:
-                return Message("read", broadcast(client), round_idx)
-
+            request = Message("read", broadcast(client), round_idx)
             about: Head = {
                 "round": round_idx,
                 "again": 0,
@@ -208,9 +204,7 @@ class NodeExecutor(RemoteExecutor):
                 "what": "read",
                 "details": details,
             }
-            return self._task(
-                client, "read", make_request(client), make_request, nonce="", about=about
-            )
+            return self._task(client, "read", request, nonce="", about=about)
 
         return conversation
 
@@ -232,7 +226,6 @@ class NodeExecutor(RemoteExecutor):
         client: str,
         kind: str,
         request: Message,
-        make_request: Callable[[str], Message],
         *,
         nonce: str,
         about: Head,
@@ -240,13 +233,12 @@ class NodeExecutor(RemoteExecutor):
         """Send a task to a node.
 
         A restarted node is prepared first. A node that has lost its private state starts without
-        state, and the request is created again because it may depend on the lost state.
+        state.
 
         Args:
             client: Client whose node receives the task.
             kind: "answer" for an exchange of the protocol, "read" for an evaluation.
             request: Request to send.
-            make_request: Function that creates the request again.
             nonce: String that makes the task unique. If empty, the node recognizes a repeated task.
             about: Additional entries of the message's head.
         """
@@ -277,8 +269,6 @@ class NodeExecutor(RemoteExecutor):
             if outcome == "lost" and base:
                 base = ""
                 self._reset_clients.append(client)
-                self.on_reset(client)
-                request = make_request(client)
                 self.connections.log(
                     f"{client} has lost its private state and starts without it", client=client
                 )

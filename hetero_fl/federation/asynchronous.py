@@ -12,7 +12,7 @@ import math
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -379,10 +379,6 @@ class AsynchronousTrainer(FederatedTrainer):
         return self.environment.devices.fingerprint
 
     @override
-    def clients_in_training(self) -> Collection[str]:
-        return {task.client for task in self.queue}
-
-    @override
     def run_round(self) -> Record:
         started = time.perf_counter()
         buffer_record = BufferRecord(self.now)
@@ -444,7 +440,7 @@ class AsynchronousTrainer(FederatedTrainer):
         self.num_tasks = number + 1
         self._attempts[client] = attempt + 1
         payload = self.broadcast(client_info)
-        body = encoded(self.broadcasts.content(client_info, payload))
+        body = encoded(self.broadcasts.content(payload))
         fault = self.environment.faults.outcome(client, number)
         up_bytes = self.upload_sizes(client_info, payload, self.version)
         self.count_traffic(down=len(body))
@@ -527,7 +523,7 @@ class AsynchronousTrainer(FederatedTrainer):
         upload = arrivals[0]
         if not upload.is_intact:
             raise TaskFailedError(DAMAGED, "fault")
-        received = self.broadcasts.received_by(task.client, task.version, task.broadcast)
+        received = self.links.decode_broadcast(task.version, task.broadcast)
         client_info = self.federation.client_infos[task.client]
         try:
             content = TrainExchange([task.client]).accept(task.client, upload)

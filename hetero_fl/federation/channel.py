@@ -8,7 +8,7 @@ from typing import Any
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.communication.compression import build_stages, with_worst_case_size
 from hetero_fl.communication.link import Link, value_kinds
-from hetero_fl.config.communication import SPARSE, ChannelConfig
+from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, Payload, report_with_loss
@@ -38,28 +38,24 @@ class FederationLinks:
         is_upper_bound: Whether `bound` is True and the size of messages depends on values.
         up: Link for uploads, or None if uploads are not compressed.
         down: Link for broadcasts, or None if broadcasts are not compressed.
-        sends_changes: Whether broadcasts contain changes to estimates of the models (see
-            `EstimateBroadcasts`).
     """
 
     def __init__(
         self, algorithm: Algorithm, federation: FederationSpec, bound: bool = False
     ) -> None:
         config = federation.channel if algorithm.needs.counts_traffic else ChannelConfig()
-        up = build_stages(config.compress, config.entropy)
-        down = build_stages(config.compress_down, config.entropy, has_feedback=True)
-        self.is_upper_bound = bound and any(with_worst_case_size(c) != c for c in (up, down))
+        up = build_stages(config.compress)
+        down = build_stages(config.compress_down)
+        self.is_upper_bound = bound and with_worst_case_size(up) != up
         self.algorithm = algorithm
         self.seed = federation.seed
         self.summed = config.secure_sum is not None
         specs = upload_specs(algorithm, federation)
         if bound:
             up = with_worst_case_size(up)
-            down = with_worst_case_size(down)
         outputs = federation.task.outputs
         self.up = Link(up, specs, outputs) if up else None
-        self.down = Link(down, algorithm.downloads, outputs, includes_layout=True) if down else None
-        self.sends_changes = any(stage.kind in SPARSE for stage in config.compress_down)
+        self.down = Link(down, algorithm.downloads, outputs) if down else None
         self._buffers: dict[ModelSpec, frozenset[str]] = {}
 
     def encode_upload(
@@ -144,39 +140,32 @@ class FederationLinks:
         round_idx: int,
         payload: Payload,
         archs: Iterable[ModelSpec],
-        reference: Payload | None = None,
     ) -> bytes:
         """Encode a broadcast on the server.
 
         Args:
-            round_idx: Number that seeds random draws: the index of the round, from 0, or the
-                number of the change to an estimate.
+            round_idx: Index of the round, from 0, which seeds random draws.
             payload: The broadcast.
             archs: Architectures of the server's models.
-            reference: The estimate that clients have. The difference from the estimate is encoded.
-                If None, the payload itself is encoded.
         """
         if self.down is None:
             return payload.encode()
         key = self._key(SERVER, round_idx)
-        return self.down.send(payload, key, self._buffer_names(archs), reference)
+        return self.down.send(payload, key, self._buffer_names(archs))
 
-    def decode_broadcast(
-        self, round_idx: int, data: bytes, reference: Payload | None = None
-    ) -> Payload:
+    def decode_broadcast(self, round_idx: int, data: bytes) -> Payload:
         """Decode a broadcast on the client.
 
         Args:
             round_idx: The number that was passed to `encode_broadcast`.
             data: The encoded broadcast.
-            reference: The estimate that was passed to `encode_broadcast`, or None.
 
         Raises:
             PayloadError: If the broadcast is malformed.
         """
         if self.down is None:
             return Payload.decode(data)
-        return self.down.receive(data, self._key(SERVER, round_idx), reference=reference)
+        return self.down.receive(data, self._key(SERVER, round_idx))
 
     def simulate_broadcast(
         self, round_idx: int, payload: Payload, archs: Iterable[ModelSpec]
@@ -253,7 +242,7 @@ def idle_stages(name: str, algorithm: Algorithm, federation: FederationSpec) -> 
         is_configured = config.compress or config.compress_down
         return [f"channel: has no effect, {name} sends no messages"] if is_configured else []
     sorts = {sort for spec in algorithm.uploads.values() for sort in value_kinds(spec)}
-    stages = zip(config.compress, build_stages(config.compress, config.entropy), strict=True)
+    stages = zip(config.compress, build_stages(config.compress), strict=True)
     notes = [
         f"channel.compress: {c.kind} has no effect on the uploads of {name}"
         for c, s in stages
@@ -267,6 +256,4 @@ def idle_stages(name: str, algorithm: Algorithm, federation: FederationSpec) -> 
             for c in chain
             if c.top_classes is not None and c.top_classes + 1 >= classes
         ]
-    if config.entropy and not any(c.topk for c in (*config.compress, *config.compress_down)):
-        notes.append("channel.entropy: has no effect without topk, whose positions it encodes")
     return notes

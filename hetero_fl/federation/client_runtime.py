@@ -30,7 +30,6 @@ from hetero_fl.communication.protocol import (
     Reply,
     RoundProtocol,
     TrainingRequest,
-    encoded,
 )
 from hetero_fl.core.metrics import Scores, calibration, confusion, score
 from hetero_fl.core.participant import Participant
@@ -47,7 +46,6 @@ from hetero_fl.engine.driver import (
     run_plan,
     run_plans,
 )
-from hetero_fl.federation.broadcasts import ESTIMATES_KEY, read_broadcast, updated_estimates
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.state_store import PrivateState, StateStore
@@ -93,23 +91,22 @@ class BroadcastCache:
     tensors in place.
 
     Args:
-        decode: Function that decodes a message. The arguments are the client id, the index of the
-            round and the message.
+        decode: Function that decodes a message. The arguments are the index of the round and the
+            message.
         max_entries: Maximum number of messages. Set to 0 for methods that may modify received
             tensors in place.
     """
 
     def __init__(
-        self, decode: Callable[[str, int, Content], Payload], max_entries: int = MAX_BROADCASTS
+        self, decode: Callable[[int, Content], Payload], max_entries: int = MAX_BROADCASTS
     ) -> None:
         self._decode = decode
         self._entries: deque[ReceivedBroadcast] = deque(maxlen=max_entries)
 
-    def get(self, client_id: str, round_idx: int, content: Content) -> Payload:
+    def get(self, round_idx: int, content: Content) -> Payload:
         """Return a decoded broadcast, whose dictionaries may be modified in place.
 
         Args:
-            client_id: The client.
             round_idx: Index of the round. If the cache contains messages of another round, the
                 cache is cleared.
             content: The message. Messages are compared by identity.
@@ -122,7 +119,7 @@ class BroadcastCache:
         for entry in self._entries:
             if entry.content is content:
                 return copy_dictionaries(entry.payload)
-        payload = self._decode(client_id, round_idx, content)
+        payload = self._decode(round_idx, content)
         self._entries.append(ReceivedBroadcast(round_idx, content, payload))
         return copy_dictionaries(payload)
 
@@ -301,18 +298,15 @@ class ClientRuntime:
             clients[client_id].step_share = request.step_share
         # In the order of rounds, because the cache drops the messages of other rounds.
         received = {
-            c: self.broadcast_cache.get(c, requests[c].round_idx, training[c].broadcast)
+            c: self.broadcast_cache.get(requests[c].round_idx, training[c].broadcast)
             for c in sorted(training, key=lambda c: requests[c].round_idx)
         }
-        estimates = {c: self._estimates(c, training[c].broadcast, received[c]) for c in clients}
         outcomes = self._train(clients, received)
         for client_id, outcome in zip(clients, outcomes, strict=True):
             if outcome.failure is not None:
                 replies[client_id] = outcome.failure
                 continue
             upload = self._finish_upload(clients[client_id], outcome, received[client_id])
-            if estimates[client_id] is not None:
-                clients[client_id].state[ESTIMATES_KEY] = estimates[client_id]
             replies[client_id] = self._send(
                 clients[client_id],
                 upload,
@@ -336,22 +330,11 @@ class ClientRuntime:
         watch = self._report_progress if self.listener is not None else None
         return run_plans(plans, backend, watch)
 
-    def _decode_broadcast(self, client_id: str, round_idx: int, content: Content) -> Payload:
+    def _decode_broadcast(self, round_idx: int, content: Content) -> Payload:
         device = self.federation.memory.storage_device
         if isinstance(content, Payload):
             return Payload.from_untrusted(content.tree()).to(device)
-        estimates = self.store.get(client_id).state.get(ESTIMATES_KEY)
-        return read_broadcast(self.links, round_idx, content, estimates).to(device)
-
-    def _estimates(
-        self, client_id: str, content: Content, received: Payload
-    ) -> dict[str, Any] | None:
-        """Return the client's estimates after a broadcast. None if broadcasts use no estimates."""
-        if not self.links.sends_changes:
-            return None
-        return updated_estimates(
-            encoded(content), received, self.store.get(client_id).state.get(ESTIMATES_KEY)
-        )
+        return self.links.decode_broadcast(round_idx, content).to(device)
 
     def _finish_upload(
         self, client: Participant, outcome: PlanOutcome[Items], received: Payload
@@ -463,7 +446,7 @@ class ClientRuntime:
             for c, content in broadcasts.items()
         }
         received = {
-            c: self.broadcast_cache.get(c, round_idx, content) for c, content in contents.items()
+            c: self.broadcast_cache.get(round_idx, content) for c, content in contents.items()
         }
         clients = self.deploy_clients(received, round_idx)
         return self._evaluate_clients(clients, self._local_clients(clients, received), details)

@@ -9,16 +9,10 @@ from typing import Any, NamedTuple
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast
-from hetero_fl.communication.model_changes import message_bytes
 from hetero_fl.communication.protocol import total_bytes
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Payload
 from hetero_fl.engine.driver import run_plan, translate_user_errors
-from hetero_fl.federation.broadcasts import (
-    KEPT_CHANGES,
-    estimate_group,
-    split_models,
-)
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.dry_run import ExpectedUploads, payload_structure
 from hetero_fl.federation.federation import FederationSpec
@@ -138,13 +132,9 @@ class DryRun:
         self.links = FederationLinks(algorithm, federation, bound=True)
         self.protocol = make_protocol(algorithm, federation)
         algorithm.setup(self.server)
-        # Estimates of models, keyed by item and group of clients (see `EstimateBroadcasts`).
-        self._estimates: dict[tuple[str, str], ExpectedEstimate] = {}
-        # Number of the last change that a client received, keyed by client id and item.
-        self._received: dict[tuple[str, str], int] = {}
         self._uploads: dict[Any, tuple[int, tuple[PrivacyCharge, ...], int]] = {}
         self._exchanges: dict[Any, ExchangeCost] = {}
-        # Sizes of encoded broadcasts and of their parts, in bytes.
+        # Sizes of encoded broadcasts in bytes.
         self._lengths: dict[Any, int] = {}
         # Operations of the aggregation, keyed by phase.
         self._aggregated: dict[tuple[int, ...], int] = {}
@@ -154,7 +144,7 @@ class DryRun:
         phase = self._begin_round(round_idx)
         client_info = self.federation.client_infos[client_id]
         received = call_broadcast(self.algorithm, self.server, client_info)
-        down = self._broadcast_bytes(client_info, received, round_idx)
+        down = self._broadcast_bytes(received, round_idx)
         # Items are weighted by the client's number of rows, whose digits are part of the upload.
         key = (phase, self._form(client_info, received), client_info.num_rows)
         if key not in self._uploads:
@@ -206,7 +196,7 @@ class DryRun:
         self._begin_round(round_idx)
         client_info = replace(self.federation.client_infos[client_id], purpose="evaluate")
         received = call_broadcast(self.algorithm, self.server, client_info)
-        return self._broadcast_bytes(client_info, received, round_idx)
+        return self._broadcast_bytes(received, round_idx)
 
     def aggregate(self, cohort: list[str], round_idx: int) -> int:
         """Run the aggregation of a round, unless a round of the same phase has been aggregated.
@@ -245,71 +235,15 @@ class DryRun:
         profile = self.federation.client_infos.profile(client_info.client_id)
         return profile.first, payload_structure(received)
 
-    def _broadcast_bytes(self, client_info: ClientInfo, payload: Payload, round_idx: int) -> int:
-        """Return the size of a broadcast in bytes.
-
-        If the broadcast is for training, the client's new estimates are recorded.
-        """
+    def _broadcast_bytes(self, payload: Payload, round_idx: int) -> int:
+        """Return the size of a broadcast in bytes."""
         if self.protocol.hides_server:
             return self.state_message_size()
-        if not self.links.sends_changes:
-            return self._length(payload, round_idx)
-        models, others = split_models(payload)
-        group = estimate_group(self.algorithm, client_info)
-        is_training = client_info.purpose == "train"
-        sizes = {}
-        for name, item in models.items_by_name.items():
-            only = Payload({name: item})
-            estimate = self._estimates.setdefault((name, group), ExpectedEstimate())
-            number = estimate.number + (estimate.version != round_idx)
-            key = client_info.client_id, name
-            first = self._received.get(key, 0)
-            whole = self._length(only, round_idx, "whole")
-            changes = [
-                self._length(only, round_idx, "change" if n else "first")
-                for n in range(first, number)
-            ]
-            is_kept = estimate.number - first <= KEPT_CHANGES
-            is_short = message_bytes({name: changes}, 0) <= message_bytes({name: [whole]}, 0)
-            sizes[name] = changes if is_kept and is_short else [whole]
-            if is_training:
-                estimate.number = number
-                estimate.version = round_idx
-                self._received[key] = number
-        return message_bytes(sizes, self._length(others, round_idx))
-
-    def _length(self, payload: Payload, round_idx: int, form: str = "first") -> int:
-        """Return the size of an encoded payload in bytes.
-
-        Args:
-            payload: The payload.
-            round_idx: Index of the round, from 0.
-            form: "first" for a compressed payload, "change" for the compressed difference to a
-                payload of the same structure, "whole" for a payload without compression.
-        """
-        key = tensor_structure(payload), min(round_idx, 1), form
+        key = tensor_structure(payload), min(round_idx, 1)
         if key not in self._lengths:
-            reference = payload if form == "change" else None
             archs = self.server.arch.values()
-            self._lengths[key] = (
-                payload.encoded_size
-                if form == "whole"
-                else len(self.links.encode_broadcast(round_idx, payload, archs, reference))
-            )
+            self._lengths[key] = len(self.links.encode_broadcast(round_idx, payload, archs))
         return self._lengths[key]
-
-
-@dataclass
-class ExpectedEstimate:
-    """Counterpart of `broadcasts.Estimate` in a dry run, without tensors.
-
-    Attributes:
-        number: Number of changes so far.
-        version: Index of the round of the last change, or -1 before the first change.
-    """
-
-    number: int = 0
-    version: int = -1
 
 
 def tensor_structure(payload: Payload) -> Any:

@@ -94,10 +94,6 @@ class RemoteSynchronousTrainer(RemoteClientsTrainer, ScheduledTrainer):
     same as those of `ScheduledTrainer`.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.executor.on_reset = self.broadcasts.reset
-
     @override
     def run_round(self) -> Record:
         self.now = self.stopwatch.elapsed()
@@ -167,7 +163,6 @@ class RemoteAsynchronousTrainer(RemoteClientsTrainer, AsynchronousTrainer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.executor.on_reset = self._resend_model
         # Reasons why clients did not reply since the last aggregation, keyed by client id. These
         # clients are not sampled.
         self._unresponsive: dict[str, str] = {}
@@ -205,14 +200,6 @@ class RemoteAsynchronousTrainer(RemoteClientsTrainer, AsynchronousTrainer):
 
     def _request(self, task: ClientTask, _client: str) -> Message:
         return task.request
-
-    def _resend_model(self, client: str) -> None:
-        """Replace the broadcast in the task of a client that has lost its private state."""
-        body = self.broadcasts.reset(client)
-        for task in self.queue:
-            if task.client == client and body is not None:
-                task.broadcast = body
-                self.count_traffic(down=len(body))
 
     @override
     def _idle_clients(self) -> tuple[int, Callable[[int], int]]:

@@ -26,7 +26,7 @@ from hetero_fl.core.payload import Payload, PayloadError, check_size, check_uplo
 from hetero_fl.core.plan import Predict, Recalibrate, Rows
 from hetero_fl.core.stored_rows import targets
 from hetero_fl.engine.driver import DivergedError, translate_user_errors
-from hetero_fl.federation.broadcasts import Broadcasts, make_broadcasts
+from hetero_fl.federation.broadcasts import Broadcasts, PlainBroadcasts
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.client_runtime import ClientEvaluation
@@ -173,9 +173,9 @@ class FederatedTrainer(ABC):
         self.broadcasts: Broadcasts = (
             SealedBroadcasts(self.server)
             if self.protocol.hides_server
-            else make_broadcasts(self.links, self.store.stamp, self.skips_encoding)
+            else PlainBroadcasts(self.links, self.skips_encoding)
         )
-        self.broadcasts.begin(0, 0, self.server.arch.values())
+        self.broadcasts.begin(0, self.server.arch.values())
 
     @property
     def round_idx(self) -> int:
@@ -280,16 +280,7 @@ class FederatedTrainer(ABC):
 
     def _clear_broadcasts(self) -> None:
         """Drop messages that are outdated because the server has changed."""
-        self.broadcasts.begin(
-            self.server.round_context.round_idx,
-            self.round_idx,
-            self.server.arch.values(),
-            self.clients_in_training(),
-        )
-
-    def clients_in_training(self) -> Collection[str]:
-        """Return the ids of clients that still train on an earlier version of the server."""
-        return ()
+        self.broadcasts.begin(self.server.round_context.round_idx, self.server.arch.values())
 
     def _set_round_context(self, round_idx: int) -> None:
         is_next = round_idx != self.server.round_context.round_idx
@@ -425,14 +416,14 @@ class FederatedTrainer(ABC):
         self._set_round_context(round_idx)
         client_info = self.federation.client_infos[client_id]
         payload = self.broadcast(client_info)
-        request = Message("train", self.broadcasts.content(client_info, payload), round_idx)
+        request = Message("train", self.broadcasts.content(payload), round_idx)
         try:
             ((_, reply),) = self.executor.run([client_id], lambda _: request)
         finally:
             self.store.discard()
         if not isinstance(reply, Message):
             raise RunFailedError(f"round {round_idx + 1}: {client_id} sent no upload: {reply}")
-        received = self.broadcasts.received(client_info, payload)
+        received = self.broadcasts.received(payload)
         upload = self.decode_upload(client_info, reply.content, received, round_idx)
         return received, upload
 
@@ -463,7 +454,7 @@ class FederatedTrainer(ABC):
 
         def broadcast(client_id: str) -> Content:
             client_info = replace(self.federation.client_infos[client_id], purpose="evaluate")
-            content = self.broadcasts.content(client_info, self.broadcast(client_info))
+            content = self.broadcasts.content(self.broadcast(client_info))
             sizes[client_id] = content_size(content)
             return content
 

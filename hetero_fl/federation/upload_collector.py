@@ -216,7 +216,7 @@ class UploadCollector:
 
     def _add_upload(self, client_id: str, content: Content) -> None:
         client_info = self.trainer.federation.client_infos[client_id]
-        received = self.trainer.broadcasts.received(client_info, self._sent.pop(client_id))
+        received = self.trainer.broadcasts.received(self._sent.pop(client_id))
         payload = self.trainer.decode_upload(client_info, content, received, self.round_idx)
         self.magnitudes[client_id] = payload.magnitude
         loss = loss_from_report(payload.report)
@@ -311,10 +311,10 @@ class UploadCollector:
         client_info = self.trainer.federation.client_infos[client_id]
         payload = self.trainer.broadcast(client_info)
         self._sent[client_id] = payload
-        return self.trainer.broadcasts.content(client_info, payload)
+        return self.trainer.broadcasts.content(payload)
 
     def _received_by(self, client_info: ClientInfo) -> Payload:
-        return self.trainer.broadcasts.received(client_info, self.trainer.broadcast(client_info))
+        return self.trainer.broadcasts.received(self.trainer.broadcast(client_info))
 
     def _reference(self, client_info: ClientInfo, name: str) -> Tensors:
         """Return the tensors of a model that a client received, keyed by name.

@@ -10,6 +10,7 @@ from typing import Any
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.communication.protocol import Traffic
 from hetero_fl.config import Config
+from hetero_fl.config.communication import StageConfig
 from hetero_fl.core.metrics import selection_metric, summarize_clients
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.task import Task
@@ -42,16 +43,16 @@ def collect_protections(federation: FederationSpec) -> dict[str, Any]:
         "class sums": aggregation.statistics,
     }
     return {
-        "compress": [_format_stage(stage.model_dump()) for stage in channel.compress],
-        "compress_down": [_format_stage(stage.model_dump()) for stage in channel.compress_down],
+        "compress": [_format_stage(stage) for stage in channel.compress],
+        "compress_down": [_format_stage(stage) for stage in channel.compress_down],
         "secure_sum": channel.secure_sum is not None,
         "homomorphic": channel.homomorphic is not None,
         "rules": {name: rule for name, rule in rules.items() if rule != "mean"},
     }
 
 
-def _format_stage(stage: Json) -> str:
-    return " ".join(name if value is True else f"{name} {value:g}" for name, value in stage.items())
+def _format_stage(stage: StageConfig) -> str:
+    return stage.kind if stage.half else f"{stage.kind} {getattr(stage, stage.kind):g}"
 
 
 def describe_protections(summary: Json, details: Json) -> list[str]:

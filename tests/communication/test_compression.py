@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import lzma
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -13,17 +13,15 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from hetero_fl.communication.bit_packing import (
-    FILTERS,
+    WIDTHS,
     ByteReader,
     pack_bits,
-    packed_size,
     read_indices,
     unpack_bits,
     write_indices,
 )
 from hetero_fl.communication.compression import (
     HalfPrecision,
-    LowRank,
     NumberFormat,
     Quantize,
     RandomK,
@@ -31,10 +29,8 @@ from hetero_fl.communication.compression import (
     Stage,
     TopClasses,
     TopK,
-    build_stages,
 )
 from hetero_fl.communication.link import StageChain
-from hetero_fl.config.communication import StageConfig
 from hetero_fl.core.payload import PayloadError
 from hetero_fl.utils.seeding import keyed_generator
 from tests.support.cases import each_case
@@ -69,9 +65,7 @@ def mean_and_error(draws: list[Tensor]) -> tuple[Tensor, Tensor]:
     return stacked.mean(0), stacked.std(0) / math.sqrt(len(draws))
 
 
-@each_case(
-    "stages", [[RandomK(0.2)], [RandomK(0.2), Quantize(4)], [Quantize(1)], [Quantize(2, 16)]]
-)
+@each_case("stages", [[RandomK(0.2)], [RandomK(0.2), Quantize(4)], [Quantize(1)], [Quantize(2)]])
 def test_unbiased_stages_have_the_vector_as_mean(stages: list[Stage | NumberFormat]) -> None:
     numbers = vector()
     mean, error = mean_and_error([there_and_back(numbers, stages, seed) for seed in range(2000)])
@@ -91,44 +85,33 @@ def test_random_k_keeps_its_share_uniformly() -> None:
     assert (share - 28 / n).abs().max() < 5 * math.sqrt(28 / n * (1 - 28 / n) / 2000)
 
 
-def test_random_k_does_not_rescale_with_residuals() -> None:
-    numbers = vector()
-
-    (stage,) = build_stages([StageConfig(randk=0.3)], entropy=False, has_feedback=True)
-    back = there_and_back(numbers, [stage])
-
-    kept = back != 0
-    assert 0 < kept.sum() < len(numbers)
-    assert torch.equal(back[kept], numbers[kept])
-
-
 def test_chain_decodes_stages_in_reverse_order() -> None:
-    row, column = torch.arange(6.0), torch.linspace(1, 2, 5)
-    # One term of 6 + 5 numbers, one of which is 0.
-    numbers = torch.outer(row, column).reshape(-1)
+    # Three classes and the mean of the others remain, and then two of four numbers per row.
+    rows = torch.tensor([[4.0, 0.0, 0.0, 0.0, 0.0, 3.0], [0.0, 2.0, 0.0, 5.0, 0.0, 0.0]])
 
-    back = there_and_back(numbers, [LowRank(0.99), TopK(10)], layout=((6, 5),))
+    chain = StageChain([TopClasses(3), TopK(4)], "predictions")
+    chain.reducing = [TopClasses(3), TopK(4)]
+    raw = chain.encode(rows.reshape(-1), ((2, 6),), keyed_generator)
+    back = chain.decode(ByteReader(raw), ((2, 6),), torch.float32, keyed_generator)
 
-    torch.testing.assert_close(back, numbers)
+    assert torch.equal(back.view(2, 6), rows)
 
 
-@each_case(("bits", "bucket"), itertools.product(range(2, 17), [None, 7]))
-def test_quantized_values_are_within_one_level(bits: int, bucket: int | None) -> None:
+@each_case("bits", [2, 4, 8, 16])
+def test_quantized_values_are_within_one_level(bits: int) -> None:
     numbers = vector()
     for stochastic in (True, False):
-        back = there_and_back(numbers, [Quantize(bits, bucket, nearest=not stochastic)])
-        for part, got in zip(numbers.split([120, 20, 1]), back.split([120, 20, 1]), strict=True):
-            for p, g in zip(part.split(bucket or 999), got.split(bucket or 999), strict=True):
-                level = p.abs().max() / (2 ** (bits - 1) - 1)
-                assert (p - g).abs().max() <= level * (
-                    1 if stochastic else 0.5001
-                ) + 1e-6 * p.abs().max()
-                assert g[p.abs().argmax()] == p[p.abs().argmax()]
+        back = there_and_back(numbers, [Quantize(bits, nearest=not stochastic)])
+        for p, g in zip(numbers.split([120, 20, 1]), back.split([120, 20, 1]), strict=True):
+            level = p.abs().max() / (2 ** (bits - 1) - 1)
+            allowed = level * (1 if stochastic else 0.5001) + 1e-6 * p.abs().max()
+            assert (p - g).abs().max() <= allowed
+            assert g[p.abs().argmax()] == p[p.abs().argmax()]
 
 
 def test_rounding_residual_is_exact() -> None:
     """Move both half-way points around a power of two bit by bit."""
-    for bits in (2, 3, 8, 16):
+    for bits in (2, 4, 8, 16):
         for moved in range(-12, 13):
             most = (torch.tensor([2.0 ** (bits - 1) - 1]).view(torch.int32) + moved).view(
                 torch.float32
@@ -143,7 +126,7 @@ def test_rounding_residual_is_exact() -> None:
 
 def test_quantization_uses_the_configured_bits() -> None:
     numbers = vector(n=1000)
-    for bits in range(1, 17):
+    for bits in (1, 2, 4, 8, 16):
         raw = StageChain([Quantize(bits)], "change").encode(
             numbers, ((1000,),), lambda label: keyed_generator(0)
         )
@@ -152,10 +135,10 @@ def test_quantization_uses_the_configured_bits() -> None:
 
 def test_zero_and_one_are_exact() -> None:
     known = torch.tensor([0.0, 1.0, 1.0, 0.0]).repeat(6)
-    for bits in range(2, 17):
+    for bits in (2, 4, 8, 16):
         assert torch.equal(there_and_back(known, [Quantize(bits)], layout=((24,),)), known)
     still = torch.zeros(24)
-    for stage in (Quantize(1), Quantize(8), HalfPrecision(), TopK(3), LowRank(0.9)):
+    for stage in (Quantize(1), Quantize(8), HalfPrecision(), TopK(3)):
         assert torch.equal(there_and_back(still, [stage], layout=((4, 6),)), still)
 
 
@@ -193,11 +176,10 @@ def test_top_classes_keep_largest_values_and_row_sums() -> None:
     itertools.product(
         [
             Quantize(1),
-            Quantize(5, 8),
+            Quantize(4),
             Quantize(8, nearest=True),
             HalfPrecision(),
             TopK(9),
-            LowRank(0.5),
         ],
         [float("nan"), float("inf")],
     ),
@@ -208,44 +190,29 @@ def test_non_finite_values_stay_non_finite(stage: Stage | NumberFormat, bad: flo
     assert not torch.isfinite(there_and_back(numbers, [stage])).all()
 
 
-def test_excess_terms_are_refused() -> None:
-    chain = StageChain([LowRank(0.5)], "change")
-    raw = chain.encode(torch.ones(120), ((10, 12),), lambda label: keyed_generator(0))
-    for rows in (0, 7, 2**31):
-        with pytest.raises(PayloadError, match="terms"):
-            chain.decode(
-                ByteReader(rows.to_bytes(4, "little") + raw[4:]),
-                ((10, 12),),
-                torch.float32,
-                lambda label: keyed_generator(0),
-            )
-
-
-@each_case(("bits", "count"), itertools.product(range(33), [1, 7, 8, 9, 1000]))
+@each_case(("bits", "count"), itertools.product(WIDTHS, [1, 7, 8, 9, 1000]))
 def test_packed_fields_round_trip_in_minimal_size(bits: int, count: int) -> None:
     values = np.random.default_rng(bits * count).integers(0, 2**bits, count)
     values[0] = 2**bits - 1
     raw = pack_bits(values, bits)
-    assert len(raw) == packed_size(count, bits) and len(raw) < bits * count / 8 + 1
+    assert len(raw) == math.ceil(bits * count / 8)
     assert (unpack_bits(ByteReader(raw), count, bits) == values).all()
 
 
 def test_packed_bits_match_loop() -> None:
-    values, bits = [5, 0, 7, 3, 1, 6, 2, 4, 7], 3
+    values, bits = [5, 0, 15, 3, 1, 6, 2], 4
     expected = sum(v << (bits * i) for i, v in enumerate(values)).to_bytes(4, "little")
     assert pack_bits(np.array(values), bits) == expected
 
 
-@given(st.integers(1, 3000), st.floats(0, 1), st.integers(0, 99), st.booleans())
+@given(st.integers(1, 3000), st.floats(0, 1), st.integers(0, 99))
 @settings(max_examples=200, deadline=None)
-def test_indices_round_trip(total: int, share: float, seed: int, entropy: bool) -> None:
+def test_indices_round_trip(total: int, share: float, seed: int) -> None:
     count = max(1, int(share * total))
     indices = np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
-    raw = write_indices(indices, total, entropy)
-    source = ByteReader(raw)
+    source = ByteReader(write_indices(indices))
     assert (read_indices(source, count, total) == indices).all()
     source.expect_end()
-    assert len(raw) <= 2 + count * (2 + math.log2(total / count)) / 8 + 1 + count / 8
 
 
 def test_packed_indices_are_close_to_their_entropy() -> None:
@@ -256,35 +223,41 @@ def test_packed_indices_are_close_to_their_entropy() -> None:
         / math.log(2)
         / 8
     )
-    plain = len(write_indices(spread, total))
-    assert entropy < plain < 1.08 * entropy
-    assert len(write_indices(spread, total, entropy=True)) <= plain
+    size = len(write_indices(spread))
+    assert entropy < size < 1.08 * entropy
     near = np.sort(rng.choice(total // 20, count, replace=False))
-    assert len(write_indices(near, total, entropy=True)) < 0.8 * len(write_indices(near, total))
+    assert len(write_indices(near)) < 0.5 * size
 
 
-@each_case("entropy", [False, True])
-def test_invalid_indices_are_refused(entropy: bool) -> None:
-    # Clustered indices: their gaps may be coded.
+def test_largest_size_of_topk_bounds_its_size() -> None:
+    def size(stage: TopK, numbers: Tensor) -> int:
+        layout = ((len(numbers),),)
+        return len(StageChain([stage], "change").encode(numbers, layout, keyed_generator))
+
+    for amount, n in itertools.product((0.001, 0.01, 0.1, 0.5), (200, 5000, 300_000)):
+        stage = TopK(amount)
+        most = size(stage.with_worst_case_size(), vector(n=n))
+        for numbers in (vector(n=n), torch.randn(n, generator=keyed_generator(n))):
+            assert most >= size(stage, numbers)
+
+
+def test_invalid_indices_are_refused() -> None:
     indices = np.concatenate([np.arange(400), [9900]])
-    raw = write_indices(indices, 10_000, entropy)
-    assert raw[0] == entropy
+    raw = write_indices(indices)
     with pytest.raises(PayloadError, match="ascending values below 9900"):
         read_indices(ByteReader(raw), 401, 9900)
     for count in (400, 402):
         with pytest.raises(PayloadError):
-            source = ByteReader(raw)
-            read_indices(source, count, 10_000)
-            source.expect_end()
+            read_indices(ByteReader(raw), count, 10_000)
     for cut in range(len(raw)):
         with pytest.raises(PayloadError):
             read_indices(ByteReader(raw[:cut]), 401, 10_000)
-    with pytest.raises(PayloadError, match="unknown code"):
-        read_indices(ByteReader(b"\7" + raw[1:]), 401, 10_000)
+    with pytest.raises(PayloadError, match="cannot be decompressed"):
+        read_indices(ByteReader(raw[:4] + b"\7" + raw[5:]), 401, 10_000)
 
 
-def test_oversized_gap_codes_are_not_unpacked() -> None:
-    bomb = lzma.compress(bytes(10**7), lzma.FORMAT_RAW, filters=FILTERS)
-    raw = b"\1" + len(bomb).to_bytes(4, "little") + bomb
-    with pytest.raises(PayloadError, match="got 21 bytes"):
+def test_oversized_indices_are_not_decompressed() -> None:
+    bomb = zlib.compress(bytes(10**7))
+    raw = len(bomb).to_bytes(4, "little") + bomb
+    with pytest.raises(PayloadError, match="1 unexpected bytes at the end"):
         read_indices(ByteReader(raw), 4, 100)

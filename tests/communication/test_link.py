@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import resource
 from typing import Any
@@ -40,10 +39,8 @@ CNN = ModelSpec.from_config("cnn", 10, (1, 28, 28))
 STATISTICS = frozenset(CNN.shapes) - CNN.parameter_names
 
 
-def link(
-    *chain: Any, entropy: bool = False, specs: dict[str, ItemSpec] = SPECS, outputs: int = 4
-) -> Link:
-    return Link(build_stages(ChannelConfig(compress=chain).compress, entropy), specs, outputs)
+def link(*chain: Any, specs: dict[str, ItemSpec] = SPECS, outputs: int = 4) -> Link:
+    return Link(build_stages(ChannelConfig(compress=chain).compress), specs, outputs)
 
 
 def model(seed: int) -> dict[str, Tensor]:
@@ -71,7 +68,7 @@ CHAINS: list[list[Any]] = [
     [{"topk": 0.3}, {"quantize": 8}],
     [{"topk": 3}],
     [{"randk": 0.3}, "half"],
-    [{"lowrank": 0.9}, {"top_classes": 1}, {"quantize": 5, "bucket": 3}],
+    [{"top_classes": 1}, {"quantize": 4}],
     [{"quantize": 1}],
     ["half"],
 ]
@@ -85,9 +82,9 @@ def receive(by: Link, data: bytes) -> Payload:
     return payload
 
 
-@each_case(("chain", "entropy"), itertools.product(CHAINS, [False, True]))
-def test_upload_round_trips_with_weights_and_report(chain: list[Any], entropy: bool) -> None:
-    by, sent = link(*chain, entropy=entropy), upload()
+@each_case("chain", CHAINS)
+def test_upload_round_trips_with_weights_and_report(chain: list[Any]) -> None:
+    by, sent = link(*chain), upload()
     got = receive(by, by.send(sent, KEY, PLAIN, GOT, {}))
     assert set(got) == set(sent) and got.report == sent.report
     for name in sent:
@@ -125,16 +122,13 @@ def test_topk_with_eight_bits_reduces_upload_size() -> None:
     trained = {n: t + 0.01 * torch.randn(t.shape, generator=g) for n, t in start.items()}
     dense = sum(4 * t.numel() for n, t in trained.items() if n in CNN.parameter_names)
     sent = Payload({"model": Item(trained, 6000.0, "params")}, report_with_loss(1.0))
-    for entropy in (False, True):
-        by = link({"topk": 0.01}, {"quantize": 8}, entropy=entropy)
-        data = by.send(sent, KEY, STATISTICS, Payload({"model": start}), {})
-        assert len(data) <= 0.016 * dense
-        got = by.receive(data, KEY, STATISTICS, Payload({"model": start}), sent.items_by_name)[
-            "model"
-        ]
-        changed = sum(int((got[n] != start[n]).sum()) for n in CNN.parameter_names)
-        assert changed == -(-sum(start[n].numel() for n in CNN.parameter_names) // 100)
-        assert all(torch.equal(got[n], trained[n]) for n in trained if n not in CNN.parameter_names)
+    by = link({"topk": 0.01}, {"quantize": 8})
+    data = by.send(sent, KEY, STATISTICS, Payload({"model": start}), {})
+    assert len(data) <= 0.016 * dense
+    got = by.receive(data, KEY, STATISTICS, Payload({"model": start}), sent.items_by_name)["model"]
+    changed = sum(int((got[n] != start[n]).sum()) for n in CNN.parameter_names)
+    assert changed == -(-sum(start[n].numel() for n in CNN.parameter_names) // 100)
+    assert all(torch.equal(got[n], trained[n]) for n in trained if n not in CNN.parameter_names)
 
 
 @each_case(
@@ -142,7 +136,7 @@ def test_topk_with_eight_bits_reduces_upload_size() -> None:
     [
         [{"topk": 0.1}],
         [{"topk": 0.1}, {"quantize": 8}],
-        [{"topk": 0.9}, {"quantize": 3}],
+        [{"topk": 0.9}, {"quantize": 4}],
         [{"topk": 0.9}, "half"],
     ],
 )
@@ -231,7 +225,7 @@ def hostile(rng: random.Random, by: Link, good: list[bytes], others: list[bytes]
 @pytest.mark.slow
 def test_malformed_uploads_are_refused_in_one_line() -> None:
     rng, refused = random.Random(0), 0
-    chains = [link(*chain, entropy=i % 2 == 0) for i, chain in enumerate(CHAINS)]
+    chains = [link(*chain) for chain in CHAINS]
     good = [[by.send(upload(seed), KEY, PLAIN, GOT, {}) for seed in range(5)] for by in chains]
     others = [by.send(upload(), KEY, PLAIN, Payload(), {}) for by in chains]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -259,7 +253,7 @@ def test_malformed_uploads_are_refused_in_one_line() -> None:
 def test_malformed_broadcasts_are_refused_in_one_line() -> None:
     rng, by = (
         random.Random(1),
-        link({"top_classes": 2}, {"quantize": 3}, specs={"logits": SPECS["logits"]}),
+        link({"top_classes": 2}, {"quantize": 4}, specs={"logits": SPECS["logits"]}),
     )
     good = by.send(upload(), KEY, PLAIN)
     for _ in range(1000):

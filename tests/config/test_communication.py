@@ -8,7 +8,7 @@ import yaml
 
 import hetero_fl as hfl
 from hetero_fl.config import dump
-from hetero_fl.config.communication import SecureAggregationConfig
+from hetero_fl.config.communication import ChannelConfig, SecureAggregationConfig
 from hetero_fl.experiment.configuration import load_config
 from tests.support.cases import each_case
 from tests.support.federations import config
@@ -20,10 +20,7 @@ from tests.support.python_federations import QUIET
     [
         ("[topk: 0.01, quantize: 8]", ["topk", "quantize"]),
         ("[randk: 500, half]", ["randk", "half"]),
-        (
-            "[lowrank: 1, top_classes: 3, {quantize: 4, bucket: 512}]",
-            ["lowrank", "top_classes", "quantize"],
-        ),
+        ("[top_classes: 3, quantize: 4]", ["top_classes", "quantize"]),
         ("[]", []),
     ],
 )
@@ -62,14 +59,15 @@ def test_threshold_of_secure_aggregation_is_a_share_or_an_integer() -> None:
     assert [by_default.min_survivors(n) for n in (3, 4, 5, 6, 9, 200)] == [3, 3, 4, 5, 7, 134]
 
 
-def test_empty_former_key_of_older_runs_is_ignored() -> None:
+def test_dropped_keys_of_older_runs_are_ignored() -> None:
     assert SecureAggregationConfig.model_validate({"neighbors": None}) == SecureAggregationConfig()
+    assert ChannelConfig.model_validate({"entropy": False}) == ChannelConfig()
 
 
 def test_explicit_keys_replace_those_of_a_preset() -> None:
     full = load_config(config(channel={"preset": "small"})).channel
-    assert [stage.kind for stage in full.compress_down] == ["topk", "quantize"]
-    assert full.entropy
+    assert [stage.kind for stage in full.compress] == ["topk", "quantize"]
+    assert [stage.kind for stage in full.compress_down] == ["quantize"]
 
     part = load_config(config(channel={"preset": "small", "compress": ["half"]})).channel
     assert [stage.kind for stage in part.compress] == ["half"]

@@ -22,7 +22,7 @@ SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5, "down": 1e6, "jitter"
 FAULTS = dict.fromkeys(("before", "during", "after", "lost", "late", "twice", "corrupted"), 0.1)
 FEATURES: dict[str, dict[str, Any]] = {
     "compression": {"channel": {"compress": [{"topk": 0.1}, {"quantize": 8}]}},
-    "compression downwards": {"channel": {"compress_down": [{"topk": 0.2}, {"quantize": 6}]}},
+    "compression downwards": {"channel": {"compress_down": [{"quantize": 8}]}},
     "secure sums": {"channel": {"secure_sum": {}}},
     "private records": {"privacy": {"unit": "record", "accountant": "rdp", **NOISE}},
     "private clients": {"privacy": {"unit": "client", **NOISE}},

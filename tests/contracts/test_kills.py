@@ -25,7 +25,6 @@ from tests.support.workers import figures, models
 
 pytestmark = pytest.mark.slow
 KILLS = 6
-DOWN = {"compress_down": [{"topk": 0.2}, {"quantize": 6}]}
 
 
 @pytest.fixture
@@ -212,7 +211,6 @@ SECURE = {"secure_sum": {"threshold": 2}}
 DEPLOYED: dict[str, dict[str, Any]] = {
     "hybrid": config("hybrid", MIXED, rounds=3, channel=TOP, algorithm__heads="keep"),
     "fedavg": config("fedavg", rounds=3, clients__per_round=2),
-    "changes down": config("fedavg", rounds=3, channel=DOWN),
     "secure sum": config("fedper", rounds=3, channel=SECURE),
 }
 # Messages of a round: those of training, and three of an evaluation.

@@ -20,10 +20,10 @@ ASYNCHRONOUS = ("fedasync", "fedbuff")
 CHANNELS: dict[str, dict[str, Any]] = {
     "topk": {"compress": [{"topk": 0.1}, {"quantize": 8}]},
     "random": {
-        "compress": [{"randk": 0.3}, {"top_classes": 3}, {"quantize": 6, "bucket": 100}],
+        "compress": [{"randk": 0.3}, {"top_classes": 3}, {"quantize": 4}],
         "compress_down": [{"top_classes": 3}, "half"],
     },
-    "changes": {"compress_down": [{"topk": 0.2}, {"quantize": 6}]},
+    "quantized": {"compress": [{"quantize": 2}], "compress_down": [{"quantize": 8}]},
 }
 
 

@@ -21,9 +21,9 @@ from tests.support.federations import MIXED, config, stop_after
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "run_directory.md"
 LOGGERS = {"metrics.csv", "tensorboard/", "wandb/", "loggers.json"}
 SERVER = {"model": {"name": "mlp", "hidden": [8]}}
-# Runs send changes of models, and their time is simulated.
+# Messages are compressed, and the time of runs is simulated.
 FEATURES = {
-    "channel": {"compress_down": [{"topk": 0.2}, {"quantize": 6}]},
+    "channel": {"compress": [{"topk": 0.2}], "compress_down": [{"quantize": 8}]},
     "devices": {"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5, "down": 1e6},
 }
 SOURCES: dict[str, dict[str, Any]] = {

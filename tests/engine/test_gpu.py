@@ -40,7 +40,7 @@ PRIVACY = {"noise_multiplier": 1.0, "delta": 1e-4}
 FEATURES: dict[str, dict[str, Any]] = {
     "secure aggregation": {"channel": {"secure_sum": {"threshold": 3}}},
     "compression": {"channel": {**TOP, "compress_down": [{"quantize": 8}]}},
-    "changes downwards": {"channel": {"preset": "small"}},
+    "preset": {"channel": {"preset": "small"}},
     "private clients": {"models": "cnn_gn_small", "privacy": {"unit": "client", **PRIVACY}},
     "private records": {"models": "cnn_gn_small", "privacy": {"unit": "record", **PRIVACY}},
     "a robust rule": {"aggregation": {"rule": "median"}},
@@ -146,7 +146,7 @@ def test_every_feature_matches_the_cpu(feature: str) -> None:
     draws_differ = feature == "dropout" and IS_REAL
     expected = (rounds_on_gpu if draws_differ else rounds_on_cpu)(feature, executor)
     # Rounding to eight bits turns differences of 1e-16 into a step of up to 1e-5.
-    tolerances = (1e-5, 1e-4) if feature == "changes downwards" else (1e-6, 1e-4)
+    tolerances = (1e-5, 1e-4) if feature == "preset" else (1e-6, 1e-4)
     check_equal(expected, rounds_on_gpu(feature, executor), tolerances)
 
 

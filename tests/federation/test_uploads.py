@@ -34,23 +34,20 @@ from tests.support.federations import MIXED, TOP, broadcasts, config, rounds_of,
 MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}]
 
 
-@each_case("changes", [{"entropy": True}, {"compress": [{"lowrank": 0.9}, {"quantize": 8}]}])
-def test_cost_is_an_upper_bound_for_value_dependent_sizes(
-    changes: dict[str, Any],
-) -> None:
-    prepared = prepare(config("fedavg", MODELS, 4, channel={**TOP, **changes}))
+def test_cost_is_an_upper_bound_for_value_dependent_sizes() -> None:
+    prepared = prepare(config("fedavg", MODELS, 4, channel=TOP))
     rounds = prepared.make_trainer()
     for _ in range(2):
         rounds.run_round()
     cost = expected_cost(prepared.method, prepared.federation, 2)
     assert cost.is_upper_bound
     assert (
-        0.3 * cost.up.total() < rounds.traffic.up <= cost.up.total()
+        0.8 * cost.up.total() < rounds.traffic.up <= cost.up.total()
         and rounds.traffic.down <= cost.down.total()
     )
 
 
-@each_case("empty", [{}, {"channel": {}}, {"channel": {"compress": [], "entropy": True}}])
+@each_case("empty", [{}, {"channel": {}}, {"channel": {"compress": []}}])
 def test_empty_chain_changes_nothing(empty: dict[str, Any]) -> None:
     rounds = rounds_of(config("hybrid", MODELS, 4, **empty), num_rounds=0)
     bodies = dict(broadcasts(rounds, rounds.sample_cohort(0)))

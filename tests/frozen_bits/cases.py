@@ -167,14 +167,13 @@ def _variants() -> dict[str, Config]:
             channel={
                 "compress": [{"topk": 0.1}, {"quantize": 8}],
                 "compress_down": [{"quantize": 8}],
-                "entropy": True,
             },
         ),
-        "low_rank": _digits(
+        "half_precision": _digits(
             "cnn_gn_small",
             clients=three,
             algorithm={"name": "fedavgm"},
-            channel={"compress": [{"lowrank": 0.9}, "half"]},
+            channel={"compress": ["half"]},
         ),
         "secure_aggregation": _digits(
             _MIXED, clients=three, algorithm=hybrid, channel={"secure_sum": {}}

@@ -39,14 +39,14 @@ def test_privacy_subject_is_stated() -> None:
 
 def test_channel_and_rules_are_stated() -> None:
     channel = {
-        "compress": [{"topk": 0.05}, {"quantize": 8, "bucket": 64}],
+        "compress": [{"topk": 0.05}, {"quantize": 8}],
         "compress_down": ["half"],
     }
     rules = {"predictions": "spectral", "rule": "median"}
     lines = describe_protections({"privacy": None}, details(channel=channel, aggregation=rules))[1:]
     assert lines == [
         "Parameters by median, predictions by spectral: robust against a few malicious clients.",
-        "Compression of messages from clients: topk 0.05, quantize 8 bucket 64.",
+        "Compression of messages from clients: topk 0.05, quantize 8.",
         "Compression of messages from the server: half.",
     ]
     assert (

@@ -152,7 +152,7 @@ def broadcasts(
     if for_evaluation:
         infos = [replace(info, purpose="evaluate") for info in infos]
     return {
-        info.client_id: encoded(trainer.broadcasts.content(info, trainer.broadcast(info)))
+        info.client_id: encoded(trainer.broadcasts.content(trainer.broadcast(info)))
         for info in infos
     }
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hetero_fl.algorithms import register_algorithm
 from hetero_fl.config import resolve_config
 from hetero_fl.config.describe import resume_relevant
+from hetero_fl.config.errors import section_at
 from hetero_fl.config.schema import Config
 from hetero_fl.experiment.benchmark.protocol import BenchmarkRow
 from hetero_fl.experiment.configuration import load_config
@@ -115,6 +117,15 @@ def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
     return [leaf for key, child in value.items() for leaf in _leaves(child, f"{prefix}{key}")]
 
 
+def _was_dropped(key: str, value: Any, recorded: Mapping[str, Any]) -> bool:
+    """Return whether a recorded key no longer exists and its value had no effect."""
+    *place, name = key.split(".")
+    is_setting = place == ["algorithm"]
+    section = register_algorithm[recorded["algorithm.name"]] if is_setting else None
+    former = getattr(section or section_at(Config, place), "dropped", {}).get(name)
+    return former is not None and former.ignores(value)
+
+
 @dataclass(frozen=True)
 class RowConfig:
     """The resolved configuration of a row, as returned by `flatten_config`.
@@ -158,8 +169,9 @@ class ConfigArchive:
     """A JSON file with the resolved configuration of each row, before settings are tuned.
 
     A recorded configuration is up to date if the current code has the same value for each of its
-    keys. Keys that were introduced later are ignored unless the row sets them, because their
-    defaults do not change results.
+    keys. Keys that were dropped later are ignored if they had their default values. Keys that were
+    introduced later are ignored unless the row sets them, because their defaults do not change
+    results.
 
     Args:
         path: The file, which need not exist.
@@ -194,7 +206,7 @@ class ConfigArchive:
                 continue
             added = {key: now.defaults.get(key) for key in now.values.keys() - recorded.keys()}
             for key, value in {**recorded, **added}.items():
-                if now.values.get(key) != value:
+                if now.values.get(key) != value and not _was_dropped(key, value, recorded):
                     found[row] = f"{key}: {value} in the archive, {now.values.get(key)} now"
                     break
         return found

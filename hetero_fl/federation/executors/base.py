@@ -103,13 +103,7 @@ class RemoteExecutor(Executor, Protocol):
     """Interface of executors whose clients are on other machines.
 
     Clients may connect and disconnect at any time.
-
-    Attributes:
-        on_reset: Function that is called with a client id if the client has lost its private state.
-            Afterwards, the request to the client is created again.
     """
-
-    on_reset: Callable[[str], object]
 
     def as_completed(
         self, clients: Sequence[str], request: Callable[[str], Message], *, waits: bool = True
@@ -118,8 +112,7 @@ class RemoteExecutor(Executor, Protocol):
 
         Args:
             clients: Client ids.
-            request: Function that returns the request to a client id. The function is called again
-                if a request is sent again.
+            request: Function that returns the request to a client id.
             waits: Whether to wait for disconnected clients if too few clients are left.
 
         Yields:

@@ -305,7 +305,7 @@ class SimulatedTrainer(ScheduledTrainer):
         upload = 0
         if not self.protocol.setup:
             upload = self.upload_sizes(client_info, payload, self.round_idx)
-        broadcast = content_size(self.broadcasts.content(client_info, payload))
+        broadcast = content_size(self.broadcasts.content(payload))
         return self.protocol.sizes(cohort_size, self.round_idx, broadcast, upload)
 
     def _count_unseen_traffic(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,8 @@ from hetero_fl.communication.homomorphic.protocol import (
 )
 from hetero_fl.communication.protocol import EncodeCache
 from hetero_fl.communication.vector_layout import VectorLayout
-from hetero_fl.core.model_spec import Tensors
-from hetero_fl.core.participant import ClientInfo, Participant
+from hetero_fl.core.model_spec import ModelSpec, Tensors
+from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import SUM_KINDS, Payload, PayloadError
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.federation.broadcasts import Broadcasts
@@ -182,12 +182,12 @@ class SealedBroadcasts(Broadcasts):
         self.state = state
 
     @override
-    def _clear(self, training: Collection[str]) -> None:
+    def begin(self, round_idx: int, archs: Iterable[ModelSpec]) -> None:
         # The initial state may be set after the construction of the trainer.
         self._initial = b""
 
     @override
-    def content(self, client_info: ClientInfo, payload: Payload) -> bytes:
+    def content(self, payload: Payload) -> bytes:
         if self.state:
             return self.state
         if not self._initial:
@@ -195,12 +195,8 @@ class SealedBroadcasts(Broadcasts):
         return self._initial
 
     @override
-    def received(self, client_info: ClientInfo, payload: Payload) -> Payload:
+    def received(self, payload: Payload) -> Payload:
         return payload
-
-    @override
-    def received_by(self, client_id: str, round_idx: int, body: bytes) -> Payload:
-        raise AssertionError("homomorphic encryption requires synchronous rounds")
 
     @override
     def state_dict(self) -> dict[str, Any]:

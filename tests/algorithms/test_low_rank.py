@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from hetero_fl.communication.compression import compress_low_rank, reconstruct_low_rank
+from hetero_fl.algorithms.mutual import compress_low_rank, reconstruct_low_rank
 from tests.support.cases import each_case
 
 pytestmark = pytest.mark.usefixtures("float64")

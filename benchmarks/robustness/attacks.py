@@ -35,23 +35,14 @@ CLIENTS = 20
 PROXY = 400
 ROWS = 4000
 HONEST = "none"
-ON_UPDATES = (
-    "label_flip",
-    "backdoor",
-    "sign_flip",
-    "scaled",
-    "gaussian",
-    "little_is_enough",
-    "inner_product",
-)
-ON_ROWS = ("flipped", "confident_wrong", "targeted", "collusion")
+ON_UPDATES = ("label_flip", "backdoor", "sign_flip", "gaussian", "little_is_enough")
+ON_ROWS = ("confident_wrong",)
 RULES = ("mean", "median", "trimmed_mean", "multi_krum", "norm_bound")
-FEWER = ("krum", "bulyan", "fltrust")
-PREDICTIONS = ("mean", "median", "spectral", "down_weight", "agreement")
+PREDICTIONS = ("mean", "median", "agreement")
 # Strengths that have an effect. With the z of the paper (0.16) or z = 2, little_is_enough has no
 # effect, and Gaussian noise of 10 times the update reduces accuracy by only 2 points.
 STRENGTH = {"little_is_enough": 6.0, "gaussian": 100.0}
-WORST = ("sign_flip", "gaussian", "inner_product")
+WORST = ("sign_flip", "gaussian")
 
 
 @dataclass(frozen=True)
@@ -77,25 +68,21 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Yield the specifications of all 99 runs. Runs without attack apply to every share."""
+    """Yield the specifications of all 50 runs. Runs without attack apply to every share."""
     for attack in (HONEST, *ON_UPDATES):
         yield from (Case("fedavg", attack, rule) for rule in RULES)
-    for attack in (HONEST, "sign_flip", "little_is_enough", "inner_product"):
-        yield from (Case("fedavg", attack, rule) for rule in FEWER)
+    for attack in (HONEST, "sign_flip", "little_is_enough"):
+        yield Case("fedavg", attack, "krum")
     for attack in (HONEST, *ON_ROWS):
         yield from (Case("hybrid", attack, "mean", predictions) for predictions in PREDICTIONS)
     for attack in (HONEST, "sign_flip"):
         yield Case("hybrid", attack, "median", "median")
-        yield Case("hybrid", attack, "multi_krum", "spectral")
     yield Case("hybrid", "sign_flip")
     for attack in WORST:
         yield from (
             Case("fedavg", attack, rule, share=0.4)
             for rule in ("mean", "median", "trimmed_mean", "multi_krum")
         )
-    yield from (
-        Case("hybrid", "collusion", "mean", predictions, 0.4) for predictions in PREDICTIONS
-    )
 
 
 def configuration(case: Case, alpha: float, seed: int) -> dict[str, Any]:

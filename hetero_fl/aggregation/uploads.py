@@ -15,16 +15,14 @@ from torch import Tensor
 
 from hetero_fl.aggregation.means import ItemSum, OwnerMeans, mean_of_items
 from hetero_fl.core.model_spec import Tensors
-from hetero_fl.core.participant import ClientInfo, Participant
+from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, ItemSpec, MissingItemError, Payload
-from hetero_fl.core.plan import Plan
 from hetero_fl.robustness.robust_means import (
     PARAMETERS,
     AggregationRules,
     RobustItemMeans,
     RobustModelMeans,
 )
-from hetero_fl.robustness.rules import root_models
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
 
@@ -198,9 +196,7 @@ class Uploads:
                 # Rules for parameters need named tensors, so they do not apply to a single tensor.
                 is_parameter = item.kind in PARAMETERS
                 self._tensors[name] = (
-                    RobustItemMeans(name, rules, self._senders[name])
-                    if rules and not is_parameter
-                    else ItemSum()
+                    RobustItemMeans(name, rules) if rules and not is_parameter else ItemSum()
                 )
             self._tensors[name].add(item)
         else:
@@ -344,9 +340,7 @@ class Uploads:
         if self._rules is None or not self._rules.applies_to(ItemSpec("rows")):
             ordered = [predictions[client_id] for client_id in client_ids]
             return mean_of_items(ordered) if ordered else None
-        client_infos = {upload.client: upload.client_info for upload in self._kept}
-        senders = [client_infos[client_id] for client_id in client_ids]
-        robust_means = RobustItemMeans(name, self._rules, senders)
+        robust_means = RobustItemMeans(name, self._rules)
         for client_id in client_ids:
             robust_means.add(predictions[client_id])
         return robust_means.mean if client_ids else None
@@ -364,19 +358,6 @@ class Uploads:
         derived = Uploads(uploads, specs, rules=self._rules)
         self.aggregated_items |= {(name, "models") for name in specs}
         return derived
-
-    def prepare(self, server: Participant) -> Plan[None]:
-        """Train the root models that some robust rules need.
-
-        The plan must be run before models are aggregated. For all other rules, the plan does
-        nothing.
-
-        Args:
-            server: A copy of the server, which the training modifies.
-        """
-        for models in self._models.values():
-            if isinstance(models, RobustModelMeans) and models.rules.of_parameters.uses_root:
-                models.roots = yield from root_models(server, models.sent)
 
     @property
     def each(self) -> Sequence[Upload]:

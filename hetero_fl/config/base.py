@@ -392,7 +392,7 @@ class Choice:
         synonyms: Valid values to suggest for other common names. For example, `{"gpu": "cuda"}`
             suggests `cuda` for `gpu`.
         registered: Further valid values, which may be added later.
-        dropped: Error messages for values of earlier versions, which name the replacements.
+        dropped: Advice what to choose instead, keyed by value of an earlier version.
     """
 
     names: tuple[str, ...]
@@ -417,7 +417,7 @@ class Choice:
         if isinstance(value, str) and (value in names or self._has_affix(value)):
             return value
         if isinstance(value, str) and value in self.dropped:
-            raise ValueError(self.dropped[value])
+            raise ValueError(f"got '{value}', which was removed; {self.dropped[value]}")
         if isinstance(value, str) and value in self.synonyms:
             hint = f"; did you mean '{self.synonyms[value]}'?"
         else:

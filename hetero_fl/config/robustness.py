@@ -16,11 +16,24 @@ from pydantic import (
 
 from hetero_fl.config.base import ConfigSection, choice_type, rename_keys
 
-RULES = ("mean", "median", "trimmed_mean", "krum", "multi_krum", "bulyan", "norm_bound", "fltrust")
-PREDICTIONS = ("mean", "median", "spectral", "down_weight", "agreement")
-UPLOAD_ATTACKS = ("sign_flip", "scaled", "gaussian", "little_is_enough", "inner_product")
-ROW_ATTACKS = ("flipped", "confident_wrong", "targeted", "collusion")
-ATTACKS = ("label_flip", "backdoor", *UPLOAD_ATTACKS, *ROW_ATTACKS)
+RULES = ("mean", "median", "trimmed_mean", "krum", "multi_krum", "norm_bound")
+PREDICTIONS = ("mean", "median", "agreement")
+ATTACKS = (
+    "label_flip",
+    "backdoor",
+    "sign_flip",
+    "gaussian",
+    "little_is_enough",
+    "confident_wrong",
+)
+
+# Replacements of dropped values.
+DROPPED_RULES = {"bulyan": "choose multi_krum", "fltrust": "choose median or norm_bound"}
+DROPPED_PREDICTIONS = dict.fromkeys(("spectral", "down_weight"), "choose median or agreement")
+DROPPED_ATTACKS = {
+    **dict.fromkeys(("scaled", "inner_product"), "choose sign_flip"),
+    **dict.fromkeys(("flipped", "targeted", "collusion"), "choose confident_wrong"),
+}
 
 
 class AggregationConfig(ConfigSection):
@@ -38,14 +51,16 @@ class AggregationConfig(ConfigSection):
         'median'
     """
 
-    rule: choice_type(*RULES, prefix="python:") = Field(  # type: ignore[valid-type]
+    rule: choice_type(  # type: ignore[valid-type]
+        *RULES, prefix="python:", dropped=DROPPED_RULES
+    ) = Field(
         "mean",
         description="aggregation of parameters and model updates, for each tensor over the "
         "clients that have it",
     )
-    predictions: choice_type(*PREDICTIONS, prefix="python:") = Field(  # type: ignore[valid-type]
-        "mean", description="aggregation of predictions on the proxy set"
-    )
+    predictions: choice_type(  # type: ignore[valid-type]
+        *PREDICTIONS, prefix="python:", dropped=DROPPED_PREDICTIONS
+    ) = Field("mean", description="aggregation of predictions on the proxy set")
     statistics: Literal["mean", "median"] = Field(
         "mean",
         description="aggregation of class statistics (prototypes, mean logits); `median`: of the "
@@ -103,10 +118,11 @@ class AttacksConfig(ConfigSection):
         'sign_flip'
     """
 
-    name: choice_type(*ATTACKS, prefix="python:") = Field(  # type: ignore[valid-type]
+    name: choice_type(  # type: ignore[valid-type]
+        *ATTACKS, prefix="python:", dropped=DROPPED_ATTACKS
+    ) = Field(
         description="attack; on training rows: `label_flip`, `backdoor`; on all uploads: "
-        "`sign_flip`, `scaled`, `gaussian`, `little_is_enough`, `inner_product`; on predictions: "
-        "`flipped`, `confident_wrong`, `targeted`, `collusion`"
+        "`sign_flip`, `gaussian`, `little_is_enough`; on predictions: `confident_wrong`"
     )
     share: float = Field(
         0.2, gt=0, lt=1, description="share of the clients that are malicious; sampled by the seed"
@@ -117,14 +133,11 @@ class AttacksConfig(ConfigSection):
     from_round: PositiveInt = Field(1, description="first round of the attack")
     strength: PositiveFloat | None = Field(
         None,
-        description="factor on the update (default for `sign_flip` 4, `scaled` 10, `backdoor` 1), "
-        "on the noise norm (`gaussian` 10), on the standard deviation (`little_is_enough`: the "
-        "theoretical maximum), on the mean (`inner_product` 8), on logits (others 10); `null`: "
-        "these defaults",
+        description="factor on the update (default for `sign_flip` 4, `backdoor` 1), on the noise "
+        "norm (`gaussian` 10), on the standard deviation (`little_is_enough`: the theoretical "
+        "maximum), on logits (`confident_wrong` 10); `null`: these defaults",
     )
-    target: NonNegativeInt = Field(
-        0, description="`backdoor`, `targeted`: class that the attack promotes"
-    )
+    target: NonNegativeInt = Field(0, description="`backdoor`: class that the attack promotes")
     pairs: dict[int, int] | None = Field(
         None,
         description="`label_flip`: new class by old class; `null`: y becomes C − 1 − y for C "

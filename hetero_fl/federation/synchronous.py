@@ -76,7 +76,7 @@ class SynchronousTrainer(FederatedTrainer):
         return diverged
 
     def _run_aggregation(self, collector: UploadCollector) -> None:
-        """Update the server, the state of the aggregation rules and the privacy bounds.
+        """Update the server and the privacy bounds.
 
         Raises:
             DivergedError: If training at the server diverges.
@@ -84,12 +84,8 @@ class SynchronousTrainer(FederatedTrainer):
         if collector.sealed is not None:
             self.adopt_state(collector.sealed)
             return
-        if collector.rules is not None:
-            scratch = replace(self.server, models=dict(self.server.models), stream_uses={})
-            run_plan(scratch, collector.uploads.prepare(scratch), self.backend)
-        run_plan(
-            self.server, self.algorithm.aggregate(self.server, collector.uploads), self.backend
-        )
+        plan = self.algorithm.aggregate(self.server, collector.uploads)
+        run_plan(self.server, plan, self.backend)
         if self.privacy is not None:
             self.privacy.adapt_bounds(collector.uploads)
 

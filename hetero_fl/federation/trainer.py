@@ -160,7 +160,6 @@ class FederatedTrainer(ABC):
         # None if uploads are aggregated by the plain mean.
         self.rules_config = None if federation.aggregation.is_plain_mean else federation.aggregation
         # State of the aggregation rules that is stored between rounds.
-        self.rule_memory: dict[str, Any] = {}
         self.now = 0.0
         self.completed = 0
         # Number of successive rounds discarded because training at the server diverged.
@@ -368,7 +367,6 @@ class FederatedTrainer(ABC):
         models = copy(self.server.models)
         state = copy(self.server.state)
         arch = dict(self.server.arch)
-        memory = copy_containers(self.rule_memory)
         bounds = self.privacy.state_dict() if self.privacy is not None else {}
         try:
             aggregate()
@@ -376,7 +374,6 @@ class FederatedTrainer(ABC):
             self.server.models = models
             self.server.state = state
             self.server.arch = arch
-            self.rule_memory = memory
             if self.privacy is not None:
                 self.privacy.load_state_dict(bounds)
             self.num_diverged += 1
@@ -521,7 +518,6 @@ class FederatedTrainer(ABC):
             "completed": self.completed,
             "server": {"models": self.server.models, "state": self.server.state},
             "traffic": {"up": self.traffic.up, "down": self.traffic.down},
-            "aggregation": self.rule_memory,
             "bounds": self.privacy.state_dict() if self.privacy is not None else {},
         }
         if broadcasts := self.broadcasts.state_dict():
@@ -542,7 +538,6 @@ class FederatedTrainer(ABC):
         self.server.models = to_storage(models)
         self.server.state = to_storage(state["server"]["state"])
         self.traffic = Traffic(**{name: int(count) for name, count in state["traffic"].items()})
-        self.rule_memory = state["aggregation"]
         if self.privacy is not None:
             self.privacy.load_state_dict(state["bounds"])
         self.broadcasts.load_state_dict(state.get("broadcasts", {}))

@@ -304,7 +304,6 @@ class UploadCollector:
             self.trainer.federation.task,
             self._reference,
             self.trainer.expectations.trained_names,
-            memory=self.trainer.rule_memory,
         )
 
     def _broadcast_to(self, client_id: str) -> Content:

@@ -152,12 +152,13 @@ class Attack:
 attack: Registry[type[Attack]] = Registry("attack", lambda: Attack)
 
 
-class PredictionAttack(Attack):
-    """Base class of attacks on predictions.
+@attack("confident_wrong")
+class ConfidentWrong(Attack):
+    """Attack that swaps the largest prediction of each row with a random other class.
 
-    Predictions are replaced by `strength` times the result of `poison_logits`. For multi-class
-    tasks, the mean of each row is subtracted before and added back afterwards, so that poisoned
-    probabilities sum to one.
+    Each malicious client samples the classes independently. Predictions are then multiplied by
+    `strength`. For multi-class tasks, the mean of each row is subtracted before and added back
+    afterwards, so that poisoned probabilities sum to one.
     """
 
     acts_on = frozenset({"rows"})
@@ -170,72 +171,12 @@ class PredictionAttack(Attack):
             if context.task.kind == "multiclass"
             else torch.zeros_like(true_uploads[..., :1])
         )
-        return level + self.factor * self.poison_logits(true_uploads - level, context)
-
-    def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
-        """Return the poisoned predictions of L malicious clients.
-
-        Args:
-            rows: True predictions, shape `[L, N, C]`. For multi-class tasks, each row has mean 0.
-            context: Round, malicious clients and attacked tensor.
-
-        Returns:
-            Poisoned predictions before scaling, shape `[L, N, C]`.
-        """
-        raise TypeError(f"{type(self).__name__} does not define poison_logits")
-
-
-@attack("flipped")
-class FlippedPredictions(PredictionAttack):
-    """Attack that sends −strength·z in place of the predictions z."""
-
-    @override
-    def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
-        return -rows
-
-
-@attack("confident_wrong")
-class ConfidentWrong(PredictionAttack):
-    """Attack that swaps the largest prediction of each row with a random other class.
-
-    Each malicious client samples the classes independently.
-    """
-
-    @override
-    def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
-        return torch.stack(
-            [
-                swap_with_largest(predictions, sample_other_class(predictions, generator))
-                for generator, predictions in zip(
-                    map(context.generator, context.malicious), rows, strict=True
-                )
-            ]
-        )
-
-
-@attack("targeted")
-class TargetedPredictions(PredictionAttack):
-    """Attack that swaps the largest prediction of each row with the class `target`."""
-
-    @override
-    def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
-        target = torch.full(rows.shape[1:-1], self.config.target)
-        return torch.stack([swap_with_largest(predictions, target) for predictions in rows])
-
-
-@attack("collusion")
-class Collusion(PredictionAttack):
-    """Attack in which all malicious clients send the same wrong predictions.
-
-    The wrong predictions are the mean predictions of the malicious clients, in which the largest
-    value of each row is swapped with a random other class.
-    """
-
-    @override
-    def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
-        mean = rows.mean(0)
-        target = sample_other_class(mean, context.generator())
-        return swap_with_largest(mean, target).expand_as(rows)
+        generators = map(context.generator, context.malicious)
+        swapped = [
+            swap_with_largest(rows, sample_other_class(rows, generator))
+            for generator, rows in zip(generators, true_uploads - level, strict=True)
+        ]
+        return level + self.factor * torch.stack(swapped)
 
 
 def sample_other_class(rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -369,17 +310,6 @@ class SignFlip(UpdateAttack):
         return -self.factor * true_uploads
 
 
-@attack("scaled")
-class ScaledUpdate(UpdateAttack):
-    """Attack that sends strength·u in place of the update u."""
-
-    strength = 10.0
-
-    @override
-    def poison_updates(self, true_uploads: Tensor, context: AttackContext) -> Tensor:
-        return self.factor * true_uploads
-
-
 @attack("gaussian")
 class GaussianNoiseAttack(UpdateAttack):
     """Attack that sends Gaussian noise in place of the update (Blanchard et al. 2017, section 5).
@@ -437,21 +367,6 @@ class LittleIsEnough(UpdateAttack):
         supporters = n // 2 + 1 - num_malicious
         share = (honest - supporters) / honest if honest > 0 else 0.5
         return NormalDist().inv_cdf(min(0.999, max(0.5, share)))
-
-
-@attack("inner_product")
-class InnerProduct(UpdateAttack):
-    """Attack that sends −strength times the mean of the true updates (Xie et al. 2020, section 3).
-
-    The mean is computed over the malicious clients, which all send the same update. The goal is a
-    negative inner product of the aggregate and the true gradient.
-    """
-
-    strength = 8.0
-
-    @override
-    def poison_updates(self, true_uploads: Tensor, context: AttackContext) -> Tensor:
-        return (-self.factor * true_uploads.mean(0)).expand_as(true_uploads)
 
 
 # Returns the columns of a data set, given its name and the preprocessing or None.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +35,6 @@ class AggregationRules:
         task: Task of the federation.
         reference: Function that returns the tensors that a client received in an item.
         trained: Function that returns the names of the trained parameters in an item.
-        memory: State of the rules that is kept between rounds and saved in checkpoints.
         too_few: Names of the tensors and classes that were not updated because the rule needs more
             clients, keyed by item name. The name "" stands for predictions.
     """
@@ -45,7 +43,6 @@ class AggregationRules:
     task: Task
     reference: ReferenceTensors = lambda _client_info, _item: {}
     trained: TrainedNames = lambda client_info, _item: client_info.arch.parameter_names
-    memory: dict[str, Any] = field(default_factory=dict)
     too_few: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -71,10 +68,6 @@ class RobustModelMeans:
         rules: Rules of the run.
         senders: Clients in the order in which their tensors are added.
         common: Prefixes of the names of tensors that are averaged across architectures.
-
-    Attributes:
-        roots: Models trained by the server, keyed by architecture group. Only rules with
-            `uses_root` need these models.
     """
 
     def __init__(
@@ -88,7 +81,6 @@ class RobustModelMeans:
         self.rules = rules
         self.senders = senders
         self.common = tuple(common)
-        self.roots: Mapping[str, Tensors] = {}
         self._sent: list[tuple[str, Tensors, Tensors]] = []
         self._results: dict[Owner, tuple[Tensor, int]] | None = None
 
@@ -106,14 +98,6 @@ class RobustModelMeans:
         if self.rules.of_parameters.uses_reference:
             reference = self.rules.reference(client_info, self.name)
         self._sent.append((group, dict(tensors), reference))
-
-    @property
-    def sent(self) -> list[tuple[ClientInfo, Tensors]]:
-        """Pairs of a client and the tensors that the client sent."""
-        return [
-            (client_info, tensors)
-            for client_info, (_, tensors, _) in zip(self.senders, self._sent, strict=True)
-        ]
 
     def by_group(self) -> dict[str, Tensors]:
         """Return the combined tensors, keyed by architecture group and tensor name.
@@ -189,8 +173,7 @@ class RobustModelMeans:
         sent = [{name: self._sent[i][1][name] for name in names} for i in positions]
         references = [self._sent[i][2] for i in positions]
         trained = self.rules.trained(self.senders[positions[0]], self.name)
-        root = self.roots.get(self._sent[positions[0]][0])
-        combined = robust_rule.combine(UploadBlock(sent, references, trained, root), num_malicious)
+        combined = robust_rule.combine(UploadBlock(sent, references, trained), num_malicious)
         self._results.update({owner: (combined[owner[0]], len(positions)) for owner in owners})
 
 
@@ -203,13 +186,11 @@ class RobustItemMeans:
     Args:
         name: Name of the item.
         rules: Rules of the run.
-        senders: Clients in the order in which their items are added.
     """
 
-    def __init__(self, name: str, rules: AggregationRules, senders: Sequence[ClientInfo]) -> None:
+    def __init__(self, name: str, rules: AggregationRules) -> None:
         self.name = name
         self.rules = rules
-        self.senders = senders
         self._items: list[Item] = []
         self._results: tuple[Tensor, Tensor] | None = None
 
@@ -288,9 +269,7 @@ class RobustItemMeans:
         level = torch.zeros_like(predictions[..., :1])
         if is_centered:
             level = predictions.mean(-1, keepdim=True)
-        memory = self.rules.memory.setdefault(self.name, {})
-        client_ids = [client_info.client_id for client_info in self.senders]
-        combined = robust_rule.combine(predictions - level, num_malicious, client_ids, memory)
+        combined = robust_rule.combine(predictions - level, num_malicious)
         if is_centered:
             # Restore the mean of each row, so that probabilities sum to one.
             combined = combined - combined.mean(-1, keepdim=True) + trimmed_mean(level)

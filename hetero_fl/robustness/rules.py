@@ -1,4 +1,4 @@
-"""Byzantine-robust aggregation rules: medians, trimmed means, Krum, norm bounds and FLTrust.
+"""Byzantine-robust aggregation rules: medians, trimmed means, Krum and norm bounds.
 
 The rules do not weight clients by the number of training rows. In a configuration,
 `python:package.module:Name` in place of a rule's name selects a user-defined subclass of `Rule` or
@@ -8,7 +8,7 @@ The rules do not weight clients by the number of training rows. In a configurati
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from typing_extensions import override
 
 from hetero_fl.config.robustness import AggregationConfig
 from hetero_fl.core.model_spec import Tensors
-from hetero_fl.core.objectives import TeacherDistillation
-from hetero_fl.core.participant import ClientInfo, Participant
-from hetero_fl.core.plan import Fit, Plan, Predict, Rows
 from hetero_fl.utils.registry import Registry
 
 
@@ -31,7 +28,6 @@ class UploadBlock:
             is missing, the received values are zeros.
         parameters: Names of the trained tensors. If None, all tensors are trained. The other
             tensors are buffers, such as BatchNorm statistics.
-        root: Tensors of the model that the server trained, which only rules with `uses_root` need.
 
     Attributes:
         names: Names of all tensors.
@@ -43,14 +39,12 @@ class UploadBlock:
         sent: Sequence[Tensors],
         references: Sequence[Tensors] | None = None,
         parameters: frozenset[str] | None = None,
-        root: Tensors | None = None,
     ) -> None:
         self.sent = sent
         self.references = references or [{} for _ in sent]
         self.names = list(sent[0])
         self.parameters = [n for n in self.names if parameters is None or n in parameters]
         self.buffers = [n for n in self.names if n not in self.parameters]
-        self.root = root
 
     def __len__(self) -> int:
         return len(self.sent)
@@ -107,7 +101,6 @@ class Rule(RobustRule):
 
     Attributes:
         uses_reference: Whether the rule needs the tensors that clients received.
-        uses_root: Whether the rule needs a model trained by the server.
 
     Example:
         >>> import torch
@@ -120,7 +113,6 @@ class Rule(RobustRule):
     """
 
     uses_reference: ClassVar[bool] = False
-    uses_root: ClassVar[bool] = False
 
     def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
         """Combine the tensors of n clients.
@@ -148,21 +140,12 @@ class PredictionRule(RobustRule):
 
     exclusive: ClassVar[bool] = False
 
-    def combine(
-        self,
-        predictions: Tensor,
-        num_malicious: int,
-        clients: Sequence[str],
-        memory: dict[str, Any],
-    ) -> Tensor:
+    def combine(self, predictions: Tensor, num_malicious: int) -> Tensor:
         """Combine the predictions of n clients.
 
         Args:
             predictions: Predictions of the clients, shape `[n, N, C]`.
             num_malicious: Number of malicious clients to tolerate.
-            clients: Ids of the clients.
-            memory: State that the rule may update, such as a score for each client id. The state is
-                kept between rounds.
 
         Returns:
             Combined predictions, shape `[N, C]`.
@@ -270,47 +253,6 @@ class MultiKrum(Krum):
         return {name: block.stack(name)[chosen].mean(0) for name in block.names}
 
 
-@rule("bulyan")
-class Bulyan(Rule):
-    """Bulyan (El Mhamdi et al. 2018, section 4).
-
-    Krum is applied repeatedly and selects n − 2f of n clients, one at a time, where f is the number
-    of malicious clients to tolerate. Each coordinate of the result is the mean of the n − 4f
-    selected values that are nearest to the median of the selected values.
-    """
-
-    @override
-    def min_clients(self, num_malicious: int) -> int:
-        return 4 * num_malicious + 3
-
-    @override
-    def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
-        distances = block.distances()
-        remaining = torch.arange(len(block))
-        chosen: list[int] = []
-        while len(chosen) < len(block) - 2 * num_malicious:
-            best = 0
-            if len(remaining) > 1:
-                scores = krum_scores(distances[remaining][:, remaining], num_malicious)
-                best = int(scores.argmin())
-            chosen.append(int(remaining[best]))
-            remaining = torch.cat([remaining[:best], remaining[best + 1 :]])
-        keep = len(chosen) - 2 * num_malicious
-        return {
-            name: mean_nearest_to_median(block.stack(name)[sorted(chosen)], keep)
-            for name in block.names
-        }
-
-
-def mean_nearest_to_median(values: Tensor, keep: int) -> Tensor:
-    """Return the coordinate-wise mean of the `keep` values nearest to the median over dim 0."""
-    ordered = values.sort(0).values
-    n = len(ordered)
-    median = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
-    nearest = (ordered - median).abs().argsort(dim=0, stable=True)[:keep]
-    return ordered.gather(0, nearest).mean(0)
-
-
 # Lower bound of divisors.
 MIN_DIVISOR = 1e-12
 
@@ -337,54 +279,6 @@ class NormBound(Rule):
         return {name: combined[name] for name in block.names}
 
 
-@rule("fltrust")
-class FLTrust(Rule):
-    """FLTrust (Cao et al. 2021, Algorithm 2).
-
-    Each update is scaled to the norm of the server's update and weighted by the ReLU of the cosine
-    similarity with the server's update. If all weights are 0, the model does not change. Updates of
-    buffers have the same weights, but are never enlarged.
-
-    Unlike in the paper, the server does not train on labeled rows. Instead, the server distills the
-    median prediction of the uploaded models on the unlabeled proxy set (`root_models`).
-    """
-
-    uses_reference = True
-    uses_root = True
-
-    @override
-    def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
-        assert block.root is not None, "provided because of uses_root"
-        trust, size = self.trust_scores(block)
-        norms = block.norms(block.parameters).clamp(min=MIN_DIVISOR)
-        share = trust / trust.sum().clamp(min=MIN_DIVISOR)
-        combined = scale_updates(block, block.parameters, share * size / norms)
-        combined |= scale_updates(block, block.buffers, share * (size / norms).clamp(max=1.0))
-        return {name: combined[name] for name in block.names}
-
-    @staticmethod
-    def trust_scores(block: UploadBlock) -> tuple[Tensor, Tensor]:
-        """Compute the trust score of each client and the norm of the server's update.
-
-        The trust score is the ReLU of the cosine similarity with the server's update.
-
-        Returns:
-            The trust scores, shape `[n]`, and the norm, a scalar tensor. Both are float64.
-        """
-        assert block.root is not None
-        dots = torch.zeros(len(block), dtype=torch.float64)
-        square = torch.zeros((), dtype=torch.float64)
-        for name in block.parameters:
-            start = block.start(name)
-            own = (block.root[name] - start).double().reshape(len(block), -1)
-            sent = (block.stack(name) - start).double().reshape(len(block), -1)
-            dots += (sent * own).sum(1)
-            square += own[0].square().sum()
-        size = square.sqrt()
-        cosine = dots / (block.norms(block.parameters) * size).clamp(min=MIN_DIVISOR)
-        return cosine.clamp(min=0), size
-
-
 def scale_updates(block: UploadBlock, names: list[str], factors: Tensor) -> Tensors:
     """Return the mean of the received tensors plus the sum of the scaled updates.
 
@@ -401,79 +295,13 @@ def scale_updates(block: UploadBlock, names: list[str], factors: Tensor) -> Tens
     return combined
 
 
-# η of `DownWeight`: at twice the median distance, a weight shrinks by a factor of e^-2 per round.
-RATE = 2.0
-
-
 @prediction_rule("median")
 class MedianPredictions(PredictionRule):
     """Coordinate-wise median over the clients."""
 
     @override
-    def combine(
-        self,
-        predictions: Tensor,
-        num_malicious: int,
-        clients: Sequence[str],
-        memory: dict[str, Any],
-    ) -> Tensor:
+    def combine(self, predictions: Tensor, num_malicious: int) -> Tensor:
         return trimmed_mean(predictions)
-
-
-@prediction_rule("spectral")
-class Spectral(PredictionRule):
-    """Mean after spectral filtering, as in Cronus (Chang et al. 2019; Diakonikolas et al. 2017).
-
-    The predictions of a client for all rows form one vector. In each of f steps, the client that is
-    farthest from the mean along the direction of largest variance is removed, where f is the number
-    of malicious clients to tolerate.
-    """
-
-    @override
-    def combine(
-        self,
-        predictions: Tensor,
-        num_malicious: int,
-        clients: Sequence[str],
-        memory: dict[str, Any],
-    ) -> Tensor:
-        kept = torch.arange(len(predictions))
-        for _ in range(num_malicious):
-            flat = predictions[kept].double().flatten(1)
-            flat = flat - flat.mean(0)
-            # The first left singular vector is proportional to the projections of the clients on
-            # the direction of largest variance.
-            _, vectors = torch.linalg.eigh(flat @ flat.T)
-            outlier = int(vectors[:, -1].abs().argmax())
-            kept = torch.cat([kept[:outlier], kept[outlier + 1 :]])
-        return predictions[kept].mean(0)
-
-
-@prediction_rule("down_weight")
-class DownWeight(PredictionRule):
-    """Mean with exponential weights exp(−η·s), as in ExpGuard (Roux et al. 2025).
-
-    The score s of a client is the sum over all rounds of max(0, d/d̃ − 1). Here, d is the mean
-    distance of the client's predictions from the coordinate-wise median over all clients, and d̃ is
-    the median of d over all clients.
-    """
-
-    @override
-    def combine(
-        self,
-        predictions: Tensor,
-        num_malicious: int,
-        clients: Sequence[str],
-        memory: dict[str, Any],
-    ) -> Tensor:
-        deviations = (predictions - trimmed_mean(predictions)).double()
-        distances = deviations.flatten(2 if predictions.ndim > 2 else 1).norm(dim=-1)
-        distances = distances.mean(1) if distances.ndim > 1 else distances
-        excess = (distances / trimmed_mean(distances).clamp(min=MIN_DIVISOR) - 1).clamp(min=0)
-        for client, value in zip(clients, excess.tolist(), strict=True):
-            memory[client] = memory.get(client, 0.0) + value
-        weights = torch.tensor([-RATE * memory[c] for c in clients], dtype=torch.float64).softmax(0)
-        return torch.einsum("n,n...->...", weights.to(predictions.dtype), predictions)
 
 
 @prediction_rule("agreement")
@@ -489,13 +317,7 @@ class Agreement(PredictionRule):
     exclusive = True
 
     @override
-    def combine(
-        self,
-        predictions: Tensor,
-        num_malicious: int,
-        clients: Sequence[str],
-        memory: dict[str, Any],
-    ) -> Tensor:
+    def combine(self, predictions: Tensor, num_malicious: int) -> Tensor:
         predicted = predictions.argmax(-1)  # [n, N]
         agreement = (predicted[:, None] == predicted).sum(1) - 1
         weight = torch.where(agreement >= max(1, num_malicious), agreement, 0)
@@ -505,51 +327,3 @@ class Agreement(PredictionRule):
         total = weight.sum(0)
         mean = (weight * clipped).sum(0) / total.clamp(min=1)
         return torch.where(total > 0, mean, trimmed_mean(predictions))
-
-
-# Temperature of the distillation in `root_models`.
-TEMPERATURE = 2.0
-
-
-def root_models(
-    server: Participant, sent: Sequence[tuple[ClientInfo, Tensors]]
-) -> Plan[dict[str, Tensors]]:
-    """Train the server's models on the proxy set for rules with `uses_root`.
-
-    The median prediction of all uploaded models, which may have different architectures, is
-    distilled into the model of each architecture group for one epoch.
-
-    Args:
-        server: Copy of the server. The plan trains the models of this copy.
-        sent: Clients with proxy rows, and the tensors that they sent.
-
-    Returns:
-        Plan that returns the trained models, keyed by architecture group.
-    """
-    predictions = yield [
-        Predict(
-            client_info.arch.spec_id,
-            Rows("proxy", preprocess=client_info.preprocess),
-            tensors={**server.models[client_info.arch.spec_id], **tensors},
-            arch=client_info.arch,
-        )
-        for client_info, tensors in sent
-    ]
-    if server.task.kind == "multiclass":
-        predictions = [z.log_softmax(-1) for z in predictions]
-    teacher = trimmed_mean(torch.stack(predictions))
-    # The client with the lowest id determines the preprocessing of its group.
-    preprocess = {
-        client_info.arch.spec_id: client_info.preprocess for client_info, _ in reversed(sent)
-    }
-    yield [
-        Fit(
-            {group: None},
-            TeacherDistillation(server.task.kind, TEMPERATURE, slot=group),
-            Rows("proxy", extra_columns={"teacher": teacher}, preprocess=preprocess[group]),
-            optimizer=server.optimizer,
-            label=f"root {group}",
-        )
-        for group in sorted(preprocess)
-    ]
-    return {group: server.models[group] for group in preprocess}

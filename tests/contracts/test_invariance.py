@@ -27,7 +27,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "private records": {"privacy": {"unit": "record", "accountant": "rdp", **NOISE}},
     "private clients": {"privacy": {"unit": "client", **NOISE}},
     "robust rules": {
-        "aggregation": {"rule": "median", "predictions": "down_weight"},
+        "aggregation": {"rule": "median", "predictions": "agreement"},
         "attacks": {"name": "sign_flip", "share": 0.25},
     },
     "devices": {"devices": SLOW, "faults": {**FAULTS, "delay": 5.0}},

@@ -40,7 +40,7 @@ class Largest(Rule):
 class Quiet(PredictionRule):
     """Custom rule for predictions."""
 
-    def combine(self, predictions, num_malicious, clients, memory):
+    def combine(self, predictions, num_malicious):
         return 0 * predictions[0]
 
 
@@ -76,7 +76,7 @@ def test_custom_rules_and_attacks() -> None:
 def test_run_reports_malicious_clients(tmp_path) -> None:
     source = small(
         "hybrid",
-        aggregation={"predictions": "down_weight", "malicious": 2},
+        aggregation={"predictions": "agreement", "malicious": 2},
         rounds=2,
         attacks={
             "name": "backdoor",

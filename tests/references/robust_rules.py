@@ -30,19 +30,6 @@ def multi_krum(v, f):
     return v[order].mean(0)
 
 
-def bulyan(v, f):
-    left, chosen = list(v), []
-    for _ in range(len(v) - 2 * f):
-        chosen.append(
-            left.pop(int(np.argmin(krum_scores(np.array(left), f))) if len(left) > 1 else 0)
-        )
-    result = []
-    for column in np.array(chosen).T:
-        near = sorted(column, key=lambda value: abs(value - np.median(column)))
-        result.append(np.mean(near[: len(chosen) - 2 * f]))
-    return np.array(result)
-
-
 def norm_bound(v, start, bound=None):
     updates = v - start
     norms = np.linalg.norm(updates, axis=1)
@@ -50,32 +37,6 @@ def norm_bound(v, start, bound=None):
     return start + np.mean(
         [u * min(1.0, most / n) for u, n in zip(updates, norms, strict=True)], axis=0
     )
-
-
-def fltrust(v, start, root):
-    own, updates = root - start, v - start
-    trust = [max(0.0, u @ own / (np.linalg.norm(u) * np.linalg.norm(own))) for u in updates]
-    scaled = [
-        t * np.linalg.norm(own) / np.linalg.norm(u) * u for t, u in zip(trust, updates, strict=True)
-    ]
-    return start + np.sum(scaled, axis=0) / sum(trust)
-
-
-def spectral(predictions, f):
-    left = [row.ravel() for row in predictions]
-    for _ in range(f):
-        centred = np.array(left) - np.mean(left, axis=0)
-        direction = np.linalg.svd(centred)[2][0]
-        left.pop(int(np.argmax(np.abs(centred @ direction))))
-    return np.mean(left, axis=0).reshape(predictions.shape[1:])
-
-
-def down_weight(predictions, rate, before):
-    middle = np.median(predictions, axis=0)
-    far = np.linalg.norm(predictions - middle, axis=2).mean(1)
-    score = before + np.maximum(0, far / np.median(far) - 1)
-    weights = np.exp(-rate * score)
-    return np.einsum("n,nij->ij", weights / weights.sum(), predictions), score
 
 
 def agreement(predictions, f):

@@ -42,10 +42,10 @@ def test_channel_and_rules_are_stated() -> None:
         "compress": [{"topk": 0.05}, {"quantize": 8}],
         "compress_down": ["half"],
     }
-    rules = {"predictions": "spectral", "rule": "median"}
+    rules = {"predictions": "agreement", "rule": "median"}
     lines = describe_protections({"privacy": None}, details(channel=channel, aggregation=rules))[1:]
     assert lines == [
-        "Parameters by median, predictions by spectral: robust against a few malicious clients.",
+        "Parameters by median, predictions by agreement: robust against a few malicious clients.",
         "Compression of messages from clients: topk 0.05, quantize 8.",
         "Compression of messages from the server: half.",
     ]
@@ -64,8 +64,8 @@ def test_malicious_clients_are_named() -> None:
         "All scores exclude these clients."
     )
     assert describe_attack(
-        {"name": "scaled", "liars": list("abcdefgh"), "success": None}  # style: ok (file key)
-    ).startswith("8 clients sent malicious uploads (scaled): a, b, c, d, e, f and 2 more.")
+        {"name": "sign_flip", "liars": list("abcdefgh"), "success": None}  # style: ok (file key)
+    ).startswith("8 clients sent malicious uploads (sign_flip): a, b, c, d, e, f and 2 more.")
     scores = {"accuracy": 0.5, "balanced_accuracy": 0.5}
     read = [
         {"id": f"site_{i}", "model": "mlp", "n_train": 9, "personal": scores, "global": None}

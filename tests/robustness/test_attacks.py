@@ -61,11 +61,6 @@ def test_attack_names_match_the_configuration() -> None:
 def test_update_attacks_match_formulas() -> None:
     u = benign()
     assert torch.equal(make_attack("sign_flip").poison_updates(u, scene()), -4 * u)
-    assert torch.equal(make_attack("scaled", strength=7).poison_updates(u, scene()), 7 * u)
-    assert torch.allclose(
-        make_attack("inner_product", strength=2).poison_updates(u, scene()),
-        (-2 * u.mean(0)).expand_as(u),
-    )
     got = make_attack("little_is_enough", strength=1.5).poison_updates(u, scene())
     assert torch.allclose(got, (u.mean(0) - 1.5 * u.var(0, correction=0).sqrt()).expand_as(u))
     assert torch.equal(make_attack("backdoor").poison_updates(u, scene()), u)
@@ -92,9 +87,6 @@ def test_noise_attack_is_keyed_and_scaled() -> None:
 def test_prediction_attacks_match_formulas() -> None:
     z = benign(3, 8, 4) + 5
     level = z.mean(-1, keepdim=True)
-    assert torch.allclose(
-        make_attack("flipped", strength=1).poison_predictions(z, scene()), 2 * level - z
-    )
     wrong = make_attack("confident_wrong", strength=1).poison_predictions(z, scene())
     assert (wrong.argmax(-1) != z.argmax(-1)).all() and torch.allclose(
         wrong.sort(-1).values, z.sort(-1).values
@@ -102,18 +94,11 @@ def test_prediction_attacks_match_formulas() -> None:
     assert not torch.equal(
         wrong[0].argmax(-1) - z[0].argmax(-1), wrong[1].argmax(-1) - z[1].argmax(-1)
     )
-    assert (make_attack("targeted", target=2).poison_predictions(z, scene()).argmax(-1) == 2).all()
-    same = make_attack("collusion").poison_predictions(z, scene())
-    assert torch.allclose(
-        same - same.mean(-1, keepdim=True), (same - same.mean(-1, keepdim=True))[:1].expand_as(z)
-    )
-    assert (same[0].argmax(-1) != (z - level).mean(0).argmax(-1)).all()
-    p = z.softmax(-1)
-    for name in ROW_ATTACKS:
-        assert torch.allclose(
-            make_attack(name).poison_predictions(p, scene()).sum(-1), torch.ones(3, 8)
-        ), name
-        assert torch.equal(make_attack(name).poison_updates(z, scene()), z), name
+    stronger = make_attack("confident_wrong", strength=3).poison_predictions(z, scene())
+    assert torch.allclose(stronger - level, 3 * (wrong - level), atol=1e-5)
+    forged = make_attack("confident_wrong").poison_predictions(z.softmax(-1), scene())
+    assert torch.allclose(forged.sum(-1), torch.ones(3, 8))
+    assert torch.equal(make_attack("confident_wrong").poison_updates(z, scene()), z)
 
 
 def test_label_flip_changes_training_labels() -> None:
@@ -161,13 +146,13 @@ def test_malicious_clients_are_sampled_or_named() -> None:
     )
     drawn = [
         MaliciousClients.from_config(
-            AttacksConfig(name="scaled", share=0.3), clients, TASK, seed
+            AttacksConfig(name="sign_flip", share=0.3), clients, TASK, seed
         ).sorted_ids
         for seed in (0, 0, 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 6
     named = MaliciousClients.from_config(
-        AttacksConfig(name="scaled", clients=["c3"], from_round=3), clients, TASK, 0
+        AttacksConfig(name="sign_flip", clients=["c3"], from_round=3), clients, TASK, 0
     )
     assert (
         named.sorted_ids == ["c3"]

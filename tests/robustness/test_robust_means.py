@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from hetero_fl.aggregation import Upload, Uploads
-from hetero_fl.algorithms import register_algorithm
 from hetero_fl.config.robustness import PREDICTIONS, RULES, AggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.task import Task
@@ -216,27 +215,6 @@ def test_mean_rule_equals_plain_mean() -> None:
         for g, model in other.server.models.items()
         for n, t in model.items()
     )
-    assert one.rule_memory == {} and set(register_algorithm) >= {"hybrid"}
-
-
-def test_rule_state_is_checkpointed() -> None:
-    source = config(
-        "fedmd",
-        MIXED[1],
-        clients=5,
-        aggregation={"predictions": "down_weight"},
-        data__partition__min_size=10,
-    )
-    uninterrupted, first, second = (
-        rounds_of(source),
-        rounds_of(source, num_rounds=1),
-        rounds_of(source, num_rounds=0),
-    )
-    second.store = second.executor.store = second.executor.runtime.store = first.store
-    assert set(first.state_dict()["aggregation"]["logits"]) == set(first.federation.client_infos)
-    second.load_state_dict(first.state_dict())
-    second.run_round()
-    assert second.state_dict()["aggregation"] == uninterrupted.state_dict()["aggregation"]
 
 
 @each_case("name", [n for n in PREDICTIONS if n != "mean"])

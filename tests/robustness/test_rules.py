@@ -42,13 +42,10 @@ def combined(
     v: np.ndarray,
     num_malicious: int = MALICIOUS,
     start=None,
-    root=None,
     **settings: object,
 ) -> np.ndarray:
     references = None if start is None else [split(start)] * len(v)
-    block = UploadBlock(
-        list(map(split, v)), references, None, None if root is None else split(root)
-    )
+    block = UploadBlock(list(map(split, v)), references)
     return joined(
         rule[name](AggregationConfig(rule=name, **settings)).combine(block, num_malicious)
     )
@@ -56,25 +53,23 @@ def combined(
 
 @each_case(("n", "seed"), itertools.product([11, 12], [0, 1, 2]))
 def test_rules_match_references(seed: int, n: int) -> None:
-    v, start, root = vectors(seed, n), vectors(seed + 10)[0], vectors(seed + 20)[0]
+    v, start = vectors(seed, n), vectors(seed + 10)[0]
     wanted = {
         "median": robust_rules.median(v),
         "trimmed_mean": robust_rules.trimmed_mean(v, MALICIOUS),
         "krum": robust_rules.krum(v, MALICIOUS),
         "multi_krum": robust_rules.multi_krum(v, MALICIOUS),
-        "bulyan": robust_rules.bulyan(v, MALICIOUS),
         "norm_bound": robust_rules.norm_bound(v, start),
-        "fltrust": robust_rules.fltrust(v, start, root),
     }
     assert {*wanted, "mean"} == set(RULES)
     for name, expected in wanted.items():
-        got = combined(name, v, start=start, root=root)
+        got = combined(name, v, start=start)
         assert np.allclose(got, expected, rtol=0, atol=1e-10), name
     got = combined("norm_bound", v, start=start, bound=0.5)
     assert np.allclose(got, robust_rules.norm_bound(v, start, 0.5), rtol=0, atol=1e-10)
 
 
-@each_case("name", ["median", "trimmed_mean", "krum", "multi_krum", "bulyan"])
+@each_case("name", ["median", "trimmed_mean", "krum", "multi_krum"])
 def test_outliers_stay_within_range_of_benign_uploads(name: str) -> None:
     v = vectors()
     v[[3, 7]] = 1e6
@@ -87,32 +82,25 @@ def test_outliers_stay_within_range_of_benign_uploads(name: str) -> None:
 
 
 def test_influence_of_a_malicious_client_is_bounded() -> None:
-    v, start, root = vectors(), np.zeros(17), vectors(5)[0]
+    v, start = vectors(), np.zeros(17)
     v[[3, 7]] = 1e6
     benign = np.delete(v, [3, 7], axis=0)
     assert (
         np.linalg.norm(combined("norm_bound", v, start=start))
         <= np.median(np.linalg.norm(v, axis=1)) + 1e-9
     )
-    assert (
-        np.linalg.norm(combined("fltrust", v, start=start, root=root))
-        <= np.linalg.norm(root) + 1e-9
-    )
     assert np.linalg.norm(robust_rules.median(v) - robust_rules.median(benign)) < 5
-    against = np.tile(-root, (CLIENTS, 1))
-    # No client is trusted.
-    assert np.array_equal(combined("fltrust", against, start=start, root=root), start)
 
 
 @each_case("name", [n for n in RULES if n != "mean"])
 def test_rules_return_equal_uploads(name: str) -> None:
     v = np.tile(vectors()[0], (CLIENTS, 1))
-    got = combined(name, v, 0, start=np.zeros(17), root=v[0])
+    got = combined(name, v, 0, start=np.zeros(17))
     assert np.allclose(got, v.mean(0), rtol=0, atol=1e-12)
 
 
 def test_trimmed_mean_without_malicious_clients_is_the_mean() -> None:
-    for name in ("trimmed_mean", "multi_krum", "bulyan"):
+    for name in ("trimmed_mean", "multi_krum"):
         assert np.allclose(combined(name, vectors(), 0), vectors().mean(0), rtol=0, atol=1e-12), (
             name
         )
@@ -140,8 +128,8 @@ def test_minimum_numbers_of_clients() -> None:
         for name in RULES
         if name != "mean"
     }
-    assert least.pop("krum") == least.pop("multi_krum") == 9 and least.pop("bulyan") == 15
-    assert set(least.values()) == {7} and len(least) == 4
+    assert least.pop("krum") == least.pop("multi_krum") == 9
+    assert set(least.values()) == {7} and len(least) == 3
 
 
 # Predictions
@@ -151,27 +139,16 @@ def sample_predictions(seed: int = 0) -> np.ndarray:
     return truth + rng.normal(size=(CLIENTS, 6, 4))
 
 
-def consensus(
-    name: str, predictions: np.ndarray, num_malicious: int = MALICIOUS, memory=None
-) -> np.ndarray:
-    ids = [f"c{i}" for i in range(len(predictions))]
+def consensus(name: str, predictions: np.ndarray) -> np.ndarray:
     how = prediction_rule[name](AggregationConfig(predictions=name))
-    return how.combine(
-        torch.tensor(predictions), num_malicious, ids, {} if memory is None else memory
-    ).numpy()
+    return how.combine(torch.tensor(predictions), MALICIOUS).numpy()
 
 
 @each_case("seed", [0, 1, 2])
 def test_prediction_rules_match_references(seed: int) -> None:
-    predictions, memory = sample_predictions(seed), {}
+    predictions = sample_predictions(seed)
     assert np.allclose(
         consensus("median", predictions), np.median(predictions, 0), rtol=0, atol=1e-12
-    )
-    assert np.allclose(
-        consensus("spectral", predictions),
-        robust_rules.spectral(predictions, MALICIOUS),
-        rtol=0,
-        atol=1e-10,
     )
     assert np.allclose(
         consensus("agreement", predictions),
@@ -179,14 +156,6 @@ def test_prediction_rules_match_references(seed: int) -> None:
         rtol=0,
         atol=1e-12,
     )
-    before: np.ndarray | float = 0.0
-    for round_idx in range(3):
-        predictions = sample_predictions(seed + round_idx)
-        expected, before = robust_rules.down_weight(predictions, 2.0, before)
-        assert np.allclose(
-            consensus("down_weight", predictions, memory=memory), expected, rtol=0, atol=1e-10
-        )
-    assert np.allclose(list(memory.values()), before)
 
 
 @each_case("name", [n for n in PREDICTIONS if n != "mean"])

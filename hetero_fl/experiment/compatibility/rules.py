@@ -314,23 +314,6 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "aggregation.predictions={found} requires a multiclass task, but the data set has a "
         "{run.task.kind} task",
     ),
-    "rule_without_proxy_set": CompatibilityRule(
-        ("aggregation.rule", "data.proxy.size"),
-        lambda run: (
-            run.uses_root
-            and not all(
-                run.federation.client_infos[profile.first].has_proxy for profile in run.profiles
-            )
-        ),
-        "aggregation.rule={run.rules[rule]} requires a proxy set that all clients have, "
-        "because the server trains on it; set data.proxy.size > 0",
-    ),
-    "rule_for_whole_models": CompatibilityRule(
-        ("aggregation.rule", "algorithm.name"),
-        lambda run: run.uses_root and run.averages_parts(),
-        "aggregation.rule={run.rules[rule]} requires whole models averaged by architecture; "
-        "choose another rule, or algorithm.name=fedavg or hybrid",
-    ),
     "outvoted_rule": CompatibilityRule(
         ("aggregation.rule", "aggregation.malicious"),
         lambda run: run.outvoted_rule(),

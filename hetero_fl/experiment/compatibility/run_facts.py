@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hetero_fl.algorithms.base import download_part, permitted_part, shared_part
+from hetero_fl.algorithms.base import permitted_part
 from hetero_fl.algorithms.distillation import ProxyDistillation, predicts_without_prior
 from hetero_fl.algorithms.feddf import FedDF
 from hetero_fl.config.base import StalenessConfig
@@ -288,25 +288,6 @@ class RunFacts(UploadFacts):
             if not self.items_by_rule[key]:
                 return {"key": key, "value": value, "items": described[key]}
         return None
-
-    @cached_property
-    def uses_root(self) -> bool:
-        """Whether the aggregation rule for parameters needs an update computed by the server."""
-        return "rule" in self.rules and bool(rule[self.rules["rule"]].uses_root)
-
-    def averages_parts(self) -> bool:
-        """Return whether the method averages other items than whole models of one architecture."""
-        infos = [self.federation.client_infos[profile.first] for profile in self.profiles]
-        return (
-            self.items_by_rule["rule"] != ["model"]
-            or bool(self.federation.common)
-            or any(
-                shared_part(self.algorithm, info.settings) is not None
-                or download_part(self.algorithm, info.settings, 0) is not None
-                or info.arch.family_id != info.arch.spec_id
-                for info in infos
-            )
-        )
 
     def prior_option(self) -> str | None:
         """Return the key of a client option that is set and uses class frequencies, or None."""

@@ -199,8 +199,6 @@ def _suggest_mapping(where: str, section: Any, found: Any) -> str:
     if isinstance(found, list):
         return f"did you mean '{where}.{listed[0]}'?" if listed else "write its keys without dashes"
     key = next((k for k in ("name", "kind") if k in fields), None)
-    if key is None and "file" in fields and isinstance(found, str) and "." in found:
-        key = "file"
     if isinstance(found, str) and key:
         return f"did you mean '{where}.{key}'?"
     if found is True and section and _may_be_empty(section):

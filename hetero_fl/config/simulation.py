@@ -18,7 +18,6 @@ from pydantic import (
 from hetero_fl.config.base import (
     ConfigSection,
     Dropped,
-    FilePath,
     choice_type,
     format_value,
 )
@@ -129,12 +128,7 @@ class DevicesConfig(DeviceConfig):
         1000000000.0
     """
 
-    file: FilePath | None = Field(
-        None,
-        description="CSV file with a device per row and any of the columns speed, up, down, "
-        "jitter, failure, online (seconds of the day, such as `0-21600;64800-86400`); a column "
-        "`client` assigns rows to client ids, otherwise they are sampled; `null`: no file",
-    )
+    dropped = {"file": Dropped("'file' was removed; set machine for each group of clients")}
 
 
 class FaultsConfig(ConfigSection):
@@ -201,10 +195,16 @@ class CohortConfig(ConfigSection):
         2
     """
 
-    sampling: choice_type("uniform", "available", "oort") = Field(  # type: ignore[valid-type]
+    dropped = {
+        "attempts": Dropped("'attempts' was removed, as rounds are not repeated", default=10)
+    }
+
+    sampling: choice_type(  # type: ignore[valid-type]
+        "uniform", "available", dropped={"oort": "choose available or uniform"}
+    ) = Field(
         "uniform",
         description="`uniform`: all clients with equal probability; `available`: only clients that "
-        "are online; `oort`: online clients, preferring high losses and fast devices (Oort)",
+        "are online",
     )
     over_selection: float = Field(
         1.0,
@@ -222,14 +222,16 @@ class CohortConfig(ConfigSection):
         description="clients that would miss the deadline train fewer steps and arrive in time",
     )
     least: PositiveInt = Field(1, description="minimum number of uploads for an aggregation")
-    too_few: choice_type("repeat", "skip", "fail") | None = Field(  # type: ignore[valid-type]
+    too_few: (
+        choice_type(  # type: ignore[valid-type]
+            "skip", "fail", dropped={"repeat": "choose skip or fail"}
+        )
+        | None
+    ) = Field(
         None,
-        description="with fewer uploads than `least`; `repeat`: sample another cohort; `skip`: "
-        "continue without an aggregation; `fail`: end the run; `null`: `skip` with `devices`, "
-        "`faults`, `deadline` or real clients, else `fail`",
-    )
-    attempts: PositiveInt = Field(
-        10, description="`too_few: repeat`: attempts per round before the run fails"
+        description="with fewer uploads than `least`; `skip`: continue without an aggregation; "
+        "`fail`: end the run; `null`: `skip` with `devices`, `faults`, `deadline` or real clients, "
+        "else `fail`",
     )
 
     def num_sampled(self, per_round: int | None, clients: int) -> int:

@@ -42,6 +42,8 @@ from hetero_fl.privacy.dp_sgd import is_private, sampling_plan
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError, suggest_or_list
 
+# Maximum number of training tasks of a client in a round whose requests are valid only once.
+MAX_TASKS_PER_ROUND = 10
 # Code of refusals that are due to `allows.privacy`.
 POLICY_PRIVACY = "policy: privacy"
 # Client settings that must be equal to those in the site file, if the site file defines them.
@@ -450,10 +452,9 @@ class Policy:
     @cached_property
     def _max_tasks(self) -> int:
         """Maximum number of training tasks of a client in the run."""
-        cohort = self.prepared.config.cohort
-        # A repeated round is another task if its messages differ.
-        repeats = cohort.too_few == "repeat" or self.protocol.has_one_time_requests
-        return self._max_versions * (cohort.attempts if repeats else 1)
+        # The messages of a round differ after a restart of the server.
+        tasks_per_round = MAX_TASKS_PER_ROUND if self.protocol.has_one_time_requests else 1
+        return self._max_versions * tasks_per_round
 
     @cached_property
     def _step_counter(self) -> StepCountingBackend:

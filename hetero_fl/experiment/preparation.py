@@ -160,9 +160,8 @@ class PreparedRun:
                 return RemoteSynchronousTrainer(*arguments, environment=environment)
             if environment.simulated:
                 return SimulatedTrainer(*arguments, environment=environment)
-            policy = environment.policy
-            if policy.sampling == "uniform" and policy.too_few != "repeat":
-                return SynchronousTrainer(*arguments, policy=policy)
+            if environment.policy.sampling == "uniform":
+                return SynchronousTrainer(*arguments, policy=environment.policy)
             return ScheduledTrainer(*arguments, environment=environment)
         except BaseException:
             executor.close()

@@ -86,7 +86,6 @@ class RunSession:
         rounds = prepared.config.rounds
         self._metadata = {
             "data": prepared.data.content_hash(),
-            "traces": self.trainer.fingerprint,
             "choice": self._choice.record(),
         }
         saved = self._checkpoints.load_newest()
@@ -139,19 +138,13 @@ class RunSession:
             saved: The newest checkpoint.
 
         Raises:
-            UserError: If the checkpoint was written with different data or devices.
+            UserError: If the checkpoint was written with different data.
         """
-        config = self._prepared.config
         check_resumable(self._directory, saved)
         if saved["data"] != self._metadata["data"]:
             raise UserError(
                 f"{self._directory.path}: the data differs from the data that this run started "
                 "with; restore it, or start a new run"
-            )
-        if saved.get("traces", "") != self._metadata["traces"]:
-            raise UserError(
-                f"devices.file: {config.devices and config.devices.file} differs from the file "
-                "that this run started with; restore it, or start a new run"
             )
         if saved["run"]["completed"] < self._num_planned():
             saved = self._reopen_directory(saved)

@@ -373,11 +373,6 @@ class AsynchronousTrainer(FederatedTrainer):
     def round_idx(self) -> int:
         return self.version
 
-    @property
-    @override
-    def fingerprint(self) -> str:
-        return self.environment.devices.fingerprint
-
     @override
     def run_round(self) -> Record:
         started = time.perf_counter()

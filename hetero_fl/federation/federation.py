@@ -42,7 +42,7 @@ from hetero_fl.robustness.attacks import CountsFunction, DataFunction, Malicious
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.registry import import_reference
-from hetero_fl.utils.seeding import Key, sample_numbers
+from hetero_fl.utils.seeding import sample_numbers
 from model_zoo import ModelError, model_options
 
 SERVER = "server"
@@ -291,7 +291,7 @@ class FederationSpec:
         """
         return RoundContext(self.seed, round_idx, self.num_rounds, attempt)
 
-    def sample_cohort(self, count: int | None, round_idx: int, attempt: int = 0) -> list[str]:
+    def sample_cohort(self, count: int | None, round_idx: int) -> list[str]:
         """Sample the clients of a round.
 
         With `privacy.poisson_cohorts`, each client is sampled independently.
@@ -300,7 +300,6 @@ class FederationSpec:
             count: Number of clients. With `privacy.poisson_cohorts`, the expected number of
                 clients. If None, all clients are returned.
             round_idx: Index of the round, from 0.
-            attempt: Number of earlier attempts at the round.
 
         Returns:
             Client ids in natural order.
@@ -312,8 +311,7 @@ class FederationSpec:
             return [ids[i] for i in is_sampled.nonzero().squeeze(1).tolist()]
         if count is None or count >= len(ids):
             return list(ids)
-        key = (self.seed, round_idx, "cohort", *attempt_key(attempt))
-        return [ids[i] for i in sample_numbers(len(ids), count, *key)]
+        return [ids[i] for i in sample_numbers(len(ids), count, self.seed, round_idx, "cohort")]
 
     def client(
         self, client_id: str, state: PrivateState, round_idx: int, attempt: int = 0
@@ -416,17 +414,6 @@ class FederationSpec:
         profiles = self.client_infos.profiles
         first = natural_order(p.first for p in profiles if p.arch.spec_id == slot)[:1]
         return self.client_infos[first[0]].preprocess if first else self.server_preprocess
-
-
-def attempt_key(attempt: int) -> tuple[Key, ...]:
-    """Return values that seed the random draws of repeated attempts at a round.
-
-    The result is empty for the first attempt.
-
-    Args:
-        attempt: Number of earlier attempts.
-    """
-    return ("attempt", attempt) if attempt else ()
 
 
 def load_metric(name: str, reference: str) -> MetricFunction:

@@ -100,9 +100,9 @@ class RemoteSynchronousTrainer(RemoteClientsTrainer, ScheduledTrainer):
         return super().run_round()
 
     @override
-    def run_attempt(self, collector: UploadCollector, number: int) -> Schedule:
+    def run_tasks(self, collector: UploadCollector) -> Schedule:
         self._sampled_at = self.stopwatch.elapsed()
-        schedule = super().run_attempt(collector, number)
+        schedule = super().run_tasks(collector)
         self.now = self.stopwatch.elapsed()
         return replace(schedule, end=self.now, failed=collector.failed)
 
@@ -113,7 +113,6 @@ class RemoteSynchronousTrainer(RemoteClientsTrainer, ScheduledTrainer):
         collector: UploadCollector,
         exchange: Exchange,
         clients: Sequence[str],
-        task: int,
     ) -> Iterator[tuple[str, Reply]]:
         requests = partial(collector.request, exchange)
         arrivals = self.executor.as_completed(clients, requests, waits=exchange.waits_for_nodes)

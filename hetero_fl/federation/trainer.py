@@ -252,11 +252,6 @@ class FederatedTrainer(ABC):
         assert isinstance(self.broadcasts, SealedBroadcasts)
         self.broadcasts.replace(aggregate.state)
 
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the inputs other than data and configuration, or "" if there are none."""
-        return ""
-
     def load_client_states(self, states: Mapping[str, PrivateState]) -> None:
         """Set the initial private states of clients.
 

@@ -55,7 +55,6 @@ class UploadCollector:
         magnitudes: Largest norm of a tensor in each upload, keyed by client id.
         malicious: Ids of simulated malicious clients whose uploads arrived.
         abandoned: Error with which the protocol abandoned the round, or None.
-        attempts: Number of attempts at the round, including this one.
         diverged: Reason why training at the server diverged. Empty if training did not diverge.
         sealed: State of the server that a client computed, if the server cannot read uploads.
         up_bytes: Bytes uploaded in the round.
@@ -84,7 +83,6 @@ class UploadCollector:
         self.magnitudes: dict[str, float] = {}
         self.malicious: list[str] = []
         self.abandoned: RoundAbandonedError | None = None
-        self.attempts = 1
         self.diverged = ""
         self.sealed: SealedAggregate | None = None
         self.up_bytes = 0
@@ -123,8 +121,6 @@ class UploadCollector:
         found = f"{len(self.uploads)} of at least {least} usable uploads"
         line = f"round {self.round_idx + 1}: {found if least > 1 else 'no usable upload'}"
         line += f" from {pluralize(len(self.cohort), 'client')}"
-        if self.attempts > 1:
-            line += f", {self.attempts} times"
         if self.failed:
             client_id, reason = next(iter(self.failed.items()))
             line += f"; {client_id}: {reason}"
@@ -331,7 +327,7 @@ class UploadCollector:
         The evaluation time in `seconds` is 0 and is replaced if the round is evaluated.
 
         Args:
-            traffic: Bytes sent in all attempts at the round.
+            traffic: Bytes sent in the round.
             seconds: Wall-clock time of the round in seconds.
         """
         record = {

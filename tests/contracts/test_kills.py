@@ -50,7 +50,7 @@ def source(mode: str, **changes: Any) -> dict[str, Any]:
         algorithm__heads="keep",
         devices={"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5},
         faults={"lost": 0.1, "corrupted": 0.1, "twice": 0.1},
-        cohort={"sampling": "oort", "deadline": 60, "too_few": "repeat"},
+        cohort={"sampling": "available", "deadline": 60},
         channel=TOP,
         **changes,
     )

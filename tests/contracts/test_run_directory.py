@@ -34,7 +34,7 @@ SOURCES: dict[str, dict[str, Any]] = {
         rounds=3,
         clients__per_round=3,
         server=SERVER,
-        cohort={"sampling": "oort"},
+        cohort={"sampling": "available"},
         **FEATURES,
     ),
     "asynchronous": config("fedbuff", "mlp", 3, rounds=3, clients__per_round=2, **FEATURES),

@@ -19,7 +19,6 @@ from hetero_fl.deployment.node_storage import MAX_STATES, NodeStorage, StateLost
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
 from hetero_fl.federation.client_runtime import ClientRuntime
-from hetero_fl.federation.simulation.sampling import ClientSampler
 from hetero_fl.reporting.report import write_report
 from tests.support.calls import record_calls
 from tests.support.federations import MIXED, TOP, config
@@ -268,22 +267,14 @@ def test_late_answers_are_not_used(tmp_path: Path, secret: bool, clock: Clock) -
     assert down[2]["counts"]["arrived"] == 3 and down[2]["global"] == late[2]["global"]
 
 
-def test_first_arrivals_are_aggregated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds: list[float] = []
-    update = ClientSampler.update
-
-    def note(self: ClientSampler, *args: Any) -> None:
-        update(self, *args)
-        seconds.append(self.known["site_1"][1])
-
-    monkeypatch.setattr(ClientSampler, "update", note)
+def test_first_arrivals_are_aggregated(tmp_path: Path) -> None:
     kills: dict[Point, str] = {("site_1", 0, "train"): "last"}
     run_config = config(
         "fedavg",
         "linear",
         rounds=2,
         clients__per_round=2,
-        cohort={"over_selection": 1.5, "sampling": "oort"},
+        cohort={"over_selection": 1.5},
     )
     deployed = records(
         federation(run_config, Sites(CLIENTS, tmp_path / "sites", kills), tmp_path / "deployed")
@@ -292,34 +283,6 @@ def test_first_arrivals_are_aggregated(tmp_path: Path, monkeypatch: pytest.Monke
         {"invited": 3, "arrived": 2, "failed": 0, "late": 1}
     ] * 2
     assert [row[3] for row in deployed[0]["tasks"]] == ["late", "arrived", "arrived"]
-    assert seconds[0] > 0  # a late client counts as slow
-
-
-def test_failed_client_does_not_count_as_fast(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seconds: list[float] = []
-    update = ClientSampler.update
-
-    def note(self: ClientSampler, *args: Any) -> None:
-        update(self, *args)
-        seconds.append(self.known["site_1"][1])
-        self.known["site_1"][1] = 1000.0
-
-    monkeypatch.setattr(ClientSampler, "update", note)
-    kills: dict[Point, str] = {("site_1", 1, "train"): "before"}
-    run_config = config(
-        "fedavg",
-        "linear",
-        rounds=2,
-        clients__per_round=3,
-        cohort={"sampling": "oort"},
-        evaluation={"every": 2},
-    )
-    sites = Sites(CLIENTS, tmp_path / "sites", kills, away=None)
-    deployed = records(federation(run_config, sites, tmp_path / "deployed", patience=0.1))
-    assert [record["counts"]["failed"] for record in deployed] == [0, 1]
-    assert seconds[0] < 1000 and seconds[1] == 1000
 
 
 @pytest.mark.slow
@@ -419,22 +382,3 @@ def test_exchanges_of_another_sum_are_refused(
     assert b"out of order" in transport.repeat(node, train).body
     done = federation(CONFIG, sites, tmp_path / "deployed")
     assert [r["counts"]["arrived"] for r in records(done)] == [3, 3, 3]
-
-
-def test_repeated_round_uses_new_secrets(
-    transport: RecordingTransport, tmp_path: Path, clock: Clock
-) -> None:
-    """Two of three clients are late, so the sum is abandoned and tried once more."""
-    result = {
-        **CONFIG,
-        "cohort": {"least": 2, "too_few": "repeat", "attempts": 3, "deadline": LONG},
-        "rounds": 1,
-    }
-    kills = {("site_1", 0, "shares"): "late", ("site_2", 0, "shares"): "late"}
-    sites = Sites(CLIENTS, tmp_path / "sites", kills, transport=transport, clock=clock)
-    (record,) = records(federation(result, sites, tmp_path / "deployed"))
-    assert record["attempts"] == 2 and record["counts"]["arrived"] == 3
-    seen: dict[bytes, set[str]] = {}
-    for _, envelope in transport.tasks:
-        seen.setdefault(tag(envelope), set()).add(str(envelope.head["what"]))
-    assert list(seen.values()) == [{"keys", "shares"}, set(EXCHANGES)]

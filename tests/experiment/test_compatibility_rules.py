@@ -105,11 +105,10 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     "unused_client_option": config("centralized", clients__defaults__fine_tune_epochs=2),
     "private_asynchronous_run": config(runtime=ASYNC, privacy=CLIENT),
     "private_run_from_other_models": config(init_from="runs/other", privacy=CLIENT),
-    "private_sampling": config(cohort={"sampling": "oort"}, devices={}, privacy=CLIENT),
+    "private_sampling": config(cohort={"sampling": "available"}, devices={}, privacy=CLIENT),
     "private_over_selection": config(
         clients__per_round=2, cohort={"over_selection": 1.5}, devices={}, privacy=CLIENT
     ),
-    "private_repeated_rounds": config(cohort={"too_few": "repeat", "least": 2}, privacy=CLIENT),
     "distributed_noise_in_plain_sum": config(privacy={**CLIENT, "distributed": True}),
     "private_clients_robustness": config(aggregation=MEDIAN, privacy=CLIENT),
     "poisson_cohorts_secure_sum": config(
@@ -121,21 +120,12 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     "homomorphic_robustness": encrypted(aggregation=MEDIAN),
     "choice_among_all_clients": config(cohort={"over_selection": 1.5}, devices={}),
     "least_above_sampled": config(cohort={"least": 3}, clients__per_round=2),
-    "losses_of_secure_sum": config(
-        cohort={"sampling": "oort"}, clients__per_round=3, channel__secure_sum={}
-    ),
-    "losses_of_homomorphic": encrypted(cohort={"sampling": "oort"}, clients__per_round=3),
     "over_selection_secure_sum": config(
         clients=8,
         clients__per_round=4,
         cohort={"over_selection": 2},
         devices={},
         channel__secure_sum={},
-    ),
-    "repeated_secure_sum": config(
-        clients=5,
-        cohort={"least": 4, "too_few": "repeat"},
-        channel__secure_sum={"threshold": 2},
     ),
     "over_selection_without_time": config(cohort={"over_selection": 1.3}, clients__per_round=2),
     "task_of_method": config("fedproto", MLP, data__proxy__size=0),

@@ -79,7 +79,7 @@ def test_secure_aggregation_with_the_same_digits_gives_the_same_bits() -> None:
         ("fedavg", {"algorithm__weighting": "sum", "clients__per_round": 3}),
         ("heterofl", {"algorithm__masked": True}),
         ("hybrid", {"runtime": {"executor": "batched", "threads": 1}}),
-        ("fedavg", {"faults": {"lost": 0.3}, "cohort": {"too_few": "repeat", "least": 2}}),
+        ("fedavg", {"faults": {"lost": 0.3}, "cohort": {"too_few": "skip", "least": 2}}),
     ],
 )
 def test_settings_that_change_sums(method: str, changes: dict[str, Any], float64: None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +21,8 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.cost import expected_cost
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.executors.base import InProcessExecutor
-from hetero_fl.federation.upload_collector import UploadCollector
 from hetero_fl.federation.upload_contents import UploadContent, _group_tensors, upload_contents
-from hetero_fl.utils.errors import RunFailedError, UserError
+from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import encode
 from tests.support.calls import record_calls, record_results
 from tests.support.cases import each_case
@@ -186,27 +184,6 @@ def test_executor_frees_returned_uploads(monkeypatch: pytest.MonkeyPatch) -> Non
 def requests(rounds: Any) -> tuple[list[str], Callable[[str], Message]]:
     bodies = broadcasts(rounds, rounds.sample_cohort(0))
     return list(bodies), lambda client: Message("train", bodies[client])
-
-
-def test_repeated_round_keeps_uploads_of_one_attempt() -> None:
-    faults = {"after": 0.99}
-    cohort = {"too_few": "repeat", "least": 3, "attempts": 3}
-    rounds = rounds_of(
-        config(models="linear", faults=faults, cohort=cohort, devices={}), num_rounds=0
-    )
-    collectors: list[weakref.ref[UploadCollector]] = []
-    attempt = rounds.collect_attempt  # type: ignore[attr-defined]
-
-    def watched(*args: Any) -> UploadCollector:
-        assert not any(collector() for collector in collectors)
-        collectors.append(weakref.ref(result := attempt(*args)))
-        return result
-
-    rounds.collect_attempt = watched  # type: ignore[attr-defined]
-
-    with pytest.raises(RunFailedError):
-        rounds.run_round()
-    assert len(collectors) == 3
 
 
 @each_case("method", ["fedavg", "hybrid", "fedproto", "scaffold"])

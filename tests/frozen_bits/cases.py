@@ -211,7 +211,7 @@ def _variants() -> dict[str, Config]:
             clients={"per_round": 2},
             algorithm={"name": "fedmd"},
             devices={"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5, "down": 1e6},
-            cohort={"over_selection": 2, "sampling": "oort"},
+            cohort={"over_selection": 2, "sampling": "available"},
         ),
         "regression": {
             "name": "frozen",

@@ -11,18 +11,8 @@ import yaml
 from hetero_fl.config import expand_population
 from hetero_fl.deployment.config import SiteConfig, load_server_config, load_site_config
 from hetero_fl.deployment.policy import check_config
-from hetero_fl.experiment import prepare
 from hetero_fl.experiment.configuration import load_config
 from tests.support.deployments import small
-from tests.support.federations import config
-
-
-def read_devices(text: str) -> None:
-    """Read a file with devices of three clients."""
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "devices.csv"
-        file.write_text(text)
-        prepare(config("fedavg", "mlp", devices={"file": str(file), "up": 3}))
 
 
 def read_server(**changes: Any) -> None:

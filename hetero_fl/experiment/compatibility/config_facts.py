@@ -154,13 +154,6 @@ class ConfigFacts:
                 return f"{key}={stage.kind}"
         return None
 
-    def choosing_setting(self) -> str | None:
-        """Return a setting of `cohort` that prefers some clients over others, or None."""
-        cohort = self.config.cohort
-        if cohort.over_selection > 1:
-            return "over_selection"
-        return "sampling=oort" if cohort.sampling == "oort" else None
-
     def num_wanted(self) -> int:
         """Return the number of uploads that complete a round."""
         return self.config.clients.per_round or len(self.clients)

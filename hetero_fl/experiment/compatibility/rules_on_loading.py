@@ -120,12 +120,6 @@ RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
         "cohort.over_selection={run.config.cohort.over_selection} cannot be combined with "
         "privacy.unit={run.unit}, whose accounting needs the cohorts in advance",
     ),
-    "private_repeated_rounds": CompatibilityRule(
-        ("cohort.too_few", "privacy.unit"),
-        lambda run: run.unit and run.config.cohort.too_few == "repeat",
-        "cohort.too_few=repeat cannot be combined with privacy.unit={run.unit}, whose "
-        "accounting needs the cohorts in advance",
-    ),
     "distributed_noise_in_plain_sum": CompatibilityRule(
         ("privacy.distributed", "channel.secure_sum"),
         lambda run: (
@@ -172,29 +166,17 @@ RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
         "{found} cannot be combined with channel.homomorphic, with which nobody reads single "
         "uploads; remove one of them",
     ),
-    # Cohorts that are chosen or repeated
+    # Cohorts
     "choice_among_all_clients": CompatibilityRule(
         ("cohort.over_selection", "clients.per_round"),
-        lambda run: run.config.clients.per_round is None and run.choosing_setting(),
-        "cohort.{found}: requires clients.per_round; without it all clients are sampled",
+        lambda run: run.config.clients.per_round is None and run.config.cohort.over_selection > 1,
+        "cohort.over_selection: requires clients.per_round; without it all clients are sampled",
     ),
     "least_above_sampled": CompatibilityRule(
         ("cohort.least", "clients.per_round"),
         lambda run: run.config.cohort.least > run.num_wanted() and run.num_wanted(),
         "cohort.least: must be <= {found}, the clients in a round (clients.per_round), got "
         "{run.config.cohort.least}",
-    ),
-    "losses_of_secure_sum": CompatibilityRule(
-        ("cohort.sampling", "channel.secure_sum"),
-        lambda run: run.config.cohort.sampling == "oort" and run.config.channel.secure_sum,
-        "cohort.sampling=oort cannot be combined with channel.secure_sum, which hides the "
-        "training losses of single clients; choose available or uniform",
-    ),
-    "losses_of_homomorphic": CompatibilityRule(
-        ("cohort.sampling", "channel.homomorphic"),
-        lambda run: run.config.cohort.sampling == "oort" and run.config.channel.homomorphic,
-        "cohort.sampling=oort cannot be combined with channel.homomorphic, which hides the "
-        "training losses of single clients; choose available or uniform",
     ),
     "over_selection_secure_sum": CompatibilityRule(
         ("cohort.over_selection", "channel.secure_sum"),
@@ -207,16 +189,5 @@ RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
         "{run.config.clients.per_round} of {sampled} sampled clients are used, but "
         "channel.secure_sum.threshold requires {survivors}; choose a smaller over_selection or "
         "threshold",
-    ),
-    "repeated_secure_sum": CompatibilityRule(
-        ("cohort.least", "channel.secure_sum"),
-        lambda run: (
-            run.config.cohort.too_few == "repeat"
-            and 0 < run.min_survivors() < run.config.cohort.least
-            and run.min_survivors()
-        ),
-        "cohort.least: must be <= {found} with cohort.too_few=repeat and channel.secure_sum, "
-        "because the difference of two sums reveals single uploads, got "
-        "{run.config.cohort.least}; choose a smaller number, or set cohort.too_few=skip",
     ),
 }

@@ -142,7 +142,7 @@ class RunFacts(UploadFacts):
         """
         if self.federation.data.is_distributed:
             return None
-        devices = Devices.from_config(self.federation, self.config.devices)
+        devices = Devices(self.federation, self.config.devices)
         timings = list(devices.timing_of_profiles())
         instant = first(client for client, takes_time, _ in timings if not takes_time)
         if instant is None:

@@ -1,146 +1,26 @@
-"""Simulated devices of clients: device files, speeds and durations of tasks.
-
-A trace is a row of a device file, which describes one device.
-"""
+"""Simulated devices of clients: speeds, online times and durations of tasks."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice, pairwise
-from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
-from hetero_fl.config.simulation import WIDEST, AvailabilityConfig, DevicesConfig, QuantityConfig
+from hetero_fl.config.simulation import AvailabilityConfig, DevicesConfig, QuantityConfig
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.engine.batches import full_step_count
 from hetero_fl.engine.templates import training_flops as operations
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.seeding import Key, stream_key
 
-# Columns that determine the duration of tasks.
+# Settings that determine the duration of tasks.
 DURATION_FIELDS = ("speed", "up", "down")
 NUMBERS = (*DURATION_FIELDS, "jitter", "failure")
-COLUMNS = ("client", *NUMBERS, "online")
-# Description of the valid values for error messages, keyed by column.
-VALID_VALUES = {
-    **dict.fromkeys(DURATION_FIELDS, "a number > 0, such as 1.0e+8"),
-    "jitter": f"a number from 0 to {WIDEST:g}",
-    "failure": "a probability from 0 to 1",
-    "online": "disjoint intervals in seconds of the day, such as 0-21600;64800-86400",
-}
 # Sorted, disjoint intervals [start, end) in seconds of the day.
 Spans = tuple[tuple[float, float], ...]
-# Parsed row of a device file, keyed by column.
-Trace = dict[str, Any]
 # Seconds of a day.
 DAY = 86400.0
-# Number of client ids that are compared with a misspelled one to suggest a correction.
-MAX_SUGGESTED_FROM = 20
-
-
-def read_traces(path: str) -> list[Trace]:
-    """Read a device file in CSV format.
-
-    Args:
-        path: Path of the file.
-
-    Returns:
-        The rows. Missing values are omitted.
-
-    Raises:
-        UserError: If the file cannot be read or contains no rows, or if a column, a value or a
-            client id is invalid or occurs twice.
-    """
-    where = f"devices.file: {path}"
-    try:
-        with Path(path).expanduser().open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            names = [name.strip() for name in rows.fieldnames or ()]
-            _check_columns(where, names)
-            traces = [
-                _parse_row(f"{where}, row {number}", row) for number, row in enumerate(rows, 2)
-            ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
-    if not traces:
-        raise UserError(f"{where}: contains no rows")
-    counts = Counter(trace["client"] for trace in traces if "client" in trace)
-    for client_id, count in counts.items():
-        if count > 1:
-            raise UserError(
-                f"{where}: expected one row per client, got {count} for client '{client_id}'"
-            )
-    return traces
-
-
-def _check_columns(where: str, names: list[str]) -> None:
-    for name in names:
-        if name not in COLUMNS:
-            for separator, description in ((";", "semicolons"), ("\t", "tabs")):
-                if separator in name:
-                    raise UserError(
-                        f"{where}: expected column names separated by commas, got {description}"
-                    )
-            raise UserError(f"{where}: unknown column '{name}'{suggest_or_list(name, COLUMNS)}")
-        if names.count(name) > 1:
-            raise UserError(f"{where}: duplicate column '{name}'")
-
-
-def _parse_row(where: str, row: Mapping[str | None, Any]) -> Trace:
-    trace: Trace = {}
-    if None in row:
-        raise UserError(
-            f"{where}: more values than columns; separate intervals of `online` by semicolons"
-        )
-    for column, value in row.items():
-        assert column is not None
-        if value is None:
-            raise UserError(
-                f"{where}: fewer values than columns; leave missing values empty, as in 1.0e+8,,"
-            )
-        name = column.strip()
-        text = value.strip()
-        if not text:
-            continue
-        try:
-            trace[name] = _parse_value(name, text)
-        except ValueError:
-            raise UserError(
-                f"{where}, column {name}: expected {VALID_VALUES[name]}, got '{text}'"
-            ) from None
-    return trace
-
-
-def _parse_value(name: str, text: str) -> str | Spans | float:
-    if name == "client":
-        return text
-    if name == "online":
-        return _parse_spans(text)
-    return _parse_number(name, text)
-
-
-def _parse_number(name: str, text: str) -> float:
-    value = float(text)
-    lowest = 0.0
-    highest = {"failure": 1.0, "jitter": WIDEST}.get(name, math.inf)
-    if not lowest <= value <= highest or (value == 0 and name in DURATION_FIELDS):
-        raise ValueError(text)
-    return value
-
-
-def _parse_spans(text: str) -> Spans:
-    spans = sorted((float(a), float(b)) for a, b in (part.split("-") for part in text.split(";")))
-    are_disjoint = all(a[1] <= b[0] for a, b in pairwise(spans))
-    if not are_disjoint or not all(0 <= start < end < math.inf for start, end in spans):
-        raise ValueError(text)
-    return tuple(spans)
 
 
 def uniform(*parts: Key) -> float:
@@ -235,60 +115,17 @@ class Device:
 class Devices:
     """Simulated devices of all clients, which are computed on request.
 
-    The settings of a client take precedence over the device file, and the device file takes
-    precedence over the configuration of devices.
+    The settings of a client take precedence over the configuration of devices.
 
     Args:
         federation: The federation.
-        config: The configuration of devices.
-        traces: Rows of the device file. Rows without a client id are assigned at random to the
-            clients without a row.
+        config: The configuration of devices. If None, only the settings of the clients determine
+            the devices.
     """
 
-    def __init__(
-        self, federation: FederationSpec, config: DevicesConfig, traces: list[Trace]
-    ) -> None:
+    def __init__(self, federation: FederationSpec, config: DevicesConfig | None) -> None:
         self.federation = federation
-        self.config = config
-        self._named = {row["client"]: row for row in traces if row.get("client")}
-        self._drawn = [row for row in traces if not row.get("client")]
-
-    @classmethod
-    def from_config(cls, federation: FederationSpec, config: DevicesConfig | None) -> Devices:
-        """Create the devices that a configuration describes.
-
-        Args:
-            federation: The federation.
-            config: The configuration of devices. If None, only the settings of the clients
-                determine the devices.
-
-        Raises:
-            UserError: If the device file cannot be read or contradicts the configuration.
-        """
-        config = config or DevicesConfig()
-        traces = read_traces(config.file) if config.file is not None else []
-        duplicates = [
-            n for n in NUMBERS if getattr(config, n) is not None and any(n in row for row in traces)
-        ]
-        if duplicates:
-            raise UserError(
-                f"devices.{duplicates[0]}: cannot be combined with column '{duplicates[0]}' of "
-                f"{config.file}; remove one of them"
-            )
-        day = config.availability.day if config.availability is not None else DAY
-        for row in traces:
-            if "online" in row and row["online"][-1][1] > day:
-                raise UserError(
-                    f"devices.file: {config.file}: `online` must be <= {day:g}, the seconds of a "
-                    f"day, got {row['online'][-1][1]:g}"
-                )
-            if row.get("client") and row["client"] not in federation.client_infos:
-                known = islice(federation.client_infos, MAX_SUGGESTED_FROM)
-                raise UserError(
-                    f"devices.file: {config.file}: unknown client '{row['client']}'"
-                    f"{suggest_or_list(row['client'], known)}"
-                )
-        return cls(federation, config, traces)
+        self.config = config or DevicesConfig()
 
     def device(self, client_id: str) -> Device:
         """Return the device of a client.
@@ -298,11 +135,11 @@ class Devices:
         """
         own = self.federation.client_infos.profile(client_id).settings.machine
         seed = self.federation.seed
-        trace = self._trace(client_id)
         values: dict[str, float] = {}
         for name in NUMBERS:
-            candidates = (getattr(own, name), trace.get(name), getattr(self.config, name))
-            value = next((v for v in candidates if v is not None), None)
+            value = getattr(own, name)
+            if value is None:
+                value = getattr(self.config, name)
             if isinstance(value, QuantityConfig):
                 value = log_normal(value.median, value.sigma, seed, "device", client_id, name)
             if value is not None:
@@ -310,55 +147,24 @@ class Devices:
         hours = own.availability or self.config.availability
         day = hours.day if hours is not None else DAY
         online: Spans = ()
-        if own.availability is None and "online" in trace:
-            online = trace["online"]
-        elif hours is not None:
+        if hours is not None:
             online = _online_hours(hours, uniform(seed, "device", client_id, "phase"))
         return Device(**values, online=online, day=day)
 
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the content of the device file, or "" if there is no file."""
-        rows = sorted(self._named.items()), self._drawn
-        return hashlib.sha256(repr(rows).encode()).hexdigest() if any(rows) else ""
-
     def timing_of_profiles(self) -> Iterator[tuple[str, bool, bool]]:
-        """Yield the timing of each combination of a client profile and a row of the device file.
+        """Yield the timing of each client profile.
 
-        Clients with the same settings have the same profile (see `ClientProfile`). Only rows that
-        may apply to a client of the profile are considered.
+        Clients with the same settings have the same profile (see `ClientProfile`).
 
         Yields:
             Id of an example client, whether tasks take time while the client is online, and whether
             the client is always online.
         """
-        client_infos = self.federation.client_infos
-        num_named = Counter(client_infos.profile(client_id).first for client_id in self._named)
-        combinations = [
-            (client_id, client_infos.profile(client_id), row)
-            for client_id, row in self._named.items()
-        ]
-        for profile in client_infos.profiles:
-            if profile.count > num_named[profile.first]:
-                combinations += [(profile.first, profile, row) for row in self._drawn or [Trace()]]
-        for client_id, profile, trace in combinations:
+        for profile in self.federation.client_infos.profiles:
             own = profile.settings.machine
             takes_time = any(getattr(s, n) for s in (own, self.config) for n in DURATION_FIELDS)
-            takes_time = takes_time or any(
-                trace.get(n, math.inf) < math.inf for n in DURATION_FIELDS
-            )
             hours = own.availability or self.config.availability
-            spans = trace.get("online") if own.availability is None else None
-            yield client_id, takes_time, spans is None and (hours is None or hours.share == 1)
-
-    def _trace(self, client_id: str) -> Mapping[str, Any]:
-        if client_id in self._named:
-            return self._named[client_id]
-        if not self._drawn:
-            return {}
-        return self._drawn[
-            stream_key(self.federation.seed, "device", client_id, "trace") % len(self._drawn)
-        ]
+            yield profile.first, takes_time, hours is None or hours.share == 1
 
 
 def _online_hours(hours: AvailabilityConfig, random_phase: float) -> Spans:

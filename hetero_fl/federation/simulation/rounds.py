@@ -1,10 +1,9 @@
-"""Trainers of synchronous rounds with simulated or real time and repeated attempts."""
+"""Trainers of synchronous rounds with simulated or real time."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from typing_extensions import override
@@ -24,42 +23,11 @@ from hetero_fl.federation.trainer import Record
 from hetero_fl.federation.upload_collector import DAMAGED, UploadCollector
 
 
-@dataclass
-class RoundAttempt:
-    """One attempt at a round.
-
-    Attributes:
-        schedule: Schedule of the tasks.
-        failed: Reasons why clients failed, keyed by client id.
-        late: Ids of clients that had not replied when the round ended.
-    """
-
-    schedule: Schedule
-    failed: dict[str, str]
-    late: list[str]
-
-    @property
-    def counts(self) -> Counter[str]:
-        """Number of tasks, keyed by outcome.
-
-        The outcomes are "arrived", "failed" and "late". The entry "invited" is the sum of these
-        entries.
-        """
-        invited = len(self.schedule.tasks)
-        late = len(self.late)
-        failed = len(self.failed)
-        return Counter(invited=invited, arrived=invited - late - failed, failed=failed, late=late)
-
-    def task_rows(self) -> list[list[object]]:
-        """Return a list `[client, start, end, outcome]` for each task, with times in seconds."""
-        return self.schedule.record(self.failed, self.late)
-
-
 class ScheduledTrainer(SynchronousTrainer):
     """Synchronous trainer with the policies of a `SimulationEnvironment`.
 
-    The environment determines how cohorts are sampled, how much time tasks take, and whether rounds
-    with too few uploads are repeated.
+    The environment determines how cohorts are sampled, how much time tasks take, and what happens
+    in rounds with too few uploads.
 
     Args:
         *args: Arguments of `SynchronousTrainer`.
@@ -72,82 +40,48 @@ class ScheduledTrainer(SynchronousTrainer):
         self.environment = environment
         self.sampler = ClientSampler(environment)
         self._sampled_at = 0.0
-        self._attempts: list[RoundAttempt] = []
+        self._schedule = immediate_schedule([])
+        # Clients of the last round that failed or had not replied when the round ended.
+        self._failed: Collection[str] = ()
+        self._late: Collection[str] = ()
 
     @property
     @override
     def on_too_few(self) -> str:
         return self.environment.on_too_few
 
-    @property
-    @override
-    def fingerprint(self) -> str:
-        return self.environment.devices.fingerprint
-
     @override
     def run_round(self) -> Record:
         start = self.now
         record = super().run_round()
-        # The failures of all attempts are listed, but only the cohort of the last attempt.
-        failed: dict[str, str] = {}
-        for attempt in self._attempts:
-            failed |= attempt.failed
-        record["failed"] = failed
         flags = {key: record.pop(key) for key in ("skipped", "diverged") if key in record}
         return record | self.time_record(start) | flags
 
     @override
-    def sample_cohort(self, round_idx: int, attempt: int = 0) -> list[str]:
-        cohort, self._sampled_at = self.sampler.sample(round_idx, attempt, self.now)
+    def sample_cohort(self, round_idx: int) -> list[str]:
+        cohort, self._sampled_at = self.sampler.sample(round_idx, self.now)
         return cohort
 
     @override
     def collect(self, cohort: list[str]) -> UploadCollector:
-        """Collect the uploads of a cohort, and repeat the round if there are too few uploads.
-
-        The round is repeated only if `on_too_few` is "repeat". Each attempt has a newly sampled
-        cohort. The uploads of the last attempt are returned.
-        """
-        self._attempts = []
-        collector = self.collect_attempt(cohort, 0)
-        while not collector.is_sufficient and self.on_too_few == "repeat":
-            number = len(self._attempts)
-            if number == self.policy.attempts:
-                break
-            # Free the uploads before the next attempt.
-            del collector
-            self.store.discard()
-            self._set_round_context(self.round_idx)
-            collector = self.collect_attempt(self.sample_cohort(self.round_idx, number), number)
-        return collector
-
-    def collect_attempt(self, cohort: list[str], number: int) -> UploadCollector:
-        """Make one attempt at the round, and return the collected uploads.
-
-        Args:
-            cohort: Ids of the clients.
-            number: Number of earlier attempts.
-        """
         collector = UploadCollector(self, cohort)
-        collector.attempts = number + 1
-        schedule = self.run_attempt(collector, number)
-        self._attempts.append(RoundAttempt(schedule, collector.failed, collector.late))
-        self.sampler.update(schedule, collector.losses, self.round_idx)
+        self._schedule = self.run_tasks(collector)
+        self._failed = collector.failed
+        self._late = collector.late
         return collector
 
-    def run_attempt(self, collector: UploadCollector, number: int) -> Schedule:
+    def run_tasks(self, collector: UploadCollector) -> Schedule:
         """Collect the uploads of a cohort, and return the schedule of the tasks.
 
         Args:
             collector: Collector of the uploads.
-            number: Number of earlier attempts.
         """
         schedule = immediate_schedule(collector.cohort, self._sampled_at)
-        self.exchange(schedule, collector, collector.cohort, task=0)
+        self.exchange(schedule, collector, collector.cohort)
         return schedule
 
     def exchange(
-        self, schedule: Schedule, collector: UploadCollector, clients: Sequence[str], task: int
+        self, schedule: Schedule, collector: UploadCollector, clients: Sequence[str]
     ) -> None:
         """Run the exchanges of a round.
 
@@ -157,7 +91,6 @@ class ScheduledTrainer(SynchronousTrainer):
             schedule: Schedule of the round.
             collector: Collector of the replies.
             clients: Ids of the clients of the cohort that participate.
-            task: Number of the tasks, which seeds random draws.
         """
         for exchange in collector.exchanges(clients):
             present: Collection[str] = schedule.computing
@@ -167,7 +100,7 @@ class ScheduledTrainer(SynchronousTrainer):
                 if client_id not in present:
                     collector.request(exchange, client_id)
             replying = [client_id for client_id in exchange.clients if client_id in present]
-            for client_id, reply in self.replies(schedule, collector, exchange, replying, task):
+            for client_id, reply in self.replies(schedule, collector, exchange, replying):
                 collector.add(exchange, client_id, reply)
                 # Free the upload before the next client trains.
                 del reply
@@ -180,7 +113,6 @@ class ScheduledTrainer(SynchronousTrainer):
         collector: UploadCollector,
         exchange: Exchange,
         clients: Sequence[str],
-        task: int,
     ) -> Iterator[tuple[str, Reply]]:
         """Send the requests of an exchange, and yield the replies in the order of `clients`.
 
@@ -189,7 +121,6 @@ class ScheduledTrainer(SynchronousTrainer):
             collector: Collector that creates the requests.
             exchange: The exchange.
             clients: Ids of the clients that reply.
-            task: Number of the tasks, which seeds random draws.
 
         Yields:
             Pairs of client id and reply.
@@ -212,28 +143,21 @@ class ScheduledTrainer(SynchronousTrainer):
         return {}
 
     def task_record(self) -> dict[str, Any]:
-        """Return the entries of the round's record for the tasks of all attempts.
+        """Return the entries `counts` and `tasks` of the round's record.
 
-        The entries are `counts`, `tasks` and, if the round was repeated, `attempts`.
+        The count "invited" is the sum of the others.
         """
-        counts: Counter[str] = sum((attempt.counts for attempt in self._attempts), Counter())
-        names = ("invited", "arrived", "failed", "late")
-        record: dict[str, Any] = {"counts": {name: counts[name] for name in names}}
-        if len(self._attempts) > 1:
-            record["attempts"] = len(self._attempts)
-        record["tasks"] = [row for attempt in self._attempts for row in attempt.task_rows()]
-        return record
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        known = self.sampler.state_dict()
-        return state | {"invitation": known} if known else state
+        counts = {
+            "invited": len(self._schedule.tasks),
+            "arrived": len(self._schedule.tasks) - len(self._late) - len(self._failed),
+            "failed": len(self._failed),
+            "late": len(self._late),
+        }
+        return {"counts": counts, "tasks": self._schedule.record(self._failed, self._late)}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.sampler.load_state_dict(state.get("invitation", {}))
         self.now = state.get("now", 0.0)
 
 
@@ -248,21 +172,20 @@ class SimulatedTrainer(ScheduledTrainer):
         self.upload_sizes = UploadSizes(self.algorithm, self.federation, self.expectations)
 
     @override
-    def run_attempt(self, collector: UploadCollector, number: int) -> Schedule:
+    def run_tasks(self, collector: UploadCollector) -> Schedule:
         """Collect the uploads that arrive in time, and return the schedule of the tasks.
 
         Other uploads are not computed. If too few uploads would arrive in time, no upload is
         computed.
         """
         cohort = collector.cohort
-        task = task_number(self.round_idx, number)
         sizes = {client_id: self._sizes(client_id, len(cohort)) for client_id in cohort}
         schedule = make_schedule(
             cohort,
             self.environment,
             lambda client_id: total_bytes(sizes[client_id].values()),
             self._sampled_at,
-            task,
+            self.round_idx,
         )
         for client_id, reason in schedule.failed.items():
             collector.fail(client_id, reason)
@@ -270,7 +193,7 @@ class SimulatedTrainer(ScheduledTrainer):
         requested: Sequence[str] = ()
         if schedule.num_expected >= self.policy.least:
             requested = cohort if self.protocol.setup else schedule.computing
-            self.exchange(schedule, collector, requested, task)
+            self.exchange(schedule, collector, requested)
         else:
             # There are too few uploads for an aggregation, so none is computed.
             for client_id in schedule.computing:
@@ -287,15 +210,14 @@ class SimulatedTrainer(ScheduledTrainer):
         collector: UploadCollector,
         exchange: Exchange,
         clients: Sequence[str],
-        task: int,
     ) -> Iterator[tuple[str, Reply]]:
-        replies = super().replies(schedule, collector, exchange, clients, task)
+        replies = super().replies(schedule, collector, exchange, clients)
         outcomes = {c: schedule.tasks[c].outcome for c in schedule.computing}
         has_faults = any(outcome.kind in ("twice", "corrupted") for outcome in outcomes.values())
         if exchange.kind != "train" or not has_faults:
             return replies
         return drop_duplicates(
-            inject_faults(replies, outcomes, self.federation.seed, "changed", task)
+            inject_faults(replies, outcomes, self.federation.seed, "changed", self.round_idx)
         )
 
     def _sizes(self, client_id: str, cohort_size: int) -> dict[str, tuple[int, int]]:
@@ -329,15 +251,3 @@ class SimulatedTrainer(ScheduledTrainer):
     @override
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"now": self.now}
-
-
-def task_number(round_idx: int, attempt: int) -> int:
-    """Return the number of the tasks of an attempt, which seeds random draws.
-
-    The number is `round_idx` for the first attempt.
-
-    Args:
-        round_idx: Index of the round, from 0.
-        attempt: Number of earlier attempts at the round.
-    """
-    return attempt << 32 | round_idx

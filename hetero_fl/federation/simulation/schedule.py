@@ -60,14 +60,10 @@ class SimulationEnvironment:
             config: The configuration.
             connected_clients: Function that returns the ids of the connected clients. Ignored
                 unless clients are on other machines.
-
-        Raises:
-            UserError: If the device file cannot be read, is malformed or contradicts the
-                configuration.
         """
         policy = config.cohort
         is_distributed = federation.data.is_distributed
-        devices = Devices.from_config(federation, None if is_distributed else config.devices)
+        devices = Devices(federation, None if is_distributed else config.devices)
         settings = (config.devices, config.faults, policy.deadline)
         has_settings = any(setting is not None for setting in settings)
         return cls(
@@ -131,10 +127,6 @@ class SimulationEnvironment:
             (
                 faults.delay != FaultsConfig().delay and not faults.late,
                 "faults.delay: has no effect, because faults.late is 0",
-            ),
-            (
-                policy.attempts != CohortConfig().attempts and policy.too_few != "repeat",
-                "cohort.attempts: has no effect unless cohort.too_few is repeat",
             ),
         ]
         return [line for applies, line in rules if applies] + self._unreachable_deadline()

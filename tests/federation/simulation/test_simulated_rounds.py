@@ -21,7 +21,6 @@ from hetero_fl.federation.channel import UploadSizes
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.devices import Device, Devices, Timing, local_steps
 from hetero_fl.federation.simulation.faults import Faults, flip_bytes
-from hetero_fl.federation.simulation.sampling import PENALTY
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import Record
 from hetero_fl.utils.errors import RunFailedError, UserError
@@ -43,7 +42,7 @@ def federation(**changes: Any) -> FederationSpec:
 
 
 def devices(spec: FederationSpec, **section: Any) -> Devices:
-    return Devices.from_config(spec, DevicesConfig.model_validate(section))
+    return Devices(spec, DevicesConfig.model_validate(section))
 
 
 def test_speeds_depend_only_on_the_client_id() -> None:
@@ -76,9 +75,7 @@ def test_log_normal_speeds_have_configured_median_and_spread(
     )
 
 
-def test_group_device_overrides_defaults(tmp_path: Path) -> None:
-    traces = tmp_path / "traces.csv"
-    traces.write_text("client,up,online\nfast,7,0-10;20-30\n,9,\n")
+def test_group_device_overrides_defaults() -> None:
     groups = [
         {
             "name": "slow",
@@ -87,13 +84,10 @@ def test_group_device_overrides_defaults(tmp_path: Path) -> None:
         },
         {"name": "fast", "model": "mlp"},
     ]
-    result = devices(federation(clients__groups=groups), speed=100, file=str(traces))
+    result = devices(federation(clients__groups=groups), speed=100, up=9)
     slow, fast = result.device("slow"), result.device("fast")
-    assert (slow.speed, slow.up, fast.speed, fast.up) == (5, 9, 100, 7)
-    assert slow.online == ((0.0, 21600.0), (64800.0, 86400.0)) and fast.online == (
-        (0.0, 10.0),
-        (20.0, 30.0),
-    )
+    assert (slow.speed, slow.up, fast.speed, fast.up) == (5, 9, 100, 9)
+    assert slow.online == ((0.0, 21600.0), (64800.0, 86400.0)) and fast.online == ()
 
 
 def slowly(device: Device, at: float, busy: float) -> float:
@@ -159,21 +153,6 @@ def test_faults_are_drawn_by_client_and_task() -> None:
     assert {f.kind for f in failed} == {"during", "fine"}
 
 
-def test_fingerprint_covers_file_content(tmp_path: Path) -> None:
-    spec, file = federation(), tmp_path / "a.csv"
-    prints = []
-    for text in (
-        "speed,up\n5,6\n",
-        "speed,up\n5.0, 6\n",
-        "speed,up\n5,7\n",
-        "client,speed,up\nsite_1,5,6\n",
-    ):
-        file.write_text(text)
-        prints.append(devices(spec, file=str(file)).fingerprint)
-    assert prints[0] == prints[1] and len(set(prints)) == 3
-    assert devices(spec).fingerprint == devices(spec, speed=5).fingerprint == ""
-
-
 @each_case(
     ("changes", "who"),
     [
@@ -186,21 +165,13 @@ def test_fingerprint_covers_file_content(tmp_path: Path) -> None:
             {"clients__overrides": [{"match": "site_2", "machine": {"speed": 5}}]},
             "devices: tasks of site_1",
         ),
-        ({"traces": "client,speed\nsite_2,5\n"}, "devices: tasks of site_1"),
-        ({"traces": "client,speed\nsite_1,5\nsite_2,5\nsite_3,5\n"}, None),
-        ({"traces": 'speed,up\n5,\n,""\n'}, "devices: tasks of site_1"),
-        ({"traces": "speed,up\n5,\n,6\n"}, None),
         ({"faults": {"late": 0.1}}, "faults.late: tasks of site_1"),
         ({"faults": {"late": 0.1}, "devices": {"speed": 1e6}}, None),
     ],
 )
 def test_instant_clients_are_refused_among_timed_ones(
-    changes: dict[str, Any], who: str | None, tmp_path: Path
+    changes: dict[str, Any], who: str | None
 ) -> None:
-    changes = dict(changes)
-    if (text := changes.pop("traces", None)) is not None:
-        (tmp_path / "a.csv").write_text(text)
-        changes["devices"] = {"file": str(tmp_path / "a.csv")}
     source = config("fedavg", "mlp", 3, **changes)
     prepare(source)
     source["runtime"]["mode"] = "async"
@@ -476,31 +447,21 @@ def test_checksum_detects_every_flipped_byte(
         )
 
 
-def test_too_few_uploads_repeat_skip_or_fail() -> None:
+def test_too_few_uploads_skip_or_fail() -> None:
     source = config(
         "fedavg", "mlp", 6, clients__per_round=3, faults={"lost": 0.6}, rounds=4, seed=1
     )
-    _, records = run_rounds({**source, "cohort": {"least": 2, "too_few": "repeat", "attempts": 50}})
-    assert all(len(r["train_loss"]) >= 2 for r in records) and any(
-        r.get("attempts", 1) > 1 for r in records
-    )
-    for record in records:
-        arithmetic(record)
-        assert record["counts"]["invited"] == 3 * record.get("attempts", 1)
     _, timed_records = run_rounds({**source, "cohort": {"least": 2, "too_few": "skip"}})
     again = rounds_of({**source, "cohort": {"least": 2, "too_few": "skip"}}, num_rounds=0)
     assert any(r.get("skipped") for r in timed_records)
     for record in timed_records:
+        arithmetic(record)
         before = {slot: dict(model) for slot, model in again.server.models.items()}
         again.run_round()
         unchanged = all(same_bits(before[slot], again.server.models[slot]) for slot in before)
         assert unchanged == record.get("skipped", False) == (len(record["train_loss"]) < 2)
     with pytest.raises(RunFailedError, match=r"of at least 2 usable uploads from 3 clients"):
         run_rounds({**source, "cohort": {"least": 2, "too_few": "fail"}})
-    with pytest.raises(RunFailedError, match=r"no usable upload from 3 clients, 2 times"):
-        run_rounds(
-            {**source, "faults": {"lost": 1.0}, "cohort": {"too_few": "repeat", "attempts": 2}}
-        )
 
 
 def test_failed_round_reports_client_outcomes() -> None:
@@ -539,8 +500,7 @@ def test_skipped_round_discards_client_state() -> None:
     } == before
 
 
-@each_case("sampling", ["available", "oort"])
-def test_only_online_clients_are_sampled(sampling: str) -> None:
+def test_only_online_clients_are_sampled() -> None:
     devices = {**SLOW, "availability": {"share": 0.4, "day": 600}}
     source = config(
         "fedavg",
@@ -549,7 +509,7 @@ def test_only_online_clients_are_sampled(sampling: str) -> None:
         rounds=6,
         clients__per_round=3,
         devices=devices,
-        cohort={"sampling": sampling},
+        cohort={"sampling": "available"},
         data__partition=MANY,
     )
     rounds, records = run_rounds(source)
@@ -568,82 +528,6 @@ def test_only_online_clients_are_sampled(sampling: str) -> None:
     assert any(start > 0 for start in starts)
 
 
-OORT = config(
-    "fedavg",
-    "mlp",
-    12,
-    clients__per_round=4,
-    devices=SLOW,
-    cohort={"sampling": "oort"},
-    data__partition=MANY,
-)
-
-
-def test_oort_prefers_fast_clients_with_high_losses() -> None:
-    rounds = rounds_of(OORT, num_rounds=0)
-    ids = list(rounds.federation.client_infos)
-    rounds.sampler.known = {
-        client_id: [100.0 if i < 6 else 1.0, 1.0 if i % 2 else 50.0, 0.0]
-        for i, client_id in enumerate(ids)
-    }
-    drawn = Counter(
-        client_id
-        for round_idx in range(200)
-        for client_id in rounds.sampler.sample(round_idx, 0, 0.0)[0]
-    )
-    quick, slow = (
-        [drawn[client_id] for client_id in ids[1:6:2]],
-        [drawn[client_id] for client_id in ids[6::2]],
-    )
-    assert min(quick) > 3 * max(slow) and sum(drawn.values()) == 800
-    fresh = rounds_of(OORT)
-    assert 4 <= len(fresh.sampler.known) <= 8 and set(fresh.sampler.known) <= set(ids)
-    assert all(math.isfinite(v) for known in fresh.sampler.known.values() for v in known)
-
-
-def test_oort_lowers_the_utility_of_clients_slower_than_the_median() -> None:
-    sampler = rounds_of(OORT, num_rounds=0).sampler
-    sampler.known = {
-        "site_1": [10.0, 1.0, 0.0],
-        "site_2": [10.0, 2.0, 0.0],
-        "site_3": [10.0, 8.0, 0.0],
-    }
-
-    utility = sampler.utilities(["site_1", "site_2", "site_3"], 1)
-
-    bonus = math.sqrt(0.1 * math.log(2))
-    assert utility["site_1"] == utility["site_2"] == pytest.approx(1 + bonus)
-    assert utility["site_3"] == pytest.approx((1 + bonus) * (2 / 8) ** PENALTY)
-
-
-def test_oort_uses_losses_without_devices() -> None:
-    source = config(
-        "fedavg",
-        "mlp",
-        8,
-        rounds=3,
-        clients__per_round=3,
-        cohort={"sampling": "oort"},
-        data__partition=MANY,
-    )
-    rounds, records = run_rounds(source)
-    assert set(rounds.sampler.known) == {
-        client_id for record in records for client_id in record["cohort"]
-    }
-    last = records[-1]
-    for client_id in last["cohort"]:
-        worth, seconds, round_idx = rounds.sampler.known[client_id]
-        assert worth == rounds.federation.client_infos[client_id].num_rows * last["train_loss"][
-            client_id
-        ] and (
-            seconds,
-            round_idx,
-        ) == (0.0, 2.0)
-    again = rounds_of(source, num_rounds=0)
-    again.sampler.load_state_dict(rounds.sampler.state_dict())
-    assert again.sampler.sample(3, 0, 0.0) == rounds.sampler.sample(3, 0, 0.0)
-
-
 def test_round_waits_for_the_secure_sum_threshold() -> None:
     def online(**changes: Any) -> int:
         source = config(
@@ -657,7 +541,7 @@ def test_round_waits_for_the_secure_sum_threshold() -> None:
             **changes,
         )
         rounds = rounds_of(source, num_rounds=0)
-        return min(len(rounds.sampler.sample(round_idx, 0, 0.0)[0]) for round_idx in range(6))
+        return min(len(rounds.sampler.sample(round_idx, 0.0)[0]) for round_idx in range(6))
 
     assert online() < 4 <= online(channel={"secure_sum": {"threshold": 4}})
 

@@ -35,8 +35,7 @@ METHODS = [name for name in REFERENCES if name not in ("fd", "fedproto", "fml", 
 BATCH, LR = 32, 0.01
 # Settings of methods whose defaults are not suitable for this benchmark.
 SETTINGS: dict[str, dict[str, Any]] = {
-    # The same number of operations as the two models of the other methods.
-    "heterofl": {"model": "cnn_bn_large", "widths": [1, 0.5]},
+    "heterofl": {"model": "cnn_bn_large"},
     "dense": {"synthesis_epochs": 2, "generator_steps": 5, "student_steps": 10},
 }
 

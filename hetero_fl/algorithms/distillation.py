@@ -302,12 +302,12 @@ class ProxyDistillation(ProxyTraining):
         logits = ItemSpec("rows", private=True, share="predictions", prediction_type="logits")
         return {"logits": logits, **self.label_counts_spec()}
 
-    def label_counts_spec(self, use: Literal["sum", "each"] = "sum") -> Mapping[str, ItemSpec]:
+    def label_counts_spec(self) -> Mapping[str, ItemSpec]:
         """Return the declaration of label counts.
 
         The mapping is empty if the teacher is not aligned.
         """
-        spec = ItemSpec("counts", use, private=True, share="statistics")
+        spec = ItemSpec("counts", private=True, share="statistics")
         return {COUNTS: spec} if self.align else {}
 
     def upload_predictions(self, client: Participant) -> Plan[Items]:

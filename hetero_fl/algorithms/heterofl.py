@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 import torch
@@ -27,20 +26,19 @@ from hetero_fl.algorithms.base import (
 )
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.algorithms.local_training import local_fit
+from hetero_fl.config.base import Dropped
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import Masked
 from hetero_fl.core.participant import ClientDirectory, ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Plan, Predict, Rows
-from hetero_fl.utils.errors import UserError, suggest_or_list
-from hetero_fl.utils.ordering import natural_key, natural_order
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.ordering import natural_key
 from model_zoo import can_narrow, narrow_options, share_of
 
 # The smallest width of Diao et al. 2021.
 MIN_WIDTH = 1 / 16
-# Largest number of clients whose widths are configured by client id.
-MAX_LISTED_CLIENTS = 1000
 # Default wide models, keyed by the number of input dimensions. The key 0 stands for tokens.
 DEFAULT_MODELS = {
     0: ModelConfig(name="text_cnn"),
@@ -72,103 +70,43 @@ def choose_model(client_infos: ClientDirectory) -> ModelConfig:
     return ModelConfig(name=wide.name, feature_dim=wide.feature_dim, **dict(wide.options))
 
 
-def choose_widths(
-    configured: Mapping[str, float] | Sequence[float] | None,
-    model: ModelConfig,
-    client_infos: ClientDirectory,
-) -> dict[str, float] | None:
-    """Return the width of each client's model, keyed by client id.
-
-    A width is the share of the wide model's channels that a client trains.
+def check_widths(model: ModelConfig, client_infos: ClientDirectory) -> None:
+    """Check that a model can be narrowed, and that a client has its full width.
 
     Args:
-        configured: The setting `algorithm.widths`. If None, widths are derived from the clients'
-            models.
         model: The wide model.
         client_infos: All clients.
 
-    Returns:
-        The widths, or None if there are more than `MAX_LISTED_CLIENTS` clients. In the latter case,
-        widths follow from the clients' models.
-
     Raises:
-        UserError: If the model cannot be narrowed or the widths do not suit the clients.
+        UserError: If the model does not suit the clients.
     """
     if not can_narrow(model.name):
         raise UserError(
             f"algorithm.model: {model.name} has no narrower copies; choose mlp, tabular, a cnn or "
             "a resnet"
         )
-    if len(client_infos) > MAX_LISTED_CLIENTS:
-        if configured is not None:
-            raise UserError(
-                f"algorithm.widths: expected at most {MAX_LISTED_CLIENTS:,} clients, got "
-                f"{len(client_infos):,}; leave it out and set models of these widths in the groups"
-            )
-        widest = max(client_infos.profiles, key=lambda p: derive_width(p.arch, model))
-        _check_full_width(model, derive_width(widest.arch, model))
-        return None
-    client_ids = natural_order(client_infos)
-    if configured is None:
-        widths = {c: derive_width(client_infos[c].arch, model) for c in client_ids}
-    elif isinstance(configured, Mapping):
-        widths = _match_widths(configured, client_ids)
-    elif configured:
-        widths = {c: configured[i % len(configured)] for i, c in enumerate(client_ids)}
-    else:
+    widest = max(derive_width(profile.arch, model) for profile in client_infos.profiles)
+    if widest < 1:
         raise UserError(
-            "algorithm.widths: expected at least one width, got []; set for example [1, 0.5, 0.25]"
+            f"algorithm.model: at least one client must have the full width of {model.name}, the "
+            f"widest has {widest:g}; choose a narrower model"
         )
-    for client_id, width in widths.items():
-        if not 0 < width <= 1:
-            raise UserError(f"algorithm.widths: {client_id}: must be > 0 and <= 1, got {width:g}")
-    _check_full_width(model, max(widths.values()))
-    return widths
 
 
-def _match_widths(configured: Mapping[str, float], client_ids: Sequence[str]) -> dict[str, float]:
-    """Return the width of each client, set by the first pattern that matches the client's id."""
-    for pattern in configured:
-        if not any(fnmatchcase(client_id, pattern) for client_id in client_ids):
-            raise UserError(
-                f"algorithm.widths: unknown client '{pattern}'"
-                f"{suggest_or_list(pattern, client_ids)}"
-            )
-    widths = {}
-    for client_id in client_ids:
-        matched = [w for pattern, w in configured.items() if fnmatchcase(client_id, pattern)]
-        if not matched:
-            raise UserError(
-                f"algorithm.widths: missing width for {client_id}; use '*': 1 for all others"
-            )
-        widths[client_id] = matched[0]
-    return widths
-
-
-def describe_widths(
-    model: ModelConfig, widths: Mapping[str, float] | None, client_infos: ClientDirectory
-) -> list[str]:
+def describe_widths(model: ModelConfig, client_infos: ClientDirectory) -> list[str]:
     """Describe the wide model and the width of each client in one line.
 
     Args:
         model: The wide model.
-        widths: Widths, keyed by client id. If None, widths are derived from the clients' models.
         client_infos: All clients.
     """
-    if widths is None:
-        profiles = defaultdict(list)
-        for profile in client_infos.profiles:
-            profiles[derive_width(profile.arch, model)].append(profile)
-        listed = {width: client_infos.format_clients(some, 4) for width, some in profiles.items()}
-    else:
-        members = defaultdict(list)
-        for client_id, width in widths.items():
-            members[width].append(client_id)
-        listed = {
-            width: ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
-            for width, ids in members.items()
-        }
-    parts = [f"width {w:g} for {listed[w]}" for w in sorted(listed, reverse=True)]
+    profiles = defaultdict(list)
+    for profile in client_infos.profiles:
+        profiles[derive_width(profile.arch, model)].append(profile)
+    parts = [
+        f"width {w:g} for {client_infos.format_clients(profiles[w], 4)}"
+        for w in sorted(profiles, reverse=True)
+    ]
     return [f"algorithm.model is {model.name} and replaces clients' models: {'; '.join(parts)}"]
 
 
@@ -204,14 +142,6 @@ def _relative_width(arch: ModelSpec, wide: ModelSpec) -> float | None:
     if arch.feature_dim != wide.feature_dim:
         return None
     return share_of(arch.name, dict(arch.options), wide.name, dict(wide.options))
-
-
-def _check_full_width(model: ModelConfig, widest: float) -> None:
-    if widest < 1:
-        raise UserError(
-            f"algorithm.widths: at least one client must have the full width of {model.name}, the "
-            f"widest has {widest:g}; set a width to 1 or choose a narrower algorithm.model"
-        )
 
 
 # Names of the tensors of the head. With `masked`, the head is uploaded as one padded tensor, so
@@ -269,9 +199,12 @@ class HeteroFL(FedAvg):
     are averaged. Each client is evaluated with its own slice of the wide model. The wide model is
     evaluated only if it has no BatchNorm.
 
+    The width of a client is that of the client's model, if this model is a narrower copy of the
+    wide model. Otherwise, it is the power of two from 1/16 to 1 that is nearest to the square root
+    of the ratio of parameter counts.
+
     Use this method where clients differ in compute only. At least one client must have the full
-    width. The setting `widths` supports at most 1,000 clients. For more clients, set models of
-    these widths for the groups of clients.
+    width.
 
     Deviations: the mask of absent classes is off by default. The mask reveals a client's classes to
     the server and requires `statistics` in `shares`. The outputs of narrow models are divided in
@@ -283,14 +216,19 @@ class HeteroFL(FedAvg):
 
     Example:
         >>> from hetero_fl.algorithms import HeteroFL
-        >>> method = HeteroFL(model="cnn", widths=[1, 0.5])
-        >>> method.model.name, method.needs.models_per_client
-        ('cnn', True)
+        >>> HeteroFL(model="cnn", masked=True).model.name
+        'cnn'
     """
 
     title = "HeteroFL"
     shared = SharedPart(local="batch_norm_statistics")
     uploads = {"model": ItemSpec("params"), "head": ItemSpec("params", private=True)}
+
+    dropped = {
+        "widths": Dropped(
+            "'widths' was removed; set models of these widths for the groups of clients"
+        )
+    }
 
     weighting: Literal["uniform", "samples"] = Field(
         "uniform", description="client weights: all equal, or w_k = n_k"
@@ -299,13 +237,6 @@ class HeteroFL(FedAvg):
         None,
         description="the wide model; `null`: the widest model of the clients' most frequent "
         "family that can be narrowed, or else cnn_gn_medium, mlp or text_cnn by the kind of data",
-    )
-    widths: dict[str, float] | list[float] | None = Field(
-        None,
-        description="widths relative to the wide model, by client id or pattern, or as a list that "
-        "is cycled over the clients; `null`: the width of the client's model if it is a "
-        "narrower copy of the wide model, else the power of two from 1/16 to 1 that is nearest to "
-        "the square root of the ratio of parameter counts",
     )
     scaler: bool = Field(
         True, description="whether to divide layer outputs of a narrow model by its width"
@@ -321,7 +252,6 @@ class HeteroFL(FedAvg):
         """Requirements of the method: one model family for all clients."""
         return Needs(
             also=("one model family",),
-            models_per_client=self.widths is not None,
             shared_model=True,
             unused_options=("fine_tune_epochs",) if self.masked else (),
         )
@@ -329,14 +259,13 @@ class HeteroFL(FedAvg):
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         model = self.model or choose_model(clients)
-        widths = choose_widths(self.widths, model, clients)
+        check_widths(model, clients)
         shapes = sorted({profile.arch.input_shape for profile in clients.profiles})
         if self.masked and len(shapes) > 1:
             raise UserError(
                 f"algorithm.masked: examples must have the same shape for all clients, got {shapes}"
             )
-        method = self.model_copy(update={"model": model, "widths": widths})
-        return method, describe_widths(model, widths, clients)
+        return self.model_copy(update={"model": model}), describe_widths(model, clients)
 
     def wide_model(self, arch: ModelSpec) -> ModelSpec:
         """Return the wide model with the input shape and outputs of a client's architecture."""
@@ -345,18 +274,14 @@ class HeteroFL(FedAvg):
 
     @override
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
-        assert self.model is not None and not isinstance(self.widths, list), "set by configure"
+        assert self.model is not None, "configure sets the model"
         wide = self.wide_model(client.arch)
-        if self.widths is None:
-            width = derive_width(client.arch, self.model)
-            label = f"slice of {wide.name}"
-        else:
-            width = self.widths[client.client_id]
-            label = f"{wide.name} at {width:.3g}"
+        width = derive_width(client.arch, self.model)
         if width == 1:
             return {"model": wide}
         name, options = narrow_options(wide.name, dict(wide.options), width, self.scaler)
         narrow = replace(wide, name=name, options=tuple(sorted(options.items())))
+        label = f"{wide.name} at {width:.3g}"
         return {"model": replace(narrow, label=label, family=wide.spec_id)}
 
     @override

@@ -42,9 +42,9 @@ def test_tensors_shared_by_architectures_stay_equal() -> None:
 
 
 def test_heterofl_weights_widths_by_rows_and_staleness() -> None:
-    wide = {"name": "mlp", "hidden": [16]}
-    algorithm = {"name": "heterofl", "model": wide, "widths": [1, 0.5, 0.5], "weighting": "samples"}
-    wide_config = config("heterofl", wide, clients=3, algorithm=algorithm)
+    models = [{"name": "mlp", "hidden": [hidden]} for hidden in (16, 8, 8)]
+    algorithm = {"name": "heterofl", "model": models[0], "weighting": "samples"}
+    wide_config = config("heterofl", models, clients=3, algorithm=algorithm)
     wide_config["runtime"] |= {
         "mode": "async",
         "buffer": 2,

@@ -19,10 +19,20 @@ from tests.support.federations import MIXED, config, deployed, rounds_of
 WIDE = {"name": "cnn", "width": 8, "norm": "batch"}
 
 
+def copies(model: dict[str, Any], *widths: int) -> list[dict[str, Any]]:
+    """Return copies of a CNN with other widths."""
+    return [{**model, "width": width} for width in widths]
+
+
 def federation(
-    models: Any = MIXED, clients: int = 5, rounds: int = 2, **settings: Any
+    model: dict[str, Any] = WIDE,
+    widths: tuple[int, ...] = (8, 4, 2),
+    clients: int = 5,
+    rounds: int = 2,
+    **settings: Any,
 ) -> dict[str, Any]:
-    algorithm = {"name": "heterofl", "model": WIDE, "widths": [1, 0.5, 0.25], **settings}
+    algorithm = {"name": "heterofl", **settings}
+    models = copies(model, *widths)
     return config("heterofl", models, clients, algorithm=algorithm, rounds=rounds)
 
 
@@ -63,9 +73,12 @@ def test_family_is_derived_from_client_models(subtests: pytest.Subtests) -> None
             prepared = prepare(config("heterofl", models, clients=3))
 
             chosen = prepared.config.algorithm
-            assert chosen["model"]["name"] == name and list(chosen["widths"].values()) == widths
+            assert chosen["model"]["name"] == name
             assert "replaces clients' models" in prepared.notes[0]
             infos = prepared.federation.client_infos
+            for n, width in enumerate(widths, 1):
+                clients = prepared.notes[0].partition(f"width {width:g} for ")[2]
+                assert f"site_{n}" in clients.partition(";")[0], prepared.notes[0]
             wide = prepared.method.wide_model(infos["site_1"].arch)  # type: ignore[attr-defined]
             for info in infos.values():
                 assert info.arch.shapes.keys() == wide.shapes.keys()
@@ -75,13 +88,9 @@ def test_family_is_derived_from_client_models(subtests: pytest.Subtests) -> None
 
 def test_family_is_recorded_and_reused_on_resume(tmp_path: Path) -> None:
     source = config("heterofl", MIXED, clients=3, rounds=1)
-    finished = run(source, out=tmp_path / "run")
+    run(source, out=tmp_path / "run")
     again = load_config(tmp_path / "run" / "config.yaml")
-    assert (
-        again.algorithm["widths"].keys()
-        == finished.models.keys()
-        == prepare(again).federation.client_infos.keys()
-    )
+    assert again.algorithm["model"]["name"] == "cnn_bn_small"
     assert prepare(again).config == again
     run(source, out=tmp_path / "run", resume=True)
 
@@ -113,7 +122,7 @@ def test_evaluation_applies_scaler_and_mask(subtests: pytest.Subtests) -> None:
     """Compare predictions of a slice of half the width with a forward pass by hand."""
     plain = {"name": "cnn", "width": 8, "norm": "none"}
     for scaler, share in ((True, 0.5), (False, 1.0)):
-        rounds = rounds_of(federation([plain], 3, model=plain, masked=True, scaler=scaler))
+        rounds = rounds_of(federation(plain, clients=3, masked=True, scaler=scaler))
         client = deployed(rounds, "site_2")
         x, t = client.data("common_test", None)["x"], client.models["model"]
         for i, conv in enumerate(("0", "3", "6")):
@@ -135,10 +144,10 @@ def test_evaluation_applies_scaler_and_mask(subtests: pytest.Subtests) -> None:
 
 def test_narrow_client_transfers_fewer_bytes() -> None:
     up = {}
-    for width in (1, 0.25):
-        rounds = rounds_of(federation(clients=2, widths=[1, width], rounds=1))
+    for width in (8, 2):
+        rounds = rounds_of(federation(clients=2, widths=(8, width), rounds=1))
         up[width] = (rounds.traffic.up, rounds.traffic.down)
-    assert up[0.25][0] < 0.7 * up[1][0] and up[0.25][1] < 0.7 * up[1][1]
+    assert up[2][0] < 0.7 * up[8][0] and up[2][1] < 0.7 * up[8][1]
 
 
 def test_widths_follow_models_in_large_populations() -> None:
@@ -148,17 +157,15 @@ def test_widths_follow_models_in_large_populations() -> None:
         {"name": "mlp", "hidden": [2]},
     ]
     drawn = {"kind": "drawn", "alpha": 0.5, "rows": 40}
-    few, many = (prepare(config("heterofl", models, n, data__partition=drawn)) for n in (999, 1002))
-    for prepared, known in ((few, True), (many, False)):
-        assert (prepared.config.algorithm["widths"] is not None) is known
-        client_infos = prepared.federation.client_infos
-        assert len(client_infos.profiles) == 3 and all(
-            "hidden" in dict(kind.arch.options) for kind in client_infos.profiles
-        )
-        ids = list(client_infos.clients.ids)[:3]
-        assert [client_infos[client_id].arch.shapes["head.weight"] for client_id in ids] == [
-            (10, 8),
-            (10, 4),
-            (10, 2),
-        ]
+    many = prepare(config("heterofl", models, 1002, data__partition=drawn))
+    client_infos = many.federation.client_infos
+    assert len(client_infos.profiles) == 3 and all(
+        "hidden" in dict(kind.arch.options) for kind in client_infos.profiles
+    )
+    ids = list(client_infos.clients.ids)[:3]
+    assert [client_infos[client_id].arch.shapes["head.weight"] for client_id in ids] == [
+        (10, 8),
+        (10, 4),
+        (10, 2),
+    ]
     assert "width 1 for site_0001, site_0004" in many.notes[0] and "and 330 more" in many.notes[0]

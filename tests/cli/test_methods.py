@@ -106,11 +106,9 @@ def test_needs_follow_from_the_declarations() -> None:
 
 
 def test_settings_change_requirements() -> None:
-    assert format_needs(describe_needs(register_algorithm["ds_fl"]())) == "proxy set"
-    assert (
-        format_needs(describe_needs(register_algorithm["ds_fl"].model_validate({"bits": 1})))
-        == "proxy set, single uploads"
-    )
+    fedmd = register_algorithm["fedmd"]
+    assert format_needs(describe_needs(fedmd())) == "proxy set"
+    assert format_needs(describe_needs(fedmd(initial_phase=True))) == "labeled proxy set"
 
 
 def test_bounds_and_baselines_are_recognized() -> None:

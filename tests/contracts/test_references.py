@@ -99,13 +99,12 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "fedbabu": [{**ADJUSTED, "finetune": "head", "fine_tune_epochs": 2}],
     "ditto": [{**ADJUSTED, **SOME, "weight": 0.3, "personal_epochs": 2}],
     "heterofl": [
-        {**ADJUSTED, **SOME, "model": {**BN, "width": 8}, "widths": [1, 0.5, 0.25]},
+        {**ADJUSTED, **SOME, "models": [{**BN, "width": width} for width in (8, 4, 2)]},
         {
             **SOME,
             "weighting": "samples",
             "masked": True,
-            "model": {**GN, "width": 8},
-            "widths": [1, 0.5, 0.25],
+            "models": [{**GN, "width": width} for width in (8, 4, 2)],
             "clients__overrides": [{"match": "site_2", "shares": ["parameters"]}],
         },
     ],
@@ -147,9 +146,9 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
     "ds_fl": [
         {**SOME, "sharpen": "power", "beta": 1.7, "teacher": "samples", "proxy_rows": 25},
-        {"sharpen": "none", "teacher": "entropy", "bits": 2, "distill_epochs": 2},
+        {"sharpen": "none", "teacher": "entropy", "distill_epochs": 2},
         {**ADJUSTED, "teacher": "contrast", "align": 0.5, "era_temperature": 0.2},
-        {"bits": 1, "align": 0.5, "temperature": 2.0, **CORRECTED},
+        {"align": 0.5, "temperature": 2.0, **CORRECTED},
         {"teacher": "contrast", "sharpen": "none", "recalibrate": ["proxy_predictions"]},
     ],
     "kt_pfl": [
@@ -389,7 +388,7 @@ LIMITS: list[Case] = [
         ALL,
         {"name": "heterofl", "models": [GN], "weighting": "samples"},
         {"name": "fedavg", "models": [GN]},
-        {"widths": [1, 0.5]},
+        {"models": [{**GN, "width": 8}, {**GN, "width": 4}]},
     ),
     (ALL, {"name": "fedper"}, {"name": "fedavg", **BACKBONES}, {"server_lr": 0.5}),
     (ALL, {"name": "fd", "weight": 0.0}, {"name": "local"}, {"weight": 1.0}),
@@ -432,12 +431,6 @@ LIMITS: list[Case] = [
         {"name": "hybrid", "replay_weight": 0.0, **SOME},
         {"name": "feddf", **FEDDF, "align": 1.0, "distill_epochs": 3, **SOME},
         {"replay_weight": 0.5},
-    ),
-    (
-        ALL,
-        {"name": "ds_fl", "cache_life": 1, "proxy_rows": 20, "rounds": 3},
-        {"name": "ds_fl", "proxy_rows": 20, "rounds": 3},
-        {"cache_life": 3},
     ),
 ]
 

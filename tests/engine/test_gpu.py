@@ -153,7 +153,7 @@ def test_every_feature_matches_the_cpu(feature: str) -> None:
 RESUMED: dict[str, dict[str, Any]] = {
     "scaffold": {},
     "fedper": {},
-    "ds_fl": {"algorithm": {"name": "ds_fl", "proxy_rows": 40, "cache_life": 2, "bits": 2}},
+    "ds_fl": {"algorithm": {"name": "ds_fl", "proxy_rows": 40}},
     "fedavg": {"runtime": {"mode": "async", "buffer": 2}},
 }
 

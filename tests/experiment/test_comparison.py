@@ -133,16 +133,15 @@ def test_choice_uses_the_metric_of_the_task(
 @pytest.mark.slow
 def test_lists_are_not_split_within_brackets(tmp_path: Path, in_process: list[str]) -> None:
     labels = (
-        "local,heterofl:widths=[1,0.5]:model={name: mlp, hidden: [8, 8]},"
-        'heterofl:widths={site_1:1,"site_2":0.5}:model=mlp'
+        "local,fedmd:sharpen=none:clients.defaults.recalibrate=[local_tests,global_tests],"
+        "fml:mentee={name: mlp, hidden: [8, 8]}:alpha=0.7"
     )
     compare(small(), labels, out=tmp_path / "out", grid={})
     assert len(in_process) == 3
-    widths = [
-        Run(tmp_path / "out" / "runs" / name).directory.config()["algorithm"] for name in in_process
-    ]
-    assert widths[1]["widths"] == widths[2]["widths"] == {"site_1": 1.0, "site_2": 0.5}
-    assert widths[1]["model"]["hidden"] == [8, 8]
+    configs = [Run(tmp_path / "out" / "runs" / name).directory.config() for name in in_process]
+    assert configs[2]["algorithm"]["mentee"]["hidden"] == [8, 8]
+    recalibrated = configs[1]["clients"]["defaults"]["recalibrate"]
+    assert recalibrated == ["local_tests", "global_tests"]
     rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
     assert [row["algorithm"] for row in rows] == split_top_level(labels, ",")
 
@@ -171,10 +170,10 @@ def test_label_gives_name_and_overrides(label: str, base: str, name: str) -> Non
 def test_grid_accepts_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = Mock(side_effect=RunFailedError("stopped"))
     monkeypatch.setattr("hetero_fl.experiment.compare", stopped)
-    command = "compare -c c.yaml --algorithms heterofl --out o --grid algorithm.widths=[1,0.5],[1]"
+    command = "compare -c c.yaml --algorithms heterofl --out o --grid algorithm.model=[1,0.5],[1]"
 
     assert main(command.split()) == 1
-    assert stopped.call_args.kwargs["grid"] == {"algorithm.widths": ["[1,0.5]", "[1]"]}
+    assert stopped.call_args.kwargs["grid"] == {"algorithm.model": ["[1,0.5]", "[1]"]}
 
 
 def test_all_selects_the_methods_that_the_configuration_allows(

@@ -57,7 +57,7 @@ SUPPORTED = {
     "fedbuff",
 }
 # all other methods need parts that clients do not share, or equal inputs on all clients
-REFUSED = ("share", "examples of", "example shape", "algorithm.widths")
+REFUSED = ("share", "examples of", "example shape", "algorithm.model")
 
 
 def reduced(method: str, *overrides: str) -> PreparedRun:

@@ -229,7 +229,7 @@ def test_command_line_names_require_the_flag(
 def test_error_search_imports_no_code(trap: str) -> None:
     overrides = [
         "algorithm.align=true",
-        "algorithm.cache_life=3",
+        "algorithm.proxy_rows=1",
         f"algorithm.name={trap}Method",
         "algorithm.name=ds_fl",
     ]

@@ -194,7 +194,7 @@ class DSFL(Deployed):
             self.train(i, model)
             z = self.predict_public(i, model)
             _, weight = self.weighted(i, z)
-            p = self.quantized(z.softmax(-1))
+            p = z.softmax(-1)
             sent.append((p.log().clamp(min=-8) if averages_logarithms else p, weight))
         mean = self.consensus(sent)
         if self.method.align:
@@ -204,18 +204,6 @@ class DSFL(Deployed):
             mean = mean.softmax(-1)
         self.teacher = self.sharpened(mean.clamp(min=TINY))
         self.sampled = self.done
-
-    def quantized(self, p: Tensor) -> Tensor:
-        """Round down to levels, and add the missing levels to the largest remainders."""
-        if self.method.bits is None:
-            return p
-        top = 2**self.method.bits - 1
-        levels = (p * top).floor()
-        rest = p * top - levels
-        for row, part in zip(levels, rest, strict=True):
-            missing = round(float(top - row.sum()))
-            row[part.argsort(descending=True, stable=True)[:missing]] += 1
-        return levels / top
 
 
 class KTpFL(Deployed):

@@ -361,12 +361,15 @@ def test_values_below_the_baseline_are_marked() -> None:
 
 def test_needs_match_classes_and_settings() -> None:
     rows = make_rows(["local", "hybrid", "ensemble"], seeds=[0])
-    rows += [dict(rows[0], algorithm=name) for name in ("ds_fl:bits=1", "python:no.such:Thing")]
+    rows += [
+        dict(rows[0], algorithm=name)
+        for name in ("fedmd:initial_phase=true", "python:no.such:Thing")
+    ]
     found = {line.algorithm: line.needs for line in make_table(rows, BINARY, "last").lines}
     assert found["local"] == "–" and found["hybrid"] == "proxy set or shared architectures"
     assert found["ensemble"] == "all in one place, single uploads"
     assert (
-        found["ds_fl:bits=1"] == "proxy set, single uploads"
+        found["fedmd:initial_phase=true"] == "labeled proxy set"
         and found["python:no.such:Thing"] == "–"
     )
 

@@ -133,7 +133,7 @@ def test_choice_uses_the_metric_of_the_task(
 @pytest.mark.slow
 def test_lists_are_not_split_within_brackets(tmp_path: Path, in_process: list[str]) -> None:
     labels = (
-        "local,fedmd:sharpen=none:clients.defaults.recalibrate=[local_tests,global_tests],"
+        "local,fedmd:sharpen=none:clients.defaults.recalibrate=[local_test,global_test],"
         "fml:mentee={name: mlp, hidden: [8, 8]}:alpha=0.7"
     )
     compare(small(), labels, out=tmp_path / "out", grid={})
@@ -141,7 +141,7 @@ def test_lists_are_not_split_within_brackets(tmp_path: Path, in_process: list[st
     configs = [Run(tmp_path / "out" / "runs" / name).directory.config() for name in in_process]
     assert configs[2]["algorithm"]["mentee"]["hidden"] == [8, 8]
     recalibrated = configs[1]["clients"]["defaults"]["recalibrate"]
-    assert recalibrated == ["local_tests", "global_tests"]
+    assert recalibrated == ["local_test", "global_test"]
     rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
     assert [row["algorithm"] for row in rows] == split_top_level(labels, ",")
 

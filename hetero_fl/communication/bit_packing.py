@@ -107,7 +107,8 @@ def unpack_bits(source: ByteReader, count: int, bits: int) -> Numbers:
 def write_indices(indices: Numbers, strategy: int = zlib.Z_RLE) -> bytes:
     """Encode ascending indices. The number of indices is not part of the result.
 
-    The differences of the indices are written byte by byte (see `pack_bits`) and compressed.
+    The differences of the indices are written byte by byte (see `pack_bits`) and compressed, each
+    byte with a code of its own.
 
     Args:
         indices: At least one index, int64, shape `[K]`.
@@ -115,7 +116,10 @@ def write_indices(indices: Numbers, strategy: int = zlib.Z_RLE) -> bytes:
     """
     gaps = np.diff(indices, prepend=-1) - 1
     compressor = zlib.compressobj(strategy=strategy)
-    coded = compressor.compress(pack_bits(gaps, 32)) + compressor.flush()
+    parts = []
+    for plane in np.split(np.frombuffer(pack_bits(gaps, 32), np.uint8), 4):
+        parts += [compressor.compress(plane), compressor.flush(zlib.Z_PARTIAL_FLUSH)]
+    coded = b"".join([*parts, compressor.flush()])
     return len(coded).to_bytes(4, "little") + coded
 
 

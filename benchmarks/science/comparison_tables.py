@@ -91,8 +91,6 @@ TABLES = {
         {
             "Hit rate@10, global test": "global_last_hit_rate_10",
             "NDCG@10, global test": "global_last_ndcg_10",
-            "Sampled hit rate@10, global test": "global_last_sampled_hit_rate_10",
-            "Sampled NDCG@10, global test": "global_last_sampled_ndcg_10",
             "Hit rate@10, local test": "personal_last_hit_rate_10",
             "NDCG@10, local test": "personal_last_ndcg_10",
         },

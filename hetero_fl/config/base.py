@@ -416,8 +416,9 @@ class Choice:
         names = (*self.names, *self.registered)
         if isinstance(value, str) and (value in names or self._has_affix(value)):
             return value
-        if isinstance(value, str) and value in self.dropped:
-            raise ValueError(f"got '{value}', which was removed; {self.dropped[value]}")
+        if isinstance(value, str) and value.partition(":")[0] in self.dropped:
+            advice = self.dropped[value.partition(":")[0]]
+            raise ValueError(f"got '{value}', which was removed; {advice}")
         if isinstance(value, str) and value in self.synonyms:
             hint = f"; did you mean '{self.synonyms[value]}'?"
         else:

@@ -15,7 +15,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from hetero_fl.config.base import ConfigSection, FilePath, choice_type, format_value
+from hetero_fl.config.base import ConfigSection, Dropped, FilePath, choice_type, format_value
 
 DEFAULT_ROOT = "~/.cache/hetero_fl"
 """Folder for downloads."""
@@ -236,6 +236,13 @@ class MoviesConfig(SharedSettings):
 
     selection = ("groups",)
     roles = ("min_rating", "validation_users", "test_users", "public_users", "seed")
+    dropped = {
+        "sampled": Dropped(
+            "sampled metrics were dropped; remove the key 'sampled' (ndcg_10 and hit_rate_10 rank "
+            "among all movies)",
+            100,
+        )
+    }
 
     length: PositiveInt = Field(
         10, description="movies before the next movie; shorter histories are padded on the left"
@@ -260,11 +267,6 @@ class MoviesConfig(SharedSettings):
     )
     public_users: float = Field(
         0.1, ge=0, lt=1, description="share of the users whose movies are public, for a proxy set"
-    )
-    sampled: PositiveInt = Field(
-        100,
-        description="movies that the user has not seen, among which sampled metrics rank a movie; "
-        "fewer if some user has seen almost all movies",
     )
     seed: NonNegativeInt = Field(
         0, description="seed of generated users and of the choice of users who do not train"

@@ -38,7 +38,7 @@ MANY = (
 )
 TOP = 10
 """Number of items that are recommended in the metrics of a ranking."""
-RANKING = ("ndcg_10", "hit_rate_10", "sampled_ndcg_10", "sampled_hit_rate_10")
+RANKING = ("ndcg_10", "hit_rate_10")
 # Metrics of larger magnitude are undefined. All other metrics can be squared and summed in float32.
 MAX_METRIC_VALUE = 1e18
 SMALLER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse"})
@@ -75,7 +75,6 @@ def score(
     logits: Tensor,
     y: Tensor,
     unit: Tensor | None = None,
-    candidates: Tensor | None = None,
     *,
     excluded: Tensor | None = None,
 ) -> Scores:
@@ -94,10 +93,8 @@ def score(
     - `loss`: mean cross-entropy.
     - `top3_accuracy` and `perplexity` (exponential of the loss): only for tasks with 20 or more
       classes.
-    - `hit_rate_10`, `ndcg_10`, `sampled_hit_rate_10` and `sampled_ndcg_10`: only for tasks with
-      `is_ranking` (see `ranking_metrics`). The first two rank the true class among all classes
-      that are not in `excluded`, the last two among the classes in `candidates`, without which they
-      are None.
+    - `hit_rate_10` and `ndcg_10`: only for tasks with `is_ranking` (see `ranking_metrics`). They
+      rank the true class among all classes that are not in `excluded`.
 
     Multilabel: the same metrics, computed for each label and averaged over the labels for which
     they are defined. `macro_f1` and `average_precision` of a label refer to the positive class.
@@ -124,8 +121,6 @@ def score(
         y: Targets, shape `[N]` (classes) or `[N, C]`.
         unit: Factor by which outputs and targets of each example are multiplied in a regression,
             shape `[N]`. If None, nothing is multiplied. Ignored for other tasks.
-        candidates: Classes with which the true class is compared in the sampled metrics of a
-            ranking, int64 `[N, K]`. Ignored for other tasks.
         excluded: Classes that are left out of a ranking, as bits in uint8 `[N, ceil(C / 8)]`, such
             as `numpy.packbits(mask, axis=1)`. Ignored for other tasks.
 
@@ -173,7 +168,7 @@ def score(
         found["top3_accuracy"] = in_top3.double().mean() if defined else None
         found["perplexity"] = loss.exp() if loss is not None else None
     if task.is_ranking:
-        found |= _rankings(outputs, y, candidates, excluded)
+        found |= _rankings(outputs, y, excluded)
     if task.rare is not None and found["average_precision"] is not None:
         found["average_precision"] = _ranking(
             outputs.softmax(1).T[[task.rare]], (y == task.rare)[None]
@@ -258,12 +253,7 @@ def unpack_classes(bits: Tensor, num_classes: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(bits.cpu().numpy(), axis=1, count=num_classes)).bool()
 
 
-def ranking_metrics(
-    scores: Tensor,
-    y: Tensor,
-    candidates: Tensor | None = None,
-    excluded: Tensor | None = None,
-) -> Tensor:
+def ranking_metrics(scores: Tensor, y: Tensor, excluded: Tensor | None = None) -> Tensor:
     """Compute the NDCG and the hit rate of the first ten recommended items.
 
     The rank r of the true item is 1 plus the number of other items with at least the same score, so
@@ -275,11 +265,8 @@ def ranking_metrics(
     Args:
         scores: Scores of all items, shape `[N, C]`.
         y: True items, int64 `[N]`.
-        candidates: Items with which the true item is compared, int64 `[N, K]`. They do not contain
-            the true item. If None, the true item is compared with all other items.
         excluded: Mask of the items that are not recommended, for example because the user has seen
-            them, bool `[N, C]`. It does not contain the true item and is ignored if there are
-            `candidates`.
+            them, bool `[N, C]`. It does not contain the true item.
 
     Returns:
         Means of the NDCG and of the hit rate over the examples, float64 `[2]`.
@@ -293,33 +280,23 @@ def ranking_metrics(
         >>> ranking_metrics(scores, torch.tensor([2, 15]), excluded=scores > 17)
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
-    true_scores = scores.gather(1, y[:, None])
-    if candidates is not None:
-        rank = 1 + (scores.gather(1, candidates) >= true_scores).sum(1).double()
-    else:
-        is_ahead = scores >= true_scores
-        if excluded is not None:
-            is_ahead &= ~excluded
-        # The true item itself has at least its own score.
-        rank = is_ahead.sum(1).double()
+    is_ahead = scores >= scores.gather(1, y[:, None])
+    if excluded is not None:
+        is_ahead &= ~excluded
+    # The true item itself has at least its own score.
+    rank = is_ahead.sum(1).double()
     is_hit = (rank <= TOP).double()
     return torch.stack([(is_hit / torch.log2(rank + 1)).mean(), is_hit.mean()])
 
 
-def _rankings(
-    logits: Tensor, y: Tensor, candidates: Tensor | None, excluded: Tensor | None
-) -> dict[str, Tensor | None]:
+def _rankings(logits: Tensor, y: Tensor, excluded: Tensor | None) -> dict[str, Tensor | None]:
     """Return the metrics in `RANKING`, which are None for outputs with NaN or infinity."""
-    is_defined = bool(logits.isfinite().all())
-    found: list[Tensor | None] = [None] * len(RANKING)
-    if is_defined:
-        mask = None
-        if excluded is not None:
-            mask = unpack_classes(excluded, logits.shape[1]).to(logits.device)
-        found[:2] = ranking_metrics(logits, y, excluded=mask)
-    if is_defined and candidates is not None:
-        found[2:] = ranking_metrics(logits, y, candidates.to(logits.device))
-    return dict(zip(RANKING, found, strict=True))
+    if not bool(logits.isfinite().all()):
+        return dict.fromkeys(RANKING)
+    mask = None
+    if excluded is not None:
+        mask = unpack_classes(excluded, logits.shape[1]).to(logits.device)
+    return dict(zip(RANKING, ranking_metrics(logits, y, mask), strict=True))
 
 
 def _multilabel(logits: Tensor, y: Tensor) -> list[Tensor | None]:

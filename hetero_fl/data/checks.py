@@ -190,7 +190,7 @@ def _check_float_targets(
 
 
 def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
-    """Check times, units, candidates, excluded classes and baselines."""
+    """Check times, units, excluded classes and baselines."""
     time = examples.time
     unit = examples.unit
     if time is not None and (time.dtype != torch.int64 or time.ndim != 1):
@@ -209,8 +209,6 @@ def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
             )
         if (row := first_true(~(torch.isfinite(unit) & (unit > 0)))) is not None:
             raise UserError(f"{where}: unit: row {row}: must be > 0, got {float(unit[row]):g}")
-    if examples.candidates is not None:
-        _check_candidates(examples.candidates, examples.labels, task, f"{where}: candidates")
     if examples.excluded is not None:
         _check_excluded(examples.excluded, examples.labels, task, f"{where}: excluded")
     _check_baselines(examples, task, where)
@@ -227,18 +225,6 @@ def _check_baselines(examples: Examples, task: Task, where: str) -> None:
         distinct = outputs[:1] if outputs.stride(0) == 0 else outputs
         if not bool(torch.isfinite(distinct).all()):
             raise UserError(f"{where}: baselines: {name}: NaN or infinite value")
-
-
-def _check_candidates(candidates: Tensor, y: Tensor, task: Task, where: str) -> None:
-    if not task.is_ranking:
-        raise UserError(f"{where}: needs a task with is_ranking=True")
-    if candidates.dtype != torch.int64 or candidates.ndim != 2:
-        raise UserError(f"{where}: expected int64 of shape [rows, K], got {_describe(candidates)}")
-    out_of_range = (candidates < 0) | (candidates >= task.outputs)
-    if (row := first_true(out_of_range.any(1))) is not None:
-        raise UserError(f"{where}: row {row}: class is out of range 0 to {task.outputs - 1}")
-    if (row := first_true((candidates == y[:, None]).any(1))) is not None:
-        raise UserError(f"{where}: row {row}: contains the class of the row, {int(y[row])}")
 
 
 def _check_excluded(excluded: Tensor, y: Tensor, task: Task, where: str) -> None:

@@ -305,7 +305,7 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
 def fingerprint(about: object, rows_by_location: Iterable[tuple[Any, RowSelection]]) -> str:
     """Return the SHA-256 hash of sets of rows.
 
-    The hash includes the inputs, targets, times, units, candidates and excluded classes, but not
+    The hash includes the inputs, targets, times, units and excluded classes, but not
     the groups and patients.
 
     Args:
@@ -315,7 +315,7 @@ def fingerprint(about: object, rows_by_location: Iterable[tuple[Any, RowSelectio
     digest = hashlib.sha256(repr(about).encode())
     for place, share in rows_by_location:
         each = share.examples
-        optional = (each.y, each.time, each.unit, each.candidates, each.excluded)
+        optional = (each.y, each.time, each.unit, each.excluded)
         columns = [each.x, *(t for t in optional if t is not None)]
         types = [(column.dtype, tuple(column.shape[1:])) for column in columns]
         digest.update(repr((place, len(share.rows), types)).encode())

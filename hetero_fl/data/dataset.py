@@ -464,8 +464,6 @@ class Examples:
         unit: Scale of the regression targets of each row, for example the mean of a site, float
             `[N]`. Errors are reported for the targets multiplied by this scale. If None, the scale
             is 1.
-        candidates: Classes with which the true class of each row is compared in the sampled metrics
-            of a ranking, int64 `[N, K]`. If None, these metrics are undefined.
         excluded: Classes that are left out of the ranking of each row, for example the items that a
             user has seen, as bits in uint8 `[N, ceil(classes / 8)]`, such as
             `numpy.packbits(mask, axis=1)` of a mask `[N, classes]`. If None, no class is left out.
@@ -499,7 +497,6 @@ class Examples:
     patient_term: PatientTerm = PATIENTS
     time: Tensor | None = None
     unit: Tensor | None = None
-    candidates: Tensor | None = None
     excluded: Tensor | None = None
     baselines: Mapping[str, Tensor] = field(default_factory=dict)
     metadata: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -553,7 +550,7 @@ class Examples:
         return replace(self, x=x, baselines=baselines, metadata=metadata, **columns)
 
 
-_BY_ROW = ("y", "group", "patient", "time", "unit", "candidates", "excluded", "row")
+_BY_ROW = ("y", "group", "patient", "time", "unit", "excluded", "row")
 
 
 def concatenate_examples(parts: Sequence[Examples]) -> Examples:

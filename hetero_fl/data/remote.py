@@ -210,7 +210,6 @@ def _public_columns(examples: Examples) -> dict[str, Any]:
         "y": examples.y,
         "time": examples.time,
         "unit": examples.unit,
-        "candidates": examples.candidates,
         "excluded": examples.excluded,
     }
     return {n: c for n, c in columns.items() if c is not None} | {

@@ -111,9 +111,7 @@ def evaluate(
         check_pixels(examples.x, pixel_range, f"data: {title}", complete=not is_chosen)
         preprocess = Preprocess.of_model(model)
         logits = model.logits(map_rows(examples.x, preprocess), personal)
-        results[name] = score(
-            model.task, logits, y, examples.unit, examples.candidates, excluded=examples.excluded
-        )
+        results[name] = score(model.task, logits, y, examples.unit, excluded=examples.excluded)
     rows = f"the {pluralize(len(examples), 'row')} of {title}"
     if run.directory.finished and (
         note := TransferSource(run).overlap(examples.x, rows, "the models")

@@ -146,7 +146,7 @@ def baseline_scores(task: Task, rows: Examples, y: Tensor) -> dict[str, Scores]:
         y: Targets of the examples.
     """
     return {
-        name: score(task, outputs, y, rows.unit, rows.candidates, excluded=rows.excluded)
+        name: score(task, outputs, y, rows.unit, excluded=rows.excluded)
         for name, outputs in rows.baselines.items()
     }
 

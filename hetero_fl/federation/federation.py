@@ -202,7 +202,7 @@ class FederationSpec:
             logits: Outputs, shape `[N, C]`.
             y: Targets, shape `[N]` (classes) or `[N, C]`.
             columns: Further columns of the examples, such as the units of a regression, and the
-                candidates and excluded classes of a ranking.
+                excluded classes of a ranking.
 
         Returns:
             The scores, keyed by the name of the metric.
@@ -210,9 +210,7 @@ class FederationSpec:
         Raises:
             RunFailedError: If a user-defined metric raises an exception.
         """
-        scores = score(
-            self.task, logits, y, columns.unit, columns.candidates, excluded=columns.excluded
-        )
+        scores = score(self.task, logits, y, columns.unit, excluded=columns.excluded)
         for name, reference in self.metrics.items():
             function = load_metric(name, reference)
             with translate_user_errors():

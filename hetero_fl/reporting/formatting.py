@@ -36,8 +36,6 @@ TEST_DESCRIPTIONS = {
 METRICS = {
     "ndcg_10": "NDCG@10",
     "hit_rate_10": "hit rate@10",
-    "sampled_ndcg_10": "sampled NDCG@10",
-    "sampled_hit_rate_10": "sampled hit rate@10",
     "accuracy": "accuracy",
     "top3_accuracy": "top-3 accuracy",
     "perplexity": "perplexity",
@@ -63,9 +61,8 @@ _PERCENT = {
     "balanced_accuracy",
     "macro_f1",
     "hit_rate_10",
-    "sampled_hit_rate_10",
 }
-_DECIMAL = {"auroc", "average_precision", "r2", "ndcg_10", "sampled_ndcg_10"}
+_DECIMAL = {"auroc", "average_precision", "r2", "ndcg_10"}
 
 
 def algorithm_base(label: str) -> str:

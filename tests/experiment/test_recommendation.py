@@ -103,7 +103,7 @@ def federation(folder: Path, public: str) -> dict[str, Any]:
         "data": {
             "name": "movies",
             "path": str(folder),
-            "movies": {"length": 5, "groups": 3, "test_movies": 2, "sampled": 10},
+            "movies": {"length": 5, "groups": 3, "test_movies": 2},
             "partition": {"kind": "natural"},
             "proxy": {"size": 12, "source": {"name": "movies_public", "path": public}},
         },
@@ -128,14 +128,13 @@ def test_folder_is_trained_and_another_folder_evaluated(tmp_path: Path) -> None:
     data = run.summary["data"]
     assert (data["n_proxy"], data["n_test"], data["simulated"]) == (12, 10, False)
     last = run.summary["global"]["last"]
-    assert next(iter(last)) == "ndcg_10" and last["sampled_hit_rate_10"] is not None
+    assert next(iter(last)) == "ndcg_10" and last["hit_rate_10"] is not None
     report = (tmp_path / "run" / "report.html").read_text()
-    assert "NDCG@10" in report and "Sampled hit rate@10" in report
+    assert "NDCG@10" in report and "Hit rate@10" in report
     # Another folder has the length of the run's histories, but not its number of groups.
     other = write_movielens_folder(tmp_path / "other", "1m", users=8, seed=3)
     scores = hetero_fl.evaluate(run, str(other))
     assert scores["zip_9"]["ndcg_10"] is not None
-    assert scores["zip_9"]["sampled_ndcg_10"] is not None
     movies = (other / "movies.dat").read_text("latin-1").splitlines()
     (other / "movies.dat").write_text("\n".join(reversed(movies)), encoding="latin-1")
     with pytest.raises(UserError, match=r"the items are in another order than those of the mode"):

@@ -312,7 +312,6 @@ class JoiningClients:
             logits[usable],
             test.labels,
             test.unit,
-            test.candidates,
             excluded=test.excluded,
         )
 

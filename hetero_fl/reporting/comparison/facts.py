@@ -62,9 +62,7 @@ _SHOWN = {
     "multiclass": _ShownMetrics(("accuracy", "balanced_accuracy", "auroc"), "accuracy", "accuracy"),
     "rare": _ShownMetrics(("auroc", "average_precision"), "auroc", "auroc"),
     "many": _ShownMetrics(("accuracy", "top3_accuracy", "perplexity"), "accuracy", "accuracy"),
-    "ranking": _ShownMetrics(
-        ("ndcg_10", "hit_rate_10", "sampled_ndcg_10", "sampled_hit_rate_10"), "ndcg_10", "ndcg_10"
-    ),
+    "ranking": _ShownMetrics(("ndcg_10", "hit_rate_10"), "ndcg_10", "ndcg_10"),
     "multilabel": _ShownMetrics(
         ("auroc", "average_precision", "balanced_accuracy"), "auroc", "auroc"
     ),

@@ -126,8 +126,6 @@ def make_dataset(name: str, ratings: Ratings, settings: MoviesConfig, about: str
     for user, number in zip(training, numbers, strict=True):
         for split, positions in _split_positions(user, settings).items():
             rows[split].append(_Rows(user, number, positions))
-    num_candidates = _count_candidates([*training, *roles["validation"], *roles["test"]], ratings)
-    settings = settings.model_copy(update={"sampled": min(settings.sampled, num_candidates)})
     common = {
         split: [_Rows(user, UNKNOWN_USER, _last_movies(user, count)) for user in roles[split]]
         for split, count in (
@@ -225,16 +223,13 @@ def _make_held_out(
     """Return the examples of rows with the columns for rankings."""
     found = _make_examples(rows, settings)
     num_movies = len(ratings.titles)
-    candidates = np.zeros((len(found), settings.sampled), np.int64)
     excluded = np.zeros((len(found), -(-num_movies // 8)), np.uint8)
     stop = 0
     for each in rows:
         if each.positions:
             start = stop
             stop += len(each.positions)
-            candidates[start:stop] = _sample_unseen(each, ratings, settings.sampled)
             excluded[start:stop] = _seen_before(each, num_movies)
-    found.candidates = torch.from_numpy(candidates)
     found.excluded = torch.from_numpy(excluded)
     if popularity is not None:
         # All rows are one row in memory.
@@ -266,34 +261,6 @@ def _popularity(users: Sequence[User], ratings: Ratings) -> np.ndarray | None:
     movies = np.concatenate([user.movies for user in users])
     counts = 1 + np.bincount(movies, minlength=len(ratings.titles))
     return np.log(counts / counts.sum()).astype(np.float32)
-
-
-def _count_candidates(users: Sequence[User], ratings: Ratings) -> int:
-    """Return the smallest number of movies that a user has not rated."""
-    fewest = len(ratings.titles)
-    for user in users:
-        fewest = min(fewest, len(ratings.titles) - len(user.rated))
-        if not fewest:
-            raise UserError(
-                f"{ratings.where}: user '{user.name}' has rated all "
-                f"{pluralize(len(ratings.titles), 'movie')}, which leaves none to compare with; "
-                "remove the user"
-            )
-    return fewest
-
-
-def _sample_unseen(rows: _Rows, ratings: Ratings, count: int) -> np.ndarray:
-    """Sample movies that a user has not rated, without repetition.
-
-    Returns:
-        Indices of movies, int64 `[positions, count]`, the same in every run.
-    """
-    is_unseen = np.ones(len(ratings.titles), bool)
-    is_unseen[rows.user.rated] = False
-    unseen = np.flatnonzero(is_unseen)
-    rng = keyed_numpy_generator("data", "movies", "candidates", rows.user.name)
-    draws = [rng.choice(unseen, count, replace=False) for _ in rows.positions]
-    return np.stack(draws).astype(np.int64)
 
 
 def _with_owners(examples: Examples, rows: Sequence[_Rows]) -> tuple[str, ...]:

@@ -1,35 +1,29 @@
-"""Folders in the layouts of MovieLens: ratings, movies and users in text files.
-
-A file of ratings has up to 33 million lines, so that an object for each rating would need several
-gigabytes. It is read in blocks of bytes into arrays, and names of users and movies are stored once.
-"""
+"""Folders in the layouts of MovieLens: ratings, movies and users in text files."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hetero_fl.data.checks import first_true
-from hetero_fl.data.sources.files import MARK, check_folder, decode, read_lines, split_cells
+from hetero_fl.data.sources.files import check_folder, read_lines, split_cells
 from hetero_fl.data.sources.movies.histories import Ratings, User
-from hetero_fl.utils.errors import UserError, one_line, suggest_similar
+from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.ordering import natural_order
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MAX_RATING = 5.0
 OTHER = "other"
 """Region of zip codes that do not start with a digit."""
-BLOCK = 1 << 23
-"""Number of bytes that are read at once."""
-MAX_WIDTH = 64
-"""Maximum number of bytes of a column."""
 COLUMNS = ("user", "movie", "rating", "time")
-SPACES = np.frombuffer(b" \t\r\n\v\f", np.uint8)
-QUOTE = ord('"')
+"""Columns of a file of ratings."""
 
 
 @dataclass(frozen=True)
@@ -112,66 +106,116 @@ def read_ratings(path: Path, group: str | None, min_rating: float) -> Ratings:
             "add the file, or set group=user"
         )
     regions = _read_regions(path / layout.users, layout) if has_users else None
-    file = RatingFile(
-        path / layout.ratings,
-        layout.separator,
-        layout.encodings,
-        layout.header,
-    )
-    table = file.read()
-    indices = _movie_indices(table, file, layout, titles)
-    _check_ratings(table, file, layout, regions)
+    file = path / layout.ratings
+    where = f"path: {file}"
+    table = _read_ratings(file, layout)
+    _check_names(table, layout, titles, regions, where)
     owners = None if group == "user" else regions
-    users = tuple(_make_users(table, indices, min_rating, owners))
-    where = f"path: {path / layout.ratings}"
+    users = tuple(_make_users(table, titles, min_rating, owners))
     if not users:
         raise UserError(f"{where}: no user has two ratings of at least {min_rating:g}")
     return Ratings(_distinct(titles), users, where)
 
 
-def _movie_indices(
-    table: RatingTable, file: RatingFile, layout: Layout, titles: dict[str, str]
-) -> np.ndarray:
-    """Return the index of each rated movie in the file of movies, int64 `[N]`."""
-    index = {movie: i for i, movie in enumerate(titles)}
-    codes = np.array([index.get(movie, -1) for movie in table.movies], np.int64)
-    if (code := first_true(codes < 0)) is not None:
-        movie = table.movies[code]
-        line = int(table.line[(table.movie == code).argmax()])
-        hint = suggest_similar(movie, index)
-        file.fail(line, f"movie '{movie}' not found in {layout.movies}{hint}")
-    return codes[table.movie]
+def _read_ratings(file: Path, layout: Layout) -> pd.DataFrame:
+    """Read a file of ratings, which has up to 33 million rows.
+
+    Returns:
+        A table in the order of the file, with users and movies as categories, ratings as float64
+        and times as int64.
+
+    Raises:
+        UserError: If a row is malformed.
+    """
+    import pandas as pd
+
+    from hetero_fl.data.sources.table_columns import to_numbers
+
+    where = f"path: {file}"
+    if layout.header:
+        with file.open(encoding="utf-8-sig", errors="replace") as lines:
+            _check_header(file, next(lines, ""), layout.header)
+    # The parser of pandas splits at one character, so a column between two colons is empty.
+    between = len(layout.separator) - 1
+    names = [COLUMNS[0]]
+    for name in COLUMNS[1:]:
+        names += [*(f"before {name}" for _ in range(between)), name]
+    expected = f"a user, a movie, a rating and a time, separated by {layout.separator!r}"
+    try:
+        table = pd.read_csv(
+            file,
+            sep=layout.separator[0],
+            names=names,
+            header=0 if layout.header else None,
+            dtype=dict.fromkeys(COLUMNS[:2], str),
+            # A user may have the name "NA".
+            keep_default_na=False,
+            na_values=[""],
+            skipinitialspace=True,
+            low_memory=False,
+        )
+    except (ValueError, OSError) as error:
+        # The errors of pandas are ValueErrors.
+        raise UserError(f"{where}: expected {expected} ({one_line(str(error), 200)})") from error
+    empty = table[[name for name in names if name not in COLUMNS]]
+    # The first columns of a table whose first row has too many cells become its index.
+    if not isinstance(table.index, pd.RangeIndex) or bool(empty.notna().any(axis=None)):
+        raise UserError(f"{where}: expected {expected}")
+    ratings = to_numbers(table["rating"])
+    in_range = ratings.between(0, MAX_RATING)
+    _check_cells(table["rating"], in_range, f"a number from 0 to {MAX_RATING:g}", where)
+    times = to_numbers(table["time"])
+    _check_cells(table["time"], (times % 1 == 0) & (times.abs() < 2**63), "an integer", where)
+    return (
+        table[list(COLUMNS)]
+        .assign(rating=ratings, time=times)
+        .astype({"user": "category", "movie": "category", "rating": np.float64, "time": np.int64})
+    )
 
 
-def _check_ratings(
-    table: RatingTable, file: RatingFile, layout: Layout, regions: dict[str, str] | None
+def _check_header(file: Path, line: str, header: str) -> None:
+    if line.strip() != header:
+        raise UserError(f"path: {file}: line 1: expected '{header}', got '{one_line(line, 60)}'")
+
+
+def _check_cells(column: pd.Series, valid: pd.Series, expected: str, where: str) -> None:
+    """Raise UserError for the first cell of a column that is not valid."""
+    import pandas as pd
+
+    if (row := first_true(~valid.to_numpy(bool))) is not None:
+        cell = column.iloc[row]
+        found = "nothing" if pd.isna(cell) else f"'{one_line(str(cell), 40)}'"
+        raise UserError(
+            f"{where}: row {row + 1}, column '{column.name}': expected {expected}, got {found}"
+        )
+
+
+def _check_names(
+    table: pd.DataFrame,
+    layout: Layout,
+    titles: Mapping[str, str],
+    regions: Mapping[str, str] | None,
+    where: str,
 ) -> None:
-    """Check users, stars and that no user has rated a movie twice."""
-    for code, user in enumerate(table.users):
-        problem = ""
-        if not user:
-            problem = "user: expected a name, got ''"
-        elif '"' in user:
-            problem = f"user: expected a name without quotes, got '{user}'"
-        elif regions is not None and user not in regions:
-            problem = f"user '{user}' not found in {layout.users}"
-        if problem:
-            file.fail(int(table.line[(table.user == code).argmax()]), problem)
-    if (row := first_true((table.stars < 0) | (table.stars > MAX_RATING))) is not None:
-        line = int(table.line[row])
-        file.fail(line, f"rating: must be >= 0 and <= {MAX_RATING:g}, got {table.stars[row]:g}")
-    pairs = table.user.astype(np.int64) * len(table.movies) + table.movie
-    order = pairs.argsort(kind="stable")
-    repeated = order[1:][pairs[order[1:]] == pairs[order[:-1]]]
-    if len(repeated):
-        row = int(repeated.min())
-        user = table.users[table.user[row]]
-        movie = table.movies[table.movie[row]]
-        file.fail(int(table.line[row]), f"user '{user}' has rated movie '{movie}' twice")
+    """Check that users and movies are known, and that no user has rated a movie twice."""
+    users = table["user"]
+    movies = table["movie"]
+    _check_cells(users, users.notna(), "a name", where)
+    if regions is not None:
+        _check_cells(users, users.isin(list(regions)), f"a user of {layout.users}", where)
+    _check_cells(movies, movies.isin(list(titles)), f"a movie of {layout.movies}", where)
+    repeated = table.duplicated(["user", "movie"]).to_numpy()
+    if (row := first_true(repeated)) is not None:
+        raise UserError(
+            f"{where}: row {row + 1}: user '{users[row]}' has rated movie '{movies[row]}' twice"
+        )
 
 
 def _make_users(
-    table: RatingTable, indices: np.ndarray, min_rating: float, owners: Mapping[str, str] | None
+    table: pd.DataFrame,
+    titles: Mapping[str, str],
+    min_rating: float,
+    owners: Mapping[str, str] | None,
 ) -> Iterator[User]:
     """Yield the users with at least two movies in their histories, in natural order.
 
@@ -179,17 +223,20 @@ def _make_users(
 
     Args:
         table: All ratings.
-        indices: Index of the movie of each rating.
+        titles: Titles of the movies in the order of the catalog, keyed by movie.
         min_rating: Minimum rating of a movie in a history.
         owners: Name of the client of each user. If None, each user is a client.
     """
+    index = {movie: i for i, movie in enumerate(titles)}
+    indices = np.array([index[movie] for movie in table["movie"].cat.categories], np.int64)
+    user = table["user"].cat.codes.to_numpy()
     # The sort is stable.
-    order = np.lexsort((table.time, table.user))
-    rated = indices[order]
-    is_used = table.stars[order] >= min_rating
-    stops = np.bincount(table.user, minlength=len(table.users)).cumsum()
+    order = np.lexsort((table["time"].to_numpy(), user))
+    rated = indices[table["movie"].cat.codes.to_numpy()[order]]
+    is_used = table["rating"].to_numpy()[order] >= min_rating
+    codes = {name: code for code, name in enumerate(table["user"].cat.categories)}
+    stops = np.bincount(user, minlength=len(codes)).cumsum()
     starts = np.concatenate([[0], stops[:-1]])
-    codes = {name: code for code, name in enumerate(table.users)}
     for name in natural_order(codes):
         own = slice(starts[codes[name]], stops[codes[name]])
         if is_used[own].sum() > 1:
@@ -219,9 +266,7 @@ def _read_rows(file: Path, layout: Layout, header: str = "") -> Iterator[tuple[s
     """
     lines = read_lines(file, encodings=layout.encodings)
     if header:
-        first = lines.pop(0)[1].strip() if lines else ""
-        if first != header:
-            raise UserError(f"path: {file}: line 1: expected '{header}', got '{first[:60]}'")
+        _check_header(file, lines.pop(0)[1] if lines else "", header)
     for number, line in lines:
         place = f"path: {file}: line {number}"
         if layout.other_separator == ",":
@@ -282,233 +327,3 @@ def _distinct(titles: dict[str, str]) -> tuple[str, ...]:
     return tuple(
         title if count[title] == 1 else f"{title} [{movie}]" for movie, title in titles.items()
     )
-
-
-@dataclass(frozen=True, eq=False)
-class RatingTable:
-    """The ratings of a file, in the order of the file.
-
-    Attributes:
-        users: Names of the users, in the order of their first ratings.
-        movies: Names of the movies, in the order of their first ratings.
-        user: Index into `users` of each rating, int32 `[N]`.
-        movie: Index into `movies` of each rating, int32 `[N]`.
-        stars: Number of stars of each rating, float64 `[N]`.
-        time: Time of each rating, int64 `[N]`.
-        line: Line of each rating in the file, int32 `[N]`.
-    """
-
-    users: tuple[str, ...]
-    movies: tuple[str, ...]
-    user: np.ndarray
-    movie: np.ndarray
-    stars: np.ndarray
-    time: np.ndarray
-    line: np.ndarray
-
-
-class RatingFile:
-    """A file whose lines contain a user, a movie, a rating and a time.
-
-    Args:
-        path: The file.
-        separator: Separator of the columns, one character or the same character twice.
-        encodings: Possible encodings of a name, of which the first that fits is used.
-        header: Expected first line. If empty, the file has no header.
-    """
-
-    def __init__(self, path: Path, separator: str, encodings: Sequence[str], header: str) -> None:
-        self.path = path
-        self.separator = separator
-        self.encodings = encodings
-        self.header = header
-
-    def read(self) -> RatingTable:
-        """Read the file.
-
-        Raises:
-            UserError: If the file cannot be read or a line is malformed.
-        """
-        names: tuple[dict[str, int], dict[str, int]] = ({}, {})
-        parts: list[tuple[np.ndarray, ...]] = [_no_ratings()]
-        try:
-            for block, first_line in self._blocks():
-                parts.append(self._read_block(block, first_line, names))
-        except OSError as error:
-            raise UserError(f"path: {self.path}: {error.strerror}") from error
-        columns = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return RatingTable(tuple(names[0]), tuple(names[1]), *columns)
-
-    def fail(self, line: int, reason: str) -> NoReturn:
-        """Raise UserError for a line of the file."""
-        raise UserError(f"path: {self.path}: line {line}: {reason}")
-
-    def _blocks(self) -> Iterator[tuple[bytes, int]]:
-        """Yield whole lines, and the number of the first of them."""
-        with open(self.path, "rb") as file:
-            if file.read(len(MARK)) != MARK:
-                file.seek(0)
-            line = 1
-            if self.header:
-                first = file.readline().decode("latin-1").strip()
-                if first != self.header:
-                    self.fail(1, f"expected '{self.header}', got '{one_line(first, 60)}'")
-                line = 2
-            while lines := file.readlines(BLOCK):
-                yield b"".join(lines).removesuffix(b"\n") + b"\n", line
-                line += len(lines)
-
-    def _read_block(
-        self, block: bytes, first_line: int, names: tuple[dict[str, int], dict[str, int]]
-    ) -> tuple[np.ndarray, ...]:
-        data = np.frombuffer(block, np.uint8)
-        ends = np.flatnonzero(data == ord("\n"))
-        starts = np.concatenate([[0], ends[:-1] + 1])
-        length = np.concatenate([[0], np.cumsum(~np.isin(data, SPACES), dtype=np.int32)])
-        used = length[ends] > length[starts]
-        line = first_line + np.flatnonzero(used)
-        starts = starts[used]
-        ends = ends[used]
-        inner = self._separators(data, starts, ends, line)
-        width = len(self.separator)
-        begins = [starts, *(inner[:, i] + width for i in range(3))]
-        fields = [
-            _trimmed(data, begin, end, has_quotes=self.separator == ",")
-            for begin, end in zip(begins, [*inner.T, ends], strict=True)
-        ]
-        for name, (begin, end) in zip(COLUMNS, fields, strict=True):
-            if (row := first_true(end - begin > MAX_WIDTH)) is not None:
-                self.fail(line[row], f"{name}: must have at most {MAX_WIDTH} bytes")
-        return (
-            self._codes(data, fields[0], line, names[0]),
-            self._codes(data, fields[1], line, names[1]),
-            self._stars(data, fields[2], line),
-            self._times(data, fields[3], line),
-            line.astype(np.int32),
-        )
-
-    def _separators(
-        self, data: np.ndarray, starts: np.ndarray, ends: np.ndarray, line: np.ndarray
-    ) -> np.ndarray:
-        """Return the positions of the three separators of each line, `[lines, 3]`."""
-        width = len(self.separator)
-        found = np.flatnonzero(data == ord(self.separator[0]))
-        row = np.searchsorted(ends, found)
-        # Blank lines may contain separators that are spaces.
-        inside = row < len(ends)
-        inside[inside] = found[inside] >= starts[row[inside]]
-        found = found[inside]
-        is_wrong = np.bincount(row[inside], minlength=len(ends)) != 3 * width
-        if not is_wrong.any():
-            pairs = found.reshape(-1, 3, width)
-            is_wrong = (pairs[:, :, -1] - pairs[:, :, 0] != width - 1).any(1)
-        if (wrong := first_true(is_wrong)) is not None:
-            text = data[starts[wrong] : ends[wrong]].tobytes().decode("latin-1")
-            self.fail(
-                line[wrong],
-                "expected a user, a movie, a rating and a time, separated by "
-                f"{self.separator!r}, got {len(text.split(self.separator))} columns",
-            )
-        return found.reshape(-1, 3, width)[:, :, 0]
-
-    def _codes(
-        self,
-        data: np.ndarray,
-        field: tuple[np.ndarray, np.ndarray],
-        line: np.ndarray,
-        names: dict[str, int],
-    ) -> np.ndarray:
-        """Return the index of each name in `names`, to which new names are added."""
-        texts, inverse = _distinct_texts(data, field)
-        codes = []
-        for i, text in enumerate(texts):
-            try:
-                name = decode(text, self.encodings)
-            except UnicodeDecodeError:
-                row = int((inverse == i).argmax())
-                self.fail(line[row], "not encoded in UTF-8; save the file as UTF-8")
-            codes.append(names.setdefault(name, len(names)))
-        return np.array(codes, np.int32)[inverse]
-
-    def _stars(
-        self, data: np.ndarray, field: tuple[np.ndarray, np.ndarray], line: np.ndarray
-    ) -> np.ndarray:
-        texts, inverse = _distinct_texts(data, field)
-        values = np.full(len(texts), np.nan)
-        for i, text in enumerate(texts):
-            try:
-                values[i] = float(text)
-            except ValueError:
-                continue
-        found = values[inverse]
-        self._check(np.isfinite(found), "rating: expected a number", data, field, line)
-        return found
-
-    def _times(
-        self, data: np.ndarray, field: tuple[np.ndarray, np.ndarray], line: np.ndarray
-    ) -> np.ndarray:
-        start, end = field
-        is_negative = data[start] == ord("-")
-        start = start + is_negative
-        width = end - start
-        # Larger numbers do not fit into 64 bits.
-        valid = (width > 0) & (width <= 18)
-        found = np.zeros(len(start), np.int64)
-        for i in range(int(width[valid].max(initial=0))):
-            used = i < width
-            digit = data[np.where(used, start + i, 0)].astype(np.int64) - ord("0")
-            valid &= ~used | ((digit >= 0) & (digit <= 9))
-            found = np.where(used, 10 * found + digit, found)
-        self._check(valid, "time: expected an integer", data, field, line)
-        return np.where(is_negative, -found, found)
-
-    def _check(
-        self,
-        valid: np.ndarray,
-        expected: str,
-        data: np.ndarray,
-        field: tuple[np.ndarray, np.ndarray],
-        line: np.ndarray,
-    ) -> None:
-        """Raise UserError for the first value that is not valid."""
-        if (row := first_true(~valid)) is not None:
-            text = data[field[0][row] : field[1][row]].tobytes().decode("utf-8", "replace")
-            self.fail(line[row], f"{expected}, got '{one_line(text, 40)}'")
-
-
-def _no_ratings() -> tuple[np.ndarray, ...]:
-    return tuple(
-        np.empty(0, dtype) for dtype in (np.int32, np.int32, np.float64, np.int64, np.int32)
-    )
-
-
-def _trimmed(
-    data: np.ndarray, start: np.ndarray, end: np.ndarray, has_quotes: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the range of each field without spaces around it, and without quotes."""
-    while (spaces := (start < end) & np.isin(data[start], SPACES)).any():
-        start = start + spaces
-    while (spaces := (start < end) & np.isin(data[end - 1], SPACES)).any():
-        end = end - spaces
-    if has_quotes:
-        quoted = (end - start > 1) & (data[start] == QUOTE) & (data[end - 1] == QUOTE)
-        start = start + quoted
-        end = end - quoted
-    return start, end
-
-
-def _distinct_texts(
-    data: np.ndarray, field: tuple[np.ndarray, np.ndarray]
-) -> tuple[list[bytes], np.ndarray]:
-    """Return the distinct values of a field, and the index of the value of each row."""
-    start, end = field
-    width = int((end - start).max(initial=0))
-    # Numbers are faster to sort than texts.
-    stored = 8 if width <= 8 else width
-    characters = np.zeros((len(start), stored), np.uint8)
-    for i in range(width):
-        used = start + i < end
-        characters[:, i] = np.where(used, data[np.where(used, start + i, 0)], 0)
-    values = characters.view(np.uint64 if stored == 8 else f"S{stored}")[:, 0]
-    distinct, inverse = np.unique(values, return_inverse=True)
-    return distinct.view(f"S{stored}").tolist(), inverse

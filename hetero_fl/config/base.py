@@ -392,7 +392,8 @@ class Choice:
         synonyms: Valid values to suggest for other common names. For example, `{"gpu": "cuda"}`
             suggests `cuda` for `gpu`.
         registered: Further valid values, which may be added later.
-        dropped: Advice what to choose instead, keyed by value of an earlier version.
+        dropped: Advice what to choose instead, keyed by value of an earlier version. A key that
+            ends before a colon stands for all its values, such as `flwr` for `flwr:NAME`.
     """
 
     names: tuple[str, ...]

@@ -499,8 +499,11 @@ PARTITION_KINDS = (
     "drawn",
 )
 """Kinds of partitions that the package implements."""
-FLOWER_PREFIX = "flwr:"
-"""Prefix of the partitions of `flwr-datasets`."""
+DROPPED_PARTITIONS = {
+    "flwr": "choose dirichlet or classes, or use it in a partition of your own "
+    "(docs/how_to/migrate.md)",
+}
+"""Prefixes of former kinds of partitions, with what replaces them."""
 registered_partition_kinds: set[str] = set()
 """Further kinds of partitions, which `hetero_fl.data.register_partition` adds."""
 
@@ -508,26 +511,26 @@ registered_partition_kinds: set[str] = set()
 class PartitionConfig(ConfigSection):
     """Distribution of the training rows among the clients.
 
-    With a kind of another library or of your own, all other keys are its arguments.
+    With a kind of your own, all other keys are its arguments.
     """
 
     kind: choice_type(  # type: ignore[valid-type]
         *PARTITION_KINDS,
-        prefix=("python:", FLOWER_PREFIX),
+        prefix="python:",
         registered=registered_partition_kinds,
+        dropped=DROPPED_PARTITIONS,
     ) = Field(
         "iid",
         description="`iid`: random rows; `in_order`: consecutive rows in the order of client ids; "
         "`dirichlet`: label skew; `classes`: few classes per client; `quantity`: skewed numbers "
         "of rows; `natural`: one client per group of `data.group`; `drawn`: each client samples "
         "its rows independently, so clients may share rows (for large populations); "
-        "`flwr:NAME`: a partitioner of `flwr-datasets`, such as `flwr:DirichletPartitioner`; "
         "`python:module:Name`: a user-defined partition",
     )
     arguments: dict[str, Any] | None = Field(
         None,
-        description="arguments of `flwr:NAME` and of a user-defined partition, which you can also "
-        "write as keys of `partition`; `null`: none",
+        description="arguments of a user-defined partition, which you can also write as keys of "
+        "`partition`; `null`: none",
     )
     alpha: PositiveFloat | None = Field(
         None,

@@ -89,10 +89,10 @@ class Natural(PartitionConfig):
 class Partition(PartitionConfig):
     """Any kind of partition by name, with its settings as arguments.
 
-    The kind may be a partitioner of Flower (`flwr:NAME`) or a name of `register_partition`.
+    The kind may be your own (`python:module:Name`) or a name of `register_partition`.
 
     Example:
         >>> import hetero_fl as hfl
-        >>> hfl.Partition(kind="flwr:ShardPartitioner", num_shards_per_partition=2).arguments
-        {'num_shards_per_partition': 2}
+        >>> hfl.Partition(kind="python:shards:deal_shards", per_client=2).arguments
+        {'per_client': 2}
     """

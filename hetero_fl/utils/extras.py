@@ -30,7 +30,6 @@ EXTRAS = {
     "httpx": "flower",
     "uvicorn": "flower",
     "prometheus_client": "flower",
-    "flwr_datasets": "flower-datasets",
 }
 
 

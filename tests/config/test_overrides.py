@@ -11,7 +11,7 @@ from hetero_fl import load_config
 from hetero_fl.config import Config
 from tests.support.cases import each_case
 
-FLOWER = {"kind": "flwr:DirichletPartitioner", "partition_by": "label", "alpha": 0.3, "min_size": 5}
+OWN = {"kind": "python:own:by_label", "column": "label", "alpha": 0.3, "min_size": 5}
 
 
 DIRICHLET = {"kind": "dirichlet", "alpha": 0.1}
@@ -24,13 +24,13 @@ CAPPED = {**DIRICHLET, "cap": 2.0, "min_size": 5}
         (CAPPED, ["data.partition.kind=quantity"], {"kind": "quantity", "min_size": 5}),
         (
             CAPPED,
-            ["data.partition={kind: flwr:IidPartitioner}"],
-            {"kind": "flwr:IidPartitioner", "min_size": 5},
+            ["data.partition={kind: python:own:iid}"],
+            {"kind": "python:own:iid", "min_size": 5},
         ),
-        (FLOWER, ["data.partition.kind=iid"], {"kind": "iid", "min_size": 5}),
-        (FLOWER, ["data.partition={kind: iid}"], {"kind": "iid", "min_size": 5}),
+        (OWN, ["data.partition.kind=iid"], {"kind": "iid", "min_size": 5}),
+        (OWN, ["data.partition={kind: iid}"], {"kind": "iid", "min_size": 5}),
         (
-            FLOWER,
+            OWN,
             ["data.partition.classes=3", "data.partition.kind=classes"],
             {"kind": "classes", "classes": 3, "min_size": 5},
         ),

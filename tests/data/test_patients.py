@@ -193,33 +193,6 @@ def test_patient_with_rows_in_two_groups_is_refused() -> None:
         )
 
 
-def test_function_of_six_arguments_may_not_divide_patients(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own_deal_patients.py").write_text(
-        "def odd(*a):\n    return [range(0, 200, 2), range(1, 200, 2)]\n"
-    )
-    own = PartitionConfig(kind="python:own_deal_patients:odd")
-    y = torch.zeros(200).long()
-    patient = torch.arange(200) // 2
-
-    with pytest.warns(DeprecationWarning, match="define a function of a PartitionContext"):
-        check_refused(
-            "assigns rows 0 and 1 of the same patient",
-            partition_rows,
-            y,
-            None,
-            own,
-            [1, 1],
-            THREE_CLASSES,
-            seed=0,
-            patient=patient,
-        )
-    with pytest.warns(DeprecationWarning):
-        assert len(partition_rows(y, None, own, [1, 1], THREE_CLASSES, seed=0)) == 2
-
-
 def table(path: Path, patient: str | None = None, **columns: Any) -> Dataset:
     frame = pd.DataFrame({"a": range(8), "b": [0.5] * 8, "ill": [0, 1] * 4}).assign(**columns)
     frame.to_csv(path, index=False)

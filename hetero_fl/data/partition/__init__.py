@@ -1,4 +1,4 @@
-"""Partition training rows among clients: label skew, quantity skew, groups, other libraries.
+"""Partition training rows among clients: label skew, quantity skew, groups, code of users.
 
 `partition_rows` looks up the partition kind in a registry. If the data identifies patients, all
 rows of a patient go to the same client. Partitions depend only on the rows, the sizes of the

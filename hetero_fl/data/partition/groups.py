@@ -49,8 +49,8 @@ def partition_patients(
     """Partition patients as if they were rows, then move patients to clients with too few rows.
 
     The kind `natural` partitions rows by group instead. With the kind `classes`, no patients are
-    moved, as they could have classes that are not assigned to the client. With kinds of other
-    libraries and user-defined kinds, no patients are moved either.
+    moved, as they could have classes that are not assigned to the client. With user-defined
+    kinds, no patients are moved either.
 
     Args:
         partition: Partition function of the configured kind.
@@ -67,7 +67,7 @@ def partition_patients(
     clients = len(context.share)
     if context.config.kind == "natural":
         parts = partition(context)
-        if split_patient_rows(parts, patient) is not None:
+        if divides_patients(parts, patient):
             raise UserError(
                 f"{WHERE}.kind=natural: a patient (data.patient) has rows in two groups; give the "
                 "patient a different name in each group"
@@ -127,9 +127,7 @@ def too_few_rows_error(context: PartitionContext) -> UserError:
     )
 
 
-def match_groups(
-    groups: list[str], clients: list[str], name: str, kind: str = "natural", advice: str = ""
-) -> list[str]:
+def match_groups(groups: list[str], clients: list[str], name: str, advice: str = "") -> list[str]:
     """Check that the groups of a natural partition match the clients.
 
     Groups match if their names are the client ids. If no name matches, there must be as many groups
@@ -139,7 +137,6 @@ def match_groups(
         groups: Names of the groups.
         clients: Client ids.
         name: Name of the data set, for messages.
-        kind: Kind of the partition, for messages.
         advice: End of the error message.
 
     Returns:
@@ -171,7 +168,7 @@ def match_groups(
         hint = suggest_or_list(unmatched_groups[0], unmatched_clients) if suggest else ""
         problems.append(f"no client for group {format_list(unmatched_groups, quote=True)}{hint}")
     raise UserError(
-        f"{WHERE}.kind={kind}: got {len(groups)} groups for {len(clients)} clients in {name}: "
+        f"{WHERE}.kind=natural: got {len(groups)} groups for {len(clients)} clients in {name}: "
         f"{' and '.join(problem.removesuffix('?') for problem in problems)}{advice}"
     )
 
@@ -307,13 +304,9 @@ def move_patients_to_short_clients(
     return owner
 
 
-def split_patient_rows(parts: Sequence[Tensor], patient: Tensor) -> tuple[int, int] | None:
-    """Return two rows of a patient in different parts, or None if no patient is divided."""
-    rows = torch.cat(list(parts))
-    part_of = torch.cat([torch.full((len(part),), k) for k, part in enumerate(parts)])
-    order = patient[rows].argsort(stable=True)
-    rows = rows[order]
-    part_of = part_of[order]
-    divided = (patient[rows[1:]] == patient[rows[:-1]]) & (part_of[1:] != part_of[:-1])
-    first = torch.nonzero(divided)
-    return (int(rows[first[0]]), int(rows[first[0] + 1])) if len(first) else None
+def divides_patients(parts: Sequence[Tensor], patient: Tensor) -> bool:
+    """Return whether rows of a patient are in different parts."""
+    owner = torch.cat([torch.full((len(part),), k) for k, part in enumerate(parts)])
+    patients = patient[torch.cat(list(parts))]
+    pairs = torch.stack([patients, owner]).unique(dim=1)
+    return pairs.shape[1] > len(patients.unique())

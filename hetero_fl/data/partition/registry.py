@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.data import (
-    FLOWER_PREFIX,
     PARTITION_KINDS,
     PartitionConfig,
     registered_partition_kinds,
@@ -28,9 +27,6 @@ from hetero_fl.data.partition.custom import (
     UserPartition,
     call_partition,
     check_min_size,
-    flower_partition,
-    legacy_partition,
-    takes_six_arguments,
 )
 from hetero_fl.data.partition.groups import WHERE, partition_patients
 from hetero_fl.data.splits.rows import MIN_TRAIN_ROWS
@@ -105,8 +101,8 @@ def partition_rows(
     """Partition rows among clients.
 
     Each row goes to at most one client. With the kind `classes`, rows are left out if `shots` is
-    set or a class has no client. Partitioners of Flower (`flwr:` kinds) and user-defined partitions
-    (`python:` references and names of `register_partition`) may also leave rows out.
+    set or a class has no client. User-defined partitions (`python:` references and names of
+    `register_partition`) may also leave rows out.
 
     Args:
         y: Targets, `[N]` or `[N, L]`.
@@ -117,8 +113,8 @@ def partition_rows(
         seed: Seed of the run.
         patient: Patient of each row, int64 `[N]`, or None. All rows of a patient go to the same
             client.
-        columns: Columns of the rows for Flower's partitioners and user-defined partitions. If None,
-            the columns are `y`, `group` and `patient`.
+        columns: Columns of the rows for user-defined partitions. If None, the columns are `y`,
+            `group` and `patient`.
         clients: Client ids. If empty, the clients are numbered from 0.
         notes: List to which remarks for the log are appended. If None, there are no remarks.
 
@@ -176,12 +172,8 @@ def partition_rows(
         return [part.sort().values for part in parts]
     # A user's function may draw from global generators.
     with keyed_generators(stream_key("data", seed, "partition", config.kind)):
-        if config.kind.startswith(FLOWER_PREFIX):
-            parts = _partition(flower_partition, context, patient)
-        elif takes_six_arguments(partition := _find_user_partition(config.kind)):
-            parts = legacy_partition(partition, context, sizes, patient)
-        else:
-            parts = _partition(partial(call_partition, partition), context, patient)
+        partition = partial(call_partition, _find_user_partition(config.kind))
+        parts = _partition(partition, context, patient)
     check_min_size(parts, config)
     if left := len(y) - sum(map(len, parts)):
         context.notes.append(

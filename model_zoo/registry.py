@@ -203,11 +203,6 @@ MODELS: dict[str, CatalogEntry] = {
     "fedgen_cnn": CatalogEntry(
         "two strided 3x3 convolutions, 32 features (Zhu et al., 2021)", cnn.fedgen_cnn, IMAGE
     ),
-    "pilotnet": CatalogEntry(
-        "five convolutions and three layers, for steering angles (Bojarski et al., 2016)",
-        cnn.pilotnet,
-        IMAGE,
-    ),
     "cnn": CatalogEntry(
         "three 3x3 convolutions of any width, with BatchNorm, GroupNorm or none", cnn.cnn, IMAGE, 4
     ),
@@ -343,6 +338,8 @@ def group_models(name: str) -> list[str]:
 
 EXTERNAL = tuple(external.OPTIONS)
 PREFIXES = (*EXTERNAL, "python")
+DROPPED = {"pilotnet": "cnn"}
+"""Models that replace those of earlier versions, keyed by former name."""
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -565,6 +562,8 @@ def _find_options(name: str) -> tuple[dict[str, Any], bool]:
     if colon:
         hint = suggest_names(prefix, PREFIXES) or f"; choose from {', '.join(PREFIXES)}"
         raise ModelError(f"unknown prefix '{prefix}'{hint}")
+    if name in DROPPED:
+        raise ModelError(f"was dropped; use {DROPPED[name]}")
     if name not in MODELS:
         hint = suggest_names(name, list_models()) or "; choose from model_zoo.list_models()"
         raise ModelError(f"unknown model{hint}")

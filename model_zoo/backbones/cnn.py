@@ -1,4 +1,4 @@
-"""Convolutional networks without shortcuts: LeNet, PilotNet, a three-block CNN, CNNs of papers."""
+"""Convolutional networks without shortcuts: LeNet, a three-block CNN, CNNs of papers."""
 
 from __future__ import annotations
 
@@ -126,42 +126,6 @@ def cnn(
     if dropout > 0:
         layers.append(nn.Dropout(dropout))
     return scale_outputs(nn.Sequential(*layers), scaler), 4 * width
-
-
-# Height and width in pixels from which PilotNet does not pad its convolutions.
-PILOTNET_SIDE = 61
-
-
-def pilotnet(shape: Shape) -> Body:
-    """Build PilotNet, a CNN that maps camera frames to steering angles.
-
-    Five convolutions (24, 36 and 48 channels of 5x5 with stride 2, then 64 and 64 channels of 3x3)
-    and three layers of 100, 50 and 10 units, with ReLU. The feature maps are flattened, so that the
-    features depend on where a lane marking is. With one output, the model has 252,219 parameters
-    for the 3x66x200 frames of the paper (Bojarski et al., "End to End Learning for Self-Driving
-    Cars", arXiv:1604.07316, 2016, figure 4). The convolutions of smaller images are padded.
-    """
-    padded = min(shape.size) < PILOTNET_SIDE
-    layers: list[nn.Module] = []
-    channels = shape.channels
-    height, width = shape.size
-    for out_channels, kernel, stride in (
-        (24, 5, 2),
-        (36, 5, 2),
-        (48, 5, 2),
-        (64, 3, 1),
-        (64, 3, 1),
-    ):
-        padding = kernel // 2 if padded else 0
-        layers += [nn.Conv2d(channels, out_channels, kernel, stride, padding), nn.ReLU()]
-        height, width = ((s + 2 * padding - kernel) // stride + 1 for s in (height, width))
-        channels = out_channels
-    layers.append(nn.Flatten())
-    features = channels * height * width
-    for units in (100, 50, 10):
-        layers += [nn.Linear(features, units), nn.ReLU()]
-        features = units
-    return nn.Sequential(*layers), features
 
 
 class ChannelDropout(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from model_zoo.backbones.cnn import cnn, pilotnet
+from model_zoo.backbones.cnn import cnn
 from model_zoo.backbones.resnet import resnet
 from model_zoo.backbones.transformer import vit
 from model_zoo.errors import InputError, ModelError
@@ -21,7 +21,7 @@ from model_zoo.split_model import Body
 # Name and shape of each block in a row, in order: `(("image", (1, 28, 28)), ("genes", (60,)))`.
 Blocks = tuple[tuple[str, tuple[int, ...]], ...]
 Fusion = Literal["concat", "gated"]
-ImageNetwork = Literal["cnn", "pilotnet", "resnet", "vit"]
+ImageNetwork = Literal["cnn", "resnet", "vit"]
 # Height and width of a patch of the vision transformer in pixels.
 PATCH = 4
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -102,8 +102,6 @@ class Branch(nn.Sequential):
 
 def _image_network(shape: Shape, name: ImageNetwork, width: int) -> Body:
     """Build the network of an image branch."""
-    if name == "pilotnet":
-        return pilotnet(shape)
     if name == "resnet":
         return resnet(shape, widths=(width, 2 * width, 4 * width), norm="group")
     if name == "vit":
@@ -243,11 +241,10 @@ def multimodal(
         blocks: Name and shape of each block. If empty, the whole example is a single block, which
             is named after the kind of example (see `Shape.kind`).
         width: Width of the branches and of the features.
-        image: Network of image branches. `cnn` and `resnet` have three stages with GroupNorm,
-            `vit` has patches of 4x4 pixels and two transformer blocks, and `pilotnet` is that of
-            `model_zoo.backbones.cnn.pilotnet`.
+        image: Network of image branches. `cnn` and `resnet` have three stages with GroupNorm, and
+            `vit` has patches of 4x4 pixels and two transformer blocks.
         image_width: Channels of the first convolution of `cnn` and `resnet`, and a quarter of the
-            width of `vit`. `pilotnet` has the channels of its paper.
+            width of `vit`.
         hidden: Width of the hidden layer of other branches.
         fusion: Method of the fusion, see `Fuse`.
         drop: Probability of hiding a block in training.

@@ -18,7 +18,7 @@ from tests.support.payload_search import Found, search_run
 
 FRAME = 3 * 12 * 20
 DRIVING = {"height": 12, "width": 20, "gap": 1, "test_vehicles": ["zoe"]}
-IMAGES = {"ann": "pilotnet", "bob": "pilotnet", "cid": "resnet", "dora": "vit"}
+IMAGES = {"ann": "cnn", "bob": "cnn", "cid": "resnet", "dora": "vit"}
 PRIVATE = ("backbone.speed.", "backbone.fusion.", "head.")
 
 

@@ -211,8 +211,6 @@ COUNTS = [
     ("fedproto_cnn", {}, 21_840),  # Tan et al. (2022)
     ("fedproto_cnn", {"width": 22}, 260 + 250 * 22 + 22 + 16 * 22 * 50 + 50 + 510),
     ("fedgen_cnn", {}, 26_434),  # Zhu et al. (2021)
-    # Bojarski et al. (2016) give 250 thousand.
-    ("pilotnet", {"classes": 1, "channels": 3, "size": (66, 200)}, 252_219),
     ("resnet20", {"channels": 3, "size": 32}, 272_474),  # He et al. (2016) give 0.27 M
     ("resnet8", {"channels": 3, "size": 32}, 78_042),
     ("resnet18_small", {"channels": 3, "size": 32}, 11_173_962),

@@ -292,7 +292,7 @@ def test_values_of_an_absent_block_are_ignored(fusion: str) -> None:
     assert torch.allclose(model(nothing).logits, model(nothing).logits[:1].expand(6, 3))
 
 
-@each_case("image", ("cnn", "pilotnet", "resnet", "vit"))
+@each_case("image", ("cnn", "resnet", "vit"))
 def test_image_branch_has_the_selected_network(image: str) -> None:
     blocks = [["frame", [3, 12, 20]], ["state", [3]]]
     model = make_multimodal(blocks, image=image, image_width=4, drop=0.0).eval()

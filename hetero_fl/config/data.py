@@ -395,7 +395,7 @@ class SourceConfig(ConfigSection):
     )
     patient: str | None = Field(
         None,
-        description="tables, `.npz` files, zarr stores, Hugging Face data sets and WILDS: column "
+        description="tables, `.npz` files, Hugging Face data sets and WILDS: column "
         "or array that identifies the patient of each row; `image_folder`: regular expression with "
         "a group that is found in file names, such as `(p[0-9]+)_`, or a table with the columns "
         "`file` and `patient`; a patient's rows stay in one split of one client",
@@ -404,7 +404,7 @@ class SourceConfig(ConfigSection):
         choice_type("multiclass", "multilabel", "regression") | None  # type: ignore[valid-type]
     ) = Field(
         None,
-        description="tables, `.npz` files, zarr stores and Hugging Face data sets: learning task; "
+        description="tables, `.npz` files and Hugging Face data sets: learning task; "
         "`null`: inferred from the labels",
     )
     categories: dict[str, tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...]] | None = (
@@ -421,7 +421,7 @@ class SourceConfig(ConfigSection):
     )
     stream: StreamConfig | None = Field(
         None,
-        description="`image_folder`, `zarr`, `camelyon17`, `iwildcam`: read images from files in "
+        description="`image_folder`, `npz`, `camelyon17`, `iwildcam`: read images from files in "
         "batches when they are used; `null`: keep all images in memory",
     )
     follow_links: bool | None = Field(

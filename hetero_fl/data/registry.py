@@ -65,6 +65,11 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 MEDMNIST_PREFIX = "medmnist:"
 HUB_PREFIX = "hf:"
 """Prefix of the names of Hugging Face data sets, which the source `hf` reads."""
+DROPPED = {
+    "zarr": "name=npz, and as path a folder of .npy files such as train_images.npy, which are "
+    "memory-mapped with stream=true"
+}
+"""What replaces the sources of earlier versions, keyed by former name."""
 SourceFunction = Callable[[SourceConfig, Path], Dataset]
 """A function that takes a source configuration and the download folder and returns a data set.
 
@@ -374,7 +379,7 @@ def _read_local_npz(config: SourceConfig, name: str, entry: _Source) -> Dataset:
     # A folder of MedMNIST has a file for each size.
     by_size = "size" in entry.keys
     file = file / medmnist_file(name, config.size) if by_size and file.is_dir() else file
-    dataset = read_npz(file, name, entry.task, config.task, config.patient)
+    dataset = read_npz(file, name, entry.task, config.task, config.patient, stream=config.stream)
     if by_size and config.size is not None:
         check_image_size(dataset.train.x, config.size, file, name)
     return dataset
@@ -441,6 +446,8 @@ def check_roles(source: SourceConfig, main: SourceConfig, where: str) -> None:
 def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:
     name = _registered_name(config.name)
     _load_plugin(name, where)
+    if name in DROPPED:
+        raise UserError(f"{where}.name: {name} was dropped; use {DROPPED[name]}")
     if name not in _sources:
         if reader := _reader_for_suffix(config.name):
             kind = "folder" if Path(name).is_dir() else "file"
@@ -460,8 +467,8 @@ def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:
 def _reader_for_suffix(name: str) -> str:
     """Return the source that reads the file or folder `name`, or an empty string."""
     path = Path(name)
-    if path.suffix.lower() == ".zarr":
-        return "zarr"
+    if (path / "train_images.npy").is_file():
+        return "npz"
     if path.is_dir():
         for source, entry in _sources.items():
             if any(any(path.glob(pattern)) for pattern in entry.folder_files):

@@ -303,9 +303,9 @@ def _file_source(
         if kind in settings and path.suffix.lower() != ".npz":
             return SourceConfig.model_validate({"name": kind, "path": data, kind: settings[kind]})
     stream = known.get("stream")
-    if path.suffix.lower() == ".zarr":
+    if (path / "train_images.npy").is_file():
         task = model.task.kind
-        return SourceConfig(name="zarr", path=data, label=label, task=task, stream=stream)
+        return SourceConfig(name="npz", path=data, label=label, task=task, stream=stream)
     if path.is_dir():
         # Folders of sites may contain the folders of the classes.
         group = (

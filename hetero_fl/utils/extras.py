@@ -13,7 +13,6 @@ EXTRAS = {
     "scipy": "compare",
     "pyarrow": "parquet",
     "medmnist": "medmnist",
-    "zarr": "zarr",
     "datasets": "huggingface",
     "transformers": "huggingface",
     "tensorboard": "tensorboard",

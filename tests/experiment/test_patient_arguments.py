@@ -307,14 +307,12 @@ def test_patient_in_two_splits_of_a_hugging_face_data_set_is_refused(tmp_path: P
         hfl.prepare({"data": data})
 
 
-def test_patients_of_a_zarr_store(tmp_path: Path) -> None:
-    zarr = pytest.importorskip("zarr")
+def test_patients_of_a_folder_of_arrays(tmp_path: Path) -> None:
     _, y, who = visits(40)
-    group = zarr.open_group(str(tmp_path / "scans.zarr"), mode="w")
     images = np.random.default_rng(0).integers(0, 256, (len(y), 8, 8), dtype=np.uint8)
     for name, values in (("train_images", images), ("train_labels", y), ("who", who)):
-        group.create_array(name, data=values)
-    source = {"name": "zarr", "path": str(tmp_path / "scans.zarr"), "patient": "who"}
+        np.save(tmp_path / f"{name}.npy", values)
+    source = {"name": "npz", "path": str(tmp_path), "patient": "who"}
 
     dataset = load_source(SourceConfig.model_validate(source), tmp_path)
 

@@ -1,4 +1,4 @@
-"""Folders of small images and zarr stores for tests of images that are read in batches."""
+"""Folders of small images and arrays for tests of images that are read in batches."""
 
 from __future__ import annotations
 

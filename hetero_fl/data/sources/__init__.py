@@ -15,7 +15,6 @@ from hetero_fl.data.sources import (
     tables,
     text,
     traffic,
-    zarr_stores,
 )
 
 __all__ = [
@@ -30,5 +29,4 @@ __all__ = [
     "tables",
     "text",
     "traffic",
-    "zarr_stores",
 ]

@@ -67,11 +67,15 @@ def digits(_config: SourceConfig, _root: Path) -> Dataset:
     )
 
 
-@register_source("npz", keys=("path", "task", "patient"))
+@register_source("npz", keys=("path", "task", "patient", "stream"))
 def npz(config: SourceConfig, _root: Path) -> Dataset:
-    """Load a local `.npz` file in the MedMNIST layout (see `read_npz`)."""
+    """Load a local `.npz` file or folder in the MedMNIST layout (see `read_npz`)."""
     return read_npz(
-        Path(str(config.path)).expanduser(), "npz", kind=config.task, patient=config.patient
+        Path(str(config.path)).expanduser(),
+        "npz",
+        kind=config.task,
+        patient=config.patient,
+        stream=config.stream,
     )
 
 

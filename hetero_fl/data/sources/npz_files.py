@@ -1,4 +1,4 @@
-"""Data sets from `.npz` files in the MedMNIST layout."""
+"""Data sets in the MedMNIST layout, from a `.npz` file or a folder of `.npy` files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import IO, Any
 from zipfile import ZipFile, is_zipfile
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from hetero_fl.config.data import StreamConfig
 from hetero_fl.core.images import (
     MAX_CHANNELS,
     USUAL_CHANNELS,
@@ -19,12 +21,13 @@ from hetero_fl.core.images import (
     channels_first,
     in_range,
 )
-from hetero_fl.core.stored_rows import Column
+from hetero_fl.core.stored_rows import Column, StoredRows
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import ExampleNames, check_examples, note_identifiers
 from hetero_fl.data.dataset import Dataset, Examples, with_patients
 from hetero_fl.data.labels import read_labels
-from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
+from hetero_fl.data.sources.files import visible_files
+from hetero_fl.utils.errors import UserError, one_line, suggest_file, suggest_or_list
 from hetero_fl.utils.serialization import check_memory
 
 PREFIXES = {"train": "train", "validation": "val", "test": "test"}
@@ -40,16 +43,18 @@ def read_npz(
     task: Task | None = None,
     kind: str | None = None,
     patient: str | None = None,
+    *,
+    stream: StreamConfig | None = None,
 ) -> Dataset:
-    """Read a `.npz` file in the MedMNIST layout.
+    """Read a `.npz` file, or a folder of `.npy` files, in the MedMNIST layout.
 
-    The file contains arrays `{train,val,test}_images` and `{train,val,test}_labels`, of which only
+    It contains arrays `{train,val,test}_images` and `{train,val,test}_labels`, of which only
     those of `train` are required. Images have shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`
     and values in 0..1 or 0..255, or integers of more bits. Floats `[N, F]` are rows of a table.
     Labels have shape `[N]`, `[N, 1]` or `[N, L]` and are read as by `from_arrays`.
 
     Args:
-        path: File to read.
+        path: File or folder to read. The files of a folder are memory-mapped.
         name: Name of the data set.
         task: Learning task. If set, the file must contain images. If None, the task is inferred
             from the labels.
@@ -57,11 +62,18 @@ def read_npz(
             inferred from the labels.
         patient: Name of the array with the patient of each training row. If None, the array
             "patient" is used if it exists.
+        stream: Settings for reading the images of a folder when they are used. They are integers
+            `[N, H, W]` or `[N, H, W, C]`. If None, all images are read into memory.
 
     Raises:
         UserError: If the file is missing or malformed. The message names the array and the row.
     """
     where = f"path: {path}"
+    if stream is not None and not path.is_dir():
+        raise UserError(
+            f"stream: needs a folder of .npy files, got '{path}'; save each array with numpy.save, "
+            "or remove stream"
+        )
     wanted = [f"{split}_{part}" for split in PREFIXES.values() for part in ("images", "labels")] + [
         patient or PATIENT
     ]
@@ -75,9 +87,14 @@ def read_npz(
         raise _missing_images_error(where, names)
     known = task is not None
     task, targets, notes = npz_targets({s: y for s, (_, y) in raw.items()}, where, task or kind)
-    read = _npz_images(
-        {f"{where}: {PREFIXES[s]}_images": x for s, (x, _) in raw.items()}, table=not known
-    )
+    read: list[Tensor] | list[StoredRows]
+    if stream is not None:
+        files = [path / f"{PREFIXES[split]}_images.npy" for split in raw]
+        read = [StoredRows(NpyReader(file), stream) for file in files]
+    else:
+        read = _npz_images(
+            {f"{where}: {PREFIXES[s]}_images": x for s, (x, _) in raw.items()}, table=not known
+        )
     splits = {}
     for (split, (x, _)), pixels in zip(raw.items(), read, strict=True):
         images = f"{PREFIXES[split]}_images"
@@ -103,9 +120,69 @@ def read_npz(
         train,
         splits.get("validation"),
         splits.get("test"),
-        about=f"local file {path.name}",
+        about=f"local {'folder' if path.is_dir() else 'file'} {path.name}",
         notes=(*notes, *note_identifiers(train.x, (), advice)),
     )
+
+
+class NpyReader:
+    """Reader of images in a `.npy` file, which is memory-mapped (see `RowReader`).
+
+    Args:
+        file: File with integers `[N, H, W]` or `[N, H, W, C]`.
+    """
+
+    def __init__(self, file: Path) -> None:
+        array = map_array(file)
+        if array.dtype.kind not in "bui":
+            raise UserError(f"path: {file}: expected images as integers, got {array.dtype}")
+        channels = array.shape[3:]
+        if (
+            array.ndim not in (3, 4)
+            or 0 in array.shape[1:]
+            or max(channels, default=0) > MAX_CHANNELS
+        ):
+            raise UserError(
+                f"path: {file}: expected shape (N, H, W) or (N, H, W, C), got {array.shape}"
+            )
+        self._file = file
+        self._length = len(array)
+        self.shape = (*(channels or (1,)), *array.shape[1:3])
+        self.dtype = torch.uint8 if array.dtype in (np.uint8, np.bool_) else torch.int32
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, rows: np.ndarray) -> Tensor:
+        """Read images (see `RowReader.read`)."""
+        # Rows are read after the data set is loaded, which adds the section to the key.
+        where = f"data.path: {self._file}"
+        array = map_array(self._file, "data.path")
+        if len(array) != self._length:
+            raise UserError(f"{where}: expected {self._length} rows, got {len(array)}")
+        values = array[rows]
+        values = values[:, None] if values.ndim == 3 else np.moveaxis(values, -1, 1)
+        pixels = as_numbers(values, where)
+        as_pixels({where: pixels})
+        return pixels.to(self.dtype)
+
+
+def map_array(file: Path, key: str = "path") -> np.ndarray:
+    """Map a `.npy` file into memory, read-only.
+
+    Args:
+        file: The file.
+        key: Configuration key of the path, for error messages.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    try:
+        return np.lib.format.open_memmap(file, mode="r")
+    except Exception as error:
+        # numpy raises many kinds of errors for a damaged file.
+        reason = one_line(f"{type(error).__name__}: {error}", 200)
+        raise UserError(f"{key}: {file}: not a readable .npy file ({reason})") from error
 
 
 def medmnist_file(name: str, size: int | None) -> str:
@@ -159,7 +236,7 @@ def read_npz_arrays(
     """Read selected arrays of a `.npz` file, if their headers announce valid sizes.
 
     Args:
-        path: File to read.
+        path: File to read, or a folder of `.npy` files, which are memory-mapped.
         wanted: Names of the arrays to read. Arrays that do not exist are skipped.
         aligned: Pairs of these arrays that must have the same number of rows, if they exist.
 
@@ -171,6 +248,10 @@ def read_npz_arrays(
             fit into the memory.
     """
     where = f"path: {path}"
+    if path.is_dir():
+        files = {file.stem: file for file in visible_files(path, "*.npy")}
+        found = {name: map_array(file) for name, file in files.items() if name in wanted}
+        return found, list(files)
     if not path.is_file():
         raise UserError(f"path: file '{path}' not found{suggest_file(path)}")
     try:
@@ -284,7 +365,9 @@ def _npz_images(raw: Mapping[str, np.ndarray], table: bool) -> list[Tensor]:
     for where, x in raw.items():
         if x.dtype.kind not in "buif":
             raise UserError(f"{where}: expected images as integers or floats, got {x.dtype}")
-    numbers = {where: as_numbers(x, where) for where, x in raw.items()}
+    check_memory(sum(x.nbytes for x in raw.values()), next(iter(raw)))
+    # A tensor must not share the memory of a file.
+    numbers = {where: as_numbers(np.array(x), where) for where, x in raw.items()}
     numbers |= as_pixels({where: x for where, x in numbers.items() if x.ndim > 2})
     read = {where: _to_images(x, where, table) for where, x in numbers.items()}
     ranged, _ = in_range({where: x for where, x in read.items() if x.ndim == 4})

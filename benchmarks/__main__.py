@@ -16,6 +16,28 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 # The empty name stands for the modules directly in the folder.
 GROUPS = ("", "speed", "scale", "science", "robustness")
+ARCHIVED = "its output in docs/results/measurements names the commit that can repeat it"
+REPEAT_ROW = "use `hetero-fl benchmark FEDERATION --repeat ROW`; " + ARCHIVED
+DROPPED = {
+    "ablation": REPEAT_ROW,
+    "asynchronous": "use `hetero-fl compare --config configs/fashion_devices.yaml`",
+    "batched": "use `executors`",
+    "common_model": ARCHIVED,
+    "event_queue": "use `population`",
+    "federation_equal": "run `pytest tests/deployment/test_equals_simulation.py`",
+    "fedgen_order": ARCHIVED,
+    "fedproto_setting": ARCHIVED,
+    "kills": "run `pytest tests/contracts/test_kills.py`",
+    "local_epochs": REPEAT_ROW,
+    "profile_round": "use `python -m cProfile scripts/train.py --config FILE`",
+    "python_objects": "use `against_commit`",
+    "recalibration": REPEAT_ROW,
+    "serial_overhead": "use `overhead`",
+    "store": "use `population`",
+    "threads": "use `executors --threads N`",
+    "thresholds": ARCHIVED,
+}
+"""What to use in place of benchmarks that were dropped, keyed by name."""
 
 
 def find_benchmarks() -> dict[str, Path]:
@@ -53,6 +75,8 @@ def main() -> None:
                     print(f"  {name:20} {summary(path)}")
         return
     name = sys.argv[1]
+    if name in DROPPED:
+        sys.exit(f"the benchmark {name!r} was dropped; {DROPPED[name]}")
     if name not in benchmarks:
         sys.exit(f"no benchmark {name!r}; choose from {', '.join(sorted(benchmarks))}")
     sys.argv = [f"python -m benchmarks {name}", *sys.argv[2:]]

@@ -36,7 +36,7 @@ from hetero_fl.utils.errors import (
 from hetero_fl.utils.extras import describe_missing_package
 
 # This variable must be set before torch is imported. By default, waiting threads spin for so long
-# that two runs on one machine slow each other down (see benchmarks/speed/threads.py).
+# that two runs on one machine slow each other down.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

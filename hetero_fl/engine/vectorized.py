@@ -120,8 +120,8 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
     return [outputs_by_index[i] for i in range(len(work))]
 
 
-# Time relative to the serial backend on one CPU thread, for 5 / 20 clients with 100 rows each
-# (benchmarks/speed/batched.py, SGD, batch size 10):
+# Time relative to the serial backend on one CPU thread, for 5 / 20 clients with 100 rows each (SGD,
+# batch size 10):
 #
 #                     8x8 pixels      28x28 pixels
 #     linear          0.95 / 0.31     0.94 / 0.49

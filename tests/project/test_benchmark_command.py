@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.__main__ import FOLDER, GROUPS, find_benchmarks, main, module_name, summary
+from benchmarks.__main__ import (
+    DROPPED,
+    FOLDER,
+    GROUPS,
+    find_benchmarks,
+    main,
+    module_name,
+    summary,
+)
 
 
 def test_command_lists_benchmarks_with_summaries(
@@ -36,8 +44,25 @@ def test_each_benchmark_can_be_imported() -> None:
 def test_command_refuses_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks", "nothing"])
 
-    with pytest.raises(SystemExit, match="no benchmark 'nothing'; choose from ablation, "):
+    with pytest.raises(SystemExit, match="no benchmark 'nothing'; choose from "):
         main()
+
+
+def test_dropped_benchmarks_name_a_replacement(
+    monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
+) -> None:
+    benchmarks = find_benchmarks()
+    assert not DROPPED.keys() & benchmarks.keys()
+
+    for name, instead in DROPPED.items():
+        with subtests.test(name=name):
+            monkeypatch.setattr(sys, "argv", ["benchmarks", name])
+            with pytest.raises(SystemExit) as refused:
+                main()
+            assert str(refused.value) == f"the benchmark {name!r} was dropped; {instead}"
+            # Commands in backticks begin with a program or the name of a benchmark.
+            programs = {command.split()[0] for command in re.findall("`(.+?)`", instead)}
+            assert programs <= {"hetero-fl", "pytest", "python", *benchmarks}
 
 
 def test_benchmark_names_are_unique() -> None:

@@ -7,9 +7,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 
 from hetero_fl.config.population import expand_population
 from hetero_fl.experiment.configuration import load_config
@@ -121,57 +119,3 @@ def test_record_contains_only_existing_rows(replication: SimpleNamespace, tmp_pa
         for job in replication.jobs_of(list(replication.TABLES.values()), None, "", tmp_path)
     }
     assert set(replication.read_record(ROOT / "docs" / "results" / "replication.json")) <= keys
-
-
-class Echo(torch.nn.Module):
-    """A model whose output is its image: the head's class, and one feature."""
-
-    def forward(self, x: torch.Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=torch.eye(10)[x[:, 0].long()], features=x[:, 1:])
-
-
-def test_fedproto_authors_accumulate_counts_over_clients() -> None:
-    from benchmarks.science.fedproto_setting import HEAD, PROTOTYPES, RUNNING, Client, evaluate
-
-    def client(y: list[int], head: list[int], features: list[float]) -> Client:
-        tests = {"these": (torch.tensor([head, features], dtype=torch.float32).T, torch.tensor(y))}
-        return Client(torch.empty(0), torch.tensor([0, 1]), tests, Echo())
-
-    # Classes that the client lacks are never predicted.
-    prototypes = torch.arange(10.0)[:, None]
-    found = evaluate(
-        [client([0, 1], [0, 1], [0, 0.2]), client([0, 1], [1, 0], [0, 9])], prototypes, "these"
-    )
-    assert found[HEAD].tolist() == [100, 0] and found[PROTOTYPES].tolist() == [50, 100]
-    assert found[RUNNING].tolist() == [75, 62.5]
-    single = evaluate([client([0, 1], [0, 0], [0, 0])], None, "these")
-    assert single[RUNNING].tolist() == [50]
-
-
-def test_fedproto_reference_setting_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.science import fedproto_setting as setting
-
-    labels = np.repeat(np.arange(10), 12).astype(np.uint8)
-    images = np.random.default_rng(0).integers(0, 256, (120, 28, 28), dtype=np.uint8)
-    data = {
-        f"{part}_{what}": v
-        for part in ("train", "test")
-        for what, v in (("images", images), ("labels", labels))
-    }
-    monkeypatch.setattr(setting, "BLOCK", 4)
-    monkeypatch.setattr(setting, "CLIENTS", 3)
-    monkeypatch.setattr(setting, "TESTS", {"few": ("test", 0, 4)})
-    torch.manual_seed(0)
-    clients = setting.clients_of(data)
-    # A separate block of the rows of each class.
-    for place, client in enumerate(clients):
-        wanted = np.concatenate(
-            [images[labels == c][4 * place :] for c in client.y.unique().tolist()]
-        )
-        assert torch.equal(client.x[:, 0], (torch.from_numpy(wanted) / 255 - 0.1307) / 0.3081)
-    before = clients[0].model.state_dict()["head.weight"].clone()
-    prototypes = setting.train_rounds(clients, 1.0, 2)
-    assert prototypes[clients[0].y].abs().sum(1).min() > 0
-    assert not torch.equal(before, clients[0].model.state_dict()["head.weight"])
-    names = {setting.HEAD, setting.PROTOTYPES, setting.RUNNING}
-    assert set(setting.evaluate(clients, prototypes, "few")) == names

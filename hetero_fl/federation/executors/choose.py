@@ -59,8 +59,7 @@ MAX_MEASURED = 4
 # Parameters are copied to workers and back. Workers are used only if at most this number of bytes
 # is copied per second of training.
 MAX_TRAFFIC = 3e8
-# Minimum number of floating-point operations per forward pass of a batch for more than one thread
-# (benchmarks/speed/threads.py).
+# Minimum number of floating-point operations per forward pass of a batch for more than one thread.
 LARGE_STEP = 5e7
 # Speedup by each worker, relative to training on one core without workers.
 WORKER_GAIN = 0.9

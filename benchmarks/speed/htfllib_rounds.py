@@ -1,4 +1,4 @@
-"""Run the training script of HtFLlib one round at a time, for the benchmark `htfllib`.
+"""Run the training script of HtFLlib one round at a time, for the case `htfllib`.
 
     python htfllib_rounds.py SYSTEM DEVICE ROUNDS [option of its main.py …]
 

@@ -1,4 +1,4 @@
-"""Run the training script of pfl-research one round at a time, for the benchmark `pfl_research`.
+"""Run the training script of pfl-research one round at a time, for the case `pfl_research`.
 
     python pfl_rounds.py BENCHMARKS DATA ROUNDS [option of its train.py …]
 

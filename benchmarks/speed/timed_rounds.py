@@ -1,12 +1,13 @@
-"""Run configurations one turn at a time, for the benchmark `against_commit`.
+"""Run configurations one turn at a time, for the benchmark `speed`.
 
     python timed_rounds.py TASKS.json
 
 The script is executed with `PYTHONPATH` set to the source tree that is measured, so it imports only
-the public interface of `hetero_fl`. `TASKS.json` is a list of tasks. The keys of a task are
-`config`, the number of `turns`, and the number of `rounds` per turn, which is 0 if a turn is a
-whole run. For each line on standard input, one line of JSON is printed, with the `seconds` of a
-turn, or with `done` if the task has ended.
+the public interface of `hetero_fl`, except for loops. `TASKS.json` is a list of tasks with the keys
+`config`, `turns` (number of turns), `rounds` (rounds per turn, or 0 if a turn is a whole run) and
+`is_loop` (whether the loop of `tests/references` replaces the framework). For each line on standard
+input, one line of JSON is printed, with the `seconds` of a turn, or with `done` if the task has
+ended.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -49,9 +50,15 @@ class TurnTimer:
 
 def run_rounds(task: Mapping[str, Any], replies: TextIO) -> None:
     """Run the configuration of a task once, and wait for a request after each turn."""
+    timer = TurnTimer(replies, task["turns"], task["rounds"])
+    if task["is_loop"]:
+        round_of_loop = make_loop(task["config"])
+        for _ in range(task["turns"] * task["rounds"] + 1):
+            round_of_loop()
+            timer({})
+        return
     import hetero_fl
 
-    timer = TurnTimer(replies, task["turns"], task["rounds"])
     with tempfile.TemporaryDirectory() as folder:
         hetero_fl.run(task["config"], out=Path(folder) / "run", callbacks=[timer])
 
@@ -62,10 +69,31 @@ def run_repeatedly(task: Mapping[str, Any], replies: TextIO) -> None:
 
     for _ in range(task["turns"] + 1):
         started = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            hetero_fl.run(task["config"], out=Path(folder) / "run")
+        if task["is_loop"]:
+            round_of_loop = make_loop(task["config"])
+            for _ in range(task["config"]["rounds"]):
+                round_of_loop()
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                hetero_fl.run(task["config"], out=Path(folder) / "run")
         reply(replies, {"seconds": time.perf_counter() - started})
         sys.stdin.readline()
+
+
+def make_loop(config: Mapping[str, Any]) -> Callable[[], None]:
+    """Return a function that executes a round of the reference loop of a configuration."""
+    import torch
+
+    from hetero_fl.experiment import prepare
+    from tests.references.loops import REFERENCES
+
+    prepared = prepare(config)
+    torch.set_num_threads(prepared.config.runtime.threads or torch.get_num_threads())
+    loop = REFERENCES[config["algorithm"]["name"]](prepared)
+    if prepared.config.evaluation.every > 1:
+        # The rounds that are timed have no evaluation.
+        loop.read = lambda: None  # type: ignore[method-assign]
+    return loop.round
 
 
 def reply(replies: TextIO, message: Mapping[str, Any]) -> None:

@@ -256,7 +256,7 @@ def compare(
         "hetero-fl benchmark",
         "hetero-fl benchmark digits sensors",
         "hetero-fl benchmark digits --repeat fedavg/all",
-        "hetero-fl benchmark --pause && python -m benchmarks overhead && hetero-fl benchmark",
+        "hetero-fl benchmark --pause && python -m benchmarks speed && hetero-fl benchmark",
     )
 )
 @click.argument(

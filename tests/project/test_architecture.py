@@ -204,7 +204,6 @@ def test_tests_and_benchmarks_are_in_matching_folders(top: str, folders: set[str
         "__main__.py",
         "common.py",
         "conftest.py",
-        "gpu_suite.py",
         "record.py",
     }
 

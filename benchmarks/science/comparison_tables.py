@@ -1,6 +1,6 @@
 """Tables of archived comparisons with chosen columns.
 
-`scripts/result_tables.py` writes the tables to the pages of scenarios and results.
+`scripts/result_tables.py` writes the tables of `tables.yaml` to the pages of scenarios and results.
 """
 
 from __future__ import annotations
@@ -8,7 +8,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
+from pydantic import TypeAdapter
 
 from hetero_fl.core.metrics import SMALLER_IS_BETTER
 from hetero_fl.reporting.formatting import MISSING, algorithm_name, format_significant
@@ -16,12 +20,6 @@ from hetero_fl.reporting.methods import format_needs, is_reference
 from hetero_fl.reporting.rendering import markdown_table
 
 Row = Mapping[str, Any]
-# Settings of the survey's variants, as in its study file.
-DISTILLING = (
-    "logit_adjustment=true:teacher=contrast:align=1:recalibrate=[proxy_predictions,local_test]"
-)
-GLOBAL_ACCURACY = {"Accuracy, global test": "global_last_accuracy"}
-LOCAL_ACCURACY = {"Accuracy, local test": "personal_last_accuracy"}
 
 
 @dataclass(frozen=True)
@@ -47,140 +45,8 @@ class ComparisonTable:
     first_column: str = "Method"
 
 
-LOSSES = {
-    **{
-        f"{method}:logit_adjustment=true": f"{algorithm_name(method)} + logit-adjusted loss"
-        for method in ("local", "fedavg", "fedmd")
-    },
-    "hybrid:logit_adjustment=false": "Hybrid without logit-adjusted loss",
-}
-"""Names of the methods with another loss than by default, keyed by label."""
-
-TABLES = {
-    "driving_hetero": ComparisonTable(
-        ("driving_hetero",),
-        {
-            "MAE, global test": "global_last_mae",
-            "RMSE, global test": "global_last_rmse",
-            "R², global test": "global_last_r2",
-            "MAE, local test": "personal_last_mae",
-            "Worst vehicle, local test": "personal_last_mae_worst",
-        },
-    ),
-    "finance_hetero": ComparisonTable(
-        ("finance_hetero",),
-        {
-            "AUROC, global test": "global_last_auroc",
-            "Average precision, global test": "global_last_average_precision",
-            "AUROC, local test": "personal_last_auroc",
-            "Worst bank, local test": "personal_last_auroc_worst",
-            "Average precision, local test": "personal_last_average_precision",
-        },
-    ),
-    "medical_hetero": ComparisonTable(
-        ("medical_hetero",),
-        {
-            "Balanced accuracy, global test": "global_last_balanced_accuracy",
-            "AUROC, global test": "global_last_auroc",
-            **LOCAL_ACCURACY,
-            "Worst hospital, local test": "personal_last_accuracy_worst",
-        },
-    ),
-    "recommendation_hetero": ComparisonTable(
-        ("recommendation_hetero",),
-        {
-            "Hit rate@10, global test": "global_last_hit_rate_10",
-            "NDCG@10, global test": "global_last_ndcg_10",
-            "Hit rate@10, local test": "personal_last_hit_rate_10",
-            "NDCG@10, local test": "personal_last_ndcg_10",
-        },
-        LOSSES,
-    ),
-    "sensors_hetero": ComparisonTable(
-        ("sensors_hetero",),
-        {
-            **GLOBAL_ACCURACY,
-            "AUROC, global test": "global_last_auroc",
-            **LOCAL_ACCURACY,
-            "Worst person, local test": "personal_last_accuracy_worst",
-        },
-    ),
-    "speech_hetero": ComparisonTable(
-        ("speech_hetero",),
-        {
-            **GLOBAL_ACCURACY,
-            "AUROC, global test": "global_last_auroc",
-            **LOCAL_ACCURACY,
-            "Worst device, local test": "personal_last_accuracy_worst",
-        },
-        LOSSES,
-    ),
-    "text_hetero": ComparisonTable(
-        ("text_hetero",),
-        {
-            **GLOBAL_ACCURACY,
-            "Top-3, global test": "global_last_top3_accuracy",
-            "Perplexity, global test": "global_last_perplexity",
-            **LOCAL_ACCURACY,
-            "Worst phone, local test": "personal_last_accuracy_worst",
-            "Top-3, local test": "personal_last_top3_accuracy",
-        },
-    ),
-    "traffic_hetero": ComparisonTable(
-        ("traffic_hetero",),
-        {
-            "junction 1, GRU": "personal_last_mae:camera_1",
-            "junction 2, GRU": "personal_last_mae:camera_2",
-            "junction 3, 1-D CNN": "personal_last_mae:sensor_1",
-            "junction 4, transformer": "personal_last_mae:sensor_2",
-        },
-        {"persistence": "Persistence", "a week before": "A week before"},
-    ),
-    "private": ComparisonTable(
-        ("private",),
-        {
-            "AUROC, global test": "global_last_auroc",
-            "Balanced accuracy, global test": "global_last_balanced_accuracy",
-            "AUROC, local test": "personal_last_auroc",
-        },
-    ),
-    "survey": ComparisonTable(
-        ("survey",),
-        {
-            "Balanced accuracy, global test": "global_last_balanced_accuracy",
-            "AUROC, global test": "global_last_auroc",
-            **LOCAL_ACCURACY,
-            "Worst client, local test": "personal_last_accuracy_worst",
-        },
-        {
-            "fedavg:logit_adjustment=true:recalibrate=[local_test]": "FedAvg + components",
-            "fedmd:" + DISTILLING: "FedMD + components",
-            "feddf:" + DISTILLING: "FedDF + components",
-            "ds_fl:" + DISTILLING: "DS-FL + components",
-            "hybrid": "Hybrid (with components)",
-            "hybrid:logit_adjustment=false:teacher=mean:align=0:recalibrate=[]": "Hybrid without",
-        },
-        has_needs=True,
-    ),
-    "number_of_clients": ComparisonTable(
-        ("federated_or_single", "effect_of_k", "federated_or_centralized"),
-        GLOBAL_ACCURACY,
-        {
-            "fedavg": "federated, k = 5 of 10, 3 local epochs",
-            "local:clients.per_round=10": "single clients, a tenth of the rows each",
-            **{f"fedavg:clients.per_round={k}": f"k = {k}" for k in (1, 3, 5, 10)},
-            **{
-                f"centralized:clients.defaults.epochs={epochs}": (
-                    f"all rows in one place, epochs per round: {epochs}"
-                )
-                for epochs in (1, 2, 3)
-            },
-        },
-        has_traffic=False,
-        has_seconds=True,
-        first_column="Training",
-    ),
-}
+SPECIFICATIONS = yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8"))
+TABLES = TypeAdapter(dict[str, ComparisonTable]).validate_python(SPECIFICATIONS["comparisons"])
 
 
 def comparison_table(table: ComparisonTable, archived: Callable[[str], Sequence[Row]]) -> str:

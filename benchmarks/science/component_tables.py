@@ -1,6 +1,6 @@
 """Tables with scores of Hybrid and its components, in which each column is a comparison.
 
-`scripts/result_tables.py` writes the tables to docs/results/options.md.
+`scripts/result_tables.py` writes the tables of `tables.yaml` to docs/results/options.md.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
+from benchmarks.science.comparison_tables import SPECIFICATIONS
 from hetero_fl.reporting.formatting import MISSING, algorithm_base, algorithm_name
 from hetero_fl.utils.text import split_top_level
 
@@ -19,40 +22,6 @@ Scores = dict[str, dict[int, float]]
 
 GLOBAL = "global_last_balanced_accuracy"
 LOCAL = "personal_last_accuracy"
-XRAY_PROXIES = {
-    "500 rows": "medical_homogeneous",
-    "100 rows": "small_medical",
-    "Other scanner": "shifted_medical",
-    "Other class mix": "skewed_medical",
-    "None": "none_medical",
-}
-FASHION_PROXIES = {
-    "800 rows": "fashion_dirichlet",
-    "100 rows": "small_fashion",
-    "MNIST digits": "shifted_fashion",
-    "None": "none_fashion",
-}
-CORRECTIONS = {"Digits, three architectures": "corrections_digits"}
-WITHOUT_BATCH_NORM = {"Digits, three architectures": "gn_digits", "X-rays, one": "gn_medical"}
-SETTINGS = {
-    "local_prior=true": "prior at prediction",
-    "prior_correction=true": "prior correction",
-    "fine_tune_epochs=1": "fine-tuned",
-    "logit_adjustment=true": "LA",
-    "recalibrate=[local_test]": "recalibrated local tests",
-    "recalibrate=[global_test,local_test]": "recalibrated tests",
-    "distilled_statistics=clients": "statistics of clients",
-    "align=0": "no alignment",
-}
-# Components of Hybrid, mapped to the settings that disable them.
-COMPONENTS = {
-    "LA": "logit_adjustment=false",
-    "contrast": "teacher=mean",
-    "statistics": "recalibrate=[]",
-    "alignment": "align=0",
-    "replay": "replay_weight=0",
-    "heads": "heads=keep",
-}
 
 
 @dataclass(frozen=True)
@@ -72,18 +41,11 @@ class ComponentTable:
     style: Literal["methods", "components"] = "methods"
 
 
-TABLES = {
-    "xray_proxies": ComponentTable(XRAY_PROXIES, seeds=5),
-    "fashion_proxies": ComponentTable(FASHION_PROXIES, seeds=5),
-    "corrections": ComponentTable(CORRECTIONS),
-    "corrections_local": ComponentTable(CORRECTIONS, LOCAL),
-    "without_batch_norm": ComponentTable(WITHOUT_BATCH_NORM),
-    "without_batch_norm_local": ComponentTable(WITHOUT_BATCH_NORM, LOCAL),
-    "ablation": ComponentTable(
-        {"X-rays": "ablation_medical", "Fashion-MNIST": "ablation_fashion"},
-        style="components",
-    ),
-}
+TABLES = TypeAdapter(dict[str, ComponentTable]).validate_python(SPECIFICATIONS["components"])
+NAMES: dict[str, str] = SPECIFICATIONS["names"]
+"""Names of settings of methods, keyed by setting."""
+COMPONENTS: dict[str, str] = SPECIFICATIONS["without"]
+"""Settings of Hybrid that leave out a component, keyed by its name."""
 
 
 def component_table(table: ComponentTable, archived: Callable[[str], Sequence[Row]]) -> str:
@@ -127,7 +89,7 @@ def method_name(label: str) -> str:
     base = algorithm_base(label)
     text = label[len(base) + 1 :]
     settings = split_top_level(text, ":") if text else []
-    return ", ".join([algorithm_name(base), *(SETTINGS[setting] for setting in settings)])
+    return ", ".join([algorithm_name(base), *(NAMES[setting] for setting in settings)])
 
 
 def _scores(rows: Sequence[Row], metric: str, seeds: int | None) -> Scores:

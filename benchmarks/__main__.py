@@ -37,6 +37,7 @@ DROPPED = {
     "htfllib": "use `speed htfllib --rival CHECKOUT`",
     "kills": "run `pytest tests/contracts/test_kills.py`",
     "local_epochs": REPEAT_ROW,
+    "multimodal": ARCHIVED,
     "overhead": "use `speed overhead startup`",
     "pfl_research": "use `speed pfl_research --rival CHECKOUT`",
     "profile_round": "use `python -m cProfile scripts/train.py --config FILE`",

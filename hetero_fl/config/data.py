@@ -62,8 +62,8 @@ class SeriesConfig(ConfigSection):
     time: str = Field("DateTime", description="CSV file: column of dates")
     format: str | None = Field(
         None,
-        description="CSV file: date format such as `%d/%m/%Y %H:%M`; "
-        "`null`: inferred if it is unambiguous",
+        description="CSV file: date format such as `%d/%m/%Y %H:%M`; `null`: ISO 8601, such as "
+        "`2023-05-01 13:00`",
     )
     lanes: tuple[str, ...] = Field(
         ("lane_1", "lane_2", "lane_3"),
@@ -367,6 +367,34 @@ class StreamConfig(ConfigSection):
     )
 
 
+class ReadConfig(ConfigSection):
+    """Arguments of `pandas.read_csv` for CSV and TSV files."""
+
+    sep: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1,
+        description="separator of the columns; `null`: the comma, semicolon, vertical bar or tab "
+        "that divides all rows alike",
+    )
+    decimal: choice_type(".", ",") = Field(  # type: ignore[valid-type]
+        ".", description="decimal mark of numbers"
+    )
+    thousands: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1,
+        description="separator of thousands in numbers; `null`: none",
+    )
+
+    @model_validator(mode="after")
+    def _check_marks(self) -> ReadConfig:
+        """Check that a decimal mark is no separator of thousands."""
+        if self.decimal == self.thousands:
+            raise ValueError(f"thousands: must differ from decimal, got '{self.thousands}'")
+        return self
+
+
 class SourceConfig(ConfigSection):
     """A data source, which is selected by name or read from a local file."""
 
@@ -413,6 +441,9 @@ class SourceConfig(ConfigSection):
             description="tables: columns to one-hot encode, with their values; `null`: text "
             "columns with fewer than 20 different values in the common file; `{}`: none",
         )
+    )
+    read: ReadConfig | None = Field(
+        None, description="tables: separators and decimal mark of CSV files; `null`: as in English"
     )
     size: PositiveInt | None = Field(
         None,

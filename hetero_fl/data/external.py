@@ -405,13 +405,13 @@ def _load_unlabeled_file(config: SourceConfig) -> tuple[Column, tuple[str, ...]]
         return read_images(path), ()
     if config.name == "table" and config.label is None:
         # Imported here because loading pandas is slow.
-        from hetero_fl.data.sources.table_columns import decimal_commas, normalize_frame
+        from hetero_fl.data.sources.table_columns import normalize_frame
         from hetero_fl.data.sources.table_files import features, read_frame
 
         where = f"path: {path}"
         categories = config.categories or {}
-        frame = normalize_frame(read_frame(path, (), categories), where, categories)
-        frame, _ = decimal_commas(frame, where, categories)
+        frame = read_frame(path, (), categories, config.read)
+        frame = normalize_frame(frame, where, categories)
         x, columns, _ = features(frame, where, [], categories)
         return x, columns
     if (

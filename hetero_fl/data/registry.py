@@ -29,6 +29,7 @@ Key = Literal[
     "patient",
     "task",
     "categories",
+    "read",
     "size",
     "stream",
     "splits",

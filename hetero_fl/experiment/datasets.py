@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,7 @@ class FederationDatasets:
             {**pairs, "proxy": (sets.get("proxy"), _column(sets.get("proxy"), label))},
             owners,
         )
-        excluded = {*(self._categories or ()), *owners.values()}
-        read, found, notes = _read_common_labels(pairs, task, num_classes, excluded)
+        read, found, notes = _read_common_labels(pairs, task, num_classes)
         self.datasets = {
             place: to_dataset(
                 data,
@@ -304,7 +303,6 @@ def _read_common_labels(
     parts: Mapping[str, tuple[Any, str | None]],
     task: Task | str | None,
     num_classes: int | None,
-    excluded: Collection[str],
 ) -> tuple[dict[str, Any], Task | str | None, list[str]]:
     """Read the labels of all pairs and data frames, which determine the task together.
 
@@ -312,7 +310,6 @@ def _read_common_labels(
         parts: The data and its label column, keyed by the name that error messages use.
         task: Kind of the task, or the task.
         num_classes: Number of classes, or None.
-        excluded: Columns of data frames in which commas are no decimal commas.
 
     Returns:
         The data, in which pairs have targets of the task; the task, or its kind if there are no
@@ -327,7 +324,7 @@ def _read_common_labels(
     labels: dict[str, Any] = {}
     for place, (data, column) in parts.items():
         if is_frame(data):
-            labels |= _frame_labels(data, column, place, kind, excluded)
+            labels |= _frame_labels(data, column, place, kind)
         elif isinstance(data, tuple | list):
             labels[f"{place}: y"] = data[1]
     read = {place: data for place, (data, _) in parts.items()}
@@ -340,20 +337,16 @@ def _read_common_labels(
     return read, found, [] if isinstance(task, Task) else notes
 
 
-def _frame_labels(
-    frame: Any, column: str | None, place: str, kind: str | None, excluded: Collection[str]
-) -> dict[str, Any]:
+def _frame_labels(frame: Any, column: str | None, place: str, kind: str | None) -> dict[str, Any]:
     """Return the labels of a data frame, or nothing if `to_dataset` reports a missing column."""
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.table_columns import decimal_commas, normalize_frame
+    from hetero_fl.data.sources.table_columns import normalize_frame
     from hetero_fl.data.sources.table_files import label_columns, label_values
 
     table = normalize_frame(frame, place)
     columns = [] if column is None else label_columns(table, column)
     if not columns or not set(columns) <= set(table.columns) or not len(table):
         return {}
-    if kind != "multiclass":
-        table, _ = decimal_commas(table, place, excluded)
     return {f"{place}: column '{column}'": label_values(table[columns], place, kind)}
 
 

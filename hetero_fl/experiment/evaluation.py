@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.config.data import SHARED_KEYS, SourceConfig
+from hetero_fl.config.data import SHARED_KEYS, ReadConfig, SourceConfig
 from hetero_fl.core.images import check_pixels
 from hetero_fl.core.metrics import score
 from hetero_fl.core.saved_model import SavedModel
@@ -298,7 +298,7 @@ def _file_source(
     if ("series" in settings or "windows" in settings) and path.is_file():
         group = known.get("group")
         file = {"name": known.get("name"), "path": data, "label": label, "group": group}
-        return SourceConfig.model_validate({**file, **settings})
+        return SourceConfig.model_validate({**file, **settings, "read": known.get("read")})
     for kind in SHARED_KEYS:
         if kind in settings and path.suffix.lower() != ".npz":
             return SourceConfig.model_validate({"name": kind, "path": data, kind: settings[kind]})
@@ -316,9 +316,12 @@ def _file_source(
         return SourceConfig.model_validate({**source, **kept, "group": group})
     if path.suffix.lower() == ".npz":
         return SourceConfig(name="npz", path=data, label=label, task=model.task.kind)
-    table = SourceConfig(name="table", path=data, label=label)
+    read = known.get("read")
+    table = SourceConfig.model_validate(
+        {"name": "table", "path": data, "label": label, "read": read}
+    )
     table = source_with_task(table, model.task, categories=model.categories)
-    columns = _columns(path)
+    columns = _columns(path, table.read)
     copied = {key: known[key] for key in ("group", "patient") if known.get(key) in columns}
     return table.model_copy(update=copied)
 
@@ -357,11 +360,11 @@ def order_columns(dataset: Dataset, run: Run, models: Mapping[str, SavedModel]) 
     return replace(dataset, columns=known, categories=categories, **parts)
 
 
-def _columns(path: Path) -> list[str]:
+def _columns(path: Path, read: ReadConfig | None) -> list[str]:
     # Imported here because loading pandas is slow.
     from hetero_fl.data.sources.table_files import read_frame
 
     try:
-        return list(map(str, read_frame(path).columns))
+        return list(map(str, read_frame(path, read=read).columns))
     except UserError as error:
         raise ArgumentError(f"data.{error}") from None

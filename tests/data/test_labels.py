@@ -255,26 +255,21 @@ def test_classes_without_training_rows_are_a_caution(subtests: pytest.Subtests) 
                 ]
 
 
-def test_frames_with_decimal_commas_are_read_as_files(tmp_path: Path) -> None:
-    numbers = np.resize([0.05, 1.5, 2.25, -3.0], ROWS)
-    commas = [f"{number:.2f}".replace(".", ",") for number in numbers]
-    frame = FRAME.assign(dose=commas, y=commas)
-    frame.to_csv(tmp_path / "d.csv", index=False, sep=";")
-    proxy = frame.drop(columns="y").assign(a=1.0)
-
-    own = hfl.Federation([hfl.Client("a", "mlp", frame)], test=frame, proxy=proxy, label="y")
-
-    data = own.prepare("fedmd").data
-    of_file = load(tmp_path, "table", "d.csv", label="y")
-    of_frame = data.client_rows["a"]["train"].examples
-    assert data.task == of_file.task == Task("regression", 1, ("y",))
-    assert torch.equal(of_frame.x, of_file.train.x)
-    assert torch.equal(of_frame.labels, of_file.train.labels)
-    assert torch.equal(data.public_sets["proxy"].examples.x[:, 1:], of_file.train.x[:, 1:])
+def test_frames_with_decimal_commas_are_one_line() -> None:
+    commas = np.resize(["0,05", "1,5", "2,25", "-3"], ROWS)
     names = np.resize(["1,5", "2,5"], ROWS)
-    for task, expected in (("multiclass", ("1,5", "2,5")), ("regression", ("y",))):
-        own = hfl.Federation([hfl.Client("a", "mlp", frame.assign(y=names))], label="y", task=task)
-        assert names_of(own) == expected
+    for frame, task in (
+        (FRAME.assign(dose=commas, y=np.arange(ROWS) % 2), None),
+        (FRAME.assign(y=names), None),
+        (FRAME.assign(y=names), "regression"),
+    ):
+        client = hfl.Client("a", "mlp", frame)
+        words = r"row 1, column '(dose|y)': expected a number, got '\d,\d+'; write numbers as"
+        check_refused(words, hfl.Federation, [client], test=frame, label="y", task=task)
+    own = hfl.Federation(
+        [hfl.Client("a", "mlp", FRAME.assign(y=names))], label="y", task="multiclass"
+    )
+    assert names_of(own) == ("1,5", "2,5")
 
 
 def test_labels_of_every_type_are_read(subtests: pytest.Subtests) -> None:

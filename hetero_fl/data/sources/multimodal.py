@@ -93,7 +93,7 @@ def join_images_and_table(
         tensor([61., 54.])
     """
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.table_columns import check_columns, decimal_commas, parse_names
+    from hetero_fl.data.sources.table_columns import check_columns, parse_names
     from hetero_fl.data.sources.table_files import features
 
     frame, where = _read_table(table, (by, table_group))
@@ -124,7 +124,7 @@ def join_images_and_table(
         )
     rest = frame.drop(columns=[column for column in special.values() if column is not None])
     check_columns(rest, [("columns", column) for column in columns or ()], where)
-    rest, _ = decimal_commas(rest if columns is None else rest[columns], where)
+    rest = rest if columns is None else rest[columns]
     values, used, left_out = features(rest, where, [])
     if columns is not None and left_out:
         column, kind = next(iter(left_out.items()))

@@ -149,17 +149,12 @@ def to_examples(
         return _unlabeled(from_arrays(data, np.zeros(len(data)), name=where, task=_NO_TASK))
     if is_frame(data) and label is None:
         # Imported here because loading pandas is slow.
-        from hetero_fl.data.sources.table_columns import (
-            decimal_commas,
-            normalize_frame,
-            parse_names,
-        )
+        from hetero_fl.data.sources.table_columns import normalize_frame, parse_names
         from hetero_fl.data.sources.table_files import features
 
         frame = normalize_frame(data, where, categories)
         owners = [] if patient is None else [patient]
-        rest, _ = decimal_commas(frame.drop(columns=owners), where, tuple(categories or ()))
-        x, columns, _ = features(rest, where, [], categories)
+        x, columns, _ = features(frame.drop(columns=owners), where, [], categories)
         examples = Examples(x, row=torch.arange(1, len(x) + 1), files=(where,))
         for column in owners:
             examples = with_patients(examples, parse_names(frame[column], where), where)

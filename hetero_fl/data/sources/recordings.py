@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -13,14 +12,13 @@ import torch
 from pandas.api import types
 from torch import Tensor
 
-from hetero_fl.config.data import SeriesConfig, WindowsConfig
+from hetero_fl.config.data import ReadConfig, SeriesConfig, WindowsConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import first_true
 from hetero_fl.data.dataset import Dataset, Examples, PatientTerm, index_names
 from hetero_fl.data.sources.npz_files import read_npz_arrays
 from hetero_fl.data.sources.table_columns import (
     check_columns,
-    decimal_commas,
     parse_names,
     parse_numbers,
     raise_cell_error,
@@ -37,7 +35,11 @@ RECORDINGS = PatientTerm("recording", "data.windows keeps windows that overlap t
 
 
 def read_recorded(
-    path: Path, windows: WindowsConfig, label: str | None = None, group: str | None = None
+    path: Path,
+    windows: WindowsConfig,
+    label: str | None = None,
+    group: str | None = None,
+    read: ReadConfig | None = None,
 ) -> Dataset:
     """Read labeled sensor windows `[N, T, F]` from a file.
 
@@ -55,13 +57,14 @@ def read_recorded(
         windows: Window settings.
         label: Array or column of the activities. If None, the array `y` or the column `activity`.
         group: Array or column of the persons. If None, `person` is used if it exists.
+        read: Separators and decimal mark of a CSV or TSV file. If None, those of English.
 
     Raises:
         UserError: If the file is malformed. The message names the array or column and the row.
     """
     if path.suffix.lower() == ".npz":
         return _read_labeled_windows(path, label or "y", group or "person", group is not None)
-    frame = read_frame(path, (group or "person",))
+    frame = read_frame(path, (group or "person",), read=read)
     return _make_windows(frame, path, windows, label or "activity", group)
 
 
@@ -134,9 +137,7 @@ def _make_windows(
         if group
         else (torch.zeros(len(frame), dtype=torch.int64), ())
     )
-    rest, _ = decimal_commas(
-        frame.drop(columns=[name for name in special.values() if name is not None]), where
-    )
+    rest = frame.drop(columns=[name for name in special.values() if name is not None])
     x, columns, _ = features(rest, where)
     run = _run_numbers(y, person)
     if windows.time is not None:
@@ -202,13 +203,13 @@ def _check_time(column: pd.Series, run: np.ndarray, where: str) -> None:
     """Reject times that do not increase within a run."""
     times = parse_numbers(column, where)
     if times is None:
-        parsed = pd.to_datetime(column, errors="coerce")
+        parsed = pd.to_datetime(column, format="ISO8601", errors="coerce")
         if (row := first_true(parsed.isna())) is not None:
             raise_cell_error(
                 where,
                 row,
                 str(column.name),
-                f"expected a number or a date, got '{column.iloc[row]}'",
+                f"expected a number or a date as {ISO}, got '{column.iloc[row]}'",
             )
         times = parsed.to_numpy().astype("datetime64[ns]").astype(np.int64)
     not_increasing = np.flatnonzero((np.diff(times) <= 0) & (np.diff(run) == 0))
@@ -222,19 +223,7 @@ def _check_time(column: pd.Series, run: np.ndarray, where: str) -> None:
         )
 
 
-EXAMPLE_ROWS = 20
-"""Number of rows at each end of a table that are parsed first to exclude date formats."""
-FORMATS: tuple[str, ...] = (
-    "%Y-%m-%d %H:%M",
-    "%Y-%m-%d %H:%M:%S",
-    "%Y-%m-%dT%H:%M:%S",
-    "%Y-%m-%dT%H:%M",
-)
-FORMATS += tuple(
-    f"{day} {clock}"
-    for day in ("%m/%d/%Y", "%d/%m/%Y", "%d.%m.%Y")
-    for clock in ("%H:%M", "%H:%M:%S")
-)
+ISO = "YYYY-MM-DD hh:mm"
 
 
 def read_sites(
@@ -250,9 +239,9 @@ def read_sites(
         group: Column of the sites. If None, all rows belong to one site.
 
     Raises:
-        UserError: If a column is missing, a cell is not a number, a date is invalid or ambiguous,
-            the rows of a site are unsorted, duplicated or not a whole number of hours apart, or
-            hours are missing and `series.gaps: skip` is not set.
+        UserError: If a column is missing, a cell is not a number, a date is invalid, the rows of a
+            site are unsorted, duplicated or not a whole number of hours apart, or hours are missing
+            and `series.gaps: skip` is not set.
     """
     where = f"path: {path}"
     required: list[tuple[str, str | None]] = [
@@ -274,7 +263,7 @@ def read_sites(
         check_names(config.sites, known, "series.sites: site", f" not found in {path}")
         known = [name for name in known if name in config.sites]
     rows = {name: np.flatnonzero((site == name).to_numpy()) for name in known}
-    hours = _hours(frame[config.time], list(rows.values()), config, where)
+    hours = _hours(frame[config.time], config, where)
     lanes = _extra_columns(frame, config.lanes, where)
     weather = _extra_columns(frame, config.weather, where)
     series = []
@@ -328,15 +317,13 @@ def _extra_columns(frame: pd.DataFrame, columns: tuple[str, ...], where: str) ->
     return np.stack(values, 1) if values else np.zeros((len(frame), 0))
 
 
-def _hours(
-    column: pd.Series, sites: list[np.ndarray], config: SeriesConfig, where: str
-) -> np.ndarray:
+def _hours(column: pd.Series, config: SeriesConfig, where: str) -> np.ndarray:
     """Convert dates to hours since 1970, int64 `[N]`."""
     require_no_missing(column, where)
     if types.is_datetime64_any_dtype(column):
         dates = column.dt.tz_convert(None) if getattr(column.dt, "tz", None) is not None else column
     else:
-        dates = _dates(column.astype(str).str.strip(), sites, config, where)
+        dates = _dates(column.astype(str).str.strip(), config, where)
     seconds = dates.to_numpy().astype("datetime64[s]").astype(np.int64)
     if (row := first_true(seconds % HOUR != seconds[0] % HOUR)) is not None:
         raise_cell_error(
@@ -348,65 +335,16 @@ def _hours(
     return seconds // HOUR
 
 
-def _dates(text: pd.Series, sites: list[np.ndarray], config: SeriesConfig, where: str) -> pd.Series:
-    """Parse dates in the configured format or, by default, in the known format that fits.
-
-    If several formats fit all cells, the format is chosen in which the largest share of rows are
-    one hour later than the previous row. This usually decides the order of day and month.
-    """
-    formats = [config.format] if config.format else list(FORMATS)
-    # A few rows exclude most formats quickly.
-    sample = pd.concat([text.head(EXAMPLE_ROWS), text.tail(EXAMPLE_ROWS)])
-    formats = [
-        date_format
-        for date_format in formats
-        if not pd.to_datetime(sample, format=date_format, errors="coerce").isna().any()
-    ] or formats
-    parsed = {
-        date_format: pd.to_datetime(text, format=date_format, errors="coerce")
-        for date_format in formats
-    }
-    valid = {date_format: dates for date_format, dates in parsed.items() if not dates.isna().any()}
-    if not valid:
-        best = max(parsed.values(), key=lambda dates: int(dates.notna().sum()))
-        row = first_true(best.isna().to_numpy())
-        assert row is not None
-        pattern = _readable_format(config.format or FORMATS[0])
+def _dates(text: pd.Series, config: SeriesConfig, where: str) -> pd.Series:
+    """Parse dates in the configured format or, by default, in that of ISO 8601."""
+    parsed = pd.to_datetime(text, format=config.format or "ISO8601", errors="coerce", utc=True)
+    if (row := first_true(parsed.isna().to_numpy())) is not None:
+        expected = f"series.format={config.format}" if config.format else ISO
         hint = "" if config.format else "; set series.format for another format"
         raise_cell_error(
-            where, row, config.time, f"expected a date as {pattern}, got '{text.iloc[row]}'{hint}"
+            where, row, config.time, f"expected a date as {expected}, got '{text.iloc[row]}'{hint}"
         )
-    if len(valid) > 1:
-        shares = {
-            date_format: _share_in_order(dates, sites) for date_format, dates in valid.items()
-        }
-        best_share = max(shares.values())
-        valid = {
-            date_format: dates
-            for date_format, dates in valid.items()
-            if shares[date_format] == best_share
-        }
-    if len(valid) > 1 and len({tuple(d.astype("int64")) for d in valid.values()}) > 1:
-        choices = " or ".join(f"'{date_format}'" for date_format in valid)
-        raise UserError(
-            f"series.format: missing; the dates in column '{config.time}' of "
-            f"{where.removeprefix('path: ')} are ambiguous, choose {choices}"
-        )
-    return next(iter(valid.values()))
-
-
-def _readable_format(date_format: str) -> str:
-    """Convert a date format to readable text such as `YYYY-MM-DD hh:mm`."""
-    letters = {"Y": "YYYY", "m": "MM", "d": "DD", "H": "hh", "M": "mm", "S": "ss"}
-    return re.sub(r"%(\w)", lambda match: letters.get(match[1], match[0]), date_format)
-
-
-def _share_in_order(dates: pd.Series, sites: list[np.ndarray]) -> float:
-    """Return the share of the rows that are one hour later than the previous row of the site."""
-    hours = dates.to_numpy().astype("datetime64[s]").astype(np.int64) / HOUR
-    steps = [np.diff(hours[site_rows]) for site_rows in sites]
-    total = sum(map(len, steps))
-    return sum(int((s == 1).sum()) for s in steps) / total if total else 0.0
+    return parsed.dt.tz_convert(None)
 
 
 def _check_order(

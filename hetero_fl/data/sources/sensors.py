@@ -92,7 +92,7 @@ class Person:
     rotation: np.ndarray
 
 
-@register_source("activity", keys=("path", "label", "group", "windows"), generates=True)
+@register_source("activity", keys=("path", "label", "group", "windows", "read"), generates=True)
 def activity(config: SourceConfig, _root: Path) -> Dataset:
     """Generate activities of nine persons (groups), or read a file (see `read_recorded`).
 
@@ -106,8 +106,8 @@ def activity(config: SourceConfig, _root: Path) -> Dataset:
 
         path = Path(config.path).expanduser()
         windows = config.windows or WindowsConfig()
-        return read_recorded(path, windows, config.label, config.group)
-    for key in ("label", "group", "windows"):
+        return read_recorded(path, windows, config.label, config.group, config.read)
+    for key in ("label", "group", "windows", "read"):
         if getattr(config, key) is not None:
             raise UserError(f"{key}: needs path, as it describes a file; set path or remove it")
     recordings = []

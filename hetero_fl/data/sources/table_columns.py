@@ -19,10 +19,8 @@ from hetero_fl.utils.text import Caution
 
 INTEGER_PATTERN = re.compile(r"([+-]?\d+)(?:\.0*)?")
 """Pattern of integers such as 1, 01 and 1.0."""
-WHOLE = re.compile(r"\s*[+-]?\d+\s*")
-COMMA = re.compile(r"\s*[+-]?\d+,\d+(?:[eE][+-]?\d+)?\s*")
-THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2},\d{3}\s*")
-SEPARATED = re.compile(r"\s*[+-]?\d{1,3}(?:[.,'’]\d{3})+(?:[.,]\d+)?\s*")
+SEPARATED = re.compile(r"\s*[+-]?(?:\d+|\d{1,3}(?:[.,'’]\d{3})+)(?:[.,]\d+)?(?:[eE][+-]?\d+)?\s*")
+"""Pattern of numbers with any decimal mark and separator of thousands."""
 MANY_CATEGORIES = 20
 """Number of distinct values from which text columns are not one-hot encoded by default."""
 MARKERS = frozenset(
@@ -61,7 +59,7 @@ MARKERS = frozenset(
 )
 """Markers of missing values in columns of numbers, in lower case, those of pandas included."""
 CATEGORICAL = "; for categories, list the values in data.categories"
-NUMBER_HINT = "write numbers as 1234.5"
+NUMBER_HINT = "write numbers as 1234.5, or name the marks in data.read.decimal and thousands"
 OWNER_NAME = re.compile(
     r"(?i:patient|participant|subject|person|mrn)"
     r"(?:[ _.-]*(?i:id|no|nr|num|number|code|key|name|hash))?$"
@@ -108,77 +106,9 @@ def _without_markers(column: pd.Series, categories: Collection[str]) -> pd.Serie
         is_listed = column.astype(object).map(lambda cell: str(cell).strip() in categories)
         marked &= ~is_listed.astype(bool)
     rest = column[~marked & column.notna()].astype(str)
-    is_number = pd.to_numeric(rest, errors="coerce").notna() | rest.str.fullmatch(COMMA)
+    is_number = pd.to_numeric(rest, errors="coerce").notna() | rest.str.fullmatch(SEPARATED)
     has_markers = bool(categories) or (len(rest) > 0 and is_number.all())
     return column.mask(marked if has_markers else marked & (text == "?"))
-
-
-def decimal_commas(
-    frame: pd.DataFrame, where: str, excluded: Collection[str] = ()
-) -> tuple[pd.DataFrame, list[str]]:
-    """Convert text columns with decimal commas, such as "0,5", to numbers.
-
-    As numbers such as "1,250" are ambiguous, at least one cell of the table must have an
-    unambiguous decimal comma.
-
-    Args:
-        frame: Table.
-        where: Name of the file, for error messages.
-        excluded: Columns that are not converted.
-
-    Returns:
-        The table, and the names of the converted columns.
-
-    Raises:
-        UserError: If all cells are ambiguous, or another column has decimal points that may
-            separate thousands.
-    """
-    columns = {
-        name: frame[name].dropna().astype(str)
-        for name in frame.columns
-        if name not in excluded and is_text(frame[name])
-    }
-    commas = {
-        name: texts
-        for name, texts in columns.items()
-        if (decimal := texts.str.fullmatch(COMMA)).any()
-        and (decimal | texts.str.fullmatch(WHOLE)).all()
-    }
-    if not commas:
-        return frame, []
-    if all(
-        texts[texts.str.contains(",")].str.fullmatch(THOUSANDS).all() for texts in commas.values()
-    ):
-        name, texts = next(iter(commas.items()))
-        row = int(frame[name].astype(str).str.contains(",").to_numpy().argmax())
-        raise_cell_error(
-            where,
-            row,
-            name,
-            f"ambiguous number '{texts.loc[frame.index[row]]}' (decimal comma or thousands); "
-            f"{NUMBER_HINT}",
-        )
-    for name in frame.columns:
-        if types.is_float_dtype(frame[name]) and _may_be_thousands(frame[name]):
-            raise UserError(
-                f"{where}: column '{name}': points may separate thousands, as column "
-                f"'{next(iter(commas))}' has decimal commas; {NUMBER_HINT}"
-            )
-    frame = frame.copy(deep=False)
-    for name, texts in commas.items():
-        frame[name] = texts.str.replace(",", ".").astype(np.float64).reindex(frame.index)
-    return frame, list(commas)
-
-
-def _may_be_thousands(column: pd.Series) -> bool:
-    """Return whether all fractions of a float column have at most three digits, as in 1.250."""
-    values = column.dropna().to_numpy(dtype=np.float64)
-    values = values[np.isfinite(values) & (values != np.floor(values))]
-    return bool(
-        len(values)
-        and (np.abs(values) >= 1).all()
-        and np.allclose(values * 1000, np.round(values * 1000), 0, 1e-6)
-    )
 
 
 def parse_numbers(
@@ -202,7 +132,8 @@ def parse_numbers(
             return None
         read = to_numbers(column)
         text = read.isna() & column.notna()
-        if text.any() and read.isna().all() and not _has_separators(column):
+        refuse_separators(column, where)
+        if text.any() and read.isna().all():
             return None
         if (row := first_true(text)) is not None:
             cell = str(column.iloc[row])
@@ -230,9 +161,19 @@ def to_numbers(column: pd.Series) -> pd.Series:
         return pd.to_numeric(column.astype(str).where(column.notna()), errors="coerce")
 
 
-def _has_separators(column: pd.Series) -> bool:
-    """Return whether all cells are numbers with thousands separators, such as 1.234,5."""
-    return bool(column.dropna().astype(str).str.fullmatch(SEPARATED).all())
+def refuse_separators(column: pd.Series, where: str) -> None:
+    """Reject a column of text in which all cells are numbers with other separators, such as 1,5.
+
+    Raises:
+        UserError: If the column is one of numbers.
+    """
+    text = column.astype(str)
+    if not is_text(column) or not text[column.notna()].str.fullmatch(SEPARATED).all():
+        return
+    separated = text.str.contains(r"\d[.,'’]\d") & to_numbers(column).isna()
+    if (row := first_true(separated.to_numpy(bool))) is not None:
+        problem = f"expected a number, got '{text.iloc[row]}'; {NUMBER_HINT}"
+        raise_cell_error(where, row, str(column.name), problem)
 
 
 def parse_names(column: pd.Series, where: str) -> pd.Series:

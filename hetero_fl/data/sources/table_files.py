@@ -1,4 +1,4 @@
-"""Read table files: separators, decimal commas, missing values, features and labels."""
+"""Read table files: separators, missing values, features and labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from pandas.api import types
 from torch import Tensor
 
-from hetero_fl.config.data import SourceConfig
+from hetero_fl.config.data import ReadConfig, SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import ExampleNames
 from hetero_fl.data.dataset import (
@@ -36,17 +36,20 @@ from hetero_fl.data.sources.table_columns import (
     category_values,
     check_columns,
     column_as_text,
-    decimal_commas,
     describe_identifiers,
     encode_indicators,
     find_categories,
     is_categorical,
+    is_text,
     looks_like_ids,
     metadata_array,
     normalize_frame,
     parse_column,
     parse_names,
     parse_numbers,
+    raise_cell_error,
+    refuse_separators,
+    to_numbers,
 )
 from hetero_fl.utils.errors import UserError, suggest_file
 from hetero_fl.utils.serialization import check_memory
@@ -65,7 +68,10 @@ RESET_INDEX = re.compile(r"level_\d+")
 
 
 def read_frame(
-    path: Path, names: Iterable[str | None] = (), categories: Iterable[str] = ()
+    path: Path,
+    names: Iterable[str | None] = (),
+    categories: Iterable[str] = (),
+    read: ReadConfig | None = None,
 ) -> pd.DataFrame:
     """Read a CSV, TSV or Parquet file.
 
@@ -73,6 +79,7 @@ def read_frame(
         path: File to read.
         names: Columns to read as text if they exist, so that site 01 does not become 1.
         categories: Columns to read as text in which `NA` and `None` may be categories.
+        read: Separators and decimal mark of a CSV or TSV file. If None, those of English.
 
     Raises:
         UserError: If the file cannot be read.
@@ -93,17 +100,7 @@ def read_frame(
             check_memory(8 * announced.num_rows * announced.num_columns, where)
             # Parquet files may have integers as names of columns.
             return pd.read_parquet(path).rename(columns=str)
-        separator = "\t" if kind == ".tsv" else _detect_separator(path)
-        _check_cells(path, separator)
-        frame = pd.read_csv(
-            path, sep=separator, low_memory=False, dtype=dict.fromkeys(filter(None, names), str)
-        )
-        listed = frame.columns.intersection(list(categories)).tolist()
-        if listed:
-            frame[listed] = pd.read_csv(
-                path, sep=separator, usecols=listed, dtype=str, keep_default_na=False
-            )[listed]
-        return frame
+        return _read_csv(path, names, categories, read or ReadConfig())
     except ImportError as error:
         raise UserError(
             f"{where}: Parquet files need pyarrow; run pip install 'hetero_fl[parquet]'"
@@ -119,6 +116,46 @@ def read_frame(
         raise UserError(
             f"{where}: not a readable {kind} file ({type(error).__name__}: {error})"
         ) from error
+
+
+def _read_csv(
+    path: Path, names: Iterable[str | None], categories: Iterable[str], read: ReadConfig
+) -> pd.DataFrame:
+    """Read a CSV or TSV file (see `read_frame`)."""
+    is_tsv = path.suffix.lower() == ".tsv"
+    separator = read.sep or ("\t" if is_tsv else _detect_separator(path))
+    _check_cells(path, separator)
+    texts = list(filter(None, names))
+    frame = pd.read_csv(
+        path,
+        sep=separator,
+        decimal=read.decimal,
+        thousands=read.thousands,
+        low_memory=False,
+        dtype=dict.fromkeys(texts, str),
+    )
+    if read.decimal != ".":
+        _check_decimal_marks(frame.drop(columns=texts, errors="ignore"), f"path: {path}")
+    listed = frame.columns.intersection(list(categories)).tolist()
+    if listed:
+        frame[listed] = pd.read_csv(
+            path, sep=separator, usecols=listed, dtype=str, keep_default_na=False
+        )[listed]
+    return frame
+
+
+def _check_decimal_marks(frame: pd.DataFrame, where: str) -> None:
+    """Reject columns of numbers with decimal points in a file with decimal commas."""
+    for name in filter(lambda name: is_text(frame[name]), frame.columns):
+        present = frame[name].dropna()
+        if len(present) and to_numbers(present).notna().all():
+            raise_cell_error(
+                where,
+                int(present.index[0]),
+                name,
+                f"expected a number with a decimal comma, got '{present.iloc[0]}'; set "
+                "data.read.thousands, or write decimal commas",
+            )
 
 
 def _check_cells(path: Path, separator: str) -> None:
@@ -162,7 +199,7 @@ def _detect_separator(path: Path) -> str:
         return consistent[0]
     found = " and ".join(SEPARATORS[separator] for separator in occurring)
     raise UserError(
-        f"path: {path}: ambiguous separator, as the header has {found}; save the file as .tsv"
+        f"path: {path}: ambiguous separator, as the header has {found}; set data.read.sep"
     )
 
 
@@ -221,10 +258,6 @@ def read_table(
     if patient is not None and "patient" not in indexed:
         indexed["patient"] = index_names(owner_list(patient, len(frame), f"{where}: patient"))
     rest = frame.drop(columns=list(set(owners.values())))
-    given = () if categories is None else tuple(categories)
-    # Names of classes may be similar to decimal commas, such as "1,2".
-    excluded = (*given, *labels) if kind == "multiclass" else given
-    rest, commas = decimal_commas(rest, where, excluded)
     targets = rest[labels]
     rest = rest.drop(columns=labels)
     encoded = find_categories(rest, where) if categories is None else categories
@@ -244,7 +277,7 @@ def read_table(
         f"; left out: {', '.join(left_out)}" if left_out else ""
     )
     summary = [f"label {', '.join(labels)}", *(f"{key} {column}" for key, column in owners.items())]
-    summary += describe_columns(used, encoded, left_out, commas)
+    summary += describe_columns(used, encoded, left_out)
     # The name of a data frame is its place.
     place = f"table {title}" if isinstance(path, Path) else where
     notes = [f"{place}: {'; '.join(summary)}", *label_notes]
@@ -301,10 +334,7 @@ def _check_special_columns(
 
 
 def describe_columns(
-    used: Sequence[str],
-    encoded: Mapping[str, Sequence[str]],
-    left_out: Mapping[str, str],
-    commas: Sequence[str] = (),
+    used: Sequence[str], encoded: Mapping[str, Sequence[str]], left_out: Mapping[str, str]
 ) -> list[str]:
     """Return remarks on the columns that are used, encoded or left out."""
     remarks = [f"columns used: {format_list(used, MAX_LISTED)}"]
@@ -313,8 +343,6 @@ def describe_columns(
         remarks.append(f"encoded as indicators: {format_list(values, MAX_LISTED)}")
     reasons = [f"{name} ({reason})" for name, reason in left_out.items()]
     remarks.append(f"left out: {format_list(reasons, MAX_LISTED) or 'none'}")
-    if commas:
-        remarks.append(f"decimal commas in {format_list(commas, MAX_LISTED)}")
     return remarks
 
 
@@ -348,7 +376,7 @@ def categories_of_frames(
     for place, (frame, label) in frames.items():
         table = normalize_frame(frame, place)
         labels = label_columns(table, label) if label is not None else []
-        rest, _ = decimal_commas(table.drop(columns=labels, errors="ignore"), place)
+        rest = table.drop(columns=labels, errors="ignore")
         columns[place] = [rest[name] for name in rest.columns]
     return shared_categories(columns, {place: place for place in frames})
 
@@ -393,11 +421,10 @@ def shared_categories(
 def _feature_columns(source: SourceConfig, place: str) -> list[pd.Series]:
     try:
         path = Path(str(source.path)).expanduser()
-        frame = normalize_frame(read_frame(path, (source.group, source.patient)), f"path: {path}")
+        frame = read_frame(path, (source.group, source.patient), read=source.read)
+        frame = normalize_frame(frame, f"path: {path}")
         others = [*label_columns(frame, source.label or ""), source.group, source.patient]
-        rest, _ = decimal_commas(
-            frame.drop(columns=[n for n in others if n in frame.columns]), f"path: {source.path}"
-        )
+        rest = frame.drop(columns=[n for n in others if n in frame.columns])
     except UserError as error:
         raise UserError(f"{place}.{error}") from error
     return [rest[name] for name in rest.columns]
@@ -530,6 +557,8 @@ def label_values(labels: pd.DataFrame, where: str, kind: str | None = None) -> A
     is_class = kind == "multiclass" or (kind is None and not is_number)
     if is_number and all(float(value).is_integer() for value in first.unique()):
         is_class = False
+    if kind is None:
+        refuse_separators(first, where)
     if len(columns) == 1 and is_class:
         return parse_names(first, where).to_numpy(dtype=object)
     values = []

@@ -15,14 +15,14 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_numpy_generator
 
 
-@register_source("table", keys=("path", "label", "group", "patient", "task", "categories"))
+@register_source("table", keys=("path", "label", "group", "patient", "task", "categories", "read"))
 def table(config: SourceConfig, _root: Path) -> Dataset:
     """Load a CSV, TSV or Parquet file (see `read_table`)."""
     # Imported here because loading pandas is slow.
     from hetero_fl.data.sources.table_files import read_frame, read_table
 
     path = Path(str(config.path)).expanduser()
-    frame = read_frame(path, (config.group, config.patient), config.categories or ())
+    frame = read_frame(path, (config.group, config.patient), config.categories or (), config.read)
     if config.label is None:
         columns = ", ".join(frame.columns[:20])
         raise UserError(f"label: missing; set the column of the labels, choose from {columns}")

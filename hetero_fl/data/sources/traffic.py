@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hetero_fl.config.data import WEEK, SeriesConfig, SourceConfig
+from hetero_fl.config.data import WEEK, ReadConfig, SeriesConfig, SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples
 from hetero_fl.data.registry import register_source
@@ -294,7 +294,7 @@ LANES = 3
 WEATHER = 2
 
 
-@register_source("traffic", keys=("path", "label", "group", "series"), generates=True)
+@register_source("traffic", keys=("path", "label", "group", "series", "read"), generates=True)
 def traffic(config: SourceConfig, _root: Path) -> Dataset:
     """Generate the hourly traffic of four junctions (groups), or read a file.
 
@@ -304,7 +304,8 @@ def traffic(config: SourceConfig, _root: Path) -> Dataset:
     """
     series = config.series or SeriesConfig()
     if config.path is not None:
-        return read_traffic(Path(config.path).expanduser(), series, config.label, config.group)
+        path = Path(config.path).expanduser()
+        return read_traffic(path, series, config.label, config.group, config.read)
     for key in ("label", "group"):
         if getattr(config, key) is not None:
             raise UserError(f"{key}: needs path, as it names a column; set path or remove it")
@@ -323,7 +324,13 @@ def traffic(config: SourceConfig, _root: Path) -> Dataset:
     )
 
 
-def read_traffic(path: Path, series: SeriesConfig, label: str | None, group: str | None) -> Dataset:
+def read_traffic(
+    path: Path,
+    series: SeriesConfig,
+    label: str | None,
+    group: str | None,
+    read: ReadConfig | None = None,
+) -> Dataset:
     """Read the hourly series of a file as windows.
 
     Args:
@@ -331,6 +338,7 @@ def read_traffic(path: Path, series: SeriesConfig, label: str | None, group: str
         series: Series settings.
         label: Column of the values. If None, `Vehicles`.
         group: Column of the sites. If None, `Junction` if the file has this column.
+        read: Separators and decimal mark of a CSV or TSV file. If None, those of English.
 
     Raises:
         UserError: If the file cannot be read, or `read_sites` or `make_windows` fails.
@@ -339,7 +347,7 @@ def read_traffic(path: Path, series: SeriesConfig, label: str | None, group: str
     from hetero_fl.data.sources.recordings import read_sites
     from hetero_fl.data.sources.table_files import read_frame
 
-    frame = read_frame(path, (group or "Junction",))
+    frame = read_frame(path, (group or "Junction",), read=read)
     group = group or ("Junction" if "Junction" in frame.columns else None)
     sites = read_sites(frame, path, series, label or "Vehicles", group)
     try:

@@ -62,13 +62,12 @@ def test_columns_of_numbers_are_features(csv: Path) -> None:
 
 
 def test_columns_named_by_integers_are_features(tmp_path: Path) -> None:
-    frame = pd.DataFrame([[1, "a", "0,5"], [2, "b", "1,5"], [3, "a", "2,5"]]).assign(y=[0, 1, 0])
+    frame = pd.DataFrame([[1, "a", 0.5], [2, "b", 1.5], [3, "a", 2.5]]).assign(y=[0, 1, 0])
 
     dataset = read_table(frame, tmp_path / "t.parquet", "y")
 
     assert dataset.columns == ("0", "1=a", "1=b", "2")
     assert dataset.train.x.tolist() == [[1, 1, 0, 0.5], [2, 0, 1, 1.5], [3, 1, 0, 2.5]]
-    assert "decimal commas in 2" in dataset.notes[0]
 
 
 def test_sites_and_patients_keep_their_spelling(tmp_path: Path) -> None:
@@ -164,14 +163,6 @@ def test_large_class_names_stay_distinct() -> None:
     assert dataset.task.names == ("1e+20", "2", "inf")
 
 
-def test_decimal_commas_may_be_mixed_with_integers() -> None:
-    frame = pd.DataFrame({"dose": ["0,5", 3, None, "2"], "result": [0, 1, 0, 1]}, dtype=object)
-
-    x = read_table(frame, "t", "result").train.x
-
-    assert x[[0, 1, 3], 0].tolist() == [0.5, 3.0, 2.0] and bool(x[2].isnan())
-
-
 def test_invalid_columns_are_named(csv: Path) -> None:
     for label, group, words in (
         ("result,result", None, "data.label: column 'result' occurs 2 times"),
@@ -232,72 +223,96 @@ def test_announced_cells_of_parquet_are_compared_with_the_memory(
     check_refused(r"t\.parquet: needs 0\.0 GiB of memory", load, tmp_path / "t.parquet")
 
 
-def load_text(path: Path, text: str, label: str = "ill", task: str | None = None) -> Dataset:
+def load_text(
+    path: Path, text: str, label: str = "ill", task: str | None = None, **read: str
+) -> Dataset:
     path.write_text(text, encoding="utf-8")
-    return load_source(
-        SourceConfig(name="table", path=str(path), label=label, task=task), path.parent
-    )
+    source = {"name": "table", "path": str(path), "label": label, "task": task}
+    return load_source(SourceConfig.model_validate({**source, "read": read or None}), path.parent)
 
 
-def test_semicolons_and_decimal_commas(tmp_path: Path) -> None:
+def test_separators_and_decimal_mark_are_those_of_the_configuration(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    found = load_text(
-        path, "\ufeffcrp;dose;age;note;ill\n0,5;1,250;30;a;no\n-12,25;3,500;41;b;yes\n"
-    )
-    assert found.train.x.tolist() == [[0.5, 1.25, 30, 1, 0], [-12.25, 3.5, 41, 0, 1]]
+    text = "\ufeffcrp;dose;age;note;ill\n0,5;1.250,5;30;a;no\n-12,25;3;41;b;yes\n"
+    found = load_text(path, text, sep=";", decimal=",", thousands=".")
+    assert found.train.x.tolist() == [[0.5, 1250.5, 30, 1, 0], [-12.25, 3, 41, 0, 1]]
     assert found.notes == (
         "table t.csv: label ill; columns used: crp, dose, age, note; "
-        "encoded as indicators: note (a, b); left out: none; "
-        "decimal commas in crp, dose",
+        "encoded as indicators: note (a, b); left out: none",
     )
-    assert load_text(path, 'crp,ill\n"0,5",1\n7,0\n').train.x.tolist() == [[0.5], [7]]
+    assert load_text(path, 'crp,ill\n"0,5",1\n7,0\n', decimal=",").train.x.tolist() == [[0.5], [7]]
     assert load_text(path, "age;dose, mg;ill\n3;4;0\n5;6;1\n").columns == ("age", "dose, mg")
+    assert load_text(path, "a,b;ill\n1;2\n3;4\n", sep=";").columns == ("a,b",)
     assert load_text(path, "dose (mg; day),age,ill\n3,4,0\n5,6,1\n").columns == (
         "dose (mg; day)",
         "age",
     )
     path.write_text("crp;note\n0,5;a\n1,5;b\n", encoding="utf-8")
-    found = load_unlabeled(
-        SourceConfig(name="table", path=str(path)), tmp_path, "data.proxy.source"
-    )
+    source = {"name": "table", "path": str(path), "read": {"decimal": ","}}
+    found = load_unlabeled(SourceConfig.model_validate(source), tmp_path, "data.proxy.source")
     assert found.train.x.tolist() == [[0.5], [1.5]] and found.columns == ("crp",)
 
 
+COMMA_HINT = "write numbers as 1234.5, or name the marks in data.read.decimal"
+
+
 @each_case(
-    ("text", "words"),
+    ("text", "read", "words"),
     (
         (
+            "crp;ill\n0,5;0\n1,5;1\n",
+            {},
+            f"row 1, column 'crp': expected a number, got '0,5'; {COMMA_HINT}",
+        ),
+        (
+            "crp;ill\n7;0\n1,5;1\n",
+            {},
+            f"row 2, column 'crp': expected a number, got '1,5'; {COMMA_HINT}",
+        ),
+        (
             "crp;ill\n1,250;0\n3,500;1\n",
-            (
-                "column 'crp': ambiguous number '1,250' (decimal comma "
-                "or thousands); write numbers as 1234.5"
-            ),
+            {},
+            f"row 1, column 'crp': expected a number, got '1,250'; {COMMA_HINT}",
+        ),
+        (
+            "crp;ill\n-;0\n0,5;0\n1,5;1\n",
+            {},
+            f"row 2, column 'crp': expected a number, got '0,5'; {COMMA_HINT}",
+        ),
+        ("crp;ill\n1;0,5\n3;1,5\n", {}, "row 1, column 'ill': expected a number, got '0,5'"),
+        (
+            "crp;ill\n1.234,5;0\n3.000,5;1\n",
+            {},
+            f"row 1, column 'crp': expected a number, got '1.234,5'; {COMMA_HINT}",
         ),
         (
             "crp;dose;ill\n0,5;1.250;0\n3,5;2.500;1\n",
-            "column 'dose': points may separate thousands, as column 'crp' has decimal commas",
-        ),
-        (
-            "crp;ill\n1.234,5;0\n3.000,5;1\n",
-            "row 1, column 'crp': expected a number, got '1.234,5'; write numbers as 1234.5",
+            {"decimal": ","},
+            "row 1, column 'dose': expected a number with a decimal comma, got '1.250'; set "
+            "data.read.thousands",
         ),
         (
             "crp;ill\n0,5;0\n1.5;1\n",
-            "column 'crp': expected a number, got '0,5'; write numbers as 1234.5",
+            {"decimal": ","},
+            f"row 1, column 'crp': expected a number, got '0,5'; {COMMA_HINT}",
         ),
         (
             "a;b,c;ill\n1;2\n3,4;5;6;7\n",
-            "ambiguous separator, as the header has commas and semicolons",
+            {},
+            "ambiguous separator, as the header has commas and semicolons; set data.read.sep",
         ),
         (
             "crp,ill\n,0\n2,1\n,1\n",
+            {},
             "row 1, column 'crp': missing value (2 in 3 rows); fill or remove missing values",
         ),
-        ("crp,ill\n1, \n2,1\n", "row 1, column 'ill': missing value (1 in 2 rows)"),
+        ("crp,ill\n1, \n2,1\n", {}, "row 1, column 'ill': missing value (1 in 2 rows)"),
     ),
 )
-def test_ambiguous_cells_raise_one_line(text: str, words: str, tmp_path: Path) -> None:
-    refused = refusal(load_text, tmp_path / "t.csv", text)
+def test_cells_in_another_form_raise_one_line(
+    text: str, read: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    refused = refusal(load_text, tmp_path / "t.csv", text, **read)
     assert refused.startswith(f"data.path: {tmp_path / 't.csv'}: ") and words in refused
 
 

@@ -43,7 +43,7 @@ def table(hours: int = 400, sites: tuple[str, ...] = ("1", "2")) -> pd.DataFrame
         count = 20 + 10 * place + np.arange(hours) % 24
         frames.append(
             pd.DataFrame(
-                {"DateTime": dates.strftime("%m/%d/%Y %H:%M"), "Junction": name, "Vehicles": count}
+                {"DateTime": dates.strftime("%Y-%m-%d %H:%M"), "Junction": name, "Vehicles": count}
             )
         )
     return pd.concat(frames, ignore_index=True)
@@ -129,19 +129,22 @@ def test_columns_are_configurable(tmp_path: Path) -> None:
 
 
 @each_case(
-    "form",
+    ("form", "configured"),
     (
-        "%Y-%m-%d %H:%M",
-        "%Y-%m-%dT%H:%M:%S",
-        "%d/%m/%Y %H:%M",
-        "%d.%m.%Y %H:%M",
-        "%m/%d/%Y %H:%M",
+        ("%Y-%m-%d %H:%M", False),
+        ("%Y-%m-%dT%H:%M:%S", False),
+        ("%Y-%m-%dT%H:%M:%SZ", False),
+        ("%d/%m/%Y %H:%M", True),
+        ("%m/%d/%Y %H:%M", True),
     ),
 )
-def test_date_formats_are_parsed(form: str, tmp_path: Path) -> None:
+def test_dates_are_iso_or_in_the_configured_format(
+    form: str, configured: bool, tmp_path: Path
+) -> None:
     frame, plain = table(), table()
-    frame["DateTime"] = pd.to_datetime(frame["DateTime"], format="%m/%d/%Y %H:%M").dt.strftime(form)
-    a, b = load(written(frame, tmp_path)), load(written(plain, tmp_path, "p.csv"))
+    frame["DateTime"] = pd.to_datetime(frame["DateTime"]).dt.strftime(form)
+    a = load(written(frame, tmp_path), format=form if configured else None)
+    b = load(written(plain, tmp_path, "p.csv"))
     assert a.train.time is not None and b.train.time is not None
     assert torch.equal(a.train.time, b.train.time)
 
@@ -174,29 +177,30 @@ MISTAKES: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
         "data.path: PATH: row 451, column 'DateTime': expected a date as YYYY-MM-DD hh:mm, got "
         "'yesterday'",
     ),
-    "ambiguous dates": (
+    "other date format": (
         lambda frame: frame[:2].assign(DateTime=["03/04/2023 10:00", "03/04/2023 11:00"]),
-        "t.csv are ambiguous, choose '%m/%d/%Y %H:%M' or '%d/%m",
+        "row 1, column 'DateTime': expected a date as YYYY-MM-DD hh:mm, got '03/04/2023 10:00'; "
+        "set series.format for another format",
     ),
     "order": (
         lambda frame: frame.iloc[[*range(410), 411, 410, *range(412, 800)]],
         "data.path: PATH: row 412, column 'DateTime': rows of site '2' must be sorted by date, "
-        "got '01/01/2023 10:00' after '01/01/2023 11:00'",
+        "got '2023-01-01 10:00' after '2023-01-01 11:00'",
     ),
     "twice": (
         lambda frame: frame.iloc[[*range(6), *range(5, 800)]],
-        "data.path: PATH: row 7, column 'DateTime': duplicate date '01/01/2023 05:00' of site "
+        "data.path: PATH: row 7, column 'DateTime': duplicate date '2023-01-01 05:00' of site "
         "'1', first in row 6",
     ),
     "gap": (
         lambda frame: frame.drop(index=range(20, 23)),
         "data.path: PATH: row 21, column 'DateTime': 3 hours of site '1' missing before "
-        "'01/01/2023 23:00'; add them",
+        "'2023-01-01 23:00'; add them",
     ),
     "minutes": (
-        with_cell(9, "DateTime", "01/01/2023 09:20"),
+        with_cell(9, "DateTime", "2023-01-01 09:20"),
         "data.path: PATH: row 10, column 'DateTime': dates must be whole hours apart, got "
-        "'01/01/2023 09:20' and",
+        "'2023-01-01 09:20' and",
     ),
 }
 

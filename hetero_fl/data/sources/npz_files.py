@@ -87,7 +87,7 @@ def read_npz(
         raise _missing_images_error(where, names)
     known = task is not None
     task, targets, notes = npz_targets({s: y for s, (_, y) in raw.items()}, where, task or kind)
-    read: list[Tensor] | list[StoredRows]
+    read: Sequence[Column]
     if stream is not None:
         files = [path / f"{PREFIXES[split]}_images.npy" for split in raw]
         read = [StoredRows(NpyReader(file), stream) for file in files]

@@ -6,13 +6,11 @@ import itertools
 import math
 import random
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hetero_fl import run
 from hetero_fl.communication.link import UNSENT
 from hetero_fl.config.simulation import DevicesConfig, FaultsConfig
 from hetero_fl.engine.templates import training_flops
@@ -544,16 +542,3 @@ def test_round_waits_for_the_secure_sum_threshold() -> None:
         return min(len(rounds.sampler.sample(round_idx, 0.0)[0]) for round_idx in range(6))
 
     assert online() < 4 <= online(channel={"secure_sum": {"threshold": 4}})
-
-
-def test_resume_with_another_device_file_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "devices.csv"
-    file.write_text("speed\n1e6\n")
-    source = config("fedavg", "mlp", rounds=2, devices={"file": str(file)})
-    run(source, out=tmp_path / "a")
-    (tmp_path / "a" / "summary.json").unlink()
-    file.write_text("speed\n2e6\n")
-    with pytest.raises(UserError, match=r"^devices\.file: .*devices\.csv differs from the file"):
-        run(source, out=tmp_path / "a", resume=True)
-    file.write_text("speed\n1000000\n")
-    run(source, out=tmp_path / "a", resume=True)

@@ -53,6 +53,7 @@ def test_cases_are_selected_by_pattern_or_option() -> None:
         "startup",
     ]
     assert "vectorized_cnn" in {case.name for case in select([], CUDA)}
+    assert "vectorized_cnn" not in {case.name for case in select([], CPU)}
     assert {case.name for case in select([], AGAINST)} >= {"every_method", "population"}
     with pytest.raises(SystemExit, match="no case matches 'fast'; choose from overhead, "):
         select(["fast"], CPU)

@@ -1,1 +1,1 @@
-"""Robustness against crashes, killed processes, real deployments and malicious clients."""
+"""Robustness of real deployments, and robustness against malicious clients."""

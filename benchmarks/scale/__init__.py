@@ -1,1 +1,1 @@
-"""Time and memory for many clients, large cohorts and large private state."""
+"""Time and memory for many clients and large cohorts."""

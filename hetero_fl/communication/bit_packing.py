@@ -118,7 +118,7 @@ def write_indices(indices: Numbers, strategy: int = zlib.Z_RLE) -> bytes:
     compressor = zlib.compressobj(strategy=strategy)
     parts = []
     for plane in np.split(np.frombuffer(pack_bits(gaps, 32), np.uint8), 4):
-        parts += [compressor.compress(plane), compressor.flush(zlib.Z_PARTIAL_FLUSH)]
+        parts += [compressor.compress(plane.tobytes()), compressor.flush(zlib.Z_PARTIAL_FLUSH)]
     coded = b"".join([*parts, compressor.flush()])
     return len(coded).to_bytes(4, "little") + coded
 

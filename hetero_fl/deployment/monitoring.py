@@ -10,11 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -22,6 +21,7 @@ from typing_extensions import override
 
 from hetero_fl.config.schema import STATISTIC_SUFFIXES
 from hetero_fl.deployment.messages import versions
+from hetero_fl.reporting.http_pages import Page, serve_pages
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.processes import is_process_running
 from hetero_fl.utils.serialization import check_entries, write_atomically
@@ -300,20 +300,6 @@ def _is_process_alive(tree: Mapping[str, Any]) -> bool:
 TIMEOUT = 5.0
 
 
-class Page(NamedTuple):
-    """An HTTP response.
-
-    Args:
-        text: The body.
-        kind: The content type, without character set.
-        status: The HTTP status.
-    """
-
-    text: str
-    kind: str = "application/json"
-    status: int = 200
-
-
 @contextmanager
 def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
     """Serve `/healthz`, `/metrics` (Prometheus) and `/status` (JSON) over plain HTTP.
@@ -334,40 +320,15 @@ def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
         "/metrics": lambda: Page(status.prometheus(), "text/plain; version=0.0.4"),
         "/status": lambda: Page(json.dumps(status.to_dict()) + "\n"),
     }
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            """Respond with the requested page, or with status 404 if there is no such page."""
-            make_page = pages.get(self.path.partition("?")[0])
-            missing = Page(f"choose from {', '.join(pages)}\n", "text/plain", 404)
-            page = make_page() if make_page else missing
-            body = page.text.encode()
-            self.send_response(page.status)
-            self.send_header("Content-Type", f"{page.kind}; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        @override
-        def log_message(self, *args: Any) -> None:
-            """Do not log requests."""
-
-    try:
-        server = ThreadingHTTPServer((host, port), Handler)
-    except OSError as error:
-        raise UserError(
-            f"metrics.port: {port} is not available at {host} ({error.strerror}); choose another"
-        ) from None
-    thread = threading.Thread(
-        target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True
-    )
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with ExitStack() as stack:
+        try:
+            listening = stack.enter_context(serve_pages(pages, host, port))
+        except OSError as error:
+            raise UserError(
+                f"metrics.port: {port} is not available at {host} ({error.strerror}); "
+                "choose another"
+            ) from None
+        yield listening
 
 
 def fetch_status(address: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def read_lines(
     """
     try:
         content = path.read_bytes().removeprefix(MARK)
-        text = decode(content, encodings)
+        text = _decode(content, encodings)
     except UnicodeDecodeError as error:
         number = content[: error.start].count(b"\n") + 1
         raise UserError(
@@ -68,7 +68,7 @@ def read_lines(
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def decode(content: bytes, encodings: Sequence[str]) -> str:
+def _decode(content: bytes, encodings: Sequence[str]) -> str:
     """Decode text with the first encoding that fits.
 
     Raises:

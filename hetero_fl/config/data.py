@@ -96,6 +96,14 @@ class SeriesConfig(ConfigSection):
         return self
 
 
+NO_SEED = Dropped(
+    "simulated data are files of the package; remove the key 'seed' (runs differ by the key 'seed' "
+    "outside of data)",
+    0,
+)
+"""Former seed of generated data."""
+
+
 class SharedSettings(ConfigSection):
     """Settings that also apply to the proxy set of a data set and to data that is evaluated.
 
@@ -168,6 +176,7 @@ class SpeechConfig(SharedSettings):
     """
 
     selection = ("speakers",)
+    dropped = {"seed": NO_SEED}
 
     words: tuple[str, ...] | None = Field(
         None, min_length=2, description="words to recognize; `null`: all words"
@@ -193,9 +202,6 @@ class SpeechConfig(SharedSettings):
     )
     bands: int = Field(
         40, ge=2, le=128, description="mel bands, which are the columns `mel_1`, `mel_2`, …"
-    )
-    seed: NonNegativeInt = Field(
-        0, description="seed of generated persons, devices and recordings; not of runs"
     )
 
     @field_validator("words", mode="before")
@@ -269,7 +275,7 @@ class MoviesConfig(SharedSettings):
         0.1, ge=0, lt=1, description="share of the users whose movies are public, for a proxy set"
     )
     seed: NonNegativeInt = Field(
-        0, description="seed of generated users and of the choice of users who do not train"
+        0, description="seed of the choice of users who do not train; not of runs"
     )
 
     @model_validator(mode="after")
@@ -287,10 +293,11 @@ class MoviesConfig(SharedSettings):
 class DrivingConfig(SharedSettings):
     """Drives with a camera: size of the frames, unit of the steering angle, and splits of a drive.
 
-    The keys from `crop` to `test_vehicles` apply to files only, and `seed` to generated drives.
+    The keys from `crop` to `test_vehicles` apply to folders only.
     """
 
     selection = ("test_vehicles",)
+    dropped = {"seed": NO_SEED}
 
     height: int = Field(24, ge=8, le=256, description="height of a frame in pixels")
     width: int = Field(48, ge=8, le=512, description="width of a frame in pixels")
@@ -323,7 +330,6 @@ class DrivingConfig(SharedSettings):
         description="folders of vehicles that are not clients and form the global test set; "
         "`null`: the local tests together are the global test set",
     )
-    seed: NonNegativeInt = Field(0, description="seed of generated roads and vehicles; not of runs")
 
     @model_validator(mode="after")
     def _check_shares(self) -> DrivingConfig:
@@ -404,7 +410,9 @@ class SourceConfig(ConfigSection):
         "Hugging Face data set of the hub or in a folder; `python:module:Name`: your own",
     )
     path: FilePath | None = Field(
-        None, description="local file or folder to read; `null`: download the source"
+        None,
+        description="local file or folder to read; `null`: simulated data of the package, or a "
+        "download",
     )
     columns: ColumnsConfig | None = Field(
         None, description="`hf:NAME`: columns by their use; `null`: by their names and types"

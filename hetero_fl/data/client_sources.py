@@ -39,7 +39,7 @@ INHERITED_KEYS = ("label", "group", "patient", "task", "categories", "size")
 def has_common_source(config: DataConfig) -> bool:
     """Return whether the section `data` configures a source for all clients.
 
-    Such a source has a path or, like a generated data set, needs no path.
+    Such a source has a path or, like a data set of the package, needs no path.
     """
     if config.name == OBJECT_PREFIX:
         # This is a federation from objects without a global test set.

@@ -133,7 +133,6 @@ def federate(
     sources = clients_by_source(config, population)
     check_paths(config, sources)
     notes = [*dataset.notes, *_notes_on_unused_clients(dataset, config)]
-    notes += _notes_on_generated_rows(dataset, config, sources)
     lazy_partition: LazyPartition | None = None
     private: dict[str, Splits] = {}
     if config.partition.kind == "drawn":
@@ -304,21 +303,6 @@ def _notes_on_unused_clients(dataset: Dataset, config: DataConfig) -> list[str]:
     return [
         f"data.partition.kind={config.partition.kind} does not use the clients of "
         f"{dataset.name}; set data.partition.kind=natural to keep them"
-    ]
-
-
-def _notes_on_generated_rows(
-    dataset: Dataset, config: DataConfig, sources: Mapping[SourceConfig, list[str]]
-) -> list[str]:
-    """Return a note if clients have files, but the rows for all clients are generated."""
-    owners = [name for source, names in sources.items() if source.path for name in names]
-    if not owners or not dataset.simulated or config.path or not reads_key(config.name, "path"):
-        return []
-    return [
-        Caution(
-            f"data.path is not set: {config.name} generates the global test and validation sets, "
-            f"but these clients read files: {format_list(natural_order(owners), quote=True)}"
-        )
     ]
 
 

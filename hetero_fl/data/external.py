@@ -37,9 +37,11 @@ from hetero_fl.data.registry import (
     has_documented_classes,
     load_source,
     reads_key,
+    reads_own_npz,
 )
 from hetero_fl.data.sources.hugging_face import load_hub_inputs
 from hetero_fl.data.sources.image_files import image_files, read_image_files
+from hetero_fl.data.sources.npz_columns import read_inputs
 from hetero_fl.data.sources.npz_files import read_images
 from hetero_fl.data.splits import RowSelection, draw_rows
 from hetero_fl.utils.code_permission import CODE_PREFIX
@@ -395,13 +397,9 @@ def _load_unlabeled_file(config: SourceConfig) -> tuple[Column, tuple[str, ...]]
         return None
     path = Path(config.path).expanduser()
     is_npz = path.suffix.lower() == ".npz"
-    if is_npz and config.name == "activity":
-        # Imported here because loading pandas is slow.
-        from hetero_fl.data.sources.recordings import read_windows
-
-        windows, columns = read_windows(path)
-        return torch.from_numpy(windows), columns
-    if is_npz:
+    if is_npz and config.name in ("activity", "speech"):
+        return read_inputs(path)
+    if is_npz and not reads_own_npz(config.name):
         return read_images(path), ()
     if config.name == "table" and config.label is None:
         # Imported here because loading pandas is slow.

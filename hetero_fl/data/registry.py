@@ -60,7 +60,7 @@ SHIPPED = (
     "traffic",
     "xray_genes",
 )
-"""Sources whose rows come with the package or are generated if `path` is not set."""
+"""Sources whose rows come with the package or are generated, unless `path` is set."""
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 """Suffixes of files that the source `table` reads."""
 MEDMNIST_PREFIX = "medmnist:"
@@ -83,7 +83,7 @@ class _Source:
     load: SourceFunction
     task: Task | None
     keys: tuple[str, ...]
-    generates: bool
+    default_path: Path | None
     folder_files: tuple[str, ...] = ()
 
 
@@ -107,7 +107,7 @@ def register_source(
     *,
     task: Task | None = None,
     keys: tuple[Key, ...] = (),
-    generates: bool = False,
+    default_path: Path | None = None,
     folder_files: tuple[str, ...] = (),
 ) -> Callable[[SourceFunction], SourceFunction]:
     """Register a data source for `data.name`.
@@ -117,9 +117,9 @@ def register_source(
         task: Learning task of the source, against which files in `path` are checked. If None, the
             data determine the task.
         keys: Keys of `SourceConfig`, besides `name`, that the function reads. The key `path` is
-            required unless `generates` is set.
-        generates: Whether the function generates rows if `path` is not set. Such a function also
-            reads `.npz` files itself.
+            required unless `default_path` is set.
+        default_path: Simulated data in a file or folder, which the function reads if `path` is not
+            set. Such a function also reads `.npz` files itself.
         folder_files: Patterns of files that only the folders contain that the function reads from
             `path`, such as `train/*.npz`. If empty, the function may read files.
 
@@ -132,7 +132,7 @@ def register_source(
     Example:
         >>> import torch
         >>> from hetero_fl.data import from_arrays, list_sources, register_source
-        >>> @register_source("coin_flips", generates=True)
+        >>> @register_source("coin_flips")
         ... def coin_flips(config, root):
         ...     return from_arrays(torch.randn(100, 3), torch.arange(100) % 2, name="coin_flips")
         >>> "coin_flips" in list_sources()
@@ -142,7 +142,7 @@ def register_source(
     def register(load: SourceFunction) -> SourceFunction:
         if name in _sources:
             raise ValueError(f"register_source: '{name}' already exists; choose another name")
-        _sources[name] = _Source(load, task, keys, generates, folder_files)
+        _sources[name] = _Source(load, task, keys, default_path, folder_files)
         return load
 
     return register
@@ -180,7 +180,7 @@ def _load_plugin(name: str, where: str) -> None:
 
 def _add_plugin(name: str, function: SourceFunction) -> None:
     """Register the function of a plug-in, unless `register_source` has registered it."""
-    _sources.setdefault(name, _Source(function, None, (), False))
+    _sources.setdefault(name, _Source(function, None, (), None))
 
 
 def reads_key(name: object, key: Key) -> bool:
@@ -221,7 +221,13 @@ def reads_folder(name: str) -> bool:
 def needs_path(name: str) -> bool:
     """Return whether a registered source has this name and requires a local file or folder."""
     _load_plugin(name, "data")
-    return reads_key(name, "path") and not _sources[_registered_name(name)].generates
+    return reads_key(name, "path") and _sources[_registered_name(name)].default_path is None
+
+
+def reads_own_npz(name: str) -> bool:
+    """Return whether a registered source has this name and its own layout of `.npz` files."""
+    entry = _sources.get(_registered_name(name))
+    return entry is not None and (entry.default_path is not None or bool(entry.folder_files))
 
 
 def _registered_name(name: str) -> str:
@@ -311,8 +317,7 @@ def load_source(
         _check(dataset, place, missing)
         return dataset
     name, entry = _find_source(config, where)
-    reads_files = not entry.generates and not entry.folder_files
-    npz = config.path is not None and config.path.endswith(".npz") and reads_files
+    npz = config.path is not None and config.path.endswith(".npz") and not reads_own_npz(name)
     local = npz or (config.path is not None and "path" not in entry.keys)
     _check_keys(config, name, entry, local, where)
     file = Path(config.path or "").expanduser()
@@ -325,10 +330,14 @@ def load_source(
         check_links(config, where)
         if config.path is not None and local:
             dataset = _read_local_npz(config, name, entry)
-        elif config.path is None and "path" in entry.keys and not entry.generates:
+        elif config.path is None and "path" in entry.keys and entry.default_path is None:
             raise UserError(f"path: missing; {name} reads a local file or folder")
         else:
-            dataset = _require_dataset(entry.load(config, root), f"name: {config.name}")
+            default = config.model_copy(update={"path": str(entry.default_path)})
+            is_simulated = config.path is None and entry.default_path is not None
+            found = entry.load(default if is_simulated else config, root)
+            dataset = _require_dataset(found, f"name: {config.name}")
+            dataset.simulated |= is_simulated
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
     except ModuleNotFoundError as error:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hetero_fl.config.data import SourceConfig, WindowsConfig
+from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data import load_source
 from hetero_fl.data.sources.npz_files import check_image_size, read_images, read_npz
@@ -268,8 +268,5 @@ def test_announced_sizes_are_compared_before_arrays_are_read(
     name: str, shapes: Any, line: str, tmp_path: Path
 ) -> None:
     path = announce(tmp_path / "set.npz", **shapes)
-    windows = WindowsConfig() if name == "activity" else None
 
-    check_refused(
-        line, load_source, SourceConfig(name=name, path=str(path), windows=windows), tmp_path
-    )
+    check_refused(line, load_source, SourceConfig(name=name, path=str(path)), tmp_path)

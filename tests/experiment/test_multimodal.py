@@ -10,7 +10,6 @@ import torch
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import load_source
-from hetero_fl.data.sources.synthetic import HOSPITALS, make_profiles
 from hetero_fl.experiment import PreparedRun, prepare, run
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
@@ -235,14 +234,12 @@ def test_block_dropout_is_equal_in_both_backends(float64: None, tmp_path: Path) 
 def test_hospitals_have_their_documented_blocks() -> None:
     dataset = load_source(SourceConfig(name="xray_genes"), Path(), missing=True)
     assert (
-        dataset.simulated
-        and "generated" in dataset.about
-        and dataset.train.group_names == tuple(HOSPITALS)
+        dataset.simulated and "simulated" in dataset.about and len(dataset.train.group_names) == 7
     )
     assert dataset.train.group is not None and dataset.test is not None
     image, genes = dataset.train.x[:, :784].isnan(), dataset.train.x[:, 784:].isnan()
     assert torch.equal(image.any(1), image.all(1)) and torch.equal(genes.any(1), genes.all(1))
-    for hospital_idx, name in enumerate(HOSPITALS):
+    for hospital_idx, name in enumerate(dataset.train.group_names):
         in_hospital = dataset.train.group == hospital_idx
         no_image, no_genes = (
             float(missing[in_hospital].any(1).double().mean()) for missing in (image, genes)
@@ -252,24 +249,3 @@ def test_hospitals_have_their_documented_blocks() -> None:
             0.2 < no_genes < 0.4 if kind == "university" else no_genes == (kind == "clinic")
         )
     assert not dataset.test.x.isnan().any()
-
-
-def test_profiles_depend_on_row_and_split_only() -> None:
-    y = torch.arange(40) % 2
-    laboratory = torch.arange(40) % 8
-    full = make_profiles(y, laboratory, "train")
-    assert torch.equal(make_profiles(y[:7], laboratory[:7], "train"), full[:7])
-    assert not torch.equal(make_profiles(y, laboratory, "test"), full)
-
-
-def test_profiles_have_the_documented_structure() -> None:
-    y, rows = torch.arange(8000) % 2, torch.arange(8000)
-    profiles = make_profiles(y, (rows // 2) % 8, "train").double()
-    by_laboratory = torch.stack([profiles[(rows // 2) % 8 == h].mean(0) for h in range(8)])
-    assert 0.4 < float((by_laboratory - by_laboratory.mean(0)).std()) < 0.6  # batch effect
-    rest = profiles - by_laboratory[(rows // 2) % 8]
-    spread = torch.linalg.svdvals(rest - rest.mean(0)) / len(rest) ** 0.5
-    # the singular values of eight pathways lie above the noise
-    assert spread[7] > 1.4 * spread[8] and spread[8] < 1.3 * spread[-1]
-    shift = rest[y == 1].mean(0) - rest[y == 0].mean(0)
-    assert shift.norm() > 1

@@ -33,7 +33,7 @@ def blobs(config, root):
     y = torch.arange(200) % 2
     return from_arrays(torch.randn(200, 4) + y[:, None], y, name="blobs")
 
-@register_source("sized", keys=("size",), generates=True)
+@register_source("sized", keys=("size",))
 def sized(config, root):
     return blobs(config, root)
 

@@ -18,7 +18,6 @@ from hetero_fl.data.partition.groups import (
     match_groups,
 )
 from hetero_fl.data.partition.registry import partition_rows
-from hetero_fl.data.registry import reads_key
 from hetero_fl.data.splits import RowSelection
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_order
@@ -63,7 +62,7 @@ def assign_rows(
         present = [train.group_names[g] for g in group.unique().tolist()]
         if config.partition.kind == "natural":
             groups = all_groups(dataset)
-            advice = _advice_on_groups(dataset, config)
+            advice = _advice_on_groups()
             notes += match_groups(groups, names, dataset.name, advice=advice)
             if len(names) > 1 and (empty := natural_order(set(groups) - set(present))):
                 raise UserError(
@@ -96,13 +95,10 @@ def assign_rows(
     return {name: RowSelection(train, rows[part]) for name, part in zip(names, parts, strict=True)}
 
 
-def _advice_on_groups(dataset: Dataset, config: DataConfig) -> str:
+def _advice_on_groups() -> str:
     """Return what to change if the groups of a natural partition do not match the clients."""
     others = [kind for kind in PARTITION_KINDS if kind not in ("natural", "drawn")]
-    advice = f"; have one client per group, or set {WHERE}.kind to {format_list(others)}"
-    if dataset.simulated and config.path is None and reads_key(config.name, "path"):
-        return f"; data.path is not set, so {config.name} generates its rows{advice}"
-    return advice
+    return f"; have one client per group, or set {WHERE}.kind to {format_list(others)}"
 
 
 def _advice_on_proxy(dataset: Dataset, config: DataConfig) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from hetero_fl.config.data import SourceConfig, StreamConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, with_patients
 from hetero_fl.data.registry import TABLE_SUFFIXES, register_source
+from hetero_fl.data.sources.files import EMBEDDED
 from hetero_fl.data.sources.files.downloads import download_folder
 from hetero_fl.data.sources.image_files import SUFFIXES, image_files, read_image_files
 from hetero_fl.data.sources.npz_files import medmnist_file, read_npz
@@ -38,8 +38,7 @@ def chest_xray(_config: SourceConfig, _root: Path) -> Dataset:
     The 2,000 training, 200 validation and 624 test images are a subset of PneumoniaMNIST (MedMNIST
     v2, Yang et al., Scientific Data 2023; Kermany et al., Cell 2018), licensed under CC BY 4.0.
     """
-    with as_file(files("hetero_fl.data") / "embedded" / "chest_xray.npz") as path:
-        dataset = read_npz(path, "chest_xray", CHEST_XRAY)
+    dataset = read_npz(EMBEDDED / "chest_xray.npz", "chest_xray", CHEST_XRAY)
     dataset.about = (
         "chest X-rays, a part of PneumoniaMNIST (MedMNIST v2; Kermany et al., Cell 2018), CC BY 4.0"
     )
@@ -53,8 +52,7 @@ def digits(_config: SourceConfig, _root: Path) -> Dataset:
     The images are the test set of "Optical Recognition of Handwritten Digits" (UCI), as in
     scikit-learn.
     """
-    embedded = files("hetero_fl.data") / "embedded" / "digits.npz"
-    with as_file(embedded) as path, np.load(path, allow_pickle=False) as file:
+    with np.load(EMBEDDED / "digits.npz", allow_pickle=False) as file:
         # Pixels range from 0 to 16.
         images, labels = file["images"] * (255 / 16), file["labels"]
     x = torch.from_numpy(np.rint(images).astype(np.uint8))[:, None]

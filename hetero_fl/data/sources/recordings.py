@@ -1,8 +1,8 @@
-"""Read recordings from files: sensor samples or windows, and hourly series."""
+"""Read recordings from tables: sensor samples and hourly series."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,10 +13,9 @@ from pandas.api import types
 from torch import Tensor
 
 from hetero_fl.config.data import ReadConfig, SeriesConfig, WindowsConfig
-from hetero_fl.core.task import Task
 from hetero_fl.data.checks import first_true
 from hetero_fl.data.dataset import Dataset, Examples, PatientTerm, index_names
-from hetero_fl.data.sources.npz_files import read_npz_arrays
+from hetero_fl.data.sources.npz_columns import class_task
 from hetero_fl.data.sources.table_columns import (
     check_columns,
     parse_names,
@@ -34,17 +33,14 @@ from hetero_fl.utils.text import pluralize
 RECORDINGS = PatientTerm("recording", "data.windows keeps windows that overlap together")
 
 
-def read_recorded(
+def read_samples(
     path: Path,
     windows: WindowsConfig,
     label: str | None = None,
     group: str | None = None,
     read: ReadConfig | None = None,
 ) -> Dataset:
-    """Read labeled sensor windows `[N, T, F]` from a file.
-
-    A `.npz` file contains arrays `x` `[N, T, F]`, `y` `[N]` (activities as names or numbers) and
-    optionally `person` `[N]` and `columns` (names of the F channels).
+    """Read labeled sensor windows `[N, T, F]` from a table of samples.
 
     A `.csv`, `.tsv` or `.parquet` file has one row per sample, in chronological order, with the
     columns `activity` and optionally `person`. All other numeric columns are channels. Consecutive
@@ -55,78 +51,15 @@ def read_recorded(
     Args:
         path: File to read.
         windows: Window settings.
-        label: Array or column of the activities. If None, the array `y` or the column `activity`.
-        group: Array or column of the persons. If None, `person` is used if it exists.
+        label: Column of the activities. If None, `activity`.
+        group: Column of the persons. If None, `person` is used if it exists.
         read: Separators and decimal mark of a CSV or TSV file. If None, those of English.
 
     Raises:
-        UserError: If the file is malformed. The message names the array or column and the row.
+        UserError: If the file is malformed. The message names the column and the row.
     """
-    if path.suffix.lower() == ".npz":
-        return _read_labeled_windows(path, label or "y", group or "person", group is not None)
     frame = read_frame(path, (group or "person",), read=read)
-    return _make_windows(frame, path, windows, label or "activity", group)
-
-
-def read_windows(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Read the windows of a `.npz` file of recordings, float32 `[N, T, F]`, without labels.
-
-    Returns:
-        The windows, and the names of the channels, which are empty if the file has none.
-
-    Raises:
-        UserError: If the file is malformed.
-    """
-    return _windows(*read_npz_arrays(path, ("x", "columns")), f"path: {path}")
-
-
-def _windows(
-    arrays: Mapping[str, np.ndarray], names: Sequence[str], where: str
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return the windows in arrays, and the names of the channels (see `read_windows`)."""
-    check_names(["x"], names, f"{where}: array", " not found")
-    x = arrays["x"]
-    if x.ndim != 3 or x.dtype.kind not in "iuf" or 0 in x.shape:
-        raise UserError(
-            f"{where}: x: expected numbers of shape (windows, samples, channels), got {x.dtype} of "
-            f"shape {x.shape}"
-        )
-    if not np.isfinite(x).all():
-        window, sample, channel = np.argwhere(~np.isfinite(x))[0]
-        raise UserError(
-            f"{where}: x: window {window}, sample {sample}, channel {channel}: NaN or infinite "
-            "value"
-        )
-    columns = tuple(map(str, arrays["columns"])) if "columns" in arrays else ()
-    if columns and len(columns) != x.shape[2]:
-        raise UserError(
-            f"{where}: columns: expected {x.shape[2]} names of channels, got {len(columns)}"
-        )
-    return x.astype(np.float32), columns
-
-
-def _read_labeled_windows(path: Path, label: str, group: str, needs_group: bool) -> Dataset:
-    where = f"path: {path}"
-    wanted = ("x", "columns", label, group)
-    arrays, names = read_npz_arrays(path, wanted, (("x", label), ("x", group)))
-    x, columns = _windows(arrays, names, where)
-    required = [label, *([group] if needs_group else [])]
-    check_names(required, names, f"{where}: array", " not found")
-    for name in (label, group):
-        if name in arrays and arrays[name].shape != (len(x),):
-            raise UserError(
-                f"{where}: {name}: expected shape {(len(x),)}, one entry per window of x, "
-                f"got {arrays[name].shape}"
-            )
-    y, classes = index_names(arrays[label].tolist())
-    persons = index_names(arrays[group].tolist()) if group in arrays else (None, ())
-    examples = Examples(torch.from_numpy(x), y, *persons)
-    return _make_dataset(path, examples, classes, columns)
-
-
-def _make_windows(
-    frame: pd.DataFrame, path: Path, windows: WindowsConfig, label: str, group: str | None
-) -> Dataset:
+    label = label or "activity"
     where = f"path: {path}"
     group = group or ("person" if "person" in frame.columns else None)
     special = {"label": label, "group": group, "windows.time": windows.time}
@@ -157,25 +90,12 @@ def _make_windows(
     if (windows.step or windows.length) < windows.length:
         examples.patient = window_runs
         examples.patient_term = RECORDINGS
-    return _make_dataset(path, examples, classes, columns)
-
-
-def _make_dataset(
-    path: Path, examples: Examples, classes: tuple[str, ...], columns: tuple[str, ...]
-) -> Dataset:
-    if len(classes) < 2:
-        raise UserError(
-            f"label: expected at least two classes in {path}, got {', '.join(classes)} only"
-        )
-    about = (
-        f"{len(examples):,} windows of {path.name}, {examples.x.shape[1]} samples of "
-        f"{examples.x.shape[2]} channels"
-    )
     return Dataset(
         "activity",
-        Task("multiclass", len(classes), classes),
+        class_task(classes, path),
         examples,
-        about=about,
+        about=f"{len(examples):,} windows of {path.name}, {windows.length} samples of "
+        f"{len(columns)} channels",
         columns=columns,
     )
 

@@ -1,4 +1,4 @@
-"""Text sources: files with one message per line, and generated phone messages.
+"""Text sources: files with one message per line, and simulated phone messages.
 
 Vocabularies are defined by public text or by hashing, never by the texts of clients.
 """
@@ -6,10 +6,8 @@ Vocabularies are defined by public text or by hashing, never by the texts of cli
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,10 +23,9 @@ from hetero_fl.data.dataset import (
     split_words,
 )
 from hetero_fl.data.registry import register_source
-from hetero_fl.data.sources.files import read_lines
+from hetero_fl.data.sources.files import EMBEDDED, read_lines
 from hetero_fl.utils.errors import UserError, suggest_file
 from hetero_fl.utils.ordering import natural_order
-from hetero_fl.utils.seeding import keyed_numpy_generator
 from hetero_fl.utils.text import pluralize
 
 TEXTS = PatientTerm("text", "data.text.predict=next keeps the rows of each text together")
@@ -178,248 +175,76 @@ def _split_label(line: str, where: str) -> tuple[str, str]:
     return label.strip(), message
 
 
+PHRASES = EMBEDDED / "phrases"
+"""Folder with a file of simulated messages of each phone and of each other set."""
 PHONES = 12
-PUBLIC_MESSAGES = 400
-COMMON_MESSAGES = 250
-CONTACTS = 3
-ABOUT = (
-    "generated: messages by a grammar of six topics, phones with topics, habits and contacts of "
-    "their own"
-)
-PLACEHOLDERS = ("VERB", "THING", "PLACE", "QUALITY")
-"""Words of a template that stand for a word of the topic, in the order of the lists in `WORDS`."""
-WORDS = {
-    "work": (
-        "send finish print check sign discuss review plan",
-        "report invoice contract slides budget agenda offer draft schedule minutes",
-        "office lobby desk archive canteen",
-        "final urgent long confidential late",
-    ),
-    "food": (
-        "cook buy taste order fry share freeze bake",
-        "soup bread cheese salad rice curry cake pasta coffee apples",
-        "kitchen market bakery restaurant garden",
-        "fresh sweet spicy cold warm",
-    ),
-    "sport": (
-        "watch win practise record join skip lead train",
-        "match race game lap round goal tournament session warmup final",
-        "stadium pool gym track court",
-        "fast hard tough close easy",
-    ),
-    "travel": (
-        "book pack cancel board catch rent miss change",
-        "flight train ticket bag passport car tour ferry map seat",
-        "airport station hotel border harbour",
-        "early cheap crowded direct delayed",
-    ),
-    "health": (
-        "take refill measure rest start stop count note",
-        "pills dose tablets drops pulse temperature cream diet bandage therapy",
-        "clinic pharmacy ward surgery laboratory",
-        "daily strong mild painful weak",
-    ),
-    "home": (
-        "clean fix paint move hang open water empty",
-        "window door lamp shelf carpet sink heater plants curtain bin",
-        "cellar attic garage balcony hall",
-        "broken dusty wooden heavy old",
-    ),
-}
-TOPICS = tuple(WORDS)
-WHO = ["mum", "dad", "boss", "doctor", "neighbour", "sister", "brother", "teacher"]
-WHEN = [
-    "today",
-    "tomorrow",
-    "tonight",
-    "on monday",
-    "on friday",
-    "next week",
-    "this evening",
-    "after lunch",
-]
-TEMPLATES = (
-    "i will VERB the QUALITY THING WHEN .",
-    "can you VERB the THING at the PLACE ?",
-    "WHO wants to VERB the THING WHEN .",
-    "please VERB the THING before you leave the PLACE .",
-    "we meet WHO at the PLACE WHEN .",
-    "the THING is QUALITY but WHO does not mind .",
-    "where is the QUALITY THING ?",
-    "thanks for the THING WHO !",
-    "i am at the PLACE with WHO .",
-    "did WHO VERB the QUALITY THING ?",
-)
-SYLLABLES = (
-    "bra",
-    "del",
-    "fi",
-    "gor",
-    "hun",
-    "jel",
-    "kas",
-    "lom",
-    "mir",
-    "nev",
-    "ost",
-    "pri",
-    "quo",
-    "ril",
-    "sav",
-    "tun",
-    "vor",
-    "wex",
-    "yan",
-    "zub",
-)
-
-
-@dataclass(frozen=True)
-class Writer:
-    """A writer of messages.
-
-    Attributes:
-        topics: Probabilities of the topics, shape `[6]`.
-        templates: Probabilities of the templates, shape `[10]`.
-        contacts: Names of private contacts.
-        habit: Shift of the word frequencies of nouns, which applies to a quarter of the messages.
-    """
-
-    topics: np.ndarray
-    templates: np.ndarray
-    contacts: tuple[str, ...] = ()
-    habit: int = 0
+TOPICS = ("work", "food", "sport", "travel", "health", "home")
 
 
 @register_source("phrases", keys=("text",))
 def phone_messages(config: SourceConfig, _root: Path) -> Dataset:
-    """Generate the messages of twelve phones (groups), for next-word or topic prediction.
+    """Read the simulated messages of twelve phones (groups), for next-word or topic prediction.
 
-    Messages are templates filled with words of one of six topics. The frequencies of words depend
-    on the preceding word. Each phone has its own mix of topics and templates, its own shift of word
-    frequencies, and three private contacts whose names do not occur in public text.
+    Each phone has its own mix of topics, its own habits and three private contacts whose names do
+    not occur in public text.
     """
     text = config.text or TextConfig()
     vocabulary = _phrase_vocabulary(text)
-    texts: list[list[str]] = []
-    topics: list[int] = []
-    owners: list[int] = []
-    for phone in range(PHONES):
-        rng = keyed_numpy_generator("data", "phrases", "phone", phone)
-        messages = write_messages(make_writer(phone), int(rng.integers(50, 151)), rng)
-        texts += [words for words, _ in messages]
-        topics += [topic for _, topic in messages]
-        owners += [phone] * len(messages)
-    train, text_indices = make_examples(texts, topics, text, vocabulary)
-    train.group = torch.tensor(owners)[text_indices]
-    train.group_names = tuple(f"phone_{i + 1:02d}" for i in range(PHONES))
-    validation = _public_examples(text, vocabulary, "validation", COMMON_MESSAGES)
-    test = _public_examples(text, vocabulary, "test", COMMON_MESSAGES)
-    task = make_task(text, vocabulary, TOPICS)
+    names = tuple(f"phone_{i + 1:02d}" for i in range(PHONES))
+    phones = [_read_phrases(name) for name in names]
+    messages = [message for phone in phones for message in phone]
+    train, text_indices = _phrase_examples(messages, text, vocabulary)
+    counts = torch.tensor([len(phone) for phone in phones])
+    train.group = torch.arange(PHONES).repeat_interleave(counts)[text_indices]
+    train.group_names = names
+    validation, test = (
+        _phrase_examples(_read_phrases(name), text, vocabulary)[0]
+        for name in ("validation", "test")
+    )
     return Dataset(
-        "phrases", task, train, validation, test, simulated=True, about=ABOUT, vocabulary=vocabulary
+        "phrases",
+        make_task(text, vocabulary, TOPICS),
+        train,
+        validation,
+        test,
+        simulated=True,
+        about=f"{len(messages):,} messages of {PHONES} phones, {vocabulary.size:,} tokens",
+        vocabulary=vocabulary,
     )
 
 
 @register_source("phrases_public", keys=("text",))
 def phrases_public(config: SourceConfig, _root: Path) -> Dataset:
-    """Generate the public messages that define the vocabulary, for use as a proxy set."""
+    """Read the simulated public messages that define the vocabulary, for use as a proxy set."""
     text = config.text or TextConfig()
     vocabulary = _phrase_vocabulary(text)
-    task = make_task(text, vocabulary, TOPICS)
-    train = _public_examples(text, vocabulary, "public", PUBLIC_MESSAGES)
+    messages = _read_phrases("public")
     return Dataset(
-        "phrases_public", task, train, simulated=True, about=ABOUT, vocabulary=vocabulary
+        "phrases_public",
+        make_task(text, vocabulary, TOPICS),
+        _phrase_examples(messages, text, vocabulary)[0],
+        simulated=True,
+        about=f"{len(messages):,} public messages, {vocabulary.size:,} tokens",
+        vocabulary=vocabulary,
     )
 
 
-def make_writer(phone: int) -> Writer:
-    """Generate the writer of the messages of a phone."""
-    rng = keyed_numpy_generator("data", "phrases", "writer", phone)
-    names = _contacts()[CONTACTS * phone : CONTACTS * (phone + 1)]
-    topics = rng.dirichlet([0.3] * len(TOPICS))
-    templates = rng.dirichlet([1.0] * len(TEMPLATES))
-    return Writer(topics, templates, names, int(rng.integers(1, 10)))
+def _read_phrases(name: str) -> list[tuple[str, list[str]]]:
+    """Return the topic and the words of each message in a file of the package."""
+    path = PHRASES / f"{name}.txt"
+    labeled = [_split_label(line, f"path: {path}: line {n}") for n, line in read_lines(path)]
+    return [(topic, split_words(message)) for topic, message in labeled]
 
 
-def public_writer() -> Writer:
-    """Return the writer of public messages, without contacts or habits and with uniform shares."""
-    return Writer(
-        np.full(len(TOPICS), 1 / len(TOPICS)), np.full(len(TEMPLATES), 1 / len(TEMPLATES))
-    )
-
-
-def write_messages(
-    writer: Writer, count: int, rng: np.random.Generator
-) -> list[tuple[list[str], int]]:
-    """Generate the messages of a writer.
-
-    Args:
-        writer: Writer of the messages.
-        count: Number of messages.
-        rng: Random generator.
-
-    Returns:
-        Words and topic of each message.
-    """
-    topics = rng.choice(len(TOPICS), count, p=writer.topics)
-    templates = rng.choice(len(TEMPLATES), count, p=writer.templates)
-    shifts = np.where(rng.random(count) < 0.25, writer.habit, 0)
-    return [
-        (
-            _fill_template(TEMPLATES[template].split(), TOPICS[topic], writer, int(shift), rng),
-            int(topic),
-        )
-        for topic, template, shift in zip(topics, templates, shifts, strict=True)
-    ]
-
-
-def _fill_template(
-    template: Sequence[str], topic: str, writer: Writer, shift: int, rng: np.random.Generator
-) -> list[str]:
-    message: list[str] = []
-    for part in template:
-        if part == "WHO":
-            private = bool(writer.contacts) and rng.random() < 0.5
-            message.append(_sample_word(writer.contacts if private else WHO, 0, rng))
-        elif part == "WHEN":
-            message += _sample_word(WHEN, 0, rng).split()
-        elif part in PLACEHOLDERS:
-            words = WORDS[topic][PLACEHOLDERS.index(part)].split()
-            # The preceding word shifts the frequencies, so that there are word pairs to learn.
-            previous = len(message[-1]) + ord(message[-1][0])
-            offset = previous + (shift if part == "THING" else 0)
-            message.append(_sample_word(words, offset, rng))
-        else:
-            message.append(part)
-    return message
-
-
-def _sample_word(words: Sequence[str], shift: int, rng: np.random.Generator) -> str:
-    """Sample a word with frequencies 1, 1/2, 1/3, …, starting at the word with index `shift`."""
-    frequencies = 1 / np.arange(1, len(words) + 1)
-    index = int(rng.choice(len(words), p=frequencies / frequencies.sum()))
-    return words[(index + shift) % len(words)]
-
-
-def _contacts() -> tuple[str, ...]:
-    """Return the distinct names of all private contacts, three for each phone."""
-    pairs = [a + b for a in SYLLABLES for b in SYLLABLES if a != b]
-    order = keyed_numpy_generator("data", "phrases", "contacts").permutation(len(pairs))
-    return tuple(pairs[i] for i in order[: CONTACTS * PHONES])
-
-
-def _public_examples(text: TextConfig, vocabulary: Vocabulary, name: str, count: int) -> Examples:
-    rng = keyed_numpy_generator("data", "phrases", name)
-    messages = write_messages(public_writer(), count, rng)
-    texts = [words for words, _ in messages]
-    topics = [topic for _, topic in messages]
-    return make_examples(texts, topics, text, vocabulary)[0]
+def _phrase_examples(
+    messages: Sequence[tuple[str, Sequence[str]]], text: TextConfig, vocabulary: Vocabulary
+) -> tuple[Examples, Tensor]:
+    """Return examples, and the index of the message of each example (see `make_examples`)."""
+    topics = [TOPICS.index(topic) for topic, _ in messages]
+    return make_examples([words for _, words in messages], topics, text, vocabulary)
 
 
 def _phrase_vocabulary(text: TextConfig) -> Vocabulary:
     if text.tokenizer == "hashing":
         return Vocabulary(buckets=text.vocabulary)
-    rng = keyed_numpy_generator("data", "phrases", "public")
-    messages = write_messages(public_writer(), PUBLIC_MESSAGES, rng)
-    return Vocabulary.from_texts((words for words, _ in messages), text.vocabulary)
+    return Vocabulary.from_texts((words for _, words in _read_phrases("public")), text.vocabulary)

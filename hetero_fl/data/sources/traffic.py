@@ -1,4 +1,4 @@
-"""Hourly time series as windows for forecasting: generated traffic, or series from a file.
+"""Hourly time series of a file as windows for forecasting.
 
 Values are divided by a level, the site's mean in the training period or in the preceding week, so
 that sites of different sizes are comparable. No training row depends on later periods, and rows
@@ -19,8 +19,10 @@ from hetero_fl.config.data import WEEK, ReadConfig, SeriesConfig, SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples
 from hetero_fl.data.registry import register_source
+from hetero_fl.data.sources.files import EMBEDDED
+from hetero_fl.data.sources.npz_files import read_npz_arrays
 from hetero_fl.utils.errors import UserError, check_names
-from hetero_fl.utils.seeding import keyed_numpy_generator
+from hetero_fl.utils.ordering import natural_order
 
 HOUR = 3600
 """Seconds per hour."""
@@ -86,7 +88,6 @@ def make_windows(
     unit: str,
     lanes: Sequence[str],
     weather: Sequence[str],
-    simulated: bool = False,
     about: str = "",
 ) -> Dataset:
     """Create a forecasting data set from the series of several sites.
@@ -111,7 +112,6 @@ def make_windows(
         unit: Unit of the values.
         lanes: Names of the lanes.
         weather: Names of the weather columns.
-        simulated: Whether the data is generated.
         about: Short description.
 
     Raises:
@@ -148,9 +148,8 @@ def make_windows(
         splits["train"],
         splits["validation"],
         splits["test"],
-        simulated,
-        about,
-        (unit or "value", *week_before, *CALENDAR, *weather, *lanes),
+        about=about,
+        columns=(unit or "value", *week_before, *CALENDAR, *weather, *lanes),
         span=(config.horizons[-1] - config.horizons[0]) * HOUR,
         notes=(note.rstrip(),),
     )
@@ -277,51 +276,32 @@ def _date(hour: int) -> str:
     return str(np.datetime64(hour, "h")).replace("T", " ") + " h"
 
 
-DAYS = 300
-BEGIN = 455_880
-"""Monday, January 3, 2022, in hours since 1970."""
+TRAFFIC = EMBEDDED / "traffic.npz"
+"""Simulated junctions."""
 PUBLIC = "public"
-# Mean number of vehicles per hour, first day, share of the peaks, shift of the peaks in hours,
-# trend, effect of rain, and whether cameras count the vehicles.
-JUNCTIONS: dict[str, tuple[float, int, float, float, float, float, bool]] = {
-    "camera_1": (900.0, 0, 0.75, 0.0, 0.30, 0.10, True),
-    "camera_2": (400.0, 120, 0.65, 0.5, 0.15, 0.15, True),
-    "sensor_1": (60.0, 0, 0.50, -0.5, 0.25, 0.25, False),
-    "sensor_2": (25.0, 190, 0.60, 0.0, 0.10, 0.20, False),
-    PUBLIC: (200.0, 0, 0.60, 0.0, 0.20, 0.15, False),
-}
-LANES = 3
-WEATHER = 2
+"""Junction of the simulated file that is not a client."""
 
 
-@register_source("traffic", keys=("path", "label", "group", "series", "read"), generates=True)
+@register_source(
+    "traffic", keys=("path", "label", "group", "series", "read"), default_path=TRAFFIC
+)
 def traffic(config: SourceConfig, _root: Path) -> Dataset:
-    """Generate the hourly traffic of four junctions (groups), or read a file.
+    """Read the hourly series of a file as windows.
 
     A `.csv`, `.tsv` or `.parquet` file has one row per hour and junction. `series.time` names the
     column of dates, `label` the column of counts (`Vehicles` by default), and `group` the column of
-    junctions (`Junction` by default, if it exists).
+    junctions (`Junction` by default, if it exists). A `.npz` file has an array for each of these
+    columns. The simulated file has four junctions (groups), and a fifth one for a proxy set, which
+    is only used if `series.sites` names it.
     """
     series = config.series or SeriesConfig()
-    if config.path is not None:
-        path = Path(config.path).expanduser()
+    path = Path(str(config.path)).expanduser()
+    if path.suffix.lower() != ".npz":
         return read_traffic(path, series, config.label, config.group, config.read)
-    for key in ("label", "group"):
-        if getattr(config, key) is not None:
-            raise UserError(f"{key}: needs path, as it names a column; set path or remove it")
-    selected = series.sites or tuple(name for name in JUNCTIONS if name != PUBLIC)
-    check_names(selected, JUNCTIONS, "series.sites: unknown site")
-    sites = [site for site in make_junctions() if site.name in selected]
-    return make_windows(
-        sites,
-        series,
-        name="traffic",
-        unit="vehicles",
-        simulated=True,
-        about="generated junctions, hour by hour",
-        lanes=tuple(f"lane_{i + 1}" for i in range(LANES)),
-        weather=("temperature", "rain"),
-    )
+    sites = read_series(path, series, config.label or "Vehicles", config.group or "Junction")
+    if path == TRAFFIC and series.sites is None:
+        sites = [site for site in sites if site.name != PUBLIC]
+    return _describe_windows(sites, path, series, config.label)
 
 
 def read_traffic(
@@ -350,6 +330,13 @@ def read_traffic(
     frame = read_frame(path, (group or "Junction",), read=read)
     group = group or ("Junction" if "Junction" in frame.columns else None)
     sites = read_sites(frame, path, series, label or "Vehicles", group)
+    return _describe_windows(sites, path, series, label)
+
+
+def _describe_windows(
+    sites: Sequence[HourlySeries], path: Path, series: SeriesConfig, label: str | None
+) -> Dataset:
+    """Return the windows of the sites of a file (see `make_windows`)."""
     try:
         return make_windows(
             sites,
@@ -364,94 +351,60 @@ def read_traffic(
         raise UserError(f"path: {path}: {error}") from None
 
 
-def make_junctions() -> list[HourlySeries]:
-    """Generate the hourly vehicle counts of four junctions, followed by a public junction.
+def read_series(path: Path, config: SeriesConfig, label: str, group: str) -> list[HourlySeries]:
+    """Read the hourly series of the sites of a `.npz` file, in the natural order of their names.
 
-    Counts follow Poisson distributions with mean
-    `level * profile * trend * weather * incident * exp(u)`. The profile over day and week and the
-    linear trend differ between junctions, but the weather is the same for all. Incidents reduce the
-    count for some hours, and u is an autoregressive process, a part of which is the same for all
-    junctions. Cameras count the vehicles on three lanes. Sensors count all vehicles and measure the
-    weather.
+    Args:
+        path: File to read. It has an array for each column, with an entry for each hour and site.
+        config: Series settings. `config.time` is an array of dates (`datetime64`).
+        label: Array of the values.
+        group: Array of the sites.
+
+    Raises:
+        UserError: If an array is missing or malformed, or an hour of a site is missing.
     """
-    hours = DAYS * 24
-    town = keyed_numpy_generator("data", "traffic", 0, "town")
-    weather = _weather(town, hours)
-    common = _drift(town, hours, 0.05)
+    where = f"path: {path}"
+    required = [config.time, label, group]
+    extra = [*config.lanes, *config.weather]
+    default = SeriesConfig()
+    # The default columns of lanes and weather are optional.
+    for key in ("lanes", "weather"):
+        if getattr(config, key) != getattr(default, key):
+            required += getattr(config, key)
+    pairs = [(config.time, other) for other in (label, group, *extra)]
+    arrays, names = read_npz_arrays(path, (*required, *extra), pairs)
+    check_names(required, names, f"{where}: array", " not found")
+    for name in (label, *extra):
+        if name in arrays and arrays[name].dtype.kind not in "iuf":
+            raise UserError(f"{where}: {name}: expected numbers, got {arrays[name].dtype}")
+    if arrays[config.time].dtype.kind != "M":
+        raise UserError(
+            f"{where}: {config.time}: expected datetime64, got {arrays[config.time].dtype}"
+        )
+    hours = arrays[config.time].astype("datetime64[h]").astype(np.int64)
+    owners = arrays[group].astype(str)
+    known = natural_order(set(owners.tolist()))
+    check_names(config.sites or (), known, "series.sites: site", f" not found in {path}")
+    missing = np.full(len(hours), np.nan)
     series = []
-    for name, (level, day, peaks, shift, trend, rain, cameras) in JUNCTIONS.items():
-        rng = keyed_numpy_generator("data", "traffic", 0, name)
-        begin = day * 24
-        hour = np.arange(hours)
-        mean = level * _profile(hour, peaks, shift) * (1 + trend * hour / hours)
-        mean *= 1 - rain * np.tanh(weather[:, 1] / 2)
-        incident, first_lane = _incidents(rng, hours)
-        mean *= incident * np.exp(common + _drift(rng, hours, 0.06))
-        lanes = np.full((hours, LANES), np.nan)
-        if cameras:
-            share = np.stack([0.4 + 0.05 * np.sin(2 * np.pi * hour / 24), np.full(hours, 0.35)], 1)
-            share = np.concatenate([share, 1 - share.sum(1, keepdims=True)], 1)
-            share[:, 0] *= first_lane
-            share /= share.sum(1, keepdims=True)
-            lanes = rng.poisson(mean[:, None] * share).astype(np.float64)
-            value = lanes.sum(1)
-        else:
-            value = rng.poisson(mean).astype(np.float64)
-        measured = np.full((hours, WEATHER), np.nan) if cameras else weather
+    for site in (name for name in known if config.sites is None or name in config.sites):
+        rows = np.flatnonzero(owners == site)
+        if (np.diff(hours[rows]) != 1).any():
+            raise UserError(
+                f"{where}: {config.time}: expected one entry per hour of site '{site}', in order"
+            )
+        value, lanes, weather = (
+            np.array([arrays.get(name, missing)[rows] for name in columns], np.float64)
+            for columns in ((label,), config.lanes, config.weather)
+        )
+        shape = (-1, len(rows))
         series.append(
-            HourlySeries(name, BEGIN + begin, value[begin:], lanes[begin:], measured[begin:])
+            HourlySeries(
+                site,
+                int(hours[rows[0]]),
+                value[0],
+                lanes.reshape(shape).T,
+                weather.reshape(shape).T,
+            )
         )
     return series
-
-
-def _profile(hour: np.ndarray, peaks: float, shift: float) -> np.ndarray:
-    """Return the relative traffic by time of day and week, with a mean of about 1 over a week."""
-    clock = (hour % 24).astype(np.float64)
-    weekend = hour // 24 % 7 >= 5
-
-    def bump(middle: float, width: float) -> np.ndarray:
-        away = np.minimum(abs(clock - middle), 24 - abs(clock - middle))
-        return np.asarray(np.exp(-0.5 * (away / width) ** 2))
-
-    working = peaks * (2.4 * bump(8 + shift, 1.4) + 2.6 * bump(17.5 + shift, 1.8)) + (
-        1 - peaks
-    ) * 2.2 * bump(13, 4.5)
-    free = 1.7 * bump(14.5, 4.0)
-    return 0.15 + np.where(weekend, free, working)
-
-
-def _drift(rng: np.random.Generator, hours: int, size: float) -> np.ndarray:
-    """Generate an autoregressive series of order 1 with standard deviation `size`."""
-    steps = rng.normal(0, size * (1 - 0.9**2) ** 0.5, hours)
-    series = np.empty(hours)
-    last = 0.0
-    for t, step in enumerate(steps):
-        last = series[t] = 0.9 * last + step
-    return series
-
-
-def _weather(rng: np.random.Generator, hours: int) -> np.ndarray:
-    """Generate temperature in °C and rain in mm per hour, shape `[hours, 2]`."""
-    hour = np.arange(hours)
-    season = 9 * np.cos(2 * np.pi * hour / (365 * 24))
-    temperature = 10 - season - 4 * np.cos(2 * np.pi * (hour - 3) / 24)
-    rain = np.zeros(hours)
-    for begin in np.flatnonzero(rng.random(hours) < 1 / 40):
-        rain[begin : begin + rng.integers(2, 10)] = rng.exponential(1.5)
-    return np.stack([temperature + _drift(rng, hours, 3.0), rain], 1)
-
-
-def _incidents(rng: np.random.Generator, hours: int) -> tuple[np.ndarray, np.ndarray]:
-    """Generate incidents as factors of the count and of the first lane's share, `[hours]` each.
-
-    The share of the first lane decreases one hour before an incident.
-    """
-    total = np.ones(hours)
-    first_lane = np.ones(hours)
-    for begin in np.flatnonzero(rng.random(hours) < 1 / 120):
-        end = begin + rng.integers(2, 7)
-        lost = rng.uniform(1 / 3, 2 / 3)
-        total[begin:end] = 1 - lost
-        total[end : end + 2] *= 1 + lost / 3
-        first_lane[max(0, begin - 1) : end] = 0.3
-    return total, first_lane

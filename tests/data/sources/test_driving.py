@@ -1,11 +1,10 @@
-"""Drives: folders in the layouts of Udacity, and the geometry of generated roads and frames."""
+"""Drives: folders in the layouts of Udacity, and files of frames."""
 
 from __future__ import annotations
 
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,9 @@ import torch
 from PIL import Image
 
 from hetero_fl.config.clients import ClientSettings, PreprocessConfig
-from hetero_fl.config.data import DataConfig, DrivingConfig, SourceConfig
+from hetero_fl.config.data import DataConfig, DrivingConfig
 from hetero_fl.data import Dataset, federate, load_source
 from hetero_fl.data.sources.driving import read_frames
-from hetero_fl.data.sources.driving.cameras import LANE, Camera, Scene, render
-from hetero_fl.data.sources.driving.roads import (
-    LOOK_AHEAD,
-    Drive,
-    Road,
-    RoadKind,
-    Vehicle,
-    make_drive,
-    make_road,
-    steering_angle,
-)
-from tests.support.cases import each_case
 from tests.support.driving_folders import (
     SIMULATOR_HEADER,
     write_driving_folder,
@@ -38,10 +25,9 @@ from tests.support.driving_folders import (
     write_simulator,
 )
 from tests.support.federated_data import read_source
-from tests.support.mistakes import check_broken_folders, check_refused, refusal
+from tests.support.mistakes import check_broken_folders, refusal
 
 CLIENT = ClientSettings(preprocess=PreprocessConfig(missing="indicate"))
-BENDS = RoadKind(bend=0.02, straight=0.2, left=0.5, limit=14.0)
 
 
 def load(path: Path | None = None, name: str = "driving", **keys: Any) -> Dataset:
@@ -169,11 +155,6 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], list[str]]] = [
     ("a b c", {}, ["or set data.partition.kind to iid, in_order, dirichlet, classes, quantity"]),
     (
         "a b",
-        {"path": None},
-        ["for group 'day_1', ", "; data.path is not set, so driving generates its rows; have"],
-    ),
-    (
-        "a b",
         {"partition": {"kind": "iid"}},
         ["sequences of 50 frames together: client 'a' has 1 sequence, too few to split"],
     ),
@@ -204,19 +185,6 @@ def test_division_that_is_not_possible_names_the_settings_to_change(
             )
             assert [part for part in words if part not in caught] == []
             assert "patient" not in caught
-
-
-def test_generated_global_sets_of_clients_with_files_are_noted(tmp_path: Path) -> None:
-    config = DataConfig(name="driving", driving=DrivingConfig(**SMALL))
-    source = SourceConfig(name="driving", path=str(write_export(tmp_path / "car", 60)))
-    client = CLIENT.model_copy(update={"data": source})
-
-    data = federate(load_source(config, tmp_path), config, {"car": client}, 0)
-
-    assert (
-        "data.path is not set: driving generates the global test and validation sets, but these "
-        "clients read files: 'car'"
-    ) in data.notes
 
 
 def test_position_of_zeros_is_missing(tmp_path: Path) -> None:
@@ -458,159 +426,58 @@ def test_malformed_folder_raises_one_line(subtests: pytest.Subtests) -> None:
     check_broken_folders(subtests, BROKEN, write_driving_folder, load)
 
 
-def test_seed_selects_other_roads(tmp_path: Path) -> None:
-    for name in ("driving", "driving_public"):
-        first, again, other = (load(name=name, seed=seed) for seed in (0, 0, 1))
-        assert torch.equal(first.train.y, again.train.y)
-        assert not torch.equal(first.train.y, other.train.y)
-    check_refused(r"driving\.seed: applies to generated drives", load, tmp_path, seed=1)
+def drives(**changes: Any) -> dict[str, Any]:
+    """Return the arrays of a file with 40 frames of two vehicles each and 6 of another one."""
+    vehicle = np.repeat(["b", "a", "c"], [40, 40, 6])
+    arrays = {
+        "frame": np.random.default_rng(0).integers(0, 256, (86, 3, 8, 12), np.uint8),
+        "speed": np.arange(86.0),
+        "position": np.ones((86, 2)),
+        "angle": np.arange(86.0) / 10,
+        "vehicle": vehicle,
+        "split": np.where(vehicle == "c", "test", "train"),
+    }
+    return arrays | changes
 
 
-def straight_at(offset: float, yaw: float, curvature: float = 0.0) -> Drive:
-    """Return a drive of one frame on a road of constant curvature."""
-    road = Road.from_curvature(np.full(LOOK_AHEAD + 20, curvature))
-    one = np.ones(1)
-    return Drive(road, 5 * one, 10 * one, offset * one, yaw * one, curvature * one)
+def test_file_of_frames_is_divided_by_vehicle_and_time(tmp_path: Path) -> None:
+    arrays = drives()
+    np.savez(tmp_path / "drives.npz", **arrays)
+
+    found = load(tmp_path / "drives.npz", gap=2, height=8, width=12, scale=2.0)
+
+    train, test = found.train, found.test
+    assert found.blocks[0].shape == (3, 8, 12) and not found.simulated
+    assert train.group is not None and train.group_names == ("a", "b")
+    # Of 40 frames, 10 are for the test, 6 for validation, and 2 are left out before each.
+    assert train.group.tolist() == [0] * 22 + [1] * 22
+    assert torch.as_tensor(train.x)[:, 288].tolist() == [*range(40, 62), *range(22)]
+    assert torch.allclose(train.labels[:, 0], torch.as_tensor(train.x)[:, 288] / 20)
+    pixels = torch.from_numpy(arrays["frame"][40].reshape(-1) / 255).float()
+    assert torch.equal(torch.as_tensor(train.x)[0, :288], pixels)
+    assert test is not None and torch.as_tensor(test.x)[:, 288].tolist() == [*range(80, 86)]
+    assert len(found.local_sets["test"]) == 20 and found.validation is not None
+    assert len(found.validation) == 8
 
 
-def follow(drive: Drive, vehicle: Vehicle) -> np.ndarray:
-    """Integrate the kinematic bicycle model with the angles of a drive, in steps of 1 cm.
-
-    This is an independent reference: x' = cos(h), y' = sin(h), h' = tan(angle) / wheelbase.
-    """
-    angle = np.radians(steering_angle(drive.curvature, 0.0, vehicle))
-    along = np.arange(drive.distance[0], drive.distance[-1], 0.01)
-    tangent = np.tan(np.interp(along, drive.distance, angle))
-    start = drive.road.at(drive.road.heading, drive.distance[:1])[0] + drive.yaw[0]
-    # A vehicle on the inner side of a bend drives a shorter path.
-    curvature = drive.road.at(drive.road.curvature, along)
-    shorter = 1 - curvature * np.interp(along, drive.distance, drive.offset)
-    heading = start + np.cumsum(tangent / vehicle.wheelbase * shorter) * 0.01
-    steps = 0.01 * shorter[:, None] * np.stack([np.cos(heading), np.sin(heading)], 1)
-    path = drive.position()[0] + np.cumsum(steps, 0)
-    return path[np.searchsorted(along, drive.distance[1:-1])]
+BROKEN_FILES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"speed": np.zeros(3)}, {}, "path: FILE: speed: expected 86 rows as in frame, got 3"),
+    ({"frame": np.zeros((86, 8, 12))}, {}, "path: FILE: frame: unexpected shape (86, 8, 12)"),
+    ({"position": np.zeros((86, 3))}, {}, "path: FILE: position: unexpected shape (86, 3)"),
+    ({"split": np.full(86, "trian")}, {}, "path: FILE: split: unknown value 'trian'; did you mean"),
+    ({}, {"height": 16}, "driving.height: the frames of drives.npz have 12x8 pixels, got 16; rem"),
+    ({}, {"step": 2}, "driving.step: applies to folders, not to .npz files"),
+]
 
 
-@each_case("seed", range(4))
-def test_bicycle_model_with_the_angles_follows_the_road(seed: Any) -> None:
-    rng = np.random.default_rng(seed)
-    drive = make_drive(rng, BENDS, 80, interval=0.1)
-    vehicle = Vehicle(wheelbase=2.7)
-
-    path = follow(drive, vehicle)
-
-    away = np.linalg.norm(path - drive.position()[1:-1], axis=1)
-    assert drive.distance[-1] > 60 and np.abs(drive.curvature).max() > 0.005
-    # To first order: the deviation is much smaller than the lane over the whole drive.
-    assert away.max() < 0.25
-    # Without the steering, the vehicle leaves the road.
-    straight = follow(replace(drive, curvature=0 * drive.curvature), vehicle)
-    assert np.linalg.norm(straight - drive.position()[1:-1], axis=1).max() > 3
-
-
-def test_steering_angle_adds_understeer_to_the_bicycle_model() -> None:
-    curvature = np.array([0.02, -0.01])
-
-    slow = steering_angle(curvature, 0.0, Vehicle(2.5, 0.003))
-    fast = steering_angle(curvature, 10.0, Vehicle(2.5, 0.003))
-
-    assert np.radians(slow) == pytest.approx([math.atan(2.5 * 0.02), -math.atan(2.5 * 0.01)])
-    # 0.003 rad per m/s² of lateral acceleration, which is 0.02 * 10**2 = 2 m/s².
-    assert np.radians(fast - slow) == pytest.approx([0.006, -0.003])
-
-
-def test_road_of_constant_curvature_is_a_circle() -> None:
-    road = Road.from_curvature(np.full(101, 0.02))
-    center = np.array([0.0, 50.0])
-    assert np.linalg.norm(road.position - center, axis=1) == pytest.approx(
-        np.full(101, 50), abs=0.02
-    )
-    assert road.heading[-1] == pytest.approx(2.0) and road.length == 100
-
-
-def test_curvature_changes_gradually_and_is_limited() -> None:
-    road = make_road(np.random.default_rng(0), BENDS, 2000.0)
-    assert np.abs(road.curvature).max() <= 1 / 20
-    assert np.abs(np.diff(road.curvature)).max() <= 2 / 20 / 24 + 1e-12
-    assert (road.curvature > 0.005).any() and (road.curvature < -0.005).any()
-
-
-@each_case("curvature", (0.0, 0.02, -0.012))
-def test_rendered_curvature_gives_the_angle_of_the_bicycle_model(curvature: Any) -> None:
-    camera = Camera(view=60, height=1.4, tilt=8, noise=0.0)
-    scene = Scene(lanes=0, asphalt=0.1, ground=(0.1, 0.1, 0.1))
-    drive = straight_at(0.0, 0.0, curvature)
-
-    frame = render(drive, camera, scene, (240, 480), np.random.default_rng(0))[0, 0].astype(float)
-
-    # Independent reference: rays of the pixels, rotated by the tilt, meet the ground.
-    focal = 240 / math.tan(math.radians(30))
-    tilt = math.radians(8)
-    ahead, middle = [], []
-    for row in range(150, 240, 10):
-        below = (row + 0.5 - 120) / focal
-        depth = 1.4 / (math.sin(tilt) + below * math.cos(tilt))
-        weight = (frame[row] - np.median(frame[row])).clip(40) - 40
-        half = len(weight) // 2
-        sides = [
-            float((part * (np.arange(240) + 0.5 + begin)).sum() / part.sum())
-            for begin, part in ((0, weight[:half]), (240, weight[half:]))
-            if part.sum() > 0
-        ]
-        if len(sides) == 2:
-            ahead.append(depth * (math.cos(tilt) - below * math.sin(tilt)))
-            middle.append(-depth * (sum(sides) / 2 - 240) / focal)
-    square = np.square(ahead)
-    found = 2 * float(square @ np.array(middle) / (square @ square))
-    assert len(ahead) >= 4
-    assert math.degrees(math.atan(2.7 * found)) == pytest.approx(
-        float(steering_angle(np.array([curvature]), 0.0, Vehicle(2.7))[0]), abs=0.25
-    )
-
-
-def test_offset_and_direction_move_the_lane_in_the_frame() -> None:
-    camera = Camera()
-    ahead, left, direction = straight_at(0.5, 0.1).lane_ahead(20)
-    # The lane is 0.5 m to the right, and the road turns away to the right of a vehicle that
-    # points to the left.
-    assert left[0, 0] == pytest.approx(-0.5 * math.cos(0.1)) and left[0, -1] < -2
-    assert direction == pytest.approx(np.full((1, 20), -0.1))
-    assert ahead[0, 10] - ahead[0, 0] == pytest.approx(10 * math.cos(0.1))
-    rows, points = camera.ground(24, 48)
-    assert np.isinf(rows[0]) and (np.diff(rows[10:]) < 0).all()
-    assert points[-1, 0] > 0 > points[-1, -1] and abs(points[-1, 0]) < LANE
-
-
-def test_night_is_dark_beyond_the_headlights_and_gray_cameras_have_equal_channels() -> None:
-    drive = make_drive(np.random.default_rng(0), BENDS, 4)
-    size = (24, 48)
-
-    day = render(drive, Camera(), Scene(), size, np.random.default_rng(1))
-    night = render(drive, Camera(color=False), Scene(night=True), size, np.random.default_rng(1))
-
-    assert day.shape == night.shape == (4, 3, 24, 48) and day.dtype == np.uint8
-    assert night[:, :, :6].mean() < 40 < day[:, :, :6].mean()
-    assert night[:, :, -3:].mean() > 2 * night[:, :, :6].mean()
-    assert (night[:, 0] == night[:, 2]).all() and not (day[:, 0] == day[:, 2]).all()
-
-
-@pytest.mark.slow
-def test_generated_drives_are_those_of_two_fleets() -> None:
-    dataset = load()
-
-    train = dataset.train
-    assert dataset.simulated and train.group_names is not None
-    assert [name for name in train.group_names if name.endswith("_1")] == [
-        "day_1",
-        "night_1",
-    ]
-    assert train.group is not None and len(train.group.unique()) == 4
-    assert not bool(torch.as_tensor(train.x).isnan().any())
-    brightness = [
-        float(torch.as_tensor(train.x)[train.group == index, :96].mean()) for index in range(4)
-    ]
-    assert max(brightness[2:4]) < 0.2 < min(brightness[:2])
-    public = load(name="driving_public")
-    assert [block.name for block in public.blocks] == ["frame"]
-    again = load(name="driving_public")
-    assert torch.equal(torch.as_tensor(public.train.x), torch.as_tensor(again.train.x))
+def test_malformed_file_of_frames_raises_one_line(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    for changes, keys, words in BROKEN_FILES:
+        np.savez(tmp_path / "drives.npz", **drives(**changes))
+        with subtests.test(words=words):
+            expected = words.replace("FILE", str(tmp_path / "drives.npz"))
+            assert expected in refusal(load, tmp_path / "drives.npz", **keys)
+    content = {name: array for name, array in drives().items() if name != "angle"}
+    np.savez(tmp_path / "drives.npz", **content)
+    assert "array 'angle' not found" in refusal(load, tmp_path / "drives.npz")

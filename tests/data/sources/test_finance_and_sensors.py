@@ -1,4 +1,4 @@
-"""Generated banks and persons, and recordings and tables of users."""
+"""Recordings and tables of users, and simulated banks."""
 
 from __future__ import annotations
 
@@ -11,35 +11,8 @@ import torch
 
 from hetero_fl.config.data import DataConfig, WindowsConfig
 from hetero_fl.data import federate
-from hetero_fl.data.sources import sensors, tables
 from tests.support.federated_data import PLAIN_CLIENT, read_source
 from tests.support.mistakes import refusal
-
-
-def test_banks_differ_in_columns_and_fraud_rate() -> None:
-    dataset = read_source("bank_fraud")
-    train = dataset.train
-    assert (
-        dataset.simulated
-        and dataset.columns == tables.COLUMNS
-        and train.y is not None
-        and train.group is not None
-    )
-    for place, (bank, (rows, rate)) in enumerate(tables.BANKS.items()):
-        in_bank = train.group == place
-        assert int(in_bank.sum()) == rows and float(
-            train.y[in_bank].float().mean()
-        ) == pytest.approx(rate, abs=1 / rows)
-        own = tables.SPECIAL[bank.split("_")[0]]
-        gaps = {
-            name: float(train.x[in_bank][:, i].isnan().float().mean())
-            for i, name in enumerate(dataset.columns)
-        }
-        assert all(gaps[name] == 0 for name in tables.COMMON_COLUMNS)
-        assert all(0.1 < gaps[name] < 0.2 for name in own)  # customers who do not use the service
-        assert all(gaps[n] == 1 for n in dataset.columns if n not in (*tables.COMMON_COLUMNS, *own))
-    means = torch.stack([train.x[train.group == b][:, 0].mean() for b in range(6)])
-    assert means.std() > 0.2  # drift
 
 
 def test_rare_class_is_predictable() -> None:
@@ -56,41 +29,6 @@ def test_rare_class_is_predictable() -> None:
         ).task.rare
         is None
     )
-
-
-def test_generated_windows_match_the_description() -> None:
-    dataset = read_source("activity")
-    train = dataset.train
-    assert (
-        train.x.shape[1:] == (64, 6) and train.y is not None and dataset.columns == sensors.CHANNELS
-    )
-    size = {
-        name: train.x[train.y == c][..., :3].norm(dim=-1) for c, name in enumerate(sensors.NAMES)
-    }
-    assert size["stand"].mean() == pytest.approx(1.0, abs=0.05) and size[
-        "sit"
-    ].mean() == pytest.approx(1.0, abs=0.05)  # gravity
-    assert size["run"].std() > 2 * size["walk"].std() > 4 * size["stand"].std()
-    first, other = sensors.make_person(0), sensors.make_person(3)
-    assert (first.placement, first.rate, other.placement, other.rate) == ("wrist", 25, "wrist", 50)
-    assert np.allclose(first.rotation @ first.rotation.T, np.eye(3))
-    assert (
-        dataset.test is not None
-        and dataset.test.y is not None
-        and dataset.test.y.bincount().unique().numel() == 1
-    )
-
-
-def test_spectral_peak_follows_the_sampling_rate() -> None:
-    """Check that the spectral peak of a walk is at cadence · 64 / rate."""
-    person = sensors.make_person(2)
-    walk = sensors.NAMES.index("walk")
-    x = sensors.record(person, np.full(40, walk), np.random.default_rng(0))
-    spectrum = np.abs(np.fft.rfft(x[..., 3:] - x[..., 3:].mean(1, keepdims=True), axis=1)).mean(
-        (0, 2)
-    )
-    expected = sensors.ACTIVITIES["walk"].cadence * person.cadence * 64 / person.rate
-    assert abs(spectrum.argmax() - expected) <= 1
 
 
 @pytest.fixture
@@ -150,6 +88,21 @@ def test_npz_with_windows_is_loaded(tmp_path: Path) -> None:
     assert found.train.group_names == ("1", "2")
 
 
+def test_npz_with_splits_has_global_sets(tmp_path: Path) -> None:
+    path = tmp_path / "w.npz"
+    split = ["train", "test", "train", "validation"]
+    np.savez(path, x=np.arange(4.0)[:, None], y=list("abab"), person=[7, 8, 9, 9], split=split)
+
+    found = read_source("activity", path)
+
+    assert found.train.x.tolist() == [[0], [2]] and found.train.group_names == ("7", "9")
+    assert found.validation is not None and found.validation.x.tolist() == [[3]]
+    assert found.test is not None and found.test.x.tolist() == [[1]] and found.test.group is None
+    assert found.test.labels.tolist() == [1] and not found.simulated
+    refused = refusal(read_source, "activity", path, windows=WindowsConfig(length=2))
+    assert "data.windows: cuts windows from a table of samples, but w.npz" in refused
+
+
 def test_invalid_recordings_raise_one_line(samples: Path, tmp_path: Path) -> None:
     frame, cut = pd.read_csv(samples), {"length": 10, "time": "t"}
     for change, windows, keys, words in (
@@ -197,10 +150,10 @@ def test_invalid_recordings_raise_one_line(samples: Path, tmp_path: Path) -> Non
     for arrays, words in (
         ({"x": np.zeros((3, 4, 2))}, "array 'y' not found"),
         (
-            {"x": np.zeros((3, 4)), "y": [0, 1, 0]},
+            {"x": np.zeros(3), "y": [0, 1, 0]},
             (
-                "x: expected numbers of shape (windows, samples, "
-                "channels), got float64 of shape (3, 4)"
+                "x: expected numbers of shape (rows, samples, channels) or (rows, columns), got "
+                "float64 of shape (3,)"
             ),
         ),
         (
@@ -209,11 +162,23 @@ def test_invalid_recordings_raise_one_line(samples: Path, tmp_path: Path) -> Non
         ),
         (
             {"x": np.full((3, 4, 2), np.nan), "y": [0, 1, 0]},
-            "x: window 0, sample 0, channel 0: NaN or infinite value",
+            "x: row 0: NaN or infinite value",
         ),
         (
             {"x": np.zeros((3, 4, 2)), "y": [0, 1, 0], "columns": ["a"]},
-            "columns: expected 2 names of channels, got 1",
+            "columns: expected 2 names, got 1",
+        ),
+        (
+            {"x": np.zeros((3, 4, 2)), "y": [0, 1, 0], "split": ["train", "valid", "test"]},
+            "split: unknown value 'valid'; did you mean 'validation'?",
+        ),
+        (
+            {"x": np.zeros((2, 4, 2)), "y": [0, 1], "split": ["test", "test"]},
+            "split: expected rows of 'train', got none",
+        ),
+        (
+            {"x": np.zeros((2, 4, 2)), "y": [0, 1], "split": [["train", "test"]] * 2},
+            "split: expected shape (2,), one entry per row of x, got (2, 2)",
         ),
     ):
         np.savez(tmp_path / "bad.npz", **arrays)

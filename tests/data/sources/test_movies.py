@@ -1,4 +1,4 @@
-"""Histories of movies: folders in the layouts of MovieLens, a download and generated users."""
+"""Histories of movies: folders in the layouts of MovieLens, and a download."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ import torch
 
 from hetero_fl.config.data import MoviesConfig
 from hetero_fl.data import Dataset
-from hetero_fl.data.sources.movies import read_ratings, simulation
+from hetero_fl.data.sources.files import EMBEDDED
+from hetero_fl.data.sources.movies import movielens, read_ratings
 from hetero_fl.data.sources.movies.histories import Ratings, User, assign_roles, make_dataset
 from tests.support.cases import each_case
 from tests.support.federated_data import read_source
 from tests.support.mistakes import check_broken_folders, check_refused
 from tests.support.movielens_folders import MOVIES, draw_ratings, write_movielens_folder
+
+
+def simulated_ratings() -> Ratings:
+    return read_ratings(EMBEDDED / "movies", None, 0.0)
 
 
 def load(
@@ -128,7 +133,7 @@ def test_roles_are_disjoint_and_public_users_are_in_the_public_source_only(tmp_p
 
 def test_movies_seen_before_are_excluded() -> None:
     dataset = load()
-    movies_of = {user.name: user.movies.tolist() for user in simulation.simulate_ratings(0).users}
+    movies_of = {user.name: user.movies.tolist() for user in simulated_ratings().users}
 
     for part in (dataset.local_sets["validation"], dataset.local_sets["test"]):
         assert part.excluded is not None and part.patient is not None
@@ -164,7 +169,7 @@ def test_low_ratings_are_not_ranked(tmp_path: Path) -> None:
 
 
 def test_popularity_is_that_of_public_users() -> None:
-    ratings = simulation.simulate_ratings(0)
+    ratings = simulated_ratings()
     counts = np.ones(200)
     for user in assign_roles(ratings.users, MoviesConfig())["public"]:
         counts[user.movies] += 1
@@ -176,7 +181,7 @@ def test_popularity_is_that_of_public_users() -> None:
         shares = part.baselines["popularity"].double().exp()
         assert shares.shape == (len(part), 200)
         np.testing.assert_allclose(shares[-1], counts / counts.sum(), rtol=1e-6)
-    assert dataset.simulated and dataset.train.group_names == simulation.REGIONS
+    assert dataset.simulated and len(dataset.train.group_names) == 6
     assert dataset.task.is_ranking and dataset.task.outputs == 200
     assert load(name="movies_public").simulated
     without = load(public_users=0).test
@@ -554,32 +559,8 @@ def test_malformed_folder_raises_one_line(subtests: pytest.Subtests) -> None:
         check_broken_folders(subtests, cases, write, load)
 
 
-def test_generated_users_match_the_description() -> None:
-    world = simulation.make_world(0)
-    ratings = simulation.simulate_ratings(0)
-
-    assert len(ratings.titles) == 200 and len(ratings.users) == 6 * simulation.USERS
-    follows = []
-    genres = np.zeros((6, len(simulation.GENRES)))
-    for user in ratings.users:
-        assert len(set(user.movies)) == len(user.movies) and 20 <= len(user.movies) <= 40
-        pairs = zip(user.movies, user.movies[1:], strict=False)
-        follows += [after in world.followers[before] for before, after in pairs]
-        region = simulation.REGIONS.index(user.group)
-        np.add.at(genres[region], world.genre[list(user.movies)], 1)
-    # Followers that were watched before are replaced by other movies.
-    assert 0.4 < np.mean(follows) < simulation.FOLLOW + 0.1
-    share = genres / genres.sum(1, keepdims=True)
-    distance = 0.5 * np.abs(share[:, None] - share[None]).sum(-1)
-    assert distance[~np.eye(6, dtype=bool)].mean() > 0.2
-    counts = np.sort(np.bincount(np.concatenate([user.movies for user in ratings.users])))[::-1]
-    assert counts[:20].sum() > 0.15 * counts.sum()
-
-
-def test_seed_selects_other_users_and_roles(tmp_path: Path) -> None:
-    folder = write_movielens_folder(tmp_path)
-    for path in (None, folder):
-        for name in ("movies", "movies_public"):
-            first, again, other = (load(path, name=name, seed=seed).train.x for seed in (0, 0, 1))
-            assert torch.equal(first, again)
-            assert first.shape != other.shape or not torch.equal(first, other)
+def test_seed_selects_other_roles() -> None:
+    for name in ("movies", "movies_public"):
+        first, again, other = (load(name=name, seed=seed).train.x for seed in (0, 0, 1))
+        assert torch.equal(first, again)
+        assert first.shape != other.shape or not torch.equal(first, other)

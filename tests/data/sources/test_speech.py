@@ -6,7 +6,6 @@ import math
 import shutil
 import struct
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 
 from hetero_fl.config.data import DataConfig, SpeechConfig
 from hetero_fl.data import Dataset, federate
-from hetero_fl.data.sources.speech import read_features, source as speech, voices
+from hetero_fl.data.sources.speech import read_features, source as speech
 from hetero_fl.data.sources.speech.features import FLOOR, log_mel, mel_filters
 from hetero_fl.data.sources.speech.wav_files import read_wav
 from tests.support.cases import each_case
@@ -394,82 +393,19 @@ def test_interrupted_extraction_leaves_no_folder(
     assert len(load(name="speech_commands", root=tmp_path / "root").train) == 12
 
 
-def test_generated_recordings_match_the_description(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speech, "RECORDINGS", 10)
-    dataset = load()
+def test_features_are_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "features.npz"
+    x = np.arange(24).reshape(4, 3, 2).astype(np.float16)
+    np.savez(path, x=x, y=["up", "no", "up", "no"], device=["b", "a", "a", "b"])
 
-    train = dataset.train
-    assert dataset.simulated and dataset.task.names == voices.NAMES
-    assert train.group is not None and len(train.group_names) == 9
-    assert train.group_names[0] == "phone_1" and train.group_names[-1] == "smart_speaker_3"
-    counts = train.group.bincount()
-    assert int(counts.min()) >= 80 and int(counts.max()) <= 140
-    assert dataset.validation is not None and dataset.test is not None
-    assert dataset.test.labels.bincount().tolist() == [12] * 10
-    assert bool(train.x.isfinite().all()) and train.x.shape[1:] == (49, 40)
-    # Old phones do not record the upper bands, in which phones record the sound s.
-    loud = [train.x[train.group == g][..., 34:38].amax((1, 2)).mean() for g in (0, 3)]
-    assert loud[0] > loud[1] + 1
+    found = load(path)
 
-
-def test_generated_data_sets_share_no_voice(monkeypatch: pytest.MonkeyPatch) -> None:
-    used: list[str] = []
-
-    def listed(*key: str | int) -> voices.Voice:
-        used.append("/".join(map(str, key)))
-        return voices.make_voice(*key)
-
-    monkeypatch.setattr(speech, "RECORDINGS", 2)
-    monkeypatch.setattr(speech, "make_voice", listed)
-    load()
-    load(name="speech_public")
-    assert len(used) == len(set(used)) == 9 + 6 + 12 + 9
-
-
-def test_voice_has_the_pitch_of_the_person() -> None:
-    low = replace(voices.make_voice("a"), pitch=100.0, melody=0.0, breath=0.0)
-    high = replace(low, pitch=200.0)
-    word = np.full(4, voices.NAMES.index("no"))
-
-    for voice in (low, high):
-        waves = voices.speak(voice, word, np.random.default_rng(0))
-        # The most similar shift of the recording, between 1/400 and 1/60 of a second.
-        power = torch.fft.rfft(waves, 2 * RATE).abs().square()
-        similarity = torch.fft.irfft(power)[:, RATE // 400 : RATE // 60].mean(0)
-        shift = int(similarity.argmax()) + RATE // 400
-        assert RATE / shift == pytest.approx(voice.pitch, rel=0.1)
-
-
-def test_device_limits_the_bandwidth_and_adds_noise() -> None:
-    voice = voices.make_voice("a")
-    words = np.arange(10)
-    clean = voices.speak(voice, words, np.random.default_rng(0))
-    wide = voices.RecordingDevice(50, 7900, 0, -60, 0.1, 0.01)
-
-    def power(device: voices.RecordingDevice) -> torch.Tensor:
-        waves = voices.record(device, clean, np.random.default_rng(0))
-        assert waves.dtype == torch.float32 and float(waves.abs().max()) <= 1
-        return torch.fft.rfft(waves).abs().square().mean(0)
-
-    reference = power(wide)
-    narrow = power(replace(wide, highest=3400.0))
-    noisy = power(replace(wide, noise=0.0))
-
-    assert narrow[5000:].sum() < 0.05 * reference[5000:].sum()
-    assert narrow[500:2500].sum() > 0.8 * reference[500:2500].sum()
-    assert noisy.sum() > 1.2 * reference.sum()
-
-
-def test_seed_selects_other_persons(tmp_path: Path) -> None:
-    for name in ("speech", "speech_public"):
-        first, again, other = (load(name=name, seed=seed) for seed in (0, 0, 1))
-        assert torch.equal(first.train.x, again.train.x)
-        assert not torch.equal(first.train.x[:50], other.train.x[:50])
-        if first.test is not None and other.test is not None:
-            assert not torch.equal(first.test.x, other.test.x)
+    assert found.train.x.dtype == torch.float32 and found.train.x.tolist() == x.tolist()
+    assert found.task.names == ("no", "up") and found.train.group_names == ("a", "b")
     check_refused(
-        r"speech\.seed: applies to generated recordings",
+        r"data\.speech\.bands: applies to folders, not to \.npz files such as the simulated data; "
+        "remove it, or set path to a folder",
         load,
-        write_speech_folder(tmp_path),
-        seed=1,
+        path,
+        bands=20,
     )

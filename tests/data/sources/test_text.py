@@ -1,4 +1,4 @@
-"""Texts as tokens: vocabulary, generated messages, files and errors."""
+"""Texts as tokens: vocabulary, simulated messages, files and errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from hetero_fl.data import Dataset, Vocabulary, from_arrays
 from hetero_fl.data.dataset import EMPTY, FIRST, UNKNOWN, split_words
 from hetero_fl.data.sources import text as phrases
-from hetero_fl.utils.seeding import keyed_numpy_generator
 from tests.support.cases import each_case
 from tests.support.federated_data import read_source
 from tests.support.mistakes import check_refused
@@ -116,18 +115,7 @@ def test_hashing_needs_no_corpus_and_is_stable() -> None:
 
 def test_phones_use_private_words() -> None:
     dataset, public = load("phrases"), load("phrases_public")
-    contacts = set(phrases._contacts())
-    assert len(contacts) == 36
-    written = {
-        w
-        for words, _ in phrases.write_messages(
-            phrases.make_writer(3), 300, keyed_numpy_generator("data", "phrases", "t")
-        )
-        for w in words
-    }
-    assert set(phrases.make_writer(3).contacts) <= written
     assert dataset.vocabulary is not None and dataset.vocabulary == public.vocabulary
-    assert contacts.isdisjoint(dataset.vocabulary.words) and contacts.isdisjoint(dataset.task.names)
     assert (dataset.train.x == UNKNOWN).any()  # private words are unknown tokens
     assert (
         (public.train.x == UNKNOWN).float().mean()
@@ -135,24 +123,6 @@ def test_phones_use_private_words() -> None:
         < (dataset.train.x == UNKNOWN).float().mean()
     )
     assert dataset.simulated and public.simulated
-
-
-def test_vocabulary_does_not_depend_on_phones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that the vocabulary contains public words only."""
-    before = load("phrases").vocabulary
-    monkeypatch.setattr(phrases, "PHONES", 2)
-    monkeypatch.setattr(
-        phrases,
-        "make_writer",
-        lambda phone: phrases.Writer(
-            phrases.public_writer().topics,
-            phrases.public_writer().templates,
-            ("secret", "hidden", "unseen"),
-            3,
-        ),
-    )
-    after = load("phrases")
-    assert after.vocabulary == before and len(after.train.group_names) == 2
 
 
 def test_messages_are_not_split_and_phones_differ() -> None:

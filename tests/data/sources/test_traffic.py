@@ -1,4 +1,4 @@
-"""The source `traffic`: generated junctions, files, errors in files and windows."""
+"""The source `traffic`: files, errors in files and windows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,9 @@ import torch
 from hetero_fl.config.data import SeriesConfig
 from hetero_fl.data import Dataset, Examples
 from hetero_fl.data.sources.traffic import (
-    BEGIN,
     HOUR,
-    JUNCTIONS,
     HourlySeries,
     Periods,
-    make_junctions,
     make_windows,
 )
 from tests.support.cases import each_case
@@ -55,33 +52,7 @@ def written(frame: pd.DataFrame, tmp_path: Path, name: str = "t.csv") -> Path:
     return path
 
 
-def test_generated_junctions_match_the_description() -> None:
-    assert pd.Timestamp(BEGIN, unit="h").day_name() == "Monday"
-    sites, again = make_junctions(), make_junctions()
-    assert [s.name for s in sites] == list(JUNCTIONS)
-    assert all(np.array_equal(a.value, b.value) for a, b in zip(sites, again, strict=True))
-    for one in sites:
-        level, day, *_, cameras = JUNCTIONS[one.name]
-        assert len(one.value) == (300 - day) * 24 and one.value.mean() == pytest.approx(
-            level * 1.1, rel=0.15
-        )
-        assert np.isnan(one.lanes).all() != cameras and np.isnan(one.weather).all() == cameras
-        if cameras:
-            assert np.array_equal(one.lanes.sum(1), one.value)
-    first = sites[0]
-    hours = first.value.reshape(-1, 24)
-    working = hours[[d for d in range(300) if d % 7 < 5]].mean(0)
-    assert {int(working[:12].argmax()), 12 + int(working[12:].argmax())} == {8, 17} | {
-        12 + int(working[12:].argmax())
-    }
-    assert hours[5::7].mean() < hours[:5].mean()  # weekends
-    dry, wet = (
-        sites[2].value[m].mean() for m in (sites[2].weather[:, 1] == 0, sites[2].weather[:, 1] > 1)
-    )
-    assert wet < 0.95 * dry
-
-
-def test_generated_sets_are_marked_and_disjoint_from_proxy() -> None:
+def test_simulated_sets_are_marked_and_disjoint_from_proxy() -> None:
     data, public = load(), load(sites=("public",))
     assert (
         data.simulated
@@ -107,6 +78,39 @@ def test_junctions_are_loaded_from_file(name: str, tmp_path: Path) -> None:
         load(written(shuffled, tmp_path, name)).train.x.nan_to_num(),
         data.train.x.nan_to_num(),
     )
+
+
+def test_arrays_are_read_like_a_table(tmp_path: Path) -> None:
+    frame = table().assign(lane_1=np.arange(800) % 7, when=0)
+    frame["when"] = pd.to_datetime(frame["DateTime"], format="%m/%d/%Y %H:%M")
+    keys: dict[str, Any] = {"time": "when", "lanes": ("lane_1",)}
+    arrays = {name: frame[name].to_numpy() for name in ("Vehicles", "lane_1")}
+    arrays["Junction"] = frame["Junction"].to_numpy(str)
+    path = tmp_path / "t.npz"
+
+    def write(**changes: Any) -> Path:
+        when = frame["when"].to_numpy("datetime64[s]")
+        np.savez(path, **{"when": when, **arrays, **changes})
+        return path
+
+    found, expected = load(write(), **keys), load(written(frame, tmp_path), **keys)
+
+    assert found.columns == expected.columns and not found.simulated
+    for name, part in found.splits().items():
+        other = columns_of(expected.splits()[name])
+        for column, values in columns_of(part).items():
+            assert torch.equal(values.nan_to_num(), other[column].nan_to_num()), column
+    one = load(path, sites=("2",), **keys)
+    assert one.train.group_names == ("2",)
+    for changes, more, words in (
+        ({"Vehicles": arrays["Junction"]}, {}, "Vehicles: expected numbers, got <U1"),
+        ({"when": np.arange(800)}, {}, "when: expected datetime64, got int64"),
+        ({"when": frame["when"].to_numpy()[::-1]}, {}, "expected one entry per hour of site '1'"),
+        ({}, {"time": "hour"}, "array 'hour' not found"),
+        ({}, {"lanes": ("left",)}, "array 'left' not found"),
+        ({}, {"sites": ("3",)}, "data.series.sites: site '3' not found in"),
+    ):
+        assert words in refusal(load, write(**changes), **{**keys, **more})
 
 
 def test_columns_are_configurable(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ NUM_ROWS = 1200
 
 
 # The decorator is optional. It declares the configuration keys that the function reads.
-@register_source("two_rings", keys=("size",), generates=True)
+@register_source("two_rings", keys=("size",))
 def two_rings(config: SourceConfig, root: Path) -> Dataset:
     """Return a table of points on two rings, with the ring as label.
 

@@ -1,4 +1,4 @@
-"""Steering angles from camera frames: drives in the layouts of Udacity, or generated roads.
+"""Steering angles from camera frames: drives in the layouts of Udacity, or simulated drives.
 
 A row has three blocks: the frame of a camera, the speed and the position of the vehicle.
 """
@@ -6,7 +6,6 @@ A row has three blocks: the frame of a camera, the speed and the position of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,116 +14,131 @@ import torch
 from hetero_fl.config.data import DrivingConfig, SourceConfig
 from hetero_fl.core.stored_rows import require_tensor
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import Block, Dataset, Examples, PatientTerm, concatenate_examples
+from hetero_fl.data.dataset import (
+    Block,
+    Dataset,
+    Examples,
+    PatientTerm,
+    concatenate_examples,
+    index_names,
+)
 from hetero_fl.data.registry import register_source
-from hetero_fl.data.sources.driving.cameras import Camera, Scene, render
 from hetero_fl.data.sources.driving.drive_files import (
     LOGS,
     read_drive,
     read_frames,
 )
-from hetero_fl.data.sources.driving.roads import RoadKind, Vehicle, make_drive, steering_angle
-from hetero_fl.data.sources.files import check_folder
+from hetero_fl.data.sources.files import EMBEDDED, check_folder
+from hetero_fl.data.sources.npz_columns import refuse_folder_keys, split_rows
+from hetero_fl.data.sources.npz_files import read_npz_arrays
 from hetero_fl.utils.errors import UserError, check_names
 from hetero_fl.utils.ordering import natural_order
-from hetero_fl.utils.seeding import keyed_numpy_generator
 
 TASK = Task("regression", 1, ("steering angle",), "degrees")
+STATE = (Block("speed", (1,)), Block("position", (2,)))
 STRETCH = 50
 """Number of consecutive frames that are never divided between splits or clients."""
 SEQUENCES = PatientTerm(
     "sequence", f"data.name=driving keeps sequences of {STRETCH} frames together"
 )
-FILE_KEYS = ("crop", "step", "steering_ratio", "max_angle", "test_vehicles")
-"""Settings that apply to files only."""
-
-DRIVES = 24
-"""Number of drives of each vehicle."""
-FRAMES = 30
-"""Number of frames of each drive."""
-OTHER_FRAMES = 12
-"""Number of frames of each drive in the global validation and test sets."""
-PUBLIC_FRAMES = 10
-"""Number of frames of each public drive."""
-VALIDATION_DRIVES = 24
-TEST_DRIVES = 48
-PUBLIC_DRIVES = 24
-KINDS = {
-    "suburb": RoadKind(bend=0.018, straight=0.2, left=0.5, limit=12.0),
-    "country": RoadKind(bend=0.01, straight=0.2, left=0.5, limit=16.0),
-    "hills": RoadKind(bend=0.028, straight=0.2, left=0.5, limit=10.0),
-}
-VEHICLES = {
-    "day": Vehicle(wheelbase=2.7),
-    "night": Vehicle(wheelbase=2.8),
-}
-"""Steering geometry of each fleet."""
-VEHICLES_PER_FLEET = 2
-CAMERAS = {
-    "day": Camera(view=60, height=1.3, tilt=6),
-    "night": Camera(view=58, height=1.2, tilt=5.5, color=False, noise=0.02),
-}
-"""Camera of each fleet, before the differences between vehicles."""
-GROUNDS = ((0.3, 0.45, 0.2), (0.6, 0.5, 0.35), (0.75, 0.75, 0.78), (0.45, 0.42, 0.38))
-"""Colors of the ground next to a road: grass, sand, snow and stone."""
-ANGLE_ERROR = 0.1
-"""Standard deviation of the error of a measured steering angle in degrees."""
-ORIGIN = (37.4, -122.1)
-"""Latitude and longitude of the region of all roads, in degrees."""
-REGION = 10_000.0
-"""Side of the region in m."""
-METERS_PER_DEGREE = 111_320.0
-"""Length of a degree of latitude."""
-ABOUT = "generated: frames of vehicles with color cameras by day and gray cameras by night"
+DRIVING = EMBEDDED / "driving.npz"
+"""Simulated drives."""
+SPLITS = ("train", "validation", "test", "public")
+"""Values of the array `split` of a `.npz` file."""
+USED = ("height", "width", "validation", "test", "gap", "scale")
+"""Settings that also apply to a `.npz` file."""
 
 
 @register_source(
     "driving",
     keys=("path", "driving"),
-    generates=True,
+    default_path=DRIVING,
     folder_files=("*/interpolated.csv", "*/driving_log.csv"),
 )
 def driving(config: SourceConfig, _root: Path) -> Dataset:
-    """Generate the drives of four vehicles (groups), or read a folder (see `read_driving_folder`).
+    """Read drives from a folder (see `read_driving_folder`) or a `.npz` file (see `read_drives`).
 
-    Two vehicles drive by day with a color camera, and two by night with a gray camera. Each drive
-    is on another road, with its own surroundings and weather. The validation and test sets contain
-    other vehicles of both fleets on other roads.
+    The simulated file has four vehicles (groups), two with a color camera by day and two with a
+    gray camera by night. The validation and test sets contain other vehicles on other roads.
     """
+    path = Path(str(config.path)).expanduser()
     settings = config.driving or DrivingConfig()
-    if config.path is not None:
-        if settings.seed:
-            raise UserError("driving.seed: applies to generated drives; remove it or path")
-        return read_driving_folder(Path(config.path).expanduser(), settings)
-    _check_generated(settings)
-    names = tuple(f"{fleet}_{i + 1}" for fleet in VEHICLES for i in range(VEHICLES_PER_FLEET))
+    if path.suffix.lower() != ".npz":
+        return read_driving_folder(path, settings)
+    parts, frame = read_drives(path, settings)
+    names = parts["train"].group_names
+    group = parts["train"].group
+    assert group is not None
     drives = [
-        _generate(name, name.rpartition("_")[0], settings, drives=DRIVES, frames=FRAMES)
-        for name in names
+        parts["train"].select_rows((group == index).nonzero().squeeze(1))
+        for index in range(len(names))
     ]
-    parts = _split_drives(names, drives, settings)
+    own = _split_drives(names, drives, settings)
     return Dataset(
         "driving",
         TASK,
-        parts["train"],
-        _other_drives("validation", VALIDATION_DRIVES, OTHER_FRAMES, settings),
-        _other_drives("test", TEST_DRIVES, OTHER_FRAMES, settings),
-        simulated=True,
-        about=ABOUT,
-        blocks=_blocks(settings),
-        local_sets={"validation": parts["validation"], "test": parts["test"]},
+        own["train"],
+        parts.get("validation", own["validation"]),
+        parts.get("test", own["test"]),
+        about=f"frames of {path.name}, {len(names)} vehicles for training",
+        blocks=(frame, *STATE),
+        local_sets={"validation": own["validation"], "test": own["test"]},
     )
 
 
 @register_source("driving_public", keys=("driving",))
 def driving_public(config: SourceConfig, _root: Path) -> Dataset:
-    """Generate frames of other vehicles on other roads, without speeds and positions."""
-    settings = config.driving or DrivingConfig()
-    _check_generated(settings)
-    frame = _blocks(settings)[0]
-    rows = _other_drives("public", PUBLIC_DRIVES, PUBLIC_FRAMES, settings)
+    """Read simulated frames of other vehicles on other roads, without speeds and positions."""
+    parts, frame = read_drives(DRIVING, config.driving or DrivingConfig())
+    rows = parts["public"]
     rows.x = require_tensor(rows.x, "a public set")[:, : frame.size]
-    return Dataset("driving_public", TASK, rows, simulated=True, about=ABOUT, blocks=(frame,))
+    about = f"{len(rows):,} public frames"
+    return Dataset("driving_public", TASK, rows, simulated=True, about=about, blocks=(frame,))
+
+
+def read_drives(path: Path, settings: DrivingConfig) -> tuple[dict[str, Examples], Block]:
+    """Read the drives of a `.npz` file.
+
+    The file has the arrays `frame`, uint8 `[N, 3, H, W]`, `speed` `[N]` in m/s, `position`
+    `[N, 2]`, latitude and longitude in degrees, `angle` `[N]` of the front wheels in degrees,
+    positive to the left, `vehicle` `[N]` and `split` `[N]`, with the values of `SPLITS`. The frames
+    of a vehicle are in the order of time.
+
+    Args:
+        path: File to read.
+        settings: Driving settings.
+
+    Returns:
+        The rows of each split, of which those for training have groups, and the block of a frame.
+
+    Raises:
+        UserError: If the file is malformed, or a setting does not apply to the file.
+    """
+    where = f"path: {path}"
+    refuse_folder_keys("driving", settings, USED)
+    required = ("frame", "speed", "position", "angle", "vehicle", "split")
+    arrays, names = read_npz_arrays(path, required, [("frame", name) for name in required])
+    check_names(required, names, f"{where}: array", " not found")
+    frame, angle = arrays["frame"], arrays["angle"]
+    expected = {"frame": (*frame.shape[:1], 3, *frame.shape[2:4]), "position": (len(angle), 2)}
+    for name in required:
+        if arrays[name].shape != expected.get(name, (len(angle),)):
+            raise UserError(f"{where}: {name}: unexpected shape {arrays[name].shape}")
+    for key, size in zip(("height", "width"), frame.shape[2:], strict=True):
+        if getattr(settings, key) not in (size, DrivingConfig.model_fields[key].default):
+            raise UserError(
+                f"driving.{key}: the frames of {path.name} have {frame.shape[3]}x{frame.shape[2]} "
+                f"pixels, got {getattr(settings, key)}; remove it, or set path to a folder"
+            )
+    state = np.column_stack([arrays["speed"], arrays["position"]])
+    rows = _rows(frame, state, angle, settings)
+    parts = {
+        split: rows.select_rows(index)
+        for split, index in split_rows(arrays["split"], SPLITS, where).items()
+    }
+    vehicles = arrays["vehicle"][arrays["split"] == "train"]
+    parts["train"].group, parts["train"].group_names = index_names(vehicles.tolist())
+    return parts, Block("frame", tuple(frame.shape[1:]))
 
 
 def read_driving_folder(path: Path, settings: DrivingConfig) -> Dataset:
@@ -166,7 +180,7 @@ def read_driving_folder(path: Path, settings: DrivingConfig) -> Dataset:
         parts["validation"],
         concatenate_examples(others) if others else parts["test"],
         about=f"{count:,} frames of {path.name}, {len(names)} vehicles for training",
-        blocks=_blocks(settings),
+        blocks=(Block("frame", (3, settings.height, settings.width)), *STATE),
         local_sets={"validation": parts["validation"], "test": parts["test"]},
     )
 
@@ -216,11 +230,6 @@ def _rows(
     )
 
 
-def _blocks(settings: DrivingConfig) -> tuple[Block, Block, Block]:
-    size = (3, settings.height, settings.width)
-    return Block("frame", size), Block("speed", (1,)), Block("position", (2,))
-
-
 def _split_drives(
     names: Sequence[str], drives: Sequence[Examples], settings: DrivingConfig
 ) -> dict[str, Examples]:
@@ -265,80 +274,3 @@ def _split_drives(
         parts["train"][-1].patient_term = SEQUENCES
         first_stretch += int(stretches[-1]) + 1
     return {part: concatenate_examples(found) for part, found in parts.items()}
-
-
-def _check_generated(settings: DrivingConfig) -> None:
-    """Check that the settings apply to generated drives."""
-    for key in FILE_KEYS:
-        if getattr(settings, key) != DrivingConfig.model_fields[key].default:
-            raise UserError(
-                f"driving.{key}: needs path, as it applies to files; set path or remove it"
-            )
-
-
-def _generate(
-    name: str, fleet: str, settings: DrivingConfig, *, drives: int, frames: int
-) -> Examples:
-    """Generate the drives of the vehicle `name` of a fleet, each on another road.
-
-    The angles have a measurement error with a standard deviation of `ANGLE_ERROR`.
-    """
-    rng = keyed_numpy_generator("data", "driving", settings.seed, name)
-    camera = _mount(CAMERAS[fleet], rng)
-    parts = []
-    for _ in range(drives):
-        kind = KINDS[str(rng.choice(tuple(KINDS)))]
-        drive = make_drive(rng, kind, frames)
-        scene = _make_scene(rng, night=fleet == "night")
-        pixels = render(drive, camera, scene, (settings.height, settings.width), rng)
-        angles = steering_angle(drive.curvature, drive.speed, VEHICLES[fleet])
-        angles += rng.normal(0, ANGLE_ERROR, frames)
-        east, north = (rng.uniform(-REGION / 2, REGION / 2, (1, 2)) + drive.position()).T
-        latitude = ORIGIN[0] + north / METERS_PER_DEGREE
-        longitude = ORIGIN[1] + east / (METERS_PER_DEGREE * np.cos(np.radians(ORIGIN[0])))
-        state = np.stack([drive.speed, latitude, longitude], 1)
-        parts.append(_rows(pixels, state, angles, settings))
-    return concatenate_examples(parts)
-
-
-def _mount(camera: Camera, rng: np.random.Generator) -> Camera:
-    """Return a camera whose position, lens and colors differ from those of its fleet."""
-    red, green, blue = rng.uniform(0.9, 1.1, 3)
-    return replace(
-        camera,
-        view=camera.view * rng.uniform(0.95, 1.05),
-        height=camera.height * rng.uniform(0.92, 1.08),
-        tilt=camera.tilt + rng.uniform(-1.0, 1.0),
-        side=rng.uniform(-0.15, 0.15),
-        tint=(red, green, blue),
-    )
-
-
-def _make_scene(rng: np.random.Generator, *, night: bool) -> Scene:
-    """Generate the surroundings, the light and the weather of a drive."""
-    ground = np.array(GROUNDS[rng.integers(len(GROUNDS))]) * rng.uniform(0.8, 1.2)
-    red, green, blue = ground
-    return Scene(
-        ground=(red, green, blue),
-        asphalt=rng.uniform(0.2, 0.45),
-        contrast=rng.uniform(0.6, 1.0),
-        lanes=int(rng.integers(0, 3)),
-        yellow=bool(rng.random() < 0.4),
-        dashed=bool(rng.random() < 0.7),
-        night=night,
-        lamps=rng.choice([0.0, 0.1, 0.2]),
-        shadows=rng.choice([0.0, 0.2, 0.4]),
-        visibility=rng.uniform(60, 600),
-    )
-
-
-def _other_drives(name: str, count: int, frames: int, settings: DrivingConfig) -> Examples:
-    """Generate the drives of vehicles that are not clients, of each fleet in turn."""
-    fleets = tuple(VEHICLES)
-    parts = [
-        _generate(
-            f"{name}_{number}", fleets[number % len(fleets)], settings, drives=1, frames=frames
-        )
-        for number in range(count)
-    ]
-    return concatenate_examples(parts)

@@ -1,6 +1,8 @@
 """Files that sources read: downloads, checks of folders, lines of text and cells of CSV."""
 
 from hetero_fl.data.sources.files.local_files import (
+    EMBEDDED,
+    MARK,
     check_folder,
     contains_file,
     read_lines,
@@ -9,6 +11,8 @@ from hetero_fl.data.sources.files.local_files import (
 )
 
 __all__ = [
+    "EMBEDDED",
+    "MARK",
     "check_folder",
     "contains_file",
     "read_lines",

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from hetero_fl.utils.errors import UserError, one_line
 
+EMBEDDED = Path(__file__).parents[2] / "embedded"
+"""Folder of the data that come with the package (see its README.md)."""
 MARK = codecs.BOM_UTF8
 """Byte order mark that some programs write at the start of a file. It is not part of the text."""
 

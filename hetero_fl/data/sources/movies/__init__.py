@@ -1,4 +1,4 @@
-"""Histories of movies for recommendation: MovieLens folders, a download and generated users."""
+"""Histories of movies for recommendation: MovieLens folders, and a download."""
 
 from hetero_fl.data.sources.movies.movielens import read_ratings
 from hetero_fl.data.sources.movies.source import read_movies

@@ -1,4 +1,4 @@
-"""Sources of movies: generated users, folders in the layouts of MovieLens, and a download."""
+"""Sources of movies: folders in the layouts of MovieLens, and a download."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from hetero_fl.config.data import MoviesConfig, SourceConfig
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.registry import register_source
+from hetero_fl.data.sources.files import EMBEDDED
 from hetero_fl.data.sources.files.downloads import download_archive
 from hetero_fl.data.sources.movies.histories import (
     Ratings,
@@ -14,7 +15,6 @@ from hetero_fl.data.sources.movies.histories import (
     make_public_dataset,
 )
 from hetero_fl.data.sources.movies.movielens import read_ratings
-from hetero_fl.data.sources.movies.simulation import ABOUT, simulate_ratings
 
 URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
 MD5 = "0e33842e24a9c977be4e0107933c0723"
@@ -24,37 +24,25 @@ FOLDER = "ml-100k"
 @register_source(
     "movies",
     keys=("path", "group", "movies"),
-    generates=True,
+    default_path=EMBEDDED / "movies",
     folder_files=("u.data", "ratings.dat", "ratings.csv"),
 )
 def movies(config: SourceConfig, _root: Path) -> Dataset:
-    """Generate the movies of users in six regions (groups), or read a folder (see `read_movies`).
+    """Read the movies of users from a folder (see `read_movies`).
 
-    The formulas are in `hetero_fl.data.sources.movies.simulation`.
+    The simulated folder has 720 users in six regions (groups).
     """
-    settings = config.movies or MoviesConfig()
-    if config.path is not None:
-        return read_movies(Path(config.path).expanduser(), settings, config.group)
-    dataset = make_dataset("movies", simulate_ratings(settings.seed), settings, ABOUT)
-    dataset.simulated = True
-    return dataset
+    path = Path(str(config.path)).expanduser()
+    return read_movies(path, config.movies or MoviesConfig(), config.group)
 
 
-@register_source("movies_public", keys=("path", "movies"), generates=True)
+@register_source("movies_public", keys=("path", "movies"), default_path=EMBEDDED / "movies")
 def movies_public(config: SourceConfig, _root: Path) -> Dataset:
-    """Generate or read the movies of the public users, for use as a proxy set."""
+    """Read the movies of the public users, for use as a proxy set."""
     settings = config.movies or MoviesConfig()
-    is_simulated = config.path is None
-    if config.path is None:
-        ratings = simulate_ratings(settings.seed)
-        about = ABOUT
-    else:
-        path = Path(config.path).expanduser()
-        ratings = read_ratings(path, "user", settings.min_rating)
-        about = _describe(ratings, path)
-    dataset = make_public_dataset("movies_public", ratings, settings, about)
-    dataset.simulated = is_simulated
-    return dataset
+    path = Path(str(config.path)).expanduser()
+    ratings = read_ratings(path, "user", settings.min_rating)
+    return make_public_dataset("movies_public", ratings, settings, _describe(ratings, path))
 
 
 @register_source("movielens_100k", keys=("group", "movies"))

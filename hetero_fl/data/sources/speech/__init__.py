@@ -1,4 +1,4 @@
-"""Recordings of words as log-mel features: folders, a download and generated voices."""
+"""Recordings of words as log-mel features: folders, a download and simulated features."""
 
 from hetero_fl.data.sources.speech.features import log_mel
 from hetero_fl.data.sources.speech.source import read_features, read_speech_folder

@@ -1,4 +1,4 @@
-"""Keyword spotting: recordings of words in the layout of Speech Commands, or generated ones.
+"""Keyword spotting: recordings of words in the layout of Speech Commands.
 
 The inputs are log-mel features, which are computed when the recordings are read.
 """
@@ -12,33 +12,22 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from hetero_fl.config.data import SourceConfig, SpeechConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
+from hetero_fl.data.dataset import Dataset, Examples, index_names
 from hetero_fl.data.partition.groups import largest_groups
 from hetero_fl.data.registry import register_source
-from hetero_fl.data.sources.files import check_folder, contains_file, read_lines
+from hetero_fl.data.sources.files import EMBEDDED, check_folder, contains_file, read_lines
 from hetero_fl.data.sources.files.downloads import download_archive
+from hetero_fl.data.sources.npz_columns import read_columns, refuse_folder_keys
 from hetero_fl.data.sources.speech.features import BATCH, band_names, log_mel
-from hetero_fl.data.sources.speech.voices import (
-    DEVICES,
-    NAMES,
-    RATE,
-    SAMPLES,
-    make_device,
-    make_voice,
-    record,
-    speak,
-)
 from hetero_fl.data.sources.speech.wav_files import read_wav
 from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_similar
 from hetero_fl.utils.ordering import natural_order
-from hetero_fl.utils.seeding import keyed_numpy_generator
 
 URL = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
 MD5 = "6b74f3901214cb2c2934e98196829835"
@@ -47,61 +36,35 @@ LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
 """File with the recordings of each split that is not used for training."""
 FILE_NAME = re.compile(r"(?P<speaker>.+)_nohash_[0-9]+\.wav", re.IGNORECASE)
 
-DEVICES_PER_KIND = 3
-VALIDATION_VOICES = 6
-TEST_VOICES = 12
-PUBLIC_VOICES = 9
-RECORDINGS = 40
-"""Number of recordings of each voice that is not a client."""
-ABOUT = "generated: ten words, spoken by persons with phones, old phones and smart speakers"
-
 
 @register_source(
-    "speech", keys=("path", "speech"), generates=True, folder_files=("*/*_nohash_*.wav",)
+    "speech",
+    keys=("path", "speech"),
+    default_path=EMBEDDED / "speech.npz",
+    folder_files=("*/*_nohash_*.wav",),
 )
 def speech(config: SourceConfig, _root: Path) -> Dataset:
-    """Generate recordings of nine devices (groups), or read a folder (see `read_speech_folder`).
+    """Read a folder of recordings (see `read_speech_folder`), or features from a `.npz` file.
 
-    Each device belongs to another person, who says 80 to 140 words, with shares of the words
-    sampled from a Dirichlet distribution with concentration 2. The validation and test sets contain
-    other persons and devices, with balanced words.
+    The inputs of a `.npz` file (see `read_columns`) are log-mel features, and its groups are in the
+    array `device`. The simulated file has ten words, spoken by nine persons with devices of three
+    kinds for training, and by other persons for validation and test.
     """
+    path = Path(str(config.path)).expanduser()
     settings = config.speech or SpeechConfig()
-    if config.path is not None:
-        return read_speech_folder(Path(config.path).expanduser(), settings)
-    words = _generated_words(settings)
-    parts = []
-    groups = tuple(f"{kind}_{i + 1}" for kind in DEVICES for i in range(DEVICES_PER_KIND))
-    for index, group in enumerate(groups):
-        rng = keyed_numpy_generator("data", "speech", settings.seed, "client", group)
-        count = int(rng.integers(80, 141))
-        y = rng.choice(len(words), count, p=rng.dirichlet([2.0] * len(words)))
-        kind = group.rpartition("_")[0]
-        part = _generate(group, kind, y, words, settings)
-        part.group = torch.full((count,), index)
-        part.group_names = groups
-        parts.append(part)
-    return Dataset(
-        "speech",
-        Task("multiclass", len(words), words),
-        concatenate_examples(parts),
-        _other_voices("validation", VALIDATION_VOICES, words, settings),
-        _other_voices("test", TEST_VOICES, words, settings),
-        simulated=True,
-        about=ABOUT,
-        columns=band_names(settings),
-    )
+    if path.suffix.lower() != ".npz":
+        return read_speech_folder(path, settings)
+    refuse_folder_keys("speech", settings)
+    return read_columns(path, "speech", group="device")
 
 
 @register_source("speech_public", keys=("speech",))
 def speech_public(config: SourceConfig, _root: Path) -> Dataset:
-    """Generate recordings of nine other persons, for use as a proxy set."""
-    settings = config.speech or SpeechConfig()
-    words = _generated_words(settings)
-    train = _other_voices("public", PUBLIC_VOICES, words, settings)
-    task = Task("multiclass", len(words), words)
-    columns = band_names(settings)
-    return Dataset("speech_public", task, train, simulated=True, about=ABOUT, columns=columns)
+    """Read the simulated recordings of nine other persons, for use as a proxy set."""
+    refuse_folder_keys("speech", config.speech or SpeechConfig())
+    dataset = read_columns(EMBEDDED / "speech_public.npz", "speech_public")
+    dataset.simulated = True
+    return dataset
 
 
 @register_source("speech_commands", keys=("speech",))
@@ -181,8 +144,6 @@ def read_speech_folder(path: Path, settings: SpeechConfig) -> Dataset:
     Raises:
         UserError: If a folder, a list or a file is missing or malformed.
     """
-    if settings.seed:
-        raise UserError("speech.seed: applies to generated recordings; remove it")
     check_folder(path)
     found = _list_words(path)
     words = found if settings.words is None else settings.words
@@ -297,42 +258,3 @@ def _read(
 ) -> Examples:
     y = torch.tensor([words.index(each.word) for each in recordings])
     return Examples(read_features([each.file for each in recordings], settings), y)
-
-
-def _generated_words(settings: SpeechConfig) -> tuple[str, ...]:
-    """Check the settings of generated recordings and return the words."""
-    for key, expected in (("rate", RATE), ("seconds", SAMPLES / RATE)):
-        if getattr(settings, key) != expected:
-            raise UserError(
-                f"speech.{key}: must be {expected:g} for generated recordings, got "
-                f"{getattr(settings, key):g}; set path to read files"
-            )
-    if settings.speakers is not None:
-        raise UserError(
-            "speech.speakers: needs path, as it selects speakers; set path or remove it"
-        )
-    words = settings.words or NAMES
-    check_names(words, NAMES, "speech.words: unknown word", " of generated recordings")
-    return words
-
-
-def _generate(
-    name: str, kind: str, y: np.ndarray, words: Sequence[str], settings: SpeechConfig
-) -> Examples:
-    """Generate the recordings of the words `y` by the person `name` with a device of a kind."""
-    rng = keyed_numpy_generator("data", "speech", settings.seed, "recordings", name)
-    spoken = np.array([NAMES.index(word) for word in words])[y]
-    key = settings.seed, name
-    waves = record(make_device(kind, *key), speak(make_voice(*key), spoken, rng), rng)
-    return Examples(log_mel(waves, settings), torch.from_numpy(y))
-
-
-def _other_voices(name: str, count: int, words: Sequence[str], settings: SpeechConfig) -> Examples:
-    """Generate the recordings of persons who are not clients, with balanced words."""
-    parts = []
-    kinds = tuple(DEVICES)
-    for number in range(count):
-        y = np.arange(RECORDINGS) % len(words)
-        kind = kinds[number % len(kinds)]
-        parts.append(_generate(f"{name}_{number}", kind, y, words, settings))
-    return concatenate_examples(parts)

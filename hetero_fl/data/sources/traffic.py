@@ -282,9 +282,7 @@ PUBLIC = "public"
 """Junction of the simulated file that is not a client."""
 
 
-@register_source(
-    "traffic", keys=("path", "label", "group", "series", "read"), default_path=TRAFFIC
-)
+@register_source("traffic", keys=("path", "label", "group", "series", "read"), default_path=TRAFFIC)
 def traffic(config: SourceConfig, _root: Path) -> Dataset:
     """Read the hourly series of a file as windows.
 

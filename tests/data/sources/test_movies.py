@@ -15,7 +15,7 @@ import torch
 from hetero_fl.config.data import MoviesConfig
 from hetero_fl.data import Dataset
 from hetero_fl.data.sources.files import EMBEDDED
-from hetero_fl.data.sources.movies import movielens, read_ratings
+from hetero_fl.data.sources.movies import read_ratings
 from hetero_fl.data.sources.movies.histories import Ratings, User, assign_roles, make_dataset
 from tests.support.cases import each_case
 from tests.support.federated_data import read_source

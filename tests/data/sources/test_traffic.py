@@ -82,7 +82,7 @@ def test_junctions_are_loaded_from_file(name: str, tmp_path: Path) -> None:
 
 def test_arrays_are_read_like_a_table(tmp_path: Path) -> None:
     frame = table().assign(lane_1=np.arange(800) % 7, when=0)
-    frame["when"] = pd.to_datetime(frame["DateTime"], format="%m/%d/%Y %H:%M")
+    frame["when"] = pd.to_datetime(frame["DateTime"])
     keys: dict[str, Any] = {"time": "when", "lanes": ("lane_1",)}
     arrays = {name: frame[name].to_numpy() for name in ("Vehicles", "lane_1")}
     arrays["Junction"] = frame["Junction"].to_numpy(str)

@@ -2,7 +2,6 @@
 
 from hetero_fl.data.sources.files.local_files import (
     EMBEDDED,
-    MARK,
     check_folder,
     contains_file,
     read_lines,
@@ -12,7 +11,6 @@ from hetero_fl.data.sources.files.local_files import (
 
 __all__ = [
     "EMBEDDED",
-    "MARK",
     "check_folder",
     "contains_file",
     "read_lines",

@@ -164,7 +164,7 @@ class BenchmarkFederation(ConfigSection):
     Attributes:
         title: Title of the federation in tables. In the group of compressed federations, the text
             after the last comma names the compression in plots.
-        group: Heading of the tables in which the federation is a column.
+        group: Group of the federation. The tables of the page contain the main group.
         config: Path of the configuration file, relative to the folder of the benchmark.
         overrides: Changes to the configuration, as `key.path=value`.
         rows: Names of the rows to run, `method` or `method/components`. If None, all rows are run.

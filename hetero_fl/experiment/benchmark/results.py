@@ -262,10 +262,11 @@ class BenchmarkResults:
         ]
 
     def facts(self) -> list[tuple[str, str]]:
-        """Return facts about the runs, as pairs of a name and a text."""
+        """Return facts about the runs of the main federations, as pairs of a name and a text."""
         protocol = self.benchmark.protocol
-        frames = [scores.frame for scores in self.scores.values() if scores.rows]
-        trials = [RunArchive(self.archive / f"{name}_tuning.csv").rows for name in self.scores]
+        main = self.groups[MAIN_GROUP]
+        frames = [scores.frame for scores in main]
+        trials = [RunArchive(self.archive / f"{scores.name}_tuning.csv").rows for scores in main]
         commits = sorted({commit for frame in frames for commit in frame["commit"]})
         hours = sum(frame["seconds_total"].sum() for frame in frames) / 3600
         edges, largest = self.edges(), self.largest()
@@ -314,12 +315,19 @@ class BenchmarkResults:
         return {**tuning.wider_settings, **rates}
 
     def _tuned_keys(self) -> Iterator[tuple[str, RowName, TunedKey]]:
-        """Yield the title of the federation, the row, and each setting that was tuned for it."""
-        for name, federation in self.benchmark.federations.items():
-            if federation.tuned_as is None:
-                for row, choice in self.choices(name).items():
-                    for tuned in choice.tuned:
-                        yield federation.title, row, tuned
+        """Yield the title of a main federation, the row, and each setting that was tuned for it."""
+        for scores in self._tuned_federations():
+            for row, choice in self.choices(scores.name).items():
+                for tuned in choice.tuned:
+                    yield scores.title, row, tuned
+
+    def _tuned_federations(self) -> list[FederationScores]:
+        """Return the main federations that do not use the settings of another federation."""
+        return [
+            scores
+            for scores in self.groups[MAIN_GROUP]
+            if self.benchmark.federations[scores.name].tuned_as is None
+        ]
 
     @cached_property
     def highlighted(self) -> tuple[str, ...]:
@@ -373,10 +381,11 @@ class BenchmarkResults:
         (self.archive / "results.md").write_text(self.page(), encoding="utf-8")
 
     def page(self) -> str:
-        """Return the content of `results.md`."""
+        """Return the content of `results.md`, which contains the main federations."""
         primary = self.benchmark.protocol.primary
         tests = self.primary_tests()
         differences = self.best_row_differences()
+        main = self.groups[MAIN_GROUP]
         return render(
             "benchmark.md",
             explained=(self.archive / "README.md").exists(),
@@ -386,23 +395,19 @@ class BenchmarkResults:
             best_rows=difference_table(differences) if differences else "",
             metric=METRICS.get(primary.metric, primary.metric),
             ranks=[
-                (group, self._ranking_title(group), rank_table(len(self.groups[MAIN_GROUP]), ranks))
+                (group, self._ranking_title(group), rank_table(len(main), ranks))
                 for group, ranks in self.rankings.items()
             ],
             has_effects=bool(self.effects()),
-            groups=[
-                (heading, self._tables(federations))
-                for heading, federations in self.groups.items()
-                if federations
-            ],
+            tables=self._tables(main) if main else [],
             tuning=[
-                (self.scores[name].title, self._tuning_table(name))
-                for name, federation in self.benchmark.federations.items()
-                if federation.tuned_as is None and self.scores[name].rows
+                (scores.title, tuning_table(self.choices(scores.name), self.names))
+                for scores in self._tuned_federations()
             ],
             left_out=[
                 (federation.title, row, reason)
                 for federation in self.benchmark.federations.values()
+                if federation.group == MAIN_GROUP
                 for row, reason in federation.left_out.items()
             ],
         )
@@ -418,10 +423,6 @@ class BenchmarkResults:
         if group == BEST:
             return "The row of each method with the best validation score"
         return capitalize_first(self.names[group] or PLAIN)
-
-    def _tuning_table(self, name: str) -> str:
-        tuned = {row: choice.tuned for row, choice in self.choices(name).items()}
-        return tuning_table(tuned, self.names)
 
     def effects(self) -> dict[str, list[Effect]]:
         """Return the effects of components on the methods of the primary family.

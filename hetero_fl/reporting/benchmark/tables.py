@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -181,26 +180,24 @@ def rank_table(num_federations: int, ranks: Mapping[str, float]) -> str:
     return markdown_table(header, lines, ("left", "right", "left"))
 
 
-def tuning_table(tuned: Mapping[RowName, Sequence[Any]], names: Mapping[str, str]) -> str:
-    """Format the values that were tried for each row, with the chosen ones in bold.
+def tuning_table(choices: Mapping[RowName, Any], names: Mapping[str, str]) -> str:
+    """Format the chosen settings of each row.
 
     Args:
-        tuned: For each row, the tried values of its settings (see
-            `hetero_fl.experiment.benchmark.tuning.TunedKey`).
+        choices: For each row, its settings (see
+            `hetero_fl.experiment.benchmark.tuning.TunedSettings`).
         names: Title of each group of settings.
     """
     lines = []
-    for row, keys in tuned.items():
-        for place, key in enumerate(keys):
-            tried = ", ".join(
-                _tried(value, score, value == key.chosen)
-                for value, score in zip(key.values, key.scores, strict=True)
-            )
-            lines.append([row_title(row, names) if place == 0 else "", f"`{key.key}`", tried])
-    return markdown_table(["Method", "Setting", "Values"], lines, ("left",) * 3)
+    for row, choice in choices.items():
+        # Of two choices of the learning rate, the second one counts.
+        chosen = {key.key.partition(",")[0]: key.chosen for key in choice.tuned}
+        settings = ", ".join(f"{key}: {_value(value)}" for key, value in chosen.items())
+        score = f"{100 * choice.score:.1f}" if choice.tuned else MISSING
+        lines.append([row_title(row, names), settings, score])
+    header = ["Method", "Settings", "Validation score"]
+    return markdown_table(header, lines, ("left", "left", "right"))
 
 
-def _tried(value: Any, score: float, is_chosen: bool) -> str:
-    text = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
-    text = f"{text}: {100 * score:.1f}" if math.isfinite(score) else f"{text}: diverged"
-    return f"**{text}**" if is_chosen else text
+def _value(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)

@@ -40,10 +40,6 @@ WORST_CLIENT = "personal_last_accuracy_worst"
 NO_RUNS = "No runs yet."
 HYBRID = "hybrid", "all"
 DISTILLING = ("fedmd", "feddf", "ds_fl", "hybrid")
-AVERAGING = ("fedavg", "fedprox", "fedadam", "fedbn", "ditto")
-CLASS_KNOWLEDGE = ("fd", "fedproto", "fedgh")
-# In the order of the questions in docs/how_to/choose_method.md.
-METHODS = ("local", *AVERAGING, *DISTILLING, "kt_pfl", "fml", *CLASS_KNOWLEDGE)
 LOCAL_REFERENCES = ("local", "fedavg", "ditto")
 COMMON_NETWORK = "One network for all clients"
 """Heading of the federations in which all clients train the same network."""
@@ -75,15 +71,12 @@ class ArchiveTable:
         methods: Names of the methods.
         components: Groups of settings, in the order of the rows of each method.
         group: Heading of the federations (see `BenchmarkFederation.group`).
-        anchor: Beginning of the names of the rows in links, such as `global` for `#global-fedavg`.
-            If empty, rows cannot be linked.
     """
 
     metric: str
     methods: Sequence[str]
     components: Sequence[str] = ("all",)
     group: str = MAIN_GROUP
-    anchor: str = ""
 
 
 TABLES = {
@@ -93,8 +86,6 @@ TABLES = {
     "sharpening": ArchiveTable(GLOBAL, DISTILLING, ("all", "sharpened")),
     "averaging": ArchiveTable(GLOBAL, ("local", "fedavg", "centralized"), ("none", "all")),
     "local": ArchiveTable(LOCAL, (*LOCAL_REFERENCES, *DISTILLING)),
-    "choice_global": ArchiveTable(GLOBAL, METHODS, anchor="global"),
-    "choice_local": ArchiveTable(LOCAL, METHODS, anchor="local"),
     "proxies": ArchiveTable(GLOBAL, PRIMARY_METHODS, group="Proxy sets"),
     "proxies_local": ArchiveTable(LOCAL, PRIMARY_METHODS, group="Proxy sets"),
     "common network": ArchiveTable(
@@ -122,12 +113,10 @@ def archive_table(results: BenchmarkResults, name: str) -> str:
         return _summary_table(results, results.scores[name.removeprefix("summary of ")])
     table = TABLES[name]
     rows = [(method, components) for method in table.methods for components in table.components]
-    # Links to a row are valid before it has runs.
-    federations, keep_empty = results.groups.get(table.group, []), bool(table.anchor)
-    if not keep_empty and not any(federation.rows for federation in federations):
+    federations = results.groups.get(table.group, [])
+    if not any(federation.rows for federation in federations):
         return NO_RUNS
-    text = score_table(federations, rows, table.metric, results.names, keep_empty)
-    return _with_anchors(text, table.anchor) if table.anchor else text
+    return score_table(federations, rows, table.metric, results.names)
 
 
 def _progress(results: BenchmarkResults) -> str:
@@ -271,16 +260,6 @@ SPECIAL: dict[str, Callable[[BenchmarkResults], str]] = {
     "better rows, balanced local tests": partial(_better_table, metric=BALANCED_LOCAL),
 }
 """Functions that format the tables that are not in `TABLES`, keyed by name."""
-
-
-def _with_anchors(text: str, anchor: str) -> str:
-    """Add a target of links to the first cell of each row, such as `global-ds-fl`."""
-    header, rule, *lines = text.split("\n")
-    for place, line in enumerate(lines):
-        title = line.strip("| ").split(" | ")[0].strip()
-        name = title.partition(" + ")[0].lower()
-        lines[place] = line.replace(title, f'<a id="{anchor}-{name}"></a>{title}', 1)
-    return "\n".join([header, rule, *lines])
 
 
 def _summary_table(results: BenchmarkResults, federation: FederationScores) -> str:

@@ -1,4 +1,4 @@
-"""Homomorphic encryption as a round protocol. See docs/how_to/homomorphic_encryption.md.
+"""Homomorphic encryption as a round protocol. See docs/how_to/secure_aggregation.md.
 
 The server adds ciphertexts and cannot decrypt the sum. A client decrypts the sum, aggregates it as
 the server would, and returns the server's new state, which is sealed for all clients.

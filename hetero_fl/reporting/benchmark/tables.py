@@ -23,7 +23,6 @@ def score_table(
     rows: Sequence[RowName],
     metric: str,
     names: Mapping[str, str],
-    keep_empty: bool = False,
 ) -> str:
     """Format the mean and the standard deviation of a metric for each row and federation.
 
@@ -32,12 +31,11 @@ def score_table(
         rows: The rows, in order.
         metric: Column of the archive.
         names: Title of each group of settings.
-        keep_empty: Whether the table contains rows without runs.
     """
     lines = []
     for row in rows:
         cells = [score_cell(federation.by_seed(row, metric), metric) for federation in federations]
-        if keep_empty or any(cell != MISSING for cell in cells):
+        if any(cell != MISSING for cell in cells):
             lines.append([row_title(row, names), *cells])
     titles = [federation.title for federation in federations]
     return markdown_table(["Method", *titles], lines, ("left", *["right"] * len(titles)))

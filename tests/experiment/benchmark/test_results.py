@@ -85,9 +85,9 @@ def results(tmp_path: Path) -> BenchmarkResults:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(federation), encoding="utf-8")
         write_table(
             tmp_path / f"{name}.csv",
-            ["method", "components", "settings", "seed", GLOBAL],
+            ["method", "components", "settings", "seed", GLOBAL, "commit", "seconds_total"],
             [
-                (*row, at_rate(0.01), seed, score + 0.01 * seed * (row[0] == "fedavg"))
+                (*row, at_rate(0.01), seed, score + 0.01 * seed * (row[0] == "fedavg"), "a", 1)
                 for row, (score, _) in rows.items()
                 for seed in SEEDS
             ],
@@ -131,7 +131,7 @@ def test_page_contains_the_main_federations_and_the_chosen_settings(
 
     assert "- **Runs:** 25 reported, 15 for tuning" in page
     assert "Two" not in page and "Variants" not in page
-    assert "| Ditto + more         | learning rate: 0.01 |               75.0 |" in page
+    assert "| Ditto + more        | learning rate: 0.01 |               75.0 |" in page
 
 
 def keep_lines(path: Path, keep: Callable[[list[str]], list[str]]) -> None:

@@ -78,8 +78,8 @@ def all_pages() -> dict[str, str]:
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    cells = [header, ("---",) * len(header), *rows]
-    return [f"| {' | '.join(row)} |" for row in cells]
+    titles, *lines = (f"| {' | '.join(row)} |" for row in (header, *rows))
+    return [titles, f"|{'---|' * len(header)}", *lines]
 
 
 # Configuration

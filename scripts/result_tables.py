@@ -29,9 +29,7 @@ from benchmarks.science.benchmark_tables import archive_table  # noqa: E402
 from benchmarks.science.comparison_tables import (  # noqa: E402
     TABLES as COMPARISON_TABLES,
     comparison_table,
-    difference_table,
 )
-from benchmarks.science.component_tables import TABLES, component_table  # noqa: E402
 from benchmarks.science.replication_runs import jobs_of, read_record  # noqa: E402
 from benchmarks.science.replication_tables import (  # noqa: E402
     draw_scores,
@@ -168,15 +166,12 @@ def printed(name: str) -> str:
 
 
 def htfllib(name: str) -> str:
-    """Format the table of an archived comparison with HtFLlib, and its output to unfold."""
+    """Format the table of an archived comparison with HtFLlib."""
     _, _, text = output(name).partition("percent\n")
     table, _, _ = text.partition("\n\n")
     columns, *rows = (re.split(r" {2,}", line) for line in table.splitlines())
     alignment = ["left", *["right"] * (len(columns) - 1)]
-    unfolded = (
-        f"<details markdown>\n<summary>Complete output</summary>\n\n{output(name)}\n\n</details>"
-    )
-    return f"{markdown_table(columns, rows, alignment)}\n\n{unfolded}"
+    return markdown_table(columns, rows, alignment)
 
 
 def attacks(_: str) -> str:
@@ -190,21 +185,9 @@ def comparison(name: str) -> str:
     return comparison_table(COMPARISON_TABLES[name], lambda one: archived(f"comparisons/{one}"))
 
 
-def differences(name: str) -> str:
-    """Format the differences from Local of archived comparisons."""
-    return difference_table(COMPARISON_TABLES[name], lambda one: archived(f"comparisons/{one}"))
-
-
-def components(name: str) -> str:
-    """Format a table of Hybrid and its components."""
-    return component_table(TABLES[name], lambda one: archived(f"components/{one}"))
-
-
 KINDS: dict[str, Callable[[str], str]] = {
     "benchmark": lambda name: archive_table(BenchmarkResults(BENCHMARK, BENCHMARK_ARCHIVE), name),
     "comparison": comparison,
-    "differences": differences,
-    "components": components,
     "replication": replication,
     "output": output,
     "printed": printed,

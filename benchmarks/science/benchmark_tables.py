@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from hetero_fl.experiment.benchmark.protocol import MAIN_GROUP
 from hetero_fl.experiment.benchmark.results import METRICS, BenchmarkResults
@@ -16,7 +15,6 @@ from hetero_fl.reporting.benchmark.tables import (
     SIGNIFICANT,
     difference_table,
     format_points,
-    primary_table,
     score_cell,
     score_table,
 )
@@ -82,19 +80,9 @@ class ArchiveTable:
 TABLES = {
     "overview": ArchiveTable(GLOBAL, OVERVIEW_METHODS),
     "scores": ArchiveTable(GLOBAL, DISTILLING, ("none", "all")),
-    "ranking": ArchiveTable(AUROC, DISTILLING, ("none", "all")),
-    "sharpening": ArchiveTable(GLOBAL, DISTILLING, ("all", "sharpened")),
-    "averaging": ArchiveTable(GLOBAL, ("local", "fedavg", "centralized"), ("none", "all")),
-    "local": ArchiveTable(LOCAL, (*LOCAL_REFERENCES, *DISTILLING)),
     "proxies": ArchiveTable(GLOBAL, PRIMARY_METHODS, group="Proxy sets"),
-    "proxies_local": ArchiveTable(LOCAL, PRIMARY_METHODS, group="Proxy sets"),
     "common network": ArchiveTable(
         GLOBAL, ("local", "fedavg", "feddf", "ds_fl", "hybrid", "centralized"), group=COMMON_NETWORK
-    ),
-    "common network, local": ArchiveTable(
-        BALANCED_LOCAL,
-        ("local", "fedavg", "feddf", "ds_fl", "hybrid", "centralized"),
-        group=COMMON_NETWORK,
     ),
     "compression": ArchiveTable(GLOBAL, PRIMARY_METHODS, group="Compression"),
 }
@@ -128,11 +116,6 @@ def _progress(results: BenchmarkResults) -> str:
         f"**Preliminary:** runs are missing in {len(missing)} of {num_federations} federations and "
         "variants; the results of the benchmark list them."
     )
-
-
-def _primary_table(results: BenchmarkResults) -> str:
-    tests = results.primary_tests()
-    return primary_table(tests, results.benchmark.protocol.primary.method) if tests else NO_RUNS
 
 
 def _verdict(results: BenchmarkResults) -> str:
@@ -202,13 +185,6 @@ def _better_rows(results: BenchmarkResults, metric: str, group: str = MAIN_GROUP
     return dict(sorted(found.items(), key=lambda entry: entry[1].mean))
 
 
-def _better_table(results: BenchmarkResults, metric: str) -> str:
-    if not results.groups[MAIN_GROUP]:
-        return NO_RUNS
-    better = _better_rows(results, metric)
-    return difference_table(better, bold=True) if better else "None."
-
-
 def _largest_losses(results: BenchmarkResults) -> str:
     """Format the row that is furthest ahead of Hybrid, for each group of federations and metric."""
     lines = []
@@ -222,11 +198,6 @@ def _largest_losses(results: BenchmarkResults) -> str:
     header = ["Federations", "Metric", "Points", "Against", "Federation"]
     alignment = ("left", "left", "right", "left", "left")
     return markdown_table(header, lines, alignment) if lines else NO_RUNS
-
-
-def _best_row_table(results: BenchmarkResults) -> str:
-    differences = results.best_row_differences()
-    return difference_table(differences) if differences else "Some rows are not tuned yet."
 
 
 def _local_difference_table(results: BenchmarkResults) -> str:
@@ -249,15 +220,10 @@ def _local_difference_table(results: BenchmarkResults) -> str:
 
 SPECIAL: dict[str, Callable[[BenchmarkResults], str]] = {
     "progress": _progress,
-    "primary": _primary_table,
-    "best rows": _best_row_table,
     "local differences": _local_difference_table,
     "verdict": _verdict,
     "ranks": _rank_table,
     "largest losses": _largest_losses,
-    "better rows": partial(_better_table, metric=GLOBAL),
-    "better rows, local tests": partial(_better_table, metric=LOCAL),
-    "better rows, balanced local tests": partial(_better_table, metric=BALANCED_LOCAL),
 }
 """Functions that format the tables that are not in `TABLES`, keyed by name."""
 

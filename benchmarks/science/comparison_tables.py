@@ -79,46 +79,6 @@ def comparison_table(table: ComparisonTable, archived: Callable[[str], Sequence[
     return markdown_table(header, lines, alignment)
 
 
-def difference_table(table: ComparisonTable, archived: Callable[[str], Sequence[Row]]) -> str:
-    """Format the differences of each method from Local in Markdown, paired by seed.
-
-    A cell has the mean and the range over the seeds.
-
-    Args:
-        table: Specification of the table of scores, of which the columns are compared.
-        archived: Function that returns the rows of the archived comparison with a given name.
-    """
-    runs = _runs_by_method(table, archived)
-    if "local" not in runs:
-        raise ValueError(f"{', '.join(table.archives)}: differences from Local need its runs")
-    local = {row["seed"]: row for row in runs.pop("local")}
-    lines = [
-        [
-            table.names.get(label) or algorithm_name(label),
-            *(_difference(rows, local, key) for key in table.columns.values()),
-        ]
-        for label, rows in runs.items()
-    ]
-    header = [table.first_column, *table.columns]
-    return markdown_table(header, lines, ["left", *["right"] * len(table.columns)])
-
-
-def _difference(rows: Sequence[Row], local: Mapping[int, Row], key: str) -> str:
-    scale, decimals = (100, 1) if _is_share(key) else (1, 2)
-    values = [
-        scale * (row[key] - local[row["seed"]][key])
-        for row in rows
-        if row.get(key) is not None and local.get(row["seed"], {}).get(key) is not None
-    ]
-    if not values:
-        return MISSING
-    mean, low, high = (
-        f"{value:+.{decimals}f}".replace("-", "−")
-        for value in (statistics.mean(values), min(values), max(values))
-    )
-    return f"{mean} ({low} to {high})"
-
-
 def _runs_by_method(
     table: ComparisonTable, archived: Callable[[str], Sequence[Row]]
 ) -> dict[str, list[Row]]:

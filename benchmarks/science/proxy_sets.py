@@ -1,10 +1,9 @@
-"""Create proxy sets of chest X-rays that differ from the hospitals' images.
+"""Create a proxy set of chest X-rays that differ from the hospitals' images.
 
     python -m benchmarks proxy_sets --data pneumoniamnist.npz --out runs/proxy_sets
 
-The command writes two `.npz` files for `data.proxy.source`. Each file contains 500 images of
-PneumoniaMNIST that are not in the source `chest_xray`. The images in `scanner.npz` look as if taken
-by another scanner. In `few_normal.npz`, one image in twenty is normal instead of one in four.
+The command writes `scanner.npz` for `data.proxy.source`. The file contains 500 images of
+PneumoniaMNIST that are not in the source `chest_xray`. They look as if taken by another scanner.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from scipy.ndimage import gaussian_filter
 from benchmarks.science.newcomer_set import left_over, read
 
 SIZE = 500
-SHARE_OF_NORMAL = {"scanner": 0.25, "few_normal": 0.05}
+SHARE_OF_NORMAL = 0.25
 CONTRAST = 0.5
 BRIGHTNESS = 10.0
 BLUR = 0.7
@@ -29,15 +28,14 @@ BLUR = 0.7
 Images = NDArray[np.uint8]
 
 
-def draw(labels: NDArray[Any], share: float, generator: np.random.Generator) -> list[int]:
-    """Sample the row indices of `SIZE` images with a given share of normal images.
+def draw(labels: NDArray[Any], generator: np.random.Generator) -> list[int]:
+    """Sample the row indices of `SIZE` images with the share of normal images of the source.
 
     Args:
         labels: Labels of all images, of which 0 is normal.
-        share: Share of normal images.
         generator: Random generator.
     """
-    normal = round(share * SIZE)
+    normal = round(SHARE_OF_NORMAL * SIZE)
     rows = [
         generator.choice(np.flatnonzero(labels == label), count, replace=False)
         for label, count in ((0, normal), (1, SIZE - normal))
@@ -52,7 +50,7 @@ def other_scanner(images: Images) -> Images:
 
 
 def main() -> None:
-    """Write both files."""
+    """Write the file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -63,12 +61,12 @@ def main() -> None:
         unused = left_over(read(options.data), read(embedded))
     images, labels = unused["train_images"], unused["train_labels"].ravel()
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, share in SHARE_OF_NORMAL.items():
-        rows = draw(labels, share, np.random.default_rng(0))
-        chosen = other_scanner(images[rows]) if name == "scanner" else images[rows]
-        path = options.out / f"{name}.npz"
-        np.savez_compressed(path, train_images=chosen, train_labels=unused["train_labels"][rows])
-        print(path)
+    rows = draw(labels, np.random.default_rng(0))
+    path = options.out / "scanner.npz"
+    np.savez_compressed(
+        path, train_images=other_scanner(images[rows]), train_labels=unused["train_labels"][rows]
+    )
+    print(path)
 
 
 if __name__ == "__main__":

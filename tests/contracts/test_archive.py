@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import statistics
 import subprocess
 from collections.abc import Mapping
@@ -127,7 +126,7 @@ class Figures(Formatter):
             "BALANCED": "personal_last_balanced_accuracy",
             "VALIDATION": "validation_global",
             **{f.__name__: f for f in (self.lead, self.percent, self.change)},
-            **{f.__name__: f for f in (self.computation, self.rows, measured, statistics.stdev)},
+            **{f.__name__: f for f in (self.computation, measured, statistics.stdev)},
         }
         for name, expression in names.items():
             self.names[name] = eval(expression, self.names)
@@ -158,15 +157,6 @@ class Figures(Formatter):
             for place in ("client", "server")
         ]
         return sum(mean or 0.0 for mean in means)
-
-    def rows(self, federation: str) -> float:
-        """Return the mean number of training rows of all clients."""
-        archive = RunArchive(ARCHIVE / f"{federation}.csv")
-        totals = [
-            sum(client["n_train"] for client in json.loads(run["clients"]).values())
-            for run in archive.rows.values()
-        ]
-        return statistics.fmean(totals)
 
 
 def measured(name: str, *row: str) -> list[float]:

@@ -16,14 +16,6 @@ from benchmarks.science.benchmark_tables import archive_table
 from benchmarks.science.comparison_tables import (
     ComparisonTable,
     comparison_table,
-    difference_table,
-)
-from benchmarks.science.component_tables import (
-    GLOBAL,
-    LOCAL,
-    TABLES as COMPONENT_TABLES,
-    ComponentTable,
-    component_table,
 )
 from benchmarks.science.published import TABLES
 from hetero_fl.algorithms import register_algorithm
@@ -39,13 +31,14 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 MEDICAL = ROOT / "docs" / "scenarios" / "medical_hetero.md"
 REPLICATION = ROOT / "docs" / "results" / "replication.md"
-OPTIONS = ROOT / "docs" / "results" / "options.md"
-COMPONENTS = ROOT / "docs" / "results" / "components"
+SURVEY = ROOT / "docs" / "results" / "survey.md"
 BENCHMARK = ROOT / "docs" / "benchmark"
 MARKED = re.compile(
-    r"<!-- (benchmark|components|replication): ([\w ,]+?) \(.*?-->\n(.*?)<!-- end of results -->",
+    r"<!-- (benchmark|replication): ([\w ,]+?) \(.*?-->\n(.*?)<!-- end of results -->",
     re.DOTALL,
 )
+GLOBAL = "global_last_balanced_accuracy"
+LOCAL = "personal_last_accuracy"
 COLUMNS = {
     "Global test, balanced accuracy": "global_last_balanced_accuracy",
     "Global test, AUROC": "global_last_auroc",
@@ -85,7 +78,6 @@ def mean_and_deviation(values: list[float]) -> str:
 
 def test_pages_contain_their_tables() -> None:
     assert [name for _, name in marked(README)] == ["overview", "verdict"]
-    assert set(marked(OPTIONS)) == {("components", name) for name in COMPONENT_TABLES}
     assert list(marked(REPLICATION)) == [("replication", name) for name in TABLES]
 
 
@@ -140,17 +132,9 @@ def small_archive(tmp_path: Path) -> BenchmarkResults:
     return BenchmarkResults(ROOT / "configs" / "benchmark", tmp_path)
 
 
-def test_rows_better_than_hybrid_are_listed(small_archive: BenchmarkResults) -> None:
-    (better,) = read_rows(archive_table(small_archive, "better rows"))
-    (better_local,) = read_rows(archive_table(small_archive, "better rows, local tests"))
-
-    assert (
-        better["Hybrid + components against"] == "FedAvg + components"
-        and better["Difference"] == "**−12.0**"
-    )
-    assert better_local["Hybrid + components against"] == "Local + components"
-    assert better_local["Difference"] == "**−20.0**"
+def test_largest_losses_of_hybrid_are_listed(small_archive: BenchmarkResults) -> None:
     losses = read_rows(archive_table(small_archive, "largest losses"))
+
     assert [(row["Metric"], row["Points"], row["Against"]) for row in losses] == [
         ("Global test, balanced accuracy", "−12.0", "FedAvg + components"),
         ("Local tests, accuracy", "−20.0", "Local + components"),
@@ -177,14 +161,14 @@ def test_verdict_counts_tests_in_both_directions(small_archive: BenchmarkResults
 def test_tables_without_runs_say_so(tmp_path: Path) -> None:
     results = BenchmarkResults(ROOT / "configs" / "benchmark", tmp_path)
 
-    for name in ("verdict", "better rows", "summary of digits", "scores"):
+    for name in ("verdict", "largest losses", "summary of digits", "scores"):
         assert archive_table(results, name) == "No runs yet."
 
 
 def test_result_tables_check_finds_a_changed_figure(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pages = {path: tmp_path / path.name for path in (OPTIONS, REPLICATION)}
+    pages = {path: tmp_path / path.name for path in (SURVEY, REPLICATION)}
     for path, page in pages.items():
         page.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(result_tables, "PAGES", tuple(pages.values()))
@@ -198,21 +182,6 @@ def test_result_tables_check_finds_a_changed_figure(
         page.write_text(text.replace(figure[0], "99.9±0", 1), encoding="utf-8")
         assert result_tables.main() == 1
         page.write_text(text, encoding="utf-8")
-
-
-def test_component_table_marks_the_best_row_with_all_seeds() -> None:
-    scores = {"local": (0.5, 0.7), "fedavg": (0.6, 0.9), "hybrid": (0.95,)}
-    rows = [
-        {"algorithm": label, "seed": seed, GLOBAL: score}
-        for label, values in scores.items()
-        for seed, score in enumerate([*values, *values])
-    ]
-
-    shown = component_table(ComponentTable({"A": "a", "B": "a"}), lambda _: rows)
-
-    marked_rows = [row["Method"] for row in read_rows(shown) if row["A"].startswith("**")]
-    assert marked_rows == ["FedAvg"]
-    assert read_rows(shown)[0]["A"] == "60.0 ± 11.5 (50.0)"
 
 
 def test_result_tables_archive_keeps_every_run_and_adds_the_commit(
@@ -267,22 +236,6 @@ def test_comparison_table_marks_the_best_method_but_no_bound() -> None:
         ["alone", "51.0 ± 1.4", "2.00 ± 0.00", "–", "3.00"],
         ["FedAvg", "**71.0 ± 1.4**", "**1.43 ± 0.00**", "–", "3.00"],
         ["Centralized", "91.0 ± 1.4", "1.11 ± 0.00", "–", "3.00"],
-    ]
-
-
-def test_differences_from_local_are_paired_by_seed() -> None:
-    columns = {"Accuracy": "global_last_accuracy", "Error": "global_last_mae"}
-    scores = {"fedavg": [(0.7, 1.0), (0.5, 3.0)], "local": [(0.5, 2.0), (0.6, 1.5)]}
-    rows = [
-        {"algorithm": label, "seed": seed, "global_last_accuracy": score, "global_last_mae": error}
-        for label, found in scores.items()
-        for seed, (score, error) in enumerate(found)
-    ]
-
-    shown = read_rows(difference_table(ComparisonTable(("a",), columns), lambda _: rows[::-1]))
-
-    assert [list(row.values()) for row in shown] == [
-        ["FedAvg", "+5.0 (−10.0 to +20.0)", "+0.25 (−1.00 to +1.50)"]
     ]
 
 

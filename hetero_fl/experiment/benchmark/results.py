@@ -31,7 +31,6 @@ from hetero_fl.reporting.benchmark.tables import (
     primary_table,
     rank_table,
     score_table,
-    tuning_table,
 )
 from hetero_fl.reporting.comparison.significance import (
     PairedDifference,
@@ -53,7 +52,14 @@ METRICS = {
     "personal_last_balanced_accuracy": "Local tests, balanced accuracy (%)",
     "personal_last_accuracy_worst": "Local tests, accuracy of the worst client (%)",
 }
-"""Titles of the tables of scores, keyed by column of the archive."""
+"""Titles of scores, keyed by column of the archive."""
+TABLES = (
+    "global_last_balanced_accuracy",
+    "global_last_auroc",
+    "personal_last_accuracy",
+    "personal_last_balanced_accuracy",
+)
+"""Scores that have a table."""
 EFFECT_METRICS = ("global_last_auroc", "global_last_balanced_accuracy")
 """Metrics of the plot of effects."""
 PLAIN = "no components"
@@ -316,18 +322,11 @@ class BenchmarkResults:
 
     def _tuned_keys(self) -> Iterator[tuple[str, RowName, TunedKey]]:
         """Yield the title of a main federation, the row, and each setting that was tuned for it."""
-        for scores in self._tuned_federations():
-            for row, choice in self.choices(scores.name).items():
-                for tuned in choice.tuned:
-                    yield scores.title, row, tuned
-
-    def _tuned_federations(self) -> list[FederationScores]:
-        """Return the main federations that do not use the settings of another federation."""
-        return [
-            scores
-            for scores in self.groups[MAIN_GROUP]
-            if self.benchmark.federations[scores.name].tuned_as is None
-        ]
+        for scores in self.groups[MAIN_GROUP]:
+            if self.benchmark.federations[scores.name].tuned_as is None:
+                for row, choice in self.choices(scores.name).items():
+                    for tuned in choice.tuned:
+                        yield scores.title, row, tuned
 
     @cached_property
     def highlighted(self) -> tuple[str, ...]:
@@ -400,10 +399,6 @@ class BenchmarkResults:
             ],
             has_effects=bool(self.effects()),
             tables=self._tables(main) if main else [],
-            tuning=[
-                (scores.title, tuning_table(self.choices(scores.name), self.names))
-                for scores in self._tuned_federations()
-            ],
             left_out=[
                 (federation.title, row, reason)
                 for federation in self.benchmark.federations.values()
@@ -414,8 +409,8 @@ class BenchmarkResults:
 
     def _tables(self, federations: Sequence[FederationScores]) -> list[tuple[str, str]]:
         tables = [
-            (title, score_table(federations, self.rows, metric, self.names))
-            for metric, title in METRICS.items()
+            (METRICS[metric], score_table(federations, self.rows, metric, self.names))
+            for metric in TABLES
         ]
         return [*tables, (COST_TITLE, cost_table(federations, self.rows, self.names))]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from hetero_fl.reporting.benchmark.scores import FederationScores, PrimaryTest, RowName, row_title
 from hetero_fl.reporting.comparison.differences import format_p
@@ -79,15 +78,12 @@ def primary_table(tests: Sequence[PrimaryTest], method: str) -> str:
     )
 
 
-def difference_table(
-    differences: Mapping[tuple[str, str, str], PairedDifference], bold: bool = False
-) -> str:
+def difference_table(differences: Mapping[tuple[str, str, str], PairedDifference]) -> str:
     """Format differences between rows, with intervals and without tests.
 
     Args:
         differences: The differences, keyed by the titles of the federation and the two rows. If the
             first row is always the same, the header names it.
-        bold: Whether differences whose interval excludes 0 are bold.
     """
     own = {row for _, row, _ in differences}
     names = ["Row", "Against"] if len(own) > 1 else [f"{own.pop()} against"]
@@ -95,19 +91,13 @@ def difference_table(
         [
             federation,
             *(rows if len(names) > 1 else rows[1:]),
-            _bold_points(found) if bold else format_points(found.mean),
+            format_points(found.mean),
             f"[{format_points(found.low)}, {format_points(found.high)}]",
         ]
         for (federation, *rows), found in differences.items()
     ]
     header = ["Federation", *names, "Difference", "95% interval"]
     return markdown_table(header, lines, ("left", *("left" for _ in names), "right", "right"))
-
-
-def _bold_points(difference: PairedDifference) -> str:
-    """Format a difference, in bold if its interval excludes 0."""
-    points = format_points(difference.mean)
-    return f"**{points}**" if difference.low * difference.high > 0 else points
 
 
 def _verdict(test: PrimaryTest) -> str:
@@ -176,26 +166,3 @@ def rank_table(num_federations: int, ranks: Mapping[str, float]) -> str:
     ]
     header = ["Method", f"Mean rank, {pluralize(num_federations, 'federation')}", "Needs"]
     return markdown_table(header, lines, ("left", "right", "left"))
-
-
-def tuning_table(choices: Mapping[RowName, Any], names: Mapping[str, str]) -> str:
-    """Format the chosen settings of each row.
-
-    Args:
-        choices: For each row, its settings (see
-            `hetero_fl.experiment.benchmark.tuning.TunedSettings`).
-        names: Title of each group of settings.
-    """
-    lines = []
-    for row, choice in choices.items():
-        # Of two choices of the learning rate, the second one counts.
-        chosen = {key.key.partition(",")[0]: key.chosen for key in choice.tuned}
-        settings = ", ".join(f"{key}: {_value(value)}" for key, value in chosen.items())
-        score = f"{100 * choice.score:.1f}" if choice.tuned else MISSING
-        lines.append([row_title(row, names), settings, score])
-    header = ["Method", "Settings", "Validation score"]
-    return markdown_table(header, lines, ("left", "left", "right"))
-
-
-def _value(value: Any) -> str:
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)

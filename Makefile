@@ -95,7 +95,7 @@ PIP_INSTALL := $(PY) -m pip install --quiet --no-compile --editable
 # Stamp files: packages are installed again only if pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml $(PY)
 	@echo "installing into $(VENV) once; this takes some minutes"
-	$(PIP_INSTALL) '.[compare]'
+	$(PIP_INSTALL) '.[tables]'
 	@touch $@
 
 $(VENV)/.installed-all: pyproject.toml $(PY)

@@ -157,7 +157,8 @@ def _logger_sections() -> list[str]:
     for kind, logger in _built_in_loggers().items():
         rows = [_setting_row(logger, name, field) for name, field in logger.model_fields.items()]
         settings = [*_table(CONFIGURATION_HEADER, rows), ""] if rows else []
-        extra = f" Requires `hetero_fl[{logger.extra}]`." if logger.extra else ""
+        package = f"hetero_fl[{logger.extra}]" if logger.extra else logger.module
+        extra = f" Requires `{package}`." if package else ""
         lines += [f"### `{kind}`", "", f"{section_summary(logger)}{extra}", "", *settings]
     return lines
 

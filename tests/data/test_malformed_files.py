@@ -8,8 +8,8 @@ import pytest
 
 from tests.support.malformed_files import READERS, check_case, record_events
 
-pytest.importorskip("datasets", reason="pip install 'hetero_fl[huggingface]'")
-pytest.importorskip("pyarrow", reason="pip install 'hetero_fl[parquet]'")
+pytest.importorskip("datasets", reason="pip install 'hetero_fl[datasets]'")
+pytest.importorskip("pyarrow", reason="pip install 'hetero_fl[tables]'")
 TENTH = range(0, 500, 10)
 OTHERS = sorted({*range(500)} - {*TENTH})
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("tenseal", reason="tenseal is not installed: pip install 'hetero_fl[he]'")
+pytest.importorskip("tenseal", reason="tenseal is not installed: pip install 'hetero_fl[privacy]'")
 
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.communication.homomorphic.messages import REPLIES, REQUESTS

@@ -94,7 +94,7 @@ def test_missing_module_is_reported_before_the_run_directory_exists(
     source = config(output__loggers=["csv", "mlflow"])
     line = (
         r"^output\.loggers\.1: mlflow requires mlflow, which is not installed; "
-        r"run pip install 'hetero_fl\[mlflow\]' or remove the logger$"
+        r"run pip install 'mlflow' or remove the logger$"
     )
 
     with pytest.raises(UserError, match=line):

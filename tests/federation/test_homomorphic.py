@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("tenseal", reason="tenseal is not installed: pip install 'hetero_fl[he]'")
+pytest.importorskip("tenseal", reason="tenseal is not installed: pip install 'hetero_fl[privacy]'")
 
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.communication.homomorphic.messages import SEALED, unseal_state
@@ -91,7 +91,7 @@ def test_settings_that_change_sums(method: str, changes: dict[str, Any], float64
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hetero_fl.utils.extras.find_spec", lambda name: None)
 
-    with pytest.raises(UserError, match=r"run pip install 'hetero_fl\[he\]'$"):
+    with pytest.raises(UserError, match=r"run pip install 'hetero_fl\[privacy\]'$"):
         prepare(encrypted("fedavg"))
 
 

@@ -59,7 +59,7 @@ def test_missing_package_names_the_extra(tmp_path: Path, subtests: pytest.Subtes
             lambda: load_source(table, tmp_path),
         ),
         (
-            r"^compare needs pandas.*'hetero_fl\[compare\]'$",
+            r"^compare needs pandas.*'hetero_fl\[tables\]'$",
             lambda: compare(digits, ["local"], out=tmp_path / "out"),
         ),
         (r"^Run\.history needs pandas", lambda: history_frame([])),
@@ -78,7 +78,7 @@ def test_command_reports_a_missing_package_in_one_line(
     )
 
     assert main(["methods"]) == 2
-    line = "error: scipy is not installed; run pip install 'hetero_fl[compare]'\n"
+    line = "error: scipy is not installed; run pip install 'hetero_fl[tables]'\n"
     assert capsys.readouterr().err == line
 
 

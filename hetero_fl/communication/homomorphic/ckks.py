@@ -33,7 +33,7 @@ def check_tenseal() -> None:
     Raises:
         UserError: If TenSEAL is not installed.
     """
-    check_extra("he", ["tenseal"], "channel.homomorphic")
+    check_extra("privacy", ["tenseal"], "channel.homomorphic")
 
 
 def new_context() -> bytes:

@@ -359,7 +359,7 @@ def _medmnist_info(name: str) -> dict[str, Any]:
         import medmnist
     except ImportError as error:
         raise UserError(
-            f"name: {name} needs the medmnist package; run pip install 'hetero_fl[medmnist]', or "
+            f"name: {name} needs the medmnist package; run pip install 'hetero_fl[datasets]', or "
             "set data.path to a local file"
         ) from error
     info: dict[str, Any] = medmnist.INFO[name]

@@ -103,7 +103,7 @@ def read_frame(
         return _read_csv(path, names, categories, read or ReadConfig())
     except ImportError as error:
         raise UserError(
-            f"{where}: Parquet files need pyarrow; run pip install 'hetero_fl[parquet]'"
+            f"{where}: Parquet files need pyarrow; run pip install 'hetero_fl[tables]'"
         ) from error
     except UnicodeError as error:
         raise UserError(

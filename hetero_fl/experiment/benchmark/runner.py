@@ -87,7 +87,7 @@ def benchmark(
             continued.
     """
     exit_if_importing()
-    check_extra("compare", ["pandas", "scipy"], "benchmark")
+    check_extra("tables", ["pandas", "scipy"], "benchmark")
     plan = Benchmark.load(Path(folder))
     archive = archive_folder(folder, archive)
     out = Path(out)

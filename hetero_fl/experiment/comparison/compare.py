@@ -99,7 +99,7 @@ def compare(
         # run...
     """
     exit_if_importing()
-    check_extra("compare", ["pandas", "scipy"], "compare")
+    check_extra("tables", ["pandas", "scipy"], "compare")
     plan = ComparisonPlan(
         source,
         algorithms,

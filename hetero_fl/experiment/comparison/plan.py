@@ -155,7 +155,7 @@ class ComparisonPlan:
         Raises:
             UserError: If a value is invalid.
         """
-        check_extra("search", ["optuna"], "search")
+        check_extra("tables", ["optuna"], "search")
         parsed = parse_space(space)
         folder = self.out / SEARCH_FOLDER
         earlier = SearchSettings.read(folder)

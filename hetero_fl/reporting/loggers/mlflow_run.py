@@ -30,7 +30,6 @@ class MLflowLogger(Logger):
     """
 
     module: ClassVar[str] = "mlflow"
-    extra: ClassVar[str] = "mlflow"
 
     tracking_uri: str | None = Field(
         None,

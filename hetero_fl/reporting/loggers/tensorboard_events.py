@@ -22,7 +22,7 @@ class TensorBoardLogger(Logger):
     """
 
     module: ClassVar[str] = "tensorboard"
-    extra: ClassVar[str] = "tensorboard"
+    extra: ClassVar[str] = "loggers"
 
     _writer: Any = PrivateAttr(None)
 

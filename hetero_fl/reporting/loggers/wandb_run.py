@@ -26,7 +26,7 @@ class WandbLogger(Logger):
     """
 
     module: ClassVar[str] = "wandb"
-    extra: ClassVar[str] = "wandb"
+    extra: ClassVar[str] = "loggers"
 
     project: str = Field("hetero_fl", min_length=1, description="project of the run")
     entity: str | None = Field(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-pytest.importorskip("tenseal", reason="tenseal is not installed: pip install 'hetero_fl[he]'")
+pytest.importorskip("tenseal", reason="tenseal is not installed: pip install 'hetero_fl[privacy]'")
 
 import tenseal
 

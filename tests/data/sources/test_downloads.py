@@ -201,7 +201,7 @@ def test_missing_package_names_the_extra(
     npz: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "medmnist", None)
-    check_refused(r"pip install 'hetero_fl\[medmnist\]'", get, "pathmnist", tmp_path)
+    check_refused(r"pip install 'hetero_fl\[datasets\]'", get, "pathmnist", tmp_path)
     local = load_source(SourceConfig(name="pathmnist", path=str(npz())), tmp_path)
     assert local.name == "pathmnist" and local.task.outputs == 9
 

@@ -27,7 +27,7 @@ from tests.support.cases import each_case
 from tests.support.federated_data import PLAIN_CLIENT
 from tests.support.mistakes import check_refused, refusal
 
-datasets = pytest.importorskip("datasets", reason="pip install 'hetero_fl[huggingface]'")
+datasets = pytest.importorskip("datasets", reason="pip install 'hetero_fl[datasets]'")
 # Some versions of datasets do not close the CSV files that they read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 NAMES = ["normal", "mild", "severe"]

@@ -21,8 +21,8 @@ from tests.support.image_folders import make_image_folder
 from tests.support.malformed_files import EPS, READERS
 from tests.support.mistakes import check_refused
 
-datasets = pytest.importorskip("datasets", reason="pip install 'hetero_fl[huggingface]'")
-parquet = pytest.importorskip("pyarrow.parquet", reason="pip install 'hetero_fl[parquet]'")
+datasets = pytest.importorskip("datasets", reason="pip install 'hetero_fl[datasets]'")
+parquet = pytest.importorskip("pyarrow.parquet", reason="pip install 'hetero_fl[tables]'")
 FOLDERS = [reader for reader in READERS if not reader.file and reader.source != "run"]
 
 

@@ -71,7 +71,7 @@ def _load_splits(config: SourceConfig, root: Path) -> tuple[dict[str, Any], list
         import datasets
     except ImportError as error:
         raise UserError(
-            f"name: {name} needs the package datasets; run pip install 'hetero_fl[huggingface]'"
+            f"name: {name} needs the package datasets; run pip install 'hetero_fl[datasets]'"
         ) from error
     if path.is_file():
         raise UserError(f"name: {name}: expected a folder, got a file; give its folder")

@@ -10,6 +10,7 @@ These pages describe the configuration, the files of a deployment, the methods a
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -527,7 +528,11 @@ def exchanged_items(name: str, method: Algorithm) -> list[tuple[str, ...]]:
         rows.append((f"`{item}`", "down", content, "–"))
     for item, spec in method.uploads.items():
         content = UPLOADS.get((name, item)) or _content(method, item, spec)
-        rows.append((f"`{item}`", "up", content, spec.needed_share))
+        broadcast = (f"`{item}`", "down", content, spec.needed_share)
+        if broadcast in rows:
+            rows[rows.index(broadcast)] = (f"`{item}`", "down, up", *broadcast[2:])
+        else:
+            rows.append((f"`{item}`", "up", content, spec.needed_share))
     return rows
 
 
@@ -561,6 +566,11 @@ EXIT_STATUSES = (
 )
 
 
+COMMON_OPTIONS = re.compile(
+    r"^  (?:-q, --quiet|-v, --verbose|--version|-h, --help) .*\n?", re.MULTILINE
+)
+
+
 def command_line_page() -> str:
     """Return the text of docs/reference/command_line.md."""
     rows = [
@@ -574,7 +584,9 @@ def command_line_page() -> str:
         "",
         "`hetero-fl COMMAND --help` prints the description of a command. In a checkout,",
         "`python scripts/train.py` is equivalent to `hetero-fl train`. There are also scripts for",
-        "`federate`, `compare`, `evaluate`, `join`, `audit` and `export`.",
+        "`federate`, `compare`, `evaluate`, `join`, `audit` and `export`. Every command also has",
+        "`--quiet` (results, warnings and errors only), `--verbose` (tracebacks of errors),",
+        "`--version` and `--help`.",
         "",
         *_table(("exit status", "meaning"), EXIT_STATUSES),
         "",
@@ -585,7 +597,8 @@ def command_line_page() -> str:
         context = click.Context(
             command, info_name=f"hetero-fl {name}", terminal_width=88, **command.context_settings
         )
-        lines += [f"## `hetero-fl {name}`", "", "```text", command.get_help(context), "```", ""]
+        text = COMMON_OPTIONS.sub("", command.get_help(context)).replace("\nOptions:\n\n", "\n")
+        lines += [f"## `hetero-fl {name}`", "", "```text", text, "```", ""]
     return "\n".join(lines)
 
 

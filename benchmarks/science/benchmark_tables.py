@@ -13,7 +13,6 @@ from hetero_fl.experiment.benchmark.results import METRICS, BenchmarkResults
 from hetero_fl.reporting.benchmark.scores import FederationScores, RowName, row_title
 from hetero_fl.reporting.benchmark.tables import (
     SIGNIFICANT,
-    difference_table,
     format_points,
     score_cell,
     score_table,
@@ -189,7 +188,7 @@ def _largest_losses(results: BenchmarkResults) -> str:
     """Format the row that is furthest ahead of Hybrid, for each group of federations and metric."""
     lines = []
     for group in results.groups:
-        for metric in (GLOBAL, LOCAL, BALANCED_LOCAL, WORST_CLIENT):
+        for metric in (GLOBAL, LOCAL, BALANCED_LOCAL):
             if better := _better_rows(results, metric, group):
                 (federation, _, row), difference = next(iter(better.items()))
                 heading = "Main federations" if group == MAIN_GROUP else group
@@ -215,7 +214,19 @@ def _local_difference_table(results: BenchmarkResults) -> str:
         if difference is not None:
             titles = [row_title(row, results.names) for row in (HYBRID, best)]
             found[federation.title, titles[0], titles[1]] = difference
-    return difference_table(found) if found else NO_RUNS
+    if not found:
+        return NO_RUNS
+    lines = [
+        [
+            federation,
+            row,
+            format_points(difference.mean),
+            f"[{format_points(difference.low)}, {format_points(difference.high)}]",
+        ]
+        for (federation, _, row), difference in found.items()
+    ]
+    header = ["Federation", f"{row_title(HYBRID, results.names)} against", "Difference"]
+    return markdown_table([*header, "95% interval"], lines, ("left", "left", "right", "right"))
 
 
 SPECIAL: dict[str, Callable[[BenchmarkResults], str]] = {

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from hetero_fl.core.metrics import SMALLER_IS_BETTER
 from hetero_fl.reporting.formatting import MISSING, algorithm_name, format_significant
-from hetero_fl.reporting.methods import format_needs, is_reference
+from hetero_fl.reporting.methods import is_reference
 from hetero_fl.reporting.rendering import markdown_table
 
 Row = Mapping[str, Any]
@@ -31,7 +31,6 @@ class ComparisonTable:
         columns: Columns of the archive, keyed by column title.
         names: Titles of rows, keyed by label. Other rows have the name of the method.
         has_traffic: Whether the table has a column with the exchanged bytes.
-        has_needs: Whether the table has a column with the requirements of a method.
         has_seconds: Whether the table has a column with the seconds of a run.
         first_column: Title of the first column.
     """
@@ -40,7 +39,6 @@ class ComparisonTable:
     columns: Mapping[str, str]
     names: Mapping[str, str] = field(default_factory=dict)
     has_traffic: bool = True
-    has_needs: bool = False
     has_seconds: bool = False
     first_column: str = "Method"
 
@@ -68,10 +66,6 @@ def comparison_table(table: ComparisonTable, archived: Callable[[str], Sequence[
         header.append("Seconds")
         columns.append({label: _seconds(rows) for label, rows in runs.items()})
     alignment = ["left", *["right"] * len(columns)]
-    if table.has_needs:
-        header.append("Needs")
-        columns.append({label: format_needs(label) or MISSING for label in runs})
-        alignment.append("left")
     lines = [
         [table.names.get(label) or algorithm_name(label), *(column[label] for column in columns)]
         for label in runs

@@ -27,16 +27,13 @@ from hetero_fl.reporting.benchmark.scores import (
 )
 from hetero_fl.reporting.benchmark.tables import (
     cost_table,
-    difference_table,
     primary_table,
     rank_table,
     score_table,
 )
 from hetero_fl.reporting.comparison.significance import (
-    PairedDifference,
     critical_difference,
     mean_ranks,
-    paired_difference,
 )
 from hetero_fl.reporting.formatting import algorithm_name, capitalize_first, format_range
 from hetero_fl.reporting.methods import is_reference
@@ -68,7 +65,7 @@ BEST = "best"
 """Name of the ranking of each method's best row, next to the groups of settings."""
 COMPRESSION = "Compression"
 """Heading of the federations with compressed messages, which the plots of costs contain."""
-COST_TITLE = "GFLOP at clients / GFLOP at the server / MB of a run"
+COST_TITLE = "GFLOP at clients and server / MB of a run"
 COST_COLUMNS = ("client_operations", "server_operations", "up_bytes", "down_bytes")
 COSTS: dict[str, tuple[Callable[[Mapping[str, float]], float], str]] = {
     "computation": (
@@ -161,29 +158,6 @@ class BenchmarkResults:
             )
             for method in {row[0] for row in choices}
         }
-
-    def best_row_differences(self) -> dict[tuple[str, str, str], PairedDifference]:
-        """Compare the methods of the primary family by their best rows (`best_rows`).
-
-        Returns:
-            Differences of the main method from the others, keyed by the titles of the federation
-            and the two rows. Federations without runs or whose tuning is incomplete are left out.
-        """
-        primary = self.benchmark.protocol.primary
-        found = {}
-        for name in primary.federations:
-            federation = self.scores[name]
-            best = self.best_rows(name) if federation.rows else {}
-            if not best:
-                continue
-            own = federation.by_seed(best[primary.method], primary.metric)
-            for other in primary.against:
-                difference = paired_difference(own, federation.by_seed(best[other], primary.metric))
-                if difference is not None:
-                    rows = best[primary.method], best[other]
-                    titles = [row_title(row, self.names) for row in rows]
-                    found[federation.title, titles[0], titles[1]] = difference
-        return found
 
     def ranks(self, metric: str, components: str) -> dict[str, float]:
         """Return mean ranks of methods over the main federations, without references.
@@ -383,7 +357,6 @@ class BenchmarkResults:
         """Return the content of `results.md`, which contains the main federations."""
         primary = self.benchmark.protocol.primary
         tests = self.primary_tests()
-        differences = self.best_row_differences()
         main = self.groups[MAIN_GROUP]
         return render(
             "benchmark.md",
@@ -391,7 +364,6 @@ class BenchmarkResults:
             facts=self.facts(),
             primary=primary_table(tests, primary.method) if tests else "",
             num_tests=len(primary.federations) * len(primary.against),
-            best_rows=difference_table(differences) if differences else "",
             metric=METRICS.get(primary.metric, primary.metric),
             ranks=[
                 (group, self._ranking_title(group), rank_table(len(main), ranks))

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from hetero_fl.reporting.benchmark.scores import FederationScores, PrimaryTest, RowName, row_title
 from hetero_fl.reporting.comparison.differences import format_p
-from hetero_fl.reporting.comparison.significance import PairedDifference
 from hetero_fl.reporting.formatting import MISSING, algorithm_name, format_significant
-from hetero_fl.reporting.methods import format_needs
 from hetero_fl.reporting.rendering import markdown_table
 from hetero_fl.utils.text import pluralize
 
@@ -78,28 +76,6 @@ def primary_table(tests: Sequence[PrimaryTest], method: str) -> str:
     )
 
 
-def difference_table(differences: Mapping[tuple[str, str, str], PairedDifference]) -> str:
-    """Format differences between rows, with intervals and without tests.
-
-    Args:
-        differences: The differences, keyed by the titles of the federation and the two rows. If the
-            first row is always the same, the header names it.
-    """
-    own = {row for _, row, _ in differences}
-    names = ["Row", "Against"] if len(own) > 1 else [f"{own.pop()} against"]
-    lines = [
-        [
-            federation,
-            *(rows if len(names) > 1 else rows[1:]),
-            format_points(found.mean),
-            f"[{format_points(found.low)}, {format_points(found.high)}]",
-        ]
-        for (federation, *rows), found in differences.items()
-    ]
-    header = ["Federation", *names, "Difference", "95% interval"]
-    return markdown_table(header, lines, ("left", *("left" for _ in names), "right", "right"))
-
-
 def _verdict(test: PrimaryTest) -> str:
     if test.p_holm > SIGNIFICANT:
         return "no significant difference"
@@ -129,11 +105,11 @@ def cost_table(
         for federation in federations:
             at_clients = federation.mean(row, "client_operations")
             at_server = federation.mean(row, "server_operations")
-            num_bytes = _sum(federation.mean(row, "up_bytes"), federation.mean(row, "down_bytes"))
-            if at_clients is None or at_server is None or num_bytes is None:
+            up, down = (federation.mean(row, f"{way}_bytes") for way in ("up", "down"))
+            if at_clients is None or at_server is None or up is None or down is None:
                 cells.append(MISSING)
                 continue
-            values = (at_clients / 1e9, at_server / 1e9, num_bytes / 1e6)
+            values = ((at_clients + at_server) / 1e9, (up + down) / 1e6)
             cells.append(" / ".join(_rounded(value) for value in values))
         if any(cell != MISSING for cell in cells):
             lines.append([row_title(row, names), *cells])
@@ -141,28 +117,20 @@ def cost_table(
     return markdown_table(["Method", *titles], lines, ("left", *["right"] * len(titles)))
 
 
-def _sum(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a + b
-
-
 def _rounded(value: float) -> str:
     return "0" if value == 0 else format_significant(value, 2 if value < 10 else 3)
 
 
 def rank_table(num_federations: int, ranks: Mapping[str, float]) -> str:
-    """Format mean ranks, best first, and the requirements of each method.
+    """Format mean ranks, best first.
 
     Args:
         num_federations: Number of federations over which ranks are averaged.
         ranks: Mean rank of each method, keyed by name.
     """
     lines = [
-        [
-            algorithm_name(method),
-            f"{ranks[method]:.2f}",
-            format_needs(method) or MISSING,
-        ]
+        [algorithm_name(method), f"{ranks[method]:.2f}"]
         for method in sorted(ranks, key=lambda method: ranks[method])
     ]
-    header = ["Method", f"Mean rank, {pluralize(num_federations, 'federation')}", "Needs"]
-    return markdown_table(header, lines, ("left", "right", "left"))
+    header = ["Method", f"Mean rank, {pluralize(num_federations, 'federation')}"]
+    return markdown_table(header, lines, ("left", "right"))

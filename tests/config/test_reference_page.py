@@ -120,9 +120,12 @@ def test_registered_user_method_does_not_change_the_pages(
 
 def test_command_line_page_contains_the_help_of_each_command(script: ModuleType) -> None:
     page = script.command_line_page()
+    # The options of every command are described once.
+    shared = {"-q", "--quiet", "-v", "--verbose", "--version"}
+    assert all(f"`{option}`" in page for option in shared if option.startswith("--"))
     for name, command in APP.commands.items():
         section = page.split(f"## `hetero-fl {name}`\n")[1].split("\n## ")[0]
-        for option in (name for parameter in command.params for name in parameter.opts):
+        for option in {name for parameter in command.params for name in parameter.opts} - shared:
             assert option[0] != "-" or option in section, option
         assert f"Usage: hetero-fl {name} " in section
 

@@ -1,1 +1,0 @@
-"""Example callbacks that send the metrics of a run to MLflow and Weights & Biases."""

@@ -56,7 +56,7 @@ class DSFL(ProxyDistillation):
         "after distillation of the newest consensus, as deployed with the next broadcast"
     )
 
-    dropped = {
+    _dropped = {
         "cache_life": Dropped(
             "'cache_life' was removed; set proxy_rows to a smaller number for fewer bytes"
         ),

@@ -224,7 +224,7 @@ class HeteroFL(FedAvg):
     shared = SharedPart(local="batch_norm_statistics")
     uploads = {"model": ItemSpec("params"), "head": ItemSpec("params", private=True)}
 
-    dropped = {
+    _dropped = {
         "widths": Dropped(
             "'widths' was removed; set models of these widths for the groups of clients"
         )

@@ -193,7 +193,7 @@ class FedBABU(FedPer):
         "after aggregation and fine-tuning of the client's copy, on both test sets (the server's "
         "own model: before fine-tuning)"
     )
-    dropped = {
+    _dropped = {
         "finetune_epochs": Dropped(
             "write the client option fine_tune_epochs instead of finetune_epochs"
         )

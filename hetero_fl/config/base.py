@@ -126,7 +126,7 @@ class Settings(BaseModel):
     """Settings that a class determines, such as the name of an optimizer."""
     unused: ClassVar[frozenset[str]] = frozenset()
     """Inherited settings that have no effect in a class."""
-    dropped: ClassVar[Mapping[str, Dropped]] = {}
+    _dropped: ClassVar[Mapping[str, Dropped]] = {}
     """Settings that the class had in an earlier version, keyed by name."""
 
     def __init__(self, **settings: Any) -> None:
@@ -168,12 +168,12 @@ class Settings(BaseModel):
         Raises:
             ValueError: If a dropped key has another value.
         """
-        if not isinstance(raw, Mapping) or not cls.dropped.keys() & raw.keys():
+        if not isinstance(raw, Mapping) or not cls._dropped.keys() & raw.keys():
             return raw
-        for key, former in cls.dropped.items():
+        for key, former in cls._dropped.items():
             if not former.ignores(raw.get(key)):
                 raise ValueError(former.advice)
-        return {key: value for key, value in raw.items() if key not in cls.dropped}
+        return {key: value for key, value in raw.items() if key not in cls._dropped}
 
     @field_validator("*", mode="wrap")
     @classmethod
@@ -330,6 +330,12 @@ def warn_deprecated(key: str, replacement: str) -> None:
         recorded.append(message)
     # The warning refers to this module, because the commands shorten warnings of this package only.
     warnings.warn(message, FutureWarning, stacklevel=1)
+
+
+def dropped_key(section: type, name: str) -> Dropped | None:
+    """Return a key that a section had in an earlier version, or None if it had no such key."""
+    former: Mapping[str, Dropped] = getattr(section, "_dropped", {})
+    return former.get(name)
 
 
 def rename_keys(raw: Any, renamed: Mapping[str, str], section: str) -> Any:

@@ -34,7 +34,7 @@ STAGES = (*SPARSE, "top_classes", *FORMATS)
 class SecureAggregationConfig(ConfigSection):
     """Secure aggregation, with which the server learns only sums (Bonawitz et al. 2017)."""
 
-    dropped = {
+    _dropped = {
         "neighbors": Dropped(
             "all clients share masks; remove the key 'neighbors' (a round has at most 200 clients)"
         )
@@ -135,7 +135,7 @@ def num_fraction_bits(config: SecureAggregationConfig | HomomorphicConfig, cohor
 class StageConfig(ConfigSection):
     """One stage of a compression chain, which has a single key."""
 
-    dropped = {
+    _dropped = {
         "lowrank": Dropped("stage 'lowrank' was removed; choose topk or randk"),
         "bucket": Dropped("'bucket' was removed; quantize uses one scale per tensor"),
     }
@@ -241,7 +241,7 @@ class ChannelConfig(ConfigSection):
         8
     """
 
-    dropped = {
+    _dropped = {
         "entropy": Dropped(
             "'entropy' was removed; positions of topk are always compressed, remove the key"
         )

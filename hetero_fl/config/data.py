@@ -176,7 +176,7 @@ class SpeechConfig(SharedSettings):
     """
 
     selection = ("speakers",)
-    dropped = {"seed": NO_SEED}
+    _dropped = {"seed": NO_SEED}
 
     words: tuple[str, ...] | None = Field(
         None, min_length=2, description="words to recognize; `null`: all words"
@@ -242,7 +242,7 @@ class MoviesConfig(SharedSettings):
 
     selection = ("groups",)
     roles = ("min_rating", "validation_users", "test_users", "public_users", "seed")
-    dropped = {
+    _dropped = {
         "sampled": Dropped(
             "sampled metrics were dropped; remove the key 'sampled' (ndcg_10 and hit_rate_10 rank "
             "among all movies)",
@@ -297,7 +297,7 @@ class DrivingConfig(SharedSettings):
     """
 
     selection = ("test_vehicles",)
-    dropped = {"seed": NO_SEED}
+    _dropped = {"seed": NO_SEED}
 
     height: int = Field(24, ge=8, le=256, description="height of a frame in pixels")
     width: int = Field(48, ge=8, le=512, description="width of a frame in pixels")

@@ -217,7 +217,7 @@ class OutputConfig(ConfigSection):
         False
     """
 
-    dropped = {"tensorboard": Dropped("write loggers: [tensorboard] instead of tensorboard")}
+    _dropped = {"tensorboard": Dropped("write loggers: [tensorboard] instead of tensorboard")}
 
     plots: bool = Field(True, description="write figures to `plots/*.png`")
     report: bool = Field(True, description="write `report.html`")

@@ -128,7 +128,7 @@ class DevicesConfig(DeviceConfig):
         1000000000.0
     """
 
-    dropped = {"file": Dropped("'file' was removed; set machine for each group of clients")}
+    _dropped = {"file": Dropped("'file' was removed; set machine for each group of clients")}
 
 
 class FaultsConfig(ConfigSection):
@@ -142,7 +142,7 @@ class FaultsConfig(ConfigSection):
         0.1
     """
 
-    dropped = {
+    _dropped = {
         "server": Dropped(
             "server faults are no longer simulated; remove the key 'server' (a run whose process "
             "is killed can be resumed)"
@@ -195,7 +195,7 @@ class CohortConfig(ConfigSection):
         2
     """
 
-    dropped = {
+    _dropped = {
         "attempts": Dropped("'attempts' was removed, as rounds are not repeated", default=10)
     }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.config import resolve_config
+from hetero_fl.config.base import dropped_key
 from hetero_fl.config.describe import resume_relevant
 from hetero_fl.config.errors import section_at
 from hetero_fl.config.schema import Config
@@ -122,7 +123,7 @@ def _was_dropped(key: str, value: Any, recorded: Mapping[str, Any]) -> bool:
     *place, name = key.split(".")
     is_setting = place == ["algorithm"]
     section = register_algorithm[recorded["algorithm.name"]] if is_setting else None
-    former = getattr(section or section_at(Config, place), "dropped", {}).get(name)
+    former = dropped_key(section or section_at(Config, place), name)
     return former is not None and former.ignores(value)
 
 

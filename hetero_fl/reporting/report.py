@@ -32,7 +32,6 @@ from hetero_fl.reporting.formatting import (
 from hetero_fl.reporting.methods import docstring_paragraph, method_class
 from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.plots.clients import FEW
-from hetero_fl.reporting.plots.rounds import TASK_CLIENTS, TASK_ROUNDS
 from hetero_fl.reporting.plots.scores import PANELS
 from hetero_fl.reporting.rendering import format_environment, render
 from hetero_fl.reporting.run_directory import RunDirectory
@@ -144,8 +143,6 @@ def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> 
         "few_rows": FEW_ROWS,
         "panels": PANELS,
         "drawn_as_points": FEW,
-        "drawn_rounds": TASK_ROUNDS,
-        "drawn_clients": TASK_CLIENTS,
     }
 
 

@@ -139,9 +139,9 @@ def test_plots_of_a_private_run_show_rows_and_the_global_test(tmp_path: Path) ->
     finished = run(source_of({"name": "fedavg"}, RECORD), out=tmp_path / "run")
     summary, details = finished.summary, finished.directory.details()
 
-    legend = plot_labels(summary, details).legends[0].get_texts()
+    shown = plot_labels(summary, details).axes[0].get_yticklabels()
 
-    assert [text.get_text() for text in legend] == ["train", "validation", "test"]
+    assert [text.get_text() for text in shown] == ["train", "validation", "test"]
     picture = {"data": "", "width": 100}
     caption = render(
         "report_pictures.html", **report_facts(summary, details), pictures={"labels": picture}

@@ -22,8 +22,6 @@ PLOTS: dict[str, Callable[[Json, Sequence[Json], Json], Figure | None]] = {
     "labels": lambda summary, _, details: clients.plot_labels(summary, details),
     "communication": rounds.plot_communication,
     "time": rounds.plot_time,
-    "tasks": lambda _summary, records, _details: rounds.plot_tasks(records),
-    "staleness": lambda _summary, records, _details: rounds.plot_staleness(records),
     "privacy": lambda summary, records, _: rounds.plot_privacy(summary, records),
     "forecasts": lambda summary, _, details: scores.plot_forecasts(summary, details),
     "confusion": lambda summary, _, details: scores.plot_confusion(summary, details),
@@ -39,8 +37,8 @@ def draw_plots(run: RunDirectory, log: Callable[[str], None] | None = None) -> d
     """Draw the plots of a finished run.
 
     Plots that do not apply to the run are omitted: `communication` without exchanged bytes, `time`
-    and `tasks` without simulated time, `staleness` for synchronous runs, `privacy` without privacy,
-    `forecasts` without timestamps, `confusion` and `calibration` without classes.
+    without simulated time, `privacy` without privacy, `forecasts` without timestamps, `confusion`
+    and `calibration` without classes.
 
     Args:
         run: The finished run.

@@ -22,7 +22,6 @@ from hetero_fl.reporting.formatting import (
     local_test_rows,
     metric_name,
     selection_metric_of,
-    target_kind,
 )
 from hetero_fl.reporting.plots import style
 from hetero_fl.utils.text import pluralize
@@ -32,8 +31,11 @@ Json = dict[str, Any]
 FEW = 40
 """Maximum number of clients that are plotted with their ids."""
 
+MAX_COUNTED = 12
+"""Maximum number of clients whose numbers of rows are written into a heat map."""
+
 MAX_LABELS = 20
-"""Maximum number of labels that are plotted with their names."""
+"""Maximum number of labels in a heat map."""
 
 
 def plot_client_scores(summary: Json, details: Json) -> Figure:
@@ -169,164 +171,67 @@ def _scatter(rows: list[Json], pair: tuple[str, str], tested: dict[str, int], un
 
 
 def plot_labels(summary: Json, details: Json) -> Figure:
-    """Plot the label distribution of each client.
+    """Plot the fraction of each label in the training rows of each client as a heat map.
 
-    Up to 4 classes are shown as stacked bars, or as stacked areas for more than 40 clients. Up to
-    20 classes are shown as bubbles, or as a heat map for more than 40 clients. Of more than 20
-    classes, the 20 most frequent ones are shown as a heat map. Without classes or label counts, the
-    plot shows the number of rows in each split.
+    Of more than 20 labels, the 20 most frequent ones are shown. Without classes or label counts,
+    the heat map shows the number of rows in each split. The numbers of rows are written into the
+    cells for up to 12 clients.
 
     Args:
         summary: Content of `summary.json`.
         details: Content of `details.json`.
     """
     counts = details["label_counts"]
-    names = details["labels"]
     if is_regression(last_scores(summary)) or not counts:
-        return _plot_split_sizes(details["rows"])
-    table = np.array(list(counts.values()), dtype=float)
-    ids = list(counts)
+        splits = ["train", "validation", "test"]
+        ids = list(details["rows"])
+        rows = np.array([[details["rows"][client][split] for split in splits] for client in ids])
+        return _heat_map(ids, rows, rows, splits, "rows")
+    names = details["labels"]
+    table = np.array(list(counts.values()))
     share = table / np.maximum(table.sum(1, keepdims=True), 1)
-    if len(names) <= 4:
-        return _plot_few_labels(ids, table, share, tuple(names))
-    if len(names) <= MAX_LABELS and len(ids) <= FEW:
-        kind = "label" if target_kind(summary, details) == "multilabel" else "class"
-        return _bubbles(ids, table, names, kind)
-    if len(names) <= MAX_LABELS:
-        return _label_heat_map(ids, share, names)
-    most = np.argsort(-table.sum(0), kind="stable")[:MAX_LABELS]
-    figure = _label_heat_map(ids, share[:, most], [names[c] for c in most])
-    figure.axes[0].set_title(f"The {MAX_LABELS} most frequent of {len(names)} labels")
-    return figure
-
-
-def _plot_split_sizes(rows: dict[str, dict[str, int]]) -> Figure:
-    splits = ("train", "validation", "test")
-    table = np.array([[counts[split] for split in splits] for counts in rows.values()], dtype=float)
-    if len(table) <= FEW:
-        return _stacked_bars(list(rows), table, splits, "rows")
-    order = np.argsort(-table.sum(1), kind="stable")
-    return _stacked_areas(table, splits, "rows", order, "largest first")
-
-
-def _plot_few_labels(
-    ids: list[str], table: np.ndarray, share: np.ndarray, names: tuple[str, ...]
-) -> Figure:
-    if len(ids) <= FEW:
-        return _stacked_bars(ids, table, names, "training rows")
-    order = np.lexsort(share.T[::-1])
+    kept = np.arange(len(names))
+    if len(names) > MAX_LABELS:
+        kept = np.argsort(-table.sum(0), kind="stable")[:MAX_LABELS]
+    shown = [names[label] for label in kept]
     unit = "fraction of the client's training rows"
-    return _stacked_areas(share, names, unit, order, f"ordered by their fraction of {names[0]}")
-
-
-def _stacked_bars(ids: list[str], table: np.ndarray, names: tuple[str, ...], unit: str) -> Figure:
-    figure = style.figure(1.35 + 0.24 * len(ids))
-    axes = figure.subplots()
-    positions = np.arange(len(ids))
-    start = np.cumsum(table, 1) - table
-    min_labeled = 0.05 * table.sum(1).max()
-    for c, name in enumerate(names):
-        axes.barh(
-            positions,
-            table[:, c],
-            0.72,
-            left=start[:, c],
-            color=style.CATEGORIES[c],
-            label=style.shorten(name, 20),
-        )
-        for row, (count, left) in enumerate(zip(table[:, c], start[:, c], strict=True)):
-            if count > min_labeled:
-                axes.text(
-                    left + count / 2, row, f"{count:.0f}", ha="center", va="center", fontsize=7.5
-                )
-    axes.set_yticks(positions, [style.shorten(i) for i in ids])
-    axes.set(ylim=(len(ids) - 0.4, -0.6), xlabel=unit)
-    axes.grid(axis="y", visible=False)
-    figure.legend(loc="outside lower center", ncols=len(names))
+    figure = _heat_map(list(counts), table[:, kept], share[:, kept], shown, unit)
+    if len(names) > MAX_LABELS:
+        figure.axes[0].set_title(f"The {MAX_LABELS} most frequent of {len(names)} labels")
     return figure
 
 
-def _stacked_areas(
-    table: np.ndarray, names: tuple[str, ...], unit: str, order: np.ndarray, order_text: str
+def _heat_map(
+    ids: list[str], counts: np.ndarray, shades: np.ndarray, names: list[str], unit: str
 ) -> Figure:
-    figure = style.figure(3.0)
-    axes = figure.subplots()
-    edges = np.arange(len(table) + 1) - 0.5
-    top = np.cumsum(table[order], 1)
-    for c, name in enumerate(names):
-        base = top[:, c - 1] if c else 0.0
-        axes.stairs(
-            top[:, c],
-            edges,
-            baseline=base,
-            fill=True,
-            color=style.CATEGORIES[c],
-            label=style.shorten(name, 20),
-            linewidth=0,
-        )
-    axes.set(
-        xlabel=f"{pluralize(len(table), 'client')}, {order_text}",
-        ylabel=unit,
-        xlim=(edges[0], edges[-1]),
-        ylim=(0, top.max()),
-        xticks=[],
-    )
-    figure.legend(loc="outside lower center", ncols=len(names))
-    return figure
+    """Draw a heat map with a column for each client.
 
-
-def _bubbles(ids: list[str], table: np.ndarray, names: list[str], kind: str) -> Figure:
-    clients, classes = table.shape
-    figure = style.figure(1.15 + 0.29 * clients)
-    axes = figure.subplots()
-    rows, columns = np.nonzero(table)
-    area = 330 * table[rows, columns] / table.max()
-    axes.scatter(
-        columns, rows, s=area, color=style.CATEGORIES[3], alpha=0.8, linewidth=0, clip_on=False
-    )
-    if table.size <= 150:
-        for row, column, bubble in zip(rows, columns, area, strict=True):
-            axes.annotate(
-                f"{table[row, column]:.0f}",
-                (column, row),
-                xytext=((bubble / np.pi) ** 0.5 + 2.5, 0),
-                textcoords="offset points",
-                ha="left",
-                va="center",
-                fontsize=style.MIN_FONT_SIZE,
-                color=style.GREY,
-            )
-    labels = [style.shorten(name, 12) for name in names]
-    slant = style.SLANTED if sum(map(len, labels)) > 75 else {}
-    axes.set_xticks(range(classes), labels, **slant)
-    axes.set_yticks(range(clients), [style.shorten(i) for i in ids])
-    style.remove_axes(axes)
-    axes.grid(True)
-    axes.set(
-        xlim=(-0.5, classes - 0.3),
-        ylim=(clients - 0.4, -0.6),
-        title=f"Number of training rows by {kind}",
-        xlabel=kind,
-    )
-    return figure
-
-
-def _label_heat_map(ids: list[str], share: np.ndarray, names: list[str]) -> Figure:
-    clients, classes = share.shape
+    Args:
+        ids: Ids of the clients.
+        counts: Numbers of rows, shape `[clients, names]`.
+        shades: Values that the colors show, of the same shape.
+        names: Names of the rows of the heat map.
+        unit: Label of the color bar.
+    """
+    clients = len(ids)
     # Neighboring clients have the same most frequent label, which makes the label skew visible.
-    order = np.lexsort((-share.max(1), share.argmax(1)))
-    figure = style.figure(4.4)
+    order = np.lexsort((-shades.max(1), shades.argmax(1)))
+    figure = style.figure(1.6 + 0.14 * max(8, len(names)))
     axes = figure.subplots()
     image = axes.imshow(
-        share[order].T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest"
+        shades[order].T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest"
     )
     style.remove_axes(axes)
-    axes.set_yticks(range(classes), [style.shorten(name, 14) for name in names])
+    axes.set_yticks(range(len(names)), [style.shorten(name, 14) for name in names])
     if clients <= FEW:
         axes.set_xticks(range(clients), [style.shorten(ids[i], 14) for i in order], rotation=90)
     else:
-        axes.set(xticks=[], xlabel=f"{pluralize(clients, 'client')}, ordered by main label")
-    label = "fraction of the client's training rows"
-    bar = style.add_colorbar(figure, image, axes, label, pad=0.01, aspect=30)
+        axes.set(xticks=[], xlabel=f"{pluralize(clients, 'client')}, similar ones side by side")
+    if clients <= MAX_COUNTED:
+        depth = np.asarray(image.norm(shades[order]))
+        for (column, row), count in np.ndenumerate(counts[order]):
+            color = style.text_color(depth[column, row])
+            axes.text(column, row, f"{count}", ha="center", va="center", fontsize=7.5, color=color)
+    bar = style.add_colorbar(figure, image, axes, unit, pad=0.01, aspect=30)
     bar.yaxis.set_major_locator(style.ticks())
     return figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -27,7 +26,6 @@ from hetero_fl.reporting.formatting import (
     time_unit,
 )
 from hetero_fl.reporting.plots import style
-from hetero_fl.utils.ordering import natural_order
 
 Json = dict[str, Any]
 
@@ -252,12 +250,6 @@ OUTCOMES = {
     "failed": style.CATEGORIES[2],
 }
 
-TASK_CLIENTS = 30
-"""Maximum number of clients in the plot of tasks."""
-
-TASK_ROUNDS = 15
-"""Maximum number of rounds in the plot of tasks."""
-
 
 def timed_records(records: Sequence[Json]) -> list[Json]:
     """Return the records with simulated time, or an empty list if no simulated time passed."""
@@ -335,80 +327,3 @@ def _outcome_handles(records: Sequence[Json]) -> list[Patch | Line2D]:
         }
         marks.append(Line2D([], [], label="too few uploads: no update", **cross))
     return marks
-
-
-def plot_tasks(records: Sequence[Json]) -> Figure | None:
-    """Plot a Gantt chart of client tasks against simulated time.
-
-    The chart shows the first 15 rounds and the 30 clients with the most tasks in these rounds.
-
-    Returns:
-        The figure, or None for runs without simulated time.
-    """
-    timed = timed_records(records)[:TASK_ROUNDS]
-    tasks = [task for record in timed for task in record["tasks"]]
-    if not tasks:
-        return None
-    num_tasks = Counter(client for client, *_ in tasks)
-    ids = [client_id for client_id, _ in num_tasks.most_common(TASK_CLIENTS)]
-    row_of = {client_id: row for row, client_id in enumerate(natural_order(ids))}
-    factor, unit = time_unit(timed[-1]["simulated"]["end"])
-    figure = style.figure(1.1 + 0.16 * max(4, len(ids)))
-    axes = figure.subplots()
-    for outcome, color in OUTCOMES.items():
-        bars = [
-            (row_of[client], start / factor, end / factor)
-            for client, start, end, task_outcome in tasks
-            if client in row_of and task_outcome == outcome
-        ]
-        rows, starts, stops = np.array(bars).reshape(-1, 3).T
-        look: dict[str, Any] = {"color": color, "edgecolor": "white", "linewidth": 0.2}
-        axes.barh(rows, stops - starts, 0.7, left=starts, **look)
-    ends: dict[str, Any] = {"color": style.GREY, "linewidth": 0.6, "linestyle": (0, (2, 2))}
-    for record in timed:
-        axes.axvline(record["simulated"]["end"] / factor, zorder=0, **ends)
-    labels = [style.shorten(client_id) for client_id in row_of]
-    axes.set_yticks(range(len(row_of)), labels, fontsize=style.MIN_FONT_SIZE)
-    axes.set(
-        xlim=(0, 1.01 * timed[-1]["simulated"]["end"] / factor),
-        ylim=(len(row_of) - 0.4, -0.6),
-        xlabel=f"simulated {unit}",
-    )
-    axes.grid(visible=False)
-    figure.legend(
-        handles=[
-            *_outcome_handles([{**r, "skipped": False} for r in timed]),
-            Line2D([], [], label="end of a round", **ends),
-        ],
-        loc="outside lower center",
-        ncols=4,
-    )
-    return figure
-
-
-def plot_staleness(records: Sequence[Json]) -> Figure | None:
-    """Plot a histogram of upload staleness.
-
-    Returns:
-        The figure, or None for synchronous runs.
-    """
-    counts = Counter[int]()
-    for record in records:
-        counts.update(
-            {int(staleness): count for staleness, count in record.get("staleness", {}).items()}
-        )
-    if not counts:
-        return None
-    figure = style.figure(2.6, style.COLUMN)
-    axes = figure.subplots()
-    mean = sum(staleness * count for staleness, count in counts.items()) / counts.total()
-    axes.bar(list(counts), list(counts.values()), 0.9, color=style.CATEGORIES[0], linewidth=0)
-    axes.axvline(
-        mean, color=style.INK, linewidth=0.9, linestyle=(0, (4, 2)), label=f"mean {mean:.1f}"
-    )
-    axes.set(xlabel="server versions since the start of the task", ylabel="aggregated uploads")
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.grid(axis="x", visible=False)
-    axes.legend(frameon=False)
-    return figure

@@ -38,12 +38,10 @@ ALL = "all clients"
 def plot_confusion(summary: Json, details: Json) -> Figure | None:
     """Plot confusion matrices after the last round, normalized by true class.
 
-    For up to 6 clients, the figure shows a matrix for the local test of each client, labeled with
-    the number n of test rows, above a matrix for the global test. For up to 12 clients, the figure
-    shows a matrix for the global test of each client. With more clients, the figure shows a matrix
-    for all clients together and the matrices of the 11 clients with the lowest scores. Without a
-    global test, the local test is used. For multilabel tasks, the figure shows a matrix for each of
-    the first 16 labels, for all clients together.
+    For up to 12 clients, the figure shows a matrix for the global test of each client. With more
+    clients, it shows a matrix for all clients together and the matrices of the 11 clients with the
+    lowest scores. Without a global test, the local test is used. For multilabel tasks, the figure
+    shows a matrix for each of the first 16 labels, for all clients together.
 
     Args:
         summary: Content of `summary.json`.
@@ -53,29 +51,17 @@ def plot_confusion(summary: Json, details: Json) -> Figure | None:
         The figure, or None for tasks without classes.
     """
     by_client = _order_clients(details["confusion"], summary)
-    local_test = _confusion_matrices(by_client, "personal")
-    global_test = _confusion_matrices(by_client, "global")
-    names = details["labels"]
-    if not global_test and not local_test:
-        return None
-    total = np.sum(list((global_test or local_test).values()), axis=0)
-    if total.ndim == 3:
-        panels = [
-            (name, "", matrix) for name, matrix in zip(names[:MAX_LABELS], total, strict=False)
-        ]
-        return _matrices(panels, ["absent", "present"], 4, 1.35)
-    if len(by_client) > 6:
-        shown = _with_all(global_test or local_test, summary, details, np.add)
-        return _matrices([(name, "", matrix) for name, matrix in shown.items()], names, 4, 1.35)
-    # Large matrices or long names do not fit six times in a row.
-    is_wide = len(names) > 4 or max(map(len, names)) > 11
-    columns = -(-len(by_client) // 2) if is_wide and len(by_client) > 3 else len(by_client)
-    wide_side = 1.35 if len(names) <= 4 else 1.75
-    side = 1.0 if columns > 4 else wide_side
-    panels = _panels_by_client(
-        list(by_client), local_test, global_test, num_rows=local_test_rows(details), columns=columns
+    matrices = _confusion_matrices(by_client, "global") or _confusion_matrices(
+        by_client, "personal"
     )
-    return _matrices(panels, names, columns, side)
+    if not matrices:
+        return None
+    names = details["labels"]
+    total = np.sum(list(matrices.values()), axis=0)
+    if total.ndim == 3:
+        by_label = dict(zip(names[:MAX_LABELS], total, strict=False))
+        return _matrices(by_label, ["absent", "present"])
+    return _matrices(_with_all(matrices, summary, details, np.add), names)
 
 
 def _confusion_matrices(by_client: Mapping[str, Json], test: str) -> dict[str, np.ndarray]:
@@ -87,69 +73,17 @@ def _confusion_matrices(by_client: Mapping[str, Json], test: str) -> dict[str, n
     }
 
 
-def _panels_by_client(
-    ids: list[str],
-    local_test: Mapping[str, np.ndarray],
-    global_test: Mapping[str, np.ndarray],
-    *,
-    num_rows: Mapping[str, int],
-    columns: int,
-) -> list[Panel]:
-    """Return the panels row by row, with alternate rows for the local and the global test.
-
-    Args:
-        ids: Ids of the clients.
-        local_test: Confusion matrices on the local test, keyed by client id.
-        global_test: Confusion matrices on the global test, keyed by client id.
-        num_rows: Numbers of local test rows, keyed by client id.
-        columns: Number of panels in a row.
-    """
-    # Titles of narrow panels must be short.
-    count = "n" if columns > 4 else "local test n"
-    panels: list[Panel] = []
-    for first in range(0, len(ids), columns):
-        block = ids[first : first + columns]
-        padding = [NO_PANEL] * (columns - len(block))
-        if local_test:
-            for client_id in block:
-                title = f"{client_id}\n{count} = {num_rows[client_id]}"
-                panels.append((title, TEST_NAMES["personal"], local_test.get(client_id)))
-            panels += padding
-        if global_test:
-            for client_id in block:
-                title = "" if local_test else client_id
-                panels.append((title, TEST_NAMES["global"], global_test.get(client_id)))
-            panels += padding
-    return panels
-
-
-Panel = tuple[str, str, "np.ndarray | None"]
-"""Title of one or two lines, label to the left of the row, and counts `[true, predicted]`.
-
-The counts are None for a client without test rows.
-"""
-
-NO_PANEL: Panel = ("", "", None)
-"""Placeholder with hidden axes that fills the last row of a grid."""
-
-
-def _matrices(panels: list[Panel], names: Sequence[str], columns: int, side: float) -> Figure:
-    figure, grid = _grid(len(panels), columns, side, between=0.3, around=1.0)
-    narrow = side < 1.2
-    for index, (axes, (full_title, row_label, matrix)) in enumerate(zip(grid, panels, strict=True)):
-        if panels[index] == NO_PANEL:
-            axes.set_visible(False)
-            continue
+def _matrices(panels: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
+    """Draw a panel for each matrix of counts `[true, predicted]`, keyed by title."""
+    columns = min(4, len(panels))
+    figure, grid = _grid(len(panels), columns, 1.35, between=0.3, around=1.0)
+    for index, (axes, (title, matrix)) in enumerate(zip(grid, panels.items(), strict=True)):
         left = index % columns == 0
-        below = index + columns >= len(panels) or panels[index + columns] == NO_PANEL
-        name, *more = full_title.split("\n")
-        # The number of characters that fit the width of a panel.
-        length = 14 if side < 1.5 else 18
-        title = "\n".join([style.shorten(name, length), *more])
-        axes.set_title(title, fontsize=7 if narrow else 8, loc="center")
+        below = index + columns >= len(panels)
+        axes.set_title(style.shorten(title, 14), fontsize=8, loc="center")
         _matrix(axes, matrix, names, left=left, below=below)
         if left:
-            axes.set_ylabel(f"{row_label}\ntrue class" if row_label else "true class", fontsize=8)
+            axes.set_ylabel("true class", fontsize=8)
         if below:
             axes.set_xlabel("predicted class", fontsize=8)
     size = {"fraction": 0.03, "pad": 0.015, "aspect": 30}
@@ -185,22 +119,16 @@ def _grid(
 
 
 def _matrix(
-    axes: Axes, matrix: np.ndarray | None, names: Sequence[str], *, left: bool, below: bool
+    axes: Axes, matrix: np.ndarray, names: Sequence[str], *, left: bool, below: bool
 ) -> None:
     classes = len(names)
-    has_rows = matrix is not None
-    if matrix is None:
-        # NaN is drawn as transparent.
-        matrix = np.full((classes, classes), np.nan)
-        look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": style.MIN_FONT_SIZE}
-        axes.text(0.5, 0.5, "no test rows", transform=axes.transAxes, **look)
     totals = matrix.sum(1, keepdims=True)
     # The share is NaN for classes without test rows, so that they do not look like 0%.
     share = np.where(totals > 0, matrix / np.maximum(totals, 1), np.nan)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     style.remove_axes(axes)
     axes.set_facecolor(style.NO_DATA)
-    if classes <= 4 and has_rows:
+    if classes <= 4:
         for row, column in np.ndindex(classes, classes):
             is_known = np.isfinite(share[row, column])
             text = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -14,7 +14,6 @@ from matplotlib.text import Text
 
 from hetero_fl.reporting.plots import clients as client_plots, rounds, scores, style
 from hetero_fl.reporting.run_directory import RunDirectory
-from tests.support.figures import drawn
 
 LONG = "university_hospital_of_north_rhine_"
 
@@ -97,24 +96,6 @@ def test_labels_do_not_overlap(
             boxes.append(("the color bar", bar.get_window_extent()))
         for (first, a), (second, b) in combinations(boxes, 2):
             assert not a.overlaps(b), (name, first, second)
-
-
-def test_headings_of_confusion_matrices_do_not_overlap(
-    made_run: Callable[..., RunDirectory],
-) -> None:
-    run = made_run(clients=6, classes=2, kind="binary", rounds=1)
-    details = run.details()
-    details["rows"] = {client: {**rows, "test": 100} for client, rows in details["rows"].items()}
-    figure = drawn(scores.plot_confusion, run.summary(), details)
-
-    texts(figure)
-    headings = [
-        axes.title.get_window_extent() for axes in figure.axes if axes.get_title(loc="center")
-    ]
-
-    assert len(headings) == 6
-    gaps = [right.x0 - left.x1 for left, right in pairwise(headings)]
-    assert min(gaps) > 0.1 * figure.dpi
 
 
 def test_similar_method_names_stay_distinct() -> None:

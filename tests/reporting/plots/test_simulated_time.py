@@ -49,33 +49,26 @@ def timed(run: RunDirectory, each: float = 40.0) -> RunDirectory:
 def test_run_in_simulated_time_has_plots_and_report(made_run: MakeRun, clients: int) -> None:
     run = timed(made_run(clients=clients, rounds=20))
     names = [path.stem for path in write_plots(run.path)]
-    assert names[names.index("communication") + 1 : names.index("confusion")] == ["time", "tasks"]
+    assert names[names.index("communication") + 1 : names.index("confusion")] == ["time"]
     text = write_report(run.path).read_text()
     assert "Simulated time" in text and "13 min 20 s" in text and "1 round with too few" in text
-    assert "Tasks of each client" in text and "Clients dropped in" not in text
+    assert "Clients dropped in" not in text
     assert f"{20 * clients:,} invited" in text
 
 
-def test_timeline_shows_the_recorded_tasks(made_run: MakeRun) -> None:
+def test_plot_over_time_counts_invited_clients(made_run: MakeRun) -> None:
     run = timed(made_run(clients=60, rounds=20), each=7200.0)
     summary, records, details = run.summary(), run.metrics(), run.details()
-    gantt = drawn(rounds.plot_tasks, records)
     both = drawn(rounds.plot_time, summary, records, details)
-    (axes,) = gantt.axes
-    assert (
-        len(axes.get_yticks()) == rounds.TASK_CLIENTS
-        and len(axes.patches) == rounds.TASK_CLIENTS * rounds.TASK_ROUNDS
-    )
-    assert axes.get_xlabel() == "simulated hours"
+    assert both.axes[0].get_xlabel() == "simulated hours"
     assert sum(bar.get_height() for bar in both.axes[1].patches) == 20 * 60
     assert both.axes[0].lines[0].get_xdata()[-1] == pytest.approx(40)
 
 
 @pytest.mark.slow
-def test_no_timeline_without_simulated_time(made_run: MakeRun) -> None:
+def test_no_plot_over_time_without_simulated_time(made_run: MakeRun) -> None:
     run = made_run(rounds=2)
     assert rounds.plot_time(run.summary(), run.metrics(), run.details()) is None
-    assert rounds.plot_tasks(run.metrics()) is None
     assert "Simulated time" not in write_report(run.path).read_text()
 
 

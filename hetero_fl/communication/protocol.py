@@ -46,7 +46,6 @@ class Message:
             request. The client's random draws are seeded with `round_idx` and `attempt`.
         attempt: Number of earlier requests to the client with the same `round_idx`, which is
             greater than 0 only in asynchronous runs.
-        step_share: Fraction of the local training steps that the client computes.
         checksum: SHA-256 digest of `body` at the sender, which does not count as traffic. If None,
             `is_intact` is always True.
     """
@@ -55,7 +54,6 @@ class Message:
     content: Content
     round_idx: int = 0
     attempt: int = 0
-    step_share: float = 1.0
     checksum: bytes | None = None
 
     @property

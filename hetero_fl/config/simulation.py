@@ -196,7 +196,10 @@ class CohortConfig(ConfigSection):
     """
 
     _dropped = {
-        "attempts": Dropped("'attempts' was removed, as rounds are not repeated", default=10)
+        "attempts": Dropped("'attempts' was removed, as rounds are not repeated", default=10),
+        "partial_work": Dropped(
+            "'partial_work' was removed; set fewer steps for slow clients", default=False
+        ),
     }
 
     sampling: choice_type(  # type: ignore[valid-type]
@@ -216,10 +219,6 @@ class CohortConfig(ConfigSection):
         None,
         description="maximum duration of a round in seconds, simulated or, with real clients, "
         "wall-clock; `null`: wait for all clients",
-    )
-    partial_work: bool = Field(
-        False,
-        description="clients that would miss the deadline train fewer steps and arrive in time",
     )
     least: PositiveInt = Field(1, description="minimum number of uploads for an aggregation")
     too_few: (
@@ -245,10 +244,3 @@ class CohortConfig(ConfigSection):
         if per_round is None:
             return clients
         return min(clients, math.ceil(self.over_selection * per_round - 1e-9))
-
-    @model_validator(mode="after")
-    def _check_deadline(self) -> CohortConfig:
-        """Check that partial work is combined with a deadline."""
-        if self.partial_work and self.deadline is None:
-            raise ValueError("partial_work=true requires deadline; set it in simulated seconds")
-        return self

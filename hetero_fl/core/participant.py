@@ -315,8 +315,6 @@ class Participant:
         common: Prefixes of the names of tensors that are averaged across architectures.
         state: Private state that the method keeps between rounds.
         round_context: The current round of the run.
-        step_share: Fraction of the local optimizer steps that a simulated device completes before
-            the deadline.
         stream_uses: Index of the last use of each random stream in this round, keyed by label.
         logged: Values that the participant logged in this round, keyed by name.
 
@@ -361,7 +359,6 @@ class Participant:
     common: tuple[str, ...] = ()
     state: dict[str, Any] = field(default_factory=dict)
     round_context: RoundContext = RoundContext()
-    step_share: float = 1.0
     stream_uses: dict[str, int] = field(default_factory=dict)
     logged: dict[str, float] = field(default_factory=dict)
 

@@ -543,7 +543,6 @@ class Node:
             envelope.body,
             head_value(head, "round", int),
             head_value(head, "again", int),
-            head_value(head, "work", float),
         )
         digest = task_digest(kind, request, base)
         self._line |= {

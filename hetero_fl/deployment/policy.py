@@ -290,7 +290,6 @@ def task_digest(kind: str, request: Message, base: str) -> bytes:
         request.kind,
         request.round_idx,
         request.attempt,
-        float(request.step_share).hex(),
         base,
         body,
     )
@@ -381,12 +380,8 @@ class Policy:
                 "not part of this run",
                 "policy: rounds",
             )
-        if not 0 < request.step_share <= 1:
-            raise RequestRefusedError(
-                f"work: must be > 0 and <= 1 (a share of the steps), got {request.step_share:g}"
-            )
         if kind == "read":
-            self._check_length(lambda: self._dry_run_evaluation(request), 1.0)
+            self._check_length(lambda: self._dry_run_evaluation(request))
             return []
         kinds = self.protocol.requests
         if request.kind not in kinds:
@@ -405,20 +400,16 @@ class Policy:
                 "policy: rounds",
             )
         charges: list[PrivacyCharge] = []
-        self._check_length(
-            lambda: charges.extend(self._dry_run_training(request)),
-            request.step_share,
-        )
+        self._check_length(lambda: charges.extend(self._dry_run_training(request)))
         return (
             [] if self.allows.privacy is None else self._check_budget(charges, self.allows.privacy)
         )
 
-    def _check_length(self, dry_run: Callable[[], object], work: float) -> None:
+    def _check_length(self, dry_run: Callable[[], object]) -> None:
         """Check the number of training steps and epochs of a task if the site limits them.
 
         Args:
             dry_run: Function that runs the plan of the task on the step counter.
-            work: Requested share of the training steps.
 
         Raises:
             RequestRefusedError: If a limit is exceeded or the dry run fails.
@@ -436,8 +427,8 @@ class Policy:
             raise RequestRefusedError(
                 f"broadcast: cannot be processed ({type(error).__name__}: {error})"
             ) from None
-        check_limit("epochs of this task", round(counter.epochs * work, 3), "epochs", allows.epochs)
-        check_limit("steps of this task", int(counter.steps * work), "steps", allows.steps)
+        check_limit("epochs of this task", round(counter.epochs, 3), "epochs", allows.epochs)
+        check_limit("steps of this task", counter.steps, "steps", allows.steps)
 
     @cached_property
     def _max_versions(self) -> int:

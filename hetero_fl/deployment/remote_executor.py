@@ -185,7 +185,6 @@ class NodeExecutor(RemoteExecutor):
             about: Head = {
                 "round": request.round_idx,
                 "again": request.attempt,
-                "work": request.step_share,
                 "what": request.kind,
             }
             return self._task(client, "answer", request, nonce=nonce, about=about)
@@ -200,7 +199,6 @@ class NodeExecutor(RemoteExecutor):
             about: Head = {
                 "round": round_idx,
                 "again": 0,
-                "work": 1.0,
                 "what": "read",
                 "details": details,
             }

@@ -27,9 +27,7 @@ MASK = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
 
 
-def index_batches(
-    n: int, fit: Fit, stream: tuple[Key, ...], step_share: float = 1.0
-) -> list[Tensor]:
+def index_batches(n: int, fit: Fit, stream: tuple[Key, ...]) -> list[Tensor]:
     """Return the row indices of each step, shape `[B]` each.
 
     With `fit.epochs`, each epoch is a permutation of the rows, split into batches. A last batch of
@@ -40,7 +38,6 @@ def index_batches(
         n: Number of rows.
         fit: The fit, which specifies the batch size and the number of epochs or steps.
         stream: Stream of the random permutations.
-        step_share: Fraction of the steps to compute. At least one step is computed.
     """
     size = min(fit.batch_size, n)
     if fit.steps is None:
@@ -50,8 +47,8 @@ def index_batches(
             if len(cut) > 1 and len(cut[-1]) == 1:
                 cut[-2:] = [torch.cat(cut[-2:])]
             batches += cut
-        return batches[: max(1, int(len(batches) * step_share))]
-    total = max(1, int(fit.steps * step_share))
+        return batches
+    total = max(1, fit.steps)
     epochs = -(-total * size // n)
     order = torch.cat(
         [torch.randperm(n, generator=keyed_generator(*stream, e)) for e in range(epochs)]
@@ -59,33 +56,20 @@ def index_batches(
     return list(order[: total * size].split(size))
 
 
-def step_count(n: int, fit: Fit, step_share: float = 1.0) -> int:
+def step_count(n: int, fit: Fit) -> int:
     """Return the number of batches that `index_batches` returns, without drawing batches.
 
     Args:
         n: Number of rows.
         fit: The fit, which specifies the batch size and the number of epochs or steps.
-        step_share: Fraction of the steps to compute. At least one step is computed.
     """
-    return max(1, int(full_step_count(n, fit.batch_size, fit.epochs, fit.steps) * step_share))
-
-
-def full_step_count(n: int, batch_size: int, epochs: int, steps: int | None) -> int:
-    """Return the number of steps of a complete fit.
-
-    Args:
-        n: Number of rows.
-        batch_size: Number of examples per step.
-        epochs: Number of passes over the rows. Ignored if `steps` is not None.
-        steps: Number of steps. If None, the number of steps follows from `epochs`.
-    """
-    if steps is not None:
-        return steps
-    size = min(batch_size, n)
+    if fit.steps is not None:
+        return max(1, fit.steps)
+    size = min(fit.batch_size, n)
     each = -(-n // size)
     if each > 1 and n - (each - 1) * size == 1:
         each -= 1
-    return epochs * each
+    return fit.epochs * each
 
 
 class Batches:
@@ -114,18 +98,16 @@ class Batches:
         if isinstance(fit.data, SampledBatches):
             if fit.steps is None:
                 raise ValueError("Fit.steps: required if data is SampledBatches, got None")
-            self.count = step_count(fit.data.size, fit, participant.step_share)
+            self.count = step_count(fit.data.size, fit)
             self.examples = self.count * fit.data.size
             return
         self.source = fit.data.columns(participant)
-        self.indices = self._draw_indices(
-            len(next(iter(self.source.values()))), participant.step_share
-        )
+        self.indices = self._draw_indices(len(next(iter(self.source.values()))))
         self.count = len(self.indices)
         self.examples = sum(map(len, self.indices))
 
-    def _draw_indices(self, n: int, step_share: float) -> list[Tensor]:
-        return index_batches(n, self.fit, self.stream, step_share)
+    def _draw_indices(self, n: int) -> list[Tensor]:
+        return index_batches(n, self.fit, self.stream)
 
     @cached_property
     def columns(self) -> Columns:

@@ -366,7 +366,7 @@ def vectorization_key(participant: Participant, step: Fit | OutputStep) -> Any:
         (k, *((n, float(v) if n == "step" else None) for n, v in s.items()))
         for k, s in kept.items()
     )
-    count = step_count(rows, step, participant.step_share) if step.anneal else None
+    count = step_count(rows, step) if step.anneal else None
     plain = [
         getattr(step, name)
         for name in ("epochs", "steps", "batch_size", "optimizer", "augment", "anneal")

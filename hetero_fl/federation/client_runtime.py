@@ -295,7 +295,6 @@ class ClientRuntime:
             clients[client_id] = self.federation.client(
                 client_id, self.store.get(client_id), request.round_idx, request.attempt
             )
-            clients[client_id].step_share = request.step_share
         # In the order of rounds, because the cache drops the messages of other rounds.
         received = {
             c: self.broadcast_cache.get(requests[c].round_idx, training[c].broadcast)

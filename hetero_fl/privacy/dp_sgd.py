@@ -51,15 +51,12 @@ MEMORY = 64 * 2**20
 ROW_KEY_STRIDE = 0x85EBCA6B
 
 
-def sampling_plan(
-    n: int, fit: Fit, work: float = 1.0, rate: float | None = None
-) -> tuple[float, int]:
+def sampling_plan(n: int, fit: Fit, rate: float | None = None) -> tuple[float, int]:
     """Return the sampling rate and the number of steps of a private fit.
 
     Args:
         n: Number of rows.
         fit: Settings of the fit. An epoch consists of round(1 / rate) training steps.
-        work: Share of the training steps that is run. Default: 1.
         rate: Sampling rate. If None, the batch size divided by `n` is used.
 
     Returns:
@@ -74,7 +71,7 @@ def sampling_plan(
     """
     rate = rate or min(fit.batch_size, n) / n
     steps = fit.steps if fit.steps is not None else fit.epochs * round(1 / rate)
-    return rate, max(1, int(steps * work))
+    return rate, max(1, steps)
 
 
 class PoissonBatches(Batches):
@@ -102,8 +99,8 @@ class PoissonBatches(Batches):
         super().__init__(participant, fit, memory)
         self.examples = round(self.expected * self.count)
 
-    def _draw_indices(self, n: int, work: float) -> list[Tensor]:
-        rate, steps = sampling_plan(n, self.fit, work, self.rate)
+    def _draw_indices(self, n: int) -> list[Tensor]:
+        rate, steps = sampling_plan(n, self.fit, self.rate)
         self.expected = rate * n
         stream = self.noise.stream(*self.stream, "sample")
         return [(stream.uniform(n) < rate).nonzero().squeeze(1) for _ in range(steps)]
@@ -357,7 +354,7 @@ def step_charge(participant: Participant, step: Step, privacy: PrivacyConfig) ->
     assert isinstance(step.data, Rows)
     n = len(next(iter(step.data.columns(participant).values())))
     if isinstance(step, Fit):
-        rate, steps = sampling_plan(n, step, participant.step_share, privacy.sample_rate)
+        rate, steps = sampling_plan(n, step, privacy.sample_rate)
         return PrivacyCharge(rate, steps)
     if isinstance(step, ClassSums):
         return PrivacyCharge(1.0, scale=privacy.statistics_noise)

@@ -266,7 +266,6 @@ def test_repeated_task_is_answered_only_if_unchanged(
     for change in (
         {"body": session.requests["train"].body + b" "},
         {"round": 0},
-        {"work": 0.5},
         {"base": "a" * 64},
     ):
         assert session.refusal_reason("train", **change).endswith(
@@ -283,8 +282,6 @@ def test_expired_task_is_refused(session: NodeSession) -> None:
 @each_case(
     ("head", "expected"),
     [
-        ({"work": 100.0}, "work: must be > 0 and <= 1 (a share of the steps), got 100"),
-        ({"work": float("nan")}, "work: must be > 0 and <= 1 (a share of the steps), got nan"),
         ({"round": 3}, "round 4 of 2"),
         ({"round": 2}, "round 3 of 2"),
         ({"round": -1}, "round 0 of 2"),

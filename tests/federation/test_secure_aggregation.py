@@ -358,7 +358,7 @@ def test_too_many_dropouts_abandon_the_sum() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "policy",
-    [{}, {"deadline": 1.5}, {"deadline": 1.5, "partial_work": True}, {"over_selection": 1.4}],
+    [{}, {"deadline": 1.5}, {"over_selection": 1.4}],
 )
 def test_counts_add_up_for_every_policy(
     policy: dict[str, Any],

@@ -228,7 +228,7 @@ def test_accounting_of_sampling_matches_opacus() -> None:
     fit = Fit({"model": None}, Supervised(), batch_size=32, epochs=2)
     assert sampling_plan(110, fit) == (32 / 110, 2 * 3)
     assert sampling_plan(20, fit) == (1.0, 2)
-    assert sampling_plan(110, replace(fit, steps=5), work=0.5) == (32 / 110, 2)
+    assert sampling_plan(110, replace(fit, steps=5)) == (32 / 110, 5)
 
 
 def test_deployment_noise_depends_only_on_the_secret() -> None:

@@ -49,14 +49,7 @@ class ScriptedTiming(Timing):
         self.seconds = seconds
 
     def task_times(
-        self,
-        client_id: str,
-        down_bytes: int,
-        up_bytes: int,
-        at: float,
-        task: int,
-        *,
-        step_share: float = 1.0,
+        self, client_id: str, down_bytes: int, up_bytes: int, at: float, task: int
     ) -> TaskTimes:
         return TaskTimes(at, at, at, at + self.seconds(client_id, task))
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from hetero_fl.config.simulation import AvailabilityConfig, DevicesConfig, QuantityConfig
-from hetero_fl.core.participant import ClientInfo
-from hetero_fl.engine.batches import full_step_count
 from hetero_fl.engine.templates import training_flops as operations
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.utils.seeding import Key, stream_key
@@ -95,21 +93,6 @@ class Device:
                         return begin + busy + days * self.day
                     busy -= until - begin
             midnight += self.day
-
-    def online_seconds(self, at: float, end: float) -> float:
-        """Return the number of seconds from `at` to `end` in which the device is online.
-
-        The result is 0 if `end` is before `at`.
-        """
-        if not self.online:
-            return max(0.0, end - at)
-        return max(0.0, self._online_before(end) - self._online_before(at))
-
-    def _online_before(self, at: float) -> float:
-        days, rest = divmod(at, self.day)
-        return days * sum(e - s for s, e in self.online) + sum(
-            max(0.0, min(e, rest) - s) for s, e in self.online
-        )
 
 
 class Devices:
@@ -221,14 +204,7 @@ class Timing:
         return factor * operations(self.federation.client_infos[client_id]) / device.speed
 
     def task_times(
-        self,
-        client_id: str,
-        down_bytes: int,
-        up_bytes: int,
-        at: float,
-        task: int,
-        *,
-        step_share: float = 1.0,
+        self, client_id: str, down_bytes: int, up_bytes: int, at: float, task: int
     ) -> TaskTimes:
         """Return the times of a task's stages.
 
@@ -239,46 +215,8 @@ class Timing:
             at: Time of the assignment in seconds.
             task: Number of the task, which seeds the random factor of the duration
                 (`Device.jitter`).
-            step_share: Fraction of the local training steps that the client performs.
         """
         device = self.devices.device(client_id)
         received = device.finish_time(at, down_bytes / device.down)
-        trained = device.finish_time(received, step_share * self.training_seconds(client_id, task))
+        trained = device.finish_time(received, self.training_seconds(client_id, task))
         return TaskTimes(at, received, trained, device.finish_time(trained, up_bytes / device.up))
-
-    def share_in_time(
-        self,
-        client_id: str,
-        down_bytes: int,
-        up_bytes: int,
-        at: float,
-        task: int,
-        *,
-        deadline: float,
-    ) -> float:
-        """Return the largest fraction of local training after which the upload arrives in time.
-
-        Args:
-            client_id: The client.
-            down_bytes: Size of the broadcast in bytes.
-            up_bytes: Size of the upload in bytes.
-            at: Time of the assignment in seconds.
-            task: Number of the task, which seeds the random factor of the duration
-                (`Device.jitter`).
-            deadline: Time at which the upload must have arrived, in seconds.
-
-        Returns:
-            A fraction from 0 to 1. 0 if the upload cannot arrive in time even without training.
-        """
-        device = self.devices.device(client_id)
-        available = (
-            device.online_seconds(at, deadline) - down_bytes / device.down - up_bytes / device.up
-        )
-        required = self.training_seconds(client_id, task)
-        return 1.0 if available >= required else max(0.0, available / required)
-
-
-def local_steps(client_info: ClientInfo) -> int:
-    """Return the number of local training steps of a client in a round."""
-    s = client_info.settings
-    return full_step_count(client_info.num_rows, s.batch_size, s.epochs, s.steps)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from typing_extensions import override
 
-from hetero_fl.communication.protocol import Exchange, Message, Reply, content_size, total_bytes
+from hetero_fl.communication.protocol import Exchange, Reply, content_size, total_bytes
 from hetero_fl.federation.channel import UploadSizes
 from hetero_fl.federation.simulation.faults import drop_duplicates, inject_faults
 from hetero_fl.federation.simulation.sampling import ClientSampler
@@ -125,12 +124,7 @@ class ScheduledTrainer(SynchronousTrainer):
         Yields:
             Pairs of client id and reply.
         """
-
-        def request(client_id: str) -> Message:
-            message = collector.request(exchange, client_id)
-            return replace(message, step_share=schedule.tasks[client_id].step_share)
-
-        return self.executor.run(clients, request)
+        return self.executor.run(clients, lambda client_id: collector.request(exchange, client_id))
 
     def time_record(self, start: float) -> dict[str, Any]:
         """Return the entries of the round's record for the start, the end and the tasks.

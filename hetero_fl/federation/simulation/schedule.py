@@ -10,7 +10,7 @@ from itertools import islice
 from hetero_fl.config.schema import Config
 from hetero_fl.config.simulation import CohortConfig, DeviceConfig, FaultsConfig
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.simulation.devices import Devices, Timing, local_steps, uniform
+from hetero_fl.federation.simulation.devices import Devices, Timing, uniform
 from hetero_fl.federation.simulation.faults import NO_FAULT, FaultOutcome, Faults
 
 # Maximum number of clients for which a deadline is checked.
@@ -137,20 +137,15 @@ class SimulationEnvironment:
         client_infos = self.devices.federation.client_infos
         if policy.deadline is None:
             return []
-        num_steps = {
-            client_id: local_steps(client_infos[client_id]) if policy.partial_work else 1
-            for client_id in islice(client_infos, MAX_CHECKED)
-        }
         shortest = min(
-            self.timing.training_seconds(client_id, 0) / steps
-            for client_id, steps in num_steps.items()
+            self.timing.training_seconds(client_id, 0)
+            for client_id in islice(client_infos, MAX_CHECKED)
         )
         if shortest <= policy.deadline:
             return []
-        work = "a single step" if policy.partial_work else "training"
         return [
-            f"cohort.deadline: no client can meet {policy.deadline:g} s; {work} takes the fastest "
-            f"client {shortest:.3g} s"
+            f"cohort.deadline: no client can meet {policy.deadline:g} s; training takes the "
+            f"fastest client {shortest:.3g} s"
         ]
 
 
@@ -173,8 +168,6 @@ def unused_simulation_keys(federation: FederationSpec, config: Config) -> list[s
     unused = [name for name in ("devices", "faults") if getattr(config, name) is not None]
     if _has_own_machines(federation):
         unused.append("machine")
-    if config.cohort.partial_work:
-        unused.append("cohort.partial_work")
     return [f"{', '.join(unused)}: no effect, because time is not simulated"] if unused else []
 
 
@@ -185,14 +178,12 @@ class ScheduledTask:
     Attributes:
         client: The client's id.
         outcome: The fault of the task.
-        step_share: Fraction of the local training steps that the client performs.
         end: Time at which the server observes the end of the task, in seconds. Infinite if the
             server does not observe the end.
     """
 
     client: str
     outcome: FaultOutcome = NO_FAULT
-    step_share: float = 1.0
     end: float = 0.0
 
 
@@ -331,22 +322,12 @@ def _schedule_task(
     *,
     deadline: float,
 ) -> ScheduledTask:
-    timing = environment.timing
     fault = environment.faults.outcome(client_id, number)
-    step_share = 1.0
-    if environment.policy.partial_work:
-        step_share = timing.share_in_time(client_id, *size, at, number, deadline=deadline)
-        num_steps = local_steps(environment.devices.federation.client_infos[client_id])
-        if int(step_share * num_steps) < 1:
-            # There is no time for a single step.
-            return ScheduledTask(client_id, fault, 0.0, math.inf)
-    stages = timing.task_times(client_id, *size, at, number, step_share=step_share)
-    # If the work was reduced to meet the deadline, rounding errors must not make the client late.
-    arrived = min(stages.arrived, deadline) if step_share < 1 else stages.arrived
+    stages = environment.timing.task_times(client_id, *size, at, number)
     ends = {
         "before": stages.received,
         "during": stages.received + fault.completed_share * (stages.trained - stages.received),
         "after": stages.trained,
-        "lost": arrived if deadline == math.inf else math.inf,
+        "lost": stages.arrived if deadline == math.inf else math.inf,
     }
-    return ScheduledTask(client_id, fault, step_share, ends.get(fault.kind, arrived + fault.delay))
+    return ScheduledTask(client_id, fault, ends.get(fault.kind, stages.arrived + fault.delay))

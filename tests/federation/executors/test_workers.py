@@ -144,8 +144,8 @@ def test_clients_of_a_chunk_have_separate_requests() -> None:
     setup = replace(setup_of(config("fedavg", "mlp", clients=3)), chunk=3)
     bodies = broadcasts(rounds_on(setup, None), setup.federation.client_infos)
     requests = {
-        client: Message("train", body, step_share=share)
-        for (client, body), share in zip(bodies.items(), (1.0, 0.5, 0.25), strict=True)
+        client: Message("train", body, attempt=attempt)
+        for attempt, (client, body) in enumerate(bodies.items())
     }
     losses = []
     for chunks in ([[*requests]], [[client] for client in requests]):

@@ -39,7 +39,6 @@ from hetero_fl.reporting.formatting import algorithm_name, capitalize_first, for
 from hetero_fl.reporting.methods import is_reference
 from hetero_fl.reporting.rendering import render
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.text import split_top_level
 
 METRICS = {
     "global_last_balanced_accuracy": "Global test, balanced accuracy (%)",
@@ -206,30 +205,6 @@ class BenchmarkResults:
         return {
             (row.method, row.components): choices[row.name] for row in self.benchmark.rows_of(name)
         }
-
-    def run_overrides(self, name: str, row: RowName, seed: int) -> list[str]:
-        """Return the overrides that repeat an archived run, as `key.path=value`.
-
-        They change the configuration `benchmark.federations[name].config`.
-
-        Args:
-            name: Name of the federation.
-            row: The row.
-            seed: Seed of the run.
-
-        Raises:
-            KeyError: If the archive does not contain the run.
-        """
-        (method,) = (
-            each for each in self.benchmark.rows_of(name) if (each.method, each.components) == row
-        )
-        frame = self.scores[name].frame.set_index(["method", "components", "seed"])
-        return [
-            *self.benchmark.federation_overrides(name),
-            *method.variant.overrides,
-            *split_top_level(frame.loc[(*row, seed), "settings"], ":"),
-            f"seed={seed}",
-        ]
 
     @property
     def incomplete(self) -> list[str]:

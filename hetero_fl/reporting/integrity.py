@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from hetero_fl.config.describe import describe_difference, resume_relevant
-from hetero_fl.core.saved_model import read_model_file
 from hetero_fl.federation.checkpoint import (
     KEPT_CHECKPOINTS,
     checkpoint_files,
@@ -19,7 +18,6 @@ from hetero_fl.federation.checkpoint import (
     checkpoint_round,
     read_checkpoint,
 )
-from hetero_fl.federation.executors.base import NODES
 from hetero_fl.reporting.run_directory import ALWAYS, CHECKSUMS, LOG, METRICS, RunDirectory
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import CodecError, refuse_malformed, sha256_of
@@ -102,10 +100,8 @@ def inspect(path: str | Path, thorough: bool = True) -> Inspection:
         inspection.damage.setdefault(CHECKSUMS, f"{MISSING} or empty")
     elif finished:
         inspection.notes.append(
-            f"{EARLIER}, without checksums: only the format and number of files are checked"
+            f"{EARLIER}, without checksums: only the format of its text files is checked"
         )
-        if thorough and "summary.json" not in inspection.damage:
-            _check_models(directory, inspection)
     rounds = len(_lines(directory, inspection))
     expected = max(map(checkpoint_round, checkpoints), default=0)
     if finished and "summary.json" not in inspection.damage:
@@ -204,27 +200,6 @@ def _check_checksums(
     for path in directory.all_model_files():
         if (name := directory.name_of(path)) not in sums:
             inspection.damage[name] = FOREIGN
-
-
-def _check_models(directory: RunDirectory, inspection: Inspection) -> None:
-    """Check the models of a run without checksums."""
-    summary = directory.summary()
-    choice = directory.environment().get("choice")
-    expected = [f"{client['id']}.safetensors" for client in summary.get("clients", [])]
-    expected += ["server.safetensors"] if summary.get("server") else []
-    if isinstance(choice, Mapping) and choice.get("executor") == NODES:
-        inspection.notes.append("sites may keep their models, so missing models are not detected")
-        expected = []
-    for name in expected:
-        if not (directory.path / "models" / name).is_file():
-            inspection.damage[f"models/{name}"] = MISSING
-    for path in directory.model_files():
-        try:
-            read_model_file(path)
-        except UserError as error:
-            inspection.damage[f"models/{path.name}"] = _describe_error(
-                error, directory, f"models/{path.name}"
-            )
 
 
 def _missing_derived(directory: RunDirectory) -> list[str]:

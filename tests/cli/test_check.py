@@ -513,7 +513,6 @@ def test_finished_run_of_earlier_version_is_readable(
         "lines missing",
         "last line missing",
         "line twice",
-        "model missing",
         "summary cut",
     ):
         damaged = Path(shutil.copytree(finished, finished.with_name(case)))

@@ -381,7 +381,7 @@ class ReadConfig(ConfigSection):
         min_length=1,
         max_length=1,
         description="separator of the columns; `null`: the comma, semicolon, vertical bar or tab "
-        "that divides all rows alike",
+        "that is most frequent in the header",
     )
     decimal: choice_type(".", ",") = Field(  # type: ignore[valid-type]
         ".", description="decimal mark of numbers"

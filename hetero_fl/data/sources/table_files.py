@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +54,8 @@ from hetero_fl.utils.errors import UserError, suggest_file
 from hetero_fl.utils.serialization import check_memory
 from hetero_fl.utils.text import Caution, format_list, prefix_note
 
-SEPARATORS = {",": "commas", ";": "semicolons", "|": "vertical bars", "\t": "tabs"}
-"""Separators of CSV files, with their names."""
-SNIFFED_ROWS = 20
-"""Maximum number of rows below the header from which the separator is determined."""
+SEPARATORS = (",", ";", "|", "\t")
+"""Separators of CSV files."""
 NO_NAME = re.compile(r"Unnamed: \d+(?:\.\d+)?|__index_level_\d+__")
 """Names under which pandas reads columns without a name, such as those of a saved index."""
 SAVED_INDEX = "saved index"
@@ -123,7 +120,7 @@ def _read_csv(
 ) -> pd.DataFrame:
     """Read a CSV or TSV file (see `read_frame`)."""
     is_tsv = path.suffix.lower() == ".tsv"
-    separator = read.sep or ("\t" if is_tsv else _detect_separator(path))
+    separator = read.sep or ("\t" if is_tsv else _common_separator(path))
     _check_cells(path, separator)
     texts = list(filter(None, names))
     frame = pd.read_csv(
@@ -176,31 +173,11 @@ def _check_cells(path: Path, separator: str) -> None:
                 )
 
 
-def _detect_separator(path: Path) -> str:
-    """Return the separator of a CSV file: a comma, a semicolon, a vertical bar or a tab.
-
-    If the header contains several of them, the one that divides all rows into the same number of
-    cells is returned.
-
-    Raises:
-        UserError: If the header contains several of them, and not exactly one divides all rows into
-            the same number of cells.
-    """
-    divided = {}
-    for separator in SEPARATORS:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            cells = csv.reader(file, delimiter=separator)
-            divided[separator] = [len(row) for row in islice(cells, SNIFFED_ROWS + 1) if row] or [0]
-    occurring = [separator for separator, counts in divided.items() if counts[0] > 1]
-    if len(occurring) < 2:
-        return occurring[0] if occurring else ","
-    consistent = [separator for separator in occurring if len(set(divided[separator])) == 1]
-    if len(consistent) == 1:
-        return consistent[0]
-    found = " and ".join(SEPARATORS[separator] for separator in occurring)
-    raise UserError(
-        f"path: {path}: ambiguous separator, as the header has {found}; set data.read.sep"
-    )
+def _common_separator(path: Path) -> str:
+    """Return the most frequent of `SEPARATORS` in the header of a CSV file."""
+    with path.open(encoding="utf-8-sig") as file:
+        header = next(filter(str.strip, file), "")
+    return max(SEPARATORS, key=header.count)
 
 
 MAX_LISTED = 20

@@ -109,12 +109,9 @@ class SharedSettings(ConfigSection):
 
     Attributes:
         selection: Settings that select rows of the main data set, and do not apply to others.
-        roles: Settings that decide which rows are public. A proxy set of the same files must have
-            the same values, as its rows could otherwise be test rows.
     """
 
     selection: ClassVar[tuple[str, ...]] = ()
-    roles: ClassVar[tuple[str, ...]] = ()
 
     def for_other_data(self) -> Self:
         """Return a copy without the settings that only apply to the main data set."""
@@ -241,7 +238,6 @@ class MoviesConfig(SharedSettings):
     """
 
     selection = ("groups",)
-    roles = ("min_rating", "validation_users", "test_users", "public_users", "seed")
     _dropped = {
         "sampled": Dropped(
             "sampled metrics were dropped; remove the key 'sampled' (ndcg_10 and hit_rate_10 rank "

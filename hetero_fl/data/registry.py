@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from hetero_fl.config.data import SHARED_KEYS, SharedSettings, SourceConfig
+from hetero_fl.config.data import MoviesConfig, SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import check_examples
 from hetero_fl.data.dataset import Dataset
@@ -71,6 +71,8 @@ DROPPED = {
     "memory-mapped with stream=true"
 }
 """What replaces the sources of earlier versions, keyed by former name."""
+PUBLIC_USER_KEYS = ("min_rating", "validation_users", "test_users", "public_users", "seed")
+"""Keys of the section `movies` on which the users depend whose rows are public."""
 SourceFunction = Callable[[SourceConfig, Path], Dataset]
 """A function that takes a source configuration and the download folder and returns a data set.
 
@@ -427,7 +429,7 @@ def _check_keys(config: SourceConfig, name: str, entry: _Source, local: bool, wh
 
 
 def check_roles(source: SourceConfig, main: SourceConfig, where: str) -> None:
-    """Check that the main data set and a proxy set of the same files agree on the public rows.
+    """Check that the main data set and a proxy set of the same files agree on the public users.
 
     Args:
         source: Source of the proxy set.
@@ -435,22 +437,19 @@ def check_roles(source: SourceConfig, main: SourceConfig, where: str) -> None:
         where: Place of the proxy set in the configuration, for error messages.
 
     Raises:
-        UserError: If a setting on which the public rows depend has another value.
+        UserError: If a setting on which the public users depend has another value.
     """
-    if source.path != main.path:
+    if source.path != main.path or source.movies is None:
         return
-    for key in SHARED_KEYS:
-        own: SharedSettings | None = getattr(source, key)
-        if own is None:
-            continue
-        settings = getattr(main, key) or type(own)()
-        for name in own.roles:
-            found, expected = getattr(own, name), getattr(settings, name)
-            if found != expected:
-                raise UserError(
-                    f"{where}.{key}.{name}: must be {expected} as in data.{key}, because the users "
-                    f"or files are the same, got {found}; remove {where}.{key}"
-                )
+    settings = main.movies or MoviesConfig()
+    for name in PUBLIC_USER_KEYS:
+        found = getattr(source.movies, name)
+        expected = getattr(settings, name)
+        if found != expected:
+            raise UserError(
+                f"{where}.movies.{name}: must be {expected} as in data.movies, because the users "
+                f"are the same, got {found}; remove {where}.movies"
+            )
 
 
 def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:

@@ -19,8 +19,7 @@ from hetero_fl.config.data import SourceConfig, StreamConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, with_patients
 from hetero_fl.data.registry import TABLE_SUFFIXES, register_source
-from hetero_fl.data.sources.files import EMBEDDED
-from hetero_fl.data.sources.files.downloads import download_folder
+from hetero_fl.data.sources.files import EMBEDDED, download_folder
 from hetero_fl.data.sources.image_files import SUFFIXES, image_files, read_image_files
 from hetero_fl.data.sources.npz_files import medmnist_file, read_npz
 from hetero_fl.utils.errors import UserError

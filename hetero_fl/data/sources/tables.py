@@ -1,10 +1,10 @@
-"""Table sources: CSV, TSV and Parquet files, and simulated payments at six banks."""
+"""Table sources: CSV, TSV and Parquet files of rows or of sensor samples, and simulated data."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from hetero_fl.config.data import SourceConfig
+from hetero_fl.config.data import SourceConfig, WindowsConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.registry import register_source
@@ -45,3 +45,36 @@ def bank_fraud(_config: SourceConfig, _root: Path) -> Dataset:
     dataset = read_columns(EMBEDDED / "bank_fraud.npz", "bank_fraud", group="bank", task=task)
     dataset.simulated = True
     return dataset
+
+
+@register_source(
+    "activity",
+    keys=("path", "label", "group", "windows", "read"),
+    default_path=EMBEDDED / "activity.npz",
+)
+def activity(config: SourceConfig, _root: Path) -> Dataset:
+    """Read labeled windows from a `.npz` file, or samples from a table (see `read_samples`).
+
+    The classes of a `.npz` file (see `read_columns`) are in the array `config.label` (default:
+    `y`), and the groups in `config.group` (default: `person`, if it exists). The simulated file
+    has windows of 27 persons, of whom nine are for training.
+    """
+    path = Path(str(config.path)).expanduser()
+    if path.suffix.lower() == ".npz":
+        if config.windows is not None:
+            raise UserError(
+                f"windows: cuts windows from a table of samples, but {path.name} contains windows; "
+                "remove it, or set path to a table"
+            )
+        return read_columns(
+            path,
+            "activity",
+            config.label or "y",
+            config.group or "person",
+            needs_group=config.group is not None,
+        )
+    # Imported here because loading pandas is slow.
+    from hetero_fl.data.sources.recordings import read_samples
+
+    windows = config.windows or WindowsConfig()
+    return read_samples(path, windows, config.label, config.group, config.read)

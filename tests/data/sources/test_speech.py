@@ -15,9 +15,8 @@ import torch
 
 from hetero_fl.config.data import DataConfig, SpeechConfig
 from hetero_fl.data import Dataset, federate
-from hetero_fl.data.sources.speech import read_features, source as speech
-from hetero_fl.data.sources.speech.features import FLOOR, log_mel, mel_filters
-from hetero_fl.data.sources.speech.wav_files import read_wav
+from hetero_fl.data.sources import speech
+from hetero_fl.data.sources.speech import FLOOR, log_mel, mel_filters, read_features, read_wav
 from tests.support.cases import each_case
 from tests.support.federated_data import PLAIN_CLIENT, read_source
 from tests.support.file_server import publish

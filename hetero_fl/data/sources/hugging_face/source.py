@@ -13,7 +13,7 @@ from typing import Any
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.registry import HUB_PREFIX, register_source
-from hetero_fl.data.sources.files.downloads import (
+from hetero_fl.data.sources.files import (
     describe_cause,
     download_folder,
     quiet_unless_terminal,

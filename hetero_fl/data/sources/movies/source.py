@@ -7,8 +7,7 @@ from pathlib import Path
 from hetero_fl.config.data import MoviesConfig, SourceConfig
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.registry import register_source
-from hetero_fl.data.sources.files import EMBEDDED
-from hetero_fl.data.sources.files.downloads import download_archive
+from hetero_fl.data.sources.files import EMBEDDED, download_archive
 from hetero_fl.data.sources.movies.histories import (
     Ratings,
     make_dataset,

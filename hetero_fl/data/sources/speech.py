@@ -5,13 +5,18 @@ The inputs are log-mel features, which are computed when the recordings are read
 
 from __future__ import annotations
 
+import io
+import math
 import posixpath
 import re
+import wave
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,11 +26,14 @@ from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, index_names
 from hetero_fl.data.partition.groups import largest_groups
 from hetero_fl.data.registry import register_source
-from hetero_fl.data.sources.files import EMBEDDED, check_folder, contains_file, read_lines
-from hetero_fl.data.sources.files.downloads import download_archive
+from hetero_fl.data.sources.files import (
+    EMBEDDED,
+    check_folder,
+    contains_file,
+    download_archive,
+    read_lines,
+)
 from hetero_fl.data.sources.npz_columns import read_columns, refuse_folder_keys
-from hetero_fl.data.sources.speech.features import BATCH, band_names, log_mel
-from hetero_fl.data.sources.speech.wav_files import read_wav
 from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_similar
 from hetero_fl.utils.ordering import natural_order
 
@@ -110,7 +118,7 @@ def read_features(files: Sequence[Path], settings: SpeechConfig) -> Tensor:
         settings: Speech settings.
 
     Returns:
-        Features, float32 `[N, T, bands]` (see `hetero_fl.data.sources.speech.features.log_mel`).
+        Features, float32 `[N, T, bands]` (see `log_mel`).
 
     Raises:
         UserError: If a file is malformed, too long or has another rate.
@@ -258,3 +266,170 @@ def _read(
 ) -> Examples:
     y = torch.tensor([words.index(each.word) for each in recordings])
     return Examples(read_features([each.file for each in recordings], settings), y)
+
+
+FLOOR = 1e-6
+"""Energy that is added before the logarithm, so that silence is finite."""
+BREAK_HZ = 700.0
+"""Frequency at which the mel scale changes from linear to logarithmic."""
+BATCH = 256
+"""Number of recordings that are transformed at a time. Does not affect the features."""
+
+
+def log_mel(waves: Tensor, config: SpeechConfig) -> Tensor:
+    """Compute the log-mel features of recordings.
+
+    A feature is `log(FLOOR + sum_f filter[b, f] * |STFT(wave)[t, f]|**2)` for time t and band b,
+    with a Hann window. Each spectrum is divided by the sum of the window, which makes the features
+    of windows of different lengths comparable.
+
+    Args:
+        waves: Samples from -1 to 1, float32 `[N, samples]`.
+        config: Speech settings.
+
+    Returns:
+        Features, float32 `[N, T, bands]` with `T = 1 + (samples - window) // step`.
+
+    Raises:
+        UserError: If there are too many bands for the window.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.config.data import SpeechConfig
+        >>> from hetero_fl.data.sources.speech import log_mel
+        >>> log_mel(torch.zeros(2, 16000), SpeechConfig()).shape
+        torch.Size([2, 49, 40])
+    """
+    window_size = round(config.window * config.rate)
+    step = max(1, round(config.step * config.rate))
+    # The smallest power of two that is not below the size of the window.
+    transform_size = 1 << (window_size - 1).bit_length()
+    filters = mel_filters(config.rate, transform_size, config.bands)
+    if not bool((filters.sum(1) > 0).all()):
+        raise UserError(
+            f"speech.bands: {config.bands} bands are too many for a window of {config.window:g} s "
+            f"at {config.rate} Hz; choose fewer bands or a longer window"
+        )
+    window = torch.hann_window(window_size)
+    features = []
+    for part in waves.split(BATCH):
+        # The windows are cut here, because `torch.stft` would pad them on both sides.
+        frames = part.unfold(1, window_size, step) * (window / window.sum())
+        power = torch.fft.rfft(frames, transform_size).abs().square()
+        features.append((power @ filters.T + FLOOR).log())
+    return torch.cat(features) if features else waves.new_zeros(0, 0, config.bands)
+
+
+def band_names(config: SpeechConfig) -> tuple[str, ...]:
+    """Return the names of the mel bands, from low to high frequencies."""
+    return tuple(f"mel_{band + 1}" for band in range(config.bands))
+
+
+@lru_cache(maxsize=16)
+def mel_filters(rate: int, transform_size: int, bands: int) -> Tensor:
+    """Return triangular filters whose corners are equally spaced on the mel scale.
+
+    The mel scale is `2595 * log10(1 + f / 700)`, as in HTK.
+
+    Args:
+        rate: Samples per second.
+        transform_size: Number of samples of the Fourier transform.
+        bands: Number of filters, which cover the frequencies from 0 to half the rate.
+
+    Returns:
+        Filters with a maximum of at most 1, float32 `[bands, transform_size // 2 + 1]`.
+    """
+    highest = 2595 * math.log10(1 + rate / 2 / BREAK_HZ)
+    mel = torch.linspace(0, highest, bands + 2, dtype=torch.float64)
+    corners = BREAK_HZ * (10 ** (mel / 2595) - 1)
+    frequency = torch.linspace(0, rate / 2, transform_size // 2 + 1, dtype=torch.float64)
+    rising = (frequency - corners[:-2, None]) / (corners[1:-1] - corners[:-2])[:, None]
+    falling = (corners[2:, None] - frequency) / (corners[2:] - corners[1:-1])[:, None]
+    return torch.minimum(rising, falling).clamp(min=0).float()
+
+
+NO_LENGTH = 0xFFFFFFFF
+"""Number of bytes in the header of a file that was written before its length was known."""
+PCM = b"\x01\x00"
+EXTENSIBLE = b"\xfe\xff"
+"""Format of a header that is followed by a sub-format."""
+PCM_SUBFORMAT = PCM + bytes.fromhex("00000000 1000 8000 00aa00389b71")
+
+
+def read_wav(path: Path, rate: int, max_samples: int | None = None) -> Tensor:
+    """Read a WAV file with 8, 16, 24 or 32 bits per sample.
+
+    Args:
+        path: File to read.
+        rate: Samples per second, which the file must have.
+        max_samples: Maximum number of samples per channel. If None, there is no maximum.
+
+    Returns:
+        Samples from -1 to 1, the mean of all channels, float32 `[samples]`.
+
+    Raises:
+        UserError: If the file is not a complete WAV file of PCM samples, has no samples or too
+            many, or has another rate.
+    """
+    where = f"path: {path}"
+    try:
+        content = path.read_bytes()
+        if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
+            raise UserError(f"{where}: not a WAV file; convert it to WAV")
+        with wave.open(io.BytesIO(_simplify_header(content))) as file:
+            width = file.getsampwidth()
+            channels = file.getnchannels()
+            found_rate = file.getframerate()
+            count = file.getnframes()
+            if found_rate != rate:
+                raise UserError(
+                    f"{where}: expected {rate} samples per second, got {found_rate}; convert the "
+                    "file, or set speech.rate to the rate of all files"
+                )
+            if width > 4:
+                raise UserError(f"{where}: expected at most 32 bits per sample, got {8 * width}")
+            samples = file.readframes(count)
+    # The module raises RuntimeError for a chunk that ends before its content.
+    except (wave.Error, EOFError, OSError, RuntimeError) as error:
+        reason = one_line(error, 200) or "the header is incomplete"
+        raise UserError(
+            f"{where}: not a readable WAV file ({reason}); save it as PCM with 16 bits"
+        ) from error
+    sample_bytes = channels * width
+    if count == NO_LENGTH // sample_bytes:
+        raise UserError(f"{where}: the header has no length, as in a stream; save the file again")
+    if len(samples) != count * sample_bytes:
+        raise UserError(
+            f"{where}: the file is truncated, expected {count} samples, got "
+            f"{len(samples) // sample_bytes}"
+        )
+    if not count:
+        raise UserError(f"{where}: the file has no samples")
+    if max_samples is not None and count > max_samples:
+        raise UserError(
+            f"{where}: expected at most {max_samples / rate:g} s, got {count / rate:.3g} s; set "
+            "speech.seconds to the length of the longest recording"
+        )
+    values = _to_floats(samples, width).reshape(count, channels).mean(axis=1)
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+def _simplify_header(content: bytes) -> bytes:
+    """Replace an extensible header of PCM samples, which `wave` reads from Python 3.12 on."""
+    start = content.find(b"fmt ") + 8
+    if content.startswith(EXTENSIBLE, start) and content.startswith(PCM_SUBFORMAT, start + 24):
+        return content[:start] + PCM + content[start + 2 :]
+    return content
+
+
+def _to_floats(content: bytes, width: int) -> np.ndarray:
+    """Convert little-endian PCM samples of 1 to 4 bytes to floats from -1 to 1."""
+    if width == 1:
+        # Samples of 8 bits have no sign.
+        return (np.frombuffer(content, np.uint8).astype(np.float64) - 128) / 128
+    if width == 3:
+        # The bytes become the upper bytes of 32 bits.
+        wide = np.zeros((len(content) // 3, 4), np.uint8)
+        wide[:, 1:] = np.frombuffer(content, np.uint8).reshape(-1, 3)
+        return wide.view("<i4")[:, 0] / 2.0**31
+    return np.frombuffer(content, f"<i{width}") / 2.0 ** (8 * width - 1)

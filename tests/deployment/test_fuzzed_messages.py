@@ -263,7 +263,7 @@ def test_header_with_too_many_values_is_refused(tree: Any) -> None:
 
 
 def test_oversized_layout_is_refused_before_allocation() -> None:
-    link = Link(build_stages(ChannelConfig(compress=[{"topk": 3}]).compress, False), {}, 4)
+    link = Link(build_stages(ChannelConfig(compress=[{"topk": 3}]).compress), {}, 4)
     sent = link.send(Payload({"m": Item({"w": torch.arange(40.0)}, 1.0, "update")}), (0,))
     assert len(link.receive(sent, (0,))["m"]["w"]) == 40
     start = 4 + 2 + int.from_bytes(sent[4:6], "little")

@@ -332,7 +332,7 @@ def warn_deprecated(key: str, replacement: str) -> None:
     warnings.warn(message, FutureWarning, stacklevel=1)
 
 
-def dropped_key(section: type, name: str) -> Dropped | None:
+def dropped_key(section: object, name: str) -> Dropped | None:
     """Return a key that a section had in an earlier version, or None if it had no such key."""
     former: Mapping[str, Dropped] = getattr(section, "_dropped", {})
     return former.get(name)

@@ -95,7 +95,7 @@ def test_images_of_all_clients_are_divided_by_one_range() -> None:
 
 
 def test_columns_may_be_named_by_integers() -> None:
-    table = pd.DataFrame([[0.5, "1,5"], [1.5, "2,25"], [2.5, "3"]]).assign(patient=TABLE["patient"])
+    table = pd.DataFrame([[0.5, "1.5"], [1.5, "2.25"], [2.5, "3"]]).assign(patient=TABLE["patient"])
 
     found = joined(table)
 

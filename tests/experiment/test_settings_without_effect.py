@@ -82,6 +82,7 @@ VALUES = {
     "test_limit": "9",
     "validation": "0.3",
     "partition.kind": "dirichlet",
+    "read": "{decimal: ','}",
     "partition.arguments": "{a: 1}",
     "partition.alpha": "0.1",
     "partition.cap": "2",

@@ -137,7 +137,9 @@ class StageConfig(ConfigSection):
 
     _dropped = {
         "lowrank": Dropped("stage 'lowrank' was removed; choose topk or randk"),
-        "bucket": Dropped("'bucket' was removed; quantize uses one scale per tensor"),
+        "bucket": Dropped(
+            "'bucket' was removed; remove the key, as quantize has one scale per tensor"
+        ),
     }
 
     topk: ShareOrCount | None = Field(

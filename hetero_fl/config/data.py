@@ -447,7 +447,9 @@ class SourceConfig(ConfigSection):
         )
     )
     read: ReadConfig | None = Field(
-        None, description="tables: separators and decimal mark of CSV files; `null`: as in English"
+        None,
+        description="tables: separators and decimal mark of CSV files; `null`: decimal point, and "
+        "the separator of the header",
     )
     size: PositiveInt | None = Field(
         None,

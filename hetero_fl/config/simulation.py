@@ -196,7 +196,7 @@ class CohortConfig(ConfigSection):
     """
 
     _dropped = {
-        "attempts": Dropped("'attempts' was removed, as rounds are not repeated", default=10),
+        "attempts": Dropped("'attempts' was removed; set cohort.too_few=skip or fail", default=10),
         "partial_work": Dropped(
             "'partial_work' was removed; set fewer steps for slow clients", default=False
         ),

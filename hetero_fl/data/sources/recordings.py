@@ -52,7 +52,8 @@ def read_samples(
         windows: Window settings.
         label: Column of the activities. If None, `activity`.
         group: Column of the persons. If None, `person` is used if it exists.
-        read: Separators and decimal mark of a CSV or TSV file. If None, those of English.
+        read: Separators and decimal mark of a CSV or TSV file. If None, a decimal point and
+            the separator of the header.
 
     Raises:
         UserError: If the file is malformed. The message names the column and the row.

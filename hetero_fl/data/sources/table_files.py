@@ -76,7 +76,8 @@ def read_frame(
         path: File to read.
         names: Columns to read as text if they exist, so that site 01 does not become 1.
         categories: Columns to read as text in which `NA` and `None` may be categories.
-        read: Separators and decimal mark of a CSV or TSV file. If None, those of English.
+        read: Separators and decimal mark of a CSV or TSV file. If None, a decimal point and
+            the separator of the header.
 
     Raises:
         UserError: If the file cannot be read.

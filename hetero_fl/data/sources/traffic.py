@@ -316,7 +316,8 @@ def read_traffic(
         series: Series settings.
         label: Column of the values. If None, `Vehicles`.
         group: Column of the sites. If None, `Junction` if the file has this column.
-        read: Separators and decimal mark of a CSV or TSV file. If None, those of English.
+        read: Separators and decimal mark of a CSV or TSV file. If None, a decimal point and
+            the separator of the header.
 
     Raises:
         UserError: If the file cannot be read, or `read_sites` or `make_windows` fails.

@@ -259,22 +259,30 @@ def _handles(rows: Sequence[Row], shown: ComparedMethods, present: Sequence[str]
     return handles
 
 
-def draw_gains(tables: Sequence[GainTable]) -> Figure:
+def draw_gains(tables: Sequence[GainTable], methods: Sequence[str]) -> Figure:
     """Plot the gain of each client over the baseline with each method, one panel for each test.
 
     Args:
         tables: The tables of the tests, which list the same clients.
+        methods: Labels of all methods of the comparison, in the order of the learning curves, so
+            that a method has the same color in both plots.
     """
+    looks = dict(zip(methods, (cycler(marker="os^") * cycler(color=COLORS))(), strict=False))
     clients = tables[0].listed
     figure = style.figure(1.3 + 0.3 * len(clients))
     panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
     for axes, table in zip(panels, tables, strict=True):
-        gains = table.gains.loc[clients].rename(columns=_short_name)
         # The methods of a client lie below each other.
-        places = np.arange(len(clients))[:, None] + np.linspace(-0.2, 0.2, gains.shape[1])
-        # The first color is that of the baseline in the plot of learning curves.
-        axes.set_prop_cycle(cycler(marker="os^") * cycler(color=COLORS[1:]))
-        axes.plot(gains, places, linestyle="", markersize=5, label=list(gains))
+        offsets = np.linspace(-0.2, 0.2, table.gains.shape[1])
+        for offset, (method, gains) in zip(offsets, table.gains.loc[clients].items(), strict=True):
+            axes.plot(
+                gains,
+                np.arange(len(clients)) + offset,
+                linestyle="",
+                markersize=5,
+                label=_short_name(str(method)),
+                **looks[str(method)],
+            )
         axes.axvline(0, color=style.GREY, linewidth=0.9, zorder=1)
         axes.set(
             title=tested_metric(table.test, table.metric),
@@ -324,7 +332,11 @@ def write_curves(
     if len(lines) <= MANY_CURVES and any(len(line) > 1 for line in lines.values()):
         with style.plot_style():
             path.write_bytes(
-                style.to_png(_draw_curves(lines, metric, "simulated hours" if timed else "round"))
+                style.to_png(
+                    _draw_curves(
+                        lines, list(histories), metric, "simulated hours" if timed else "round"
+                    )
+                )
             )
 
 
@@ -386,11 +398,16 @@ def _curve_points(
 
 
 def _draw_curves(
-    lines: Mapping[str, list[tuple[float, list[float]]]], metric: str, axis: str
+    lines: Mapping[str, list[tuple[float, list[float]]]],
+    methods: Sequence[str],
+    metric: str,
+    axis: str,
 ) -> Figure:
+    """Plot the points of the lines, with the colors of the methods of the comparison."""
     figure = style.figure(3.2)
     axes = figure.subplots()
-    for place, (label, line) in enumerate(lines.items()):
+    for label, line in lines.items():
+        place = methods.index(label)
         x = [position for position, _ in line]
         mean = np.array([np.mean(values) for _, values in line])
         spread = np.array(
@@ -408,7 +425,13 @@ def _draw_curves(
     axes.set_title(tested_metric("global", metric))
     handles: list[Artist] = [*axes.get_legend_handles_labels()[0]]
     if any(len(values) > 1 for line in lines.values() for _, values in line):
-        label = "± standard deviation\nover seeds"
-        handles.append(Patch(color=style.GREY, alpha=0.2, linewidth=0, label=label))
+        handles.append(
+            Patch(
+                color=style.GREY,
+                alpha=0.2,
+                linewidth=0,
+                label="± standard deviation\nover seeds",
+            )
+        )
     figure.legend(handles=handles, loc="outside right center")
     return figure

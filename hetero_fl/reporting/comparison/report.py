@@ -121,10 +121,11 @@ def write_comparison(
         "comparison.tex", "% needs \\usepackage{booktabs,graphicx}\n" + "\n\n".join(tex) + "\n"
     )
     gains = make_gain_tables(found, rows, task)
+    methods = list(dict.fromkeys(str(row["algorithm"]) for row in rows))
     with style.plot_style():
         pictures = {"comparison": style.to_png(plots.draw_comparison(rows, task, known.jobs))}
         if gains:
-            pictures["gains"] = style.to_png(plots.draw_gains(gains))
+            pictures["gains"] = style.to_png(plots.draw_gains(gains, methods))
     (out.path / "gains.png").unlink(missing_ok=True)
     for name, picture in pictures.items():
         (out.path / f"{name}.png").write_bytes(picture)

@@ -202,6 +202,7 @@ def make_table(
         "table_caption.txt",
         task=task,
         columns=columns,
+        needs_classes=UNDEFINED_WITHOUT_A_CLASS,
         moment=moment,
         seeds=seeds,
         references=shown.references,

@@ -10,6 +10,8 @@ import pytest
 
 from hetero_fl.core.metrics import CLASSIFICATION, REGRESSION
 from hetero_fl.core.task import Task
+from hetero_fl.reporting.comparison.gains import client_gains, make_gain_tables
+from hetero_fl.reporting.comparison.plots import COLORS, draw_gains
 from hetero_fl.reporting.comparison.report import write_comparison
 from hetero_fl.reporting.comparison.result import Comparison
 from tests.reporting.comparison.test_tables import BINARY, VALUES, make_rows
@@ -101,6 +103,16 @@ def test_table_and_sentence_say_who_gains(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert page.count("<img") == 2 and "last round of Hybrid, 2 of 2 clients" in page
     assert (tmp_path / "gains.png").stat().st_size > 10_000
+
+
+def test_a_method_has_the_color_of_its_learning_curve() -> None:
+    rows = rows_with_clients()
+    tables = make_gain_tables(client_gains(rows, BINARY), rows, BINARY)
+
+    panel = draw_gains(tables, ["fedavg", "local", "hybrid"]).axes[0]
+
+    colors = {line.get_label(): line.get_color() for line in panel.get_lines()}
+    assert (colors["FedAvg"], colors["Hybrid"]) == (COLORS[0], COLORS[2])
 
 
 def test_gains_shown_as_zero_are_neither_gains_nor_losses(tmp_path: Path) -> None:

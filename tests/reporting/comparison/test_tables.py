@@ -136,7 +136,7 @@ def test_caption_tells_what_means_and_rounds_are_shown() -> None:
     last, best = (make_table(make_rows(), BINARY, moment) for moment in ("last", "best"))
     errors = make_table(make_rows(["local", "fedavg"], metrics=REGRESSION), VALUES, "last")
 
-    assert "Local test AUROC: mean over the clients whose test rows have more" in last.caption
+    assert "Local test AUROC: mean over the clients for which it is defined" in last.caption
     assert "AUROC" not in errors.caption
     assert "of the rounds with the best score" in best.caption
     assert "of the rounds with" not in last.caption

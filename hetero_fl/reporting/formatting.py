@@ -12,8 +12,9 @@ from typing import Any
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import method_title
 from hetero_fl.config.schema import STATISTIC_SUFFIXES
-from hetero_fl.core.metrics import SMALLER_IS_BETTER, selection_metric
+from hetero_fl.core.metrics import SMALLER_IS_BETTER
 from hetero_fl.core.task import Task
+from hetero_fl.reporting.shown_metrics import metrics_of_line
 from hetero_fl.utils.registry import split_label
 from hetero_fl.utils.text import format_list
 
@@ -48,9 +49,6 @@ METRICS = {
     "rmse": "root mean squared error",
     "r2": "R²",
 }
-
-BALANCED = ("balanced_accuracy", "auroc")
-"""Metrics in one-line summaries of tasks with few classes."""
 
 MAX_DECIMALS = 20
 
@@ -216,49 +214,31 @@ def last_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
     return next((summary[test]["last"] for test in TEST_NAMES if summary[test]), {})
 
 
-def target_kind(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
-    """Return the kind of the task, which is `multiclass`, `multilabel` or `regression`."""
-    if "kind" in details:
-        return str(details["kind"])
-    # Older runs do not record the kind. Multilabel tasks have a 2 × 2 confusion matrix per label.
-    if is_regression(last_scores(summary)):
-        return "regression"
-    matrices = (
-        matrix for found in details["confusion"].values() for matrix in (found or {}).values()
+def task_of(summary: Mapping[str, Any], details: Mapping[str, Any]) -> Task:
+    """Return the task of a run, without the names of the classes."""
+    kind: Any = details.get("kind")
+    if kind is None and is_regression(last_scores(summary)):
+        # Older runs do not record the kind.
+        kind = "regression"
+    elif kind is None:
+        matrices = (
+            matrix for found in details["confusion"].values() for matrix in (found or {}).values()
+        )
+        # Multilabel tasks have a 2 × 2 confusion matrix per label.
+        is_multilabel = isinstance(next(matrices, [[0]])[0][0], list)
+        kind = "multilabel" if is_multilabel else "multiclass"
+    return Task(
+        kind,
+        len(details["labels"]),
+        unit=details.get("unit", ""),
+        rare=details.get("rare"),
+        is_ranking=details.get("ranking", False),
     )
-    first = next(matrices, [[0]])
-    return "multilabel" if isinstance(first[0][0], list) else "multiclass"
 
 
 def client_score(client: Mapping[str, Any], test: str, metric: str) -> float | None:
     """Return the score of a client, or None if it is undefined or the client has no test rows."""
     return (client[test] or {}).get(metric)
-
-
-def selection_metric_of(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
-    """Return the metric that selects the best round and comes first in reports and plots."""
-    kind: Any = target_kind(summary, details)
-    task = Task(
-        kind,
-        len(details["labels"]),
-        rare=details.get("rare"),
-        is_ranking=details.get("ranking", False),
-    )
-    return selection_metric(task)[0]
-
-
-def headline_metrics(summary: Mapping[str, Any], details: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the selection metric and the second metric of the learning curves."""
-    first = selection_metric_of(summary, details)
-    if details.get("rare") is not None:
-        return first, "average_precision"
-    second = {
-        "mae": "r2",
-        "auroc": "balanced_accuracy",
-        "accuracy": "perplexity",
-        "ndcg_10": "hit_rate_10",
-    }
-    return first, second.get(first, "auroc")
 
 
 def population(summary: Mapping[str, Any], details: Mapping[str, Any]) -> int:
@@ -307,7 +287,7 @@ def format_evaluation(record: Mapping[str, Any], unit: str = "") -> str:
         unit: Unit of errors in a regression.
     """
     scored = {name: record[test] for test, name in TEST_NAMES.items() if record.get(test)}
-    wanted = short_metrics(next(iter(scored.values()))) if scored else ()
+    wanted = metrics_of_line(next(iter(scored.values()))) if scored else ()
     names = [
         name for name in wanted if any(scores.get(name) is not None for scores in scored.values())
     ]
@@ -337,16 +317,3 @@ def format_final_evaluation(summary: Mapping[str, Any], unit: str = "") -> str:
 def format_privacy(privacy: Mapping[str, Any]) -> str:
     """Format a privacy budget, such as `ε 7.98 at δ 1e-05`."""
     return f"ε {format_significant(privacy['epsilon'])} at δ {privacy['delta']:g}"
-
-
-def short_metrics(scores: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the metrics for a one-line summary, the most important metric first."""
-    if is_regression(scores):
-        return ("mae",)
-    if "ndcg_10" in scores:
-        return ("ndcg_10", "hit_rate_10")
-    if "top3_accuracy" in scores:
-        return ("accuracy", "top3_accuracy", "perplexity")
-    if next(iter(scores)) == "auroc":
-        return ("auroc", "average_precision")
-    return BALANCED

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hetero_fl.algorithms.requirements import needs_of
-from hetero_fl.core.metrics import REGRESSION, SMALLER_IS_BETTER
+from hetero_fl.core.metrics import SMALLER_IS_BETTER
 from hetero_fl.federation.executors.base import NODES
 from hetero_fl.reporting import plots
 from hetero_fl.reporting.formatting import (
-    BALANCED,
     FEW_ROWS,
     MISSING,
     TEST_NAMES,
     client_score,
     is_better,
     is_metric,
-    is_regression,
     last_scores,
     local_test_rows,
     population,
-    selection_metric_of,
-    short_metrics,
     small_test_note,
-    target_kind,
+    task_of,
 )
 from hetero_fl.reporting.methods import docstring_paragraph, method_class
 from hetero_fl.reporting.plots import style
@@ -35,6 +31,7 @@ from hetero_fl.reporting.plots.clients import FEW
 from hetero_fl.reporting.plots.scores import PANELS
 from hetero_fl.reporting.rendering import format_environment, render
 from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.reporting.shown_metrics import shown_metrics
 from hetero_fl.reporting.summary import describe_attack, describe_protections
 from hetero_fl.utils.code_permission import find_references
 
@@ -103,8 +100,9 @@ def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> 
         details: Content of `details.json`.
         records: Records of the rounds, as in `metrics.jsonl`.
     """
-    metric = selection_metric_of(summary, details)
-    scores = last_scores(summary)
+    task = task_of(summary, details)
+    shown = shown_metrics(task)
+    metric = shown.selection
     method = method_class(summary["algorithm"])
     num_clients = population(summary, details)
     attacks = summary.get("attacks")
@@ -114,11 +112,10 @@ def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> 
         "summary": summary,
         "details": details,
         "metric": metric,
-        "metrics": [name for name in scores if is_metric(name)],
-        "client_metrics": _client_metrics(scores),
-        "unit": details.get("unit", ""),
-        "is_regression": is_regression(scores),
-        "target": target_kind(summary, details),
+        "metrics": [name for name in last_scores(summary) if is_metric(name)],
+        "client_metrics": _client_metrics(summary, shown.table),
+        "unit": task.unit,
+        "target": task.kind,
         "failed": [
             {"round": record["round"], "client": client, "reason": reason}
             for record in records
@@ -133,7 +130,7 @@ def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> 
         "explanation": docstring_paragraph(summary["algorithm"]),
         "distills_numbers": method is not None
         and needs_of(method).proxy_set != "unused"
-        and is_regression(scores),
+        and task.kind == "regression",
         "attack": describe_attack(attacks),
         "protections": describe_protections(summary, details),
         "worst": {test: _worst_client(summary, test, metric) for test in ("personal", "global")},
@@ -146,13 +143,14 @@ def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> 
     }
 
 
-def _client_metrics(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the columns of the client table as pairs of test and metric."""
-    names = REGRESSION if is_regression(scores) else short_metrics(scores)
-    if names == BALANCED:
-        names = ("accuracy", "balanced_accuracy")
-        return [("personal", name) for name in names] + [("global", n) for n in (*names, "auroc")]
-    return [(test, name) for test in ("personal", "global") for name in names]
+def _client_metrics(summary: Json, metrics: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the columns of the client table, pairs of test and metric that have a score."""
+    return [
+        (test, metric)
+        for test in ("personal", "global")
+        for metric in metrics
+        if any(client_score(client, test, metric) is not None for client in summary["clients"])
+    ]
 
 
 def _worst_client(summary: Json, test: str, metric: str) -> Json | None:

@@ -1,9 +1,13 @@
-"""Formatting of numbers and names."""
+"""Formatting of numbers and names, and the metrics that are shown."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from hetero_fl.core.metrics import metric_names, selection_metric
+from hetero_fl.core.task import Task
 from hetero_fl.reporting.formatting import (
     algorithm_base,
     algorithm_name,
@@ -15,6 +19,7 @@ from hetero_fl.reporting.formatting import (
     format_significant,
     is_better,
 )
+from hetero_fl.reporting.shown_metrics import metrics_of_line, shown_metrics
 from hetero_fl.utils.text import pluralize
 from tests.support.cases import each_case
 
@@ -112,3 +117,37 @@ def test_better_depends_on_the_direction_of_the_metric() -> None:
 )
 def test_evaluation_shows_the_main_metrics(record: dict[str, Any], line: str) -> None:
     assert format_evaluation(record) == line
+
+
+TASKS = {
+    "binary": Task("multiclass", 2),
+    "rare": Task("multiclass", 2, rare=1),
+    "multiclass": Task("multiclass", 10),
+    "many": Task("multiclass", 100),
+    "ranking": Task("multiclass", 100, is_ranking=True),
+    "multilabel": Task("multilabel", 14),
+    "regression": Task("regression", 3),
+}
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_plots_begin_with_the_selection_metric(task: Task) -> None:
+    shown = shown_metrics(task)
+
+    assert shown.selection == shown.curves[0] == shown.clients[0] == selection_metric(task)[0]
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_shown_metrics_are_computed(task: Task) -> None:
+    shown = shown_metrics(task)
+
+    used = {*shown.curves, *shown.clients, *shown.table, *shown.line, shown.client}
+
+    assert used <= set(metric_names(task))
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_line_of_scores_is_the_line_of_their_task(task: Task) -> None:
+    scores = dict.fromkeys(metric_names(task), 0.5)
+
+    assert metrics_of_line(scores) == shown_metrics(task).line

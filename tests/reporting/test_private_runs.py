@@ -16,7 +16,7 @@ from safetensors import safe_open
 from hetero_fl import run
 from hetero_fl.core.objectives import log_prior
 from hetero_fl.experiment import prepare
-from hetero_fl.reporting.formatting import selection_metric_of
+from hetero_fl.reporting.formatting import task_of
 from hetero_fl.reporting.plots.clients import plot_labels
 from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.report import report_facts
@@ -171,8 +171,8 @@ def test_private_run_shows_no_true_values_of_a_forecast(tmp_path: Path) -> None:
     assert finished.directory.details()["forecast"] == {}
 
 
-def test_selection_metric_of_a_private_run_needs_no_confusion_matrix() -> None:
+def test_task_of_a_private_run_needs_no_confusion_matrix() -> None:
     summary = {"personal": {"last": {"auroc": 0.5, "accuracy": 0.5}}}
     details = {"kind": "multilabel", "confusion": {"site_1": {}}, "labels": ["a", "b"]}
 
-    assert selection_metric_of(summary, details) == "auroc"
+    assert task_of(summary, details).kind == "multilabel"

@@ -165,7 +165,7 @@ def test_report_values_match_the_summary(made_run: MakeRun) -> None:
     tested = run.details()["rows"]["hospital_3"]["test"]
     assert (
         client[5].strip()
-        == f"{100 * summary['clients'][2]['personal']['accuracy']:.1f}% n = {tested}"
+        == f"{100 * summary['clients'][2]['personal']['balanced_accuracy']:.1f}% n = {tested}"
     )
     assert "8.64 MB" in page.text and "2.88 MB up, 5.76 MB down" in page.text
     assert "500 rows, whose labels are never used" in page.text
@@ -206,6 +206,21 @@ def test_report_counts_undefined_values(made_run: MakeRun) -> None:
     )
 
 
+def test_report_has_no_columns_without_scores_of_clients(made_run: MakeRun) -> None:
+    run = made_run(rounds=1, home=False)
+    summary = run.summary()
+    for client in summary["clients"]:
+        client["global"]["auroc"] = None
+    run.write_json("summary.json", summary)
+
+    header = next(row for row in read(run).cells if row[0].startswith("Client"))
+
+    assert [title.strip() for title in header[5:]] == [
+        "Balanced accuracy global test",
+        "Accuracy global test",
+    ]
+
+
 def test_report_marks_values_of_few_rows(made_run: MakeRun) -> None:
     run = made_run(rounds=1)
     details = run.details()
@@ -221,7 +236,7 @@ def test_report_marks_values_of_few_rows(made_run: MakeRun) -> None:
     assert rows["hospital_2 small"][5].strip().endswith("% n = 19, uncertain")
     assert (
         rows["hospital_3 large"][5].strip().endswith("% n = 20")
-        and "n =" not in rows["hospital_2 small"][7]
+        and "n =" not in rows["hospital_2 small"][8]
     )
     assert "Uncertain because of fewer than 20 local test rows: hospital_2." in page.text
     assert "n = 19 to 60 test rows per client" in page.text and "n = 624 test rows" in page.text

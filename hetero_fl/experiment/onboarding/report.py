@@ -14,12 +14,12 @@ from hetero_fl.algorithms.distillation import TEACHER
 from hetero_fl.algorithms.onboarding import BACKBONE, BOTH, SCRATCH
 from hetero_fl.core.metrics import SMALLER_IS_BETTER, metric_names
 from hetero_fl.core.task import Task
-from hetero_fl.reporting.comparison.facts import metrics_of
 from hetero_fl.reporting.comparison.tables import format_single
 from hetero_fl.reporting.formatting import METRICS, capitalize_first
 from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.rendering import markdown_table, render
 from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.reporting.shown_metrics import shown_metrics
 
 WORDS = {
     SCRATCH: "from scratch",
@@ -73,9 +73,10 @@ def summarize_seeds(content: Mapping[str, Any], task: Task) -> list[Json]:
     return table
 
 
-def shown_metrics(content: Mapping[str, Any], task: Task) -> list[str]:
+def defined_metrics(content: Mapping[str, Any], task: Task) -> list[str]:
     """Return the metrics to show for a task, except metrics that are undefined in all results."""
-    return [m for m in metrics_of(task) if any(row[m] is not None for row in content["rows"])]
+    metrics = shown_metrics(task).table
+    return [m for m in metrics if any(row[m] is not None for row in content["rows"])]
 
 
 def join_markdown(content: Json, task: Task) -> str:
@@ -90,7 +91,7 @@ def join_markdown(content: Json, task: Task) -> str:
                 "table": _metric_table(content, metric),
                 "consensus": format_single(content["consensus"][metric], metric),
             }
-            for metric in shown_metrics(content, task)
+            for metric in defined_metrics(content, task)
         ],
     )
 
@@ -134,7 +135,7 @@ def _format_cell(entry: Json, scratch: Json, metric: str) -> str:
 
 def draw_join(content: Json, task: Task) -> Figure:
     """Plot the mean and standard deviation of each metric over the number of labels."""
-    metrics = shown_metrics(content, task)
+    metrics = defined_metrics(content, task)
     figure = style.figure(2.7)
     panels: Sequence[Axes] = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):

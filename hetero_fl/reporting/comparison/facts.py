@@ -28,46 +28,17 @@ from hetero_fl.reporting.formatting import (
     local_test_rows,
     metric_name,
     population,
-    selection_metric_of,
     small_test_note,
+    task_of,
     tested_metric,
 )
 from hetero_fl.reporting.methods import is_baseline, is_reference
 from hetero_fl.reporting.rendering import render_line
 from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.reporting.shown_metrics import shown_metrics
 from hetero_fl.utils.errors import PACKAGE, UserError
 
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class _ShownMetrics:
-    """Metrics that a comparison shows for one kind of task.
-
-    Attributes:
-        metrics: Metrics on the global and the local test.
-        worst: Metric of the worst client on the local test.
-        server: Metric of the server's model.
-    """
-
-    metrics: tuple[str, ...]
-    worst: str
-    server: str
-
-
-_SHOWN = {
-    "binary": _ShownMetrics(
-        ("balanced_accuracy", "auroc", "accuracy"), "accuracy", "balanced_accuracy"
-    ),
-    "multiclass": _ShownMetrics(("accuracy", "balanced_accuracy", "auroc"), "accuracy", "accuracy"),
-    "rare": _ShownMetrics(("auroc", "average_precision"), "auroc", "auroc"),
-    "many": _ShownMetrics(("accuracy", "top3_accuracy", "perplexity"), "accuracy", "accuracy"),
-    "ranking": _ShownMetrics(("ndcg_10", "hit_rate_10"), "ndcg_10", "ndcg_10"),
-    "multilabel": _ShownMetrics(
-        ("auroc", "average_precision", "balanced_accuracy"), "auroc", "auroc"
-    ),
-    "regression": _ShownMetrics(("mae", "rmse", "r2"), "mae", "mae"),
-}
 
 
 @dataclass(frozen=True)
@@ -140,32 +111,6 @@ def rank_methods(rows: Sequence[Row], task: Task) -> list[Row]:
     return sorted(rows, key=lambda row: rank[str(row["algorithm"])])
 
 
-def _task_kind(task: Task) -> str:
-    if task.kind != "multiclass":
-        return task.kind
-    if task.is_ranking:
-        return "ranking"
-    if task.rare is not None:
-        return "rare"
-    if task.has_many_classes:
-        return "many"
-    return "binary" if task.outputs == 2 else "multiclass"
-
-
-def metrics_of(task: Task) -> tuple[str, ...]:
-    """Return the metrics that a comparison shows for the global and the local test."""
-    return _SHOWN[_task_kind(task)].metrics
-
-
-def client_metrics(task: Task) -> dict[str, str]:
-    """Return the metric that a comparison shows for each client, keyed by test.
-
-    The accuracy, which most tasks use for local tests, is defined without rows of some classes.
-    """
-    shown = _SHOWN[_task_kind(task)]
-    return {"global": shown.metrics[0], "personal": shown.worst}
-
-
 def columns_of(rows: Sequence[Row], task: Task, moment: str) -> tuple[Column, ...]:
     """Return the columns with scores for a task, without columns that are empty in all rows.
 
@@ -174,23 +119,23 @@ def columns_of(rows: Sequence[Row], task: Task, moment: str) -> tuple[Column, ..
         task: Task of the runs.
         moment: `last`, or `best` for the round selected by validation.
     """
-    shown = _SHOWN[_task_kind(task)]
+    shown = shown_metrics(task)
     columns = [
         _make_column(f"{test}_{moment}_{metric}", test, metric)
         for test in ("global", "personal")
-        for metric in shown.metrics
+        for metric in shown.table
     ]
-    name = metric_name(shown.worst)
+    name = metric_name(shown.client)
     columns.append(
         Column(
-            f"personal_{moment}_{shown.worst}_worst",
+            f"personal_{moment}_{shown.client}_worst",
             title=f"Worst client's {TEST_NAMES['personal']} {name}",
-            metric=shown.worst,
+            metric=shown.client,
             group=capitalize_first(TEST_NAMES["personal"]),
             short=f"Worst client's {name}",
         )
     )
-    columns.append(_make_column(f"server_{moment}_{shown.server}", "server", shown.server))
+    columns.append(_make_column(f"server_{moment}_{shown.table[0]}", "server", shown.table[0]))
     return tuple(c for c in columns if any(row.get(c.key) is not None for row in rows))
 
 
@@ -319,7 +264,7 @@ def gather_facts(
             facts["Simple rules"] = render_line(
                 "simple_rules.txt",
                 rules=rules,
-                metric=selection_metric_of(summary, details),
+                metric=shown_metrics(task_of(summary, details)).selection,
                 unit=details.get("unit", ""),
                 test_names=TEST_NAMES,
             )

@@ -11,7 +11,6 @@ from hetero_fl.core.metrics import SMALLER_IS_BETTER
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison.facts import (
     Row,
-    client_metrics,
     compared_methods,
     rank_methods,
 )
@@ -20,6 +19,7 @@ from hetero_fl.reporting.comparison.tables import format_difference, format_scor
 from hetero_fl.reporting.formatting import MISSING, algorithm_name, client_score, tested_metric
 from hetero_fl.reporting.methods import is_baseline, is_reference
 from hetero_fl.reporting.rendering import markdown_table, render_line
+from hetero_fl.reporting.shown_metrics import shown_metrics
 
 MAX_LISTED = 20
 """Maximum number of clients in a table."""
@@ -107,10 +107,11 @@ def client_gains(rows: Sequence[Row], task: Task) -> pd.DataFrame:
         name of the gain in `comparison.csv`). Undefined scores are left out.
     """
     key = ["seed", "test", "metric", "client"]
+    shown = shown_metrics(task)
     scores = [
         (*(row["algorithm"], row["seed"], test, metric, client["id"]), score)
         for row in rows
-        for test, metric in client_metrics(task).items()
+        for test, metric in (("global", shown.table[0]), ("personal", shown.client))
         for client in row.get("clients", ())
         if (score := client_score(client, test, metric)) is not None
     ]

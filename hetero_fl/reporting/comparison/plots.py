@@ -18,9 +18,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from hetero_fl.core.metrics import SMALLER_IS_BETTER, selection_metric
+from hetero_fl.core.metrics import SMALLER_IS_BETTER
 from hetero_fl.core.task import Task
-from hetero_fl.reporting.comparison.facts import ComparedMethods, Row, compared_methods, metrics_of
+from hetero_fl.reporting.comparison.facts import ComparedMethods, Row, compared_methods
 from hetero_fl.reporting.comparison.gains import GainTable
 from hetero_fl.reporting.formatting import (
     TEST_DESCRIPTIONS,
@@ -34,6 +34,7 @@ from hetero_fl.reporting.formatting import (
 )
 from hetero_fl.reporting.methods import is_reference, method_needs
 from hetero_fl.reporting.plots import style
+from hetero_fl.reporting.shown_metrics import shown_metrics
 
 LABEL_WIDTH = 25
 """Maximum number of characters of a method's name on one line."""
@@ -57,7 +58,7 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
     shown = compared_methods(rows)
     metrics = [
         m
-        for m in metrics_of(task)
+        for m in shown_metrics(task).table
         if any(row.get(f"{test}_last_{m}") is not None for row in rows for test in TEST_NAMES)
     ]
     labels = [_wrap_name(label) for label in shown.all_labels]
@@ -323,7 +324,7 @@ def write_curves(
         task: Task of the runs.
         timed: Whether the x axis is simulated hours instead of rounds.
     """
-    metric = _curve_metric(task)
+    metric = shown_metrics(task).table[0]
     lines = {
         label: line
         for label, runs in histories.items()
@@ -354,7 +355,7 @@ def hours_to_reach(histories: Sequence[History], task: Task) -> list[dict[str, f
         `simulated_hours_to_accuracy_0.80`. All dictionaries are empty if any run has no simulated
         time or no scores.
     """
-    metric = _curve_metric(task)
+    metric = shown_metrics(task).table[0]
     sign = -1 if metric in SMALLER_IS_BETTER else 1
     curves = [
         [(x, values[0]) for x, values in _curve_points([history], metric, timed=True)]
@@ -366,12 +367,6 @@ def hours_to_reach(histories: Sequence[History], task: Task) -> list[dict[str, f
     target = math.floor(100 * worst + 1e-9) / 100
     name = f"simulated_hours_to_{metric}_{abs(target):.2f}"
     return [{name: next(x for x, value in curve if sign * value >= target)} for curve in curves]
-
-
-def _curve_metric(task: Task) -> str:
-    if task.kind == "multiclass" and task.outputs > 2 and not task.is_ranking:
-        return "accuracy"
-    return selection_metric(task)[0]
 
 
 def _curve_points(

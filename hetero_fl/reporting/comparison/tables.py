@@ -16,7 +16,6 @@ from hetero_fl.reporting.comparison.facts import (
     Row,
     columns_of,
     compared_methods,
-    metrics_of,
 )
 from hetero_fl.reporting.formatting import (
     MISSING,
@@ -29,6 +28,7 @@ from hetero_fl.reporting.formatting import (
 )
 from hetero_fl.reporting.methods import format_needs, is_reference
 from hetero_fl.reporting.rendering import markdown_table, render, render_line
+from hetero_fl.reporting.shown_metrics import shown_metrics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -223,7 +223,7 @@ def _undefined_titles(rows: Sequence[Row], task: Task, moment: str) -> list[str]
     """
     if task.kind == "regression" or not any(f"personal_{moment}_loss" in row for row in rows):
         return []
-    keys = {metric: f"personal_{moment}_{metric}" for metric in metrics_of(task)}
+    keys = {metric: f"personal_{moment}_{metric}" for metric in shown_metrics(task).table}
     return [
         tested_metric("personal", metric)
         for metric, key in keys.items()

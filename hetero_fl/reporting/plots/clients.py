@@ -17,13 +17,12 @@ from hetero_fl.reporting.formatting import (
     capitalize_first,
     client_score,
     format_range,
-    is_regression,
-    last_scores,
     local_test_rows,
     metric_name,
-    selection_metric_of,
+    task_of,
 )
 from hetero_fl.reporting.plots import style
+from hetero_fl.reporting.shown_metrics import shown_metrics
 from hetero_fl.utils.text import pluralize
 
 Json = dict[str, Any]
@@ -51,24 +50,15 @@ def plot_client_scores(summary: Json, details: Json) -> Figure:
     """
     rows = summary["clients"]
     tested = local_test_rows(details)
-    first = selection_metric_of(summary, details)
-    # AUROC is not used as the second metric, because it is undefined if test rows lack a class.
-    second = {
-        "mae": "rmse",
-        "auroc": "balanced_accuracy",
-        "accuracy": "top3_accuracy",
-        "ndcg_10": "hit_rate_10",
-    }
-    pair = (first, second.get(first, "accuracy"))
-    if details.get("rare") is not None:
-        pair = first, "average_precision"
+    task = task_of(summary, details)
+    pair = shown_metrics(task).clients
     if len(rows) > FEW:
-        return _scatter(rows, pair, tested, details.get("unit", ""))
+        return _scatter(rows, pair, tested, task.unit)
     figure = style.figure(1.35 + 0.21 * len(rows))
     panels = figure.subplots(1, 2, sharey=True)
     for axes, name in zip(panels, pair, strict=True):
         _dumbbells(axes, rows, name, tested)
-        axes.set_title(capitalize_first(metric_name(name, details.get("unit", ""))))
+        axes.set_title(capitalize_first(metric_name(name, task.unit)))
     panels[0].set_yticks(
         range(len(rows)), [f"{style.shorten(row['id'])} (n = {tested[row['id']]})" for row in rows]
     )
@@ -182,7 +172,7 @@ def plot_labels(summary: Json, details: Json) -> Figure:
         details: Content of `details.json`.
     """
     counts = details["label_counts"]
-    if is_regression(last_scores(summary)) or not counts:
+    if task_of(summary, details).kind == "regression" or not counts:
         splits = ["train", "validation", "test"]
         ids = list(details["rows"])
         rows = np.array([[details["rows"][client][split] for split in splits] for client in ids])
@@ -194,7 +184,7 @@ def plot_labels(summary: Json, details: Json) -> Figure:
     if len(names) > MAX_LABELS:
         kept = np.argsort(-table.sum(0), kind="stable")[:MAX_LABELS]
     shown = [names[label] for label in kept]
-    unit = "fraction of the client's training rows"
+    unit = "fraction of training rows"
     figure = _heat_map(list(counts), table[:, kept], share[:, kept], shown, unit)
     if len(names) > MAX_LABELS:
         figure.axes[0].set_title(f"The {MAX_LABELS} most frequent of {len(names)} labels")

@@ -19,13 +19,13 @@ from hetero_fl.reporting.formatting import (
     TEST_NAMES,
     byte_unit,
     capitalize_first,
-    headline_metrics,
     is_percentage,
     metric_name,
-    selection_metric_of,
+    task_of,
     time_unit,
 )
 from hetero_fl.reporting.plots import style
+from hetero_fl.reporting.shown_metrics import shown_metrics
 
 Json = dict[str, Any]
 
@@ -42,7 +42,7 @@ def plot_curves(summary: Json, records: Sequence[Json], details: Json) -> Figure
     """
     figure = style.figure(3.1)
     rounds = [r for r in records if r.get("personal") or r.get("global")]
-    names = headline_metrics(summary, details)
+    names = shown_metrics(task_of(summary, details)).curves
     panels = figure.subplots(1, 2)
     for axes, name in zip(panels, names, strict=True):
         _draw_tests(axes, name, [r["round"] for r in rounds], rounds, summary=summary)
@@ -84,7 +84,7 @@ def plot_communication(summary: Json, records: Sequence[Json], details: Json) ->
         for r, t in zip(records, total, strict=True)
         if r.get("personal") or r.get("global")
     ]
-    name = selection_metric_of(summary, details)
+    name = shown_metrics(task_of(summary, details)).selection
     figure = style.figure(3.4, style.COLUMN)
     axes = figure.subplots()
     x = [exchanged for _, exchanged in kept]
@@ -274,7 +274,7 @@ def plot_time(summary: Json, records: Sequence[Json], details: Json) -> Figure |
     factor, unit = time_unit(timed[-1]["simulated"]["end"])
     figure = style.figure(3.2)
     left, right = figure.subplots(1, 2)
-    name = selection_metric_of(summary, details)
+    name = shown_metrics(task_of(summary, details)).selection
     evaluated = [r for r in timed if r.get("personal") or r.get("global")]
     ends = [r["simulated"]["end"] / factor for r in evaluated]
     _draw_tests(left, name, ends, evaluated, summary=summary)

@@ -17,9 +17,10 @@ from hetero_fl.reporting.formatting import (
     client_score,
     format_metric,
     local_test_rows,
-    selection_metric_of,
+    task_of,
 )
 from hetero_fl.reporting.plots import style
+from hetero_fl.reporting.shown_metrics import shown_metrics
 
 Json = dict[str, Any]
 
@@ -315,10 +316,8 @@ def _with_all(
     for found in by_client.values():
         total = found if total is None else merge(total, found)
     ranked_by = "global" if summary["global"] else "personal"
-    scores = {
-        row["id"]: client_score(row, ranked_by, selection_metric_of(summary, details))
-        for row in summary["clients"]
-    }
+    metric = shown_metrics(task_of(summary, details)).selection
+    scores = {row["id"]: client_score(row, ranked_by, metric) for row in summary["clients"]}
     weakest = sorted(by_client, key=lambda client: (scores[client] is None, scores[client] or 0.0))[
         : PANELS - 1
     ]

@@ -23,7 +23,7 @@ from hetero_fl.experiment.onboarding.joining_clients import (
     JoiningClients,
     JoiningSite,
 )
-from hetero_fl.experiment.onboarding.report import draw_join, is_clearly_better, shown_metrics
+from hetero_fl.experiment.onboarding.report import defined_metrics, draw_join, is_clearly_better
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.utils.errors import UserError
 from tests.support.federations import broadcasts, config, rounds_of, same_bits
@@ -44,8 +44,8 @@ def test_joining_shows_the_metrics_of_comparisons() -> None:
         row = dict.fromkeys(metric_names(task), 0.5)
         less = [expected[0], *expected[2:]]
 
-        assert shown_metrics({"rows": [row]}, task) == expected
-        assert shown_metrics({"rows": [{**row, expected[1]: None}]}, task) == less
+        assert defined_metrics({"rows": [row]}, task) == expected
+        assert defined_metrics({"rows": [{**row, expected[1]: None}]}, task) == less
 
 
 @pytest.fixture(scope="module")

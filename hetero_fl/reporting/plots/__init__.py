@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from hetero_fl.utils.errors import one_line
 Json = dict[str, Any]
 
 PLOTS: dict[str, Callable[[Json, Sequence[Json], Json], Figure | None]] = {
-    "curves": rounds.plot_curves,
+    "curves": partial(rounds.plot_curves, x="round"),
     "clients": lambda summary, _, details: clients.plot_client_scores(summary, details),
     "labels": lambda summary, _, details: clients.plot_labels(summary, details),
-    "communication": rounds.plot_communication,
-    "time": rounds.plot_time,
+    "communication": partial(rounds.plot_curves, x="bytes"),
+    "time": partial(rounds.plot_curves, x="time"),
+    "outcomes": lambda _summary, records, _details: rounds.plot_outcomes(records),
     "privacy": lambda summary, records, _: rounds.plot_privacy(summary, records),
     "forecasts": lambda summary, _, details: scores.plot_forecasts(summary, details),
     "confusion": lambda summary, _, details: scores.plot_confusion(summary, details),
@@ -37,8 +39,8 @@ def draw_plots(run: RunDirectory, log: Callable[[str], None] | None = None) -> d
     """Draw the plots of a finished run.
 
     Plots that do not apply to the run are omitted: `communication` without exchanged bytes, `time`
-    without simulated time, `privacy` without privacy, `forecasts` without timestamps, `confusion`
-    and `calibration` without classes.
+    and `outcomes` without simulated time, `privacy` without privacy, `forecasts` without
+    timestamps, `confusion` and `calibration` without classes.
 
     Args:
         run: The finished run.

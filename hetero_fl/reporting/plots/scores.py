@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,7 @@ from hetero_fl.reporting.shown_metrics import shown_metrics
 Json = dict[str, Any]
 
 PANELS = 12
-"""Maximum number of panels in a figure.
-
-With more clients, the figure shows all clients together and the clients with the lowest scores.
-"""
+"""Maximum number of panels in a figure: all clients together and those with the lowest scores."""
 
 MAX_LABELS = 16
 """Maximum number of labels of a multilabel task that have a confusion matrix."""
@@ -39,10 +36,9 @@ ALL = "all clients"
 def plot_confusion(summary: Json, details: Json) -> Figure | None:
     """Plot confusion matrices after the last round, normalized by true class.
 
-    For up to 12 clients, the figure shows a matrix for the global test of each client. With more
-    clients, it shows a matrix for all clients together and the matrices of the 11 clients with the
-    lowest scores. Without a global test, the local test is used. For multilabel tasks, the figure
-    shows a matrix for each of the first 16 labels, for all clients together.
+    The figure shows a matrix for all clients together and the matrices of up to 11 clients, lowest
+    scores first, on the global test or, without a global test, on the local test. For multilabel
+    tasks, it shows a matrix for each of the first 16 labels, for all clients together.
 
     Args:
         summary: Content of `summary.json`.
@@ -51,7 +47,7 @@ def plot_confusion(summary: Json, details: Json) -> Figure | None:
     Returns:
         The figure, or None for tasks without classes.
     """
-    by_client = _order_clients(details["confusion"], summary)
+    by_client = details["confusion"]
     matrices = _confusion_matrices(by_client, "global") or _confusion_matrices(
         by_client, "personal"
     )
@@ -61,8 +57,9 @@ def plot_confusion(summary: Json, details: Json) -> Figure | None:
     total = np.sum(list(matrices.values()), axis=0)
     if total.ndim == 3:
         by_label = dict(zip(names[:MAX_LABELS], total, strict=False))
-        return _matrices(by_label, ["absent", "present"])
-    return _matrices(_with_all(matrices, summary, details, np.add), names)
+        return _draw_matrices(by_label, ["absent", "present"])
+    weakest = {client: matrices[client] for client in _weakest(matrices, summary, details)}
+    return _draw_matrices({ALL: total} | weakest, names)
 
 
 def _confusion_matrices(by_client: Mapping[str, Json], test: str) -> dict[str, np.ndarray]:
@@ -74,54 +71,71 @@ def _confusion_matrices(by_client: Mapping[str, Json], test: str) -> dict[str, n
     }
 
 
-def _matrices(panels: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
+def _weakest(clients: Iterable[str], summary: Json, details: Json) -> list[str]:
+    """Return the clients that have a panel of their own, those with the lowest scores first.
+
+    The scores are those on the global test, or on the local test if there is no global test.
+    Clients without a score come last. A single client has no panel besides that of all clients.
+
+    Args:
+        clients: Ids of the clients with values to plot.
+        summary: Content of `summary.json`.
+        details: Content of `details.json`.
+    """
+    test = "global" if summary["global"] else "personal"
+    metric = shown_metrics(task_of(summary, details)).selection
+    known = set(clients)
+    scores = {
+        row["id"]: client_score(row, test, metric)
+        for row in summary["clients"]
+        if row["id"] in known
+    }
+    ranked = sorted(scores, key=lambda client: (scores[client] is None, scores[client] or 0.0))
+    return ranked[: PANELS - 1] if len(ranked) > 1 else []
+
+
+def _draw_matrices(matrices: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
     """Draw a panel for each matrix of counts `[true, predicted]`, keyed by title."""
-    columns = min(4, len(panels))
-    figure, grid = _grid(len(panels), columns, 1.35, between=0.3, around=1.0)
-    for index, (axes, (title, matrix)) in enumerate(zip(grid, panels.items(), strict=True)):
-        left = index % columns == 0
-        below = index + columns >= len(panels)
+    figure, grid = _grid(len(matrices), 1.35, 0.3, xlabel="predicted class", ylabel="true class")
+    for axes, (title, matrix) in zip(grid, matrices.items(), strict=True):
         axes.set_title(style.shorten(title, 14), fontsize=8, loc="center")
-        _matrix(axes, matrix, names, left=left, below=below)
-        if left:
-            axes.set_ylabel("true class", fontsize=8)
-        if below:
-            axes.set_xlabel("predicted class", fontsize=8)
+        _draw_matrix(axes, matrix, names)
     size = {"fraction": 0.03, "pad": 0.015, "aspect": 30}
-    bar = style.add_colorbar(
-        figure, grid[0].images[0], grid, "fraction of rows of the true class", **size
-    )
+    label = "fraction of the true class"
+    bar = style.add_colorbar(figure, grid[0].images[0], grid, label, **size)
     bar.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
 
 def _grid(
-    count: int, columns: int, side: float, between: float, around: float
+    count: int, side: float, between: float, *, xlabel: str, ylabel: str
 ) -> tuple[Figure, list[Axes]]:
-    """Create a figure with a grid of square panels.
+    """Create a figure with a grid of square panels, with labels at its left and lower border.
 
     Args:
         count: Number of panels.
-        columns: Number of columns.
         side: Side of a panel in inches.
         between: Space between rows in inches.
-        around: Space around the grid in inches.
+        xlabel: Label of the x axes.
+        ylabel: Label of the y axes.
     """
+    columns = min(4, count)
     rows = -(-count // columns)
-    figure = style.figure(
-        rows * (side + between) + around, min(style.WIDTH, columns * (side + 0.2) + around)
-    )
+    width = min(style.WIDTH, columns * (side + 0.2) + 1.0)
+    figure = style.figure(rows * (side + between) + 1.0, width)
     # The compressed layout removes the space between square panels.
     figure.set_layout_engine("compressed")
     grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
-    for axes in grid[count:]:
-        axes.set_visible(False)
+    for index, axes in enumerate(grid):
+        axes.set_visible(index < count)
+        is_left = index % columns == 0
+        is_lowest = index + columns >= count
+        axes.tick_params(labelleft=is_left, labelbottom=is_lowest)
+        axes.set(xlabel=xlabel if is_lowest else "", ylabel=ylabel if is_left else "")
     return figure, grid[:count]
 
 
-def _matrix(
-    axes: Axes, matrix: np.ndarray, names: Sequence[str], *, left: bool, below: bool
-) -> None:
+def _draw_matrix(axes: Axes, matrix: np.ndarray, names: Sequence[str]) -> None:
     classes = len(names)
     totals = matrix.sum(1, keepdims=True)
     # The share is NaN for classes without test rows, so that they do not look like 0%.
@@ -130,43 +144,30 @@ def _matrix(
     style.remove_axes(axes)
     axes.set_facecolor(style.NO_DATA)
     if classes <= 4:
-        for row, column in np.ndindex(classes, classes):
-            is_known = np.isfinite(share[row, column])
-            text = (
-                f"{100 * share[row, column]:.0f}%\n{matrix[row, column]:.0f}"
-                if is_known
-                else "no\nrows"
-            )
-            color = style.text_color(share[row, column]) if is_known else style.INK
-            axes.text(
-                column,
-                row,
-                text,
-                ha="center",
-                va="center",
-                fontsize=style.MIN_FONT_SIZE,
-                linespacing=1.15,
-                color=color,
-            )
+        look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": style.MIN_FONT_SIZE}
+        for (row, column), part in np.ndenumerate(share):
+            is_known = np.isfinite(part)
+            text = f"{100 * part:.0f}%\n{matrix[row, column]:.0f}" if is_known else "no\nrows"
+            color = style.text_color(part) if is_known else style.INK
+            axes.text(column, row, text, linespacing=1.15, color=color, **look)
     shown = list(style.evenly_spaced_positions(classes, 10))
     labels = [style.shorten(names[c], 11) for c in shown]
-    hidden = [""] * len(shown)
-    axes.set_yticks(shown, labels if left else hidden, fontsize=style.MIN_FONT_SIZE)
     longest = max(map(len, labels))
     rotation: dict[str, Any] = {}
     if classes > 4 and longest > 2:
         rotation = {"rotation": 90}
     elif longest > 7:
         rotation = style.SLANTED
-    axes.set_xticks(shown, labels if below else hidden, fontsize=style.MIN_FONT_SIZE, **rotation)
+    axes.set_yticks(shown, labels, fontsize=style.MIN_FONT_SIZE)
+    axes.set_xticks(shown, labels, fontsize=style.MIN_FONT_SIZE, **rotation)
 
 
 def plot_calibration(summary: Json, details: Json) -> Figure | None:
     """Plot reliability diagrams with the expected calibration error (ECE) of each test.
 
-    The area of a point is proportional to the number of predictions in its bin. Bins with a single
-    prediction are drawn as hollow points that are not part of the curve. With more than 12 clients,
-    the figure shows all clients together and the 11 clients with the lowest scores.
+    The figure shows the predictions of all clients together, and those of up to 11 clients, lowest
+    scores first. The area of a point is proportional to the number of predictions in its bin. Bins
+    with a single prediction are drawn as hollow points that are not part of the curve.
 
     Args:
         summary: Content of `summary.json`.
@@ -175,25 +176,21 @@ def plot_calibration(summary: Json, details: Json) -> Figure | None:
     Returns:
         The figure, or None for tasks without classes.
     """
-    found = {
-        client_id: by_test
-        for client_id, by_test in _order_clients(details["calibration"], summary).items()
-        if by_test
+    bins_of = {
+        client: {test: bins for test, bins in by_test.items() if bins["ece"] is not None}
+        for client, by_test in details["calibration"].items()
     }
-    if not found:
+    bins_of = {client: by_test for client, by_test in bins_of.items() if by_test}
+    if not bins_of:
         return None
-    group = _with_all(found, summary, details, _merge_calibrations)
     tested = local_test_rows(details)
     tested[ALL] = sum(tested.values())
-    columns = 3 if len(group) in (5, 6) else min(4, len(group))
-    figure, grid = _grid(len(group), columns, 1.5, between=0.62, around=0.9)
-    for index, (axes, (name, by_test)) in enumerate(zip(grid, group.items(), strict=True)):
-        _reliability(axes, by_test, tested[name])
+    panels = {ALL: _pool_calibration(list(bins_of.values()))}
+    panels |= {client: bins_of[client] for client in _weakest(bins_of, summary, details)}
+    figure, grid = _grid(len(panels), 1.5, 0.62, xlabel="confidence", ylabel="accuracy")
+    for axes, (name, by_test) in zip(grid, panels.items(), strict=True):
+        _draw_reliability(axes, by_test, tested[name])
         axes.set_title(style.shorten(name, 18), fontsize=8, pad=25)
-        left = index % columns == 0
-        below = index + columns >= len(group)
-        axes.tick_params(labelleft=left, labelbottom=below)
-        axes.set(xlabel="confidence" if below else "", ylabel="accuracy" if left else "")
     handles: list[Line2D] = [
         Line2D(
             [],
@@ -202,43 +199,26 @@ def plot_calibration(summary: Json, details: Json) -> Figure | None:
             marker=style.TEST_MARKERS[test],
             label=TEST_NAMES[test],
         )
-        for test in ("personal", "global")
+        for test in panels[ALL]
     ]
-    handles.append(
-        Line2D(
-            [],
-            [],
-            color=style.GREY,
-            linewidth=0.9,
-            linestyle=(0, (4, 3)),
-            label="perfectly calibrated",
-        )
-    )
-    if any(1 in bins["count"] for by_test in group.values() for bins in by_test.values()):
-        handles.append(
-            Line2D(
-                [],
-                [],
-                linestyle="none",
-                marker="o",
-                markerfacecolor="white",
-                markeredgecolor=style.GREY,
-                label="single prediction",
-            )
-        )
-    figure.legend(
-        handles=handles, loc="outside upper center", ncols={1: 1, 2: 2}.get(columns, len(handles))
-    )
+    dashed: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (4, 3))}
+    handles.append(Line2D([], [], color=style.GREY, label="perfectly calibrated", **dashed))
+    if any(1 in bins["count"] for by_test in panels.values() for bins in by_test.values()):
+        hollow: dict[str, Any] = {"marker": "o", "markerfacecolor": "white", "linestyle": "none"}
+        label = "single prediction"
+        handles.append(Line2D([], [], markeredgecolor=style.GREY, label=label, **hollow))
+    columns = {1: 1, 2: 2}.get(len(panels), len(handles))
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns)
     return figure
 
 
-def _reliability(axes: Axes, by_test: Mapping[str, Json], num_rows: int) -> None:
+def _draw_reliability(axes: Axes, by_test: Mapping[str, Json], num_rows: int) -> None:
     axes.plot([0, 1], [0, 1], color=style.GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
     lines = []
-    for test in ("personal", "global"):
-        found = by_test.get(test)
-        if found is None or found["ece"] is None:
+    for test in ("global", "personal"):
+        if test not in by_test:
             continue
+        found = by_test[test]
         count = np.array(found["count"], dtype=float)
         kept = count > 0
         x = np.array(found["confidence"], dtype=float)[kept]
@@ -247,11 +227,10 @@ def _reliability(axes: Axes, by_test: Mapping[str, Json], num_rows: int) -> None
         # The accuracy of a single prediction is 0 or 1, which would distort the curve.
         joined = count[kept] > 1
         axes.plot(x[joined], y[joined], color=color, linewidth=1.1, zorder=2)
-        area = 4 + 50 * count[kept] / count.sum()
         axes.scatter(
             x,
             y,
-            s=area,
+            s=4 + 50 * count[kept] / count.sum(),
             marker=style.TEST_MARKERS[test],
             facecolor=np.where(joined, color, "white"),
             edgecolor=color,
@@ -262,66 +241,34 @@ def _reliability(axes: Axes, by_test: Mapping[str, Json], num_rows: int) -> None
         rows = f" (n = {num_rows})" if test == "personal" else ""
         lines.append((f"{TEST_NAMES[test]} ECE {found['ece']:.3f}{rows}", color))
     # Offsets in points keep a distance between the text and the title at any size.
-    for line_idx, (text, color) in enumerate(reversed(lines)):
-        at: dict[str, Any] = {
-            "xycoords": "axes fraction",
-            "xytext": (0, 5 + 9.5 * line_idx),
-            "textcoords": "offset points",
-        }
-        axes.annotate(text, (0, 1), fontsize=style.MIN_FONT_SIZE, color=color, **at)
+    at: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    for line_idx, (text, color) in enumerate(lines):
+        place = (0, 5 + 9.5 * line_idx)
+        axes.annotate(text, (0, 1), xytext=place, fontsize=style.MIN_FONT_SIZE, color=color, **at)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
 
 
-def _merge_calibrations(a: Mapping[str, Json], b: Mapping[str, Json]) -> dict[str, Json]:
-    """Merge the bins of two clients."""
-    both = {test: _merge_bins(a[test], b[test]) for test in a if test in b}
-    return {**a, **b, **both}
-
-
-def _merge_bins(a: Json, b: Json) -> Json:
-    counts = np.array([a["count"], b["count"]], dtype=float)
-    total = counts.sum(0)
-    found: Json = {"count": total.tolist()}
-    for name in ("confidence", "accuracy"):
-        values = np.nan_to_num(np.array([a[name], b[name]], dtype=float))
-        found[name] = ((values * counts).sum(0) / np.maximum(total, 1)).tolist()
-    gap = np.abs(np.array(found["confidence"]) - np.array(found["accuracy"]))
-    found["ece"] = float((gap * total).sum() / total.sum()) if total.sum() else None
-    return found
-
-
-def _order_clients(by_client: Mapping[str, Any], summary: Json) -> dict[str, Any]:
-    """Sort a dictionary of clients in the order of the summary."""
-    return {row["id"]: by_client[row["id"]] for row in summary["clients"] if row["id"] in by_client}
-
-
-def _with_all(
-    by_client: Mapping[str, Any], summary: Json, details: Json, merge: Any
-) -> dict[str, Any]:
-    """Return the values to plot, keyed by the name of the panel.
-
-    For up to 12 clients, there is a panel for each client. With more clients, there is a panel with
-    the merged values of all clients, and a panel for each of the 11 clients with the lowest scores.
-    The scores are those on the global test, or on the local test if there is no global test.
-
-    Args:
-        by_client: Values to plot, keyed by client id.
-        summary: Content of `summary.json`.
-        details: Content of `details.json`.
-        merge: Function that merges the values of two clients.
-    """
-    if len(by_client) <= PANELS:
-        return dict(by_client)
-    total: Any = None
-    for found in by_client.values():
-        total = found if total is None else merge(total, found)
-    ranked_by = "global" if summary["global"] else "personal"
-    metric = shown_metrics(task_of(summary, details)).selection
-    scores = {row["id"]: client_score(row, ranked_by, metric) for row in summary["clients"]}
-    weakest = sorted(by_client, key=lambda client: (scores[client] is None, scores[client] or 0.0))[
-        : PANELS - 1
-    ]
-    return {ALL: total} | {client_id: by_client[client_id] for client_id in weakest}
+def _pool_calibration(clients: Sequence[Mapping[str, Json]]) -> dict[str, Json]:
+    """Merge the bins of several clients, for each test."""
+    pooled: dict[str, Json] = {}
+    for test in ("personal", "global"):
+        found = [by_test[test] for by_test in clients if test in by_test]
+        if not found:
+            continue
+        count = np.array([bins["count"] for bins in found], dtype=float)
+        total = count.sum(0)
+        confidence, accuracy = (
+            (np.nan_to_num(np.array([bins[name] for bins in found], dtype=float)) * count).sum(0)
+            / np.maximum(total, 1)
+            for name in ("confidence", "accuracy")
+        )
+        pooled[test] = {
+            "ece": (np.abs(confidence - accuracy) * total).sum() / total.sum(),
+            "confidence": confidence,
+            "accuracy": accuracy,
+            "count": total,
+        }
+    return pooled
 
 
 FORECAST_PANELS = 8

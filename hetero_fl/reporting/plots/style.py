@@ -139,9 +139,12 @@ def shorten(text: str, length: int = 18) -> str:
     return f"{text[: length - 1 - tail]}…{text[-tail:]}"
 
 
-def ticks(most: int = 5) -> MaxNLocator:
-    """Return a tick locator for at most `most` intervals of 1, 2 or 5 times a power of ten."""
-    return MaxNLocator(most, steps=[1, 2, 5, 10])
+def ticks(most: int = 5, integer: bool = False) -> MaxNLocator:
+    """Return a tick locator for at most `most` intervals of 1, 2 or 5 times a power of ten.
+
+    With `integer`, all ticks are integers.
+    """
+    return MaxNLocator(most, steps=[1, 2, 5, 10], integer=integer, min_n_ticks=1 if integer else 2)
 
 
 def remove_axes(axes: Axes) -> None:
@@ -189,7 +192,9 @@ def draw_band(
     limits = np.stack([mean - deviation, mean + deviation])
     if metric not in SMALLER_IS_BETTER and metric != "r2":
         limits = limits.clip(0, 1)
-    axes.fill_between(x, *limits, color=color, alpha=alpha, linewidth=0)
+    # A band at a single point has no area, so it is drawn as a thick line.
+    width = 0 if len(x) > 1 else 5
+    axes.fill_between(x, *limits, color=color, alpha=alpha, linewidth=width)
 
 
 def add_colorbar(figure: Figure, image: AxesImage, axes: Any, label: str, **place: Any) -> Axes:

@@ -79,10 +79,10 @@ def test_labels_do_not_overlap(
     )
     with style.plot_style():
         figures = {
-            "curves": rounds.plot_curves(summary, records, details),
+            "curves": rounds.plot_curves(summary, records, details, "round"),
             "clients": client_plots.plot_client_scores(summary, details),
             "labels": client_plots.plot_labels(summary, details),
-            "communication": rounds.plot_communication(summary, records, details),
+            "communication": rounds.plot_curves(summary, records, details, "bytes"),
             "confusion": scores.plot_confusion(summary, details),
             "calibration": scores.plot_calibration(summary, details),
         }

@@ -109,7 +109,7 @@ def lines(figure: Figure, panel: int, color: str) -> list[np.ndarray]:
 def test_curves_show_records_last_and_selected_rounds(made_run: MakeRun) -> None:
     run = made_run(every=5, rounds=12)
     summary, records = run.summary(), run.metrics()
-    figure = drawn(round_plots.plot_curves, summary, records, run.details())
+    figure = drawn(round_plots.plot_curves, summary, records, run.details(), "round")
     read = [r for r in records if "global" in r]
     curve, last = lines(figure, 0, style.TEST_COLORS["global"])[:2]
     assert curve[0].tolist() == [5, 10, 12]
@@ -133,7 +133,9 @@ def test_curves_show_records_last_and_selected_rounds(made_run: MakeRun) -> None
 @each_case("rounds", [1, 2, 7])
 def test_round_ticks_are_integers(made_run: MakeRun, rounds: int) -> None:
     run = made_run(rounds=rounds)
-    for axes in drawn(round_plots.plot_curves, run.summary(), run.metrics(), run.details()).axes:
+    for axes in drawn(
+        round_plots.plot_curves, run.summary(), run.metrics(), run.details(), "round"
+    ).axes:
         ticks = axes.get_xticks()
         assert len(ticks) and all(float(tick).is_integer() for tick in ticks)
 
@@ -146,11 +148,11 @@ def test_first_plot_shows_the_selection_metric(
 ) -> None:
     run = made_run(kind=kind, classes=classes, rounds=2)
     summary, records, details = run.summary(), run.metrics(), run.details()
-    panel = drawn(round_plots.plot_curves, summary, records, details).axes[0]
-    assert panel.get_title(loc="left") == capitalize_first(METRICS[name])
-    against = drawn(round_plots.plot_communication, summary, records, details)
-    shown = lines(against, 0, style.TEST_COLORS["personal"])[0][1]
-    assert shown.tolist() == [r["personal"][name] for r in records]
+    for x in ("round", "bytes"):
+        figure = drawn(round_plots.plot_curves, summary, records, details, x)
+        assert figure.axes[0].get_title(loc="left") == capitalize_first(METRICS[name])
+        shown = lines(figure, 0, style.TEST_COLORS["personal"])[0][1]
+        assert shown.tolist() == [r["personal"][name] for r in records]
 
 
 def test_curves_leave_out_undefined_rounds(made_run: MakeRun) -> None:
@@ -159,18 +161,20 @@ def test_curves_leave_out_undefined_rounds(made_run: MakeRun) -> None:
     for record in records:
         record["personal"]["auroc"] = None
     records[1]["global"]["auroc"] = None
-    figure = drawn(round_plots.plot_curves, summary, records, run.details())
+    figure = drawn(round_plots.plot_curves, summary, records, run.details(), "round")
     assert lines(figure, 1, style.TEST_COLORS["global"])[0][0].tolist() == [1, 3, 4]
     assert not lines(figure, 1, style.TEST_COLORS["personal"])
     for record in records:
         record["global"]["auroc"] = None
-    (words,) = drawn(round_plots.plot_curves, summary, records, run.details()).axes[1].texts
+    (words,) = (
+        drawn(round_plots.plot_curves, summary, records, run.details(), "round").axes[1].texts
+    )
     assert words.get_text().startswith("undefined")
 
 
 def test_bytes_are_summed_over_all_rounds(made_run: MakeRun) -> None:
     run = made_run(every=5, rounds=12)
-    figure = drawn(round_plots.plot_communication, run.summary(), run.metrics(), run.details())
+    figure = drawn(round_plots.plot_curves, run.summary(), run.metrics(), run.details(), "bytes")
     curve = lines(figure, 0, style.TEST_COLORS["personal"])[0]
     assert curve[0] == pytest.approx([0.72 * r for r in (5, 10, 12)])
     assert "(MB)" in figure.axes[0].get_xlabel()
@@ -275,11 +279,13 @@ def test_confusion_panels_share_order_and_scale(made_run: MakeRun) -> None:
     assert {axes.images[0].get_clim() for axes in panels} == {(0.0, 1.0)}
     assert len([axes for axes in figure.axes if not axes.images and axes.get_visible()]) == 1
     titles = [axes.get_title(loc="center") for axes in panels]
-    assert titles == [c["id"] for c in summary["clients"]]
+    ranked = sorted(summary["clients"], key=lambda c: c["global"]["balanced_accuracy"])
+    assert titles == ["all clients", *(c["id"] for c in ranked)]
     assert [t.get_text() for t in panels[0].get_yticklabels()] == details["labels"]
     assert [t.get_text() for t in panels[-1].get_xticklabels()] == details["labels"]
     matrix = np.array(details["confusion"]["hospital_4"]["global"], dtype=float)
-    assert images(figure)[3] == pytest.approx(matrix / matrix.sum(1, keepdims=True))
+    shown = images(figure)[titles.index("hospital_4")]
+    assert shown == pytest.approx(matrix / matrix.sum(1, keepdims=True))
 
 
 def test_confusion_of_many_clients_shows_sum_and_weakest(made_run: MakeRun) -> None:
@@ -349,7 +355,10 @@ def test_calibration_omits_clients_without_test_rows(made_run: MakeRun) -> None:
     assert score_plots.plot_calibration(run.summary(), details) is None
     empty = {"ece": None, "confidence": [], "accuracy": [], "count": []}
     details["calibration"]["hospital_2"] = {"personal": empty}
-    assert not drawn(score_plots.plot_calibration, run.summary(), details).axes[0].texts
+    assert score_plots.plot_calibration(run.summary(), details) is None
+    details["calibration"]["hospital_1"] = run.details()["calibration"]["hospital_1"]
+    (panel,) = drawn(score_plots.plot_calibration, run.summary(), details).axes
+    assert panel.get_title(loc="left") == "all clients"
 
 
 def test_privacy_plot_shows_the_budget_spent_per_round() -> None:

@@ -49,26 +49,33 @@ def timed(run: RunDirectory, each: float = 40.0) -> RunDirectory:
 def test_run_in_simulated_time_has_plots_and_report(made_run: MakeRun, clients: int) -> None:
     run = timed(made_run(clients=clients, rounds=20))
     names = [path.stem for path in write_plots(run.path)]
-    assert names[names.index("communication") + 1 : names.index("confusion")] == ["time"]
+    assert names[names.index("communication") + 1 : names.index("confusion")] == [
+        "time",
+        "outcomes",
+    ]
     text = write_report(run.path).read_text()
     assert "Simulated time" in text and "13 min 20 s" in text and "1 round with too few" in text
     assert "Clients dropped in" not in text
     assert f"{20 * clients:,} invited" in text
 
 
-def test_plot_over_time_counts_invited_clients(made_run: MakeRun) -> None:
+def test_plots_show_simulated_hours_and_invited_clients(made_run: MakeRun) -> None:
     run = timed(made_run(clients=60, rounds=20), each=7200.0)
     summary, records, details = run.summary(), run.metrics(), run.details()
-    both = drawn(rounds.plot_time, summary, records, details)
-    assert both.axes[0].get_xlabel() == "simulated hours"
-    assert sum(bar.get_height() for bar in both.axes[1].patches) == 20 * 60
-    assert both.axes[0].lines[0].get_xdata()[-1] == pytest.approx(40)
+    curves = drawn(rounds.plot_curves, summary, records, details, "time")
+    outcomes = drawn(rounds.plot_outcomes, records)
+    assert curves.axes[0].get_xlabel() == "simulated hours"
+    assert curves.axes[0].lines[0].get_xdata()[-1] == pytest.approx(40)
+    assert sum(bar.get_height() for bar in outcomes.axes[0].patches) == 20 * 60
+    words = [text.get_text() for text in outcomes.legends[0].texts]
+    assert sorted(words) == ["arrived", "failed", "late", "too few uploads: no update"]
 
 
 @pytest.mark.slow
 def test_no_plot_over_time_without_simulated_time(made_run: MakeRun) -> None:
     run = made_run(rounds=2)
-    assert rounds.plot_time(run.summary(), run.metrics(), run.details()) is None
+    assert rounds.plot_curves(run.summary(), run.metrics(), run.details(), "time") is None
+    assert rounds.plot_outcomes(run.metrics()) is None
     assert "Simulated time" not in write_report(run.path).read_text()
 
 

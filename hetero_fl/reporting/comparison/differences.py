@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -11,7 +12,6 @@ from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison.facts import Column, Row, columns_of, compared_methods
 from hetero_fl.reporting.comparison.significance import (
     MIN_SEEDS,
-    PairedDifference,
     holm,
     paired_difference,
 )
@@ -21,34 +21,20 @@ from hetero_fl.reporting.rendering import markdown_table, render, render_line
 
 
 @dataclass(frozen=True)
-class MethodDifference:
-    """The difference of a method from the best method.
-
-    Attributes:
-        algorithm: Label of the method.
-        difference: The difference, or None if the two methods share too few seeds.
-        p_holm: p-value with Holm's correction for all tests of the table, or None without a test.
-    """
-
-    algorithm: str
-    difference: PairedDifference | None
-    p_holm: float | None
-
-
-@dataclass(frozen=True)
 class DifferenceTable:
     """The table of paired differences.
 
     Attributes:
         best: Label of the best method.
         column: The column of the scores.
-        differences: The differences of the other methods, in the order of display.
+        frame: One row for each other method, in the order of display, with the columns of
+            `differences.csv`. The numbers are NaN if the two methods share too few seeds.
         caption: Text below the table.
     """
 
     best: str
     column: Column
-    differences: tuple[MethodDifference, ...]
+    frame: pd.DataFrame
     caption: str
 
     @property
@@ -64,18 +50,16 @@ class DifferenceTable:
     @property
     def lines(self) -> list[tuple[str, ...]]:
         """The cells of each row as text."""
-        return [self._cells(one) for one in self.differences]
+        return [self._cells(row) for row in self.frame.to_dict("records")]
 
-    def _cells(self, one: MethodDifference) -> tuple[str, ...]:
-        found = one.difference
-        name = algorithm_name(one.algorithm)
-        if found is None or one.p_holm is None:
+    def _cells(self, row: Mapping[Hashable, Any]) -> tuple[str, ...]:
+        name = algorithm_name(row["algorithm"])
+        if pd.isna(row["p"]):
             return (name, *[MISSING] * 4)
         mean, low, high = (
-            format_difference(value, self.column.metric)
-            for value in (found.mean, found.low, found.high)
+            format_difference(row[key], self.column.metric) for key in ("difference", "low", "high")
         )
-        return (name, mean, f"{low} to {high}", format_p(found.p), format_p(one.p_holm))
+        return (name, mean, f"{low} to {high}", format_p(row["p"]), format_p(row["p_holm"]))
 
     def markdown(self) -> str:
         """Return the table in GitHub Markdown."""
@@ -89,22 +73,9 @@ class DifferenceTable:
         """
         return render("differences.tex", table=self, label=label)
 
-    def frame(self) -> pd.DataFrame:
-        """Return the numbers of the table, with one row for each method and scores as fractions."""
-        rows = [
-            {
-                "algorithm": one.algorithm,
-                "difference": one.difference.mean,
-                "low": one.difference.low,
-                "high": one.difference.high,
-                "p": one.difference.p,
-                "p_holm": one.p_holm,
-                "seeds": one.difference.num_seeds,
-            }
-            for one in self.differences
-            if one.difference is not None
-        ]
-        return pd.DataFrame(rows)
+    def csv(self) -> str:
+        """Return the numbers of the methods with a test, with scores as fractions."""
+        return self.frame.dropna().astype({"seeds": int}).to_csv(index=False, lineterminator="\n")
 
 
 def format_p(p: float) -> str:
@@ -135,11 +106,23 @@ def make_difference_table(rows: Sequence[Row], task: Task) -> DifferenceTable | 
         for label in shown.federated
         if label != best
     }
-    tested = [label for label, difference in found.items() if difference is not None]
+    tested = {label: one for label, one in found.items() if one is not None}
     if not tested:
         return None
-    p_values = [one.p for one in found.values() if one is not None]
-    corrected = dict(zip(tested, holm(p_values), strict=True))
+    corrected = holm([one.p for one in tested.values()])
+    rows_of_tests = [
+        {
+            "algorithm": label,
+            "difference": one.mean,
+            "low": one.low,
+            "high": one.high,
+            "p": one.p,
+            "p_holm": p_holm,
+            "seeds": one.num_seeds,
+        }
+        for (label, one), p_holm in zip(tested.items(), corrected, strict=True)
+    ]
+    frame = pd.DataFrame(rows_of_tests).set_index("algorithm").reindex(list(found)).reset_index()
     caption = render_line(
         "difference_caption.txt",
         first=columns[0].title,
@@ -147,12 +130,7 @@ def make_difference_table(rows: Sequence[Row], task: Task) -> DifferenceTable | 
         incomplete=len(tested) < len(found),
         least=MIN_SEEDS,
     )
-    return DifferenceTable(
-        best,
-        columns[0],
-        tuple(MethodDifference(label, one, corrected.get(label)) for label, one in found.items()),
-        caption,
-    )
+    return DifferenceTable(best, columns[0], frame, caption)
 
 
 def _scores_by_seed(rows: Sequence[Row], key: str) -> Mapping[str, dict[int, float]]:

@@ -115,8 +115,7 @@ def write_comparison(
     (out.path / DIFFERENCES).unlink(missing_ok=True)
     if differences is not None:
         tex.append(differences.latex("comparison-differences"))
-        csv = differences.frame().to_csv(index=False, lineterminator="\n")
-        out.write_text(DIFFERENCES, csv)
+        out.write_text(DIFFERENCES, differences.csv())
     out.write_text(
         "comparison.tex", "% needs \\usepackage{booktabs,graphicx}\n" + "\n\n".join(tex) + "\n"
     )

@@ -75,8 +75,11 @@ def summarize_seeds(content: Mapping[str, Any], task: Task) -> list[Json]:
 
 def defined_metrics(content: Mapping[str, Any], task: Task) -> list[str]:
     """Return the metrics to show for a task, except metrics that are undefined in all results."""
-    metrics = shown_metrics(task).table
-    return [m for m in metrics if any(row[m] is not None for row in content["rows"])]
+    return [
+        metric
+        for metric in shown_metrics(task).table
+        if any(row[metric] is not None for row in content["rows"])
+    ]
 
 
 def join_markdown(content: Json, task: Task) -> str:

@@ -29,32 +29,29 @@ class CSVLogger(Logger):
 
     _path: Path = PrivateAttr()
     _columns: list[str] = PrivateAttr()
+    _rows: list[Mapping[str, Any]] = PrivateAttr()
 
     @override
     def start(self, run: LoggedRun) -> None:
         self._path = run.path / FILE
         self._columns = []
-        self._path.unlink(missing_ok=True)
+        self._rows = []
 
     @override
     def log(self, record: Mapping[str, Any]) -> None:
         row = {"round": record["round"], **round_scalars(record)}
-        new_columns = [name for name in row if name not in self._columns]
-        if not new_columns:
+        columns = list(dict.fromkeys([*self._columns, *row]))
+        if columns == self._columns:
             with open(self._path, "a", encoding="utf-8", newline="") as file:
-                file.write(_to_csv([row], self._columns))
-            return
-        rows: list[Mapping[str, Any]] = []
-        if self._columns:
-            with open(self._path, encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file))
-        self._columns += new_columns
-        text = _to_csv([dict(zip(self._columns, self._columns, strict=True))], self._columns)
-        write_atomically(self._path, (text + _to_csv([*rows, row], self._columns)).encode())
+                file.write(_to_csv([row], columns))
+        else:
+            header = {name: name for name in columns}
+            write_atomically(self._path, _to_csv([header, *self._rows, row], columns).encode())
+            self._columns = columns
+        self._rows.append(row)
 
 
 def _to_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
-    writer.writerows(rows)
-    return buffer.getvalue()
+    text = io.StringIO()
+    csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
+    return text.getvalue()

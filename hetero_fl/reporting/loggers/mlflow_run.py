@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from filelock import FileLock
 from pydantic import Field, PrivateAttr
 from typing_extensions import override
 
@@ -18,15 +14,15 @@ from hetero_fl.reporting.loggers.base import LoggedRun, Logger, register_logger,
 
 # Maximum length of a parameter in all stores of MLflow.
 MAX_PARAMETER_CHARACTERS = 500
-# Maximum number of parameters in a request.
-MAX_BATCH = 100
 
 
 @register_logger("mlflow")
 class MLflowLogger(Logger):
     """Log to MLflow: parameters from the configuration, a metric per number, and the report.
 
-    A resumed run continues the same run at MLflow. An interrupted run has the status `KILLED`.
+    A resumed run continues the same run at MLflow. An interrupted run has the status `KILLED`. The
+    tracking server and the experiment become those of the program. If the program has an active
+    run at MLflow, the new run is nested in it.
     """
 
     module: ClassVar[str] = "mlflow"
@@ -44,91 +40,52 @@ class MLflowLogger(Logger):
     )
     tags: dict[str, str] = Field({}, description="tags of the run")
 
-    _client: Any = PrivateAttr(None)
     _run_id: str = PrivateAttr("")
     _path: Path = PrivateAttr()
     _has_finished: bool = PrivateAttr(False)
 
     @override
     def start(self, run: LoggedRun) -> None:
-        from mlflow import MlflowClient
+        import mlflow
 
         self._path = run.path
-        # The first access creates the tables of a database, which fails in two processes at once.
-        with FileLock(_lock_file()):
-            self._client = MlflowClient(self.tracking_uri)
-            self._open_run(run)
-
-    def _open_run(self, run: LoggedRun) -> None:
-        """Create a run at MLflow, or continue the run that was created before an interruption."""
-        if "run_id" in run.state:
-            self._run_id = run.state["run_id"]
-            self._client.update_run(self._run_id, status="RUNNING")
-            return
-        created = self._client.create_run(
-            _experiment_id(self._client, self.experiment or run.name),
+        if self.tracking_uri is not None:
+            mlflow.set_tracking_uri(self.tracking_uri)
+        experiment = mlflow.set_experiment(self.experiment or run.name)
+        # Nested, because the program may have another active run.
+        active = mlflow.start_run(
+            run_id=run.state.get("run_id"),
+            experiment_id=experiment.experiment_id,
             run_name=self.run_name or run.label,
             tags={**self.tags, "hetero_fl.run": run.run_id},
+            nested=True,
         )
-        self._run_id = created.info.run_id
-        run.state["run_id"] = self._run_id
-        self._log_parameters(run.config)
-
-    def _log_parameters(self, config: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
-
-        parameters = [
-            Param(key, value[:MAX_PARAMETER_CHARACTERS]) for key, value in _leaves(config, "")
-        ]
-        for start in range(0, len(parameters), MAX_BATCH):
-            batch = parameters[start : start + MAX_BATCH]
-            self._client.log_batch(self._run_id, params=batch)
+        self._run_id = active.info.run_id
+        if "run_id" not in run.state:
+            run.state["run_id"] = self._run_id
+            mlflow.log_params(dict(_leaves(run.config, "")))
 
     @override
     def log(self, record: Mapping[str, Any]) -> None:
-        from mlflow.entities import Metric
+        import mlflow
 
-        now = int(1000 * time.time())
-        metrics = [
-            Metric(name, float(value), now, record["round"])
-            for name, value in round_scalars(record).items()
-        ]
-        self._client.log_batch(self._run_id, metrics=metrics)
+        mlflow.log_metrics(round_scalars(record), step=record["round"], run_id=self._run_id)
 
     @override
     def finish(self, summary: Mapping[str, Any]) -> None:
+        import mlflow
+
         for name in ("config.yaml", "summary.json", "report.html"):
             if (self._path / name).exists():
-                self._client.log_artifact(self._run_id, str(self._path / name))
+                mlflow.log_artifact(str(self._path / name), run_id=self._run_id)
         self._has_finished = True
 
     @override
     def close(self) -> None:
         if self._run_id:
-            status = "FINISHED" if self._has_finished else "KILLED"
-            self._client.set_terminated(self._run_id, status)
+            import mlflow
 
-
-def _lock_file() -> Path:
-    """Return the file with which processes of one user wait for each other."""
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    return Path(tempfile.gettempdir()) / f"hetero_fl-mlflow-{user}.lock"
-
-
-def _experiment_id(client: Any, name: str) -> str:
-    """Return the id of an experiment, which is created if necessary."""
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return str(client.create_experiment(name))
-        except MlflowException:
-            # Another process, such as another run of a comparison, has created the experiment.
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                raise
-    return str(found.experiment_id)
+            mlflow.end_run("FINISHED" if self._has_finished else "KILLED")
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
@@ -137,4 +94,5 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
         for key, child in value.items():
             yield from _leaves(child, f"{path}.{key}".lstrip("."))
     elif value is not None and value != []:
-        yield path, value if isinstance(value, str) else json.dumps(value)
+        text = value if isinstance(value, str) else json.dumps(value)
+        yield path, text[:MAX_PARAMETER_CHARACTERS]

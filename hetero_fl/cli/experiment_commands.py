@@ -24,7 +24,7 @@ from hetero_fl.cli.run_options import (
     run_argument,
 )
 from hetero_fl.utils.errors import UserError, echo
-from hetero_fl.utils.text import split_top_level
+from hetero_fl.utils.text import pluralize, split_top_level
 
 if TYPE_CHECKING:
     from hetero_fl.experiment.comparison.study import Study
@@ -557,16 +557,20 @@ def parse_numbers(flag: str, text: str) -> list[int]:
 @click.argument("run", type=PATH, metavar="RUN", help="Run directory, finished or not.")
 def check(run: Path) -> None:
     """Check a run directory for damaged or missing files."""
-    from hetero_fl.reporting.integrity import inspect
-    from hetero_fl.reporting.run_directory import is_locked
+    from hetero_fl.reporting.integrity import verify
+    from hetero_fl.reporting.run_directory import RunDirectory, is_locked
 
     if is_locked(run):
         raise UserError(f"{run}: in use by another process; check it when that process has ended")
-    findings = inspect(run)
-    for line in findings.lines:
-        echo(f"error: {line}", err=True)
-    for note in findings.notes:
-        echo(f"note: {note}", err=True)
-    if findings.damage:
+    problems = verify(run)
+    for name, problem in problems.items():
+        echo(f"error: {run / name}: {problem}", err=True)
+    if problems:
         raise Exit(2)
-    echo(f"{run}: no damage found; {findings.state}")
+    directory = RunDirectory(run)
+    rounds = len(directory.lines())
+    state = f"finished after {pluralize(rounds, 'round')}"
+    if not directory.finished:
+        planned = directory.config().get("rounds")
+        state = f"not finished, {rounds} of {planned} rounds; `--resume` continues it"
+    echo(f"{run}: no damage found; {state}")

@@ -24,7 +24,7 @@ from hetero_fl.cli.run_options import (
     run_argument,
 )
 from hetero_fl.utils.errors import UserError, echo
-from hetero_fl.utils.text import pluralize, split_top_level
+from hetero_fl.utils.text import split_top_level
 
 if TYPE_CHECKING:
     from hetero_fl.experiment.comparison.study import Study
@@ -557,8 +557,8 @@ def parse_numbers(flag: str, text: str) -> list[int]:
 @click.argument("run", type=PATH, metavar="RUN", help="Run directory, finished or not.")
 def check(run: Path) -> None:
     """Check a run directory for damaged or missing files."""
-    from hetero_fl.reporting.integrity import verify
-    from hetero_fl.reporting.run_directory import RunDirectory, is_locked
+    from hetero_fl.reporting.integrity import describe_progress, verify
+    from hetero_fl.reporting.run_directory import is_locked
 
     if is_locked(run):
         raise UserError(f"{run}: in use by another process; check it when that process has ended")
@@ -567,10 +567,4 @@ def check(run: Path) -> None:
         echo(f"error: {run / name}: {problem}", err=True)
     if problems:
         raise Exit(2)
-    directory = RunDirectory(run)
-    rounds = len(directory.lines())
-    state = f"finished after {pluralize(rounds, 'round')}"
-    if not directory.finished:
-        planned = directory.config().get("rounds")
-        state = f"not finished, {rounds} of {planned} rounds; `--resume` continues it"
-    echo(f"{run}: no damage found; {state}")
+    echo(f"{run}: no damage found; {describe_progress(run)}")

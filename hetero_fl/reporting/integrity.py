@@ -66,6 +66,16 @@ def verify(path: str | Path, *, models: bool = True) -> dict[str, str]:
     return problems
 
 
+def describe_progress(path: str | Path) -> str:
+    """Describe in a few words whether an undamaged run has finished, and after how many rounds."""
+    directory = RunDirectory(path)
+    rounds = len(directory.lines())
+    if directory.finished:
+        return f"finished after {pluralize(rounds, 'round')}"
+    planned = directory.config().get("rounds")
+    return f"not finished, {rounds} of {planned} rounds; `--resume` continues it"
+
+
 def refuse_damaged(path: str | Path, problems: Mapping[str, str]) -> None:
     """Check that no file of a run directory is missing or damaged.
 

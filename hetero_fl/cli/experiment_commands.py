@@ -557,16 +557,14 @@ def parse_numbers(flag: str, text: str) -> list[int]:
 @click.argument("run", type=PATH, metavar="RUN", help="Run directory, finished or not.")
 def check(run: Path) -> None:
     """Check a run directory for damaged or missing files."""
-    from hetero_fl.reporting.integrity import inspect
+    from hetero_fl.reporting.integrity import describe_progress, verify
     from hetero_fl.reporting.run_directory import is_locked
 
     if is_locked(run):
         raise UserError(f"{run}: in use by another process; check it when that process has ended")
-    findings = inspect(run)
-    for line in findings.lines:
-        echo(f"error: {line}", err=True)
-    for note in findings.notes:
-        echo(f"note: {note}", err=True)
-    if findings.damage:
+    problems = verify(run)
+    for name, problem in problems.items():
+        echo(f"error: {run / name}: {problem}", err=True)
+    if problems:
         raise Exit(2)
-    echo(f"{run}: no damage found; {findings.state}")
+    echo(f"{run}: no damage found; {describe_progress(run)}")

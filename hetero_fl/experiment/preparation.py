@@ -51,7 +51,7 @@ from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.privacy.accounting import opacus_accountants
 from hetero_fl.privacy.server_side import ServerPrivacy
-from hetero_fl.utils.code_permission import CodePermission, find_references
+from hetero_fl.utils.code_permission import CodePermission, find_references, hash_modules
 from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import pluralize
@@ -110,6 +110,11 @@ class PreparedRun:
     def name(self) -> str:
         """Name of the algorithm."""
         return str(self.config.algorithm["name"])
+
+    def inputs(self) -> dict[str, Any]:
+        """Return hashes of the data and of the modules that the configuration refers to."""
+        code = hash_modules(find_references(self.config.model_dump()))
+        return {"data": self.data.content_hash(), "code": code}
 
     def make_trainer(
         self,

@@ -18,17 +18,17 @@ from hetero_fl.experiment.session import RunSession, write_presentation
 from hetero_fl.federation.executors.base import NODES
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, require_engine
 from hetero_fl.federation.trainer import Record
-from hetero_fl.reporting.integrity import inspect
+from hetero_fl.reporting.integrity import check_inputs, refuse_damaged, verify
 from hetero_fl.reporting.loggers import check_loggers
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import LOG, RunDirectory, check_vacant, has_run, lock_folder
 from hetero_fl.reporting.summary import Patience
-from hetero_fl.utils.code_permission import CodePermission, find_references, hash_modules
+from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.environment import describe_environment
 from hetero_fl.utils.errors import Interrupted, UserError, translate_exits
 from hetero_fl.utils.processes import exit_if_importing
-from hetero_fl.utils.text import format_list, pluralize
+from hetero_fl.utils.text import pluralize
 from model_zoo.generators import own_generators
 
 if TYPE_CHECKING:
@@ -297,57 +297,19 @@ def _open_directory(
         environment = {
             "run": secrets.token_hex(8),
             **describe_environment(choice.record()),
-            **_describe_inputs(prepared),
+            **prepared.inputs(),
         }
         return RunDirectory.create(path, config=resolve_config(config), environment=environment)
     directory = _open_for_resume(path, prepared)
-    _check_code(directory, prepared)
     if not directory.finished:
         return directory
-    inspect(path).require_whole()
+    refuse_damaged(path, verify(path))
     if config.rounds != directory.config().get("rounds", config.rounds):
         return directory
-    _check_data(directory, prepared)
+    check_inputs(directory, prepared.inputs())
     write_presentation(config, directory, progress.log)
     progress.log(f"{path}: {_finished_message(directory, prepared, on_nodes)}")
     return None
-
-
-def _describe_inputs(prepared: PreparedRun) -> dict[str, Any]:
-    """Return hashes of the data and of the modules that the configuration refers to."""
-    return {"data": prepared.data.content_hash(), "code": _hash_code(prepared)}
-
-
-def _hash_code(prepared: PreparedRun) -> dict[str, str]:
-    return hash_modules(find_references(prepared.config.model_dump()))
-
-
-def _check_data(directory: RunDirectory, prepared: PreparedRun) -> None:
-    """Raise UserError if a finished run had other data.
-
-    Runs of earlier versions have no hash and are not checked.
-    """
-    current = prepared.data.content_hash()
-    if directory.environment().get("data", current) != current:
-        raise UserError(_changed(directory, "the data"))
-
-
-def _check_code(directory: RunDirectory, prepared: PreparedRun) -> None:
-    """Raise UserError if a run had other code of the user.
-
-    Runs of earlier versions have no hashes and are not checked.
-    """
-    code = directory.environment().get("code", {})
-    current = _hash_code(prepared)
-    if modules := [name for name, value in current.items() if code.get(name, value) != value]:
-        raise UserError(_changed(directory, f"the code of {format_list(modules)}"))
-
-
-def _changed(directory: RunDirectory, what: str) -> str:
-    return (
-        f"{directory.path}: {what} has changed since this run; restore it, delete the folder, or "
-        "choose another one"
-    )
 
 
 def _finished_message(directory: RunDirectory, prepared: PreparedRun, on_nodes: bool) -> str:

@@ -14,7 +14,7 @@ from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.executors.choose import ExecutorChoice
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.trainer import EvaluationResult, FederatedTrainer, Record, add_evaluation
-from hetero_fl.reporting.integrity import check_resumable, evidence_of_start, identity
+from hetero_fl.reporting.integrity import check_resumable, identity
 from hetero_fl.reporting.loggers import RunLoggers, make_loggers
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run_directory import BEST_MODELS, RunDirectory
@@ -84,29 +84,24 @@ class RunSession:
         prepared = self._prepared
         directory = self._directory
         rounds = prepared.config.rounds
-        self._metadata = {
-            "data": prepared.data.content_hash(),
-            "choice": self._choice.record(),
-        }
+        inputs = prepared.inputs()
+        self._metadata = {"data": inputs["data"], "choice": self._choice.record()}
         saved = self._checkpoints.load_newest()
         extended: list[str] = []
-        if saved is not None:
-            try:
-                with refuse_malformed():
+        try:
+            with refuse_malformed():
+                check_resumable(directory, saved, inputs)
+                if saved is not None:
                     saved = self._restore(saved)
                     extended = self._extend(saved)
-            except CodecError as error:
-                raise UserError(f"{directory.path / 'checkpoint'}: damaged ({error})") from error
+        except CodecError as error:
+            raise UserError(f"{directory.path / 'checkpoint'}: damaged ({error})") from error
+        if saved is not None:
             threads = pluralize(self._choice.threads, "thread")
             workers = pluralize(self._choice.workers, "worker")
             self._progress.log(
                 f"resumed after round {self.trainer.completed}; "
                 f"{self._choice.executor} executor, {threads}, {workers}"
-            )
-        elif evidence := evidence_of_start(directory):
-            raise UserError(
-                f"{directory.path / 'checkpoint'}: missing, although {evidence}; "
-                "restore it, or start a new run in another folder"
             )
         directory.rewind_metrics(self.trainer.completed)
         _record_changes(directory, prepared.config)
@@ -136,16 +131,7 @@ class RunSession:
 
         Args:
             saved: The newest checkpoint.
-
-        Raises:
-            UserError: If the checkpoint was written with different data.
         """
-        check_resumable(self._directory, saved)
-        if saved["data"] != self._metadata["data"]:
-            raise UserError(
-                f"{self._directory.path}: the data differs from the data that this run started "
-                "with; restore it, or start a new run"
-            )
         if saved["run"]["completed"] < self._num_planned():
             saved = self._reopen_directory(saved)
         self.trainer.load_state_dict(saved["run"])
@@ -170,9 +156,8 @@ class RunSession:
     def _extend(self, saved: Mapping[str, Any]) -> list[str]:
         """Log if the run is extended, and return notes on all extensions of the run so far."""
         rounds = self._prepared.config.rounds
-        recorded_run = saved.get("directory", {})
-        extended = list(recorded_run.get("extended", []))
-        planned = recorded_run.get("rounds", self._directory.config().get("rounds", rounds))
+        extended = list(saved["directory"]["extended"])
+        planned = saved["directory"]["rounds"]
         if planned < rounds:
             completed = saved["run"]["completed"]
             line = (

@@ -24,7 +24,7 @@ from hetero_fl.reporting.formatting import (
     metric_name,
     population,
 )
-from hetero_fl.reporting.integrity import CHANGED, inspect
+from hetero_fl.reporting.integrity import CHANGED, refuse_damaged, verify
 from hetero_fl.reporting.notebook import Picture, html_items, html_table
 from hetero_fl.reporting.run_directory import BEST_MODELS, RunDirectory, check_vacant
 from hetero_fl.utils.code_permission import CodePermission, find_references, reference_to
@@ -94,7 +94,7 @@ class Run:
         models: Mapping[str, Any] | None = None,
     ) -> None:
         self.directory = RunDirectory.open(path)
-        inspect(path, thorough=False).require_whole()
+        refuse_damaged(path, verify(path, models=False))
         example = f"Run.load({str(path)!r}, allow_code=True)"
         self.permission = CodePermission.from_argument(allow_code, example)
         self.selection = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from hashlib import sha256
@@ -17,7 +16,6 @@ from hetero_fl import Run
 from hetero_fl.cli import main
 from hetero_fl.experiment import run
 from hetero_fl.federation.checkpoint import Checkpoints
-from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.reporting.run_directory import CHECKSUMS, RunDirectory, lock_folder
 from hetero_fl.utils.errors import Interrupted, UserError
@@ -187,19 +185,18 @@ DEEP = {
     ),
     "checkpoint in a folder": (
         folder_at("checkpoint/round-000004.ckpt"),
-        "checkpoint/round-000004.ckpt: damaged (Is a directory)",
+        "checkpoint/round-000004.ckpt: damaged ([Errno 21] Is a directory",
     ),
 }
 DAMAGED = {**FINISHED, **DEEP}
-LOST = "no other file contains its lines; the run cannot be repaired"
 
 
-def check(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
-    """Check a damaged run and return the lines of errors and of notes."""
+def check(path: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Check a damaged run and return the lines that it prints."""
     assert main(["check", str(path)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    return errors, [line for line in lines if line.startswith("note: ")]
+    assert all(line.startswith("error: ") for line in lines)
+    return lines
 
 
 def test_opening_a_run_needs_no_checkpoint_and_reading_models_checks_them(finished: Path) -> None:
@@ -215,46 +212,31 @@ def test_check_names_every_damaged_file(finished: Path, capsys: pytest.CaptureFi
     for name in ("metrics.jsonl", "details.json", "models/site_1.safetensors"):
         (finished / name).unlink()
 
-    assert main(["check", str(finished)]) == 2
-
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 3
+    assert len(check(finished, capsys)) == 3
     with pytest.raises(UserError, match="and 2 more"):
         Run(finished)
 
 
-def test_check_names_a_remedy_that_repairs_the_run(
+def test_results_are_written_again_without_the_summary(
     prepared_runs: Path,
     tmp_path: Path,
     subtests: pytest.Subtests,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for case in ("model missing", "details missing", "checksums missing", "summary edited"):
+    cases = ("model missing", "details missing", "checksums", "checksums missing", "summary edited")
+    for case in cases:
         with subtests.test(damage=case):
             path = Path(shutil.copytree(prepared_runs / "finished", tmp_path / case))
             DAMAGED[case][0](path)
-
-            resume = ["train", "--quiet", "--resume", "--out", str(path)]
-            _, notes = check(path, capsys)
-            remedy = f"delete summary.json and run `hetero-fl train --resume --out {path}`;"
-            assert notes[-1].startswith(f"note: {path}: {remedy}")
             (path / "summary.json").unlink()
             if case == "model missing":
-                assert f"error: {path / 'summary.json'}: missing" in check(path, capsys)[0]
-            assert main(resume) == 0
+                assert f"error: {path / 'summary.json'}: missing" in check(path, capsys)
+
+            assert main(["train", "--quiet", "--resume", "--out", str(path)]) == 0
+
             assert main(["check", str(path)]) == 0
             models = {name: data for name, data in contents(path).items() if "models/" in name}
             assert models and models.items() <= contents(prepared_runs / "finished").items()
-    for case in ("lines missing", "line edited", "newest checkpoint missing", "model added"):
-        with subtests.test(damage=case):
-            path = Path(shutil.copytree(prepared_runs / "finished", tmp_path / case))
-            DAMAGED[case][0](path)
-
-            _, notes = check(path, capsys)
-
-            assert "delete summary.json" not in "".join(notes)
-            lost = f"note: {path / 'metrics.jsonl'}: {LOST}"
-            assert (lost in notes) == ("line" in case)
 
 
 def test_check_of_an_undamaged_run_prints_one_line(
@@ -366,7 +348,7 @@ def test_check_resume_and_run_name_the_damage(
             damage, message = CASES[kind, case]
             damage(path)
 
-            errors, _ = check(path, capsys)
+            errors = check(path, capsys)
             assert main(["train", "--resume", "--out", str(path)]) == 2
             refused = capsys.readouterr().err.splitlines()
 
@@ -381,23 +363,22 @@ def test_check_resume_and_run_name_the_damage(
                 assert str(error.value).startswith(str(path / message))
 
 
-def test_stopped_run_without_records_and_checkpoints_is_damaged(
-    stopped: Path, capsys: pytest.CaptureFixture[str]
+def test_damaged_run_cannot_be_extended(
+    prepared_runs: Path, tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
-    remove("metrics.jsonl")(stopped)
-    no_checkpoints(stopped)
+    for case, (damage, message) in DAMAGED.items():
+        with subtests.test(damage=case):
+            path = Path(shutil.copytree(prepared_runs / "finished", tmp_path / case))
+            damage(path)
+            before = contents(path)
 
-    assert main(["check", str(stopped)]) == 2
+            with pytest.raises(UserError) as error:
+                run({**SOURCE, "rounds": 5}, out=path, resume=True)
 
-    output = [
-        f"{stopped / 'metrics.jsonl'}: missing",
-        f"{stopped / 'checkpoint'}: missing, although log.txt has rounds",
-    ]
-    lost = f"note: {stopped / 'metrics.jsonl'}: {LOST}"
-    assert capsys.readouterr().err.splitlines() == [*(f"error: {line}" for line in output), lost]
-    assert main(["train", "--resume", "--out", str(stopped)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"error: {output[1]}; restore it, or start a new run in another folder"
+            damaged = path / message.partition(":")[0]
+            assert str(error.value).startswith((str(damaged), f"{path}: cannot be resumed"))
+            after = contents(path)
+            assert {**after, "log.txt": b""} == {**before, "log.txt": b""}
 
 
 def test_resume_never_restarts_a_run_with_results(
@@ -406,7 +387,7 @@ def test_resume_never_restarts_a_run_with_results(
     subtests: pytest.Subtests,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for kept in ("details.json", CHECKSUMS, "models/server.safetensors", "log.txt"):
+    for kept in ("details.json", CHECKSUMS, "models/server.safetensors"):
         with subtests.test(kept=kept):
             path = Path(shutil.copytree(prepared_runs / "finished", tmp_path / kept))
             no_checkpoints(path)
@@ -415,14 +396,14 @@ def test_resume_never_restarts_a_run_with_results(
                 (path / file).unlink()
             line = f"error: {path / 'checkpoint'}: missing, although {kept}"
 
-            errors, _ = check(path, capsys)
+            errors = check(path, capsys)
             assert main(["train", "--resume", "--out", str(path)]) == 2
             refused = capsys.readouterr().err
 
             assert any(error.startswith(line) for error in errors)
             assert line.removeprefix("error: ") in refused
             assert left <= contents(path).keys()
-            for file in left - {"log.txt"}:
+            for file in left:
                 source = prepared_runs / "finished" / file
                 assert (path / file).read_bytes() == source.read_bytes()
 
@@ -433,9 +414,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def test_run_stopped_at_its_start_requires_a_checkpoint_or_restarts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_without_results_starts_again(tmp_path: Path) -> None:
     for owner, name in ((SynchronousTrainer, "run_round"), (Checkpoints, "save")):
         with (
             mock.patch.object(owner, name, side_effect=KeyboardInterrupt),
@@ -443,13 +422,11 @@ def test_run_stopped_at_its_start_requires_a_checkpoint_or_restarts(
         ):
             run(SOURCE, out=tmp_path / name)
         assert main(["check", str(tmp_path / name)]) == 0
-
     no_checkpoints(tmp_path / "run_round")
-    assert main(["check", str(tmp_path / "run_round")]) == 2
-    missing = "checkpoint: missing, although log.txt shows that the run has started"
-    assert missing in capsys.readouterr().err
-    assert main(["train", "--resume", "--out", str(tmp_path / "save")]) == 0
-    assert main(["check", str(tmp_path / "save")]) == 0
+
+    for name in ("run_round", "save"):
+        assert main(["train", "--resume", "--out", str(tmp_path / name)]) == 0
+        assert main(["check", str(tmp_path / name)]) == 0
 
 
 def test_checkpoint_of_another_run_is_refused(
@@ -475,72 +452,6 @@ def test_record_without_checkpoint_is_accepted(stopped: Path) -> None:
     assert main(["train", "--resume", "--out", str(stopped)]) == 0
 
 
-def as_earlier(path: Path) -> None:
-    """Make it a run directory of the version before checksums."""
-    (path / CHECKSUMS).unlink(missing_ok=True)
-    environment = json.loads((path / "environment.json").read_text())
-    del environment["run"]
-    (path / "environment.json").write_text(json.dumps(environment))
-    for file in sorted((path / "checkpoint").iterdir()):
-        checkpoints = Checkpoints(StateStore(path / "checkpoint"), pytest.fail)
-        newer = [p for p in (path / "checkpoint").iterdir() if p > file]
-        for p in newer:
-            p.rename(p.with_suffix(".kept"))
-        tree = checkpoints.load_newest()
-        assert tree is not None
-        tree.pop("directory", None)
-        checkpoints.save(tree["run"]["completed"], tree)
-        for p in newer:
-            p.with_suffix(".kept").rename(p)
-
-
-def test_finished_run_of_earlier_version_is_readable(
-    finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    as_earlier(finished)
-    capsys.readouterr()
-
-    assert Run(finished).models.keys() == {"server", "site_1", "site_2"}
-    assert main(["evaluate", str(finished), "--data", "digits"]) == 0
-    assert main(["train", "--resume", "--out", str(finished)]) == 0
-    capsys.readouterr()
-    assert main(["check", str(finished)]) == 0
-    out, err = capsys.readouterr()
-    assert out.startswith(f"{finished}: no damage found; finished after 4 rounds")
-    assert err.startswith("note: the run was written by an earlier version, without checksums")
-
-    for case in (
-        "lines missing",
-        "last line missing",
-        "line twice",
-        "summary cut",
-    ):
-        damaged = Path(shutil.copytree(finished, finished.with_name(case)))
-        damage, message = FINISHED[case]
-        damage(damaged)
-        assert main(["check", str(damaged)]) == 2
-        assert f"error: {damaged / message}" in capsys.readouterr().err
-
-
-def test_unfinished_run_of_earlier_version_is_resumed(
-    prepared_runs: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    as_earlier(stopped)
-    capsys.readouterr()
-    assert main(["check", str(stopped)]) == 0
-    (note,) = capsys.readouterr().err.splitlines()
-    assert note.startswith(
-        "note: the run was written by an earlier version: changes of metrics.jsonl and config.yaml"
-    )
-
-    assert main(["train", "--resume", "--out", str(stopped)]) == 0
-
-    for path in (prepared_runs / "finished" / "models").glob("*.safetensors"):
-        assert path.read_bytes() == (stopped / "models" / path.name).read_bytes()
-    assert main(["check", str(stopped)]) == 0
-    assert RunDirectory(stopped).checksums()
-
-
 @pytest.mark.slow
 def test_missing_plots_and_report_are_accepted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -552,28 +463,21 @@ def test_missing_plots_and_report_are_accepted(
 
     assert main(["check", str(tmp_path / "a")]) == 0
 
-    output = capsys.readouterr().err.splitlines()
-    assert [line.startswith("note: ") for line in output] == [True, True]
-    assert "plot()` draws them again" in output[0] and "`--resume` writes it again" in output[1]
+    assert capsys.readouterr().err == ""
     assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
     assert (tmp_path / "a" / "report.html").exists() and list((tmp_path / "a" / "plots").iterdir())
 
 
 @pytest.mark.parametrize("case", ["finished", "stopped"])
-def test_missing_log_and_older_checkpoint_are_notes(
-    case: str, prepared_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_missing_log_and_older_checkpoint_are_accepted(
+    case: str, prepared_runs: Path, tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(prepared_runs / case, tmp_path / "a"))
-    *_, older, newest = sorted(file.name for file in (path / "checkpoint").iterdir())
+    *_, older, _newest = sorted(file.name for file in (path / "checkpoint").iterdir())
     (path / "checkpoint" / older).unlink()
     (path / "log.txt").unlink()
 
     assert main(["check", str(path)]) == 0
-
-    assert capsys.readouterr().err.splitlines() == [
-        f"note: {path / 'checkpoint' / older}: missing; it is only used if {newest} is damaged",
-        f"note: {path / 'log.txt'}: missing; no other file depends on it",
-    ]
     assert main(["train", "--resume", "--out", str(path)]) == 0
 
 

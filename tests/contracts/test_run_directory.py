@@ -217,6 +217,8 @@ def test_files_of_a_user_and_of_a_run_are_not_overwritten(
         words = f"{out.name}: in use by another process; wait for it to end or choose another"
         with lock_folder(out), pytest.raises(UserError, match=words):
             hetero_fl.run(source, out=out, resume=resume, quiet=True)
+    with pytest.raises(UserError, match="run is the directory of a run; choose another folder"):
+        hetero_fl.compare(source, "local", out=run, jobs=1, quiet=True)
     with pytest.raises(UserError, match="configuration differs: seed: was 0, is now 1"):
         hetero_fl.run({**source, "seed": 1}, out=run, resume=True, quiet=True)
     hetero_fl.run(source, out=run, resume=True, quiet=True)

@@ -261,8 +261,9 @@ def write_table(num_rows: int) -> None:
     Path("rows.csv").write_text("\n".join(["a,b,label", *lines]), encoding="utf-8")
 
 
-def test_finished_run_on_changed_data_is_refused(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("state", ["finished", "interrupted", "extended"])
+def test_run_on_changed_data_is_refused(
+    state: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_table(200)
     small = config("local", {"name": "mlp", "hidden": [4]}, 2, rounds=1)
@@ -272,8 +273,10 @@ def test_finished_run_on_changed_data_is_refused(
     assert main(train) == 0
     assert main(train) == 0
     assert "this run has finished" in capsys.readouterr().err
+    if state == "interrupted":
+        Path("a/summary.json").unlink()
     write_table(150)
-    assert main(train) == 2
+    assert main([*train, *(["rounds=2"] if state == "extended" else [])]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: a: the data has changed since this run; restore it, delete the folder, or choose "
         "another one"

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from hetero_fl.reporting.integrity import inspect
+from hetero_fl.reporting.integrity import verify
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import (
     CHECKSUMS,
@@ -200,7 +200,7 @@ def test_checksums_name_only_files_of_the_run(
 
     with pytest.raises(UserError, match="SHA256SUMS: line 1: expected a file in the folder, got"):
         Run(run.path)
-    assert CHECKSUMS in inspect(run.path).damage
+    assert CHECKSUMS in verify(run.path)
 
 
 @each_case("name", [CHECKSUMS, "config.yaml", "models/x.safetensors", "plots/x.png"])
@@ -212,7 +212,7 @@ def test_files_of_a_run_are_regular_files_inside_its_folder(
     path.unlink(missing_ok=True)
     path.symlink_to("/etc/hostname")
     with pytest.raises(UserError, match=f"{name}: leads out to /etc/hostname$"):
-        inspect(path.parents[name.count("/")])
+        verify(path.parents[name.count("/")])
     path.unlink()
     os.mkfifo(path)
 

@@ -22,7 +22,7 @@ from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.stored_rows import read_all
 from hetero_fl.data import load_source
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.reporting.integrity import inspect
+from hetero_fl.reporting.integrity import verify
 from hetero_fl.utils.errors import UserError
 from tests.support import benchmark_folders, driving_folders, movielens_folders, speech_folders
 from tests.support.image_folders import make_image_folder
@@ -54,7 +54,7 @@ class Reader(NamedTuple):
     def read(self, folder: Path) -> None:
         """Read all rows, or a run, or a configuration."""
         if self.source == "run":
-            inspect(folder)
+            verify(folder)
         elif self.source == "config":
             load_config(folder / self.file)
         else:

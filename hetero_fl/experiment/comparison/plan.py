@@ -87,8 +87,7 @@ class ComparisonPlan:
             raise ArgumentError("seeds: expected one or more integers, got none")
         if jobs is not None and jobs < 1:
             raise ArgumentError(f"jobs: must be >= 1, got {jobs}")
-        if out.exists() and not out.is_dir():
-            raise ArgumentError(f"out: {out} is a file; choose a folder")
+        _check_folder(out)
         if space is not None and grid:
             raise ArgumentError("space: cannot be combined with grid; choose one")
         check_grid(grid)
@@ -232,6 +231,14 @@ class ComparisonPlan:
             grid=grid,
             allow_code=self.permission,
         )
+
+
+def _check_folder(out: Path) -> None:
+    """Raise UserError if a comparison cannot be written to a folder."""
+    if out.exists() and not out.is_dir():
+        raise ArgumentError(f"out: {out} is a file; choose a folder")
+    if (out / "environment.json").exists():
+        raise ArgumentError(f"out: {out} is the directory of a run; choose another folder")
 
 
 def _compatible_methods(

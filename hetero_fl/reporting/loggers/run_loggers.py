@@ -77,8 +77,9 @@ def check_loggers(config: Config) -> None:
 class RunLoggers:
     """The loggers of a run.
 
-    A logger that fails during the run does not stop the run. The failure is printed once, and the
-    logger receives the missing rounds again after the next round and at the end.
+    `loggers.json` contains the last round that each logger has accepted. A logger that fails during
+    the run does not stop the run. The failure is printed once, and the logger receives the missing
+    rounds after the next round and at the end, from `metrics.jsonl`.
 
     Args:
         loggers: The loggers, keyed by kind.
@@ -98,14 +99,12 @@ class RunLoggers:
         self._directory = directory
         self._name = name
         self._log = log
-        self._pending: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in loggers}
+        self._runs: dict[str, LoggedRun] = {}
         self._state: dict[str, dict[str, Any]] = {}
-        self._written: dict[str, dict[str, Any]] = {}
         self._failing: set[str] = set()
-        self._started: list[str] = []
 
     def start(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Start all loggers, and log the completed rounds that a logger has not received.
+        """Start all loggers, and log the completed rounds that a logger has not accepted.
 
         Args:
             history: Records of the completed rounds.
@@ -119,36 +118,33 @@ class RunLoggers:
         config = self._directory.config()
         run_id = str(self._directory.environment().get("run") or self._directory.path.name)
         for kind, logger in self._loggers.items():
-            known = self._state.get(kind, {"rounds": 0})
-            rounds = known["rounds"]
+            known = self._state.get(kind, {})
+            rounds = 0 if logger.rewrites else known.get("rounds", 0)
             run = LoggedRun(
                 name=self._name,
                 path=self._directory.path,
                 run_id=run_id,
                 config=deepcopy(config),
-                first_round=1 if logger.rewrites else rounds + 1,
+                first_round=rounds + 1,
                 log=self._log,
                 state=dict(known.get("state", {})),
             )
-            self._started.append(kind)
+            self._runs[kind] = run
             try:
                 logger.start(run)
-                self._written[kind] = _copy_state(run.state)
+                self._state[kind] = {"rounds": rounds, "state": _copy_state(run.state)}
             except (Exception, SystemExit) as error:
                 raise RunFailedError(
                     f"output.loggers: {kind} did not start ({_describe(error)}); correct or remove "
                     "the logger and continue with --resume"
                 ) from error
-            self._state[kind] = {"rounds": 0 if logger.rewrites else rounds, "state": run.state}
         self._write_state()
-        for record in history:
-            self._receive(record)
-        self._log_pending()
+        self._send(history)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Log a round."""
-        self._receive(record)
-        self._log_pending()
+        """Log a round, after earlier rounds that a logger has not accepted."""
+        self._catch_up(record["round"] - 1)
+        self._send([record])
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Log the end of the run.
@@ -156,53 +152,57 @@ class RunLoggers:
         Args:
             summary: Content of `summary.json`.
         """
-        self._log_pending()
+        completed = summary["rounds_completed"]
+        self._catch_up(completed)
         for kind, logger in self._loggers.items():
-            if missing := self._pending[kind]:
-                self._log(f"{kind}: {pluralize(len(missing), 'round')} could not be logged")
+            missing = completed - self._state[kind]["rounds"]
+            if missing > 0:
+                self._log(f"{kind}: {pluralize(missing, 'round')} could not be logged")
             self._call(kind, partial(logger.finish, deepcopy(summary)), "the end of the run")
 
     def close(self) -> None:
         """Close all loggers that were started."""
-        while self._started:
-            kind = self._started.pop()
+        while self._runs:
+            kind, _ = self._runs.popitem()
             self._call(kind, self._loggers[kind].close, "the end of the run")
 
-    def _receive(self, record: Mapping[str, Any]) -> None:
-        """Add a record to the records that each logger has not received."""
-        for kind, waiting in self._pending.items():
-            # A resumed run may repeat rounds that were logged before the interruption.
-            if record["round"] > self._state[kind]["rounds"]:
-                waiting.append(record)
+    def _catch_up(self, completed: int) -> None:
+        """Log the rounds in `metrics.jsonl`, up to a round, that a logger has not accepted."""
+        if any(self._state[kind]["rounds"] < completed for kind in self._loggers):
+            self._send(self._directory.metrics()[:completed])
 
-    def _log_pending(self) -> None:
+    def _send(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Pass on records to each logger, in order, from the first round that it has not accepted.
+
+        A resumed run may repeat rounds that were logged before the interruption.
+        """
         for kind, logger in self._loggers.items():
-            waiting = self._pending[kind]
-            while waiting:
-                number = waiting[0]["round"]
+            state = self._state[kind]
+            for record in records:
+                if record["round"] != state["rounds"] + 1:
+                    continue
                 # A logger may modify its copy.
-                log = partial(logger.log, deepcopy(waiting[0]))
-                if not self._call(kind, log, f"round {number}"):
-                    break
-                self._state[kind]["rounds"] = number
-                del waiting[0]
+                log = partial(logger.log, deepcopy(record))
+                if self._call(kind, log, f"round {record['round']}"):
+                    state["rounds"] = record["round"]
         self._write_state()
 
     def _call(self, kind: str, action: Callable[[], None], what: str) -> bool:
-        """Call a logger and return whether it succeeded.
-
-        Only the first of several failures in succession is printed.
-        """
+        """Call a logger and return whether it succeeded."""
         try:
             action()
         # A failure of a service or of a user-defined logger must not stop the run.
         except (Exception, SystemExit) as error:
-            if kind not in self._failing:
-                self._log(f"{kind}: {what} could not be logged ({_describe(error)})")
-            self._failing.add(kind)
+            self._warn(kind, f"{kind}: {what} could not be logged", error)
             return False
         self._failing.discard(kind)
         return True
+
+    def _warn(self, what: str, line: str, error: BaseException) -> None:
+        """Print the first of several failures in succession."""
+        if what not in self._failing:
+            self._log(f"{line} ({_describe(error)})")
+        self._failing.add(what)
 
     def _read_state(self) -> dict[str, Any]:
         if not (self._directory.path / STATE).exists():
@@ -222,18 +222,12 @@ class RunLoggers:
         """Write the state of each logger, or its last valid state."""
         if not self._loggers:
             return
-        for kind, entry in self._state.items():
+        for kind, run in self._runs.items():
             try:
-                self._written[kind] = _copy_state(entry.get("state", {}))
+                self._state[kind]["state"] = _copy_state(run.state)
             except (ValueError, TypeError, RecursionError) as error:
-                if kind not in self._failing:
-                    self._log(f"{kind}: the state could not be saved ({_describe(error)})")
-                self._failing.add(kind)
-        content = {
-            kind: {**entry, "state": self._written.get(kind, {})}
-            for kind, entry in self._state.items()
-        }
-        self._directory.write_json(STATE, content)
+                self._warn(f"state of {kind}", f"{kind}: the state could not be saved", error)
+        self._directory.write_json(STATE, self._state)
 
 
 def _copy_state(state: Mapping[str, Any]) -> dict[str, Any]:

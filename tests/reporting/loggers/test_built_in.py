@@ -114,37 +114,32 @@ def test_wandb_continues_the_offline_run(
 def test_mlflow_logger_continues_its_run(
     made_run: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = Mock()
-    client.get_experiment_by_name.return_value = None
-    client.create_experiment.return_value = "7"
-    client.create_run.return_value.info.run_id = "a"
-    module = Mock(MlflowClient=Mock(return_value=client))
-    module.entities.Metric = module.entities.Param = lambda *fields: fields
-    monkeypatch.setitem(sys.modules, "mlflow", module)
-    monkeypatch.setitem(sys.modules, "mlflow.entities", module.entities)
-    monkeypatch.setitem(sys.modules, "mlflow.exceptions", module.exceptions)
+    mlflow = Mock()
+    mlflow.set_experiment.return_value.experiment_id = "7"
+    mlflow.start_run.return_value.info.run_id = "a"
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     directory = made_run(rounds=4, every=2)
     directory.write_text("report.html", "<p>report</p>")
 
     log_in_two_parts(lambda: MLflowLogger(tracking_uri="file:x", tags={"site": "a"}), directory)
 
-    batches = [batch.kwargs for batch in client.log_batch.call_args_list]
-    metrics = [metric for batch in batches for metric in batch.get("metrics", ())]
-    params = dict(param for batch in batches for param in batch.get("params", ()))
-    artifacts = [Path(each.args[1]).name for each in client.log_artifact.call_args_list]
-    steps = [step for name, _, _, step in metrics if name == "communication/up_bytes"]
-    assert steps == [1, 2, 3, 4]
-    assert all(len(batch.get("params", ())) <= 100 for batch in batches)
+    started = [each.kwargs for each in mlflow.start_run.call_args_list]
+    logged = mlflow.log_metrics.call_args_list
+    (params,) = mlflow.log_params.call_args.args
+    artifacts = [Path(each.args[0]).name for each in mlflow.log_artifact.call_args_list]
+    assert mlflow.set_tracking_uri.call_args_list == [call("file:x")] * 2
+    assert mlflow.set_experiment.call_args_list == [call("trial")] * 2
+    assert [each["run_id"] for each in started] == [None, "a"]
+    assert (started[0]["experiment_id"], started[0]["run_name"]) == ("7", "run")
+    assert started[0]["tags"]["site"] == "a"
+    assert [each.kwargs for each in logged] == [{"step": i, "run_id": "a"} for i in (1, 2, 3, 4)]
+    assert [each.args[0]["communication/up_bytes"] for each in logged] == [
+        record["up_bytes"] for record in directory.metrics()
+    ]
+    mlflow.log_params.assert_called_once()
     assert (params["data.partition.kind"], params["rounds"]) == ("dirichlet", "4")
     assert artifacts == ["config.yaml", "summary.json", "report.html"]
-    assert module.MlflowClient.call_args_list == [call("file:x")] * 2
-    client.create_experiment.assert_called_once_with("trial")
-    client.create_run.assert_called_once()
-    created = client.create_run.call_args
-    assert (created.args, created.kwargs["run_name"]) == (("7",), "run")
-    assert created.kwargs["tags"]["site"] == "a"
-    client.update_run.assert_called_once_with("a", status="RUNNING")
-    assert client.set_terminated.call_args_list == [call("a", "KILLED"), call("a", "FINISHED")]
+    assert mlflow.end_run.call_args_list == [call("KILLED"), call("FINISHED")]
 
 
 @pytest.mark.filterwarnings("ignore")

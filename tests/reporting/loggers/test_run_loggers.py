@@ -196,7 +196,7 @@ def test_state_that_cannot_be_saved_gives_one_line(made_run: MakeRun) -> None:
     def spoil(record: Any) -> None:
         runs[0].state["id"] = {1}
 
-    log_rounds(MemoryLogger(on_start=runs.append, on_log=spoil), directory, 2, log=lines.append)
+    log_rounds(MemoryLogger(on_start=runs.append, on_log=spoil), directory, log=lines.append)
 
     (line,) = lines
     assert line.startswith("memory: the state could not be saved (TypeError: ")

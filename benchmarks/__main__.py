@@ -16,39 +16,6 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 # The empty name stands for the modules directly in the folder.
 GROUPS = ("", "speed", "scale", "science", "robustness")
-ARCHIVED = "its output in docs/results/measurements names the commit that can repeat it"
-REPEAT_ROW = "use `hetero-fl benchmark FEDERATION --repeat ROW`; " + ARCHIVED
-DROPPED = {
-    "ablation": REPEAT_ROW,
-    "against_commit": "use `speed --against COMMIT`",
-    "asynchronous": "use `hetero-fl compare --config configs/fashion_devices.yaml`",
-    "batched": "use `speed 'executors_*' 'vectorized_*'`",
-    "common_model": ARCHIVED,
-    "event_queue": "use `population`",
-    "every_method": "use `speed loops`",
-    "executor_choice": "use `speed 'runs_*'`",
-    "executors": "use `speed 'executors_*'`",
-    "fedavg_cifar": "use `speed 'fedavg_cifar_*'`",
-    "federation_equal": "run `pytest tests/deployment/test_equals_simulation.py`",
-    "fedgen_order": ARCHIVED,
-    "fedproto_setting": ARCHIVED,
-    "gpu_suite": "run `pytest -m gpu` and `speed --device cuda`",
-    "heterogeneous": "use `speed heterogeneous`",
-    "htfllib": "use `speed htfllib --rival CHECKOUT`",
-    "kills": "run `pytest tests/contracts/test_kills.py`",
-    "local_epochs": REPEAT_ROW,
-    "multimodal": ARCHIVED,
-    "overhead": "use `speed overhead startup`",
-    "pfl_research": "use `speed pfl_research --rival CHECKOUT`",
-    "profile_round": "use `python -m cProfile scripts/train.py --config FILE`",
-    "python_objects": "use `speed`",
-    "recalibration": REPEAT_ROW,
-    "serial_overhead": "use `speed loops`",
-    "store": "use `population`",
-    "threads": "use `speed 'executors_*'`",
-    "thresholds": ARCHIVED,
-}
-"""What to use in place of benchmarks that were dropped, keyed by name."""
 
 
 def find_benchmarks() -> dict[str, Path]:
@@ -86,8 +53,6 @@ def main() -> None:
                     print(f"  {name:20} {summary(path)}")
         return
     name = sys.argv[1]
-    if name in DROPPED:
-        sys.exit(f"the benchmark {name!r} was dropped; {DROPPED[name]}")
     if name not in benchmarks:
         sys.exit(f"no benchmark {name!r}; choose from {', '.join(sorted(benchmarks))}")
     sys.argv = [f"python -m benchmarks {name}", *sys.argv[2:]]

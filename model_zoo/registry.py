@@ -131,6 +131,8 @@ def check_value(name: str, value: Any, default: Any, hint: Any = None) -> Any:
         return multimodal.validate_blocks(value)
     if isinstance(default, str):
         if value not in (choices := typing.get_args(hint)):
+            if isinstance(value, str) and value in REMOVED:
+                raise ModelError(f"option {name}: {value} was removed; use {REMOVED[value]}")
             raise ModelError(f"option {name}: expected one of {', '.join(choices)}, got {value!r}")
         return value
     if isinstance(default, float):
@@ -338,8 +340,8 @@ def group_models(name: str) -> list[str]:
 
 EXTERNAL = tuple(external.OPTIONS)
 PREFIXES = (*EXTERNAL, "python")
-DROPPED = {"pilotnet": "cnn"}
-"""Models that replace those of earlier versions, keyed by former name."""
+REMOVED = {"pilotnet": "cnn"}
+"""What to use instead of the models of earlier versions, keyed by former name."""
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -459,7 +461,9 @@ def create_model(
 
 @contextmanager
 def _prefix_errors(name: str) -> Iterator[None]:
-    """Prepend the model's name to the messages of errors."""
+    """Refuse a former name, and prepend the model's name to the messages of errors."""
+    if str(name) in REMOVED and name not in PLUGINS:
+        raise ModelError(f"model {name} was removed; use {REMOVED[name]}")
     try:
         yield
     except ModelError as error:
@@ -562,8 +566,6 @@ def _find_options(name: str) -> tuple[dict[str, Any], bool]:
     if colon:
         hint = suggest_names(prefix, PREFIXES) or f"; choose from {', '.join(PREFIXES)}"
         raise ModelError(f"unknown prefix '{prefix}'{hint}")
-    if name in DROPPED:
-        raise ModelError(f"was dropped; use {DROPPED[name]}")
     if name not in MODELS:
         hint = suggest_names(name, list_models()) or "; choose from model_zoo.list_models()"
         raise ModelError(f"unknown model{hint}")

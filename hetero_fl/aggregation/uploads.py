@@ -329,7 +329,7 @@ class Uploads:
         """Aggregate predictions that the server computed from individual uploads.
 
         Args:
-            name: Name under which robust aggregation rules store their state.
+            name: Name of the predictions, for notes that too few clients sent them.
             predictions: Items of kind `rows` with values of shape `[N, C]`, keyed by client id.
 
         Returns:

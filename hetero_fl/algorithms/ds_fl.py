@@ -14,7 +14,6 @@ from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Items, Needs, may_share, register_algorithm
 from hetero_fl.algorithms.distillation import TEACHER, ProxyDistillation, predicted_probabilities
 from hetero_fl.algorithms.local_training import local_fit
-from hetero_fl.config.base import Dropped
 from hetero_fl.core.objectives import MIN_PROBABILITY
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
@@ -56,11 +55,9 @@ class DSFL(ProxyDistillation):
         "after distillation of the newest consensus, as deployed with the next broadcast"
     )
 
-    _dropped = {
-        "cache_life": Dropped(
-            "'cache_life' was removed; set proxy_rows to a smaller number for fewer bytes"
-        ),
-        "bits": Dropped("'bits' was removed; set channel.compress=[{quantize: 4}] for fewer bytes"),
+    _removed = {
+        "cache_life": "a smaller proxy_rows for fewer bytes",
+        "bits": "channel.compress=[{quantize: 4}] for fewer bytes",
     }
 
     temperature: PositiveFloat = 1.0

@@ -26,7 +26,6 @@ from hetero_fl.algorithms.base import (
 )
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.algorithms.local_training import local_fit
-from hetero_fl.config.base import Dropped
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import Masked
@@ -224,11 +223,7 @@ class HeteroFL(FedAvg):
     shared = SharedPart(local="batch_norm_statistics")
     uploads = {"model": ItemSpec("params"), "head": ItemSpec("params", private=True)}
 
-    _dropped = {
-        "widths": Dropped(
-            "'widths' was removed; set models of these widths for the groups of clients"
-        )
-    }
+    _removed = {"widths": "models of these widths for the groups of clients"}
 
     weighting: Literal["uniform", "samples"] = Field(
         "uniform", description="client weights: all equal, or w_k = n_k"

@@ -21,7 +21,6 @@ from hetero_fl.algorithms.base import (
 )
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.algorithms.local_training import local_fit
-from hetero_fl.config.base import Dropped
 from hetero_fl.core.objectives import Proximal
 from hetero_fl.core.participant import ClientDirectory, Participant
 from hetero_fl.core.payload import Payload
@@ -193,11 +192,7 @@ class FedBABU(FedPer):
         "after aggregation and fine-tuning of the client's copy, on both test sets (the server's "
         "own model: before fine-tuning)"
     )
-    _dropped = {
-        "finetune_epochs": Dropped(
-            "write the client option fine_tune_epochs instead of finetune_epochs"
-        )
-    }
+    _removed = {"finetune_epochs": "the client option fine_tune_epochs"}
 
     finetune: Literal["all", "head"] = Field(
         "all", description="part that is fine-tuned: the whole model or the head"

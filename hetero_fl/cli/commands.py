@@ -41,7 +41,13 @@ from hetero_fl.cli.run_options import (
     training_command,
 )
 from hetero_fl.utils.code_permission import find_references
-from hetero_fl.utils.errors import UserError, echo, suggest_or_list, suggest_similar
+from hetero_fl.utils.errors import (
+    UserError,
+    describe_removed,
+    echo,
+    suggest_or_list,
+    suggest_similar,
+)
 from hetero_fl.utils.version import __version__
 
 if TYPE_CHECKING:
@@ -276,9 +282,7 @@ APP = OrderedGroup(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-DROPPED_COMMANDS = {
-    "watch": "write output.loggers=[tensorboard] and run tensorboard --logdir runs",
-}
+REMOVED_COMMANDS = {"watch": "output.loggers=[tensorboard] and tensorboard --logdir runs"}
 """What to use instead of each command of earlier versions."""
 
 for _command in APP.commands.values():
@@ -299,11 +303,10 @@ def parse_command(prog: str, name: str | None, arguments: list[str]) -> Context:
         UserError: If a command, option or value is invalid.
         Exit: After `--help` or `--version`.
     """
-    if name in DROPPED_COMMANDS:
-        raise UserError(f"command '{name}' was dropped; {DROPPED_COMMANDS[name]}")
     if name is not None and name not in APP.commands:
-        hint = suggest_or_list(name, APP.commands)
-        raise UserError(f"unknown command '{name}'{hint} (see hetero-fl --help)")
+        unknown = f"unknown command '{name}'{suggest_or_list(name, APP.commands)}"
+        removed = describe_removed(name, REMOVED_COMMANDS)
+        raise UserError(f"{removed or unknown} (see hetero-fl --help)")
     command = APP if name is None else APP.commands[name]
     try:
         return command.make_context(prog, [*arguments, *(["--help"] if name is None else [])])

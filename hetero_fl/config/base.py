@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, get_type_hints
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -33,7 +33,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticKnownError
 
 from hetero_fl.utils.code_permission import CODE_PREFIX
-from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.errors import UserError, describe_removed, suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.registry import reference_to
 
@@ -93,22 +93,6 @@ FilePath = Annotated[str, AfterValidator(_check_path)]
 """Path of a file or folder."""
 
 
-class Dropped(NamedTuple):
-    """A key that a section had in an earlier version.
-
-    Attributes:
-        advice: Error message if the key has a value, which names the replacement.
-        default: Former default value, which configurations of older runs contain.
-    """
-
-    advice: str
-    default: Any = None
-
-    def ignores(self, value: Any) -> bool:
-        """Return whether a value has no effect, as it is empty or the former default value."""
-        return not value or value == self.default
-
-
 class Settings(BaseModel):
     """Base class of configuration sections and methods.
 
@@ -126,8 +110,10 @@ class Settings(BaseModel):
     """Settings that a class determines, such as the name of an optimizer."""
     unused: ClassVar[frozenset[str]] = frozenset()
     """Inherited settings that have no effect in a class."""
-    _dropped: ClassVar[Mapping[str, Dropped]] = {}
-    """Settings that the class had in an earlier version, keyed by name."""
+    _removed: ClassVar[Mapping[str, str]] = {}
+    """What to use instead of settings that the class had in an earlier version, keyed by name."""
+    _former_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Default values of removed settings, if not None, which configurations of older runs have."""
 
     def __init__(self, **settings: Any) -> None:
         for name in settings.keys() - self.accepted().keys() & type(self).model_fields.keys():
@@ -139,7 +125,8 @@ class Settings(BaseModel):
             from hetero_fl.config.errors import describe_error
 
             for problem in error.errors():
-                if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
+                is_unknown = problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1
+                if is_unknown and problem["loc"][0] not in self._removed:
                     raise self._unexpected(str(problem["loc"][0])) from None
             described = describe_error(error, settings, type(self))
             raise UserError(f"{self.__repr_name__()}: {described}") from None
@@ -162,18 +149,15 @@ class Settings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _remove_dropped_keys(cls, raw: Any) -> Any:
-        """Remove dropped keys that are empty or have their former default value.
-
-        Raises:
-            ValueError: If a dropped key has another value.
-        """
-        if not isinstance(raw, Mapping) or not cls._dropped.keys() & raw.keys():
+    def _ignore_former_defaults(cls, raw: Any) -> Any:
+        """Remove the removed settings that are None or have their former default value."""
+        if not isinstance(raw, Mapping) or not cls._removed.keys() & raw.keys():
             return raw
-        for key, former in cls._dropped.items():
-            if not former.ignores(raw.get(key)):
-                raise ValueError(former.advice)
-        return {key: value for key, value in raw.items() if key not in cls._dropped}
+        return {
+            key: value
+            for key, value in raw.items()
+            if key not in cls._removed or not _is_equal(value, cls._former_defaults.get(key))
+        }
 
     @field_validator("*", mode="wrap")
     @classmethod
@@ -201,6 +185,12 @@ class Settings(BaseModel):
 
     def __repr_name__(self) -> str:
         return type(self).__name__.removesuffix("Config")
+
+
+def _is_equal(value: object, default: object) -> bool:
+    """Return whether a value, possibly an array, is None or the default of a setting."""
+    is_plain = isinstance(value, bool | int | float | str | list)
+    return value is None or (is_plain and value == default)
 
 
 def _number_from_boolean(value: object, validated: object) -> int | float | None:
@@ -332,12 +322,6 @@ def warn_deprecated(key: str, replacement: str) -> None:
     warnings.warn(message, FutureWarning, stacklevel=1)
 
 
-def dropped_key(section: object, name: str) -> Dropped | None:
-    """Return a key that a section had in an earlier version, or None if it had no such key."""
-    former: Mapping[str, Dropped] = getattr(section, "_dropped", {})
-    return former.get(name)
-
-
 def rename_keys(raw: Any, renamed: Mapping[str, str], section: str) -> Any:
     """Replace former names of keys and issue a warning for each replaced key.
 
@@ -398,7 +382,7 @@ class Choice:
         synonyms: Valid values to suggest for other common names. For example, `{"gpu": "cuda"}`
             suggests `cuda` for `gpu`.
         registered: Further valid values, which may be added later.
-        dropped: Advice what to choose instead, keyed by value of an earlier version. A key that
+        removed: What to use instead of values of an earlier version, keyed by value. A key that
             ends before a colon stands for all its values, such as `flwr` for `flwr:NAME`.
     """
 
@@ -407,7 +391,7 @@ class Choice:
     suffix: str | None = None
     synonyms: Mapping[str, str] = field(default_factory=dict, hash=False)
     registered: Collection[str] = field(default=(), hash=False)
-    dropped: Mapping[str, str] = field(default_factory=dict, hash=False)
+    removed: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def prefixes(self) -> tuple[str, ...]:
@@ -423,14 +407,12 @@ class Choice:
         names = (*self.names, *self.registered)
         if isinstance(value, str) and (value in names or self._has_affix(value)):
             return value
-        if isinstance(value, str) and value.partition(":")[0] in self.dropped:
-            advice = self.dropped[value.partition(":")[0]]
-            raise ValueError(f"got '{value}', which was removed; {advice}")
         if isinstance(value, str) and value in self.synonyms:
             hint = f"; did you mean '{self.synonyms[value]}'?"
         else:
             hint = suggest_or_list(value, names)
-        raise ValueError(f"unknown value {format_value(value)}{hint}")
+        removed = describe_removed(value, self.removed)
+        raise ValueError(removed or f"unknown value {format_value(value)}{hint}")
 
     def _has_affix(self, value: str) -> bool:
         if self.suffix is not None and value.endswith(self.suffix):
@@ -446,7 +428,7 @@ def choice_type(
     suffix: str | None = None,
     synonyms: Mapping[str, str] | None = None,
     registered: Collection[str] = (),
-    dropped: Mapping[str, str] | None = None,
+    removed: Mapping[str, str] | None = None,
 ) -> Any:
     """Create a string type that accepts one of several names.
 
@@ -458,9 +440,9 @@ def choice_type(
         suffix: See `Choice`.
         synonyms: See `Choice`.
         registered: See `Choice`.
-        dropped: See `Choice`.
+        removed: See `Choice`.
     """
-    choice = Choice(names, prefix, suffix, synonyms or {}, registered, dropped or {})
+    choice = Choice(names, prefix, suffix, synonyms or {}, registered, removed or {})
     return Annotated[str, BeforeValidator(choice)]
 
 

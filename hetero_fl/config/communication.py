@@ -19,8 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import ConfigSection, Dropped, ShareOrCount, format_value
-from hetero_fl.utils.errors import suggest_or_list
+from hetero_fl.config.base import ConfigSection, ShareOrCount, format_value
+from hetero_fl.utils.errors import describe_removed, suggest_or_list
 
 # Stages that send some of the numbers of a model update. The receiver sets the others to zero.
 SPARSE = ("topk", "randk")
@@ -34,11 +34,7 @@ STAGES = (*SPARSE, "top_classes", *FORMATS)
 class SecureAggregationConfig(ConfigSection):
     """Secure aggregation, with which the server learns only sums (Bonawitz et al. 2017)."""
 
-    _dropped = {
-        "neighbors": Dropped(
-            "all clients share masks; remove the key 'neighbors' (a round has at most 200 clients)"
-        )
-    }
+    _removed = {"neighbors": "at most 200 clients in a round, which all share masks"}
 
     threshold: ShareOrCount | None = Field(
         None,
@@ -135,11 +131,10 @@ def num_fraction_bits(config: SecureAggregationConfig | HomomorphicConfig, cohor
 class StageConfig(ConfigSection):
     """One stage of a compression chain, which has a single key."""
 
-    _dropped = {
-        "lowrank": Dropped("stage 'lowrank' was removed; choose topk or randk"),
-        "bucket": Dropped(
-            "'bucket' was removed; remove the key, as quantize has one scale per tensor"
-        ),
+    _removed = {
+        "lowrank": "topk or randk",
+        "entropy": "topk, whose positions are always compressed",
+        "bucket": "quantize alone, which has one scale per tensor",
     }
 
     topk: ShareOrCount | None = Field(
@@ -200,7 +195,8 @@ def _parse_chain(chain: Any) -> Any:
         if isinstance(entry, str) and entry in STAGES:
             raise ValueError(f"stage '{entry}' requires a number, such as [{entry}: 8]")
         if isinstance(entry, str):
-            raise ValueError(f"unknown stage '{entry}'{suggest_or_list(entry, STAGES)}")
+            removed = describe_removed(entry, StageConfig._removed)
+            raise ValueError(removed or f"unknown stage '{entry}'{suggest_or_list(entry, STAGES)}")
         if isinstance(entry, dict) and "name" in entry:
             raise ValueError(
                 f"unknown key 'name'; write a stage as {_example(entry['name'])}, "
@@ -243,11 +239,8 @@ class ChannelConfig(ConfigSection):
         8
     """
 
-    _dropped = {
-        "entropy": Dropped(
-            "'entropy' was removed; positions of topk are always compressed, remove the key"
-        )
-    }
+    _removed = {"entropy": StageConfig._removed["entropy"]}
+    _former_defaults = {"entropy": False}
 
     preset: Literal["small"] | None = Field(
         None,

@@ -15,7 +15,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from hetero_fl.config.base import ConfigSection, Dropped, FilePath, choice_type, format_value
+from hetero_fl.config.base import ConfigSection, FilePath, choice_type, format_value
 
 DEFAULT_ROOT = "~/.cache/hetero_fl"
 """Folder for downloads."""
@@ -96,12 +96,8 @@ class SeriesConfig(ConfigSection):
         return self
 
 
-NO_SEED = Dropped(
-    "simulated data are files of the package; remove the key 'seed' (runs differ by the key 'seed' "
-    "outside of data)",
-    0,
-)
-"""Former seed of generated data."""
+REMOVED_SEED = {"seed": "the key seed outside of data, as simulated data are files of the package"}
+"""What to use instead of the seed of generated data, which was 0 by default."""
 
 
 class SharedSettings(ConfigSection):
@@ -173,7 +169,8 @@ class SpeechConfig(SharedSettings):
     """
 
     selection = ("speakers",)
-    _dropped = {"seed": NO_SEED}
+    _removed = REMOVED_SEED
+    _former_defaults = {"seed": 0}
 
     words: tuple[str, ...] | None = Field(
         None, min_length=2, description="words to recognize; `null`: all words"
@@ -238,13 +235,8 @@ class MoviesConfig(SharedSettings):
     """
 
     selection = ("groups",)
-    _dropped = {
-        "sampled": Dropped(
-            "sampled metrics were dropped; remove the key 'sampled' (ndcg_10 and hit_rate_10 rank "
-            "among all movies)",
-            100,
-        )
-    }
+    _removed = {"sampled": "ndcg_10 and hit_rate_10, which rank among all movies"}
+    _former_defaults = {"sampled": 100}
 
     length: PositiveInt = Field(
         10, description="movies before the next movie; shorter histories are padded on the left"
@@ -293,7 +285,8 @@ class DrivingConfig(SharedSettings):
     """
 
     selection = ("test_vehicles",)
-    _dropped = {"seed": NO_SEED}
+    _removed = REMOVED_SEED
+    _former_defaults = {"seed": 0}
 
     height: int = Field(24, ge=8, le=256, description="height of a frame in pixels")
     width: int = Field(48, ge=8, le=512, description="width of a frame in pixels")
@@ -536,11 +529,6 @@ PARTITION_KINDS = (
     "drawn",
 )
 """Kinds of partitions that the package implements."""
-DROPPED_PARTITIONS = {
-    "flwr": "choose dirichlet or classes, or use it in a partition of your own "
-    "(docs/how_to/migrate.md)",
-}
-"""Prefixes of former kinds of partitions, with what replaces them."""
 registered_partition_kinds: set[str] = set()
 """Further kinds of partitions, which `hetero_fl.data.register_partition` adds."""
 
@@ -555,7 +543,7 @@ class PartitionConfig(ConfigSection):
         *PARTITION_KINDS,
         prefix="python:",
         registered=registered_partition_kinds,
-        dropped=DROPPED_PARTITIONS,
+        removed={"flwr": "dirichlet, classes or a partition of your own (docs/how_to/migrate.md)"},
     ) = Field(
         "iid",
         description="`iid`: random rows; `in_order`: consecutive rows in the order of client ids; "

@@ -20,6 +20,7 @@ from hetero_fl.utils.errors import (
     closest,
     closest_abbreviation,
     closest_misspelling,
+    describe_removed,
     suggest_or_list,
     suggest_similar,
 )
@@ -100,6 +101,8 @@ def describe_error(
         *parent, key = first["loc"]
         place = _data_location(tuple(parent), raw)
         section = section_at(model, place)
+        if removed := describe_removed(key, getattr(section, "_removed", {})):
+            return ".".join([*at, *place, removed])
         known = list(section.model_fields) if section else []
         ignored = _sections_of_other_sources(raw) if place == ["data"] else set()
         known = [name for name in known if name not in ignored]
@@ -381,6 +384,17 @@ def _entries(annotation: Any) -> type[BaseModel] | None:
     return section_of(annotation) if typing.get_origin(annotation) in (list, tuple) else None
 
 
+def key_of(line: str) -> str:
+    """Return the key with which an error message begins.
+
+    Example:
+        >>> from hetero_fl.config.errors import key_of
+        >>> key_of("rounds: expected an integer"), key_of("channel.entropy was removed; use topk")
+        ('rounds', 'channel.entropy')
+    """
+    return re.split(": | was removed; ", line, maxsplit=1)[0]
+
+
 def prefix_origin(origin: str, line: str) -> str:
     """Prefix an error message with the origin of its key, unless the key names the origin.
 
@@ -396,5 +410,5 @@ def prefix_origin(origin: str, line: str) -> str:
         >>> prefix_origin("run.yaml", "rounds: expected an integer, got 'ten'")
         "run.yaml: rounds: expected an integer, got 'ten'"
     """
-    key = line.partition(": ")[0]
+    key = key_of(line)
     return line if origin.startswith(f"{key}=") else f"{origin}: {line}"

@@ -27,14 +27,6 @@ ATTACKS = (
     "confident_wrong",
 )
 
-# Replacements of dropped values.
-DROPPED_RULES = {"bulyan": "choose multi_krum", "fltrust": "choose median or norm_bound"}
-DROPPED_PREDICTIONS = dict.fromkeys(("spectral", "down_weight"), "choose median or agreement")
-DROPPED_ATTACKS = {
-    **dict.fromkeys(("scaled", "inner_product"), "choose sign_flip"),
-    **dict.fromkeys(("flipped", "targeted", "collusion"), "choose confident_wrong"),
-}
-
 
 class AggregationConfig(ConfigSection):
     """Aggregation of uploads.
@@ -52,14 +44,18 @@ class AggregationConfig(ConfigSection):
     """
 
     rule: choice_type(  # type: ignore[valid-type]
-        *RULES, prefix="python:", dropped=DROPPED_RULES
+        *RULES,
+        prefix="python:",
+        removed={"bulyan": "multi_krum", "fltrust": "median or norm_bound"},
     ) = Field(
         "mean",
         description="aggregation of parameters and model updates, for each tensor over the "
         "clients that have it",
     )
     predictions: choice_type(  # type: ignore[valid-type]
-        *PREDICTIONS, prefix="python:", dropped=DROPPED_PREDICTIONS
+        *PREDICTIONS,
+        prefix="python:",
+        removed=dict.fromkeys(("spectral", "down_weight"), "median or agreement"),
     ) = Field("mean", description="aggregation of predictions on the proxy set")
     statistics: Literal["mean", "median"] = Field(
         "mean",
@@ -119,7 +115,10 @@ class AttacksConfig(ConfigSection):
     """
 
     name: choice_type(  # type: ignore[valid-type]
-        *ATTACKS, prefix="python:", dropped=DROPPED_ATTACKS
+        *ATTACKS,
+        prefix="python:",
+        removed=dict.fromkeys(("scaled", "inner_product"), "sign_flip")
+        | dict.fromkeys(("flipped", "targeted", "collusion"), "confident_wrong"),
     ) = Field(
         description="attack; on training rows: `label_flip`, `backdoor`; on all uploads: "
         "`sign_flip`, `gaussian`, `little_is_enough`; on predictions: `confident_wrong`"

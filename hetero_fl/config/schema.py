@@ -19,7 +19,6 @@ from pydantic import (
 from hetero_fl.config.base import (
     VERSION,
     ConfigSection,
-    Dropped,
     FilePath,
     OptimizerConfig,
     Reference,
@@ -217,7 +216,8 @@ class OutputConfig(ConfigSection):
         False
     """
 
-    _dropped = {"tensorboard": Dropped("write loggers: [tensorboard] instead of tensorboard")}
+    _removed = {"tensorboard": "output.loggers=[tensorboard]"}
+    _former_defaults = {"tensorboard": False}
 
     plots: bool = Field(True, description="write figures to `plots/*.png`")
     report: bool = Field(True, description="write `report.html`")

@@ -15,12 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import (
-    ConfigSection,
-    Dropped,
-    choice_type,
-    format_value,
-)
+from hetero_fl.config.base import ConfigSection, choice_type, format_value
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 WIDEST = 10.0
@@ -128,7 +123,7 @@ class DevicesConfig(DeviceConfig):
         1000000000.0
     """
 
-    _dropped = {"file": Dropped("'file' was removed; set machine for each group of clients")}
+    _removed = {"file": "machine of each group of clients"}
 
 
 class FaultsConfig(ConfigSection):
@@ -142,12 +137,8 @@ class FaultsConfig(ConfigSection):
         0.1
     """
 
-    _dropped = {
-        "server": Dropped(
-            "server faults are no longer simulated; remove the key 'server' (a run whose process "
-            "is killed can be resumed)"
-        )
-    }
+    _removed = {"server": "--resume, which continues a run whose process was killed"}
+    _former_defaults = {"server": []}
 
     before: Probability = Field(
         0.0, description="probability that the client fails before training"
@@ -195,15 +186,14 @@ class CohortConfig(ConfigSection):
         2
     """
 
-    _dropped = {
-        "attempts": Dropped("'attempts' was removed; set cohort.too_few=skip or fail", default=10),
-        "partial_work": Dropped(
-            "'partial_work' was removed; set fewer steps for slow clients", default=False
-        ),
+    _removed = {
+        "attempts": "cohort.too_few=skip or fail",
+        "partial_work": "fewer steps for slow clients",
     }
+    _former_defaults = {"attempts": 10, "partial_work": False}
 
     sampling: choice_type(  # type: ignore[valid-type]
-        "uniform", "available", dropped={"oort": "choose available or uniform"}
+        "uniform", "available", removed={"oort": "available or uniform"}
     ) = Field(
         "uniform",
         description="`uniform`: all clients with equal probability; `available`: only clients that "
@@ -223,7 +213,7 @@ class CohortConfig(ConfigSection):
     least: PositiveInt = Field(1, description="minimum number of uploads for an aggregation")
     too_few: (
         choice_type(  # type: ignore[valid-type]
-            "skip", "fail", dropped={"repeat": "choose skip or fail"}
+            "skip", "fail", removed={"repeat": "skip or fail"}
         )
         | None
     ) = Field(

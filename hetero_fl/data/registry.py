@@ -13,7 +13,7 @@ from hetero_fl.data.checks import check_examples
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.sources.npz_files import check_image_size, medmnist_file, read_npz
 from hetero_fl.utils.code_permission import CODE_PREFIX
-from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
+from hetero_fl.utils.errors import UserError, describe_removed, suggest_file, suggest_or_list
 from hetero_fl.utils.extras import describe_missing_package
 from hetero_fl.utils.objects import OBJECT_PREFIX, find_object
 from hetero_fl.utils.registry import call_reference, is_internal
@@ -66,11 +66,11 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 MEDMNIST_PREFIX = "medmnist:"
 HUB_PREFIX = "hf:"
 """Prefix of the names of Hugging Face data sets, which the source `hf` reads."""
-DROPPED = {
-    "zarr": "name=npz, and as path a folder of .npy files such as train_images.npy, which are "
+REMOVED = {
+    "zarr": "npz, with a folder of .npy files such as train_images.npy as path, which are "
     "memory-mapped with stream=true"
 }
-"""What replaces the sources of earlier versions, keyed by former name."""
+"""What to use instead of the sources of earlier versions, keyed by former name."""
 PUBLIC_USER_KEYS = ("min_rating", "validation_users", "test_users", "public_users", "seed")
 """Keys of the section `movies` on which the users depend whose rows are public."""
 SourceFunction = Callable[[SourceConfig, Path], Dataset]
@@ -455,9 +455,9 @@ def check_roles(source: SourceConfig, main: SourceConfig, where: str) -> None:
 def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:
     name = _registered_name(config.name)
     _load_plugin(name, where)
-    if name in DROPPED:
-        raise UserError(f"{where}.name: {name} was dropped; use {DROPPED[name]}")
     if name not in _sources:
+        if removed := describe_removed(name, REMOVED):
+            raise UserError(f"{where}.name: {removed}")
         if reader := _reader_for_suffix(config.name):
             kind = "folder" if Path(name).is_dir() else "file"
             raise UserError(

@@ -30,7 +30,8 @@ from hetero_fl.utils.code_permission import (
 )
 from hetero_fl.utils.errors import UserError, suggest_or_list, suggest_similar
 
-REMOVED = "no longer used; remove it (TLS and the nodes' keys authenticate server and nodes)"
+AUTHENTICATION = "TLS and the nodes' keys, which authenticate server and nodes"
+"""What to use instead of the keys with which server and nodes signed messages."""
 
 
 class BudgetConfig(ConfigSection):
@@ -128,6 +129,8 @@ class DisclosureConfig(ConfigSection):
 
 class ServerConnectionConfig(ConfigSection):
     """Connection of a site to the server, with paths relative to the site file."""
+
+    _removed = {"public": AUTHENTICATION}
 
     address: str = Field(description="host:port")
     authority: str | None = Field(
@@ -236,8 +239,6 @@ def load_site_config(
     """
     path = Path(path)
     raw = read_config_file(path)
-    if isinstance(server := raw.get("server"), dict) and "public" in server:
-        raise UserError(f"{path}: server.public: {REMOVED}")
     try:
         site = SiteConfig.model_validate(raw)
         CodePermission.from_argument(allow_code).check(
@@ -310,6 +311,8 @@ class MetricsConfig(ConfigSection):
 class DeploymentServerConfig(ConfigSection):
     """Server file (`hetero-fl server --server FILE`)."""
 
+    _removed = {"key": AUTHENTICATION}
+
     host: str = Field(
         "127.0.0.1",
         description="address to listen on; nodes on other machines need 0.0.0.0 and certificates",
@@ -370,8 +373,6 @@ def load_server_config(path: str | Path) -> DeploymentServerConfig:
     """
     path = Path(path)
     raw = read_config_file(path)
-    if "key" in raw:
-        raise UserError(f"{path}: key: {REMOVED}")
     try:
         server = DeploymentServerConfig.model_validate(raw)
     except ValidationError as error:

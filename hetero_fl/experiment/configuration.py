@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from hetero_fl.algorithms import register_algorithm
-from hetero_fl.config import Config
-from hetero_fl.config.errors import describe_error, prefix_origin
+from hetero_fl.config import Config, describe_difference, resolve_config, resume_relevant
+from hetero_fl.config.errors import describe_error, key_of, prefix_origin
 from hetero_fl.config.load import (
     Overrides,
     Source,
@@ -77,7 +77,7 @@ class DraftConfig:
         Args:
             line: Error message that begins with a key.
         """
-        key = line.partition(": ")[0]
+        key = key_of(line)
         where = self.key_source(key)
         # The search tries other combinations of overrides and must not import code.
         names_code = bool(find_references([self.raw, self.written])) or any(
@@ -155,6 +155,34 @@ def load_config(
         # `model_copy` marks the updated field as set.
         loaded.model_fields_set.discard("algorithm")
     return loaded
+
+
+def describe_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str | None:
+    """Describe in one line how a saved configuration differs from a current one.
+
+    The saved configuration may be that of an earlier version. It is loaded first, so that removed
+    keys without effect are ignored and new keys have their default values. Keys that do not affect
+    results are ignored (see `resume_relevant`), but not `rounds`.
+
+    Args:
+        saved: The resolved configuration of an earlier run, as plain values.
+        current: The resolved configuration, as plain values.
+
+    Returns:
+        The differences, or why the saved configuration is not valid. None if there are none.
+    """
+    before, now = (
+        {"rounds": tree.get("rounds"), **resume_relevant(tree)} for tree in (saved, current)
+    )
+    known = find_references(now)
+    # Code that only the saved configuration names must not be imported, and is a difference.
+    if before != now and find_references(before).keys() <= known.keys():
+        try:
+            loaded = resolve_config(load_config(before, allow_code=CodePermission(granted=known)))
+        except UserError as error:
+            return f"{str(error).removeprefix('configuration: ')}; start a new run"
+        before = {"rounds": loaded["rounds"], **resume_relevant(loaded)}
+    return describe_difference(before, now)
 
 
 def draft_config(source: Source, overrides: Overrides = ()) -> DraftConfig:

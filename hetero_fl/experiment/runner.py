@@ -10,9 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hetero_fl.config import Config, describe_difference, resolve_config, resume_relevant
+from hetero_fl.config import Config, resolve_config
 from hetero_fl.config.load import Overrides
 from hetero_fl.data import Dataset
+from hetero_fl.experiment.configuration import describe_changes
 from hetero_fl.experiment.preparation import ExecutorFactory, PreparedRun, prepare
 from hetero_fl.experiment.session import RunSession, write_presentation
 from hetero_fl.federation.executors.base import NODES
@@ -372,9 +373,7 @@ def _open_for_resume(path: Path, prepared: PreparedRun) -> RunDirectory:
             raise UserError(f"{changed}; a resumed run may have more rounds, not fewer")
         if reason := _reason_not_extendable(directory, prepared):
             raise UserError(f"{changed}; {reason}")
-    if differs := describe_difference(
-        resume_relevant(old), resume_relevant(resolve_config(config))
-    ):
+    if differs := describe_changes({**old, "rounds": config.rounds}, resolve_config(config)):
         raise UserError(f"{path}: cannot be resumed: the configuration differs: {differs}")
     affordable = (
         prepared.budget.affordable_rounds() if prepared.budget is not None else config.rounds

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import signature
 from statistics import NormalDist
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +20,7 @@ from hetero_fl.core.payload import Payload
 from hetero_fl.core.stored_rows import require_tensor, targets
 from hetero_fl.core.task import Task
 from hetero_fl.robustness.robust_means import ReferenceTensors, TrainedNames
-from hetero_fl.robustness.rules import PredictionRule, Rule
+from hetero_fl.robustness.rules import PredictionRule, RobustRule, Rule
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
@@ -572,7 +573,8 @@ def import_user_classes(aggregation: AggregationConfig, attacks: AttacksConfig |
         attacks: The `attacks` section of the configuration. If None, no attack is imported.
 
     Raises:
-        UserError: If a class cannot be imported or does not have the required base class.
+        UserError: If a class cannot be imported or does not have the required base class, or if the
+            method `combine` of a rule takes other arguments, as in earlier versions.
     """
     references: list[tuple[str, str, type]] = [
         ("aggregation.rule", aggregation.rule, Rule),
@@ -582,4 +584,15 @@ def import_user_classes(aggregation: AggregationConfig, attacks: AttacksConfig |
         references.append(("attacks.name", attacks.name, Attack))
     for key, value, base in references:
         if value.startswith(CODE_PREFIX):
-            import_reference(value, key, base)
+            found = import_reference(value, key, base)
+            if issubclass(found, RobustRule):
+                _check_combine(found, base, f"{key}: {value}")
+
+
+def _check_combine(found: Any, base: Any, where: str) -> None:
+    """Check that the method `combine` of a rule can be called as that of its base class."""
+    arguments = list(signature(base.combine).parameters)
+    try:
+        signature(found.combine).bind(*arguments)
+    except TypeError:
+        raise UserError(f"{where}: expected a method combine({', '.join(arguments)})") from None

@@ -7,7 +7,7 @@ import sys
 import sysconfig
 import traceback
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -264,6 +264,25 @@ def suggest_or_list(found: object, choices: Iterable[str], all_of: str = "") -> 
     more = f", … (see {all_of})" if all_of else ", …"
     shown = ", ".join(names[:20]) + (more if len(names) > 20 else "")
     return f"; choose from {shown}" if names else ""
+
+
+def describe_removed(name: object, replacements: Mapping[str, str]) -> str:
+    """Return the message that a name of an earlier version was removed.
+
+    Args:
+        name: The name that was found. The part before a colon is looked up.
+        replacements: What to use instead, keyed by former name.
+
+    Returns:
+        The message, or an empty string if the name is not a former name.
+
+    Example:
+        >>> from hetero_fl.utils.errors import describe_removed
+        >>> describe_removed("bulyan", {"bulyan": "multi_krum"})
+        'bulyan was removed; use multi_krum'
+    """
+    former = name.partition(":")[0] if isinstance(name, str) else ""
+    return f"{name} was removed; use {replacements[former]}" if former in replacements else ""
 
 
 def check_names(

@@ -8,7 +8,7 @@ import yaml
 
 import hetero_fl as hfl
 from hetero_fl.config import dump
-from hetero_fl.config.communication import ChannelConfig, SecureAggregationConfig
+from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.experiment.configuration import load_config
 from tests.support.cases import each_case
 from tests.support.federations import config
@@ -57,11 +57,6 @@ def test_threshold_of_secure_aggregation_is_a_share_or_an_integer() -> None:
     assert survivors(None) == 7
     by_default = SecureAggregationConfig()
     assert [by_default.min_survivors(n) for n in (3, 4, 5, 6, 9, 200)] == [3, 3, 4, 5, 7, 134]
-
-
-def test_dropped_keys_of_older_runs_are_ignored() -> None:
-    assert SecureAggregationConfig.model_validate({"neighbors": None}) == SecureAggregationConfig()
-    assert ChannelConfig.model_validate({"entropy": False}) == ChannelConfig()
 
 
 def test_explicit_keys_replace_those_of_a_preset() -> None:

@@ -21,10 +21,11 @@ import yaml
 
 from benchmarks.record import MEASUREMENTS, archivable_commit
 from hetero_fl.config.load import read_config_file
-from hetero_fl.experiment.benchmark.archive import ConfigArchive, RowConfig, RunArchive
+from hetero_fl.experiment.benchmark.archive import ConfigArchive, RunArchive
 from hetero_fl.experiment.benchmark.protocol import Benchmark
 from hetero_fl.experiment.benchmark.repetition import repeat_row
 from hetero_fl.experiment.benchmark.results import MAIN_GROUP, BenchmarkResults
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import RunFailedError
 from scripts import result_tables
 from tests.support.cases import each_case
@@ -87,7 +88,8 @@ def test_archived_runs_have_the_present_configurations_and_defaults(name: str) -
     source = read_config_file(federation.config)
     overrides = BENCHMARK.federation_overrides(name)
     current = {
-        row.name: RowConfig.resolve(source, overrides, row) for row in BENCHMARK.rows_of(name)
+        row.name: load_config(source, [*overrides, *row.variant.overrides])
+        for row in BENCHMARK.rows_of(name)
     }
     archive = ConfigArchive(ARCHIVE / f"{name}_configs.json")
     # Rows of the protocol that have no runs yet are listed on the page of results.

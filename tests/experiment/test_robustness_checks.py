@@ -44,6 +44,13 @@ class Quiet(PredictionRule):
         return 0 * predictions[0]
 
 
+class Former(PredictionRule):
+    """Rule for predictions with the arguments of an earlier version."""
+
+    def combine(self, predictions, num_malicious, clients, memory):
+        return predictions[0]
+
+
 class Zeros(Attack):
     """Custom attack that uploads zero updates."""
 
@@ -69,6 +76,8 @@ def test_custom_rules_and_attacks() -> None:
     assert not rounds.server.state["teacher"].softmax(-1).std() > 1e-6
     with pytest.raises(UserError, match=r"is not a subclass of hetero_fl\.robustness\.rules\.Rule"):
         prepare(small(aggregation={"rule": f"{THIS_MODULE}:Zeros"}))
+    with pytest.raises(UserError, match=r"Former: expected a method combine\(self, predictions, n"):
+        prepare(small("feddf", aggregation={"predictions": f"{THIS_MODULE}:Former"}))
     with pytest.raises(UserError, match=r"attacks\.name: module .* has no 'Zeroes'"):
         prepare(small(attacks={"name": f"{THIS_MODULE}:Zeroes"}))
 

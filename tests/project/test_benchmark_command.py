@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import (
-    DROPPED,
     FOLDER,
     GROUPS,
     find_benchmarks,
@@ -46,23 +45,6 @@ def test_command_refuses_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(SystemExit, match="no benchmark 'nothing'; choose from "):
         main()
-
-
-def test_dropped_benchmarks_name_a_replacement(
-    monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
-) -> None:
-    benchmarks = find_benchmarks()
-    assert not DROPPED.keys() & benchmarks.keys()
-
-    for name, instead in DROPPED.items():
-        with subtests.test(name=name):
-            monkeypatch.setattr(sys, "argv", ["benchmarks", name])
-            with pytest.raises(SystemExit) as refused:
-                main()
-            assert str(refused.value) == f"the benchmark {name!r} was dropped; {instead}"
-            # Commands in backticks begin with a program or the name of a benchmark.
-            programs = {command.split()[0] for command in re.findall("`(.+?)`", instead)}
-            assert programs <= {"hetero-fl", "pytest", "python", *benchmarks}
 
 
 def test_benchmark_names_are_unique() -> None:

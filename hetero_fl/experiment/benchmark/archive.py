@@ -6,19 +6,11 @@ import csv
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hetero_fl.algorithms import register_algorithm
-from hetero_fl.config import resolve_config
-from hetero_fl.config.base import dropped_key
-from hetero_fl.config.describe import resume_relevant
-from hetero_fl.config.errors import section_at
-from hetero_fl.config.schema import Config
-from hetero_fl.experiment.benchmark.protocol import BenchmarkRow
-from hetero_fl.experiment.configuration import load_config
-from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.config import Config, resolve_config, resume_relevant
+from hetero_fl.experiment.configuration import describe_changes
 from hetero_fl.utils.errors import UserError
 
 PUBLISHED = Path("configs/benchmark")
@@ -112,67 +104,31 @@ def flatten_config(config: Config) -> dict[str, Any]:
 
 
 def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
-    if not isinstance(value, Mapping) or not value:
+    # A mapping with periods in its keys, such as names of columns, has one key path.
+    if not isinstance(value, Mapping) or not value or any("." in str(key) for key in value):
         return [(path, value)]
     prefix = f"{path}." if path else ""
     return [leaf for key, child in value.items() for leaf in _leaves(child, f"{prefix}{key}")]
 
 
-def _was_dropped(key: str, value: Any, recorded: Mapping[str, Any]) -> bool:
-    """Return whether a recorded key no longer exists and its value had no effect."""
-    *place, name = key.split(".")
-    is_setting = place == ["algorithm"]
-    section = register_algorithm[recorded["algorithm.name"]] if is_setting else None
-    former = dropped_key(section or section_at(Config, place), name)
-    return former is not None and former.ignores(value)
-
-
-@dataclass(frozen=True)
-class RowConfig:
-    """The resolved configuration of a row, as returned by `flatten_config`.
-
-    Attributes:
-        values: The configuration with the fixed settings of the row.
-        defaults: The configuration of the same method without these settings.
-    """
-
-    values: dict[str, Any]
-    defaults: dict[str, Any]
-
-    @classmethod
-    def resolve(
-        cls,
-        source: Mapping[str, Any],
-        overrides: Sequence[str],
-        row: BenchmarkRow,
-        allow_code: bool | CodePermission = False,
-    ) -> RowConfig:
-        """Resolve the configuration of a row in a federation.
-
-        Args:
-            source: Content of the federation's configuration file.
-            overrides: Overrides of the federation, as `key.path=value`.
-            row: The row.
-            allow_code: Whether code that the row names may be executed.
-
-        Raises:
-            UserError: If a setting is invalid.
-        """
-        method = f"algorithm.name={row.method}"
-        values, defaults = (
-            flatten_config(load_config(source, [*overrides, *settings], allow_code))
-            for settings in (row.variant.overrides, [method])
-        )
-        return cls(values, defaults)
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration whose leaves are the given values, keyed by key path."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *sections, name = path.split(".")
+        section = tree
+        for key in sections:
+            section = section.setdefault(key, {})
+        section[name] = value
+    return tree
 
 
 class ConfigArchive:
     """A JSON file with the resolved configuration of each row, before settings are tuned.
 
-    A recorded configuration is up to date if the current code has the same value for each of its
-    keys. Keys that were dropped later are ignored if they had their default values. Keys that were
-    introduced later are ignored unless the row sets them, because their defaults do not change
-    results.
+    A recorded configuration is up to date if the current code has the same value for each key. Keys
+    that were removed or introduced later are ignored if they have their default values, which do
+    not change results.
 
     Args:
         path: The file, which need not exist.
@@ -190,7 +146,7 @@ class ConfigArchive:
                 row: {**content["common"], **own} for row, own in content["rows"].items()
             }
 
-    def outdated(self, current: Mapping[str, RowConfig]) -> dict[str, str]:
+    def outdated(self, current: Mapping[str, Config]) -> dict[str, str]:
         """Return the rows whose recorded configuration differs from the current one.
 
         Args:
@@ -198,26 +154,22 @@ class ConfigArchive:
                 ignored.
 
         Returns:
-            The first differing key with both values, keyed by row.
+            The differences in one line (see `describe_changes`), keyed by row.
         """
         found = {}
-        for row, recorded in self.configs.items():
-            now = current.get(row)
-            if now is None:
-                continue
-            added = {key: now.defaults.get(key) for key in now.values.keys() - recorded.keys()}
-            for key, value in {**recorded, **added}.items():
-                if now.values.get(key) != value and not _was_dropped(key, value, recorded):
-                    found[row] = f"{key}: {value} in the archive, {now.values.get(key)} now"
-                    break
+        for row in self.configs.keys() & current.keys():
+            now = dict(_leaves(resolve_config(current[row]), ""))
+            saved = {key: now[key] for key in IGNORED_KEYS} | self.configs[row]
+            if differs := describe_changes(_nest(saved), _nest(now)):
+                found[row] = differs
         return found
 
-    def update(self, current: Mapping[str, RowConfig]) -> None:
+    def update(self, current: Mapping[str, Config]) -> None:
         """Record the current configurations, except those that are recorded and up to date."""
         stale = self.outdated(current)
         before = self.configs
         self.configs = {
-            row: before[row] if row in before and row not in stale else config.values
+            row: before[row] if row in before and row not in stale else flatten_config(config)
             for row, config in current.items()
         }
         if self.configs != before:

@@ -18,7 +18,6 @@ from hetero_fl.core.task import Task
 from hetero_fl.experiment.benchmark.archive import (
     PUBLISHED,
     ConfigArchive,
-    RowConfig,
     RunArchive,
     archive_folder,
 )
@@ -32,6 +31,7 @@ from hetero_fl.experiment.comparison.jobs import (
     run_folder,
     run_jobs,
 )
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.federation.cost import expected_cost
 from hetero_fl.reporting.comparison.report import comparison_row
@@ -200,9 +200,8 @@ class _Runner:
         current = {}
         for row in source.rows:
             with _name_row(name, row.name):
-                current[row.name] = RowConfig.resolve(
-                    source.config, source.overrides, row, self.permission
-                )
+                overrides = [*source.overrides, *row.variant.overrides]
+                current[row.name] = load_config(source.config, overrides, self.permission)
         configs.update(current)
         federation = self.plan.federations[name]
         if federation.tuned_as is not None:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import needs_of
-from hetero_fl.config import Config, describe_difference, resolve_config, resume_relevant
+from hetero_fl.config import Config, resolve_config, resume_relevant
 from hetero_fl.config.load import read_config_file
 from hetero_fl.core.task import Task
 from hetero_fl.experiment.comparison.jobs import ComparisonJob, Point, Source, Variant, run_folder
 from hetero_fl.experiment.comparison.search import SearchSettings, SearchTask
 from hetero_fl.experiment.comparison.search_space import Budget, Space, check_grid, parse_space
-from hetero_fl.experiment.configuration import load_config
+from hetero_fl.experiment.configuration import describe_changes, load_config
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.experiment.used_settings import used_settings
 from hetero_fl.reporting.comparison.facts import UsedSettings
@@ -318,7 +318,7 @@ def _check_same_configuration(
         derived = {
             key: value
             for key, value in recorded.get("algorithm", {}).items()
-            if current["algorithm"].get(key, value) is None
+            if key in current["algorithm"] and current["algorithm"][key] is None
         }
         current["algorithm"] |= derived
         # Asynchronous methods override the configured mode.
@@ -332,11 +332,7 @@ def _check_same_configuration(
         ):
             noise_multiplier = recorded["privacy"].get("noise_multiplier")
             current["privacy"]["noise_multiplier"] = noise_multiplier
-        relevant = [
-            {"rounds": config.get("rounds"), **resume_relevant(config)}
-            for config in (recorded, current)
-        ]
-        if differs := describe_difference(*relevant):
+        if differs := describe_changes(recorded, current):
             raise ArgumentError(
                 f"out: {job.out} has other settings ({differs}); choose another folder"
             )

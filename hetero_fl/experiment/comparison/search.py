@@ -29,6 +29,7 @@ from hetero_fl.experiment.comparison.jobs import (
     run_folder,
 )
 from hetero_fl.experiment.comparison.search_space import Budget, Choices, Range
+from hetero_fl.experiment.configuration import describe_changes
 from hetero_fl.experiment.runner import run
 from hetero_fl.federation.trainer import Record
 from hetero_fl.reporting.progress import Progress
@@ -135,7 +136,7 @@ class SearchSettings:
         shared = earlier.methods.keys() & self.methods.keys()
         differs = describe_difference({"space": earlier.space}, {"space": self.space})
         for name in sorted(shared):
-            differs = differs or describe_difference(earlier.methods[name], self.methods[name])
+            differs = differs or describe_changes(earlier.methods[name], self.methods[name])
         if differs:
             raise ArgumentError(
                 f"out: {folder} has other settings ({differs}); choose another folder"

@@ -25,7 +25,7 @@ from hetero_fl.experiment.exporting.graph import (
 from hetero_fl.experiment.exporting.model_card import FORM, card_facts, card_markdown
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission
-from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
+from hetero_fl.utils.errors import ArgumentError, UserError, describe_removed, suggest_or_list
 from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.serialization import make_folder, sha256_of, write_atomically
 
@@ -207,15 +207,10 @@ def export(
         ('server.safetensors', 'server.md')
     """
     run = Run.open(run, allow_code)
-    if file_format == "torchscript":
-        raise ArgumentError(
-            "file_format: torchscript is no longer supported because PyTorch has deprecated it; "
-            "use onnx"
-        )
     if file_format not in SUFFIXES:
-        raise ArgumentError(
-            f"file_format: unknown format '{file_format}'{suggest_or_list(file_format, SUFFIXES)}"
-        )
+        unknown = f"unknown format '{file_format}'{suggest_or_list(file_format, SUFFIXES)}"
+        removed = describe_removed(file_format, {"torchscript": "onnx"})
+        raise ArgumentError(f"file_format: {removed or unknown}")
     models = run.load_models(client)
     if personal and file_format == "safetensors":
         raise ArgumentError(

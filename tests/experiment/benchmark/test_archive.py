@@ -7,13 +7,8 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.experiment.benchmark.archive import (
-    ConfigArchive,
-    RowConfig,
-    RunArchive,
-    flatten_config,
-)
-from hetero_fl.experiment.benchmark.protocol import BenchmarkRow
+from hetero_fl.config import Config
+from hetero_fl.experiment.benchmark.archive import ConfigArchive, RunArchive, flatten_config
 from hetero_fl.experiment.configuration import load_config
 
 KEY = {"method": "fedavg", "components": "all", "settings": "a=1", "seed": 3}
@@ -42,23 +37,11 @@ def test_rows_are_ordered_and_removed_by_their_keys(tmp_path: Path) -> None:
     assert [row["seed"] for row in RunArchive(archive.path).rows.values()] == ["0", "1"]
 
 
-def configs(**changes: Any) -> dict[str, RowConfig]:
-    base = flatten_config(load_config({**SOURCE, **changes}))
+def configs(**changes: Any) -> dict[str, Config]:
+    source = {**SOURCE, **changes}
     return {
-        "fedavg/none": RowConfig(base, base),
-        "fedavg/all": RowConfig({**base, "algorithm.mu": 1.0}, base),
-    }
-
-
-def values_of(configs: dict[str, RowConfig]) -> dict[str, dict[str, Any]]:
-    return {row: config.values for row, config in configs.items()}
-
-
-def with_key(configs: dict[str, RowConfig], value: int) -> dict[str, RowConfig]:
-    """Return the configurations with a new key, which has the default 7."""
-    return {
-        row: RowConfig({**config.values, "data.new": value}, {**config.defaults, "data.new": 7})
-        for row, config in configs.items()
+        "fedavg/none": load_config(source),
+        "fedavg/all": load_config(source, ["clients.defaults.logit_adjustment=true"]),
     }
 
 
@@ -75,55 +58,52 @@ def test_recorded_configurations_are_read_without_loss(archive: ConfigArchive) -
 
     hashes = {archive.hash_of(row, each) for row in rows for each in settings}
 
-    assert ConfigArchive(archive.path).configs == values_of(configs())
+    read = ConfigArchive(archive.path).configs
+    assert read == {row: flatten_config(config) for row, config in configs().items()}
     assert archive.outdated(configs()) == {}
     assert len(hashes) == 4
 
 
-def test_a_new_key_is_found_if_the_row_sets_it(archive: ConfigArchive) -> None:
+def test_names_with_periods_are_recorded_without_loss(tmp_path: Path) -> None:
+    columns = {"data": {"name": "table", "categories": {"a": ["x"], "a.b": ["y", "z"]}}}
+    archive = ConfigArchive(tmp_path / "configs.json")
+
+    archive.update(configs(**columns))
+
+    assert ConfigArchive(archive.path).outdated(configs(**columns)) == {}
+
+
+def test_defaults_of_removed_and_new_keys_are_not_outdated(archive: ConfigArchive) -> None:
+    for recorded in archive.configs.values():
+        recorded["channel.entropy"] = False
+        del recorded["clients.defaults.batch_size"]
     before = archive.hash_of("fedavg/all", "a=1")
-    archive.update(with_key(configs(), 7))
-    assert archive.outdated(with_key(configs(), 7)) == {}
-    assert archive.hash_of("fedavg/all", "a=1") == before, "a default does not change results"
+
+    archive.update(configs())
+
+    assert archive.outdated(configs()) == {}
+    assert archive.hash_of("fedavg/all", "a=1") == before
 
 
 @pytest.mark.parametrize(
-    ("changed", "reason"),
+    ("key", "value", "reason"),
     [
-        (with_key(configs(), 8), "data.new: 7 in the archive, 8 now"),
-        (
-            configs(clients={"count": 2, "defaults": {"batch_size": 8}}),
-            "clients.defaults.batch_size: 32 in the archive, 8 now",
-        ),
+        ("rounds", 3, "rounds: was 3, is now 2"),
+        ("clients.defaults.batch_size", 8, "clients.defaults.batch_size: was 8, is now 32"),
+        ("channel.entropy", True, "channel.entropy was removed; use topk"),
+        ("data.new", 7, "data.new: unknown key"),
     ],
-    ids=["new key", "changed default"],
 )
-def test_a_changed_key_is_found(
-    changed: dict[str, RowConfig], reason: str, archive: ConfigArchive
+def test_another_value_is_outdated(
+    key: str, value: object, reason: str, archive: ConfigArchive
 ) -> None:
     before = archive.hash_of("fedavg/all", "a=1")
-    assert set(archive.outdated(changed).values()) == {reason}
-    archive.update(changed)
-    assert archive.outdated(changed) == {}
-    assert archive.hash_of("fedavg/all", "a=1") != before
+    archive.configs["fedavg/all"][key] = value
 
-
-def test_a_removed_key_is_outdated(archive: ConfigArchive) -> None:
-    fewer = {
-        row: RowConfig({k: v for k, v in config.values.items() if k != "rounds"}, config.defaults)
-        for row, config in configs().items()
-    }
-    assert archive.outdated(fewer)["fedavg/none"] == "rounds: 2 in the archive, None now"
-
-
-def test_the_defaults_of_a_row_are_those_of_its_method() -> None:
-    row = BenchmarkRow(
-        method="fedprox", components="all", settings=["mu=0.5", "logit_adjustment=true"]
-    )
-    config = RowConfig.resolve(SOURCE, ["rounds=3"], row)
-    assert config.values["rounds"] == config.defaults["rounds"] == 3
-    differing = {key for key in config.values if config.values[key] != config.defaults.get(key)}
-    assert differing == {"algorithm.mu", "clients.defaults.logit_adjustment"}
+    assert archive.outdated(configs())["fedavg/all"].startswith(reason)
+    archive.update(configs())
+    assert archive.outdated(configs()) == {}
+    assert archive.hash_of("fedavg/all", "a=1") == before
 
 
 @pytest.mark.parametrize(

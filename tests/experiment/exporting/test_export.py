@@ -194,7 +194,7 @@ def test_formats_of_a_model_share_one_card(run: hetero_fl.Run, tmp_path: Path) -
             ["--format", "safetensors", "--personal"],
             "--personal: cannot be combined with the format safetensors",
         ),
-        (["--format", "torchscript"], "--format: torchscript is no longer supported"),
+        (["--format", "torchscript"], "--format: torchscript was removed; use onnx"),
         (["--format", "safetensors", "--out", "FILE/x"], "not writable"),
     ],
 )

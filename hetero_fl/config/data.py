@@ -295,8 +295,12 @@ class DrivingConfig(SharedSettings):
     selection = ("test_vehicles",)
     _dropped = {"seed": NO_SEED}
 
-    height: int = Field(24, ge=8, le=256, description="height of a frame in pixels")
-    width: int = Field(48, ge=8, le=512, description="width of a frame in pixels")
+    height: int = Field(
+        24, ge=8, le=256, description="height of a frame in pixels (simulated frames: 16)"
+    )
+    width: int = Field(
+        48, ge=8, le=512, description="width of a frame in pixels (simulated frames: 32)"
+    )
     validation: float = Field(
         0.15, gt=0, lt=1, description="share of each drive before the test frames, for validation"
     )

@@ -50,7 +50,9 @@ from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.seeding import keyed_generator
 
 PROXY_COLUMNS = "data.proxy.columns"
-TOKENS = "set the same text (length, tokenizer, vocabulary, public) for both"
+VOCABULARY_ADVICE = (
+    "set the same text (length, tokenizer, vocabulary, public), or path of movies, for both"
+)
 
 
 def match_to_common(
@@ -132,7 +134,9 @@ def match_labels(own: Dataset, common_set: Dataset, where: str) -> Tensor:
     """
     place = _place(where, own.name)
     if own.vocabulary != common_set.vocabulary:
-        raise UserError(f"{place}: the vocabulary differs from that of the main data set; {TOKENS}")
+        raise UserError(
+            f"{place}: the vocabulary differs from that of the main data set; {VOCABULARY_ADVICE}"
+        )
     numbered = has_documented_classes(common_set.source, common_set.task)
     return renumber_targets(
         own.train.labels,
@@ -353,7 +357,7 @@ def load_unlabeled(
         if dataset.vocabulary != vocabulary:
             raise UserError(
                 f"{where}: {config.name}: the vocabulary differs from that of the main data set; "
-                f"{TOKENS}"
+                f"{VOCABULARY_ADVICE}"
             )
         return dataset
     if vocabulary is not None:

@@ -255,7 +255,7 @@ class ClientSources:
     Attributes:
         private: Splits of each client, keyed by client id.
         notes: Remarks on how the sources were read.
-        simulated: Whether any of the sources is generated.
+        simulated: Whether any of the sources is simulated.
     """
 
     private: dict[str, Splits]

@@ -76,7 +76,7 @@ class FederatedData:
         public: Public sets, keyed by "common_validation", "common_test" and, if there is a proxy
             set, "proxy".
         seed: Seed of the run.
-        simulated: Whether the data is generated.
+        simulated: Whether the data is simulated.
         about: Short description.
         cache_bytes: Maximum size in bytes of each of the two caches of preprocessed examples.
         notes: Remarks on how the data was read and partitioned.
@@ -86,7 +86,7 @@ class FederatedData:
     Attributes:
         task: Learning task.
         name: Name of the data set.
-        simulated: Whether the data is generated.
+        simulated: Whether the data is simulated.
         about: Short description.
         notes: Remarks on how the data was read and partitioned, shown to the user before the run.
         input_shape: Shape of a raw example of the global test set, without the batch dimension.

@@ -73,7 +73,7 @@ class PublicPack:
     Attributes:
         name: Name of the data set.
         about: Short description.
-        simulated: Whether the data is generated.
+        simulated: Whether the data is simulated.
         task: Learning task.
         layout: Names of the columns or blocks along the last axis of the examples.
         vocabulary: Vocabulary if the examples are tokens, otherwise None.

@@ -1,4 +1,4 @@
-"""Recordings of words: folders in the layout of Speech Commands, downloads and generated voices."""
+"""Recordings of words: folders in the layout of Speech Commands, downloads and simulated voices."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ from hetero_fl.data.sources.hugging_face import load_hub_inputs
 from hetero_fl.data.sources.image_files import image_files, read_image_files
 from hetero_fl.data.sources.npz_columns import read_inputs
 from hetero_fl.data.sources.npz_files import read_images
-from hetero_fl.data.splits import RowSelection, draw_rows
+from hetero_fl.data.splits import RowSelection, hold_out
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, check_names, suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX
@@ -488,7 +488,9 @@ def _hold_out(
             f"got {size}"
         )
     try:
-        held, rest = draw_rows(complete, size, generator, train.patient, term=train.patient_term)
+        held, rest = hold_out(
+            complete, size, generator, patient=train.patient, term=train.patient_term
+        )
     except UserError as error:
         raise UserError(
             f"data.proxy.size={size}: {error}; set data.proxy.source to other data"
@@ -549,5 +551,5 @@ def _load_proxy_set(
         examples = replace(examples, patient=given.patient, patient_names=given.patient_names)
     proxy = RowSelection.all_rows(examples)
     if 0 < size < len(x):
-        proxy = RowSelection(proxy.examples, draw_rows(proxy.rows, size, generator)[0])
+        proxy = RowSelection(proxy.examples, hold_out(proxy.rows, size, generator)[0])
     return proxy

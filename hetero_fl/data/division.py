@@ -132,7 +132,7 @@ def federate(
 
     sources = clients_by_source(config, population)
     check_paths(config, sources)
-    notes = [*dataset.notes, *_notes_on_unused_clients(dataset, config)]
+    notes = list(dataset.notes)
     lazy_partition: LazyPartition | None = None
     private: dict[str, Splits] = {}
     if config.partition.kind == "drawn":
@@ -342,16 +342,6 @@ def _limit_rows(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
         return rows
     generator = keyed_generator("data", seed, "train_limit")
     return hold_out(rows, config.train_limit, generator, patient=patient, leave=0)[0]
-
-
-def _notes_on_unused_clients(dataset: Dataset, config: DataConfig) -> list[str]:
-    """Return a note if the data set has clients that the partition does not use."""
-    if not dataset.local_sets or config.partition.kind == "natural":
-        return []
-    return [
-        f"data.partition.kind={config.partition.kind} does not use the clients of "
-        f"{dataset.name}; set data.partition.kind=natural to keep them"
-    ]
 
 
 def _without(

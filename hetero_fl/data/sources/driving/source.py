@@ -67,13 +67,7 @@ def driving(config: SourceConfig, _root: Path) -> Dataset:
         return read_driving_folder(path, settings)
     refuse_folder_keys("driving", settings, FILE_KEYS)
     parts, frame = read_drives(path, settings)
-    _, height, width = frame.shape
-    for key, size in (("height", height), ("width", width)):
-        if getattr(settings, key) not in (size, DrivingConfig.model_fields[key].default):
-            raise UserError(
-                f"driving.{key}: the frames of {path.name} have {width}x{height} pixels, got "
-                f"{getattr(settings, key)}; remove it, or set path to a folder"
-            )
+    _check_frame_size(settings, frame, path, "set path to a folder")
     names = parts["train"].group_names
     group = parts["train"].group
     assert group is not None
@@ -100,11 +94,24 @@ def driving_public(config: SourceConfig, _root: Path) -> Dataset:
 
     Settings of folders describe the drives of the main data set, and do not apply.
     """
-    parts, frame = read_drives(DRIVING, config.driving or DrivingConfig())
+    settings = config.driving or DrivingConfig()
+    parts, frame = read_drives(DRIVING, settings)
+    _check_frame_size(settings, frame, DRIVING, "set name=driving and path to public drives")
     rows = parts["public"]
     rows.x = require_tensor(rows.x, "a public set")[:, : frame.size]
     about = f"{len(rows):,} public frames"
     return Dataset("driving_public", TASK, rows, simulated=True, about=about, blocks=(frame,))
+
+
+def _check_frame_size(settings: DrivingConfig, frame: Block, path: Path, advice: str) -> None:
+    """Raise UserError if the size of frames is neither that of a file nor the default."""
+    _, height, width = frame.shape
+    for key, size in (("height", height), ("width", width)):
+        if getattr(settings, key) not in (size, DrivingConfig.model_fields[key].default):
+            raise UserError(
+                f"driving.{key}: the frames of {path.name} have {width}x{height} pixels, got "
+                f"{getattr(settings, key)}; remove it, or {advice}"
+            )
 
 
 def read_drives(path: Path, settings: DrivingConfig) -> tuple[dict[str, Examples], Block]:

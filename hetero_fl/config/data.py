@@ -288,8 +288,12 @@ class DrivingConfig(SharedSettings):
     _removed = REMOVED_SEED
     _former_defaults = {"seed": 0}
 
-    height: int = Field(24, ge=8, le=256, description="height of a frame in pixels")
-    width: int = Field(48, ge=8, le=512, description="width of a frame in pixels")
+    height: int = Field(
+        24, ge=8, le=256, description="height of a frame in pixels (simulated frames: 16)"
+    )
+    width: int = Field(
+        48, ge=8, le=512, description="width of a frame in pixels (simulated frames: 32)"
+    )
     validation: float = Field(
         0.15, gt=0, lt=1, description="share of each drive before the test frames, for validation"
     )
@@ -363,7 +367,7 @@ class StreamConfig(ConfigSection):
 
 
 class ReadConfig(ConfigSection):
-    """Arguments of `pandas.read_csv` for CSV and TSV files."""
+    """Separators of columns and digits in CSV and TSV files."""
 
     sep: str | None = Field(
         None,
@@ -375,18 +379,25 @@ class ReadConfig(ConfigSection):
     decimal: choice_type(".", ",") = Field(  # type: ignore[valid-type]
         ".", description="decimal mark of numbers"
     )
-    thousands: str | None = Field(
+    thousands: Literal[".", ",", "'", "’", "_", " "] | None = Field(
         None,
-        min_length=1,
-        max_length=1,
-        description="separator of thousands in numbers; `null`: none",
+        description="mark between groups of three digits, where a space stands for no-break "
+        "spaces, too; `null`: none",
     )
 
     @model_validator(mode="after")
     def _check_marks(self) -> ReadConfig:
-        """Check that a decimal mark is no separator of thousands."""
-        if self.decimal == self.thousands:
-            raise ValueError(f"thousands: must differ from decimal, got '{self.thousands}'")
+        """Check that all marks differ."""
+        marks: dict[str, str] = {}
+        for key, mark in (
+            ("decimal", self.decimal),
+            ("thousands", self.thousands),
+            ("sep", self.sep),
+        ):
+            if mark in marks:
+                raise ValueError(f"{key}: must differ from {marks[mark]}, got '{mark}'")
+            if mark is not None:
+                marks[mark] = key
         return self
 
 

@@ -94,7 +94,7 @@ def from_arrays(
         num_classes: Number of classes. If set, integer labels are class numbers from 0. If None,
             the number is inferred from the labels.
         name: Name of the data set.
-        simulated: Whether the data is generated.
+        simulated: Whether the data is simulated.
         about: Short description.
         columns: Names of the columns of a table, or of the channels of a series.
         blocks: (name, shape) of each modality in flat rows `[N, D]` (see also

@@ -22,7 +22,7 @@ from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.partition.groups import check_patients_in_one_set
 from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
 from hetero_fl.data.registry import check_unread_keys, load_source, needs_path, reads_folder
-from hetero_fl.data.splits import RowSelection, Splits, holdout_strategy
+from hetero_fl.data.splits import RowSelection, Splits, split_clients, without_given
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.seeding import stream_key
@@ -255,7 +255,7 @@ class ClientSources:
     Attributes:
         private: Splits of each client, keyed by client id.
         notes: Remarks on how the sources were read.
-        simulated: Whether any of the sources is generated.
+        simulated: Whether any of the sources is simulated.
     """
 
     private: dict[str, Splits]
@@ -342,9 +342,8 @@ def load_client_sources(
             _check_size(name, rows, config, source)
         found.notes += note_unused_sets(own.splits().keys() - given.keys(), where)
         # Rows are held out only for the sets that are not given.
-        held_out = config.split.model_copy(update=dict.fromkeys(given, 0.0))
-        own_config = config.model_copy(update={"split": held_out})
-        splits = holdout_strategy(converted).split_clients(shares, {}, own_config, seed)
+        held_out = without_given(config.split, given)
+        splits = split_clients(shares, {}, held_out, seed, span=own.span, notes=found.notes)
         for name, part in given.items():
             matched = match_to_common(replace(own, train=part), common_set, where, needed)
             splits[owners[0]][name] = RowSelection.all_rows(matched)
@@ -434,6 +433,6 @@ def _given_sets(own: Dataset, source: SourceConfig) -> dict[str, Examples]:
     A program passes these sets on purpose. Of files, only the sets of groups and, in time series,
     both later periods are used.
     """
-    if source.name.startswith(OBJECT_PREFIX):
-        return {name: part for name, part in own.splits().items() if name != "train"}
-    return holdout_strategy(own).sets_of_own_source() or dict(own.local_sets)
+    given = {name: part for name, part in own.splits().items() if name != "train"}
+    has_periods = own.train.time is not None and len(given) == 2
+    return given if source.name.startswith(OBJECT_PREFIX) or has_periods else dict(own.local_sets)

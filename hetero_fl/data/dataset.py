@@ -655,7 +655,7 @@ class Dataset:
         validation: Global validation set. If None, `federate` holds out the share `data.validation`
             of the training rows.
         test: Global test set. If None, `federate` holds out training rows (see `with_test`).
-        simulated: Whether the data is generated.
+        simulated: Whether the data is simulated.
         about: Short description.
         columns: Names of the features of a table, or of the channels of a series.
         notes: Remarks on how the data was read, shown to the user before the run.

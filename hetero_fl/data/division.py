@@ -39,19 +39,20 @@ from hetero_fl.data.registry import reads_key
 from hetero_fl.data.splits import (
     RowSelection,
     Splits,
-    check_categories,
-    check_classes,
+    check_times,
     common_sets,
-    draw_rows,
-    holdout_strategy,
-    mark_rare_class,
+    hold_out,
+    split_clients,
     with_test,
 )
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.ordering import natural_key, natural_order
 from hetero_fl.utils.seeding import keyed_generator
-from hetero_fl.utils.text import Caution, format_list, pluralize
+from hetero_fl.utils.text import Caution, format_list, pluralize, prefix_note
+
+RARE = 0.1
+"""Share of the training rows below which a class is rare."""
 
 
 def federate(
@@ -112,27 +113,26 @@ def federate(
         >>> federate(make_images(), config, clients, seed=0).n_proxy
         100
     """
-    check_classes(dataset, config)
-    check_categories(dataset, config)
+    _check_classes(dataset, config)
+    _check_categories(dataset, config)
     is_object = config.name.startswith(OBJECT_PREFIX)
     check_patients_in_one_set(dataset, "data" if is_object else f"data: {dataset.name}")
-    described = mark_rare_class(with_test(dataset))
+    described = _mark_rare_class(with_test(dataset))
     # Partition functions see the metadata, which the participants do not need.
     dataset = without_metadata(described)
-    strategy = holdout_strategy(dataset)
-    strategy.check(config)
+    check_times(dataset, config)
     population = Population.from_settings(clients)
     profiles = sorted(population.profiles, key=lambda profile: natural_key(profile.first))
     check_settings(profiles, dataset)
 
     rows = _limit_rows(dataset, config, seed)
     proxy, rows = proxy_set(dataset, config, rows, profiles, server=server, seed=seed)
-    common, rows = common_sets(dataset, config, rows, strategy, seed)
+    common, rows = common_sets(dataset, config, rows, seed)
     public = proxy | common
 
     sources = clients_by_source(config, population)
     check_paths(config, sources)
-    notes = [*dataset.notes, *_notes_on_unused_clients(dataset, config)]
+    notes = list(dataset.notes)
     lazy_partition: LazyPartition | None = None
     private: dict[str, Splits] = {}
     if config.partition.kind == "drawn":
@@ -279,6 +279,55 @@ def _classes(parts: Iterable[RowSelection], task: Task) -> list[str]:
     return [task.output_names[i] for i in torch.cat(labels).unique().tolist()]
 
 
+def _mark_rare_class(dataset: Dataset) -> Dataset:
+    """Return a copy of a binary data set with `task.rare` set to the rare class.
+
+    A class is rare if it has at least one row, but less than a tenth of the training rows. The data
+    set itself is returned if no class is rare, the task is not multiclass with two classes, the
+    training rows have no labels, or `task.rare` is already set.
+    """
+    task = dataset.task
+    y = dataset.train.y
+    if y is None or task.kind != "multiclass" or task.outputs != 2 or task.rare is not None:
+        return dataset
+    counts = torch.bincount(y, minlength=2)
+    rare = int(counts.argmin())
+    scarce = 0 < counts[rare] < RARE * len(y)
+    return replace(dataset, task=replace(task, rare=rare)) if scarce else dataset
+
+
+def _check_classes(dataset: Dataset, config: DataConfig) -> None:
+    """Check that a multiclass data set has at least two classes.
+
+    Raises:
+        UserError: If the task has a single class.
+    """
+    task = dataset.task
+    if task.kind == "multiclass" and task.outputs < 2:
+        where = f"data.path: {config.path}" if config.path else f"data.name: {dataset.name}"
+        column = f"column '{config.label}'" if config.label else "labels"
+        empty = format_list(dataset.empty_classes, quote=True)
+        raise UserError(
+            f"{where}: {column}: needs two classes, got '{task.output_names[0]}' in all "
+            f"{len(dataset.train):,} rows" + (f"; found no images of {empty}" if empty else "")
+        )
+
+
+def _check_categories(dataset: Dataset, config: DataConfig) -> None:
+    """Check that the columns of `data.categories` are one-hot encoded features of the data set.
+
+    Raises:
+        UserError: If a column is not such a feature.
+    """
+    encoded = dict(dataset.categories)
+    for column in config.categories or {}:
+        if column not in encoded:
+            raise UserError(
+                f"data.categories: column '{column}' not found among the features of "
+                f"{dataset.name}{suggest_or_list(column, dataset.columns)}"
+            )
+
+
 def _limit_rows(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
     """Return the indices of at most `data.train_limit` training rows, int64 `[M]`."""
     rows = torch.arange(len(dataset.train))
@@ -291,19 +340,8 @@ def _limit_rows(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
         )
     if config.train_limit >= len(rows):
         return rows
-    return draw_rows(
-        rows, config.train_limit, keyed_generator("data", seed, "train_limit"), patient, leave=0
-    )[0]
-
-
-def _notes_on_unused_clients(dataset: Dataset, config: DataConfig) -> list[str]:
-    """Return a note if the data set has clients that the partition does not use."""
-    if not dataset.local_sets or config.partition.kind == "natural":
-        return []
-    return [
-        f"data.partition.kind={config.partition.kind} does not use the clients of "
-        f"{dataset.name}; set data.partition.kind=natural to keep them"
-    ]
+    generator = keyed_generator("data", seed, "train_limit")
+    return hold_out(rows, config.train_limit, generator, patient=patient, leave=0)[0]
 
 
 def _without(
@@ -384,9 +422,16 @@ def _assign_and_split(
     )
     assert dataset.test is not None
     shares = {name: RowSelection(dataset.train, own.rows) for name, own in assigned.items()}
-    # `test_limit` applies to the global test set only, not to the clients.
-    common_rows = {"validation": validation, "test": RowSelection.all_rows(dataset.test)}
-    return holdout_strategy(dataset).split_clients(shares, common_rows, config, seed, notes)
+    given: dict[str, RowSelection] = {}
+    if config.partition.kind == "natural" and dataset.train.time is not None:
+        # `test_limit` applies to the global test set only, not to the clients.
+        given = {"validation": validation, "test": RowSelection.all_rows(dataset.test)}
+    elif config.partition.kind == "natural":
+        given = {name: RowSelection.all_rows(part) for name, part in dataset.local_sets.items()}
+    found: list[str] = []
+    splits = split_clients(shares, given, config.split, seed, span=dataset.span, notes=found)
+    notes += [prefix_note(dataset.name, note) for note in found]
+    return splits
 
 
 def _check_scanners(profiles: Sequence[SettingsProfile], client_rows: ClientRows) -> None:

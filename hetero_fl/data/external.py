@@ -43,14 +43,16 @@ from hetero_fl.data.sources.hugging_face import load_hub_inputs
 from hetero_fl.data.sources.image_files import image_files, read_image_files
 from hetero_fl.data.sources.npz_columns import read_inputs
 from hetero_fl.data.sources.npz_files import read_images
-from hetero_fl.data.splits import RowSelection, draw_rows
+from hetero_fl.data.splits import RowSelection, hold_out
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, check_names, suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.seeding import keyed_generator
 
 PROXY_COLUMNS = "data.proxy.columns"
-TOKENS = "set the same text (length, tokenizer, vocabulary, public) for both"
+VOCABULARY_ADVICE = (
+    "set the same text (length, tokenizer, vocabulary, public), or path of movies, for both"
+)
 
 
 def match_to_common(
@@ -132,7 +134,9 @@ def match_labels(own: Dataset, common_set: Dataset, where: str) -> Tensor:
     """
     place = _place(where, own.name)
     if own.vocabulary != common_set.vocabulary:
-        raise UserError(f"{place}: the vocabulary differs from that of the main data set; {TOKENS}")
+        raise UserError(
+            f"{place}: the vocabulary differs from that of the main data set; {VOCABULARY_ADVICE}"
+        )
     numbered = has_documented_classes(common_set.source, common_set.task)
     return renumber_targets(
         own.train.labels,
@@ -353,7 +357,7 @@ def load_unlabeled(
         if dataset.vocabulary != vocabulary:
             raise UserError(
                 f"{where}: {config.name}: the vocabulary differs from that of the main data set; "
-                f"{TOKENS}"
+                f"{VOCABULARY_ADVICE}"
             )
         return dataset
     if vocabulary is not None:
@@ -484,7 +488,9 @@ def _hold_out(
             f"got {size}"
         )
     try:
-        held, rest = draw_rows(complete, size, generator, train.patient, term=train.patient_term)
+        held, rest = hold_out(
+            complete, size, generator, patient=train.patient, term=train.patient_term
+        )
     except UserError as error:
         raise UserError(
             f"data.proxy.size={size}: {error}; set data.proxy.source to other data"
@@ -545,5 +551,5 @@ def _load_proxy_set(
         examples = replace(examples, patient=given.patient, patient_names=given.patient_names)
     proxy = RowSelection.all_rows(examples)
     if 0 < size < len(x):
-        proxy = RowSelection(proxy.examples, draw_rows(proxy.rows, size, generator)[0])
+        proxy = RowSelection(proxy.examples, hold_out(proxy.rows, size, generator)[0])
     return proxy

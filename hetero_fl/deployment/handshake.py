@@ -14,7 +14,7 @@ from torch import Tensor
 from hetero_fl.config import Config, expand_population, resolve_config
 from hetero_fl.data import FederatedData
 from hetero_fl.data.client_rows import RemoteDataInfo
-from hetero_fl.data.remote import PublicPack, restrict_to_holder
+from hetero_fl.data.federated_data import PublicPack, restrict_to_holder
 from hetero_fl.deployment.conversations import Connections, Conversation
 from hetero_fl.deployment.messages import (
     RequestRefusedError,

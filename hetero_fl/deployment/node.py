@@ -20,7 +20,7 @@ from hetero_fl.config import Config, expand_population
 from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.data import FederatedData
 from hetero_fl.data.client_rows import RemoteDataInfo
-from hetero_fl.data.remote import PublicPack, describe_client_rows, restrict_to_holder
+from hetero_fl.data.federated_data import PublicPack, describe_client_rows, restrict_to_holder
 from hetero_fl.deployment.audit_log import (
     REPEATED,
     TRAIN,

@@ -316,10 +316,6 @@ def test_local_sets_are_ignored_in_other_partitions() -> None:
     data = federate(with_local, DataConfig(), clients, seed=0)
 
     assert plain.content_hash() == data.content_hash()
-    assert data.notes == [
-        "data.partition.kind=iid does not use the clients of arrays; set "
-        "data.partition.kind=natural to keep them"
-    ]
 
 
 SPLITS = ("train", "validation", "test")

@@ -13,7 +13,7 @@ from hetero_fl.config.data import DataConfig, PartitionConfig, ProxyConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, Examples, federate, make_table
 from hetero_fl.data.client_rows import ClientRows
-from hetero_fl.data.remote import describe_client_rows, restrict_to_holder
+from hetero_fl.data.federated_data import describe_client_rows, restrict_to_holder
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.registry import import_reference
 from tests.support.federated_data import PLAIN, PLAIN_CLIENT, THREE, everything, heterogeneous, view

@@ -24,7 +24,7 @@ from hetero_fl.data import (
     load_source,
 )
 from hetero_fl.data.external import load_unlabeled
-from hetero_fl.data.remote import PublicPack
+from hetero_fl.data.federated_data import PublicPack
 from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.experiment.datasets import FederationDatasets
 from hetero_fl.utils.text import Caution

@@ -34,7 +34,7 @@ from hetero_fl.data import (
     with_test,
 )
 from hetero_fl.data.partition.groups import most_common_stratum, move_patients_to_short_clients
-from hetero_fl.data.splits import sample_patients, split_by_date
+from hetero_fl.data.splits import hold_out
 from hetero_fl.utils.errors import UserError
 from tests.support.federated_data import PLAIN, PLAIN_CLIENT, THREE, numbered, rows_of
 from tests.support.mistakes import check_refused
@@ -116,13 +116,17 @@ def test_draw_patients_does_not_split_patients(
     sizes: list[int], count: int, leave: int, seed: int
 ) -> None:
     patient = patients_of(sizes, seed)
-    drawn = sample_patients(patient, count, torch.Generator().manual_seed(seed), leave)
-    taken, left = set(patient[drawn].tolist()), set(patient[~drawn].tolist())
+    generator = torch.Generator().manual_seed(seed)
+    drawn, rest = hold_out(
+        torch.arange(len(patient)), count, generator, patient=patient, leave=leave
+    )
+    taken, left = set(patient[drawn].tolist()), set(patient[rest].tolist())
+    assert sorted([*drawn.tolist(), *rest.tolist()]) == list(range(len(patient)))
     assert not taken & left and len(left) >= leave and bool(taken) == (count > 0)
-    assert int(drawn.sum()) <= max(count, min(sizes))
+    assert len(drawn) <= max(count, min(sizes))
     # no remaining patient would have fitted
     if leave < len(left) and taken and count >= min(sizes):
-        assert min(sizes[p] for p in left) > count - int(drawn.sum())
+        assert min(sizes[p] for p in left) > count - len(drawn)
 
 
 def test_patient_stratum_is_the_most_frequent_label() -> None:
@@ -277,15 +281,15 @@ def federated(
 
 
 def test_cut_leaves_no_target_on_both_sides() -> None:
-    later, before = split_by_date(torch.arange(101), 0.2)
-    assert later.nonzero().flatten().tolist() == list(range(81, 101)) and before.sum() == 81
-    later, before = split_by_date(torch.arange(101), 0.2, span=5)
-    assert later.nonzero().flatten().tolist() == list(range(86, 101)) and before.sum() == 81
+    generator = torch.Generator()
+    rows = torch.arange(101)
+    later, before = hold_out(rows, 0.2, generator, time=rows)
+    assert later.tolist() == list(range(81, 101)) and len(before) == 81
+    later, before = hold_out(rows, 0.2, generator, time=rows, span=5)
+    assert later.tolist() == list(range(86, 101)) and len(before) == 81
     same = torch.tensor([3, 3, 3, 9, 9])
-    later, before = split_by_date(same, 0.5)
-    assert (
-        later.tolist() == [False] * 3 + [True] * 2 and before.tolist() == [True] * 3 + [False] * 2
-    )
+    later, before = hold_out(torch.arange(5), 0.5, generator, time=same)
+    assert later.tolist() == [3, 4] and before.tolist() == [0, 1, 2]
 
 
 def test_default_test_set_is_the_last_fifth_in_time() -> None:

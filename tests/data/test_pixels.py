@@ -14,7 +14,7 @@ import hetero_fl as hfl
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.data.remote import PublicPack
+from hetero_fl.data.federated_data import PublicPack
 from hetero_fl.experiment.exporting.graph import inputs_of
 from hetero_fl.experiment.exporting.score import ScoringError, to_input
 from tests.support.cases import each_case

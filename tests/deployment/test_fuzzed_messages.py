@@ -33,8 +33,8 @@ from hetero_fl.core.payload import (
     check_upload,
     loss_from_report,
 )
+from hetero_fl.data.federated_data import PACK_FORM as PACK
 from hetero_fl.data.preprocessing import Preprocess
-from hetero_fl.data.remote import FORM as PACK
 from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.messages import FORM, RequestRefusedError, decode_body, message
 from hetero_fl.deployment.transport import Envelope, find_violation

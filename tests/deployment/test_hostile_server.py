@@ -13,7 +13,7 @@ import pytest
 
 from hetero_fl.communication.named_arrays import decode_arrays
 from hetero_fl.communication.secure_aggregation.client import STATE_FIELDS
-from hetero_fl.data.remote import PublicPack, describe_client_rows
+from hetero_fl.data.federated_data import PublicPack, describe_client_rows
 from hetero_fl.deployment import audit_log
 from hetero_fl.deployment.audit_log import refused_configurations
 from hetero_fl.deployment.config import SiteConfig, load_site_config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hetero_fl.data.remote import describe_client_rows, restrict_to_holder
+from hetero_fl.data.federated_data import describe_client_rows, restrict_to_holder
 from hetero_fl.experiment import prepare
 from tests.support.federations import config
 

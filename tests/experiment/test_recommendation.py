@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hetero_fl
-from hetero_fl.data.remote import PublicPack
+from hetero_fl.data.federated_data import PublicPack
 from hetero_fl.experiment import PreparedRun, prepare
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
-from hetero_fl import compare
+from hetero_fl import Federation, compare
 from hetero_fl.cli import main
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import load_source
@@ -17,33 +18,33 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.extras import EXTRAS, check_extra, describe_missing_package
 
 ROOT = Path(__file__).parents[2]
+NO_SCENARIOS = {"README", "cifar10"}
+"""Pages that describe no scenario, or one whose data are downloaded."""
 
 
-@pytest.fixture
-def without_extras(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make pandas and scipy look like packages that are not installed."""
-    hidden = ("pandas", "scipy")
+SCENARIOS = sorted({page.stem for page in (ROOT / "docs/scenarios").glob("*.md")} - NO_SCENARIOS)
+"""Scenarios whose data come with the package."""
+
+
+def hide_packages(monkeypatch: pytest.MonkeyPatch, hidden: Collection[str]) -> None:
+    """Make packages look as if they are not installed."""
     for name in list(sys.modules):
         loads_hidden = name.startswith(
             ("hetero_fl.data.sources.table_", "hetero_fl.data.sources.recordings")
         )
         if name.partition(".")[0] in hidden or loads_hidden:
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [_Hide(hidden), *sys.meta_path])
+    for name in hidden:
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(
         "hetero_fl.utils.extras.find_spec", lambda name: None if name in hidden else name
     )
 
 
-class _Hide:
-    """A finder that finds none of the given packages."""
-
-    def __init__(self, packages: tuple[str, ...]) -> None:
-        self.packages = packages
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        if name.partition(".")[0] in self.packages:
-            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+@pytest.fixture
+def without_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make pandas and scipy look like packages that are not installed."""
+    hide_packages(monkeypatch, ("pandas", "scipy"))
 
 
 @pytest.mark.usefixtures("without_extras")
@@ -67,6 +68,18 @@ def test_missing_package_names_the_extra(tmp_path: Path, subtests: pytest.Subtes
         with subtests.test(message=message), pytest.raises(UserError, match=message):
             use()
     assert not (tmp_path / "out").exists(), "compare stops before its runs"
+
+
+@pytest.mark.slow
+def test_scenarios_need_no_extra(
+    monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
+) -> None:
+    hide_packages(monkeypatch, EXTRAS)
+
+    assert len(SCENARIOS) >= 8
+    for name in SCENARIOS:
+        with subtests.test(name=name):
+            Federation.from_config(ROOT / "configs" / f"{name}.yaml").prepare()
 
 
 def test_command_reports_a_missing_package_in_one_line(

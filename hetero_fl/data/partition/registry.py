@@ -29,7 +29,7 @@ from hetero_fl.data.partition.custom import (
     check_min_size,
 )
 from hetero_fl.data.partition.groups import WHERE, partition_patients
-from hetero_fl.data.splits.rows import MIN_TRAIN_ROWS
+from hetero_fl.data.splits import MIN_TRAIN_ROWS
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX

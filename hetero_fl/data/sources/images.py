@@ -24,7 +24,7 @@ from hetero_fl.data.sources.image_files import SUFFIXES, image_files, read_image
 from hetero_fl.data.sources.npz_files import medmnist_file, read_npz
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_order
-from hetero_fl.utils.text import Caution, format_list
+from hetero_fl.utils.text import format_list
 
 CHEST_XRAY = Task("multiclass", 2, ("normal", "pneumonia"))
 DIGITS = Task("multiclass", 10)
@@ -161,7 +161,6 @@ def read_image_folder(
         if owners is not None:
             splits[split] = with_patients(splits[split], owners[begin:end], "patient")
         begin = end
-    notes = _note_empty(empty)
     return Dataset(
         "image_folder",
         Task("multiclass", len(classes), tuple(classes)),
@@ -169,7 +168,7 @@ def read_image_folder(
         splits.get("validation"),
         splits.get("test"),
         about=f"images of {path.name}",
-        notes=notes + (() if grouped else _note_levels(folders["train"])),
+        notes=_note_empty(empty),
         empty_classes=empty,
     )
 
@@ -274,22 +273,6 @@ def _note_empty(classes: Sequence[str]) -> tuple[str, ...]:
 
 def _folders(path: Path) -> list[Path]:
     return sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith("."))
-
-
-def _note_levels(path: Path) -> tuple[str, ...]:
-    """Return a remark if all class folders have the same subfolders, which may be the classes."""
-    outer = _folders(path)
-    inner = [[folder.name for folder in _folders(each)] for each in outer]
-    if len(outer) < 2 or len(inner[0]) < 2 or any(names != inner[0] for names in inner):
-        return ()
-    classes = format_list([folder.name for folder in outer], max_names=3)
-    return (
-        Caution(
-            f"the classes are {classes}, and all their folders have "
-            f"{format_list(inner[0], max_names=3)}; if those are the classes, set data.group to "
-            "the kind of the outer folders, such as site"
-        ),
-    )
 
 
 def _list_files(path: Path, grouped: bool) -> list[tuple[Path, str, str]]:

@@ -68,7 +68,7 @@ def join_images_and_table(
         pixel_range: Value of integer pixels that becomes 1, which must be equal for all data sets
             of a federation. If None, it follows from the largest pixel, as for `data.range`.
         name: Name of the data set.
-        simulated: Whether the data is generated.
+        simulated: Whether the data is simulated.
         about: Short description.
 
     Returns:

@@ -129,7 +129,7 @@ def _check_time(column: pd.Series, run: np.ndarray, where: str) -> None:
                 where,
                 row,
                 str(column.name),
-                f"expected a number or a date as {ISO}, got '{column.iloc[row]}'",
+                f"expected a number or a date as {DATE_FORMAT}, got '{column.iloc[row]}'",
             )
         times = parsed.to_numpy().astype("datetime64[ns]").astype(np.int64)
     not_increasing = np.flatnonzero((np.diff(times) <= 0) & (np.diff(run) == 0))
@@ -143,7 +143,8 @@ def _check_time(column: pd.Series, run: np.ndarray, where: str) -> None:
         )
 
 
-ISO = "YYYY-MM-DD hh:mm"
+DATE_FORMAT = "YYYY-MM-DD hh:mm"
+"""Form of dates in error messages."""
 
 
 def read_sites(
@@ -259,7 +260,7 @@ def _dates(text: pd.Series, config: SeriesConfig, where: str) -> pd.Series:
     """Parse dates in the configured format or, by default, in that of ISO 8601."""
     parsed = pd.to_datetime(text, format=config.format or "ISO8601", errors="coerce", utc=True)
     if (row := first_true(parsed.isna().to_numpy())) is not None:
-        expected = f"series.format={config.format}" if config.format else ISO
+        expected = f"series.format={config.format}" if config.format else DATE_FORMAT
         hint = "" if config.format else "; set series.format for another format"
         raise_cell_error(
             where, row, config.time, f"expected a date as {expected}, got '{text.iloc[row]}'{hint}"

@@ -1,4 +1,4 @@
-"""Generated data sets: images, tables, and X-rays with gene profiles.
+"""Generated images and tables, and X-rays with simulated gene profiles.
 
 All data sets are marked as `simulated`, and are meant for tests and experiments without real data.
 """

@@ -19,7 +19,21 @@ from hetero_fl.utils.text import Caution
 
 INTEGER_PATTERN = re.compile(r"([+-]?\d+)(?:\.0*)?")
 """Pattern of integers such as 1, 01 and 1.0."""
-SEPARATED = re.compile(r"\s*[+-]?(?:\d+|\d{1,3}(?:[.,'’]\d{3})+)(?:[.,]\d+)?(?:[eE][+-]?\d+)?\s*")
+
+
+def number_pattern(thousands: str, decimal: str) -> re.Pattern[str]:
+    """Return the pattern of numbers with marks between groups of three digits.
+
+    Args:
+        thousands: Possible marks of thousands. If empty, digits are not grouped.
+        decimal: Possible decimal marks.
+    """
+    groups = rf"|\d{{1,3}}(?:[{re.escape(thousands)}]\d{{3}})+" if thousands else ""
+    point = rf"[{re.escape(decimal)}]"
+    return re.compile(rf"\s*[+-]?(?:(?:\d+{groups})(?:{point}\d*)?|{point}\d+)(?:[eE][+-]?\d+)?\s*")
+
+
+SEPARATED = number_pattern(".,'’", ".,")
 """Pattern of numbers with any decimal mark and separator of thousands."""
 MANY_CATEGORIES = 20
 """Number of distinct values from which text columns are not one-hot encoded by default."""
@@ -59,7 +73,7 @@ MARKERS = frozenset(
 )
 """Markers of missing values in columns of numbers, in lower case, those of pandas included."""
 CATEGORICAL = "; for categories, list the values in data.categories"
-NUMBER_HINT = "write numbers as 1234.5, or name the marks in data.read.decimal and thousands"
+MARKS_ADVICE = "write numbers as 1234.5, or name the marks in data.read.decimal and thousands"
 OWNER_NAME = re.compile(
     r"(?i:patient|participant|subject|person|mrn)"
     r"(?:[ _.-]*(?i:id|no|nr|num|number|code|key|name|hash))?$"
@@ -137,7 +151,7 @@ def parse_numbers(
             return None
         if (row := first_true(text)) is not None:
             cell = str(column.iloc[row])
-            remedy = f"; {NUMBER_HINT}" if re.search(r"\d[.,'’]\d", cell) else hint
+            remedy = f"; {MARKS_ADVICE}" if re.search(r"\d[.,'’]\d", cell) else hint
             raise_cell_error(where, row, name, f"expected a number, got '{cell}'{remedy}")
         column = read
     gap = first_missing_value(column, where)
@@ -172,7 +186,7 @@ def refuse_separators(column: pd.Series, where: str) -> None:
         return
     separated = text.str.contains(r"\d[.,'’]\d") & to_numbers(column).isna()
     if (row := first_true(separated.to_numpy(bool))) is not None:
-        problem = f"expected a number, got '{text.iloc[row]}'; {NUMBER_HINT}"
+        problem = f"expected a number, got '{text.iloc[row]}'; {MARKS_ADVICE}"
         raise_cell_error(where, row, str(column.name), problem)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from hetero_fl.config.data import ReadConfig, SourceConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.checks import ExampleNames
+from hetero_fl.data.checks import ExampleNames, first_true
 from hetero_fl.data.dataset import (
     ColumnLayout,
     Dataset,
@@ -32,6 +33,7 @@ from hetero_fl.data.registry import TABLE_SUFFIXES
 from hetero_fl.data.sources.table_columns import (
     CATEGORICAL,
     MANY_CATEGORIES,
+    MARKERS,
     category_values,
     check_columns,
     column_as_text,
@@ -39,16 +41,15 @@ from hetero_fl.data.sources.table_columns import (
     encode_indicators,
     find_categories,
     is_categorical,
-    is_text,
     looks_like_ids,
     metadata_array,
     normalize_frame,
+    number_pattern,
     parse_column,
     parse_names,
     parse_numbers,
     raise_cell_error,
     refuse_separators,
-    to_numbers,
 )
 from hetero_fl.utils.errors import UserError, suggest_file
 from hetero_fl.utils.serialization import check_memory
@@ -56,6 +57,8 @@ from hetero_fl.utils.text import Caution, format_list, prefix_note
 
 SEPARATORS = (",", ";", "|", "\t")
 """Separators of CSV files."""
+SPACES = " \N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}"
+"""Spaces that may separate groups of three digits."""
 NO_NAME = re.compile(r"Unnamed: \d+(?:\.\d+)?|__index_level_\d+__")
 """Names under which pandas reads columns without a name, such as those of a saved index."""
 SAVED_INDEX = "saved index"
@@ -67,7 +70,7 @@ RESET_INDEX = re.compile(r"level_\d+")
 def read_frame(
     path: Path,
     names: Iterable[str | None] = (),
-    categories: Iterable[str] = (),
+    categories: Collection[str] = (),
     read: ReadConfig | None = None,
 ) -> pd.DataFrame:
     """Read a CSV, TSV or Parquet file.
@@ -117,23 +120,20 @@ def read_frame(
 
 
 def _read_csv(
-    path: Path, names: Iterable[str | None], categories: Iterable[str], read: ReadConfig
+    path: Path, names: Iterable[str | None], categories: Collection[str], read: ReadConfig
 ) -> pd.DataFrame:
     """Read a CSV or TSV file (see `read_frame`)."""
     is_tsv = path.suffix.lower() == ".tsv"
     separator = read.sep or ("\t" if is_tsv else _common_separator(path))
     _check_cells(path, separator)
     texts = list(filter(None, names))
+    has_marks = read.decimal != "." or read.thousands is not None
     frame = pd.read_csv(
-        path,
+        _plain_numbers(path, separator, read, {*texts, *categories}) if has_marks else path,
         sep=separator,
-        decimal=read.decimal,
-        thousands=read.thousands,
         low_memory=False,
         dtype=dict.fromkeys(texts, str),
     )
-    if read.decimal != ".":
-        _check_decimal_marks(frame.drop(columns=texts, errors="ignore"), f"path: {path}")
     listed = frame.columns.intersection(list(categories)).tolist()
     if listed:
         frame[listed] = pd.read_csv(
@@ -142,18 +142,46 @@ def _read_csv(
     return frame
 
 
-def _check_decimal_marks(frame: pd.DataFrame, where: str) -> None:
-    """Reject columns of numbers with decimal points in a file with decimal commas."""
-    for name in filter(lambda name: is_text(frame[name]), frame.columns):
-        present = frame[name].dropna()
-        if len(present) and to_numbers(present).notna().all():
+def _plain_numbers(
+    path: Path, separator: str, read: ReadConfig, texts: Collection[str]
+) -> io.StringIO:
+    """Return a CSV or TSV file in which 1.234,5 is written as 1234.5.
+
+    pandas removes the mark of thousands from any cell, and reads 0.5 as 5.
+
+    Args:
+        path: File to read.
+        separator: Separator of the columns.
+        read: Marks of the numbers in the file.
+        texts: Columns that remain as they are.
+
+    Raises:
+        UserError: If a cell in a column of numbers has other marks.
+    """
+    frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False).fillna("")
+    thousands = SPACES if read.thousands == " " else read.thousands or ""
+    number = number_pattern(thousands, read.decimal)
+    marks = f".,'’{thousands}"
+    any_number = number_pattern(marks, marks)
+    for name in frame.columns.difference(list(texts)):
+        cells = frame[name].str.strip()
+        cells = cells[~cells.str.lower().isin(MARKERS)]
+        if not cells.str.fullmatch(any_number).all():
+            continue
+        if (row := first_true(~cells.str.fullmatch(number).to_numpy(bool))) is not None:
+            expected = f"the decimal mark '{read.decimal}'"
+            if thousands:
+                expected = f"'{read.thousands}' between groups of three digits, and {expected}"
             raise_cell_error(
-                where,
-                int(present.index[0]),
+                f"path: {path}",
+                int(cells.index[row]),
                 name,
-                f"expected a number with a decimal comma, got '{present.iloc[0]}'; set "
-                "data.read.thousands, or write decimal commas",
+                f"expected a number with {expected}, got '{cells.iloc[row]}'; correct the cell, or "
+                "set data.read.decimal and thousands",
             )
+        plain = cells.str.replace(f"[{thousands}]", "", regex=True) if thousands else cells
+        frame.loc[cells.index, name] = plain.str.replace(read.decimal, ".", regex=False)
+    return io.StringIO(frame.to_csv(sep=separator, index=False))
 
 
 def _check_cells(path: Path, separator: str) -> None:

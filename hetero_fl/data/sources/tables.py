@@ -57,7 +57,7 @@ def activity(config: SourceConfig, _root: Path) -> Dataset:
 
     The classes of a `.npz` file (see `read_columns`) are in the array `config.label` (default:
     `y`), and the groups in `config.group` (default: `person`, if it exists). The simulated file
-    has windows of 27 persons, of whom nine are for training.
+    has windows of 27 persons, nine of them for training.
     """
     path = Path(str(config.path)).expanduser()
     if path.suffix.lower() == ".npz":

@@ -481,3 +481,9 @@ def test_malformed_file_of_frames_raises_one_line(
     content = {name: array for name, array in drives().items() if name != "angle"}
     np.savez(tmp_path / "drives.npz", **content)
     assert "array 'angle' not found" in refusal(load, tmp_path / "drives.npz")
+
+
+def test_public_frames_ignore_the_settings_of_own_drives() -> None:
+    public = read_source("driving_public", driving={"crop": [0.2, 0.1], "max_angle": 20})
+
+    assert torch.equal(public.train.x, read_source("driving_public").train.x)

@@ -171,23 +171,6 @@ def test_images_are_turned_upright(suffix: str, place: str, dtype: Any, tmp_path
     assert torch.equal(next(split_rows(streamed, 1)), in_memory)
 
 
-def test_folders_with_equal_subfolders_are_noted(tmp_path: Path) -> None:
-    for site in ("south", "north"):
-        for name in ("ill", "well"):
-            save(tmp_path / site / name / "0.png")
-
-    sites = load(tmp_path)
-    grouped = load(tmp_path, group="site")
-    save(tmp_path / "south" / "other" / "0.png")
-
-    assert sites.notes == (
-        "the classes are north, south, and all their folders have ill, well; if those are the "
-        "classes, set data.group to the kind of the outer folders, such as site",
-    )
-    assert grouped.task.names == ("ill", "well") and grouped.notes == ()
-    assert load(tmp_path).notes == ()
-
-
 def test_empty_class_folder_is_named(tmp_path: Path, subtests: pytest.Subtests) -> None:
     for number, group in enumerate((None, "site")):
         with subtests.test(group=group):

@@ -287,14 +287,16 @@ BROKEN: list[tuple[str, str, Callable[[Path], object], dict[str, Any], str]] = [
         "100k",
         lambda d: change_line(d / "u.data", 3, "1::2::3::4"),
         {},
-        "path: DIR/u.data: row 3, column 'rating': expected a number from 0 to 5, got nothing",
+        r"path: DIR/u.data: row 3: expected a user, a movie, a rating and a time, separated by "
+        r"'\t', got '1::2::3::4'",
     ),
     (
         "columns",
         "1m",
         lambda d: change_line(d / "ratings.dat", 2, "1::2::3"),
         {},
-        "path: DIR/ratings.dat: row 2, column 'time': expected an integer, got nothing",
+        "path: DIR/ratings.dat: row 2: expected a user, a movie, a rating and a time, separated by "
+        "'::', got '1::2::3'",
     ),
     (
         "rating",
@@ -315,7 +317,7 @@ BROKEN: list[tuple[str, str, Callable[[Path], object], dict[str, Any], str]] = [
         "latest",
         lambda d: change_line(d / "ratings.csv", 2, "1,1,50,9"),
         {},
-        "path: DIR/ratings.csv: row 1, column 'rating': expected a number from 0 to 5, got '50.0'",
+        "path: DIR/ratings.csv: row 1, column 'rating': expected a number from 0 to 5, got '50'",
     ),
     (
         "NaN",
@@ -332,39 +334,41 @@ BROKEN: list[tuple[str, str, Callable[[Path], object], dict[str, Any], str]] = [
         "path: DIR/u.data: row 1, column 'time': expected an integer, got '1997-12-04'",
     ),
     (
-        "large time",
+        "no time",
         "1m",
-        lambda d: change_line(d / "ratings.dat", 4, f"1::1::3::{10**19}"),
+        lambda d: change_line(d / "ratings.dat", 4, "1::1::3::"),
         {},
-        "row 4, column 'time': expected an integer, got '10000000000000000000'",
+        "row 4, column 'time': expected an integer, got nothing",
     ),
     (
         "separators apart",
         "1m",
         lambda d: change_line(d / "ratings.dat", 4, "1:1:1::3::9"),
         {},
-        "path: DIR/ratings.dat: expected a user, a movie, a rating and a time, separated by '::'",
+        "path: DIR/ratings.dat: row 4: expected a user, a movie, a rating and a time, separated by "
+        "'::', got '1:1:1::3::9'",
     ),
     (
         "user in Latin-1",
         "latest",
         lambda d: change_line(d / "ratings.csv", 4, "\xe9,1,3,9"),
         {},
-        "path: DIR/ratings.csv: expected a user, a movie, a rating and a time, separated by ','",
+        "path: DIR/ratings.csv: not encoded in UTF-8; save the file as UTF-8",
     ),
     (
         "too many columns",
         "latest",
         lambda d: change_line(d / "ratings.csv", 4, "1,1,3,9,9"),
         {},
-        "Expected 4 fields in line 4, saw 5",
+        "path: DIR/ratings.csv: row 3: expected a user, a movie, a rating and a time, separated by "
+        "',', got '1,1,3,9,9'",
     ),
     (
         "too many columns in the first row",
         "100k",
         lambda d: change_line(d / "u.data", 1, "1\t1\t3\t9\t9"),
         {},
-        r"path: DIR/u.data: expected a user, a movie, a rating and a time, separated by '\t'",
+        "path: DIR/u.data: row 1: expected a user, a movie, a rating and a time, separated by ",
     ),
     (
         "unknown movie",

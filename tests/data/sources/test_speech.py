@@ -1,4 +1,4 @@
-"""Recordings of words: folders in the layout of Speech Commands, downloads and generated voices."""
+"""Recordings of words: folders in the layout of Speech Commands, downloads and simulated voices."""
 
 from __future__ import annotations
 
@@ -408,3 +408,18 @@ def test_features_are_read_from_a_file(tmp_path: Path) -> None:
         path,
         bands=20,
     )
+
+
+def test_public_recordings_have_the_default_features() -> None:
+    # Own recordings may have other words and speakers.
+    public = load(name="speech_public", words=["yes", "no"], speakers=2)
+
+    assert len(public.train) == 360 and public.train.x.shape[1:] == (49, 40)
+    for key, value in (("bands", 20), ("seconds", 0.5)):
+        check_refused(
+            rf"data\.name: speech_public has features with speech\.{key}=\d+, got {value}; remove "
+            rf"speech\.{key}, or set name=speech and path to a folder of public recordings",
+            load,
+            name="speech_public",
+            **{key: value},
+        )

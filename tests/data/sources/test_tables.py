@@ -253,6 +253,66 @@ def test_separators_and_decimal_mark_are_those_of_the_configuration(tmp_path: Pa
     assert found.train.x.tolist() == [[0.5], [1.5]] and found.columns == ("crp",)
 
 
+@each_case(
+    ("decimal", "thousands", "numbers", "refused"),
+    (
+        (
+            ",",
+            ".",
+            {"1.234,5": 1234.5, "-12.345.678": -12345678, "1234,5": 1234.5, ",5": 0.5, "7": 7},
+            ("0.5", "1.23", "1234.567", "1.2345", ".123", "1.234.56", "1,234.5", "1'234"),
+        ),
+        (
+            ",",
+            None,
+            {"1,5": 1.5, "-12": -12, "2,5e3": 2500},
+            ("0.5", "1.234", "1.234,5", "1,234,5"),
+        ),
+        (".", ",", {"1,234.5": 1234.5, "0.5": 0.5, " 12,000 ": 12000}, ("1,5", "1.234,5", "12,34")),
+        (".", "'", {"1'234.5": 1234.5, "0.5": 0.5}, ("1'5", "1’234", "1,5", "'123")),
+        (".", "’", {"1’234.5": 1234.5}, ("1’5", "1'234")),
+        (".", "_", {"1_234": 1234}, ("1_5", "12_34")),
+        (",", " ", {"1 234,5": 1234.5, "12\u202f345\xa0678": 12345678}, ("1 5", "0.5", "1234 567")),
+    ),
+)
+def test_marks_separate_groups_of_three_digits(
+    decimal: str,
+    thousands: str | None,
+    numbers: dict[str, float],
+    refused: tuple[str, ...],
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "t.csv"
+    read = {"sep": ";", "decimal": decimal, **({"thousands": thousands} if thousands else {})}
+    rows = [f"{cell};{i % 2}" for i, cell in enumerate(numbers)]
+
+    found = load_text(path, "\n".join(["dose;ill", *rows, "1;0", "1;1"]), **read)
+
+    assert found.train.x.flatten().tolist() == [*numbers.values(), 1, 1]
+    for cell in refused:
+        text = "\n".join(["dose;ill", *rows, f"{cell};0", "1;1"])
+        message = refusal(load_text, path, text, **read)
+        place = f"row {len(rows) + 1}, column 'dose': expected a number with "
+        assert place in message and f", got '{cell}'; correct the cell" in message
+
+
+def test_marks_of_numbers_change_no_text(tmp_path: Path) -> None:
+    text = (
+        "day;kind;on;dose;site;ill\n01.02.2026;a.1;True;-;1.5;0\n02.02.2026;b.2;False;1.000;2.5;1\n"
+    )
+    path = tmp_path / "t.csv"
+    path.write_text(text, encoding="utf-8")
+    read = {"sep": ";", "decimal": ",", "thousands": "."}
+    source = {"name": "table", "path": str(path), "label": "ill", "group": "site", "read": read}
+
+    found = load_source(SourceConfig.model_validate(source), tmp_path, missing=True)
+
+    assert found.train.group_names == ("1.5", "2.5")
+    assert dict(found.categories)["kind"] == ("a.1", "b.2")
+    assert found.columns[-1] == "dose" and found.train.x[1, -1] == 1000
+    assert bool(found.train.x[0, -1].isnan())
+
+
 COMMA_HINT = "write numbers as 1234.5, or name the marks in data.read.decimal"
 
 
@@ -288,13 +348,13 @@ COMMA_HINT = "write numbers as 1234.5, or name the marks in data.read.decimal"
         (
             "crp;dose;ill\n0,5;1.250;0\n3,5;2.500;1\n",
             {"decimal": ","},
-            "row 1, column 'dose': expected a number with a decimal comma, got '1.250'; set "
-            "data.read.thousands",
+            "row 1, column 'dose': expected a number with the decimal mark ',', got '1.250'; "
+            "correct the cell, or set data.read.decimal and thousands",
         ),
         (
             "crp;ill\n0,5;0\n1.5;1\n",
             {"decimal": ","},
-            f"row 1, column 'crp': expected a number, got '0,5'; {COMMA_HINT}",
+            "row 2, column 'crp': expected a number with the decimal mark ',', got '1.5'",
         ),
         ("a;b,c;ill\n3,4;5;6;7\n", {}, "row 1: expected 3 cells as in the header, got 4"),
         (

@@ -34,7 +34,7 @@ SIDE = 28
 FEMNIST_CLASSES = tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 LETTERS = "\n !\"&'(),-.0123456789:;>?ABCDEFGHIJKLMNOPQRSTUVWXYZ[]abcdefghijklmnopqrstuvwxyz}"
 """The 80 characters of LEAF's Shakespeare, in the order of its classes."""
-READ = "; of the data sets of LEAF, FEMNIST, Shakespeare and Synthetic are read"
+READABLE_SETS = "; of the data sets of LEAF, FEMNIST, Shakespeare and Synthetic are read"
 """End of the error messages on inputs of other data sets of LEAF."""
 CHARACTERS = Vocabulary(tuple({"\n": "newline", " ": "space"}.get(c, c) for c in LETTERS))
 
@@ -166,7 +166,7 @@ def _number_problem(value: object) -> str:
     """Return what is wrong with a number, or an empty string."""
     if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool)):
         return ""
-    other = READ if isinstance(value, str | list) else ""
+    other = READABLE_SETS if isinstance(value, str | list) else ""
     return f"expected a number, got {_quote(value)}{other}"
 
 
@@ -178,7 +178,7 @@ def _text_examples(texts: list[Any], targets: list[Any], where: str) -> Examples
     """Convert texts and their next characters to tokens and classes, without unknown targets."""
     length = len(texts[0])
     if str(texts[0]).lower().endswith(IMAGE_SUFFIXES):
-        raise UserError(f"{where}: x: row 0: got the image file {_quote(texts[0])}{READ}")
+        raise UserError(f"{where}: x: row 0: got the image file {_quote(texts[0])}{READABLE_SETS}")
     for row, (text, target) in enumerate(zip(texts, targets, strict=True)):
         if not isinstance(text, str) or len(text) != length or length == 0:
             raise UserError(

@@ -45,7 +45,7 @@ DRIVING = EMBEDDED / "driving.npz"
 """Simulated drives."""
 SPLITS = ("train", "validation", "test", "public")
 """Values of the array `split` of a `.npz` file."""
-USED = ("height", "width", "validation", "test", "gap", "scale")
+FILE_KEYS = ("height", "width", "validation", "test", "gap", "scale")
 """Settings that also apply to a `.npz` file."""
 
 
@@ -65,7 +65,9 @@ def driving(config: SourceConfig, _root: Path) -> Dataset:
     settings = config.driving or DrivingConfig()
     if path.suffix.lower() != ".npz":
         return read_driving_folder(path, settings)
+    refuse_folder_keys("driving", settings, FILE_KEYS)
     parts, frame = read_drives(path, settings)
+    _check_frame_size(settings, frame, path, "set path to a folder")
     names = parts["train"].group_names
     group = parts["train"].group
     assert group is not None
@@ -88,12 +90,28 @@ def driving(config: SourceConfig, _root: Path) -> Dataset:
 
 @register_source("driving_public", keys=("driving",))
 def driving_public(config: SourceConfig, _root: Path) -> Dataset:
-    """Read simulated frames of other vehicles on other roads, without speeds and positions."""
-    parts, frame = read_drives(DRIVING, config.driving or DrivingConfig())
+    """Read simulated frames of other vehicles on other roads, without speeds and positions.
+
+    Settings of folders describe the drives of the main data set, and do not apply.
+    """
+    settings = config.driving or DrivingConfig()
+    parts, frame = read_drives(DRIVING, settings)
+    _check_frame_size(settings, frame, DRIVING, "set name=driving and path to public drives")
     rows = parts["public"]
     rows.x = require_tensor(rows.x, "a public set")[:, : frame.size]
     about = f"{len(rows):,} public frames"
     return Dataset("driving_public", TASK, rows, simulated=True, about=about, blocks=(frame,))
+
+
+def _check_frame_size(settings: DrivingConfig, frame: Block, path: Path, advice: str) -> None:
+    """Raise UserError if the size of frames is neither that of a file nor the default."""
+    _, height, width = frame.shape
+    for key, size in (("height", height), ("width", width)):
+        if getattr(settings, key) not in (size, DrivingConfig.model_fields[key].default):
+            raise UserError(
+                f"driving.{key}: the frames of {path.name} have {width}x{height} pixels, got "
+                f"{getattr(settings, key)}; remove it, or {advice}"
+            )
 
 
 def read_drives(path: Path, settings: DrivingConfig) -> tuple[dict[str, Examples], Block]:
@@ -112,10 +130,9 @@ def read_drives(path: Path, settings: DrivingConfig) -> tuple[dict[str, Examples
         The rows of each split, of which those for training have groups, and the block of a frame.
 
     Raises:
-        UserError: If the file is malformed, or a setting does not apply to the file.
+        UserError: If the file is malformed.
     """
     where = f"path: {path}"
-    refuse_folder_keys("driving", settings, USED)
     required = ("frame", "speed", "position", "angle", "vehicle", "split")
     arrays, names = read_npz_arrays(path, required, [("frame", name) for name in required])
     check_names(required, names, f"{where}: array", " not found")
@@ -124,12 +141,6 @@ def read_drives(path: Path, settings: DrivingConfig) -> tuple[dict[str, Examples
     for name in required:
         if arrays[name].shape != expected.get(name, (len(angle),)):
             raise UserError(f"{where}: {name}: unexpected shape {arrays[name].shape}")
-    for key, size in zip(("height", "width"), frame.shape[2:], strict=True):
-        if getattr(settings, key) not in (size, DrivingConfig.model_fields[key].default):
-            raise UserError(
-                f"driving.{key}: the frames of {path.name} have {frame.shape[3]}x{frame.shape[2]} "
-                f"pixels, got {getattr(settings, key)}; remove it, or set path to a folder"
-            )
     state = np.column_stack([arrays["speed"], arrays["position"]])
     rows = _rows(frame, state, angle, settings)
     parts = {

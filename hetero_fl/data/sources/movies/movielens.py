@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,14 +17,11 @@ from hetero_fl.data.sources.movies.histories import Ratings, User
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.ordering import natural_order
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 MAX_RATING = 5.0
 OTHER = "other"
 """Region of zip codes that do not start with a digit."""
-COLUMNS = ("user", "movie", "rating", "time")
-"""Columns of a file of ratings."""
+ROW = np.dtype([("user", np.int64), ("movie", np.int64), ("rating", float), ("time", float)])
+"""A row of a file of ratings, with the indices of the user and of the movie in the catalog."""
 
 
 @dataclass(frozen=True)
@@ -108,69 +106,90 @@ def read_ratings(path: Path, group: str | None, min_rating: float) -> Ratings:
     regions = _read_regions(path / layout.users, layout) if has_users else None
     file = path / layout.ratings
     where = f"path: {file}"
-    table = _read_ratings(file, layout)
-    _check_names(table, layout, titles, regions, where)
-    owners = None if group == "user" else regions
-    users = tuple(_make_users(table, titles, min_rating, owners))
+    names: dict[str, int] = {}
+    rows = np.fromiter(_read_ratings(file, layout, tuple(titles), regions, names), ROW)
+    pairs = rows["user"] * len(titles) + rows["movie"]
+    repeated = np.ones(len(rows), bool)
+    repeated[np.unique(pairs, return_index=True)[1]] = False
+    if (row := first_true(repeated)) is not None:
+        user = tuple(names)[rows["user"][row]]
+        movie = tuple(titles)[rows["movie"][row]]
+        raise UserError(f"{where}: row {row + 1}: user '{user}' has rated movie '{movie}' twice")
+    users = tuple(_make_users(rows, names, min_rating, None if group == "user" else regions))
     if not users:
         raise UserError(f"{where}: no user has two ratings of at least {min_rating:g}")
     return Ratings(_distinct(titles), users, where)
 
 
-def _read_ratings(file: Path, layout: Layout) -> pd.DataFrame:
-    """Read a file of ratings, which has up to 33 million rows.
+def _read_ratings(
+    file: Path,
+    layout: Layout,
+    movies: Sequence[str],
+    regions: Mapping[str, str] | None,
+    names: dict[str, int],
+) -> Iterator[tuple[int, int, float, float]]:
+    """Yield the rows of a file of ratings, which has up to 33 million rows.
 
-    Returns:
-        A table in the order of the file, with users and movies as categories, ratings as float64
-        and times as int64.
+    Args:
+        file: File to read.
+        layout: Layout of the file.
+        movies: The movies of the catalog.
+        regions: Region of each user. If None, users are not listed in another file.
+        names: Dictionary to which the index of each user is added.
+
+    Yields:
+        The fields of `ROW`.
 
     Raises:
-        UserError: If a row is malformed.
+        UserError: If a row is malformed, or a user or movie is unknown.
     """
-    import pandas as pd
-
-    from hetero_fl.data.sources.table_columns import to_numbers
-
     where = f"path: {file}"
-    if layout.header:
-        with file.open(encoding="utf-8-sig", errors="replace") as lines:
-            _check_header(file, next(lines, ""), layout.header)
-    # The parser of pandas splits at one character, so a column between two colons is empty.
-    between = len(layout.separator) - 1
-    names = [COLUMNS[0]]
-    for name in COLUMNS[1:]:
-        names += [*(f"before {name}" for _ in range(between)), name]
-    expected = f"a user, a movie, a rating and a time, separated by {layout.separator!r}"
+    index = {movie: i for i, movie in enumerate(movies)}
+    for row, (user, movie, rating, time) in enumerate(_rating_rows(file, layout), 1):
+        stars = _parse_number(rating)
+        seconds = _parse_number(time)
+        if not user:
+            raise _cell_error(where, row, "user", "a name", user)
+        if regions is not None and user not in regions:
+            raise _cell_error(where, row, "user", f"a user of {layout.users}", user)
+        if movie not in index:
+            raise _cell_error(where, row, "movie", f"a movie of {layout.movies}", movie)
+        if not 0 <= stars <= MAX_RATING:
+            expected = f"a number from 0 to {MAX_RATING:g}"
+            raise _cell_error(where, row, "rating", expected, rating)
+        if not seconds.is_integer():
+            raise _cell_error(where, row, "time", "an integer", time)
+        yield names.setdefault(user, len(names)), index[movie], stars, seconds
+
+
+def _rating_rows(file: Path, layout: Layout) -> Iterator[list[str]]:
+    """Yield the cells of each nonblank row of a file of ratings.
+
+    Raises:
+        UserError: If the file cannot be read, or a row has too few or too many cells.
+    """
+    where = f"path: {file}"
+    expected = f"expected a user, a movie, a rating and a time, separated by {layout.separator!r}"
     try:
-        table = pd.read_csv(
-            file,
-            sep=layout.separator[0],
-            names=names,
-            header=0 if layout.header else None,
-            dtype=dict.fromkeys(COLUMNS[:2], str),
-            # A user may have the name "NA".
-            keep_default_na=False,
-            na_values=[""],
-            skipinitialspace=True,
-            low_memory=False,
-        )
-    except (ValueError, OSError) as error:
-        # The errors of pandas are ValueErrors.
-        raise UserError(f"{where}: expected {expected} ({one_line(str(error), 200)})") from error
-    empty = table[[name for name in names if name not in COLUMNS]]
-    # The first columns of a table whose first row has too many cells become its index.
-    if not isinstance(table.index, pd.RangeIndex) or bool(empty.notna().any(axis=None)):
-        raise UserError(f"{where}: expected {expected}")
-    ratings = to_numbers(table["rating"])
-    in_range = ratings.between(0, MAX_RATING)
-    _check_cells(table["rating"], in_range, f"a number from 0 to {MAX_RATING:g}", where)
-    times = to_numbers(table["time"])
-    _check_cells(table["time"], (times % 1 == 0) & (times.abs() < 2**63), "an integer", where)
-    return (
-        table[list(COLUMNS)]
-        .assign(rating=ratings, time=times)
-        .astype({"user": "category", "movie": "category", "rating": np.float64, "time": np.int64})
-    )
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            lines: Iterator[str] = opened
+            if layout.header:
+                _check_header(file, next(lines, ""), layout.header)
+            delimiter = layout.separator
+            if len(delimiter) > 1:
+                # The csv module splits at one character.
+                lines = (line.replace(layout.separator, "\t") for line in opened)
+                delimiter = "\t"
+            cells = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+            for row, found in enumerate(filter(None, cells), 1):
+                if len(found) != 4:
+                    text = one_line(layout.separator.join(found), 60)
+                    raise UserError(f"{where}: row {row}: {expected}, got '{text}'")
+                yield found
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not encoded in UTF-8; save the file as UTF-8") from error
+    except (csv.Error, OSError) as error:
+        raise UserError(f"{where}: {expected} ({one_line(str(error), 200)})") from error
 
 
 def _check_header(file: Path, line: str, header: str) -> None:
@@ -178,42 +197,22 @@ def _check_header(file: Path, line: str, header: str) -> None:
         raise UserError(f"path: {file}: line 1: expected '{header}', got '{one_line(line, 60)}'")
 
 
-def _check_cells(column: pd.Series, valid: pd.Series, expected: str, where: str) -> None:
-    """Raise UserError for the first cell of a column that is not valid."""
-    import pandas as pd
-
-    if (row := first_true(~valid.to_numpy(bool))) is not None:
-        cell = column.iloc[row]
-        found = "nothing" if pd.isna(cell) else f"'{one_line(str(cell), 40)}'"
-        raise UserError(
-            f"{where}: row {row + 1}, column '{column.name}': expected {expected}, got {found}"
-        )
+def _parse_number(cell: str) -> float:
+    """Return the number in a cell, or NaN."""
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
 
 
-def _check_names(
-    table: pd.DataFrame,
-    layout: Layout,
-    titles: Mapping[str, str],
-    regions: Mapping[str, str] | None,
-    where: str,
-) -> None:
-    """Check that users and movies are known, and that no user has rated a movie twice."""
-    users = table["user"]
-    movies = table["movie"]
-    _check_cells(users, users.notna(), "a name", where)
-    if regions is not None:
-        _check_cells(users, users.isin(list(regions)), f"a user of {layout.users}", where)
-    _check_cells(movies, movies.isin(list(titles)), f"a movie of {layout.movies}", where)
-    repeated = table.duplicated(["user", "movie"]).to_numpy()
-    if (row := first_true(repeated)) is not None:
-        raise UserError(
-            f"{where}: row {row + 1}: user '{users[row]}' has rated movie '{movies[row]}' twice"
-        )
+def _cell_error(where: str, row: int, column: str, expected: str, cell: str) -> UserError:
+    found = f"'{one_line(cell, 40)}'" if cell else "nothing"
+    return UserError(f"{where}: row {row}, column '{column}': expected {expected}, got {found}")
 
 
 def _make_users(
-    table: pd.DataFrame,
-    titles: Mapping[str, str],
+    rows: np.ndarray,
+    names: Mapping[str, int],
     min_rating: float,
     owners: Mapping[str, str] | None,
 ) -> Iterator[User]:
@@ -222,23 +221,19 @@ def _make_users(
     Ratings at the same time remain in the order of the file.
 
     Args:
-        table: All ratings.
-        titles: Titles of the movies in the order of the catalog, keyed by movie.
+        rows: All ratings, as `ROW` `[N]`.
+        names: Index of each user.
         min_rating: Minimum rating of a movie in a history.
         owners: Name of the client of each user. If None, each user is a client.
     """
-    index = {movie: i for i, movie in enumerate(titles)}
-    indices = np.array([index[movie] for movie in table["movie"].cat.categories], np.int64)
-    user = table["user"].cat.codes.to_numpy()
     # The sort is stable.
-    order = np.lexsort((table["time"].to_numpy(), user))
-    rated = indices[table["movie"].cat.codes.to_numpy()[order]]
-    is_used = table["rating"].to_numpy()[order] >= min_rating
-    codes = {name: code for code, name in enumerate(table["user"].cat.categories)}
-    stops = np.bincount(user, minlength=len(codes)).cumsum()
+    order = np.lexsort((rows["time"], rows["user"]))
+    rated = rows["movie"][order]
+    is_used = rows["rating"][order] >= min_rating
+    stops = np.bincount(rows["user"], minlength=len(names)).cumsum()
     starts = np.concatenate([[0], stops[:-1]])
-    for name in natural_order(codes):
-        own = slice(starts[codes[name]], stops[codes[name]])
+    for name in natural_order(names):
+        own = slice(starts[names[name]], stops[names[name]])
         if is_used[own].sum() > 1:
             owner = name if owners is None else owners[name]
             yield User(name, owner, rated[own], is_used[own])

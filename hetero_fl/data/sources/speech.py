@@ -33,7 +33,7 @@ from hetero_fl.data.sources.files import (
     download_archive,
     read_lines,
 )
-from hetero_fl.data.sources.npz_columns import read_columns, refuse_folder_keys
+from hetero_fl.data.sources.npz_columns import read_columns
 from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_similar
 from hetero_fl.utils.ordering import natural_order
 
@@ -62,17 +62,13 @@ def speech(config: SourceConfig, _root: Path) -> Dataset:
     settings = config.speech or SpeechConfig()
     if path.suffix.lower() != ".npz":
         return read_speech_folder(path, settings)
-    refuse_folder_keys("speech", settings)
     return read_columns(path, "speech", group="device")
 
 
-@register_source("speech_public", keys=("speech",))
+@register_source("speech_public", keys=("speech",), default_path=EMBEDDED / "speech_public.npz")
 def speech_public(config: SourceConfig, _root: Path) -> Dataset:
     """Read the simulated recordings of nine other persons, for use as a proxy set."""
-    refuse_folder_keys("speech", config.speech or SpeechConfig())
-    dataset = read_columns(EMBEDDED / "speech_public.npz", "speech_public")
-    dataset.simulated = True
-    return dataset
+    return read_columns(Path(str(config.path)), "speech_public")
 
 
 @register_source("speech_commands", keys=("speech",))

@@ -373,33 +373,20 @@ def load_unlabeled(
     """
     try:
         check_links(config, where)
-        unlabeled = _load_unlabeled_file(config)
+        if config.name.startswith(HUB_PREFIX):
+            found: Dataset | None = load_hub_inputs(config, root)
+        else:
+            found = _load_unlabeled_file(config, where)
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
-    if unlabeled is None:
-        dataset = _load_inputs(config, root, where)
-        if dataset.vocabulary != vocabulary:
-            raise UserError(
-                f"{where}: {config.name}: the vocabulary differs from that of the main data set; "
-                f"{TOKENS}"
-            )
-        return dataset
-    if vocabulary is not None:
-        raise UserError(f"{where}.path: expected text as in the main data set, got '{config.path}'")
-    x, columns = unlabeled
-    file = f"{where}.path: {config.path}"
-    examples = Examples(x, row=torch.arange(1, len(x) + 1), files=(file,))
-    return Dataset(config.name, Task("regression", 1), examples, columns=columns)
-
-
-def _load_inputs(config: SourceConfig, root: Path, where: str) -> Dataset:
-    """Load a data set whose labels are not used, and which may have none."""
-    if not config.name.startswith(HUB_PREFIX):
-        return load_source(config, root, where, missing=True)
-    try:
-        return load_hub_inputs(config, root)
-    except UserError as error:
-        raise UserError(f"{where}.{error}") from error
+    if found is None:
+        found = load_source(config, root, where, missing=True)
+    if found.vocabulary != vocabulary:
+        raise UserError(
+            f"{where}: {config.name}: the vocabulary differs from that of the main data set; "
+            f"{TOKENS}"
+        )
+    return found
 
 
 def _load_labeled(
@@ -415,31 +402,38 @@ def _load_labeled(
         raise UserError(f"data.proxy.labels=true needs matching labels: {error}") from error
 
 
-def _load_unlabeled_file(config: SourceConfig) -> tuple[Column, tuple[str, ...]] | None:
-    """Return the examples and column names of an unlabeled file, or None for other sources."""
+def _load_unlabeled_file(config: SourceConfig, where: str) -> Dataset | None:
+    """Return the examples of an unlabeled file, or None for other sources."""
     if config.path is None or config.name.startswith(CODE_PREFIX):
         return None
     path = Path(config.path).expanduser()
     is_npz = path.suffix.lower() == ".npz"
+    x: Column
+    columns: tuple[str, ...] = ()
     if is_npz and config.name in ("activity", "speech"):
-        return read_inputs(path)
-    if is_npz and not reads_own_npz(config.name):
-        return read_images(path), ()
-    if config.name == "table" and config.label is None:
+        x, columns = read_inputs(path)
+    elif is_npz and not reads_own_npz(config.name):
+        x = read_images(path)
+    elif config.name == "table" and config.label is None:
         # Imported here because loading pandas is slow.
         from hetero_fl.data.sources.table_files import read_frame
 
         categories = config.categories or {}
         frame = read_frame(path, (), categories, config.read)
         table = to_examples(frame, f"path: {path}", categories=categories)
-        return table.train.x, table.columns
-    if (
+        x = table.train.x
+        columns = table.columns
+    elif (
         config.name == "image_folder"
         and (files := image_files(path))
         and all(f.parent == path for f in files)
     ):
-        return read_image_files(files, config.size, config.stream), ()
-    return None
+        x = read_image_files(files, config.size, config.stream)
+    else:
+        return None
+    file = f"{where}.path: {config.path}"
+    examples = Examples(x, row=torch.arange(1, len(x) + 1), files=(file,))
+    return Dataset(config.name, Task("regression", 1), examples, columns=columns)
 
 
 def proxy_set(

@@ -455,12 +455,14 @@ def _check_keys(config: SourceConfig, name: str, entry: _Source, local: bool, wh
     for key in OPTIONAL_KEYS:
         if getattr(config, key) is not None and key not in accepted:
             raise UserError(f"{where}.{key}: does not apply to source {name}; remove it")
-        kept = value_for_file(config, key, getattr(config, key))
-        for part in _changed_parts(getattr(config, key), kept):
+        value = getattr(config, key)
+        if value_for_file(config, key, value) != value:
+            settings = value.not_in_arrays if isinstance(value, SharedSettings) else ()
+            changed = [name for name in settings if value.without([name]) != value]
             file = "the simulated data" if config.path is None else Path(config.path).name
             raise UserError(
-                f"{where}.{key}{part}: does not apply to {file_suffix(config)} files such as "
-                f"{file}; remove it"
+                f"{where}.{'.'.join([key, *changed[:1]])}: does not apply to "
+                f"{file_suffix(config)} files such as {file}; remove it"
             )
     is_hub = name == HUB_PREFIX.removesuffix(":")
     if is_hub and config.path is not None and not config.path.endswith(".npz"):
@@ -468,13 +470,6 @@ def _check_keys(config: SourceConfig, name: str, entry: _Source, local: bool, wh
             f"{where}.path: does not apply to Hugging Face data sets, got '{config.path}'; set "
             f"{where}.name={HUB_PREFIX}{config.path}"
         )
-
-
-def _changed_parts(value: Any, kept: Any) -> list[str]:
-    """Return the settings of a section that changed, after a dot, or "" for the whole value."""
-    if kept == value or kept is None:
-        return [] if kept == value else [""]
-    return [f".{name}" for name in value.not_in_arrays if value.without([name]) != value]
 
 
 def check_roles(source: SourceConfig, main: SourceConfig, where: str) -> None:

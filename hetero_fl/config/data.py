@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -23,8 +23,28 @@ DEFAULT_ROOT = "~/.cache/hetero_fl"
 WEEK = 168
 
 
-class SeriesConfig(ConfigSection):
+class SharedSettings(ConfigSection):
+    """Settings that also apply to files of clients, proxy sets and data that is evaluated.
+
+    Attributes:
+        selection: Settings that select rows of the main data set, and do not apply to others.
+        not_in_arrays: Settings that do not apply to `.npz` files.
+    """
+
+    selection: ClassVar[tuple[str, ...]] = ()
+    not_in_arrays: ClassVar[tuple[str, ...]] = ()
+
+    def without(self, names: Collection[str]) -> Self:
+        """Return a copy in which some settings have their default values."""
+        fields = type(self).model_fields
+        return self.model_copy(update={name: fields[name].default for name in names})
+
+
+class SeriesConfig(SharedSettings):
     """Windows and forecast targets of hourly time series."""
+
+    selection = ("sites",)
+    not_in_arrays = ("format", "gaps")
 
     window: int = Field(
         24, ge=1, le=WEEK, description="input length in hours, including the current hour"
@@ -59,24 +79,23 @@ class SeriesConfig(ConfigSection):
     sites: tuple[str, ...] | None = Field(
         None, min_length=1, description="sites to use; `null`: all"
     )
-    time: str = Field("DateTime", description="CSV file: column of dates")
+    time: str = Field("DateTime", description="column or array of dates")
     format: str | None = Field(
         None,
-        description="CSV file: date format such as `%d/%m/%Y %H:%M`; `null`: ISO 8601, such as "
+        description="tables: date format such as `%d/%m/%Y %H:%M`; `null`: ISO 8601, such as "
         "`2023-05-01 13:00`",
     )
     lanes: tuple[str, ...] = Field(
         ("lane_1", "lane_2", "lane_3"),
-        description="CSV file: columns of the lanes; values of absent columns are missing",
+        description="columns of the lanes; values of absent columns are missing",
     )
     weather: tuple[str, ...] = Field(
         ("temperature", "rain"),
-        description="CSV file: columns of further measurements; values of absent columns are "
-        "missing",
+        description="columns of further measurements; values of absent columns are missing",
     )
     gaps: choice_type("refuse", "skip") = Field(  # type: ignore[valid-type]
         "refuse",
-        description="CSV file: hours without a row; `refuse`: an error; `skip`: leave out the "
+        description="tables: hours without a row; `refuse`: an error; `skip`: leave out the "
         "examples that need them",
     )
 
@@ -100,27 +119,13 @@ REMOVED_SEED = {"seed": "the key seed outside of data, as simulated data are fil
 """What to use instead of the seed of generated data, which was 0 by default."""
 
 
-class SharedSettings(ConfigSection):
-    """Settings that also apply to the proxy set of a data set and to data that is evaluated.
-
-    Attributes:
-        selection: Settings that select rows of the main data set, and do not apply to others.
-    """
-
-    selection: ClassVar[tuple[str, ...]] = ()
-
-    def for_other_data(self) -> Self:
-        """Return a copy without the settings that only apply to the main data set."""
-        return self.model_copy(update=dict.fromkeys(self.selection))
-
-
 SHARED_KEYS: tuple[Literal["text", "speech", "movies", "driving"], ...] = (
     "text",
     "speech",
     "movies",
     "driving",
 )
-"""Keys of `SharedSettings` in a source. The keys are also names of sources that read folders."""
+"""Keys of settings whose names are also names of sources, which read files or folders of users."""
 
 
 class TextConfig(SharedSettings):
@@ -169,6 +174,7 @@ class SpeechConfig(SharedSettings):
     """
 
     selection = ("speakers",)
+    not_in_arrays = ("words", "speakers", "rate", "seconds", "window", "step", "bands")
     _removed = REMOVED_SEED
     _former_defaults = {"seed": 0}
 
@@ -281,10 +287,11 @@ class MoviesConfig(SharedSettings):
 class DrivingConfig(SharedSettings):
     """Drives with a camera: size of the frames, unit of the steering angle, and splits of a drive.
 
-    The keys from `crop` to `test_vehicles` apply to folders only.
+    The keys from `crop` to `test_vehicles` do not apply to `.npz` files.
     """
 
     selection = ("test_vehicles",)
+    not_in_arrays = ("crop", "step", "steering_ratio", "max_angle", "test_vehicles")
     _removed = REMOVED_SEED
     _former_defaults = {"seed": 0}
 
@@ -484,23 +491,19 @@ class SourceConfig(ConfigSection):
     )
     speech: SpeechConfig | None = Field(
         None,
-        description="speech sources: words, speakers and log-mel features; a proxy source uses the "
-        "settings of `data`",
+        description="speech sources: words, speakers and log-mel features",
     )
     movies: MoviesConfig | None = Field(
         None,
-        description="movie sources: histories and held-out users; a proxy source uses the settings "
-        "of `data`",
+        description="movie sources: histories and held-out users",
     )
     driving: DrivingConfig | None = Field(
         None,
-        description="driving sources: frames, steering angles and splits; a proxy source uses the "
-        "settings of `data`",
+        description="driving sources: frames, steering angles and splits",
     )
     text: TextConfig | None = Field(
         None,
-        description="text sources: conversion of text to tokens; a proxy source uses the settings "
-        "of `data`",
+        description="text sources: conversion of text to tokens",
     )
 
     @field_validator("stream", mode="before")

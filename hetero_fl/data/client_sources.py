@@ -16,12 +16,17 @@ from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.config.population import Population
 from hetero_fl.core.images import MAX_BYTE, PIXEL_TYPES, dtype_name, exceeds
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
-from hetero_fl.data.external import match_to_common, source_with_task
+from hetero_fl.data.external import (
+    ROLE_KEYS,
+    inherit_keys,
+    match_to_common,
+    source_with_task,
+)
 from hetero_fl.data.labels import ALL_LABELS, common_classes
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.partition.groups import check_patients_in_one_set
 from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
-from hetero_fl.data.registry import check_unread_keys, load_source, needs_path, reads_folder
+from hetero_fl.data.registry import Key, check_unread_keys, load_source, needs_path, reads_folder
 from hetero_fl.data.splits import RowSelection, Splits, split_clients, without_given
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX
@@ -32,8 +37,6 @@ POOLED = ("table", "npz", "image_folder")
 """Sources whose files can be pooled."""
 OWN_DATA = "own data"
 """Name of the data in reports if the clients' data are objects instead of files."""
-INHERITED_KEYS = ("label", "group", "patient", "task", "categories", "size")
-"""Keys of the section `data` that serve as defaults for the files of clients."""
 
 
 def has_common_source(config: DataConfig) -> bool:
@@ -163,9 +166,7 @@ def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]
             )
         owner[source.path] = client
         is_object = source.name.startswith(OBJECT_PREFIX)
-        inherited = () if is_object else INHERITED_KEYS
-        shared = {key: getattr(config, key) for key in inherited if getattr(source, key) is None}
-        found[client] = source.model_copy(update=shared)
+        found[client] = source if is_object else inherit_keys(source, config, ROLE_KEYS)
     return found
 
 
@@ -311,8 +312,9 @@ def load_client_sources(
     found = ClientSources({}, [], False)
     for source, owners in clients_of.items():
         where = f"clients: '{owners[0]}': data"
+        roles: tuple[Key, ...] = ("label",) if source.path is not None else ()
         read = source_with_task(
-            source, common_set.task, common_set.categories, config.label, main=config
+            source, common_set.task, common_set.categories, main=config, roles=roles
         )
         own = load_source(read, Path(config.root).expanduser(), where, missing=True)
         check_patients_in_one_set(own, where)

@@ -32,23 +32,32 @@ from hetero_fl.data.labels import renumber_targets
 from hetero_fl.data.preprocessing import check_same_shape, required_columns
 from hetero_fl.data.registry import (
     HUB_PREFIX,
+    Key,
     check_links,
     check_roles,
     has_documented_classes,
     load_source,
     reads_key,
     reads_own_npz,
+    value_for_file,
 )
 from hetero_fl.data.sources.hugging_face import load_hub_inputs
 from hetero_fl.data.sources.image_files import image_files, read_image_files
 from hetero_fl.data.sources.npz_columns import read_inputs
 from hetero_fl.data.sources.npz_files import read_images
+from hetero_fl.data.sources.objects import to_examples
 from hetero_fl.data.splits import RowSelection, hold_out
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, check_names, suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.seeding import keyed_generator
 
+ROLE_KEYS: tuple[Key, ...] = ("label", "group", "patient")
+"""Keys that name columns or arrays."""
+VALUE_KEYS: tuple[Key, ...] = ("read", "windows", "series", *SHARED_KEYS)
+"""Keys that determine how values of files become examples."""
+SAME_SOURCE_KEYS: tuple[Key, ...] = ("task", "categories", "size")
+"""Keys that determine how values become examples in files of one source only."""
 PROXY_COLUMNS = "data.proxy.columns"
 VOCABULARY_ADVICE = (
     "set the same text (length, tokenizer, vocabulary, public), or path of movies, for both"
@@ -148,45 +157,64 @@ def match_labels(own: Dataset, common_set: Dataset, where: str) -> Tensor:
     )
 
 
+def inherit_keys(
+    source: SourceConfig, main: SourceConfig, roles: Collection[Key] = ()
+) -> SourceConfig:
+    """Fill in the unset keys with which a source reads files from those of the main data set.
+
+    These are the keys of values, such as `read`, `series` and `text`, without their settings that
+    select rows of the main data set, and for sources of the same name also `task`, `categories` and
+    `size`. Keys and settings that do not apply to the file of the source are not filled in.
+
+    Args:
+        source: Source configuration.
+        main: Configuration of the main data set.
+        roles: Keys that name columns or arrays, such as `label`, to fill in, too.
+
+    Returns:
+        A copy of the source configuration.
+    """
+    is_same = source.name == main.name
+    found: dict[str, Any] = {}
+    for key in (*roles, *VALUE_KEYS, *(SAME_SOURCE_KEYS if is_same else ())):
+        value = getattr(main, key)
+        # Keys that a source of the same name does not read are reported when it is loaded.
+        if getattr(source, key) is None and (is_same or reads_key(source.name, key)):
+            selected = value.selection if isinstance(value, SharedSettings) else ()
+            value = value.without(selected) if selected else value
+            found[key] = value_for_file(source, key, value)
+    return source.model_copy(update=found)
+
+
 def source_with_task(
     source: SourceConfig,
     task: Task,
     categories: Categories = (),
-    label: str | None = None,
     *,
-    main: SourceConfig | None = None,
+    main: SourceConfig,
+    roles: Collection[Key] = (),
 ) -> SourceConfig:
-    """Fill in the unset options of a source from the main data set.
+    """Fill in the unset keys of a source from the main data set (see `inherit_keys`).
 
-    Sources get the kind of the task, which a single file may not determine, and tables the
+    Sources also get the kind of the task, which a single file may not determine, and tables the
     categories.
-    Sources of the same kind as the main data set get the settings in `SHARED_KEYS`, such as those
-    of texts. Files of sources with label columns get the label column.
 
     Args:
         source: Source configuration.
         task: Task of the main data set.
         categories: Categories of the main data set.
-        label: Label column of the main data set.
-        main: Configuration of the main data set, from which shared settings are taken.
+        main: Configuration of the main data set.
+        roles: Keys that name columns or arrays, such as `label`, to fill in.
 
     Returns:
         A copy of the source configuration.
     """
-    shared: dict[str, Any] = {}
-    for key in SHARED_KEYS:
-        settings: SharedSettings | None = getattr(main, key, None)
-        if settings is not None and reads_key(source.name, key):
-            shared[key] = settings.for_other_data()
-    if source.name == "table":
-        shared["categories"] = dict(categories)
-    if reads_key(source.name, "task"):
-        shared["task"] = task.kind
-    if reads_key(source.name, "label") and source.path is not None:
-        shared["label"] = label
-    return source.model_copy(
-        update={key: value for key, value in shared.items() if getattr(source, key) is None}
-    )
+    found: dict[str, Any] = {}
+    if source.name == "table" and source.categories is None:
+        found["categories"] = dict(categories)
+    if reads_key(source.name, "task") and source.task is None:
+        found["task"] = task.kind
+    return inherit_keys(source.model_copy(update=found), main, roles)
 
 
 def match_columns(
@@ -349,37 +377,20 @@ def load_unlabeled(
     """
     try:
         check_links(config, where)
-        unlabeled = _load_unlabeled_file(config)
+        if config.name.startswith(HUB_PREFIX):
+            found: Dataset | None = load_hub_inputs(config, root)
+        else:
+            found = _load_unlabeled_file(config, where)
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
-    if unlabeled is None:
-        dataset = _load_inputs(config, root, where)
-        if dataset.vocabulary != vocabulary:
-            raise UserError(
-                f"{where}: {config.name}: the vocabulary differs from that of the main data set; "
-                f"{VOCABULARY_ADVICE}"
-            )
-        return dataset
-    if vocabulary is not None:
-        raise UserError(f"{where}.path: expected text as in the main data set, got '{config.path}'")
-    x, columns = unlabeled
-    if isinstance(x, Tensor) and (
-        bool(torch.isinf(x).any()) or (x.ndim > 2 and bool(torch.isnan(x).any()))
-    ):
-        raise UserError(f"{where}.path: {config.path}: the examples have NaN or infinite values")
-    file = f"{where}.path: {config.path}"
-    examples = Examples(x, row=torch.arange(1, len(x) + 1), files=(file,))
-    return Dataset(config.name, Task("regression", 1), examples, columns=columns)
-
-
-def _load_inputs(config: SourceConfig, root: Path, where: str) -> Dataset:
-    """Load a data set whose labels are not used, and which may have none."""
-    if not config.name.startswith(HUB_PREFIX):
-        return load_source(config, root, where, missing=True)
-    try:
-        return load_hub_inputs(config, root)
-    except UserError as error:
-        raise UserError(f"{where}.{error}") from error
+    if found is None:
+        found = load_source(config, root, where, missing=True)
+    if found.vocabulary != vocabulary:
+        raise UserError(
+            f"{where}: {config.name}: the vocabulary differs from that of the main data set; "
+            f"{VOCABULARY_ADVICE}"
+        )
+    return found
 
 
 def _load_labeled(
@@ -395,34 +406,38 @@ def _load_labeled(
         raise UserError(f"data.proxy.labels=true needs matching labels: {error}") from error
 
 
-def _load_unlabeled_file(config: SourceConfig) -> tuple[Column, tuple[str, ...]] | None:
-    """Return the examples and column names of an unlabeled file, or None for other sources."""
+def _load_unlabeled_file(config: SourceConfig, where: str) -> Dataset | None:
+    """Return the examples of an unlabeled file, or None for other sources."""
     if config.path is None or config.name.startswith(CODE_PREFIX):
         return None
     path = Path(config.path).expanduser()
     is_npz = path.suffix.lower() == ".npz"
+    x: Column
+    columns: tuple[str, ...] = ()
     if is_npz and config.name in ("activity", "speech"):
-        return read_inputs(path)
-    if is_npz and not reads_own_npz(config.name):
-        return read_images(path), ()
-    if config.name == "table" and config.label is None:
+        x, columns = read_inputs(path)
+    elif is_npz and not reads_own_npz(config.name):
+        x = read_images(path)
+    elif config.name == "table" and config.label is None:
         # Imported here because loading pandas is slow.
-        from hetero_fl.data.sources.table_columns import normalize_frame
-        from hetero_fl.data.sources.table_files import features, read_frame
+        from hetero_fl.data.sources.table_files import read_frame
 
-        where = f"path: {path}"
         categories = config.categories or {}
         frame = read_frame(path, (), categories, config.read)
-        frame = normalize_frame(frame, where, categories)
-        x, columns, _ = features(frame, where, [], categories)
-        return x, columns
-    if (
+        table = to_examples(frame, f"path: {path}", categories=categories)
+        x = table.train.x
+        columns = table.columns
+    elif (
         config.name == "image_folder"
         and (files := image_files(path))
         and all(f.parent == path for f in files)
     ):
-        return read_image_files(files, config.size, config.stream), ()
-    return None
+        x = read_image_files(files, config.size, config.stream)
+    else:
+        return None
+    file = f"{where}.path: {config.path}"
+    examples = Examples(x, row=torch.arange(1, len(x) + 1), files=(file,))
+    return Dataset(config.name, Task("regression", 1), examples, columns=columns)
 
 
 def proxy_set(
@@ -522,7 +537,8 @@ def _load_proxy_set(
     where = "proxy" if is_object else "data.proxy.source"
     size = config.proxy.size
     check_roles(source, config, where)
-    read = source_with_task(source, dataset.task, dataset.categories, main=config)
+    roles: tuple[Key, ...] = ("label",) if config.proxy.labels else ()
+    read = source_with_task(source, dataset.task, dataset.categories, main=config, roles=roles)
     root = Path(config.root).expanduser()
     y: Tensor | None = None
     if config.proxy.labels:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from hetero_fl.config.data import MoviesConfig, SourceConfig
+from hetero_fl.config.data import MoviesConfig, SharedSettings, SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import check_examples
 from hetero_fl.data.dataset import Dataset
@@ -42,6 +42,11 @@ Key = Literal[
     "follow_links",
 ]
 OPTIONAL_KEYS: tuple[Key, ...] = tuple(key for key in get_args(Key) if key != "path")
+SUFFIXES: dict[str, tuple[str, ...]] = {
+    "read": (".csv", ".tsv"),
+    "windows": (".csv", ".tsv", ".parquet"),
+}
+"""Suffixes of the files to which a key applies, for keys that do not apply to all files."""
 SHIPPED = (
     "activity",
     "bank_fraud",
@@ -209,6 +214,32 @@ def has_documented_classes(name: object, task: Task) -> bool:
     )
 
 
+def value_for_file(config: SourceConfig, key: str, value: Any) -> Any:
+    """Return a value of a key without the settings that do not apply to the file of a source.
+
+    Args:
+        config: Source configuration.
+        key: Key of `SourceConfig`.
+        value: Value of the key, which `config` may lack.
+
+    Returns:
+        The value, a section in which some settings have their default values, or None.
+    """
+    suffix = file_suffix(config)
+    if suffix in (*TABLE_SUFFIXES, ".npz") and suffix not in SUFFIXES.get(key, (suffix,)):
+        return None
+    if suffix == ".npz" and isinstance(value, SharedSettings):
+        return value.without(value.not_in_arrays)
+    return value
+
+
+def file_suffix(config: SourceConfig) -> str:
+    """Return the suffix, in lower case, of the file that a source reads, or an empty string."""
+    entry = _sources.get(_registered_name(config.name))
+    path = config.path or (entry and entry.default_path) or ""
+    return Path(path).suffix.lower()
+
+
 def is_shipped(config: SourceConfig) -> bool:
     """Return whether a source reads no files or downloads except those of the package."""
     reads_text = config.text is not None and config.text.public is not None
@@ -229,7 +260,11 @@ def needs_path(name: str) -> bool:
 def reads_own_npz(name: str) -> bool:
     """Return whether a registered source has this name and its own layout of `.npz` files."""
     entry = _sources.get(_registered_name(name))
-    return entry is not None and (entry.default_path is not None or bool(entry.folder_files))
+    return (
+        entry is not None
+        and "path" in entry.keys
+        and (entry.default_path is not None or bool(entry.folder_files))
+    )
 
 
 def _registered_name(name: str) -> str:
@@ -319,8 +354,8 @@ def load_source(
         _check(dataset, place, missing)
         return dataset
     name, entry = _find_source(config, where)
-    npz = config.path is not None and config.path.endswith(".npz") and not reads_own_npz(name)
-    local = npz or (config.path is not None and "path" not in entry.keys)
+    npz = file_suffix(config) == ".npz" and not reads_own_npz(name)
+    local = config.path is not None and (npz or "path" not in entry.keys)
     _check_keys(config, name, entry, local, where)
     file = Path(config.path or "").expanduser()
     if (local or name == "npz") and file.suffix.lower() in TABLE_SUFFIXES and file.is_file():
@@ -420,6 +455,15 @@ def _check_keys(config: SourceConfig, name: str, entry: _Source, local: bool, wh
     for key in OPTIONAL_KEYS:
         if getattr(config, key) is not None and key not in accepted:
             raise UserError(f"{where}.{key}: does not apply to source {name}; remove it")
+        value = getattr(config, key)
+        if value_for_file(config, key, value) != value:
+            settings = value.not_in_arrays if isinstance(value, SharedSettings) else ()
+            changed = [name for name in settings if value.without([name]) != value]
+            file = "the simulated data" if config.path is None else Path(config.path).name
+            raise UserError(
+                f"{where}.{'.'.join([key, *changed[:1]])}: does not apply to "
+                f"{file_suffix(config)} files such as {file}; remove it"
+            )
     is_hub = name == HUB_PREFIX.removesuffix(":")
     if is_hub and config.path is not None and not config.path.endswith(".npz"):
         raise UserError(

@@ -20,11 +20,24 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.stored_rows import map_rows
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, Examples, Preprocess, load_source, with_test
-from hetero_fl.data.external import match_columns, source_with_task
+from hetero_fl.data.external import (
+    ROLE_KEYS,
+    VALUE_KEYS,
+    inherit_keys,
+    match_columns,
+    source_with_task,
+)
 from hetero_fl.data.labels import renumber_targets
 from hetero_fl.data.preprocessing import usable_rows
-from hetero_fl.data.registry import Key, has_documented_classes, reads_key
+from hetero_fl.data.registry import (
+    Key,
+    has_documented_classes,
+    reads_key,
+    reads_own_npz,
+    value_for_file,
+)
 from hetero_fl.data.sources.images import is_grouped
+from hetero_fl.data.sources.npz_files import has_images
 from hetero_fl.data.sources.objects import has_columns, to_dataset
 from hetero_fl.experiment.client import column_name
 from hetero_fl.experiment.onboarding.transfer import TransferSource
@@ -253,77 +266,61 @@ def _source_as(
     """Return the source section for a data set, with the settings of the run's data."""
     path = Path(data)
     known = run.directory.config().get("data") or {}
-    name = known.get("name")
-    if label is None and (data == name or (path.is_file() and path.suffix.lower() != ".npz")):
-        label = known.get("label")
-    if data == name and reads_key(name, "columns"):
-        of_columns = ("columns", "group", "patient", "task", "size", "categories", "text")
-        known_keys = {key: known.get(key) for key in of_columns}
-        return SourceConfig.model_validate({**known_keys, "name": data, "label": label})
-    # Settings that determine how time series, texts, recordings and drives become examples.
-    keys: tuple[Key, ...] = ("series", *SHARED_KEYS)
-    settings: dict[str, Any] = {key: known.get(key) or {} for key in keys if reads_key(name, key)}
-    if data == name:
-        return SourceConfig.model_validate({"name": data, "label": label, **settings})
-    for key in SHARED_KEYS:
-        if key in settings:
-            section = SourceConfig.model_validate({"name": key, key: settings[key]})
-            settings[key] = getattr(section, key).for_other_data()
-    if any(key in settings and reads_key(data, key) for key in SHARED_KEYS):
-        return SourceConfig.model_validate({"name": data, "label": label, **settings})
-    if not path.exists():
-        return SourceConfig(name=data, label=label)
-    if reads_key(name, "windows"):
-        settings["windows"] = known.get("windows")
-    return _file_source(data, label, known, settings, next(iter(models.values())))
+    main = SourceConfig.model_validate(
+        {key: value for key, value in known.items() if key in SourceConfig.model_fields}
+    )
+    if label is None and (data == main.name or (path.is_file() and path.suffix.lower() != ".npz")):
+        label = main.label
+    source = SourceConfig(name=data, label=label)
+    if data == main.name and reads_key(data, "columns"):
+        return inherit_keys(source, main, ("columns", *ROLE_KEYS))
+    if data == main.name:
+        # The same rows: settings that select rows apply, too.
+        same: dict[str, Any] = {
+            key: value_for_file(source, key, getattr(main, key)) for key in VALUE_KEYS
+        }
+        return source.model_copy(update=same)
+    if any(_share_key(main.name, data, key) for key in SHARED_KEYS) or not path.exists():
+        return inherit_keys(source, main)
+    return _file_source(source, main, next(iter(models.values())))
 
 
-def _file_source(
-    data: str,
-    label: str | None,
-    known: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    model: SavedModel,
-) -> SourceConfig:
+def _share_key(name: str, other: str, key: Key) -> bool:
+    """Return whether two sources read a key, which determines how values become examples."""
+    return reads_key(name, key) and reads_key(other, key)
+
+
+def _file_source(source: SourceConfig, main: SourceConfig, model: SavedModel) -> SourceConfig:
     """Return the source section for a local file or folder.
 
     Args:
-        data: The path.
-        label: Label column of a table, or None.
-        known: Section `data` of the run's configuration.
-        settings: Settings with which the run's source turns files into examples, keyed by key.
+        source: Path of the file, as the name of the source, and the label column.
+        main: Source of the run.
         model: A model of the run, whose task and text columns a table has.
     """
-    path = Path(data)
-    if ("series" in settings or "windows" in settings) and path.is_file():
-        group = known.get("group")
-        file = {"name": known.get("name"), "path": data, "label": label, "group": group}
-        return SourceConfig.model_validate({**file, **settings, "read": known.get("read")})
+    path = Path(source.name)
+    file = source.model_copy(update={"path": source.name})
+    is_npz = path.suffix.lower() == ".npz"
+    if path.is_file() and (reads_key(main.name, "series") or reads_key(main.name, "windows")):
+        kept = {"series": value_for_file(file, "series", main.series), "group": main.group}
+        return inherit_keys(file.model_copy(update={"name": main.name, **kept}), main)
     for kind in SHARED_KEYS:
-        if kind in settings and path.suffix.lower() != ".npz":
-            return SourceConfig.model_validate({"name": kind, "path": data, kind: settings[kind]})
-    stream = known.get("stream")
-    if (path / "train_images.npy").is_file():
-        task = model.task.kind
-        return SourceConfig(name="npz", path=data, label=label, task=task, stream=stream)
+        has_arrays = is_npz and reads_own_npz(kind) and not has_images(path)
+        if reads_key(main.name, kind) and (has_arrays or not is_npz):
+            return inherit_keys(SourceConfig(name=kind, path=source.name), main)
+    if (path / "train_images.npy").is_file() or is_npz:
+        stream = main.stream if path.is_dir() else None
+        return file.model_copy(update={"name": "npz", "task": model.task.kind, "stream": stream})
     if path.is_dir():
         # Folders of sites may contain the folders of the classes.
-        group = (
-            (known.get("group") or "site") if is_grouped(path, model.task.output_names) else None
-        )
-        source = {"name": "image_folder", "path": data, "label": label, "stream": stream}
-        kept = {"size": known.get("size"), "follow_links": known.get("follow_links")}
-        return SourceConfig.model_validate({**source, **kept, "group": group})
-    if path.suffix.lower() == ".npz":
-        return SourceConfig(name="npz", path=data, label=label, task=model.task.kind)
-    read = known.get("read")
-    table = SourceConfig.model_validate(
-        {"name": "table", "path": data, "label": label, "read": read}
-    )
-    table = source_with_task(table, model.task, categories=model.categories)
+        group = (main.group or "site") if is_grouped(path, model.task.output_names) else None
+        kept = {key: getattr(main, key) for key in ("size", "follow_links", "stream")}
+        return file.model_copy(update={"name": "image_folder", "group": group, **kept})
+    table = file.model_copy(update={"name": "table"})
+    table = source_with_task(table, model.task, model.categories, main=main)
     columns = _columns(path, table.read)
-    copied = {key: known[key] for key in ("group", "patient") if known.get(key) in columns}
-    return table.model_copy(update=copied)
+    copied = {key: getattr(main, key) for key in ("group", "patient")}
+    return table.model_copy(update={k: name for k, name in copied.items() if name in columns})
 
 
 def order_columns(dataset: Dataset, run: Run, models: Mapping[str, SavedModel]) -> Dataset:

@@ -28,6 +28,7 @@ from hetero_fl.data.sources.text import read_vocabulary
 from hetero_fl.experiment import prepare
 from tests.support.benchmark_folders import write_client_folder
 from tests.support.federated_data import PLAIN, PLAIN_CLIENT, THREE, identical, view
+from tests.support.image_folders import make_image_folder
 from tests.support.mistakes import check_refused, refusal
 
 
@@ -48,7 +49,7 @@ def test_labels_of_another_proxy_set_are_never_read(images: Dataset, npz: Any) -
         name="npz", path=str(npz("holed.npz", train_images=np.full((30, 8, 8), np.nan)))
     )
     check_refused(
-        r"^data\.proxy\.source\.path: .*holed.npz: the examples have NaN or infinite values",
+        r"^data\.proxy\.source\.path: .*holed.npz: train_images: row 0: NaN or infinite value",
         view,
         images,
         clients=clients,
@@ -367,3 +368,108 @@ def test_vocabulary_reads_all_words_of_a_text_with_tabs(tmp_path: Path) -> None:
     for predict, words in (("class", {"good", "bad"}), ("next", {"good", "bad", "spam"})):
         vocabulary = read_vocabulary(TextConfig(public=str(public), predict=predict))
         assert set(vocabulary.words) == words
+
+
+def own_and_proxy(folder: Path, main: dict[str, Any], **files: dict[str, Any]) -> FederatedData:
+    """Federate a main data set, a client with a file of its own, and a proxy set."""
+    own, proxy = ({"name": main["name"], **files[part]} for part in ("own", "proxy"))
+    gaps = {} if main["name"] == "image_folder" else {"preprocess": {"missing": "indicate"}}
+    config = {
+        "data": {**main, "proxy": {"source": proxy}, "partition": {"min_size": 2}},
+        "clients": {
+            "defaults": {"model": "mlp", **gaps},
+            "groups": [{"name": "common"}, {"name": "own", "data": own}],
+        },
+        "algorithm": {"name": "fedmd"},
+    }
+    return prepare(config).federation.data
+
+
+def rows_of(data: FederatedData) -> tuple[np.ndarray, np.ndarray]:
+    """Return the inputs of the client with a file of its own and of the proxy set."""
+    splits = data.client_rows["own"].values()
+    x = torch.cat([torch.as_tensor(part.copy_rows().x) for part in splits])
+    return x.numpy(), data.public_sets["proxy"].examples.x.numpy()
+
+
+def test_files_inherit_the_marks_of_numbers(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"a": np.arange(60) + 0.5, "y": np.resize(["p", "q"], 60)})
+    for name in ("main", "own", "proxy"):
+        frame.to_csv(tmp_path / f"{name}.csv", sep=";", decimal=",", index=False)
+    frame.to_parquet(tmp_path / "own.parquet")
+    paths = {name: {"path": str(tmp_path / f"{name}.csv")} for name in ("main", "own", "proxy")}
+    main = {"name": "table", "label": "y", "read": {"decimal": ","}, **paths["main"]}
+
+    for own in (paths["own"], {"path": str(tmp_path / "own.parquet")}):
+        x, proxy = rows_of(own_and_proxy(tmp_path, main, own=own, proxy=paths["proxy"]))
+
+        assert sorted(x[:, 0]) == sorted(proxy[:, 0]) == frame["a"].tolist()
+    files = [{"name": n, "data": {"name": "table", **paths[n]}} for n in ("own", "proxy")]
+    pooled = prepare(
+        {
+            "data": {key: value for key, value in main.items() if key != "path"},
+            "clients": {"defaults": {"model": "mlp"}, "groups": files},
+            "algorithm": {"name": "local"},
+        }
+    )
+    assert pooled.federation.data.n_train > 0
+
+
+def test_series_of_clients_are_read_as_the_main_series(tmp_path: Path) -> None:
+    hours = pd.date_range("2024-01-01", periods=900, freq="h")
+    counts = np.arange(900) % 24 + 1.0
+
+    def save(name: str, site: str) -> dict[str, Any]:
+        table = {"DateTime": hours.strftime("%d.%m.%Y %H:%M"), "Vehicles": counts, "Junction": site}
+        pd.DataFrame(table).to_csv(tmp_path / name, index=False)
+        return {"path": str(tmp_path / name)}
+
+    series = {"window": 12, "format": "%d.%m.%Y %H:%M", "sites": ["north"], "level": "week"}
+    np.savez(tmp_path / "own.npz", DateTime=hours.to_numpy("datetime64[h]"), Vehicles=counts)
+    main = {"name": "traffic", "series": series, **save("main.csv", "north")}
+
+    for own in (save("own.csv", "south"), {"path": str(tmp_path / "own.npz")}):
+        found = own_and_proxy(tmp_path, main, own=own, proxy=save("proxy.csv", "west"))
+
+        x, proxy = rows_of(found)
+        assert x.shape[1:] == proxy.shape[1:] == (12, 13) and len(proxy) > 100
+
+
+def test_recordings_of_clients_are_cut_as_the_main_recordings(tmp_path: Path) -> None:
+    draws = np.random.default_rng(0)
+    frame = pd.DataFrame(draws.normal(size=(800, 2)), columns=["ax", "ay"])
+    frame["activity"] = np.repeat(["sit", "walk"] * 4, 100)
+    frame.to_csv(tmp_path / "main.csv", index=False)
+    frame.to_csv(tmp_path / "own.csv", index=False)
+    windows = draws.normal(size=(30, 20, 2))
+    np.savez(tmp_path / "proxy.npz", x=windows, columns=["ax", "ay"])
+    main = {"name": "activity", "path": str(tmp_path / "main.csv"), "windows": {"length": 20}}
+
+    own, proxy = ({"path": str(tmp_path / name)} for name in ("own.csv", "proxy.npz"))
+    x, public = rows_of(own_and_proxy(tmp_path, main, own=own, proxy=proxy))
+
+    assert x.shape == (40, 20, 2) and np.array_equal(public, windows.astype(np.float32))
+
+
+def test_folders_of_clients_have_the_main_size(tmp_path: Path) -> None:
+    for name, side in (("main", 8), ("own", 12), ("proxy", 10)):
+        make_image_folder(tmp_path / name, 60, side)
+    paths = {name: {"path": str(tmp_path / name)} for name in ("main", "own", "proxy")}
+    main = {"name": "image_folder", "size": 8, **paths["main"]}
+
+    x, proxy = rows_of(own_and_proxy(tmp_path, main, own=paths["own"], proxy=paths["proxy"]))
+
+    assert x.shape[1:] == proxy.shape[1:] == (3, 8, 8)
+
+
+def test_labels_of_a_proxy_file_have_the_main_label_column(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"a": range(90), "kind": ["cat", "dog"] * 45})
+    for name in ("main.csv", "proxy.csv"):
+        frame.to_csv(tmp_path / name, index=False)
+    data = {"name": "table", "path": str(tmp_path / "main.csv"), "label": "kind"}
+    proxy = {"source": {"name": "table", "path": str(tmp_path / "proxy.csv")}, "labels": True}
+    algorithm = {"name": "fedmd", "initial_phase": True}
+
+    found = prepare({"data": {**data, "proxy": proxy}, "clients": CLIENTS, "algorithm": algorithm})
+
+    assert found.federation.data.has_proxy_labels

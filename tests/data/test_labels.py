@@ -264,12 +264,25 @@ def test_frames_with_decimal_commas_are_one_line() -> None:
         (FRAME.assign(y=names), "regression"),
     ):
         client = hfl.Client("a", "mlp", frame)
-        words = r"row 1, column '(dose|y)': expected a number, got '\d,\d+'; write numbers as"
+        words = (
+            r"row 1, column '(dose|y)': expected a number, got '\d,\d+'; write numbers as 1234\.5$"
+        )
         check_refused(words, hfl.Federation, [client], test=frame, label="y", task=task)
     own = hfl.Federation(
         [hfl.Client("a", "mlp", FRAME.assign(y=names))], label="y", task="multiclass"
     )
     assert names_of(own) == ("1,5", "2,5")
+
+
+def test_frames_with_text_among_numbers_are_told_a_cure_that_works() -> None:
+    frame = FRAME.assign(ward=np.resize(["1", "2", "3a"], ROWS), y=np.arange(ROWS) % 2)
+    words = r"column 'ward': expected a number, got '3a'; convert it to one type$"
+    client = hfl.Client("a", "mlp", frame)
+
+    check_refused(words, hfl.Federation, [client], test=frame, label="y")
+
+    found = to_dataset(frame.astype({"ward": "category"}), "data", "y")
+    assert found.categories == (("ward", ("1", "2", "3a")),)
 
 
 def test_labels_of_every_type_are_read(subtests: pytest.Subtests) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data import load_source
+from hetero_fl.data import from_arrays, load_source
 from hetero_fl.data.sources.npz_files import check_image_size, read_images, read_npz
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
@@ -20,8 +21,8 @@ from tests.support.mistakes import check_refused, refusal
 TWO = Task("multiclass", 2)
 
 
-def load(path: Path, name: str = "npz") -> Any:
-    return load_source(SourceConfig(name=name, path=str(path)), path.parent)
+def load(path: Path, name: str = "npz", missing: bool = False) -> Any:
+    return load_source(SourceConfig(name=name, path=str(path)), path.parent, missing=missing)
 
 
 def test_npz_has_expected_layout(npz: Any) -> None:
@@ -81,7 +82,7 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"train_images": np.zeros((30, 28, 28, 28), np.uint8)}, "train_images: expected shape"),
     (
         {"train_images": np.zeros((30, 0, 8), np.uint8)},
-        "train_images: expected images of shape",
+        "train_images: expected shape (N, H, W) or (N, H, W, C), got (30, 0, 8)",
     ),
     (
         {"train_images": np.full((30, 8, 8), 2**40)},
@@ -89,13 +90,16 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"train_images": np.zeros((30, 8, 8), complex)},
-        "train_images: expected images as integers or floats, got complex128",
+        "train_images: expected numbers, got complex128",
     ),
     (
         {"train_images": np.full((30, 8, 8), "a")},
-        "train_images: expected images as integers or floats, got <U1",
+        "train_images: expected numbers, got <U1",
     ),
-    ({"train_images": np.array(3)}, "train_labels: expected 0 rows as in train_images, got 30"),
+    (
+        {"train_images": np.array(3)},
+        "train_images: expected shape (N, H, W) or (N, H, W, C), got ()",
+    ),
     (
         {"train_images": np.zeros((0, 8, 8), np.uint8), "train_labels": np.zeros(0)},
         "train_images: has no rows",
@@ -118,14 +122,17 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
         "train_labels: row 11: expected a class number, got 0.5",
     ),
     ({"test_labels": np.full(9, np.nan)}, "test_labels: row 0: NaN or infinite value"),
-    ({"train_labels": np.full(30, "x")}, "train_labels: expected numbers, got <U1"),
+    (
+        {"train_labels": np.full(30, "x")},
+        "val_labels: expected text as in",
+    ),
     ({"train_labels": np.zeros((30, 2))}, "train_labels: expected one column of labels, got 2"),
     (
         {"train_labels": np.zeros((30, 1, 1))},
-        "train_labels: expected shape (N,), (N, 1) or (N, L), got (30, 1, 1)",
+        "train_labels: expected shape (N,) or (N, L), got (30, 1, 1)",
     ),
     ({"train_labels": np.array([None] * 30)}, "not a readable .npz file"),
-    ({"val_labels": None}, "array 'val_labels' not found, which 'val_images' needs"),
+    ({"val_labels": None}, "array 'val_labels' not found, which 'val_images' needs; add it"),
     (
         {"train_images": None},
         "array 'train_images' not found; the file has train_labels, val_images",
@@ -225,6 +232,131 @@ def test_images_are_read_without_labels(npz: Any) -> None:
     assert read_images(path).shape == (30, 1, 8, 8)
     check_refused("array 'train_images' not found", read_images, npz(train_images=None))
     check_refused("has no rows", read_images, npz(train_images=np.zeros((0, 8, 8))))
+
+
+N = np.arange(60)
+WINDOWS = {"x": np.ones((60, 8, 2)), "y": N % 3, "columns": ["a", "b"]}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "npz": {"train_images": np.ones((60, 8, 8), np.uint8), "train_labels": N % 3},
+    "activity": WINDOWS | {"person": N // 15},
+    "speech": WINDOWS | {"device": N // 15},
+    "driving": {
+        "frame": np.random.default_rng(0).integers(0, 256, (120, 3, 8, 9), np.uint8),
+        "speed": np.arange(120.0),
+        "position": np.ones((120, 2)),
+        "angle": np.arange(120) / 10,
+        "vehicle": np.full(120, "a"),
+        "split": np.full(120, "train"),
+    },
+    "traffic": {
+        "DateTime": np.datetime64("2024-01-01", "h") + np.arange(800),
+        "Vehicles": np.arange(800) % 24 + 1.0,
+    },
+}
+"""Arrays of a file of each source with a layout of its own."""
+
+
+def saved(folder: Path, name: str, **changes: Any) -> Path:
+    path = folder / f"{name}.npz"
+    np.savez(path, **{k: v for k, v in {**LAYOUTS[name], **changes}.items() if v is not None})
+    return path
+
+
+def with_nan(array: np.ndarray, row: int = 3) -> np.ndarray:
+    changed = array.astype(float)
+    changed[row] = np.nan
+    return changed
+
+
+FRAMES = LAYOUTS["driving"]["frame"]
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("npz", {"train_labels": with_nan(N % 3)}, "train_labels: row 3: NaN or infinite value; remov"),
+    ("activity", {"y": with_nan(N % 3)}, "y: row 3: NaN or infinite value; remove the row"),
+    ("speech", {"y": with_nan(N % 3)}, "y: row 3: NaN or infinite value; remove the row"),
+    ("speech", {"y": N / 7}, "y: row 1: expected a class number, got 0.142857"),
+    ("speech", {"y": np.ones((60, 2, 2))}, "y: expected shape (N,) or (N, L), got (60, 2, 2)"),
+    ("speech", {"y": np.array(3)}, "y: expected shape (N,) or (N, L), got ()"),
+    ("speech", {"y": np.zeros(60)}, "label: expected at least two classes in FILE, got 0 only"),
+    ("speech", {"x": np.ones((60, 8, 0))}, "x: expected shape (N, T, F) or (N, F), got (60, 8, 0)"),
+    ("speech", {"x": with_nan(WINDOWS["x"])}, "x: row 3: NaN or infinite value; remove the row"),
+    ("speech", {"columns": 3}, "columns: expected shape (F,), got ()"),
+    ("speech", {"x": None}, "array 'x' not found; the file has y, columns, device"),
+    ("speech", {"device": with_nan(N)}, "device: row 3: NaN or infinite value; remove the row"),
+    ("speech", {"device": np.ones((60, 2))}, "device: expected shape (N,), got (60, 2)"),
+    ("speech", {"device": N.astype("m8")}, "device: expected text or numbers, got timedelta64"),
+    ("speech", {"split": N}, "split: unknown value '0'; choose from test, train, validation"),
+    ("driving", {"frame": FRAMES[:, 0]}, "frame: expected shape (N, 3, H, W) or (N, H, W, 3), got"),
+    ("driving", {"frame": np.array(1)}, "frame: expected shape (N, 3, H, W) or (N, H, W, 3), got"),
+    (
+        "driving",
+        {"frame": FRAMES.astype(int) * 256},
+        "frame: expected uint8 or floats from 0 to 1, got int64",
+    ),
+    ("driving", {"frame": FRAMES - 1.0}, "frame: expected uint8 or floats from 0 to 1, got floats"),
+    ("driving", {"frame": with_nan(FRAMES)}, "frame: row 3: NaN or infinite value; remove the row"),
+    (
+        "driving",
+        {"angle": with_nan(np.ones(120))},
+        "angle: row 3: NaN or infinite value; remove the row",
+    ),
+    ("driving", {"angle": np.full(120, "left")}, "angle: expected numbers, got <U4"),
+    ("driving", {"angle": np.ones((120, 1))}, "angle: expected shape (N,), got (120, 1)"),
+    ("driving", {"vehicle": None}, "array 'vehicle' not found; the file has frame, speed, "),
+    ("traffic", {"Vehicles": np.ones((800, 2))}, "Vehicles: expected shape (N,), got (800, 2)"),
+    ("traffic", {"Vehicles": np.ones(3)}, "Vehicles: expected 800 rows as in DateTime, got 3"),
+    ("traffic", {"Vehicles": None}, "array 'Vehicles' not found; the file has DateTime"),
+    ("traffic", {"rain": np.full(800, "wet")}, "rain: expected numbers, got <U3"),
+    ("traffic", {"rain": np.full(800, np.inf)}, "rain: row 0: NaN or infinite value"),
+    ("traffic", {"Junction": np.ones((800, 2))}, "Junction: expected shape (N,), got (800, 2)"),
+    ("traffic", {"DateTime": np.arange(800)}, "DateTime: expected datetime64, got int64"),
+]
+
+
+def test_wrong_files_of_all_layouts_are_one_line(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for name, changes, words in WRONG:
+        with subtests.test(name=name, words=words):
+            path = saved(tmp_path, name, **changes)
+            expected = words.replace("FILE", str(path))
+            assert f"{path}" in (refused := refusal(load, path, name)) and expected in refused
+
+
+@each_case("name", ("activity", "speech"))
+def test_labels_of_layouts_are_read_as_those_of_arrays(name: str, tmp_path: Path) -> None:
+    for y in (N % 3, N % 3 + 1, N % 2 * 3.0, np.eye(3)[N % 3], np.resize(["b", "a"], 60), N % 30):
+        for given in (y, y[:, None]) if y.ndim == 1 else (y,):
+            found = load(saved(tmp_path, name, y=given), name)
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                expected = from_arrays(np.ones((60, 2)), y, task="multiclass")
+            assert found.task == expected.task
+            assert torch.equal(found.train.labels, expected.train.labels)
+    renumbered = load(saved(tmp_path, name, y=N % 3 + 1), name)
+    assert f"{name}.npz: y: read as 3 classes: 1 as class 0, 2" in renumbered.notes[0]
+
+
+def test_frames_have_one_range_whatever_their_type(tmp_path: Path) -> None:
+    expected = load(saved(tmp_path, "driving"), "driving")
+    for frames in (FRAMES / 255, FRAMES * 1.0, FRAMES.astype(np.int64), np.moveaxis(FRAMES, 1, -1)):
+        found = load(saved(tmp_path, "driving", frame=frames), "driving")
+        assert torch.allclose(found.train.x, expected.train.x) and found.blocks == expected.blocks
+    gap = load(
+        saved(tmp_path, "driving", speed=with_nan(np.ones(120), 10)), "driving", missing=True
+    ).train.x
+    assert gap.isnan().sum() == 1
+
+
+def test_missing_values_of_tables_name_the_array(tmp_path: Path) -> None:
+    table = with_nan(np.ones((60, 2)))
+    for name, changes in (
+        ("npz", {"train_images": table}),
+        ("activity", {"x": table}),
+    ):
+        path = saved(tmp_path, name, **changes)
+        array = next(iter(changes))
+        words = rf"\.npz: {array}: row 3: missing value; fill or remove .*missing=indicate$"
+        check_refused(words, load, path, name)
+        assert load(path, name, missing=True).train.x.isnan().sum() == 2
 
 
 def announce(path: Path, **shapes: tuple[int, ...]) -> Path:

@@ -12,6 +12,7 @@ import torch
 
 import hetero_fl
 from hetero_fl.cli import main
+from hetero_fl.data.sources.files import EMBEDDED
 from hetero_fl.experiment import evaluate
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
@@ -121,6 +122,46 @@ def test_evaluate_cuts_recordings_as_the_run(tmp_path: Path) -> None:
     run = finished(tmp_path, name="activity", path=str(tmp_path / "r.csv"), windows={"length": 20})
     found = evaluate(run, str(tmp_path / "r.csv"))
     assert {"c_1", "c_2"} <= set(found) and found["c_1"]["accuracy"] is not None
+
+
+def test_evaluate_reads_arrays_of_recordings_and_drives(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    for name in ("speech", "driving"):
+        with np.load(EMBEDDED / f"{name}.npz") as file:
+            arrays = dict(file)
+        folder = tmp_path / name
+        folder.mkdir()
+        np.savez(folder / "new.npz", **arrays)
+        np.savez(folder / "images.npz", train_images=np.zeros((4, 8)), train_labels=np.arange(4))
+        with subtests.test(name=name):
+            gap = {"driving": {"gap": 5, "scale": 2.0}} if name == "driving" else {}
+            run = finished(folder, name=name, **gap)
+
+            assert evaluate(run, str(folder / "new.npz")) == evaluate(run, name)
+            words = r"^data: .*images.npz(: expected class names as in| has examples of shape)"
+            check_refused(words, evaluate, run, str(folder / "images.npz"))
+            np.savez(folder / "bad.npz", **{**arrays, "split": np.array(3)})
+            words = r"^data: .*bad\.npz: split: expected shape"
+            check_refused(words, evaluate, run, str(folder / "bad.npz"))
+
+
+def test_evaluate_reads_arrays_and_tables_of_one_run(tmp_path: Path) -> None:
+    hours = pd.date_range("2024-01-01", periods=700, freq="h")
+    frame = pd.DataFrame({"DateTime": hours, "Vehicles": np.arange(700) % 24 + 0.5})
+    text = frame.assign(DateTime=hours.strftime("%d.%m.%Y %H:%M"), Junction="1")
+    text.to_csv(tmp_path / "t.csv", sep=";", decimal=",", index=False)
+    np.savez(
+        tmp_path / "t.npz",
+        **{name: frame[name].to_numpy() for name in ("DateTime", "Vehicles")},
+        Junction=np.full(700, "1"),
+    )
+    keys = {"series": {"format": "%d.%m.%Y %H:%M", "window": 6}, "read": {"decimal": ","}}
+    preprocess = {"missing": "indicate"}
+    path = str(tmp_path / "t.csv")
+    run = finished(tmp_path, name="traffic", path=path, preprocess=preprocess, **keys)
+
+    assert evaluate(run, path) == evaluate(run, str(tmp_path / "t.npz"))
 
 
 def test_evaluate_warns_about_training_rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 from zipfile import ZipFile, is_zipfile
@@ -23,18 +24,73 @@ from hetero_fl.core.images import (
 )
 from hetero_fl.core.stored_rows import Column, StoredRows
 from hetero_fl.core.task import Task
-from hetero_fl.data.checks import ExampleNames, check_examples, note_identifiers
+from hetero_fl.data.checks import ExampleNames, check_examples, first_true, note_identifiers
 from hetero_fl.data.dataset import Dataset, Examples, with_patients
 from hetero_fl.data.labels import read_labels
 from hetero_fl.data.sources.files import visible_files
-from hetero_fl.utils.errors import UserError, one_line, suggest_file, suggest_or_list
+from hetero_fl.utils.errors import UserError, one_line, suggest_file
 from hetero_fl.utils.serialization import check_memory
 
 PREFIXES = {"train": "train", "validation": "val", "test": "test"}
 """Prefix of the arrays of each split in the MedMNIST layout."""
 PATIENT = "patient"
-ALIGNED = tuple((f"{prefix}_images", f"{prefix}_labels") for prefix in PREFIXES.values())
-"""Names of arrays with an entry for each row of a split."""
+NUMBERS = ("buif", "numbers")
+NAMES = ("buifU", "text or numbers")
+DATES = ("M", "datetime64")
+"""Kinds of NumPy types of an array, and their name in messages."""
+IMAGES = ("N H W", "N H W C")
+TABLE = ("N F",)
+LABELS = ("N", "N L")
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """What an array of a `.npz` file must be.
+
+    Attributes:
+        shapes: Possible shapes. A letter stands for any length, which is 0 for N only.
+        types: Kinds of NumPy types and their name in messages. If None, any, as for labels.
+        rows: Array with the same number of rows. If None, the rows are not compared.
+        required: Whether the file must contain the array.
+        gaps: Largest number of axes with which NaN stands for a missing value.
+    """
+
+    shapes: tuple[str, ...]
+    types: tuple[str, str] | None = NUMBERS
+    rows: str | None = None
+    required: bool = True
+    gaps: int = 0
+
+    def check(self, array: np.ndarray, where: str) -> None:
+        """Check an array.
+
+        Args:
+            array: The array.
+            where: Name of the array, for error messages.
+
+        Raises:
+            UserError: If the array has another shape or type, or an invalid number.
+        """
+        if not any(_fits(array.shape, shape) for shape in self.shapes):
+            axes = (", ".join(shape.split()) + "," * (len(shape) == 1) for shape in self.shapes)
+            expected = " or ".join(f"({names})" for names in axes)
+            raise UserError(f"{where}: expected shape {expected}, got {array.shape}")
+        if not len(array):
+            raise UserError(f"{where}: has no rows")
+        if self.types is not None and array.dtype.kind not in self.types[0]:
+            raise UserError(f"{where}: expected {self.types[1]}, got {array.dtype}")
+        if array.dtype.kind == "f":
+            invalid = np.isinf(array) if array.ndim <= self.gaps else ~np.isfinite(array)
+            if (row := first_true(invalid.reshape(len(array), -1).any(1))) is not None:
+                raise UserError(f"{where}: row {row}: NaN or infinite value; remove the row")
+
+
+def _fits(shape: tuple[int, ...], pattern: str) -> bool:
+    axes = pattern.split()
+    return len(axes) == len(shape) and all(
+        size == int(axis) if axis.isdigit() else size > 0 or axis == "N"
+        for axis, size in zip(axes, shape, strict=True)
+    )
 
 
 def read_npz(
@@ -51,7 +107,7 @@ def read_npz(
     It contains arrays `{train,val,test}_images` and `{train,val,test}_labels`, of which only
     those of `train` are required. Images have shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`
     and values in 0..1 or 0..255, or integers of more bits. Floats `[N, F]` are rows of a table.
-    Labels have shape `[N]`, `[N, 1]` or `[N, L]` and are read as by `from_arrays`.
+    Labels have shape `[N]` or `[N, L]` and are read as by `from_arrays`.
 
     Args:
         path: File or folder to read. The files of a folder are memory-mapped.
@@ -74,45 +130,49 @@ def read_npz(
             f"stream: needs a folder of .npy files, got '{path}'; save each array with numpy.save, "
             "or remove stream"
         )
-    wanted = [f"{split}_{part}" for split in PREFIXES.values() for part in ("images", "labels")] + [
-        patient or PATIENT
-    ]
-    arrays, names = read_npz_arrays(path, wanted, ALIGNED)
-    raw = {
-        split: split_arrays(arrays, prefix, where)
-        for split, prefix in PREFIXES.items()
-        if f"{prefix}_images" in arrays
+    specs = {
+        patient or PATIENT: ArraySpec(LABELS, NAMES, "train_images", required=patient is not None)
     }
-    if "train" not in raw:
-        raise _missing_images_error(where, names)
-    known = task is not None
-    task, targets, notes = npz_targets({s: y for s, (_, y) in raw.items()}, where, task or kind)
+    for prefix in PREFIXES.values():
+        images = f"{prefix}_images"
+        specs[images] = _image_spec(is_table=task is None, required=prefix == "train")
+        specs[f"{prefix}_labels"] = ArraySpec(LABELS, None, images, required=False)
+    arrays = read_arrays(path, specs)
+    prefixes = {s: prefix for s, prefix in PREFIXES.items() if f"{prefix}_images" in arrays}
+    for prefix in prefixes.values():
+        if f"{prefix}_labels" not in arrays:
+            raise UserError(
+                f"{where}: array '{prefix}_labels' not found, which '{prefix}_images' needs; add it"
+            )
+    task, targets, notes = read_labels(
+        {f"{where}: {prefix}_labels": arrays[f"{prefix}_labels"] for prefix in prefixes.values()},
+        f"{where}: labels",
+        task=task or kind,
+        names=ExampleNames(in_config=True),
+    )
     read: Sequence[Column]
     if stream is not None:
-        files = [path / f"{PREFIXES[split]}_images.npy" for split in raw]
+        files = [path / f"{prefix}_images.npy" for prefix in prefixes.values()]
         read = [StoredRows(NpyReader(file), stream) for file in files]
     else:
-        read = _npz_images(
-            {f"{where}: {PREFIXES[s]}_images": x for s, (x, _) in raw.items()}, table=not known
+        read = images_of_arrays(
+            {f"{where}: {p}_images": arrays[f"{p}_images"] for p in prefixes.values()}
         )
     splits = {}
-    for (split, (x, _)), pixels in zip(raw.items(), read, strict=True):
-        images = f"{PREFIXES[split]}_images"
-        labels = f"{PREFIXES[split]}_labels"
-        splits[split] = Examples(pixels, targets[split])
-        check_examples(splits[split], task, where, names=ExampleNames(images, labels))
-        if splits[split].x.shape[1:] != splits["train"].x.shape[1:]:
+    gap = ""
+    for (split, prefix), x, y in zip(prefixes.items(), read, targets.values(), strict=True):
+        names = ExampleNames(f"{prefix}_images", f"{prefix}_labels")
+        splits[split] = Examples(x, y)
+        check_examples(splits[split], task, where, names=names, missing=True)
+        gap = gap or first_gap(x, f"{where}: {names.x}")
+        if x.shape[1:] != splits["train"].x.shape[1:]:
             raise UserError(
-                f"{where}: {images}: expected rows of shape {raw['train'][0].shape[1:]} as in "
-                f"train_images, got shape {x.shape}"
+                f"{where}: {names.x}: expected rows of shape {arrays['train_images'].shape[1:]} as "
+                f"in train_images, got shape {arrays[names.x].shape}"
             )
     train = splits["train"]
     if (patients := arrays.get(patient or PATIENT)) is not None:
         train = with_patients(train, patients, f"{where}: {patient or PATIENT}")
-    elif patient is not None:
-        raise UserError(
-            f"patient: array '{patient}' not found in {path}{suggest_or_list(patient, names)}"
-        )
     advice = "" if patients is not None else ", or move it to an array 'patient'"
     return Dataset(
         name,
@@ -122,7 +182,19 @@ def read_npz(
         splits.get("test"),
         about=f"local {'folder' if path.is_dir() else 'file'} {path.name}",
         notes=(*notes, *note_identifiers(train.x, (), advice)),
+        first_missing=gap,
     )
+
+
+def _image_spec(*, is_table: bool, required: bool = True) -> ArraySpec:
+    """Return the requirements of images, which may be a table if `is_table` is set."""
+    return ArraySpec(IMAGES + (TABLE if is_table else ()), required=required, gaps=2)
+
+
+def first_gap(x: Column, where: str) -> str:
+    """Return the location of the first missing value of a table, or an empty string."""
+    row = first_true(x.isnan().any(1)) if isinstance(x, Tensor) and x.ndim == 2 else None
+    return "" if row is None else f"{where}: row {row}: missing value"
 
 
 class NpyReader:
@@ -216,47 +288,59 @@ def read_images(path: Path) -> Tensor:
     Raises:
         UserError: If the file is missing or malformed.
     """
-    where = f"path: {path}"
-    arrays, names = read_npz_arrays(path, ["train_images"])
-    if not arrays:
-        raise _missing_images_error(where, names)
-    if arrays["train_images"].shape[:1] in ((), (0,)):
-        raise UserError(f"{where}: train_images: has no rows")
-    return _npz_images({f"{where}: train_images": arrays["train_images"]}, table=True)[0]
+    arrays = read_arrays(path, {"train_images": _image_spec(is_table=True)})
+    return images_of_arrays({f"path: {path}: train_images": arrays["train_images"]})[0]
 
 
-def _missing_images_error(where: str, names: Sequence[str]) -> UserError:
-    found = ", ".join(names) or "no arrays"
-    return UserError(f"{where}: array 'train_images' not found; the file has {found}")
+def has_images(path: Path) -> bool:
+    """Return whether a file is a readable `.npz` file in the MedMNIST layout."""
+    try:
+        return "train_images" in _read_archive(path, (), ())[1]
+    except UserError:
+        return False
 
 
-def read_npz_arrays(
-    path: Path, wanted: Collection[str], aligned: Sequence[tuple[str, str]] = ()
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Read selected arrays of a `.npz` file, if their headers announce valid sizes.
+def read_arrays(path: Path, specs: Mapping[str, ArraySpec]) -> dict[str, np.ndarray]:
+    """Read arrays of a `.npz` file, if their headers announce valid sizes, and check them.
 
     Args:
         path: File to read, or a folder of `.npy` files, which are memory-mapped.
-        wanted: Names of the arrays to read. Arrays that do not exist are skipped.
-        aligned: Pairs of these arrays that must have the same number of rows, if they exist.
+        specs: Requirements of the arrays to read, keyed by name.
 
     Returns:
-        The existing arrays, keyed by name, and the names of all arrays in the file.
+        The arrays that exist, keyed by name.
 
     Raises:
-        UserError: If the file is missing or damaged, numbers of rows differ, or the arrays do not
-            fit into the memory.
+        UserError: If the file is missing or damaged, an array is missing or malformed, numbers of
+            rows differ, or the arrays do not fit into the memory.
     """
     where = f"path: {path}"
+    aligned = [(spec.rows, name) for name, spec in specs.items() if spec.rows is not None]
     if path.is_dir():
         files = {file.stem: file for file in visible_files(path, "*.npy")}
-        found = {name: map_array(file) for name, file in files.items() if name in wanted}
-        return found, list(files)
+        arrays = {name: map_array(file) for name, file in files.items() if name in specs}
+        check_rows({name: array.shape for name, array in arrays.items()}, aligned, where)
+        names = list(files)
+    else:
+        arrays, names = _read_archive(path, specs, aligned)
+    for name, spec in specs.items():
+        if name in arrays:
+            spec.check(arrays[name], f"{where}: {name}")
+        elif spec.required:
+            found = ", ".join(names) or "no arrays"
+            raise UserError(f"{where}: array '{name}' not found; the file has {found}")
+    return arrays
+
+
+def _read_archive(
+    path: Path, wanted: Collection[str], aligned: Sequence[tuple[str, str]]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Return the wanted arrays of a `.npz` file, and the names of all arrays."""
     if not path.is_file():
         raise UserError(f"path: file '{path}' not found{suggest_file(path)}")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            check_headers(archive.zip, wanted, aligned, where)
+            check_headers(archive.zip, wanted, aligned, f"path: {path}")
             names = list(archive.files)
             return {name: archive[name] for name in names if name in wanted}, names
     except UserError:
@@ -264,14 +348,24 @@ def read_npz_arrays(
     except Exception as error:
         # zipfile, zlib and numpy raise many kinds of errors for a damaged file.
         raise UserError(
-            f"{where}: not a readable .npz file{_unreadable_reason(path, error)}"
+            f"path: {path}: not a readable .npz file{_unreadable_reason(path, error)}"
         ) from error
 
 
 def check_headers(
     archive: ZipFile, wanted: Collection[str], aligned: Sequence[tuple[str, str]], where: str
 ) -> None:
-    """Check the sizes of arrays that are to be read (see `read_npz_arrays`)."""
+    """Check the sizes of arrays that are to be read.
+
+    Args:
+        archive: The `.npz` file.
+        wanted: Names of the arrays to read.
+        aligned: Pairs of these arrays that must have the same number of rows, if they exist.
+        where: Name of the file, for error messages.
+
+    Raises:
+        UserError: If numbers of rows differ, or the arrays do not fit into the memory.
+    """
     shapes = {}
     size = 0
     for entry in archive.namelist():
@@ -280,13 +374,20 @@ def check_headers(
                 shapes[name], dtype = read_header(file)
             announced = math.prod(shapes[name]) * dtype.itemsize
             size += max(announced, archive.getinfo(entry).file_size)
+    check_rows(shapes, aligned, where)
+    check_memory(size, where)
+
+
+def check_rows(
+    shapes: Mapping[str, tuple[int, ...]], aligned: Sequence[tuple[str, str]], where: str
+) -> None:
+    """Check that arrays have the same number of rows (see `check_headers`)."""
     for first, second in aligned:
         rows, others = (shapes.get(name, ())[:1] for name in (first, second))
         if rows and others and rows != others:
             raise UserError(
                 f"{where}: {second}: expected {rows[0]} rows as in {first}, got {others[0]}"
             )
-    check_memory(size, where)
 
 
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -315,71 +416,31 @@ def _unreadable_reason(path: Path, error: Exception) -> str:
     return f" ({type(error).__name__}: {error})"
 
 
-def split_arrays(arrays: Mapping[str, Any], split: str, where: str) -> tuple[Any, np.ndarray]:
-    """Return the images of a split and its labels, `[N, L]`.
+def images_of_arrays(raw: Mapping[str, np.ndarray]) -> list[Tensor]:
+    """Return images `[N, C, H, W]`, integers or float32, or tables `[N, F]` as float32.
 
     Args:
-        arrays: Arrays of a file in the MedMNIST layout, keyed by name. Images may be any object
-            with a `shape`.
-        split: Prefix of the arrays of the split.
-        where: Place of the file, for error messages.
+        raw: Numbers `[N, H, W]`, `[N, H, W, C]`, `[N, C, H, W]` or `[N, F]`, keyed by the name that
+            error messages quote.
 
     Raises:
-        UserError: If there are no labels, or the labels are malformed.
+        UserError: If the value range or axis order of images is ambiguous.
     """
-    images = f"{split}_images"
-    labels = f"{split}_labels"
-    if labels not in arrays:
-        raise UserError(f"{where}: array '{labels}' not found, which '{images}' needs")
-    x = arrays[images]
-    y = arrays[labels]
-    if y.ndim not in (1, 2) or 0 in y.shape[1:]:
-        raise UserError(f"{where}: {labels}: expected shape (N,), (N, 1) or (N, L), got {y.shape}")
-    rows = x.shape[0] if x.shape else 0
-    if not x.shape or rows != len(y):
-        raise UserError(f"{where}: {labels}: expected {rows} rows as in {images}, got {len(y)}")
-    if y.dtype.kind not in "buif":
-        raise UserError(f"{where}: {labels}: expected numbers, got {y.dtype}")
-    if y.dtype.kind == "f" and not np.isfinite(y).all():
-        row = np.argwhere(~np.isfinite(y))[0][0]
-        raise UserError(f"{where}: {labels}: row {row}: NaN or infinite value")
-    return x, y[:, None] if y.ndim == 1 else y
-
-
-def npz_targets(
-    labels: Mapping[str, np.ndarray], where: str, task: Task | str | None
-) -> tuple[Task, dict[str, Tensor], tuple[str, ...]]:
-    """Return the task, the targets of each split, and notes (see `read_labels`)."""
-    places = {split: f"{where}: {PREFIXES[split]}_labels" for split in labels}
-    found, targets, notes = read_labels(
-        {places[split]: y for split, y in labels.items()},
-        f"{where}: labels",
-        task=task,
-        names=ExampleNames(in_config=True),
-    )
-    return found, {split: targets[place] for split, place in places.items()}, tuple(notes)
-
-
-def _npz_images(raw: Mapping[str, np.ndarray], table: bool) -> list[Tensor]:
-    """Return images `[N, C, H, W]`, integers or float32, or tables `[N, F]` if `table` is set."""
-    for where, x in raw.items():
-        if x.dtype.kind not in "buif":
-            raise UserError(f"{where}: expected images as integers or floats, got {x.dtype}")
     check_memory(sum(x.nbytes for x in raw.values()), next(iter(raw)))
     # A tensor must not share the memory of a file.
     numbers = {where: as_numbers(np.array(x), where) for where, x in raw.items()}
     numbers |= as_pixels({where: x for where, x in numbers.items() if x.ndim > 2})
-    read = {where: _to_images(x, where, table) for where, x in numbers.items()}
+    read = {where: _to_images(x, where) for where, x in numbers.items()}
     ranged, _ = in_range({where: x for where, x in read.items() if x.ndim == 4})
     return list((read | ranged).values())
 
 
-def _to_images(x: Tensor, where: str, table: bool) -> Tensor:
+def _to_images(x: Tensor, where: str) -> Tensor:
     shape = tuple(x.shape)
     if x.ndim == 3:
         x = x[:, None]
-    elif x.ndim == 4 and (shape[-1] <= MAX_CHANNELS or shape[1] in USUAL_CHANNELS):
-        x = channels_first(x, where, documented="last")
-    elif x.ndim != 2 or not table:
+    elif x.ndim == 4 and shape[-1] > MAX_CHANNELS and shape[1] not in USUAL_CHANNELS:
         raise UserError(f"{where}: expected shape (N, H, W) or (N, H, W, C), got {shape}")
+    elif x.ndim == 4:
+        x = channels_first(x, where, documented="last")
     return x.float() if x.is_floating_point() or x.ndim == 2 else x

@@ -12,9 +12,10 @@ from pandas.api import types
 from torch import Tensor
 
 from hetero_fl.config.data import ReadConfig, SeriesConfig, WindowsConfig
+from hetero_fl.core.task import Task
 from hetero_fl.data.checks import first_true
 from hetero_fl.data.dataset import Dataset, Examples, PatientTerm, index_names
-from hetero_fl.data.sources.npz_columns import class_task
+from hetero_fl.data.sources.npz_columns import check_classes
 from hetero_fl.data.sources.table_columns import (
     check_columns,
     parse_names,
@@ -90,9 +91,11 @@ def read_samples(
     if (windows.step or windows.length) < windows.length:
         examples.patient = window_runs
         examples.patient_term = RECORDINGS
+    task = Task("multiclass", len(classes), classes)
+    check_classes(task, path)
     return Dataset(
         "activity",
-        class_task(classes, path),
+        task,
         examples,
         about=f"{len(examples):,} windows of {path.name}, {windows.length} samples of "
         f"{len(columns)} channels",

@@ -73,7 +73,6 @@ MARKERS = frozenset(
 )
 """Markers of missing values in columns of numbers, in lower case, those of pandas included."""
 CATEGORICAL = "; for categories, list the values in data.categories"
-MARKS_ADVICE = "write numbers as 1234.5, or name the marks in data.read.decimal and thousands"
 OWNER_NAME = re.compile(
     r"(?i:patient|participant|subject|person|mrn)"
     r"(?:[ _.-]*(?i:id|no|nr|num|number|code|key|name|hash))?$"
@@ -151,7 +150,7 @@ def parse_numbers(
             return None
         if (row := first_true(text)) is not None:
             cell = str(column.iloc[row])
-            remedy = f"; {MARKS_ADVICE}" if re.search(r"\d[.,'’]\d", cell) else hint
+            remedy = number_hint(where) if re.search(r"\d[.,'’]\d", cell) else hint
             raise_cell_error(where, row, name, f"expected a number, got '{cell}'{remedy}")
         column = read
     gap = first_missing_value(column, where)
@@ -164,6 +163,13 @@ def parse_numbers(
     if (row := first_true(too_large & ~column.isna().to_numpy())) is not None:
         raise_cell_error(where, row, name, f"expected a finite number, got {values[row]}")
     return values
+
+
+def number_hint(where: str) -> str:
+    """Return the end of a message about a number with other marks, which a CSV file may have."""
+    is_csv = re.search(r"path: .*\.[ct]sv$", where, re.IGNORECASE) is not None
+    marks = ", or name the marks in data.read.decimal and thousands" if is_csv else ""
+    return f"; write numbers as 1234.5{marks}"
 
 
 def to_numbers(column: pd.Series) -> pd.Series:
@@ -186,7 +192,7 @@ def refuse_separators(column: pd.Series, where: str) -> None:
         return
     separated = text.str.contains(r"\d[.,'’]\d") & to_numbers(column).isna()
     if (row := first_true(separated.to_numpy(bool))) is not None:
-        problem = f"expected a number, got '{text.iloc[row]}'; {MARKS_ADVICE}"
+        problem = f"expected a number, got '{text.iloc[row]}'{number_hint(where)}"
         raise_cell_error(where, row, str(column.name), problem)
 
 

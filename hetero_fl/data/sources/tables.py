@@ -35,16 +35,14 @@ def table(config: SourceConfig, _root: Path) -> Dataset:
     )
 
 
-@register_source("bank_fraud")
-def bank_fraud(_config: SourceConfig, _root: Path) -> Dataset:
+@register_source("bank_fraud", default_path=EMBEDDED / "bank_fraud.npz")
+def bank_fraud(config: SourceConfig, _root: Path) -> Dataset:
     """Read 8,800 simulated training payments at six banks (groups), about 3% of which are fraud.
 
     The global validation and test sets have 500 payments of each bank.
     """
     task = Task("multiclass", 2, ("honest", "fraud"))
-    dataset = read_columns(EMBEDDED / "bank_fraud.npz", "bank_fraud", group="bank", task=task)
-    dataset.simulated = True
-    return dataset
+    return read_columns(Path(str(config.path)), "bank_fraud", group="bank", task=task)
 
 
 @register_source(
@@ -61,11 +59,6 @@ def activity(config: SourceConfig, _root: Path) -> Dataset:
     """
     path = Path(str(config.path)).expanduser()
     if path.suffix.lower() == ".npz":
-        if config.windows is not None:
-            raise UserError(
-                f"windows: cuts windows from a table of samples, but {path.name} contains windows; "
-                "remove it, or set path to a table"
-            )
         return read_columns(
             path,
             "activity",

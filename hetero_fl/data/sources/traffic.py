@@ -15,14 +15,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hetero_fl.config.data import WEEK, ReadConfig, SeriesConfig, SourceConfig
+from hetero_fl.config.data import WEEK, SeriesConfig, SourceConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples
+from hetero_fl.data.dataset import (
+    Dataset,
+    Examples,
+    concatenate_examples,
+    index_names,
+    owner_list,
+)
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.files import EMBEDDED
-from hetero_fl.data.sources.npz_files import read_npz_arrays
+from hetero_fl.data.sources.npz_files import DATES, NAMES, ArraySpec, read_arrays
 from hetero_fl.utils.errors import UserError, check_names
-from hetero_fl.utils.ordering import natural_order
 
 HOUR = 3600
 """Seconds per hour."""
@@ -292,56 +297,28 @@ def traffic(config: SourceConfig, _root: Path) -> Dataset:
     columns. The simulated file has four junctions (groups), and a fifth one for a proxy set, which
     is only used if `series.sites` names it.
     """
-    series = config.series or SeriesConfig()
     path = Path(str(config.path)).expanduser()
-    if path.suffix.lower() != ".npz":
-        return read_traffic(path, series, config.label, config.group, config.read)
-    sites = read_series(path, series, config.label or "Vehicles", config.group or "Junction")
+    series = config.series or SeriesConfig()
+    label = config.label or "Vehicles"
+    group = config.group or "Junction"
+    if path.suffix.lower() == ".npz":
+        sites = read_series(path, series, label, group, needs_group=config.group is not None)
+    else:
+        # Imported here because loading pandas is slow.
+        from hetero_fl.data.sources.recordings import read_sites
+        from hetero_fl.data.sources.table_files import read_frame
+
+        frame = read_frame(path, (group,), read=config.read)
+        is_named = config.group is not None or group in frame.columns
+        sites = read_sites(frame, path, series, label, group if is_named else None)
     if path == TRAFFIC and series.sites is None:
         sites = [site for site in sites if site.name != PUBLIC]
-    return _describe_windows(sites, path, series, config.label)
-
-
-def read_traffic(
-    path: Path,
-    series: SeriesConfig,
-    label: str | None,
-    group: str | None,
-    read: ReadConfig | None = None,
-) -> Dataset:
-    """Read the hourly series of a file as windows.
-
-    Args:
-        path: File to read.
-        series: Series settings.
-        label: Column of the values. If None, `Vehicles`.
-        group: Column of the sites. If None, `Junction` if the file has this column.
-        read: Separators and decimal mark of a CSV or TSV file. If None, a decimal point and
-            the separator of the header.
-
-    Raises:
-        UserError: If the file cannot be read, or `read_sites` or `make_windows` fails.
-    """
-    # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.recordings import read_sites
-    from hetero_fl.data.sources.table_files import read_frame
-
-    frame = read_frame(path, (group or "Junction",), read=read)
-    group = group or ("Junction" if "Junction" in frame.columns else None)
-    sites = read_sites(frame, path, series, label or "Vehicles", group)
-    return _describe_windows(sites, path, series, label)
-
-
-def _describe_windows(
-    sites: Sequence[HourlySeries], path: Path, series: SeriesConfig, label: str | None
-) -> Dataset:
-    """Return the windows of the sites of a file (see `make_windows`)."""
     try:
         return make_windows(
             sites,
             series,
             name="traffic",
-            unit=(label or "Vehicles").lower(),
+            unit=label.lower(),
             about=f"{path.name}, hour by hour",
             lanes=series.lanes,
             weather=series.weather,
@@ -350,60 +327,56 @@ def _describe_windows(
         raise UserError(f"path: {path}: {error}") from None
 
 
-def read_series(path: Path, config: SeriesConfig, label: str, group: str) -> list[HourlySeries]:
+def read_series(
+    path: Path, config: SeriesConfig, label: str, group: str, *, needs_group: bool = False
+) -> list[HourlySeries]:
     """Read the hourly series of the sites of a `.npz` file, in the natural order of their names.
 
     Args:
         path: File to read. It has an array for each column, with an entry for each hour and site.
         config: Series settings. `config.time` is an array of dates (`datetime64`).
         label: Array of the values.
-        group: Array of the sites.
+        group: Array of the sites. If it does not exist, all hours belong to one site.
+        needs_group: Whether the array of the sites must exist.
 
     Raises:
         UserError: If an array is missing or malformed, or an hour of a site is missing.
     """
     where = f"path: {path}"
-    required = [config.time, label, group]
-    extra = [*config.lanes, *config.weather]
     default = SeriesConfig()
     # The default columns of lanes and weather are optional.
-    for key in ("lanes", "weather"):
-        if getattr(config, key) != getattr(default, key):
-            required += getattr(config, key)
-    pairs = [(config.time, other) for other in (label, group, *extra)]
-    arrays, names = read_npz_arrays(path, (*required, *extra), pairs)
-    check_names(required, names, f"{where}: array", " not found")
-    for name in (label, *extra):
-        if name in arrays and arrays[name].dtype.kind not in "iuf":
-            raise UserError(f"{where}: {name}: expected numbers, got {arrays[name].dtype}")
-    if arrays[config.time].dtype.kind != "M":
-        raise UserError(
-            f"{where}: {config.time}: expected datetime64, got {arrays[config.time].dtype}"
-        )
+    required = {
+        label: True,
+        **dict.fromkeys(config.lanes, config.lanes != default.lanes),
+        **dict.fromkeys(config.weather, config.weather != default.weather),
+    }
+    specs = {
+        config.time: ArraySpec(("N",), DATES),
+        group: ArraySpec(("N",), NAMES, config.time, required=needs_group),
+    }
+    for name, is_required in required.items():
+        specs[name] = ArraySpec(("N",), rows=config.time, required=is_required, gaps=1)
+    arrays = read_arrays(path, specs)
     hours = arrays[config.time].astype("datetime64[h]").astype(np.int64)
-    owners = arrays[group].astype(str)
-    known = natural_order(set(owners.tolist()))
+    owners = arrays.get(group, np.full(len(hours), path.stem))
+    site_of, known = index_names(owner_list(owners, len(hours), f"{where}: {group}"))
     check_names(config.sites or (), known, "series.sites: site", f" not found in {path}")
     missing = np.full(len(hours), np.nan)
     series = []
     for site in (name for name in known if config.sites is None or name in config.sites):
-        rows = np.flatnonzero(owners == site)
+        rows = np.flatnonzero(site_of.numpy() == known.index(site))
         if (np.diff(hours[rows]) != 1).any():
             raise UserError(
-                f"{where}: {config.time}: expected one entry per hour of site '{site}', in order"
+                f"{where}: {config.time}: expected one entry per hour of site '{site}', in order; "
+                "sort the hours and add missing ones"
             )
         value, lanes, weather = (
-            np.array([arrays.get(name, missing)[rows] for name in columns], np.float64)
-            for columns in ((label,), config.lanes, config.weather)
+            np.array([arrays.get(name, missing)[rows] for name in names], np.float64)
+            for names in ((label,), config.lanes, config.weather)
         )
+        start = int(hours[rows[0]])
         shape = (-1, len(rows))
         series.append(
-            HourlySeries(
-                site,
-                int(hours[rows[0]]),
-                value[0],
-                lanes.reshape(shape).T,
-                weather.reshape(shape).T,
-            )
+            HourlySeries(site, start, value[0], lanes.reshape(shape).T, weather.reshape(shape).T)
         )
     return series

@@ -462,11 +462,19 @@ def test_file_of_frames_is_divided_by_vehicle_and_time(tmp_path: Path) -> None:
 
 BROKEN_FILES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"speed": np.zeros(3)}, {}, "path: FILE: speed: expected 86 rows as in frame, got 3"),
-    ({"frame": np.zeros((86, 8, 12))}, {}, "path: FILE: frame: unexpected shape (86, 8, 12)"),
-    ({"position": np.zeros((86, 3))}, {}, "path: FILE: position: unexpected shape (86, 3)"),
+    (
+        {"frame": np.zeros((86, 8, 12))},
+        {},
+        "path: FILE: frame: expected shape (N, 3, H, W) or (N, H, W, 3), got",
+    ),
+    (
+        {"position": np.zeros((86, 3))},
+        {},
+        "path: FILE: position: expected shape (N, 2), got (86, 3)",
+    ),
     ({"split": np.full(86, "trian")}, {}, "path: FILE: split: unknown value 'trian'; did you mean"),
     ({}, {"height": 16}, "driving.height: the frames of drives.npz have 12x8 pixels, got 16; rem"),
-    ({}, {"step": 2}, "driving.step: applies to folders, not to .npz files"),
+    ({}, {"step": 2}, "driving.step: does not apply to .npz files such as drives.npz; remove"),
 ]
 
 

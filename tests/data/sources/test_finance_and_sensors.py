@@ -100,7 +100,7 @@ def test_npz_with_splits_has_global_sets(tmp_path: Path) -> None:
     assert found.test is not None and found.test.x.tolist() == [[1]] and found.test.group is None
     assert found.test.labels.tolist() == [1] and not found.simulated
     refused = refusal(read_source, "activity", path, windows=WindowsConfig(length=2))
-    assert "data.windows: cuts windows from a table of samples, but w.npz" in refused
+    assert "data.windows: does not apply to .npz files such as w.npz; remove it" in refused
 
 
 def test_invalid_recordings_raise_one_line(samples: Path, tmp_path: Path) -> None:
@@ -151,10 +151,7 @@ def test_invalid_recordings_raise_one_line(samples: Path, tmp_path: Path) -> Non
         ({"x": np.zeros((3, 4, 2))}, "array 'y' not found"),
         (
             {"x": np.zeros(3), "y": [0, 1, 0]},
-            (
-                "x: expected numbers of shape (rows, samples, channels) or (rows, columns), got "
-                "float64 of shape (3,)"
-            ),
+            ("x: expected shape (N, T, F) or (N, F), got (3,)"),
         ),
         (
             {"x": np.zeros((3, 4, 2)), "y": [0, 1]},
@@ -178,7 +175,7 @@ def test_invalid_recordings_raise_one_line(samples: Path, tmp_path: Path) -> Non
         ),
         (
             {"x": np.zeros((2, 4, 2)), "y": [0, 1], "split": [["train", "test"]] * 2},
-            "split: expected shape (2,), one entry per row of x, got (2, 2)",
+            "split: expected shape (N,), got (2, 2)",
         ),
     ):
         np.savez(tmp_path / "bad.npz", **arrays)

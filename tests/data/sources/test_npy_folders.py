@@ -104,7 +104,7 @@ def test_rows_are_read_in_any_order(tmp_path: Path) -> None:
         ({"train_labels": np.full(30, np.nan)}, "train_labels: row 0: NaN or infinite value"),
         (
             {"train_images": np.zeros((0, 8, 8), np.uint8), "train_labels": np.zeros(0, int)},
-            "train_labels: has no rows",
+            "train_images: has no rows",
         ),
     ),
 )

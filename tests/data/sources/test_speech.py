@@ -402,8 +402,7 @@ def test_features_are_read_from_a_file(tmp_path: Path) -> None:
     assert found.train.x.dtype == torch.float32 and found.train.x.tolist() == x.tolist()
     assert found.task.names == ("no", "up") and found.train.group_names == ("a", "b")
     check_refused(
-        r"data\.speech\.bands: applies to folders, not to \.npz files such as the simulated data; "
-        "remove it, or set path to a folder",
+        r"data\.speech\.bands: does not apply to \.npz files such as features\.npz; remove it",
         load,
         path,
         bands=20,

@@ -100,14 +100,22 @@ def test_arrays_are_read_like_a_table(tmp_path: Path) -> None:
         other = columns_of(expected.splits()[name])
         for column, values in columns_of(part).items():
             assert torch.equal(values.nan_to_num(), other[column].nan_to_num()), column
-    one = load(path, sites=("2",), **keys)
+    one = load(write(), sites=("2",), **keys)
     assert one.train.group_names == ("2",)
     for changes, more, words in (
         ({"Vehicles": arrays["Junction"]}, {}, "Vehicles: expected numbers, got <U1"),
         ({"when": np.arange(800)}, {}, "when: expected datetime64, got int64"),
-        ({"when": frame["when"].to_numpy()[::-1]}, {}, "expected one entry per hour of site '1'"),
+        (
+            {"when": frame["when"].to_numpy()[::-1]},
+            {},
+            "when: expected one entry per hour of site '1', in order; sort the hours and add mis",
+        ),
+        ({"lane_1": np.ones((800, 2))}, {}, "lane_1: expected shape (N,), got (800, 2)"),
+        ({"when": frame["when"].to_numpy()[:9]}, {}, "expected 9 rows as in when, got 800"),
+        ({}, {"format": "%d/%m/%Y"}, "data.series.format: does not apply to .npz files"),
+        ({}, {"gaps": "skip"}, "data.series.gaps: does not apply to .npz files such as t.npz; re"),
         ({}, {"time": "hour"}, "array 'hour' not found"),
-        ({}, {"lanes": ("left",)}, "array 'left' not found"),
+        ({}, {"lanes": ("left",)}, "array 'left' not found; the file has"),
         ({}, {"sites": ("3",)}, "data.series.sites: site '3' not found in"),
     ):
         assert words in refusal(load, write(**changes), **{**keys, **more})

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hetero_fl.config.data import DrivingConfig, SourceConfig
+from hetero_fl.core.images import to_floats
 from hetero_fl.core.stored_rows import require_tensor
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import (
@@ -20,7 +22,6 @@ from hetero_fl.data.dataset import (
     Examples,
     PatientTerm,
     concatenate_examples,
-    index_names,
 )
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.driving.drive_files import (
@@ -29,8 +30,8 @@ from hetero_fl.data.sources.driving.drive_files import (
     read_frames,
 )
 from hetero_fl.data.sources.files import EMBEDDED, check_folder
-from hetero_fl.data.sources.npz_columns import refuse_folder_keys, split_rows
-from hetero_fl.data.sources.npz_files import read_npz_arrays
+from hetero_fl.data.sources.npz_columns import split_examples
+from hetero_fl.data.sources.npz_files import NAMES, ArraySpec, images_of_arrays, read_arrays
 from hetero_fl.utils.errors import UserError, check_names
 from hetero_fl.utils.ordering import natural_order
 
@@ -45,8 +46,15 @@ DRIVING = EMBEDDED / "driving.npz"
 """Simulated drives."""
 SPLITS = ("train", "validation", "test", "public")
 """Values of the array `split` of a `.npz` file."""
-FILE_KEYS = ("height", "width", "validation", "test", "gap", "scale")
-"""Settings that also apply to a `.npz` file."""
+ARRAYS = {
+    "frame": ArraySpec(("N 3 H W", "N H W 3")),
+    "speed": ArraySpec(("N",), rows="frame", gaps=1),
+    "position": ArraySpec(("N 2",), rows="frame", gaps=2),
+    "angle": ArraySpec(("N",), rows="frame"),
+    "vehicle": ArraySpec(("N",), NAMES, "frame"),
+    "split": ArraySpec(("N",), NAMES, "frame"),
+}
+"""Arrays of a `.npz` file."""
 
 
 @register_source(
@@ -65,9 +73,7 @@ def driving(config: SourceConfig, _root: Path) -> Dataset:
     settings = config.driving or DrivingConfig()
     if path.suffix.lower() != ".npz":
         return read_driving_folder(path, settings)
-    refuse_folder_keys("driving", settings, FILE_KEYS)
     parts, frame = read_drives(path, settings)
-    _check_frame_size(settings, frame, path, "set path to a folder")
     names = parts["train"].group_names
     group = parts["train"].group
     assert group is not None
@@ -88,43 +94,33 @@ def driving(config: SourceConfig, _root: Path) -> Dataset:
     )
 
 
-@register_source("driving_public", keys=("driving",))
+@register_source("driving_public", keys=("driving",), default_path=DRIVING)
 def driving_public(config: SourceConfig, _root: Path) -> Dataset:
-    """Read simulated frames of other vehicles on other roads, without speeds and positions.
-
-    Settings of folders describe the drives of the main data set, and do not apply.
-    """
+    """Read simulated frames of other vehicles on other roads, without speeds and positions."""
     settings = config.driving or DrivingConfig()
-    parts, frame = read_drives(DRIVING, settings)
-    _check_frame_size(settings, frame, DRIVING, "set name=driving and path to public drives")
+    advice = "set name=driving and path to public drives"
+    parts, frame = read_drives(Path(str(config.path)), settings, advice)
     rows = parts["public"]
     rows.x = require_tensor(rows.x, "a public set")[:, : frame.size]
     about = f"{len(rows):,} public frames"
-    return Dataset("driving_public", TASK, rows, simulated=True, about=about, blocks=(frame,))
+    return Dataset("driving_public", TASK, rows, about=about, blocks=(frame,))
 
 
-def _check_frame_size(settings: DrivingConfig, frame: Block, path: Path, advice: str) -> None:
-    """Raise UserError if the size of frames is neither that of a file nor the default."""
-    _, height, width = frame.shape
-    for key, size in (("height", height), ("width", width)):
-        if getattr(settings, key) not in (size, DrivingConfig.model_fields[key].default):
-            raise UserError(
-                f"driving.{key}: the frames of {path.name} have {width}x{height} pixels, got "
-                f"{getattr(settings, key)}; remove it, or {advice}"
-            )
-
-
-def read_drives(path: Path, settings: DrivingConfig) -> tuple[dict[str, Examples], Block]:
+def read_drives(
+    path: Path, settings: DrivingConfig, advice: str = "set path to a folder"
+) -> tuple[dict[str, Examples], Block]:
     """Read the drives of a `.npz` file.
 
-    The file has the arrays `frame`, uint8 `[N, 3, H, W]`, `speed` `[N]` in m/s, `position`
-    `[N, 2]`, latitude and longitude in degrees, `angle` `[N]` of the front wheels in degrees,
-    positive to the left, `vehicle` `[N]` and `split` `[N]`, with the values of `SPLITS`. The frames
-    of a vehicle are in the order of time.
+    The file has the arrays `frame`, uint8 or floats from 0 to 1 `[N, 3, H, W]` or `[N, H, W, 3]`,
+    `speed` `[N]` in m/s, `position` `[N, 2]`, latitude and longitude in degrees, `angle` `[N]` of
+    the front wheels in degrees, positive to the left, `vehicle` `[N]` and `split` `[N]`, with the
+    values of `SPLITS`. The frames of a vehicle are in the order of time. NaN stands for a speed or
+    position that was not recorded.
 
     Args:
         path: File to read.
         settings: Driving settings.
+        advice: What to do for frames of another size.
 
     Returns:
         The rows of each split, of which those for training have groups, and the block of a frame.
@@ -133,23 +129,24 @@ def read_drives(path: Path, settings: DrivingConfig) -> tuple[dict[str, Examples
         UserError: If the file is malformed.
     """
     where = f"path: {path}"
-    required = ("frame", "speed", "position", "angle", "vehicle", "split")
-    arrays, names = read_npz_arrays(path, required, [("frame", name) for name in required])
-    check_names(required, names, f"{where}: array", " not found")
-    frame, angle = arrays["frame"], arrays["angle"]
-    expected = {"frame": (*frame.shape[:1], 3, *frame.shape[2:4]), "position": (len(angle), 2)}
-    for name in required:
-        if arrays[name].shape != expected.get(name, (len(angle),)):
-            raise UserError(f"{where}: {name}: unexpected shape {arrays[name].shape}")
+    arrays = read_arrays(path, ARRAYS)
+    frames = images_of_arrays({f"{where}: frame": arrays["frame"]})[0]
+    if frames.dtype == torch.int32:
+        raise UserError(
+            f"{where}: frame: expected uint8 or floats from 0 to 1, got {arrays['frame'].dtype}; "
+            "divide the pixels by their largest possible value"
+        )
+    height, width = frames.shape[2:]
+    for key, size in (("height", height), ("width", width)):
+        if getattr(settings, key) not in (size, DrivingConfig.model_fields[key].default):
+            raise UserError(
+                f"driving.{key}: the frames of {path.name} have {width}x{height} pixels, got "
+                f"{getattr(settings, key)}; remove it, or {advice}"
+            )
     state = np.column_stack([arrays["speed"], arrays["position"]])
-    rows = _rows(frame, state, angle, settings)
-    parts = {
-        split: rows.select_rows(index)
-        for split, index in split_rows(arrays["split"], SPLITS, where).items()
-    }
-    vehicles = arrays["vehicle"][arrays["split"] == "train"]
-    parts["train"].group, parts["train"].group_names = index_names(vehicles.tolist())
-    return parts, Block("frame", tuple(frame.shape[1:]))
+    rows = _rows(frames, state, arrays["angle"], settings)
+    parts = split_examples(rows, arrays, SPLITS, "vehicle", where)
+    return parts, Block("frame", tuple(frames.shape[1:]))
 
 
 def read_driving_folder(path: Path, settings: DrivingConfig) -> Dataset:
@@ -217,21 +214,22 @@ def _read(folder: Path, settings: DrivingConfig) -> Examples:
     frames = read_drive(folder, settings)
     pixels = read_frames([folder / frame.name for frame in frames], settings)
     angles = np.array([frame.angle for frame in frames])
-    return _rows(pixels, np.array([frame.state for frame in frames]), angles, settings)
+    state = np.array([frame.state for frame in frames])
+    return _rows(torch.from_numpy(pixels), state, angles, settings)
 
 
 def _rows(
-    pixels: np.ndarray, state: np.ndarray, angles: np.ndarray, settings: DrivingConfig
+    pixels: Tensor, state: np.ndarray, angles: np.ndarray, settings: DrivingConfig
 ) -> Examples:
     """Return rows of three blocks, with the angles in units of `settings.scale`.
 
     Args:
-        pixels: Frames, uint8 `[N, 3, H, W]`.
+        pixels: Frames, uint8 or floats from 0 to 1 `[N, 3, H, W]`.
         state: Speed, latitude and longitude, `[N, 3]`.
         angles: Steering angles in degrees, `[N]`.
         settings: Driving settings.
     """
-    frames = torch.from_numpy(pixels).flatten(1).float() / 255
+    frames = to_floats(pixels, None).flatten(1)
     y = torch.from_numpy(angles / settings.scale).float()[:, None]
     return Examples(
         torch.cat([frames, torch.from_numpy(state).float()], 1),

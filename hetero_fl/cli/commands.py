@@ -285,6 +285,9 @@ APP = OrderedGroup(
 REMOVED_COMMANDS = {"watch": "output.loggers=[tensorboard] and tensorboard --logdir runs"}
 """What to use instead of each command of earlier versions."""
 
+REMOVED_OPTIONS = {"audit --batch": "--images (each training step has one image)"}
+"""What to use instead of each option of earlier versions, keyed by command and option."""
+
 for _command in APP.commands.values():
     _command.short_help = (_command.help or "").split("\n\n")[0]
     _own = {parameter.name for parameter in _command.params}
@@ -311,6 +314,9 @@ def parse_command(prog: str, name: str | None, arguments: list[str]) -> Context:
     try:
         return command.make_context(prog, [*arguments, *(["--help"] if name is None else [])])
     except NoSuchOption as error:
+        option = f"{name} {error.option_name}"
+        if option in REMOVED_OPTIONS:
+            raise UserError(f"{option} was removed; use {REMOVED_OPTIONS[option]}") from None
         options = [option for parameter in command.params for option in parameter.opts]
         hint = suggest_similar(error.option_name, [o for o in options if o.startswith("--")])
         if not hint and {"config", "overrides"} <= {parameter.name for parameter in command.params}:

@@ -53,9 +53,8 @@ if TYPE_CHECKING:
 @click.option(
     "--images",
     default=3,
-    help="Number of training steps to invert per client. Each step has --batch images.",
+    help="Number of training steps to invert per client, each on one image.",
 )
-@click.option("--batch", default=1, help="Batch size of each inverted training step, 1 to 4.")
 @click.option("--seed", default=0, help="Random seed of the audit.")
 @click.option(
     "--out",
@@ -72,7 +71,6 @@ def audit(
     attack: Literal["membership", "inversion", "both"],
     shadows: int,
     images: int,
-    batch: int,
     seed: int,
     out: Path | None,
     allow_code: bool,
@@ -86,12 +84,7 @@ def audit(
     from rich.table import Table
 
     from hetero_fl import experiment
-    from hetero_fl.experiment.auditing.report import (
-        INVERSION,
-        MEMBERSHIP,
-        inversion_rows,
-        membership_rows,
-    )
+    from hetero_fl.experiment.auditing.report import audit_tables
     from hetero_fl.reporting.terminal import Terminal
 
     folder = out or run / "audit"
@@ -102,21 +95,16 @@ def audit(
         attack=attack,
         shadows=shadows,
         images=images,
-        batch=batch,
         seed=seed,
         out=folder,
         log=log,
         allow_code=code_permission(allow_code),
     )
-    for title, columns, rows in (
-        ("membership inference", MEMBERSHIP, membership_rows(content)),
-        ("gradient inversion", INVERSION, inversion_rows(content)),
-    ):
-        if rows:
-            table = Table(*columns, title=title)
-            for row in rows:
-                table.add_row(*row)
-            Terminal().print(table)
+    for title, (columns, *rows) in audit_tables(content).items():
+        table = Table(*columns, title=title)
+        for row in rows:
+            table.add_row(*row)
+        Terminal().print(table)
     for note in content["notes"]:
         log(note)
     log(f"report: {folder / 'audit.html'}")

@@ -607,8 +607,8 @@ def test_exported_models_score_text_columns(finished: hfl.Run, tmp_path: Path) -
         record["categories"] == {"ward": ["A", "B", "C"]}
         and "NAME=VALUE is 1 where" in record["meaning"]
     )
-    given = score._read_csv(tmp_path / "new.csv", [record])["row"]
+    given = score.read_table(tmp_path / "new.csv", record)
     assert given.tolist() == [[0.5, 0, 1, 0], [-0.5, 0, 0, 0], [0, 0, 0, 0]]
     (tmp_path / "new.csv").write_text("crp\n0.5\n")
-    with pytest.raises(score.ScoringError, match="column 'ward' not found"):
-        score._read_csv(tmp_path / "new.csv", [record])
+    with pytest.raises(ValueError, match="column 'ward' not found"):
+        score.read_table(tmp_path / "new.csv", record)

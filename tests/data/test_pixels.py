@@ -16,7 +16,7 @@ from hetero_fl.config.data import DataConfig
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data.federated_data import PublicPack
 from hetero_fl.experiment.exporting.graph import inputs_of
-from hetero_fl.experiment.exporting.score import ScoringError, to_input
+from hetero_fl.experiment.exporting.score import to_input
 from tests.support.cases import each_case
 from tests.support.mistakes import check_refused
 from tests.support.python_federations import QUIET
@@ -112,8 +112,8 @@ def test_masks_beside_bytes_are_refused_everywhere() -> None:
 
     for use in uses:
         check_refused("from 0 to 255 as in training, got 0 and 1 only", use)
-    with pytest.raises(ScoringError, match="from 0 to 255, or floats from 0 to 1, got booleans"):
-        to_input(masks, spec.record(), "x")
+    with pytest.raises(ValueError, match="from 0 to 255, or floats from 0 to 1, got bool"):
+        to_input(masks, spec.record())
     black = np.zeros_like(photos)
     federation(photos, test=black).prepare(hfl.FedAvg())
     hfl.evaluate(run, (black, Y))
@@ -215,7 +215,7 @@ def test_range_is_saved_with_the_model(tmp_path: Path) -> None:
     assert np.allclose(predict(TWELVE), predict(scaled), atol=1e-6)
     assert np.allclose(predict(TWELVE // 64), predict((TWELVE // 64 / 4095)[:, None]), atol=1e-6)
     (spec,) = inputs_of(saved.load_models(name)[name])
-    assert np.allclose(to_input(TWELVE, spec.record(), "x"), scaled)
+    assert np.allclose(to_input(TWELVE, spec.record()), scaled)
     as_integers, as_floats = (
         hfl.evaluate(run, (x, Y), client=name, log=print)[name] for x in (TWELVE, scaled)
     )

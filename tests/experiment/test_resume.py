@@ -24,7 +24,7 @@ from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.support.federations import config
 
 WORK = (
-    "experiment.auditing.audit._membership",
+    "experiment.auditing.audit.attack_membership",
     "experiment.evaluation.score",
     "experiment.exporting.export._export_model",
     "experiment.onboarding.joining_clients.JoiningClients.run_transfer",

@@ -102,10 +102,8 @@ def test_training_settings_that_have_an_effect_are_shown(
     assert format_training({**common, **settings}, kind) == f"lr 0.1, epochs 2{text}"
 
 
-@each_case("attack", ["membership", "inversion"])
+@each_case("attack", ["membership inference", "gradient inversion"])
 def test_audit_page_names_only_the_attacks_made(attack: str) -> None:
-    tables: dict[str, list[list[str]]] = {"membership": [], "inversion": []}
-    tables[attack] = [["site_1", "loss", "", "", "", ""]]
     page = render(
         "audit.html",
         title="Audit",
@@ -116,8 +114,9 @@ def test_audit_page_names_only_the_attacks_made(attack: str) -> None:
         notes=[],
         time="1 s",
         picture={"data": "", "width": 1},
-        **tables,
+        tables={attack: [("client", "attack"), ("site_1", "loss")]},
     )
 
-    assert ("which rows they were trained on" in page) == (attack == "membership")
-    assert ("can be reconstructed from a client" in page) == (attack == "inversion")
+    assert ("which rows they were trained on" in page) == (attack == "membership inference")
+    assert ("can be reconstructed from a client" in page) == (attack == "gradient inversion")
+    assert ">Client</th>" in page

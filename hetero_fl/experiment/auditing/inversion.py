@@ -2,7 +2,7 @@
 
 The label is computed from the gradient of the head (iDLG, Zhao et al. 2020). If the first layer is
 fully connected, its input is computed exactly (Phong et al. 2018; Geiping et al. 2020, proposition
-3.1). Otherwise, images are optimized until the direction of their gradient matches the direction of
+3.1). Otherwise, an image is optimized until the direction of its gradient matches the direction of
 the observed gradient (Geiping et al. 2020, equation 4).
 """
 
@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
 from typing import Any, cast
 
 import torch
@@ -22,16 +20,18 @@ from torch import Tensor, nn
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import upload_part
+from hetero_fl.config import Config
 from hetero_fl.config.base import OptimizerConfig
-from hetero_fl.core.model_spec import ModelSpec, Tensors
+from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import Batch, Context, ModelView, ModelViews, Objective
 from hetero_fl.core.participant import Participant, copy_tensors
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Fit, Plan, Rows, Step
 from hetero_fl.core.stored_rows import read_all, require_tensor, targets
-from hetero_fl.data import Preprocess
+from hetero_fl.core.task import Task
+from hetero_fl.data import Dataset, Preprocess
 from hetero_fl.data.federated_data import unprocessed_rows
-from hetero_fl.experiment.preparation import PreparedRun
+from hetero_fl.experiment.preparation import PreparedRun, prepare
 from hetero_fl.utils.errors import ArgumentError
 from hetero_fl.utils.seeding import Key, keyed_generator
 from model_zoo import SplitModel
@@ -45,30 +45,15 @@ RATE = 0.1
 SMOOTH = (0.01, 0.05, 0.2)
 # Cosine distance below which no further random initialization is tried.
 ENOUGH = 1e-3
+# Configuration sections that change what an upload reveals.
+PROTECTIONS = ("channel", "privacy")
 Protect = Callable[[Tensors], Tensors]
 """Type of functions that modify an update: the sent minus the received tensors, keyed by name."""
-Log = Callable[[str], None]
-
-
-def image_similarity(found: Tensor, true: Tensor) -> dict[str, float]:
-    """Compare reconstructed images with the original images.
-
-    Args:
-        found: Reconstructed images in [0, 1], `[B, C, H, W]`.
-        true: Original images in [0, 1], `[B, C, H, W]`.
-
-    Returns:
-        The mean PSNR in dB under `psnr`, and the mean SSIM under `ssim`.
-    """
-    pairs = list(zip(found, true, strict=True))
-    return {
-        "psnr": sum(psnr(a, b) for a, b in pairs) / len(pairs),
-        "ssim": sum(ssim(a, b) for a, b in pairs) / len(pairs),
-    }
+Json = dict[str, Any]
 
 
 def psnr(found: Tensor, true: Tensor) -> float:
-    """Compute the peak signal-to-noise ratio of images in [0, 1], in dB and limited to 100 dB."""
+    """Compute the peak signal-to-noise ratio of an image in [0, 1], in dB and limited to 100 dB."""
     return float(-10 * (found - true).square().mean().clamp(min=1e-10).log10())
 
 
@@ -101,74 +86,77 @@ def ssim(found: Tensor, true: Tensor, window: int = 7) -> float:
     return float((same / total).mean())
 
 
-def match_order(found: Tensor, true: Tensor) -> Tensor:
-    """Reorder reconstructed images to match the original images.
-
-    Reconstruction cannot determine the order of images, because the gradient of a batch does not
-    depend on the order of its examples.
-
-    Args:
-        found: Reconstructed images, `[B, C, H, W]`.
-        true: Original images, `[B, C, H, W]`.
-
-    Returns:
-        The reconstructed images in the order with the smallest squared error, `[B, C, H, W]`.
-    """
-    cost = (found[:, None] - true[None]).square().flatten(2).mean(2)
-    orders = permutations(range(len(true)))
-    best = min(orders, key=lambda order: float(sum(cost[i, j] for j, i in enumerate(order))))
-    return found[list(best)]
-
-
 @dataclass(frozen=True)
 class ObservedUpload:
     """The information about one training step of a client that an attacker at the server has.
 
     Attributes:
-        arch: Architecture of the client's model.
-        model: Tensors of the model before the step, keyed by name. Tensors that are not in the
-            broadcast have their initial values.
+        module: The model before the step, without dropout, because the attacker does not know which
+            units were dropped. Tensors that are not in the broadcast have their initial values.
         gradient: Gradient of the loss with respect to the uploaded parameters, keyed by name.
         objective: The client's loss, which the attacker is assumed to know.
         context: Tensors that the loss uses in addition to the batch, keyed by name.
     """
 
-    arch: ModelSpec
-    model: Tensors
+    module: SplitModel
     gradient: Tensors
     objective: Objective
     context: Context
 
+    def distance(self, x: Tensor, y: Tensor, create_graph: bool = False) -> Tensor:
+        """Return the cosine distance between the gradient of an example and the observed gradient.
+
+        Args:
+            x: Input of the model, `[1, ...]`.
+            y: Label, `[1]` or `[1, outputs]`.
+            create_graph: Whether the result must be differentiable with respect to the input.
+
+        Returns:
+            1 minus the cosine similarity, as a scalar tensor.
+        """
+        models = ModelViews({MODEL: ModelView.from_module(self.module)})
+        parameters = dict(self.module.named_parameters())
+        gradients = torch.autograd.grad(
+            self.objective.total_loss(models, Batch(x=x, y=y), self.context),
+            [parameters[name] for name in self.gradient],
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        found = torch.cat([gradient.flatten() for gradient in gradients])
+        observed = torch.cat([gradient.flatten() for gradient in self.gradient.values()])
+        return 1 - F.cosine_similarity(found, observed, dim=0, eps=1e-12)
+
 
 class SingleStepMethod:
-    """Wrapper that limits the local training of a method to one step of SGD on fixed rows.
+    """Wrapper that limits the local training of a method to one step of SGD on one row.
 
     All attributes except `train` are delegated to the wrapped method.
 
     Args:
         method: The method to wrap.
-        rows: Indices of the training rows, int64 `[B]`.
+        row: Index of the training row, int64 `[1]`.
         rate: Learning rate.
 
     Attributes:
-        rounds: For each call of `train`, the limited `Fit` steps that the method requested. The
-            first call may be a dry run.
+        calls: For each call of `train`, the limited `Fit` steps that the method requested. The
+            first call trains. A later call is a dry run without the data of the client.
     """
 
-    def __init__(self, method: Algorithm, rows: Tensor, rate: float) -> None:
+    def __init__(self, method: Algorithm, row: Tensor, rate: float) -> None:
         self.method = method
-        self.rows = rows
+        self.row = row
         self.rate = rate
-        self.rounds: list[list[Fit]] = []
+        self.calls: list[list[Fit]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.method, name)
 
     def train(self, client: Participant, received: Payload) -> Plan[Any]:
-        """Run local training of the method, limited to one SGD step on the private rows."""
+        """Run local training of the method, limited to one SGD step on the private row."""
         plan = self.method.train(client, received)
         answer = None
-        self.rounds.append([])
+        self.calls.append([])
         while True:
             try:
                 requested = plan.send(answer)
@@ -184,30 +172,25 @@ class SingleStepMethod:
             isinstance(step, Fit) and isinstance(step.data, Rows) and step.data.name == "train"
         ):
             return step
-        extra_columns = {
-            name: column[self.rows] for name, column in step.data.extra_columns.items()
-        }
+        extra_columns = {name: column[self.row] for name, column in step.data.extra_columns.items()}
         limited = replace(
             step,
-            data=replace(step.data, rows=self.rows, extra_columns=extra_columns),
+            data=replace(step.data, rows=self.row, extra_columns=extra_columns),
             epochs=1,
             steps=1,
-            batch_size=len(self.rows),
+            batch_size=1,
             augment=None,
             anneal=False,
             keep=None,
             drift={},
             optimizer=OptimizerConfig(name="sgd", lr=self.rate),
         )
-        self.rounds[-1].append(limited)
+        self.calls[-1].append(limited)
         return limited
 
 
 def reason_not_invertible(prepared: PreparedRun, client: str) -> str | None:
-    """Return why images cannot be reconstructed from a client's upload.
-
-    The result is None if reconstruction is possible.
-    """
+    """Return why images cannot be reconstructed from a client's upload, or None if they can be."""
     method = prepared.method
     client_info = prepared.federation.client_infos[client]
     spec = method.uploads.get(MODEL)
@@ -231,10 +214,10 @@ def reason_not_invertible(prepared: PreparedRun, client: str) -> str | None:
 def observe_upload(
     prepared: PreparedRun,
     client: str,
-    rows: Tensor,
+    row: Tensor,
     protect: Protect | None = None,
 ) -> ObservedUpload:
-    """Run one training step of a client and return what the server observes.
+    """Run one training step of a client on one row and return what the server observes.
 
     The step is run in the first round in which the client uploads. Compression, differential
     privacy and secure aggregation are applied as configured.
@@ -242,7 +225,7 @@ def observe_upload(
     Args:
         prepared: The run.
         client: Client id.
-        rows: Indices of the training rows, int64 `[B]`.
+        row: Index of the training row, int64 `[1]`.
         protect: Function that additionally modifies the update, which contains the sent minus the
             received tensors. If None, the update is not modified.
 
@@ -252,7 +235,7 @@ def observe_upload(
     client_info = prepared.federation.client_infos[client]
     rate = client_info.settings.optimizer.lr
     index = client_info.settings.share_every - 1
-    method = SingleStepMethod(prepared.method, rows, rate)
+    method = SingleStepMethod(prepared.method, row, rate)
     runtime = prepared.config.runtime.model_copy(
         update={"executor": "serial", "device": "cpu", "precision": "float32"}
     )
@@ -263,7 +246,7 @@ def observe_upload(
         received, sent = trainer.request_upload(client, index)
     finally:
         trainer.executor.close()
-    fits = [fit for fit in method.rounds[0] if MODEL in fit.train]
+    fits = [fit for fit in method.calls[0] if MODEL in fit.train]
     if MODEL not in sent or not fits:
         raise ArgumentError(
             f"clients: '{client}' uploads no result of training on its rows with {prepared.name}"
@@ -282,196 +265,155 @@ def observe_upload(
         raise ArgumentError(
             f"clients: '{client}': the update is all zeros, so the upload reveals nothing"
         )
-    return ObservedUpload(client_info.arch, before, gradient, fits[-1].objective, fits[-1].context)
+    module = client_info.arch.build()
+    load_state(module, {**state_tensors(module), **before})
+    module.train()
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.dropout._DropoutNd):
+            layer.eval()
+    return ObservedUpload(module, gradient, fits[-1].objective, fits[-1].context)
 
 
-class Inverter:
-    """Reconstructs images from a gradient by gradient matching.
+def descend(
+    distance: Callable[[Tensor, bool], Tensor],
+    start: Tensor,
+    smooth: float = SMOOTH[0],
+    steps: int = STEPS,
+) -> Tensor:
+    """Minimize the sum of the gradient distance and the weighted total variation.
+
+    The optimizer is Adam on the sign of the gradient, and the learning rate is reduced three times
+    (Geiping et al. 2020, section 5).
+
+    Args:
+        distance: Function that returns the gradient distance of an image. The second argument is
+            whether the result must be differentiable.
+        start: Initial image in [0, 1], `[1, C, H, W]`.
+        smooth: Weight of the total variation.
+        steps: Number of optimization steps.
+
+    Returns:
+        The image with the lowest sum, in [0, 1], `[1, C, H, W]`.
+    """
+    pixels = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([pixels], lr=RATE)
+    marks = [int(steps * part) for part in (3 / 8, 5 / 8, 7 / 8)]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, marks, gamma=0.1)
+    best = start
+    least = math.inf
+    for _ in range(steps):
+        cost = distance(pixels, True) + smooth * total_variation(pixels)
+        if float(cost.detach()) < least:
+            best = pixels.detach().clone()
+            least = float(cost.detach())
+        (gradient,) = torch.autograd.grad(cost, [pixels])
+        pixels.grad = gradient.sign()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            pixels.clamp_(0, 1)
+    return best
+
+
+def reconstruct(
+    upload: ObservedUpload,
+    label: Tensor,
+    pixel_range: tuple[Tensor, Tensor],
+    *key: Key,
+    steps: int = STEPS,
+) -> tuple[Tensor, float]:
+    """Reconstruct the image from several random initializations and return the best result.
+
+    Each initialization is combined with a different weight of the total variation, because the
+    smoothness of the image is unknown. If the first layer of the model is fully connected, the
+    image is also computed from the gradient of this layer.
 
     Args:
         upload: What the attacker observes.
-        labels: Labels of the images, `[B]` or `[B, outputs]`.
-        to_input: Function that maps pixels in [0, 1], `[B, C, H, W]`, to inputs of the model.
+        label: Label of the image, `[1]` or `[1, outputs]`.
+        pixel_range: Inputs of the model for a black and a white image, `[1, C, H, W]` each.
+        *key: Strings and integers that seed the random initialization.
+        steps: Number of optimization steps for each initialization.
+
+    Returns:
+        The image in [0, 1], `[1, C, H, W]`, and its gradient distance.
     """
+    low, high = pixel_range
 
-    def __init__(
-        self, upload: ObservedUpload, labels: Tensor, to_input: Callable[[Tensor], Tensor]
-    ) -> None:
-        self.upload = upload
-        self.labels = labels
-        self.to_input = to_input
-        self.module: SplitModel = upload.arch.build()
-        load_state(self.module, {**state_tensors(self.module), **upload.model})
-        self.module.train()
-        for layer in self.module.modules():
-            if isinstance(layer, nn.modules.dropout._DropoutNd):
-                # The attacker does not know which units were dropped.
-                layer.eval()
-        named = dict(self.module.named_parameters())
-        self.parameters = [named[n] for n in upload.gradient]
-        self.target_gradient = torch.cat([g.flatten() for g in upload.gradient.values()])
-        self.models = ModelViews({"model": ModelView.from_module(self.module)})
+    def distance(pixels: Tensor, create_graph: bool = False) -> Tensor:
+        return upload.distance(low + pixels * (high - low), label, create_graph)
 
-    def distance(self, pixels: Tensor, create_graph: bool = False) -> Tensor:
-        """Return the cosine distance between the gradient of images and the observed gradient.
-
-        Args:
-            pixels: Images in [0, 1], `[B, C, H, W]`.
-            create_graph: Whether the result must be differentiable with respect to the pixels.
-
-        Returns:
-            1 minus the cosine similarity, as a scalar tensor.
-        """
-        batch = Batch(x=self.to_input(pixels), y=self.labels)
-        loss = self.upload.objective.total_loss(self.models, batch, self.upload.context)
-        gradients = torch.autograd.grad(
-            loss, self.parameters, create_graph=create_graph, allow_unused=True
-        )
-        flat = torch.cat(
-            [
-                torch.zeros_like(p).flatten() if g is None else g.flatten()
-                for g, p in zip(gradients, self.parameters, strict=True)
-            ]
-        )
-        return 1 - F.cosine_similarity(flat, self.target_gradient, dim=0, eps=1e-12)
-
-    def descend(self, start: Tensor, smooth: float = SMOOTH[0], steps: int = STEPS) -> Tensor:
-        """Minimize the sum of the gradient distance and the weighted total variation.
-
-        The optimizer is Adam on the sign of the gradient, and the learning rate is reduced three
-        times (Geiping et al. 2020, section 5).
-
-        Args:
-            start: Initial images in [0, 1], `[B, C, H, W]`.
-            smooth: Weight of the total variation.
-            steps: Number of optimization steps.
-
-        Returns:
-            The images with the lowest sum, in [0, 1], `[B, C, H, W]`.
-        """
-        pixels = start.clone().requires_grad_()
-        optimizer = torch.optim.Adam([pixels], lr=RATE)
-        marks = [int(steps * part) for part in (3 / 8, 5 / 8, 7 / 8)]
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, marks, gamma=0.1)
-        best = start
-        least = math.inf
-        for _ in range(steps):
-            cost = self.distance(pixels, create_graph=True) + smooth * total_variation(pixels)
-            if float(cost.detach()) < least:
-                best = pixels.detach().clone()
-                least = float(cost.detach())
-            (gradient,) = torch.autograd.grad(cost, [pixels])
-            pixels.grad = gradient.sign()
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                pixels.clamp_(0, 1)
-        return best
-
-    def invert_from_starts(
-        self, shape: tuple[int, ...], *key: Key, steps: int = STEPS
-    ) -> tuple[Tensor, float]:
-        """Reconstruct images from several random initializations and return the best result.
-
-        Each initialization is combined with a different weight of the total variation, because the
-        smoothness of the images is unknown. If there is a single image and the first layer of the
-        model is fully connected, the image is also computed from the gradient of this layer.
-
-        Args:
-            shape: Shape of an image, `(C, H, W)`.
-            *key: Strings and integers that seed the random initialization.
-            steps: Number of optimization steps for each initialization.
-
-        Returns:
-            Images in [0, 1], `[B, C, H, W]`, and the gradient distance of these images.
-        """
-        found: list[tuple[float, Tensor]] = []
-        exact = (
-            first_layer_input(self.module, self.upload.gradient) if len(self.labels) == 1 else None
-        )
-        if exact is not None:
-            low = self.to_input(torch.zeros(1, *shape)).flatten()
-            high = self.to_input(torch.ones(1, *shape)).flatten()
-            pixels = ((exact - low) / (high - low)).reshape(1, *shape).clamp(0, 1)
-            found.append((float(self.distance(pixels)), pixels))
-        for smooth in SMOOTH:
-            if found and min(found, key=lambda f: f[0])[0] < ENOUGH:
-                break
-            start = torch.rand(
-                len(self.labels), *shape, generator=keyed_generator(*key, str(smooth))
-            )
-            pixels = self.descend(start, smooth, steps)
-            found.append((float(self.distance(pixels)), pixels))
-        least, best = min(found, key=lambda f: f[0])
-        return best, least
+    found: list[tuple[float, Tensor]] = []
+    exact = first_layer_input(upload)
+    if exact is not None:
+        pixels = ((exact.reshape(low.shape) - low) / (high - low)).clamp(0, 1)
+        found.append((float(distance(pixels)), pixels))
+    for smooth in SMOOTH:
+        if found and min(found, key=lambda f: f[0])[0] < ENOUGH:
+            break
+        start = torch.rand(low.shape, generator=keyed_generator(*key, str(smooth)))
+        pixels = descend(distance, start, smooth, steps)
+        found.append((float(distance(pixels)), pixels))
+    least, best = min(found, key=lambda f: f[0])
+    return best, least
 
 
-def read_labels(upload: ObservedUpload, kind: str) -> Tensor | None:
-    """Compute the label of a single example from the gradient of the head's bias.
+def read_label(upload: ObservedUpload, task: Task) -> Tensor | None:
+    """Compute the label of the example from the gradient of the head's bias.
 
     The gradient of the cross-entropy with respect to the bias is p - y, which is negative only for
     the true classes.
 
     Args:
         upload: What the attacker observes.
-        kind: The kind of task: "multiclass", "multilabel" or "regression".
+        task: The task of the model.
 
     Returns:
         The class index, `[1]`, or the labels of a multilabel task, `[1, outputs]`. The result is
         None for regression, and if the upload does not contain the bias of the head.
     """
-    if kind == "regression":
-        return None
-    outputs = upload.arch.outputs
     biases = [
-        g
-        for n, g in upload.gradient.items()
-        if n.startswith("head.") and tuple(g.shape) == (outputs,)
+        gradient
+        for name, gradient in upload.gradient.items()
+        if name.startswith("head.") and tuple(gradient.shape) == (task.outputs,)
     ]
-    if not biases:
+    if task.kind == "regression" or not biases:
         return None
-    if kind == "multiclass":
+    if task.kind == "multiclass":
         return biases[-1].argmin()[None]
     return (biases[-1] < 0)[None].to(biases[-1].dtype)
 
 
-def first_layer_input(module: nn.Module, gradient: Tensors) -> Tensor | None:
+def first_layer_input(upload: ObservedUpload) -> Tensor | None:
     """Compute the input of a model from the gradient of its fully connected first layer.
 
     For a single example and any output neuron of the layer, the input equals the gradient of the
     neuron's weights divided by the gradient of the neuron's bias.
 
     Args:
-        module: The model.
-        gradient: Gradient for a single example, keyed by parameter name.
+        upload: What the attacker observes.
 
     Returns:
         The flattened input, or None if the first layer is not fully connected or the gradient of
         the layer is missing or zero.
     """
-    first = next(
-        (
-            (n, m)
-            for n, m in module.named_modules()
-            if next(m.parameters(recurse=False), None) is not None
-        ),
-        None,
+    layers = upload.module.named_modules()
+    name, layer = next(
+        (n, m) for n, m in layers if next(m.parameters(recurse=False), None) is not None
     )
-    if first is None or not isinstance(first[1], nn.Linear):
-        return None
-    weight = gradient.get(f"{first[0]}.weight")
-    bias = gradient.get(f"{first[0]}.bias")
-    if weight is None or bias is None or not bool(bias.any()):
+    weight = upload.gradient.get(f"{name}.weight")
+    bias = upload.gradient.get(f"{name}.bias")
+    if not isinstance(layer, nn.Linear) or weight is None or bias is None or not bool(bias.any()):
         return None
     unit = int(bias.abs().argmax())
     return weight[unit] / bias[unit]
 
 
 def total_variation(pixels: Tensor) -> Tensor:
-    """Compute the total variation of images, averaged over pixels.
+    """Compute the total variation of an image, averaged over pixels.
 
     Args:
-        pixels: Images, `[B, C, H, W]`.
+        pixels: An image, `[1, C, H, W]`.
 
     Returns:
         The mean absolute difference between horizontal neighbors plus the mean absolute difference
@@ -480,22 +422,66 @@ def total_variation(pixels: Tensor) -> Tensor:
     return (pixels.diff(dim=-1).abs().mean() + pixels.diff(dim=-2).abs().mean()).nan_to_num()
 
 
-@dataclass(frozen=True)
-class InvertedBatch:
-    """Reconstructed images of one training step.
+def without_protection(config: Config) -> Config:
+    """Return a copy of a configuration with default `channel` and `privacy` sections."""
+    fields = Config.model_fields
+    defaults = {name: fields[name].get_default(call_default_factory=True) for name in PROTECTIONS}
+    return config.model_copy(update=defaults)
 
-    Images are in [0, 1] and have the shape `[B, C, H, W]`.
 
-    Attributes:
-        true: The original images.
-        found: The reconstructed images, keyed by variant of the attack.
-        rows: Scores of each variant, and of the blind guess of an attacker who does not see the
-            upload.
+def attack_uploads(
+    prepared: PreparedRun,
+    clients: Sequence[str],
+    *,
+    images: int,
+    seed: int,
+    protect: Protect | None,
+    dataset: Dataset | None,
+    notes: list[str],
+    log: Callable[[str], None],
+) -> tuple[list[Json], list[Json]]:
+    """Reconstruct images from uploads of clients.
+
+    Clients whose uploads cannot be inverted are skipped. If the run protects uploads, they are also
+    inverted without protection. If the server receives only sums, only uploads without protection
+    are inverted.
+
+    Args:
+        prepared: The run.
+        clients: Ids of the clients to attack.
+        images: Number of training steps to invert for each client, each on one image.
+        seed: Seed of the audit.
+        protect: Function that modifies an update. If not None, the result is a further variant.
+        dataset: The data set in memory that the run was trained on, or None.
+        notes: List to which remarks about the results are appended.
+        log: Function that is called with each line of progress.
+
+    Returns:
+        The scores, one dictionary for each client, training step and variant, and the images, one
+        dictionary for each client and training step (see `invert`).
     """
-
-    true: Tensor
-    found: dict[str, Tensor]
-    rows: list[dict[str, Any]]
+    unprotected = without_protection(prepared.config)
+    ways: dict[str, tuple[PreparedRun, Protect | None]] = {"as trained": (prepared, None)}
+    if unprotected != prepared.config:
+        ways = {"without protection": (prepare(unprotected, dataset=dataset), None), **ways}
+    if summed := prepared.config.channel.summed:
+        del ways["as trained"]
+        notes.append(
+            f"channel.{summed}: the server does not see single uploads; the results show what an "
+            "upload would reveal without it"
+        )
+    if protect is not None and "as trained" in ways:
+        ways["with protect"] = (prepared, protect)
+    scores: list[Json] = []
+    pictures: list[Json] = []
+    for client in clients:
+        if reason := reason_not_invertible(prepared, client):
+            notes.append(reason)
+            continue
+        of_client = invert(ways, client, images=images, seed=seed, log=log)
+        scores += of_client[0]
+        pictures += of_client[1]
+    return scores, pictures
 
 
 def invert(
@@ -503,72 +489,68 @@ def invert(
     client: str,
     *,
     images: int,
-    batch: int,
     seed: int,
-    log: Log,
-) -> Iterator[InvertedBatch]:
-    """Attack several training steps of a client and yield the reconstructed images.
+    log: Callable[[str], None],
+) -> tuple[list[Json], list[Json]]:
+    """Attack several training steps of a client, each on one image.
 
-    If possible, the label of a single image is computed from the upload. Otherwise, the attacker is
-    assumed to know the labels. The blind guess is the mean image of the global test set.
+    If possible, the label is computed from the upload. Otherwise, the attacker is assumed to know
+    it. The blind guess is the mean image of the global test set.
 
     Args:
         ways: Variants of the attack, keyed by name. Each variant is a prepared run and a function
             that modifies the update, or None instead of the function.
         client: Client id.
         images: Number of training steps to invert.
-        batch: Number of images in each training step.
         seed: Seed of the audit.
         log: Function that is called with each line of progress.
 
-    Yields:
-        The reconstructed images of one training step.
+    Returns:
+        The scores, one dictionary for the blind guess and each variant of each step, and the
+        images, one dictionary for each step: the original under `true`, and the reconstructions
+        under `found`, keyed by variant. Images are in [0, 1], `[C, H, W]`.
     """
     prepared, _ = next(iter(ways.values()))
     data = prepared.data
     preprocess = prepared.federation.client_infos[client].preprocess
     train = data.columns(client, "train", preprocess)
     raw = require_tensor(unprocessed_rows(data, client, ["train"]).x, "the inversion of updates")
-    low, high = _value_range(raw, preprocess)
-    mean_input = read_all(data.columns(client, "common_test", preprocess)["x"]).mean(
-        0, keepdim=True
-    )
+    low, high = _pixel_range(raw, preprocess)
+    mean_input = read_all(data.columns(client, "common_test", preprocess)["x"]).mean(0)
     x = read_all(train["x"])
     y = targets(train)
-
-    def to_pixels(x: Tensor) -> Tensor:
-        return (x - low) / (high - low)
-
-    def to_input(pixels: Tensor) -> Tensor:
-        return low + pixels * (high - low)
-
+    blind = ((mean_input - low) / (high - low))[0]
+    scores = []
+    pictures = []
     for number in range(images):
-        rows = _draw_rows(y, batch, "audit", seed, "inversion", client, number)
-        true = to_pixels(x[rows])
-        true_labels = y[rows]
-        blind = to_pixels(mean_input).expand(len(rows), -1, -1, -1)
-        scores = [{"way": "blind", **image_similarity(blind, true)}]
+        draws = keyed_generator("audit", seed, "inversion", client, number)
+        row = torch.randperm(len(y), generator=draws)[:1]
+        true = ((x[row] - low) / (high - low))[0]
+        step = {"client": client, "step": number + 1}
+        scores.append(
+            {**step, "way": "blind", "psnr": psnr(blind, true), "ssim": ssim(blind, true)}
+        )
         found = {}
         for way, (variant, protect) in ways.items():
             started = time.perf_counter()
-            upload = observe_upload(variant, client, rows, protect)
-            read = read_labels(upload, data.task.kind) if len(rows) == 1 else None
-            inverter = Inverter(upload, true_labels if read is None else read, to_input)
-            best, distance = inverter.invert_from_starts(
-                tuple(true.shape[1:]), "audit", seed, "start", client, number
+            upload = observe_upload(variant, client, row, protect)
+            read = read_label(upload, data.task)
+            label = y[row] if read is None else read
+            best, distance = reconstruct(
+                upload, label, (low, high), "audit", seed, "start", client, number
             )
-            found[way] = match_order(best, true)
-            scores.append(
-                {
-                    "way": way,
-                    **image_similarity(found[way], true),
-                    "distance": distance,
-                    "label": _label_source(read, true_labels),
-                    "seconds": time.perf_counter() - started,
-                }
-            )
-            log(f"{client}, step {number + 1} of {images}, {way}: PSNR {scores[-1]['psnr']:.1f} dB")
-        yield InvertedBatch(true, found, scores)
+            found[way] = best[0]
+            result = {
+                "psnr": psnr(found[way], true),
+                "ssim": ssim(found[way], true),
+                "distance": distance,
+                "label": _label_source(read, y[row]),
+                "seconds": time.perf_counter() - started,
+            }
+            scores.append({**step, "way": way, **result})
+            log(f"{client}, step {number + 1} of {images}, {way}: PSNR {result['psnr']:.1f} dB")
+        pictures.append({**step, "true": true, "found": found})
+    return scores, pictures
 
 
 def _label_source(read: Tensor | None, true: Tensor) -> str:
@@ -577,22 +559,8 @@ def _label_source(read: Tensor | None, true: Tensor) -> str:
     return "read" if bool((read == true).all()) else "misread"
 
 
-def _value_range(x: Tensor, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
+def _pixel_range(x: Tensor, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
     """Apply a client's preprocessing to a black and a white image, `[1, C, H, W]` each."""
     white = max(1.0, float(x.max())) if x.is_floating_point() else preprocess.pixel_range or 255
     black = min(0.0, float(x.min()))
     return preprocess(torch.full_like(x[:1], black)), preprocess(torch.full_like(x[:1], white))
-
-
-def _draw_rows(y: Tensor, count: int, *key: Key) -> Tensor:
-    """Return the indices of `count` random rows, from as many classes as possible."""
-    order = torch.randperm(len(y), generator=keyed_generator(*key))
-    if y.ndim > 1:
-        return order[:count]
-    # Choose the first row of each class, then the second row of each class, and so on.
-    seen: Counter[float] = Counter()
-    place_in_class = []
-    for label in y[order].tolist():
-        place_in_class.append(seen[label])
-        seen[label] += 1
-    return order[torch.tensor(place_in_class).argsort(stable=True)[:count]]

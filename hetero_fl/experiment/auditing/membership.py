@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +24,13 @@ from hetero_fl.data.federated_data import unprocessed_rows
 from hetero_fl.data.partition.groups import most_common_stratum
 from hetero_fl.data.splits import RowSelection
 from hetero_fl.experiment.preparation import PreparedRun
+from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import ArgumentError
-from hetero_fl.utils.seeding import Key, keyed_generator, stream_key
+from hetero_fl.utils.seeding import keyed_generator, stream_key
+from hetero_fl.utils.text import pluralize
 
 # False positive rate at which the true positive rate is computed.
 FALSE_ALARMS = 0.01
-# Bootstrap samples for standard errors.
-RESAMPLES = 1000
 # Lower bound of variances and squared errors.
 MIN_VARIANCE = 1e-12
 # Largest and smallest number of members among the candidate rows of a client. There are equally
@@ -103,89 +106,63 @@ def likelihood_ratio(target: Tensor, shadows: Tensor, inside: Tensor) -> Tensor:
     return (target - (means[0] + means[1]) / 2) / (squares / freedom).clamp(min=MIN_VARIANCE).sqrt()
 
 
-@dataclass(frozen=True)
-class AttackScore:
-    """Scores of a membership inference attack.
-
-    Attributes:
-        auroc: Area under the ROC curve.
-        auroc_se: Standard error of `auroc`.
-        hits: True positive rate at a false positive rate of 1%.
-        hits_se: Standard error of `hits`.
-        curve: ROC curve as a list of [false positive rate, true positive rate], from [0, 0] to
-            [1, 1].
-    """
-
-    auroc: float
-    auroc_se: float
-    hits: float
-    hits_se: float
-    curve: list[list[float]]
-
-    @property
-    def at_chance(self) -> bool:
-        """Whether `auroc` differs from 0.5 by at most two standard errors."""
-        return abs(self.auroc - 0.5) <= 2 * self.auroc_se
-
-
-def score_attack(scores: Tensor, member: Tensor, *key: Key) -> AttackScore:
+def score_attack(scores: Tensor, member: Tensor) -> dict[str, Any]:
     """Compute how well scores separate members from non-members.
-
-    Standard errors are estimated by bootstrapping members and non-members. They do not include the
-    randomness of training.
 
     Args:
         scores: Scores, larger for members, `[N]`.
         member: Whether each example is a member, bool `[N]`.
-        *key: Strings and integers that seed the bootstrap.
+
+    Returns:
+        A dictionary with these keys:
+
+        - `auroc`: area under the ROC curve.
+        - `auroc_se`: standard error of `auroc` for random examples (see `auroc_error`). It does not
+          include the randomness of training.
+        - `hits`: true positive rate at a false positive rate of 1%. With fewer than 100
+          non-members, no false positive is allowed.
+        - `curve`: ROC curve as a list of [false positive rate, true positive rate], from [0, 0] to
+          [1, 1].
+        - `at_chance`: whether `auroc` differs from 0.5 by at most two standard errors.
     """
     ins = scores[member]
     outs = scores[~member].sort().values
-    draws = keyed_generator(*key)
-    picked_in = torch.randint(len(ins), (RESAMPLES, len(ins)), generator=draws)
-    picked_out = torch.randint(len(outs), (RESAMPLES, len(outs)), generator=draws)
-    areas = []
-    hits = []
-    for i, o in zip(picked_in, picked_out, strict=True):
-        resampled = outs[o].sort().values
-        areas.append(_roc_area(ins[i], resampled))
-        hits.append(_true_positive_rate(ins[i], resampled))
-    se = [float(torch.tensor(values, dtype=torch.float64).std()) for values in (areas, hits)]
-    return AttackScore(
-        _roc_area(ins, outs), se[0], _true_positive_rate(ins, outs), se[1], _curve(ins, outs)
-    )
-
-
-def _roc_area(ins: Tensor, outs: Tensor) -> float:
-    """Return P(member score > non-member score), where ties count half.
-
-    Args:
-        ins: Scores of members.
-        outs: Scores of non-members, in ascending order.
-    """
-    both = torch.searchsorted(outs, ins) + torch.searchsorted(outs, ins, right=True)
-    return float(both.double().mean()) / (2 * len(outs))
-
-
-def _true_positive_rate(ins: Tensor, outs: Tensor) -> float:
-    """Return the true positive rate at a false positive rate of 1%.
-
-    With fewer than 100 non-members, no false positive is allowed.
-
-    Args:
-        ins: Scores of members.
-        outs: Scores of non-members, in ascending order.
-    """
+    # The area is P(member score > non-member score), where ties count half.
+    below = torch.searchsorted(outs, ins) + torch.searchsorted(outs, ins, right=True)
+    auroc = float(below.double().mean()) / (2 * len(outs))
+    error = auroc_error(auroc, len(ins), len(outs))
     allowed = int(FALSE_ALARMS * len(outs))
-    return float((ins > outs[len(outs) - 1 - allowed]).double().mean())
+    levels = scores.unique().flip(0)
+    rates = [[float((side >= level).double().mean()) for side in (outs, ins)] for level in levels]
+    return {
+        "auroc": auroc,
+        "auroc_se": error,
+        "hits": float((ins > outs[len(outs) - 1 - allowed]).double().mean()),
+        "curve": [[0.0, 0.0], *rates],
+        "at_chance": abs(auroc - 0.5) <= 2 * error,
+    }
 
 
-def _curve(ins: Tensor, outs: Tensor) -> list[list[float]]:
-    """Return the points of the ROC curve as [false positive rate, true positive rate]."""
-    levels = torch.cat([ins, outs]).unique().flip(0)
-    hits = [(ins >= level).double().mean() for level in levels]
-    alarms = [(outs >= level).double().mean() for level in levels]
-    return [[0.0, 0.0], *([float(a), float(h)] for a, h in zip(alarms, hits, strict=True))]
+def auroc_error(auroc: float, positives: int, negatives: int) -> float:
+    """Return the standard error of an area under the ROC curve.
+
+    This is equation 1 of Hanley & McNeil (1982), with the probabilities of equation 2.
+
+    Args:
+        auroc: The area, from 0 to 1.
+        positives: Number of positive examples.
+        negatives: Number of negative examples.
+    """
+    # Probability that two positive examples have larger scores than one negative example.
+    two_positives = auroc / (2 - auroc)
+    # Probability that one positive example has a larger score than two negative examples.
+    two_negatives = 2 * auroc**2 / (1 + auroc)
+    variance = (
+        auroc * (1 - auroc)
+        + (positives - 1) * (two_positives - auroc**2)
+        + (negatives - 1) * (two_negatives - auroc**2)
+    ) / (positives * negatives)
+    return sqrt(variance)
 
 
 @dataclass(frozen=True)
@@ -337,31 +314,23 @@ def train_shadow(
         original, data=data, seed=seed, evaluated_clients=list(train), _initial={}
     ).with_models(models)
     shadow = replace(prepared, data=data, federation=federation)
+    saved: dict[str, SavedModel] = {}
     with TemporaryDirectory() as folder:
 
-        def model_path(client_id: str) -> Path:
-            return Path(folder) / f"{client_id}.safetensors"
-
-        def save(client_id: str, model: bytes) -> None:
-            model_path(client_id).write_bytes(model)
+        def load(client_id: str, model: bytes) -> None:
+            path = Path(folder) / f"{client_id}.safetensors"
+            path.write_bytes(model)
+            saved[client_id] = SavedModel.load(path, allow_code=True)
 
         trainer = shadow.make_trainer()
         try:
             prepared.start.load_into(trainer)
             while trainer.completed < rounds:
                 trainer.run_round()
-            trainer.evaluate(details=True, save=save)
+            trainer.evaluate(details=True, save=load)
         finally:
             trainer.executor.close()
-        return {
-            client_id: SavedModel.load(model_path(client_id), allow_code=True)
-            for client_id in train
-        }
-
-
-def shadow_seed(seed: int, shadow: int) -> int:
-    """Derive the seed of a shadow run from the seed of the audit and the index of the run."""
-    return stream_key("audit", seed, "shadow", shadow) >> 1
+    return saved
 
 
 def client_logits(model: SavedModel, examples: Examples) -> Tensor:
@@ -373,3 +342,92 @@ def targets(examples: Examples) -> Tensor:
     """Return the labels of examples, with float labels in the default floating-point type."""
     y = examples.labels
     return y.to(torch.get_default_dtype()) if y.is_floating_point() else y
+
+
+def attack_membership(
+    run: Run,
+    prepared: PreparedRun,
+    clients: Sequence[str],
+    *,
+    shadows: int,
+    seed: int,
+    notes: list[str],
+    log: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Attack the last models of clients by the loss and, with shadow runs, by LiRA.
+
+    Args:
+        run: The run, with its models.
+        prepared: The same run, prepared with its data.
+        clients: Ids of the clients to attack.
+        shadows: Number of shadow runs. If 0, only the loss attack is made.
+        seed: Seed of the audit.
+        notes: List to which remarks about the results are appended.
+        log: Function that is called with each line of progress.
+
+    Returns:
+        One dictionary for each client and attack, with the keys `client`, `attack` ("loss" or
+        "lira"), `members`, `others` (numbers of rows), and those of `score_attack`.
+    """
+    rows = {client: candidates(prepared.data, client, seed) for client in clients}
+    if any(c.examples.time is not None for c in rows.values()):
+        notes.append(
+            "rows are split by date: non-members are later than members, so the loss attack "
+            "may detect dates instead of membership"
+        )
+    ratios = {}
+    if shadows:
+        ratios = _likelihood_ratios(run, prepared, rows, shadows=shadows, seed=seed, log=log)
+    found = []
+    for client, c in rows.items():
+        logits = client_logits(run.models[client], c.examples)
+        scores = {"loss": loss_score(prepared.data.task, logits, targets(c.examples))}
+        if shadows:
+            scores["lira"] = ratios[client]
+        counts = {"members": int(c.member.sum()), "others": int((~c.member).sum())}
+        for attack, values in scores.items():
+            score = score_attack(values, c.member)
+            found.append({"client": client, "attack": attack, **counts, **score})
+    return found
+
+
+def _likelihood_ratios(
+    run: Run,
+    prepared: PreparedRun,
+    rows: Mapping[str, Candidates],
+    *,
+    shadows: int,
+    seed: int,
+    log: Callable[[str], None],
+) -> dict[str, Tensor]:
+    """Train the shadow runs and return the scores of the candidate rows of each client."""
+    rounds = run.summary["rounds_completed"]
+    seconds = run.summary["seconds"]["training"]
+    log(
+        f"{pluralize(shadows, 'shadow run')} of {pluralize(rounds, 'round')}; "
+        f"the run itself trained for {seconds:.0f} s"
+    )
+
+    def confidences(models: Mapping[str, SavedModel]) -> dict[str, Tensor]:
+        return {
+            client: confidence(
+                prepared.data.task, client_logits(models[client], c.examples), targets(c.examples)
+            )
+            for client, c in rows.items()
+        }
+
+    inside = {client: c.shadow_assignments(shadows, seed, client) for client, c in rows.items()}
+    shadow_confidences = []
+    for shadow in range(shadows):
+        started = time.perf_counter()
+        train = {client: c.shadow_rows(inside[client][shadow]) for client, c in rows.items()}
+        shadow_seed = stream_key("audit", seed, "shadow", shadow) >> 1
+        models = train_shadow(prepared, train, shadow_seed, rounds)
+        shadow_confidences.append(confidences(models))
+        log(f"shadow {shadow + 1} of {shadows}: {time.perf_counter() - started:.0f} s")
+    return {
+        client: likelihood_ratio(
+            target, torch.stack([each[client] for each in shadow_confidences]), inside[client]
+        )
+        for client, target in confidences(run.models).items()
+    }

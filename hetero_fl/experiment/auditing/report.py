@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import FigureBase
-from torch import Tensor
 
 from hetero_fl.reporting.formatting import algorithm_name, format_duration
 from hetero_fl.reporting.plots import style
@@ -17,17 +16,16 @@ from hetero_fl.reporting.summary import PRIVACY_UNITS
 from hetero_fl.utils.text import pluralize
 
 Json = dict[str, Any]
+Table = list[tuple[str, ...]]
 ATTACKS = {"loss": "loss", "lira": "LiRA"}
 COLORS = {"loss": style.GREY, "lira": style.VERMILION}
 LABELS = {"read": "recovered", "misread": "wrong", "known": "assumed known"}
 # PSNR in dB from which a reconstruction counts as exact.
 EXACT = 99.0
 # Line styles, one for each client.
-LINES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dash-dot"}
+LINES = ("-", "--", ":", "-.")
 # Largest number of images in a row.
 MAX_COLUMNS = 8
-MEMBERSHIP = ("client", "attack", "rows in / out", "AUROC ± s.e.", "TPR at 1% FPR", "")
-INVERSION = ("client", "step", "upload", "PSNR (dB)", "SSIM", "label")
 
 
 def write_audit(folder: Path, content: Json, pictures: list[Json]) -> None:
@@ -37,28 +35,26 @@ def write_audit(folder: Path, content: Json, pictures: list[Json]) -> None:
         folder: The folder to write to.
         content: The content of `audit.json`.
         pictures: One dictionary for each attacked training step. The keys are `client`, `step`,
-            `true` for the original images, and `found` for the reconstructed images, which are
-            keyed by variant of the attack. Images are in [0, 1], `[B, C, H, W]`.
+            `true` for the original image, and `found` for the reconstructed images, which are
+            keyed by variant of the attack. Images are in [0, 1], `[C, H, W]`.
     """
     directory = RunDirectory(folder)
     directory.write_json("audit.json", content)
     with style.plot_style():
         picture = draw_audit(content, pictures)
     (folder / "audit.png").write_bytes(picture)
+    subtitle = (
+        algorithm_name(content["algorithm"]),
+        content["data"],
+        pluralize(content["rounds"], "round"),
+    )
     text = render(
         "audit.html",
         title=f"Audit of {content['run']}",
-        subtitle=" · ".join(
-            [
-                algorithm_name(content["algorithm"]),
-                content["data"],
-                pluralize(content["rounds"], "round"),
-            ]
-        ),
+        subtitle=" · ".join(subtitle),
         privacy=content["privacy"],
         whose=PRIVACY_UNITS.get((content["privacy"] or {}).get("unit", ""), ""),
-        membership=membership_rows(content),
-        inversion=inversion_rows(content),
+        tables=audit_tables(content),
         shadows=content["shadows"],
         picture=style.embed_picture(picture),
         notes=content["notes"],
@@ -67,19 +63,48 @@ def write_audit(folder: Path, content: Json, pictures: list[Json]) -> None:
     directory.write_text("audit.html", text)
 
 
-def membership_rows(content: Json) -> list[list[str]]:
-    """Format one table row for each client and attack, with the columns `MEMBERSHIP`."""
-    return [
-        [
-            r["client"],
-            ATTACKS[r["attack"]],
-            f"{r['members']} / {r['others']}",
-            f"{r['auroc']:.3f} ± {r['auroc_se']:.3f}",
-            f"{100 * r['hits']:.1f}% ± {100 * r['hits_se']:.1f}%",
-            _verdict(r),
-        ]
-        for r in content["membership"]
+def audit_tables(content: Json) -> dict[str, Table]:
+    """Format the results of the attacks that were made.
+
+    Args:
+        content: The content of `audit.json`.
+
+    Returns:
+        The rows of each table, keyed by title. The first row has the names of the columns.
+    """
+    membership = [
+        (
+            row["client"],
+            ATTACKS[row["attack"]],
+            f"{row['members']} / {row['others']}",
+            f"{row['auroc']:.3f} ± {row['auroc_se']:.3f}",
+            f"{row['hits']:.1%}",
+            _verdict(row),
+        )
+        for row in content["membership"]
     ]
+    inversion = [
+        (
+            row["client"],
+            str(row["step"]),
+            "none (mean image)" if row["way"] == "blind" else row["way"],
+            _format_psnr(row["psnr"]),
+            f"{row['ssim']:.2f}",
+            LABELS.get(row.get("label", ""), ""),
+        )
+        for row in content["inversion"]
+    ]
+    tables: dict[str, Table] = {
+        "membership inference": [
+            ("client", "attack", "rows in / out", "AUROC ± s.e.", "TPR at 1% FPR", "verdict"),
+            *membership,
+        ],
+        "gradient inversion": [
+            ("client", "step", "upload", "PSNR", "SSIM", "label"),
+            *inversion,
+        ],
+    }
+    return {title: table for title, table in tables.items() if len(table) > 1}
 
 
 def _verdict(row: Json) -> str:
@@ -88,19 +113,8 @@ def _verdict(row: Json) -> str:
     return "above chance" if row["auroc"] > 0.5 else "below chance"
 
 
-def inversion_rows(content: Json) -> list[list[str]]:
-    """Format one table row for each training step and variant, with the columns `INVERSION`."""
-    return [
-        [
-            r["client"],
-            str(r["step"]),
-            "none (mean image)" if r["way"] == "blind" else r["way"],
-            "exact" if r["psnr"] >= EXACT else f"{r['psnr']:.1f}",
-            f"{r['ssim']:.2f}",
-            LABELS.get(r.get("label", ""), ""),
-        ]
-        for r in content["inversion"]
-    ]
+def _format_psnr(psnr: float) -> str:
+    return "exact" if psnr >= EXACT else f"{psnr:.1f} dB"
 
 
 def draw_audit(content: Json, pictures: list[Json]) -> bytes:
@@ -113,94 +127,62 @@ def draw_audit(content: Json, pictures: list[Json]) -> bytes:
     Returns:
         The figure as PNG. Parts without results are omitted.
     """
-    columns = [(p, i) for p in pictures for i in range(len(p["true"]))][:MAX_COLUMNS]
-    ways = list(pictures[0]["found"]) if pictures else []
-    grid = 0.55 + (len(ways) + 1) * 0.98 if columns else 0.0
-    heights = [h for h in (2.9 if content["membership"] else 0.0, grid) if h]
-    if not heights:
-        return style.to_png(style.figure(0.1))
+    heights = []
+    if content["membership"]:
+        heights.append(2.9)
+    if pictures:
+        heights.append(0.55 + (len(pictures[0]["found"]) + 1) * 0.98)
     figure = style.figure(sum(heights))
     parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
     if content["membership"]:
-        _membership(parts.pop(0), content["membership"])
-    if columns:
-        _images(parts.pop(0), columns, ways, content["inversion"])
+        _draw_curves(parts[0], content["membership"])
+    if pictures:
+        _draw_images(parts[-1], pictures[:MAX_COLUMNS], content["inversion"])
     return style.to_png(figure)
 
 
-def _membership(part: FigureBase, rows: list[Json]) -> None:
-    curves, areas = part.subplots(1, 2, width_ratios=[1, 1.25])
-    clients = list(dict.fromkeys(r["client"] for r in rows))
-    for r in rows:
-        alarms, hits = np.array(r["curve"]).T
-        curves.plot(
-            alarms,
-            hits,
-            color=COLORS[r["attack"]],
-            linestyle=list(LINES)[clients.index(r["client"]) % 4],
+def _draw_curves(part: FigureBase, rows: list[Json]) -> None:
+    axes = part.subplots()
+    clients = list(dict.fromkeys(row["client"] for row in rows))
+    for row in rows:
+        name = f"{style.shorten(row['client'])}, {ATTACKS[row['attack']]}"
+        axes.plot(
+            *np.array(row["curve"]).T,
+            color=COLORS[row["attack"]],
+            linestyle=LINES[clients.index(row["client"]) % len(LINES)],
             linewidth=1.2,
+            label=f"{name}: {row['auroc']:.3f} ± {row['auroc_se']:.3f}",
         )
-    curves.plot([0, 1], [0, 1], color=style.LIGHT, linewidth=0.9, zorder=0)
-    curves.set(
+    axes.plot([0, 1], [0, 1], color=style.LIGHT, linewidth=0.9, zorder=0)
+    axes.set(
         xlim=(0, 1),
         ylim=(0, 1),
         xlabel="false positive rate",
         ylabel="true positive rate",
         title="Membership inference",
     )
-    words = list(LINES.values())
-    names = [
-        f"{style.shorten(r['client'])} ({words[clients.index(r['client']) % 4]})\n"
-        f"{ATTACKS[r['attack']]}"
-        for r in rows
-    ]
-    for place, r in enumerate(rows):
-        areas.errorbar(
-            r["auroc"],
-            place,
-            xerr=2 * r["auroc_se"],
-            fmt="o",
-            color=COLORS[r["attack"]],
-            capsize=2.5,
-        )
-    areas.axvline(0.5, color=style.INK, linewidth=0.9, linestyle=(0, (1, 1.5)))
-    areas.set_yticks(range(len(rows)), names)
-    areas.set(
-        ylim=(len(rows) - 0.4, -0.6),
-        xlabel="AUROC ± 2 s.e.; dotted: chance",
-        title="Area under the ROC curve",
-    )
+    axes.legend(title="AUROC ± s.e.", loc="center left", bbox_to_anchor=(1.02, 0.5))
 
 
-def _images(
-    part: FigureBase, columns: list[tuple[Json, int]], ways: list[str], rows: list[Json]
-) -> None:
-    cells = part.subplots(len(ways) + 1, len(columns), squeeze=False)
-    psnr = {(r["client"], r["step"], r["way"]): r["psnr"] for r in rows}
-    for column, (picture, i) in enumerate(columns):
-        shown: list[tuple[str, Tensor]] = [("original", picture["true"]), *picture["found"].items()]
-        for line, (way, images) in enumerate(shown):
+def _draw_images(part: FigureBase, pictures: list[Json], rows: list[Json]) -> None:
+    ways = list(pictures[0]["found"])
+    cells = part.subplots(len(ways) + 1, len(pictures), squeeze=False)
+    psnr = {(row["client"], row["step"], row["way"]): row["psnr"] for row in rows}
+    for column, picture in enumerate(pictures):
+        for line, (way, image) in enumerate(
+            {"original": picture["true"], **picture["found"]}.items()
+        ):
             axes = cells[line, column]
             style.remove_axes(axes)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            image = images[i].movedim(0, -1).numpy().clip(0, 1)
-            axes.imshow(
-                image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1
-            )
+            axes.set(xticks=[], yticks=[])
+            pixels = image.movedim(0, -1).numpy().clip(0, 1)
+            axes.imshow(pixels, cmap="gray", vmin=0, vmax=1)
             if line:
-                value = psnr[picture["client"], picture["step"], way]
-                axes.set_xlabel(
-                    "exact" if value >= EXACT else f"{value:.1f} dB", labelpad=1, fontsize=7.5
-                )
-            else:
-                axes.set_title(
-                    style.shorten(picture["client"], 12),
-                    fontsize=8,
-                    fontweight="normal",
-                    loc="center",
-                )
+                label = _format_psnr(psnr[picture["client"], picture["step"], way])
+                axes.set_xlabel(label, labelpad=1, fontsize=7.5)
             if column == 0:
-                axes.set_ylabel(
-                    way.replace(" ", "\n", 1), rotation=0, ha="right", va="center", fontsize=8
-                )
+                name = way.replace(" ", "\n", 1)
+                axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        cells[0, column].set_title(
+            style.shorten(picture["client"], 12), fontsize=8, fontweight="normal", loc="center"
+        )

@@ -197,7 +197,8 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         ("channel.secure_sum", "clients.per_round"),
         lambda run: run.secure_sum and run.cohort > MAX_CLIENTS_IN_SUM and f"{run.cohort:,}",
         f"channel.secure_sum: at most {MAX_CLIENTS_IN_SUM} clients in a round "
-        f"(clients.per_round), got {{found}}, because each client shares masks with all others",
+        f"(clients.per_round), got {{found}}, because each client shares masks with all others; "
+        f"set clients.per_round={MAX_CLIENTS_IN_SUM}, or use channel.homomorphic",
     ),
     "high_threshold": CompatibilityRule(
         ("channel.secure_sum.threshold", "clients.per_round"),

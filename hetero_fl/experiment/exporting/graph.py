@@ -1,8 +1,8 @@
 """Modules that combine a model and its preprocessing in a graph that torch can export.
 
-An exported graph cannot raise errors. Instead, the graph returns NaN for rows that `Run.predict`
-rejects, which are rows with infinity, unsupported missing values, pixels outside [0, 1] or tokens
-out of range. A block is a modality of a multimodal example (see `hetero_fl.data.dataset.Block`).
+An exported graph cannot raise errors. Instead, the graph returns NaN for rows with infinity or
+unsupported missing values. It does not check the range of pixels and tokens, as `Run.predict` and
+`score.py` do. A block is a modality of a multimodal example (see `hetero_fl.data.dataset.Block`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hetero_fl.core.images import SCALE_TOLERANCE
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data.dataset import Categories, indicator_names, spans_of
 from hetero_fl.data.preprocessing import Preprocess
@@ -294,8 +293,7 @@ class ExportedPreprocessing(nn.Module):
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Convert raw inputs, one tensor `[N, *shape]` each, to the input of the model."""
         if self.inputs[0].kind == "tokens":
-            # `ExportedModel` replaces the predictions for rows with invalid tokens with NaN.
-            return inputs[0].clamp(0, self.inputs[0].tokens - 1)
+            return inputs[0]
         if are_blocks_flattened(self.preprocess):
             x = torch.cat([part.flatten(1) for part in inputs], dim=1)
         else:
@@ -309,25 +307,13 @@ class ExportedPreprocessing(nn.Module):
         return x.transpose(1, 2) if x.ndim == 3 else x
 
     def invalid_rows(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Return whether each row is an invalid example, bool `[N]`."""
-        invalid = [
-            self._invalid_values(part, spec).flatten(1).any(1)
-            for part, spec in zip(inputs, self.inputs, strict=True)
-        ]
+        """Return whether each row has infinite or unsupported missing values, bool `[N]`."""
+        invalid = []
+        for part, spec in zip(inputs, self.inputs, strict=True):
+            values = part.float().flatten(1)
+            found = values.isinf() if spec.allows_missing else values.isinf() | values.isnan()
+            invalid.append(found.any(1))
         return torch.stack(invalid).any(0)
-
-    def _invalid_values(self, x: Tensor, spec: Input) -> Tensor:
-        if spec.kind == "tokens":
-            return (x < 0) | (x >= spec.tokens)
-        invalid = x.isinf() if spec.allows_missing else x.isinf() | x.isnan()
-        if spec.kind != "image":
-            return invalid
-        invalid = invalid | (x < -SCALE_TOLERANCE) | (x > 1 + SCALE_TOLERANCE)
-        channels = self.preprocess.channels
-        if channels is not None and channels > 1:
-            found = _num_channels(x)
-            invalid = invalid | ((found != 1) & (found != channels))
-        return invalid
 
     def _resize(self, x: Tensor) -> Tensor:
         side = self.preprocess.resize

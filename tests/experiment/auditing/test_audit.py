@@ -12,7 +12,8 @@ import torch
 import hetero_fl
 from hetero_fl.cli import main
 from hetero_fl.data.federated_data import unprocessed_rows
-from hetero_fl.experiment.auditing.audit import audit, without_protection
+from hetero_fl.experiment.auditing.audit import audit
+from hetero_fl.experiment.auditing.inversion import without_protection
 from hetero_fl.experiment.auditing.membership import candidates, train_shadow
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.utils.errors import UserError
@@ -133,7 +134,6 @@ def test_audit_flags_raise_one_line(
     for place, flags, message in (
         (run.path, ["--clients", "siet_1"], "no model of 'siet_1'; did you mean 'site_1'?"),
         (run.path, ["--shadows", "3"], "--shadows: must be an even number >= 4, or 0"),
-        (run.path, ["--batch", "9"], "--batch: must be between 1 and 4, got 9"),
         (run.path, ["--attack", "members"], "unknown attack 'members'; did you mean 'membership'?"),
         (run.path, ["--attack", "inversion", "--clients", "site_1"], inversion),
         (tmp_path / "none", [], "none: folder not found; expected a run directory"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hetero_fl.core.task import Task
 from hetero_fl.experiment.auditing.membership import (
+    auroc_error,
     confidence,
     likelihood_ratio,
     loss_score,
@@ -68,35 +69,38 @@ def test_likelihood_ratio_matches_two_normals() -> None:
     assert np.allclose(found.numpy() * gap / math.sqrt(variance), ratio)
 
 
-def test_auroc_counts_pairs_and_error_is_bootstrapped() -> None:
+def test_auroc_and_hits_count_pairs_and_rows() -> None:
     scores, member = normal(300), torch.arange(300) < 120
     scores[member] += 0.5
     # create ties
     scores = (scores * 4).round()
     ins, outs = scores[member].numpy(), scores[~member].numpy()
-    found = score_attack(scores, member, "test")
+    found = score_attack(scores, member)
     pairs = (ins[:, None] > outs).mean() + (ins[:, None] == outs).mean() / 2
-    assert found.auroc == pytest.approx(pairs)
-    # Hanley and McNeil (1982)
-    q1, q2 = pairs / (2 - pairs), 2 * pairs**2 / (1 + pairs)
-    error = math.sqrt(
-        (pairs * (1 - pairs) + 119 * (q1 - pairs**2) + 179 * (q2 - pairs**2)) / (120 * 180)
-    )
-    assert found.auroc_se == pytest.approx(error, rel=0.15)
+    assert found["auroc"] == pytest.approx(pairs)
+    assert found["auroc_se"] == auroc_error(found["auroc"], 120, 180)
     # at a rate of 1%, one of 180 non-members may score higher
     threshold = np.sort(outs)[-2]
-    assert found.hits == pytest.approx((ins > threshold).mean())
-    area = np.trapezoid(np.array(found.curve)[:, 1], np.array(found.curve)[:, 0])
-    assert area == pytest.approx(pairs)
+    assert found["hits"] == pytest.approx((ins > threshold).mean())
+    alarms, hits = np.array(found["curve"]).T
+    assert np.trapezoid(hits, alarms) == pytest.approx(pairs)
 
 
-@pytest.mark.slow
+def test_auroc_error_is_the_spread_over_samples() -> None:
+    draws = np.random.default_rng(0)
+    # exponential scores, on which the equation is based, with an area of 0.5 or 0.8
+    for ratio in (1, 4):
+        positives = draws.exponential(ratio, (2000, 20, 1))
+        negatives = draws.exponential(1, (2000, 1, 80))
+        spread = (positives > negatives).mean((1, 2)).std()
+
+        assert auroc_error(ratio / (1 + ratio), 20, 80) == pytest.approx(spread, rel=0.05)
+
+
 def test_chance_verdict_has_the_expected_frequency() -> None:
     member = torch.arange(80) < 40
-    verdicts = [
-        score_attack(normal(80, seed=seed), member, "test", seed).at_chance for seed in range(40)
-    ]
+    verdicts = [score_attack(normal(80, seed=seed), member)["at_chance"] for seed in range(40)]
     # 95% of 40 are 38
     assert sum(verdicts) >= 34
     separated = normal(80) + member.double()
-    assert not score_attack(separated, member, "test").at_chance
+    assert not score_attack(separated, member)["at_chance"]

@@ -50,10 +50,9 @@ def file_of(model: SavedModel, personal: bool = False) -> bytes:
 
 def invalid_values(model: SavedModel) -> list[tuple[int, float]]:
     """Return the index of an input and a value that is invalid in it, for every check."""
-    found = [(0, 30.0), (0, -1.0)] if inputs_of(model)[0].kind == "tokens" else []
+    found = []
     for i, model_input in enumerate(inputs_of(model)):
         found += [(i, float("inf"))] if model_input.kind != "tokens" else []
-        found += [(i, 1.5), (i, -0.5)] if model_input.kind == "image" else []
         found += (
             [(i, float("nan"))]
             if model_input.kind != "tokens" and not model_input.allows_missing
@@ -136,7 +135,6 @@ def test_two_channels_are_not_accepted_as_colors() -> None:
     model = case("resnet_of_grey")
     two = torch.rand(3, 2, 12, 12)
 
-    assert ExportedModel(model, False)(two).isnan().all()
     with pytest.raises(UserError):
         preprocess_inputs(model, two)
 

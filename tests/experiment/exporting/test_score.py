@@ -194,20 +194,26 @@ IMAGE = np.zeros((3, 12, 12))
 SERIES = np.full((2, 20, 3), np.nan)
 COLUMNS = "weight,pulse,glucose\n1,2,3\n"
 INVALID: list[tuple[str, Any, str]] = [
-    ("vit", {"image": IMAGE + 2.0}, "row 1: expected numbers from 0 to 1"),
-    ("vit", {"image": IMAGE.astype(int) + 300}, "integers from 300 to 300"),
+    ("vit", {"image": IMAGE + 2.0}, "image: row 0: expected numbers from 0 to 1"),
+    ("vit", {"image": IMAGE.astype(int) + 300}, "got int64 from 300 to 300"),
     ("vit", {"image": np.zeros((3, 12, 13))}, "expected shape (N, 1, 12, 12), got (3, 1, 12, 13)"),
-    ("vit", {"image": np.zeros((0, 12, 12))}, "has no rows"),
+    (
+        "resnet_of_grey",
+        {"image": np.zeros((3, 2, 12, 12))},
+        "shape (N, channels, 12, 12), got (3, 2, 12, 12)",
+    ),
+    ("vit", {"image": np.zeros((0, 12, 12))}, "expected rows, equally many for each input, got 0"),
     ("vit", {"image": np.array(["a"])}, "expected an array of numbers"),
-    ("vit", {"a": np.zeros(2), "b": np.zeros(2)}, "expected an array image, got a, b"),
-    ("text_gru", {"tokens": np.full((2, 9), 30)}, "row 1: expected numbers from 0 to 29"),
-    ("text_gru", {"tokens": np.full((2, 9), 0.5)}, "row 1: expected numbers from 0 to 29"),
-    ("lstm", {"x": SERIES}, "row 1: expected finite numbers"),
-    ("lstm", "a,b,c\n1,2,3\n", "expected a .npz file for a model with inputs series"),
+    ("vit", {"a": np.zeros(2), "b": np.zeros(2)}, "expected arrays image, got a, b"),
+    ("text_gru", {"tokens": np.full((2, 9), 30)}, "row 0: expected numbers from 0 to 29"),
+    ("text_gru", {"tokens": np.full((2, 9), 0.5)}, "row 0: expected numbers from 0 to 29"),
+    ("lstm", {"x": SERIES}, "row 0: expected finite numbers"),
+    ("lstm", "a,b,c\n1,2,3\n", "expected a .npz file, or a .csv file for a model of a single"),
     ("multimodal", {"image": np.zeros((2, 1, 12, 12))}, "expected arrays image, genes"),
     ("mlp_of_columns", "weight,pulse\n1,2\n", "column 'glucose' not found; the file has weight, p"),
     ("mlp_of_columns", COLUMNS + "1,2,x\n", "row 2, column 'glucose': expected a number, got 'x'"),
-    ("mlp_of_columns", COLUMNS + "1,2\n", "row 2: expected 3 cells as in the header, got 2"),
+    ("mlp_of_columns", COLUMNS + "1,2\n", "row 2: expected 3 cells as in the header"),
+    ("mlp_of_columns", COLUMNS + "1,2,3,4\n", "row 2: expected 3 cells as in the header"),
     ("mlp_of_columns", COLUMNS + "1,,2\n", "row 2: expected finite numbers"),
 ]
 
@@ -235,10 +241,8 @@ def test_unusable_model_file_raises_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, words in (
-        ("m.safetensors", "contains tensors only"),
-        ("m.onnx", "m.onnx"),
-        ("m.pt", "expected a .onnx file, got m.pt"),
-        ("no.onnx", "not found"),
+        ("m.onnx", "--model: expected a file of hetero-fl export: "),
+        ("no.onnx", "no.onnx"),
     ):
         if name != "no.onnx":
             (tmp_path / name).write_bytes(b"something")

@@ -315,8 +315,8 @@ def parse_command(prog: str, name: str | None, arguments: list[str]) -> Context:
         return command.make_context(prog, [*arguments, *(["--help"] if name is None else [])])
     except NoSuchOption as error:
         option = f"{name} {error.option_name}"
-        if option in REMOVED_OPTIONS:
-            raise UserError(f"{option} was removed; use {REMOVED_OPTIONS[option]}") from None
+        if removed := describe_removed(option, REMOVED_OPTIONS):
+            raise UserError(removed) from None
         options = [option for parameter in command.params for option in parameter.opts]
         hint = suggest_similar(error.option_name, [o for o in options if o.startswith("--")])
         if not hint and {"config", "overrides"} <= {parameter.name for parameter in command.params}:

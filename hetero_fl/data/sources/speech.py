@@ -42,6 +42,8 @@ MD5 = "6b74f3901214cb2c2934e98196829835"
 FOLDER = "speech_commands_v0.02"
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
 """File with the recordings of each split that is not used for training."""
+FEATURE_KEYS = ("rate", "seconds", "window", "step", "bands")
+"""Settings of the features of a recording."""
 FILE_NAME = re.compile(r"(?P<speaker>.+)_nohash_[0-9]+\.wav", re.IGNORECASE)
 
 
@@ -65,10 +67,24 @@ def speech(config: SourceConfig, _root: Path) -> Dataset:
     return read_columns(path, "speech", group="device")
 
 
-@register_source("speech_public", keys=("speech",), default_path=EMBEDDED / "speech_public.npz")
+@register_source("speech_public", keys=("speech",))
 def speech_public(config: SourceConfig, _root: Path) -> Dataset:
-    """Read the simulated recordings of nine other persons, for use as a proxy set."""
-    return read_columns(Path(str(config.path)), "speech_public")
+    """Read the simulated recordings of nine other persons, for use as a proxy set.
+
+    The main data set may be a folder of recordings, from which the same features are computed.
+    """
+    settings = config.speech or SpeechConfig()
+    for key in FEATURE_KEYS:
+        default = SpeechConfig.model_fields[key].default
+        if getattr(settings, key) != default:
+            raise UserError(
+                f"name: speech_public has features with speech.{key}={default:g}, got "
+                f"{getattr(settings, key):g}; remove speech.{key}, or set name=speech and path to "
+                "a folder of public recordings"
+            )
+    dataset = read_columns(EMBEDDED / "speech_public.npz", "speech_public")
+    dataset.simulated = True
+    return dataset
 
 
 @register_source("speech_commands", keys=("speech",))

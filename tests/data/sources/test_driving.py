@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from hetero_fl.config.clients import ClientSettings, PreprocessConfig
-from hetero_fl.config.data import DataConfig, DrivingConfig
+from hetero_fl.config.data import DataConfig, DrivingConfig, SourceConfig
 from hetero_fl.data import Dataset, federate, load_source
+from hetero_fl.data.external import inherit_keys
 from hetero_fl.data.sources.driving import read_frames
 from tests.support.driving_folders import (
     SIMULATOR_HEADER,
@@ -491,7 +492,10 @@ def test_malformed_file_of_frames_raises_one_line(
     assert "array 'angle' not found" in refusal(load, tmp_path / "drives.npz")
 
 
-def test_public_frames_ignore_the_settings_of_own_drives() -> None:
-    public = read_source("driving_public", driving={"crop": [0.2, 0.1], "max_angle": 20})
+def test_public_frames_do_not_inherit_the_settings_of_own_drives() -> None:
+    main = SourceConfig(name="driving", path="drives", driving={"crop": [0.2, 0.1]})
+    public = inherit_keys(SourceConfig(name="driving_public"), main)
 
-    assert torch.equal(public.train.x, read_source("driving_public").train.x)
+    dataset = load_source(public, Path())
+
+    assert torch.equal(dataset.train.x, read_source("driving_public").train.x)

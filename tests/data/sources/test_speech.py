@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from hetero_fl.config.data import DataConfig, SpeechConfig
-from hetero_fl.data import Dataset, federate
+from hetero_fl.config.data import DataConfig, SourceConfig, SpeechConfig
+from hetero_fl.data import Dataset, federate, load_source
+from hetero_fl.data.external import inherit_keys
 from hetero_fl.data.sources import speech
 from hetero_fl.data.sources.speech import FLOOR, log_mel, mel_filters, read_features, read_wav
+from hetero_fl.experiment import prepare
+from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
 from tests.support.federated_data import PLAIN_CLIENT, read_source
 from tests.support.file_server import publish
@@ -409,16 +412,24 @@ def test_features_are_read_from_a_file(tmp_path: Path) -> None:
     )
 
 
-def test_public_recordings_have_the_default_features() -> None:
-    # Own recordings may have other words and speakers.
-    public = load(name="speech_public", words=["yes", "no"], speakers=2)
+def test_public_recordings_have_the_default_features(tmp_path: Path) -> None:
+    # Own recordings may have other words.
+    main = SourceConfig(name="speech", path="words", speech={"words": ["yes", "no"]})
+
+    public = load_source(inherit_keys(SourceConfig(name="speech_public"), main), Path())
 
     assert len(public.train) == 360 and public.train.x.shape[1:] == (49, 40)
     for key, value in (("bands", 20), ("seconds", 0.5)):
-        check_refused(
-            rf"data\.name: speech_public has features with speech\.{key}=\d+, got {value}; remove "
-            rf"speech\.{key}, or set name=speech and path to a folder of public recordings",
-            load,
-            name="speech_public",
-            **{key: value},
-        )
+        source = {
+            "name": "speech",
+            "path": str(write_speech_folder(tmp_path / key)),
+            "speech": {key: value},
+            "partition": {"min_size": 1},
+            "proxy": {"source": {"name": "speech_public"}},
+        }
+        with pytest.raises(
+            UserError,
+            match=rf"^data\.proxy\.source\.name: speech_public has features with speech\.{key}=\d+,"
+            rf" got {value}; remove speech\.{key}, or set name=speech and path to",
+        ):
+            prepare({"data": source, "clients": {"count": 2}, "algorithm": {"name": "fedmd"}})

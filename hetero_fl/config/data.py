@@ -29,9 +29,12 @@ class SharedSettings(ConfigSection):
     Attributes:
         selection: Settings that select rows of the main data set, and do not apply to others.
         not_in_arrays: Settings that do not apply to `.npz` files.
+        of_files: Settings that name parts of the user's files, and do not apply to data that comes
+            with the package.
     """
 
     selection: ClassVar[tuple[str, ...]] = ()
+    of_files: ClassVar[tuple[str, ...]] = ()
     not_in_arrays: ClassVar[tuple[str, ...]] = ()
 
     def without(self, names: Collection[str]) -> Self:
@@ -44,6 +47,7 @@ class SeriesConfig(SharedSettings):
     """Windows and forecast targets of hourly time series."""
 
     selection = ("sites",)
+    of_files = ("time", "lanes", "weather")
     not_in_arrays = ("format", "gaps")
 
     window: int = Field(

@@ -162,9 +162,9 @@ def inherit_keys(
 ) -> SourceConfig:
     """Fill in the unset keys with which a source reads files from those of the main data set.
 
-    These are the keys of values, such as `read`, `series` and `text`, without their settings that
-    select rows of the main data set, and for sources of the same name also `task`, `categories` and
-    `size`. Keys and settings that do not apply to the file of the source are not filled in.
+    These are the keys of values, such as `read`, `series` and `text`, and for sources of the same
+    name also `task`, `categories` and `size`. Settings that select rows of the main data set, or
+    that do not apply to the file of the source, are not filled in.
 
     Args:
         source: Source configuration.
@@ -178,10 +178,12 @@ def inherit_keys(
     found: dict[str, Any] = {}
     for key in (*roles, *VALUE_KEYS, *(SAME_SOURCE_KEYS if is_same else ())):
         value = getattr(main, key)
-        # Keys that a source of the same name does not read are reported when it is loaded.
-        if getattr(source, key) is None and (is_same or reads_key(source.name, key)):
-            selected = value.selection if isinstance(value, SharedSettings) else ()
-            value = value.without(selected) if selected else value
+        if getattr(source, key) is None and (
+            reads_key(source.name, key) or (is_same and source.path is not None)
+        ):
+            if isinstance(value, SharedSettings):
+                names = () if source.path is not None else value.of_files
+                value = value.without([*value.selection, *names])
             found[key] = value_for_file(source, key, value)
     return source.model_copy(update=found)
 

@@ -185,7 +185,7 @@ def test_report_states_warnings_first_and_privacy(made_run: MakeRun) -> None:
     run = made_run(simulated=True, failures=True)
     page = read(run)
     assert "No differential privacy was used." in page.text
-    assert "The data of this run is generated, not real." in page.text
+    assert "The data of this run is simulated, not real." in page.text
     assert (
         "Clients dropped in 1 round: round 2: hospital_2 "
         "(loss or parameters of 'model' are not finite)." in page.text

@@ -28,7 +28,7 @@ def number_pattern(thousands: str, decimal: str) -> re.Pattern[str]:
         thousands: Possible marks of thousands. If empty, digits are not grouped.
         decimal: Possible decimal marks.
     """
-    groups = rf"|\d{{1,3}}(?:[{re.escape(thousands)}]\d{{3}})+" if thousands else ""
+    groups = rf"|[1-9]\d{{0,2}}(?:[{re.escape(thousands)}]\d{{3}})+" if thousands else ""
     point = rf"[{re.escape(decimal)}]"
     return re.compile(rf"\s*[+-]?(?:(?:\d+{groups})(?:{point}\d*)?|{point}\d+)(?:[eE][+-]?\d+)?\s*")
 
@@ -37,6 +37,8 @@ SEPARATED = number_pattern(".,'’", ".,")
 """Pattern of numbers with any decimal mark and separator of thousands."""
 MANY_CATEGORIES = 20
 """Number of distinct values from which text columns are not one-hot encoded by default."""
+SEPARATORS = ",;|\t"
+"""Common separators of columns."""
 MARKERS = frozenset(
     (
         "",
@@ -393,8 +395,15 @@ def check_columns(
         UserError: If a column is missing.
     """
     for key, column in wanted:
-        if column is not None:
-            check_names([column], frame.columns, f"{key}: column", f" not found in {file}")
+        if column is None:
+            continue
+        names = [str(name) for name in frame.columns]
+        if column not in names and len(names) == 1 and set(SEPARATORS) & set(names[0]):
+            raise UserError(
+                f"{key}: column '{column}' not found in {file}, whose only column is '{names[0]}'; "
+                "set the separator in read.sep"
+            )
+        check_names([column], frame.columns, f"{key}: column", f" not found in {file}")
 
 
 def raise_cell_error(where: str, row: int, column: str, problem: str) -> NoReturn:

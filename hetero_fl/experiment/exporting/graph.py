@@ -307,11 +307,18 @@ class ExportedPreprocessing(nn.Module):
         return x.transpose(1, 2) if x.ndim == 3 else x
 
     def invalid_rows(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Return whether each row has infinite or unsupported missing values, bool `[N]`."""
+        """Return whether each row is an invalid example, bool `[N]`.
+
+        Invalid are infinite and unsupported missing values, and images with other channels.
+        """
         invalid = []
         for part, spec in zip(inputs, self.inputs, strict=True):
             values = part.float().flatten(1)
             found = values.isinf() if spec.allows_missing else values.isinf() | values.isnan()
+            channels = self.preprocess.channels
+            if spec.kind == "image" and channels is not None and channels > 1:
+                count = _num_channels(part)
+                found = found | ((count != 1) & (count != channels))
             invalid.append(found.any(1))
         return torch.stack(invalid).any(0)
 

@@ -213,7 +213,7 @@ class ComparisonFacts:
 
     Attributes:
         facts: Pairs of a name and a text, such as "Seeds" and "0, 1, 2".
-        warning: A sentence about generated data, or an empty string for real data.
+        warning: A sentence about simulated data, or an empty string for real data.
         command: The command line or the Python call.
         jobs: Number of runs that were executed in parallel, or None if unknown.
         local_test_note: A sentence about the number of local test rows, or an empty string if there
@@ -269,7 +269,7 @@ def gather_facts(
                 test_names=TEST_NAMES,
             )
         if summary["data"]["simulated"]:
-            warning = "The data is generated, not real. The scores say nothing about real data."
+            warning = "The data is simulated, not real. The scores say nothing about real data."
     facts["Seeds"] = ", ".join(map(str, seeds))
     if jobs is not None:
         facts["Parallel runs"] = str(jobs)

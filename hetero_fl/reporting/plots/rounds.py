@@ -64,7 +64,7 @@ def plot_curves(
 
 def _x_axis(records: Sequence[Json], x: str) -> tuple[list[float], str]:
     """Return the position of each round on the x axis, and the label of the axis."""
-    if x == "round":
+    if x == "round" or not records:
         return [record["round"] for record in records], "round"
     if x == "bytes":
         total = np.cumsum([record["up_bytes"] + record["down_bytes"] for record in records])
@@ -196,7 +196,7 @@ def plot_outcomes(records: Sequence[Json]) -> Figure | None:
     Returns:
         The figure, or None for runs without simulated time.
     """
-    if not _x_axis(records, "time")[0][-1]:
+    if not any(_x_axis(records, "time")[0]):
         return None
     figure = style.figure(2.6, style.COLUMN)
     axes = figure.subplots()

@@ -135,6 +135,7 @@ def test_two_channels_are_not_accepted_as_colors() -> None:
     model = case("resnet_of_grey")
     two = torch.rand(3, 2, 12, 12)
 
+    assert ExportedModel(model, False)(two).isnan().all()
     with pytest.raises(UserError):
         preprocess_inputs(model, two)
 

@@ -184,7 +184,7 @@ def test_reports_contain_the_facts(tmp_path: Path) -> None:
     assert "upload logits, shape <code>[D, C]</code> for D proxy rows" in html
     assert "None" not in page.text and str(tmp_path) not in page.text
     text = (tmp_path / "comparison.md").read_text()
-    assert all("The data is generated, not real." in written for written in (html, text))
+    assert all("The data is simulated, not real." in written for written in (html, text))
     assert (
         "- **Clients:** 6 clients" in text
         and "- **FedMD:** Distill the mean" in text

@@ -31,7 +31,6 @@ class ComparisonTable:
         columns: Columns of the archive, keyed by column title.
         names: Titles of rows, keyed by label. Other rows have the name of the method.
         has_traffic: Whether the table has a column with the exchanged bytes.
-        has_seconds: Whether the table has a column with the seconds of a run.
         first_column: Title of the first column.
     """
 
@@ -39,7 +38,6 @@ class ComparisonTable:
     columns: Mapping[str, str]
     names: Mapping[str, str] = field(default_factory=dict)
     has_traffic: bool = True
-    has_seconds: bool = False
     first_column: str = "Method"
 
 
@@ -62,9 +60,6 @@ def comparison_table(table: ComparisonTable, archived: Callable[[str], Sequence[
     if table.has_traffic:
         header.append("MB")
         columns.append({label: _megabytes(rows) for label, rows in runs.items()})
-    if table.has_seconds:
-        header.append("Seconds")
-        columns.append({label: _seconds(rows) for label, rows in runs.items()})
     alignment = ["left", *["right"] * len(columns)]
     lines = [
         [table.names.get(label) or algorithm_name(label), *(column[label] for column in columns)]
@@ -135,7 +130,3 @@ def _megabytes(rows: Sequence[Row]) -> str:
         return MISSING
     mean = statistics.mean(row["up_bytes"] + row["down_bytes"] for row in rows) / 1e6
     return format_significant(mean, 3) if mean else "0"
-
-
-def _seconds(rows: Sequence[Row]) -> str:
-    return format_significant(statistics.mean(row["seconds_total"] for row in rows), 2)

@@ -158,7 +158,7 @@ def _describe_own_error(problem: ErrorDetails) -> str:
     """
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     is_section = isinstance(problem["input"], dict)
-    if is_section or re.search(r"\b(got|unknown|found)\b", message):
+    if is_section or re.search(r"\b(got|unknown|found|was removed)\b", message):
         return message
     return f"{message}, got {format_value(problem['input'])}"
 

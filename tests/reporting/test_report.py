@@ -190,7 +190,7 @@ def test_report_states_warnings_first_and_privacy(made_run: MakeRun) -> None:
         "Clients dropped in 1 round: round 2: hospital_2 "
         "(loss or parameters of 'model' are not finite)." in page.text
     )
-    assert page.text.index("The data of this run is generated") < page.text.index("Summary")
+    assert page.text.index("The data of this run is simulated") < page.text.index("Summary")
     run.write_json("summary.json", run.summary() | {"privacy": {"epsilon": 3.456, "delta": 1e-5}})
     assert "ε = 3.46 at δ = 1e-05" in read(run).text
 

@@ -166,9 +166,9 @@ def _plain_numbers(
     for name in frame.columns.difference(list(texts)):
         cells = frame[name].str.strip()
         cells = cells[~cells.str.lower().isin(MARKERS)]
-        if not cells.str.fullmatch(any_number).all():
-            continue
-        if (row := first_true(~cells.str.fullmatch(number).to_numpy(bool))) is not None:
+        is_number = cells.str.fullmatch(number).to_numpy(bool)
+        is_foreign = ~is_number & cells.str.fullmatch(any_number).to_numpy(bool)
+        if (row := first_true(is_foreign)) is not None and (is_number | is_foreign).all():
             expected = f"the decimal mark '{read.decimal}'"
             if thousands:
                 expected = f"'{read.thousands}' between groups of three digits, and {expected}"
@@ -179,6 +179,8 @@ def _plain_numbers(
                 f"expected a number with {expected}, got '{cells.iloc[row]}'; correct the cell, or "
                 "set data.read.decimal and thousands",
             )
+        # Other cells remain, and are found when the column is used as numbers.
+        cells = cells[is_number]
         plain = cells.str.replace(f"[{thousands}]", "", regex=True) if thousands else cells
         frame.loc[cells.index, name] = plain.str.replace(read.decimal, ".", regex=False)
     return io.StringIO(frame.to_csv(sep=separator, index=False))

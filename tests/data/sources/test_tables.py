@@ -307,6 +307,16 @@ def test_marks_separate_groups_of_three_digits(
         assert place in message and f", got '{cell}'; correct the cell" in message
 
 
+@each_case("cell", ["abc", "1 234", "1.23.456", "3,5 mg"])
+def test_one_wrong_cell_does_not_drop_a_column_of_numbers(cell: str, tmp_path: Path) -> None:
+    rows = [f"{i / 7:.3f};{i % 2}".replace(".", ",") for i in range(40)]
+    text = "\n".join(["dose;ill", *rows, f"{cell};1"])
+
+    message = refusal(load_text, tmp_path / "t.csv", text, sep=";", decimal=",", thousands=".")
+
+    assert f"row 41, column 'dose': expected a number, got '{cell}'" in message
+
+
 def test_marks_of_numbers_change_no_text(tmp_path: Path) -> None:
     text = (
         "day;kind;on;dose;site;ill\n01.02.2026;a.1;True;-;1.5;0\n02.02.2026;b.2;False;1.000;2.5;1\n"

@@ -29,8 +29,7 @@ class SharedSettings(ConfigSection):
     Attributes:
         selection: Settings that select rows of the main data set, and do not apply to others.
         not_in_arrays: Settings that do not apply to `.npz` files.
-        of_files: Settings that name parts of the user's files, and do not apply to data that comes
-            with the package.
+        of_files: Settings that name columns of files, and do not apply to data of the package.
     """
 
     selection: ClassVar[tuple[str, ...]] = ()

@@ -104,7 +104,7 @@ def check_resumable(
     Args:
         directory: The run directory.
         saved: The state dict of the newest checkpoint, or None if there is none.
-        inputs: Hashes of the data and of the user's code (see `check_inputs`).
+        inputs: Hashes of the data and of user-defined code (see `check_inputs`).
 
     Raises:
         UserError: If the checkpoint is missing or belongs to a different run, if a file was
@@ -127,8 +127,8 @@ def check_inputs(directory: RunDirectory, inputs: Mapping[str, Any]) -> None:
 
     Args:
         directory: The run directory.
-        inputs: Hash of the data and, keyed by module name, hashes of the user's code, as `data` and
-            `code` in `environment.json`.
+        inputs: Hash of the data and, keyed by module name, hashes of user-defined code, as `data`
+            and `code` in `environment.json`.
 
     Raises:
         UserError: If a hash differs. Data and modules without a recorded hash are not checked.

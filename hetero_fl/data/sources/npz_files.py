@@ -45,7 +45,7 @@ LABELS = ("N", "N L")
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """What an array of a `.npz` file must be.
+    """Specification of an array of a `.npz` file.
 
     Attributes:
         shapes: Possible shapes. A letter stands for any length, which is 0 for N only.

@@ -401,7 +401,7 @@ def check_columns(
         if column not in names and len(names) == 1 and set(SEPARATORS) & set(names[0]):
             raise UserError(
                 f"{key}: column '{column}' not found in {file}, whose only column is '{names[0]}'; "
-                "set the separator in read.sep"
+                "set the separator in data.read.sep"
             )
         check_names([column], frame.columns, f"{key}: column", f" not found in {file}")
 

@@ -499,3 +499,17 @@ def test_public_frames_do_not_inherit_the_settings_of_own_drives() -> None:
     dataset = load_source(public, Path())
 
     assert torch.equal(dataset.train.x, read_source("driving_public").train.x)
+
+
+def test_bundled_data_inherit_no_names_of_files() -> None:
+    main = SourceConfig(
+        name="traffic", path="own.csv", series={"time": "When", "window": 12}, task="regression"
+    )
+
+    bundled = inherit_keys(SourceConfig(name="traffic"), main)
+    own = inherit_keys(SourceConfig(name="traffic", path="other.csv"), main)
+
+    assert bundled.series is not None and own.series is not None
+    assert (bundled.series.time, own.series.time) == ("DateTime", "When")
+    assert bundled.series.window == own.series.window == 12
+    assert (bundled.task, own.task) == (None, "regression")

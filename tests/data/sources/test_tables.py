@@ -307,6 +307,13 @@ def test_marks_separate_groups_of_three_digits(
         assert place in message and f", got '{cell}'; correct the cell" in message
 
 
+def test_wrong_separator_is_named(tmp_path: Path) -> None:
+    message = refusal(load_text, tmp_path / "t.csv", "dose,ill\n1,0\n2,1\n", sep=";")
+
+    assert "not found in " in message
+    assert "whose only column is 'dose,ill'; set the separator in data.read.sep" in message
+
+
 @each_case("cell", ["abc", "1 234", "1.23.456", "3,5 mg"])
 def test_one_wrong_cell_does_not_drop_a_column_of_numbers(cell: str, tmp_path: Path) -> None:
     rows = [f"{i / 7:.3f};{i % 2}".replace(".", ",") for i in range(40)]

@@ -83,7 +83,7 @@ def test_forecasts_are_plotted_in_vehicles(finished: Run) -> None:
         "Targets and forecasts",
         "squared error",
         "In vehicles. The root mean squared error gives more weight to large errors",
-        "The data of this run is generated",
+        "The data of this run is simulated",
     ):
         assert words in report
 

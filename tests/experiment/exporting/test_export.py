@@ -160,7 +160,7 @@ def test_card_states_privacy_and_caveats(run: hetero_fl.Run, tmp_path: Path) -> 
         "ε = 7.5 at δ = 1e-05",
         "uncertain: they come from 7 rows",
         "has its own evaluation",
-        "The data is generated",
+        "The data is simulated",
     ):
         assert words in page
     assert "The file includes the client's label frequencies" in page

@@ -3,11 +3,11 @@
 
     python -m benchmarks soak [--rounds 300] [--restarts 0.05] [--out FILE.csv]
 
-As with `hetero-fl federate`, four clients on Flower train tiny models with private heads and
-compressed uploads. After each round, a node is killed with probability `--restarts`, and the server
-restarts the node. Every `--every` rounds, the memory and open files of the server and of all its
-descendant processes are recorded. The table contains the slopes over the rounds with standard
-errors. The first `--warm` rounds of each process are omitted.
+As with `hetero-fl federate`, four clients in processes of their own train tiny models with private
+heads and compressed uploads. After each round, a process is killed with probability `--restarts`,
+and the server restarts it. Every `--every` rounds, the memory and open files of all processes are
+recorded. The table contains the slopes over the rounds with standard errors. The first `--warm`
+rounds of each process are omitted.
 """
 
 from __future__ import annotations
@@ -28,15 +28,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.common import add_quick
-from hetero_fl.deployment.flower.local_federation import run_local_federation
+from hetero_fl.deployment.local import run_local_federation
 
 LIBC = ctypes.CDLL("libc.so.6")
-# Names of processes in the table, keyed by a part of the command line.
-NAMES = {
-    "flower-superlink": "SuperLink",
-    "flwr-serverapp": "ServerApp",
-    "flower-supernode": "SuperNodes",
-}
 
 
 class Sample(NamedTuple):
@@ -101,7 +95,7 @@ def descendants() -> list[int]:
 
 
 def measure(round_idx: int) -> list[Sample]:
-    """Measure the server, its nodes, and the processes of Flower."""
+    """Measure the server and its nodes."""
     gc.collect()
     LIBC.malloc_trim(0)
     names = {os.getpid(): "server"}
@@ -110,9 +104,7 @@ def measure(round_idx: int) -> list[Sample]:
     for pid in [os.getpid(), *descendants()]:
         # A process may end at any time.
         with suppress(OSError):
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-            flower = [name for part, name in NAMES.items() if part in command]
-            if "guard.py" not in command and (name := names.get(pid) or "".join(flower)):
+            if name := names.get(pid):
                 samples.append(Sample(round_idx, name, pid, memory(pid), open_files(pid)))
     return samples
 
@@ -149,7 +141,7 @@ def print_slopes(samples: Sequence[Sample], warm: int) -> None:
     """
     print("| | MiB, median | KiB per round | files, maximum | files per round | samples |")
     print("|---|---|---|---|---|---|")
-    for name in ("server", "nodes", *NAMES.values()):
+    for name in ("server", "nodes"):
         by_process: dict[int, list[Sample]] = {}
         for sample in samples:
             if sample.name == name:

@@ -38,10 +38,7 @@ ADDRESS = re.compile(r"(https?://.+)|([^/\s]+:\d+)")
 @training_command("hetero-fl federate -c configs/digits_quickstart.yaml rounds=2")
 def federate(source: Path, **options: Any) -> Run:
     """Train with a server and one process per client on this machine."""
-    from hetero_fl.deployment.flower.commands import check_flower
-
-    check_flower()
-    from hetero_fl.deployment.flower.local_federation import run_local_federation
+    from hetero_fl.deployment.local import run_local_federation
 
     return run_local_federation(source, **options)
 

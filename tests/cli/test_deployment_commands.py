@@ -63,19 +63,15 @@ def without_flower(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="another message: Flower needs Python 3.11")
-@pytest.mark.parametrize("command", ["federate", "server"])
 def test_missing_flower_names_the_extra(
-    command: str,
-    file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    without_flower: None,
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], without_flower: None
 ) -> None:
     net = tmp_path / "net"
     main(["certificates", str(net), "--host", "127.0.0.1", "--clients", "site_1,site_2,site_3"])
     capsys.readouterr()
-    more = ["--server", str(net / "server" / "server.yaml")] if command == "server" else []
-    assert main([command, "--config", str(file), "--out", str(tmp_path / "out"), *more]) == 2
+    server = str(net / "server" / "server.yaml")
+    command = ["server", "--config", str(file), "--server", server, "--out", str(tmp_path / "out")]
+    assert main(command) == 2
     error = capsys.readouterr().err
     assert "pip install 'hetero_fl[flower]'" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -163,7 +159,6 @@ needs_processes = pytest.mark.skipif(
 
 @pytest.mark.slow
 def test_federate_runs_code_with_permission(tmp_path: Path) -> None:
-    pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
     code = "from hetero_fl.algorithms import FedAvg\n\nclass Mine(FedAvg):\n    pass\n"
     (tmp_path / "own_method_of_nodes.py").write_text(code)
     name, log = "python:own_method_of_nodes:Mine", tmp_path / "log.txt"
@@ -183,7 +178,6 @@ def test_federate_runs_code_with_permission(tmp_path: Path) -> None:
 @needs_processes
 def test_interrupted_federate_equals_simulation_and_cleans_up(tmp_path: Path) -> None:
     """Kill a node, interrupt the run, resume it to the same bits, then kill the command."""
-    pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
     source = config("hybrid", rounds=2, clients=2, **SERIAL)
     written(tmp_path, source)
     log, waits = tmp_path / "log", {"cwd": tmp_path, "log": tmp_path / "log", "module": WAITING}

@@ -16,8 +16,8 @@ from hetero_fl.communication.secure_aggregation.client import STATE_FIELDS
 from hetero_fl.data.federated_data import PublicPack, describe_client_rows
 from hetero_fl.deployment import audit_log
 from hetero_fl.deployment.audit_log import refused_configurations
-from hetero_fl.deployment.config import SiteConfig, load_site_config
-from hetero_fl.deployment.flower.local_federation import _write_sites
+from hetero_fl.deployment.config import SiteConfig
+from hetero_fl.deployment.local import _make_sites
 from hetero_fl.deployment.messages import CODES, message
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.server import run_federation
@@ -239,22 +239,22 @@ def test_node_without_data_reads_only_shipped_sets(
     assert "is not in this site's allows.data" in lines[-1]
 
 
-def test_local_federation_names_sources_in_site_files(tmp_path: Path) -> None:
+def test_sites_of_federate_may_read_the_sources_of_the_configuration(
+    tmp_path: Path,
+) -> None:
     data = {**public_table(tmp_path / "public.csv"), "root": str(tmp_path / "downloads")}
     groups = [{"name": "site", "count": 2, "model": "tabular"}]
     config = load_config({"data": data, "clients": {"groups": groups}, "rounds": 1})
-    (tmp_path / "scratch").mkdir()
 
-    files = _write_sites(config, tmp_path / "sites", "127.0.0.1:1", tmp_path / "scratch")
+    sites = _make_sites(config, tmp_path / "sites")
 
-    for file in files:
-        site, folder = load_site_config(file)
+    for site in sites:
         (source,) = site.allows.data
         assert (source.name, source.path, source.label) == ("table", data["path"], "ill")
         assert site.tells.errors and site.root == data["root"]
         public = (load_federated_data(config).public_hash(), None)
         request = terms(config.model_dump(mode="json"), public=public)
-        assert Node(site, folder).handle(request).head["ask"] == "told"
+        assert Node(site, Path(site.folder)).handle(request).head["ask"] == "told"
 
 
 # Policy

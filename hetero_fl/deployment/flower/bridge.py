@@ -1,4 +1,4 @@
-"""Connection between Flower's ServerApp and `hetero-fl server` or `hetero-fl federate`.
+"""Connection between Flower's ServerApp and `hetero-fl server`.
 
 The command runs the federation in its own process, with its console, signal handlers and callbacks.
 Flower runs the ServerApp in another process, which forwards messages until the command closes the

@@ -32,23 +32,17 @@ class SuperNode:
         worker: Path of the socket of the site's process.
         folder: Scratch folder.
         log: Log for connection problems and the end of the SuperNode.
-        launcher: Folder of a launcher (see `prefork.py`). If None, a new launcher is started.
     """
 
     def __init__(
-        self,
-        server: ServerConnectionConfig,
-        worker: Path,
-        folder: Path,
-        log: EventLog,
-        launcher: Path | None = None,
+        self, server: ServerConnectionConfig, worker: Path, folder: Path, log: EventLog
     ) -> None:
         self._server = server
         self._worker = worker
         self._folder = folder
         self._log = log
-        self._prefork = None if launcher is not None else start_prefork(folder)
-        self._environment = environment(folder / "home", launcher or folder)
+        self._prefork = start_prefork(folder)
+        self._environment = environment(folder / "home", folder)
         self._process: FlowerCommand | None = None
         self._next_attempt = 0.0
         self._failing_since: float | None = None
@@ -60,8 +54,7 @@ class SuperNode:
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._process.terminate()
-        if self._prefork is not None:
-            self._prefork.kill()
+        self._prefork.kill()
 
     def keep_running(self) -> None:
         """Start the SuperNode if it is not running and the server can be reached.
@@ -71,7 +64,7 @@ class SuperNode:
                 command `flwr-clientapp` is not found.
         """
         now = time.monotonic()
-        if self._prefork is not None and not self._prefork.is_running:
+        if not self._prefork.is_running:
             self._prefork.kill()
             self._prefork = start_prefork(self._folder)
         if self._process is not None and self._process.is_running:
@@ -148,8 +141,7 @@ class SuperNode:
         command += ["--port", str(free_port("127.0.0.1"))]
         command += ["--node-config", f"{SOCKET}={str(self._worker)!r}"]
         log = self._folder / "supernode.log"
-        scratch = self._folder if self._prefork is not None else None
-        return FlowerCommand(command, self._environment, log, scratch)
+        return FlowerCommand(command, self._environment, log, self._folder)
 
     def _log_once(self, line: str) -> None:
         """Log a line unless it is empty or equal to the previous line."""

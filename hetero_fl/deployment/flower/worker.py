@@ -17,18 +17,17 @@ from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from hetero_fl.data import check_source
 from hetero_fl.deployment.certificates import check_authority, load_node_key
-from hetero_fl.deployment.config import SiteConfig, load_site_config
+from hetero_fl.deployment.config import load_site_config
 from hetero_fl.deployment.flower.commands import check_flower
 from hetero_fl.deployment.flower.supernode import SuperNode
 from hetero_fl.deployment.flower.worker_socket import LISTENING, listen, receive, send
 from hetero_fl.deployment.monitoring import EventLog
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.transport import Envelope
+from hetero_fl.deployment.site import LoggedNode, check_site_data
 from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.utils.code_permission import CodePermission
-from hetero_fl.utils.errors import RunFailedError, UserError, one_line
+from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.processes import handle_termination, is_process_running
 
 # Seconds between checks for a request to stop.
@@ -45,8 +44,6 @@ def run_node(
     allow_code: bool | CodePermission = False,
     *,
     quiet: bool = False,
-    launcher: Path | None = None,
-    scratch: Path | None = None,
 ) -> bool:
     """Run a site with a SuperNode.
 
@@ -59,9 +56,6 @@ def run_node(
         allow_code: Whether the site may run the code that the site file references, including
             `allows.own_code`.
         quiet: Whether to suppress the log on stderr.
-        launcher: Folder of a launcher (see `prefork.py`) that several sites share. If None, a new
-            launcher is started.
-        scratch: Folder for Flower's files. If None, a temporary folder is used.
 
     Returns:
         Whether the site was stopped immediately, so that a task may be unfinished.
@@ -95,12 +89,11 @@ def run_node(
             log(line)
         stack.enter_context(handle_termination(announce_stop))
         node = LoggedNode(Node(site, folder, log, key), log, stop, once)
-        if scratch is None:
-            temporary = tempfile.TemporaryDirectory(prefix="hetero_fl-node-")
-            scratch = Path(stack.enter_context(temporary))
+        temporary = tempfile.TemporaryDirectory(prefix="hetero_fl-node-")
+        scratch = Path(stack.enter_context(temporary))
         address = scratch / "worker"
         worker = stack.enter_context(WorkerListener(address, node, log))
-        supernode = stack.enter_context(SuperNode(site.server, address, scratch, log, launcher))
+        supernode = stack.enter_context(SuperNode(site.server, address, scratch, log))
         log(f"{site.client}: connecting to the server at {site.server.address}")
         try:
             while not stop.is_set():
@@ -145,73 +138,6 @@ def run_worker(path: Path, address: Path, parent: int, allow_code: bool = False)
             os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
             while True:
                 worker.serve(POLL_SECONDS)
-
-
-def check_site_data(path: Path, site: SiteConfig) -> None:
-    """Check that a site's data can be loaded.
-
-    Args:
-        path: Path of the site file, for error messages.
-        site: Configuration of the site.
-
-    Raises:
-        UserError: If the data cannot be loaded.
-    """
-    if site.data is None:
-        return
-    try:
-        check_source(site.data)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-class LoggedNode:
-    """Wrapper around a node that logs each task.
-
-    Args:
-        node: Node that answers the messages.
-        log: Log with a line for each task.
-        stop: Event that is set if the server refuses the node or, with `once`, at the end of a run.
-            If None, the node keeps waiting for runs.
-        once: Whether to participate in one run only.
-
-    Attributes:
-        refused: Reason for which the server refused the node or ended the run, or an empty string
-            if there is none.
-    """
-
-    def __init__(
-        self, node: Node, log: EventLog, stop: threading.Event | None = None, once: bool = False
-    ) -> None:
-        self._node = node
-        self._log = log
-        self._stop = stop or threading.Event()
-        self._once = once
-        self.refused = ""
-
-    def handle(self, envelope: Envelope) -> Envelope:
-        """Answer a message (see `Node.handle`) and log the task if the message contains one."""
-        start = time.monotonic()
-        head = envelope.head
-        answer = self._node.handle(envelope)
-        if head.get("ask") == "do":
-            self._log_task(envelope, answer, time.monotonic() - start)
-        if head.get("ask") == "leave":
-            self.refused = one_line(head.get("why", ""))
-            if self.refused or self._once:
-                self._stop.set()
-        return answer
-
-    def _log_task(self, request: Envelope, answer: Envelope, seconds: float) -> None:
-        what = one_line(request.head.get("what"), 20)
-        run = one_line(request.head.get("run", ""), 64)
-        round_idx = request.head.get("round")
-        # An evaluation after a round has the index of the next round.
-        number = round_idx + (what != "read") if isinstance(round_idx, int) else 0
-        sizes = {"bytes_in": len(request.body), "bytes_out": len(answer.body)}
-        line = f"round {number}: {what}: {answer.head.get('ask')!s} in {seconds:.2f} s"
-        line += f", {sizes['bytes_in']:,} bytes received, {sizes['bytes_out']:,} bytes sent"
-        self._log(line, run=run, round=number, task=what, seconds=float(f"{seconds:.3f}"), **sizes)
 
 
 class WorkerListener:

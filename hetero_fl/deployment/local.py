@@ -1,0 +1,308 @@
+"""Federated runs with a server and one process per client on this machine, connected by pipes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait as wait_for_connections
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from hetero_fl.communication.homomorphic.key import SharedKey
+from hetero_fl.config import Config, expand_population
+from hetero_fl.deployment.certificates import load_node_key, make_node_key
+from hetero_fl.deployment.config import SiteConfig
+from hetero_fl.deployment.flower.worker_socket import receive, send
+from hetero_fl.deployment.monitoring import EventLog
+from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.policy import named_sources, source_tree
+from hetero_fl.deployment.server import check_deployable, run_federation
+from hetero_fl.deployment.site import LoggedNode, check_site_data
+from hetero_fl.deployment.transport import Envelope
+from hetero_fl.experiment.configuration import load_config
+from hetero_fl.experiment.preparation import SHARED_KEY_FILE
+from hetero_fl.experiment.runner import Callback, default_out
+from hetero_fl.reporting.run import Run
+from hetero_fl.reporting.run_directory import SITES, check_vacant, lock_folder
+from hetero_fl.utils.code_permission import CodePermission, find_references
+from hetero_fl.utils.errors import RunFailedError, UserError
+from hetero_fl.utils.processes import (
+    adopt_environment,
+    exit_with_parent,
+    ignore_interrupts_in_children,
+    worker_context,
+)
+
+# Files in the folder of a site: private key, which signs the audit log, and log of its process.
+KEY = "key"
+LOG = "log.txt"
+
+
+def run_local_federation(
+    source: str | Path | Mapping[str, Any] | Config,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overrides: Iterable[str] = (),
+    callbacks: Sequence[Callback] = (),
+    quiet: bool = True,
+    allow_code: bool | CodePermission = False,
+) -> Run:
+    """Train with a server and one process per client on this machine.
+
+    The folder `sites` of the run directory contains the private state, the audit log and the log
+    of each client.
+
+    Args:
+        source: Configuration, or path of a configuration file.
+        out: Run directory. If None, `runs/<name>-<time>` is used.
+        resume: Whether to continue from the newest checkpoint in `out`.
+        overrides: Changes to the configuration in the format `key.path=value`.
+        callbacks: Functions that are called with the record of each round.
+        quiet: Whether to hide progress.
+        allow_code: Whether the server and the clients may run the code that the configuration
+            references.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: If the configuration, the data or an argument is invalid.
+        RunFailedError: If the process of a client fails, or the run cannot continue.
+        Interrupted: If the run is interrupted after its first checkpoint.
+    """
+    config = load_config(source, overrides, allow_code)
+    check_deployable(config)
+    path = default_out(config) if out is None else Path(out)
+    if resume and (path / "config.yaml").exists():
+        # Fail early if another process uses the folder.
+        with lock_folder(path):
+            pass
+    else:
+        check_vacant(path)
+    return run_federation(
+        config,
+        PipeTransport(_make_sites(config, path.resolve() / SITES)),
+        out=path,
+        resume=resume,
+        callbacks=callbacks,
+        quiet=quiet,
+    )
+
+
+def _make_sites(config: Config, folder: Path) -> list[SiteConfig]:
+    """Return the configuration of each client's site, and create the keys of the sites."""
+    shared_key = None
+    if config.channel.homomorphic is not None:
+        # The server process creates the key for the sites, and does not use it.
+        shared_key = folder / SHARED_KEY_FILE
+        if not shared_key.exists():
+            SharedKey.generate().save(shared_key)
+    own_code = list(find_references(config.model_dump()))
+    sources = [source_tree(source) for source in named_sources(config).values()]
+    sites = []
+    for client in expand_population(config.clients):
+        # A resumed run uses the same key, because it signs the audit log in this folder.
+        key = folder / client / KEY
+        if not key.exists():
+            make_node_key(key)
+        site: dict[str, Any] = {
+            "client": client,
+            "folder": str(key.parent),
+            "tells": {"labels": True, "details": True, "model": True, "errors": True},
+            "root": config.data.root,
+            "allows": {"own_code": own_code, "data": sources},
+            "shared_key": None if shared_key is None else str(shared_key),
+        }
+        sites.append(SiteConfig.model_validate(site))
+    return sites
+
+
+@dataclass(frozen=True)
+class SiteProcess:
+    """Process of a site, and the pipe to this process."""
+
+    site: SiteConfig
+    process: BaseProcess
+    connection: Connection
+
+
+class PipeTransport:
+    """Transport over pipes to one process per site. Processes that were killed are restarted.
+
+    Args:
+        sites: Configurations of the sites.
+    """
+
+    def __init__(self, sites: Sequence[SiteConfig]) -> None:
+        self._context = worker_context(__name__)
+        self._node_numbers = itertools.count(1)
+        self._message_numbers = itertools.count(1)
+        # Running processes, keyed by node number.
+        self._processes: dict[int, SiteProcess] = {}
+        # Node number and expiry time of each message whose answer was not read.
+        self._open: dict[str, tuple[int, float]] = {}
+        self._answers: dict[str, Envelope | None] = {}
+        for site in sites:
+            self._start(site)
+
+    def nodes(self) -> Mapping[int, bytes]:
+        """Return empty public keys, keyed by node number.
+
+        Raises:
+            RunFailedError: If the process of a site ended with an error.
+        """
+        for node, running in list(self._processes.items()):
+            exit_code = running.process.exitcode
+            if exit_code is None:
+                continue
+            if exit_code >= 0:
+                raise RunFailedError(_last_output(running.site))
+            self._forget(node)
+            self._start(running.site)
+        return dict.fromkeys(self._processes, b"")
+
+    def push(self, node: int, envelope: Envelope, within: float) -> str:
+        """Send a message to a site, and return the number of the message."""
+        number = str(next(self._message_numbers))
+        if node in self._processes:
+            connection = self._processes[node].connection
+            with suppress(OSError):
+                connection.send_bytes(number.encode())
+                send(connection, envelope)
+                self._open[number] = (node, time.monotonic() + within)
+        return number
+
+    def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
+        """Return the answers that have arrived (see `Transport.pull`)."""
+        deadline = time.monotonic() + wait
+        self._discard_expired(numbers)
+        while True:
+            lost = [number for number in numbers if number not in self._open]
+            arrived = [number for number in numbers if number in self._answers]
+            remaining = deadline - time.monotonic()
+            if lost or arrived or remaining <= 0 or not numbers:
+                break
+            self._receive(remaining)
+        answers: dict[str, Envelope | None] = dict.fromkeys(lost)
+        for number in arrived:
+            del self._open[number]
+            answers[number] = self._answers.pop(number)
+        return answers
+
+    def close(self) -> None:
+        """Stop all processes."""
+        for running in self._processes.values():
+            running.process.kill()
+            running.process.join()
+            running.connection.close()
+        self._processes.clear()
+
+    def _start(self, site: SiteConfig) -> None:
+        connection, its_end = self._context.Pipe()
+        process = self._context.Process(
+            target=_run_site, args=(site, its_end, dict(os.environ)), daemon=True
+        )
+        with ignore_interrupts_in_children():
+            process.start()
+        its_end.close()
+        self._processes[next(self._node_numbers)] = SiteProcess(site, process, connection)
+
+    def _receive(self, seconds: float) -> None:
+        """Wait up to `seconds` for answers, and read one answer of each site that has sent one."""
+        nodes = {running.connection: node for node, running in self._processes.items()}
+        for connection in wait_for_connections(list(nodes), seconds):
+            assert isinstance(connection, Connection)
+            try:
+                number = connection.recv_bytes().decode()
+                answer = receive(connection)
+            except (EOFError, OSError):
+                # The process has ended. `nodes` restarts it.
+                self._lose_messages(nodes[connection])
+                time.sleep(min(seconds, 0.05))
+                continue
+            if number in self._open:
+                self._answers[number] = answer
+
+    def _forget(self, node: int) -> None:
+        self._lose_messages(node)
+        self._processes.pop(node).connection.close()
+
+    def _lose_messages(self, node: int) -> None:
+        """Set the answers of the messages that a site did not answer to None."""
+        for number, (receiver, _) in self._open.items():
+            if receiver == node:
+                self._answers.setdefault(number, None)
+
+    def _discard_expired(self, numbers: Collection[str]) -> None:
+        now = time.monotonic()
+        for number in [n for n, (_, end) in self._open.items() if end < now and n not in numbers]:
+            del self._open[number]
+            self._answers.pop(number, None)
+
+
+def _run_site(site: SiteConfig, connection: Connection, environ: Mapping[str, str]) -> None:
+    """Run a site until its parent process ends or kills it."""
+    adopt_environment(environ)
+    exit_with_parent()
+    log = os.open(Path(site.folder) / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    try:
+        _answer_messages(site, connection)
+    except (RunFailedError, UserError) as error:
+        print(error, flush=True)
+    except BaseException:
+        traceback.print_exc()
+    # Other threads may still run.
+    os._exit(1)
+
+
+def _answer_messages(site: SiteConfig, connection: Connection) -> None:
+    """Answer messages until the parent process closes the connection."""
+    folder = Path(site.folder)
+    check_site_data(folder, site)
+    log = EventLog(site.logs, client=site.client)
+    with lock_folder(folder) as notes:
+        for line in notes:
+            log(line)
+        node = LoggedNode(Node(site, folder, log, load_node_key(folder / KEY)), log)
+        requests: queue.SimpleQueue[tuple[bytes, Envelope]] = queue.SimpleQueue()
+        # A thread reads the messages, so that the server never waits until a task is finished.
+        reader = threading.Thread(target=_read_messages, args=(connection, requests), daemon=True)
+        reader.start()
+        while True:
+            number, envelope = requests.get()
+            answer = node.handle(envelope)
+            connection.send_bytes(number)
+            send(connection, answer)
+            # Free the answer, which may contain a model.
+            del answer, envelope
+
+
+def _read_messages(
+    connection: Connection, requests: queue.SimpleQueue[tuple[bytes, Envelope]]
+) -> None:
+    with suppress(EOFError, OSError):
+        while True:
+            number = connection.recv_bytes()
+            requests.put((number, receive(connection)))
+
+
+def _last_output(site: SiteConfig) -> str:
+    """Return an error message with the last output line of a site's process."""
+    message = f"{site.client}: its process ended"
+    with suppress(OSError):
+        lines = (Path(site.folder) / LOG).read_text(errors="replace").split("\n")
+        if printed := [line.strip() for line in lines if line.strip()]:
+            return f"{message}: {printed[-1][:300]}"
+    return message

@@ -1,0 +1,47 @@
+"""`federate`: processes on this machine that are killed, or that end with an error."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_fl.deployment.local import run_local_federation
+from hetero_fl.experiment import run
+from hetero_fl.utils.errors import RunFailedError
+from tests.support.federations import config
+
+SOURCE = config("fedper", rounds=3, clients=2, runtime__executor="serial")
+
+
+@pytest.mark.slow
+def test_run_with_a_killed_process_equals_simulation(tmp_path: Path) -> None:
+    killed: list[int | None] = []
+
+    def kill_a_site(record: dict[str, Any]) -> None:
+        if record["round"] == 1:
+            (site,) = [p for p in multiprocessing.active_children() if "Process" in p.name][:1]
+            killed.append(site.pid)
+            site.kill()
+
+    federated = run_local_federation(SOURCE, out=tmp_path / "sites", callbacks=[kill_a_site])
+
+    assert killed
+    simulated = run(SOURCE, out=tmp_path / "simulation")
+    for key in ("personal", "global", "clients", "communication"):
+        assert federated.summary[key] == simulated.summary[key]
+    for name in simulated.models:
+        path = Path("models") / f"{name}.safetensors"
+        assert (federated.path / path).read_bytes() == (simulated.path / path).read_bytes()
+
+
+@pytest.mark.slow
+def test_error_of_a_process_ends_the_run_with_its_last_line(tmp_path: Path) -> None:
+    sites = tmp_path / "run" / "sites" / "site_1"
+    sites.mkdir(parents=True)
+    (sites / "audit.jsonl").write_text("not an entry\n")
+
+    with pytest.raises(RunFailedError, match=r"^site_1: its process ended: .*audit\.jsonl"):
+        run_local_federation(SOURCE, out=tmp_path / "run")

@@ -54,7 +54,7 @@ from hetero_fl.config.describe import (  # noqa: E402
 )
 from hetero_fl.config.schema import CLIENT_OPTIONS, LoggerConfig  # noqa: E402
 from hetero_fl.core.payload import ItemSpec  # noqa: E402
-from hetero_fl.deployment.config import DeploymentServerConfig, SiteConfig  # noqa: E402
+from hetero_fl.deployment.config import SiteConfig  # noqa: E402
 from hetero_fl.reporting.loggers import Logger, register_logger  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "reference"
@@ -71,7 +71,7 @@ def all_pages() -> dict[str, str]:
     """Return the texts of all generated pages, keyed by path below docs/reference."""
     return {
         "configuration.md": configuration_page(),
-        "deployment_files.md": deployment_files_page(),
+        "site_file.md": site_file_page(),
         "methods.md": methods_index(),
         "command_line.md": command_line_page(),
         **{f"methods/{family.page}.md": family_page(family) for family in FAMILIES},
@@ -164,15 +164,14 @@ def _logger_sections() -> list[str]:
     return lines
 
 
-DEPLOYMENT_FILES_TEXT = """\
-[Deploy a federation](../how_to/deploy.md) shows both files with comments;
-`hetero-fl certificates` writes them. Keys are checked as those of a
-[configuration](configuration.md). Keys without a default are required.
+SITE_FILE_TEXT = """\
+[Deploy a federation](../how_to/deploy.md) shows a site file with comments. Keys are checked as
+those of a [configuration](configuration.md). Keys without a default are required.
 """
 
 
-def deployment_files_page() -> str:
-    """Return the text of docs/reference/deployment_files.md."""
+def site_file_page() -> str:
+    """Return the text of docs/reference/site_file.md."""
     configured: dict[type[BaseModel], str] = {}
     _sections(Config, "", configured)
     seen = {
@@ -180,13 +179,12 @@ def deployment_files_page() -> str:
     }
     return "\n".join(
         [
-            "# Server file and site file",
+            "# Site file",
             "",
             NOTICE,
             "",
-            DEPLOYMENT_FILES_TEXT,
-            *_sections(DeploymentServerConfig, "", seen, "Server file"),
-            *_sections(SiteConfig, "", seen, "Site file"),
+            SITE_FILE_TEXT,
+            *_sections(SiteConfig, "", seen, "Keys"),
         ]
     )
 

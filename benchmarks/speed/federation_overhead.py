@@ -1,46 +1,42 @@
 #!/usr/bin/env python3
 """Compare the duration of a federation round without computation between hetero-fl and Flower.
 
-    python -m benchmarks federation_overhead [--nodes 4] [--pairs 5] [--bytes 0] [--out FILE]
+    python -m benchmarks federation_overhead [--nodes 4] [--pairs 5] [--out FILE]
 
-Both federations have a SuperLink and SuperNodes on this machine. In a round, every node receives
-one message and sends one reply. The Flower app, which runs in a separate process for each message,
-does nothing. It is timed with default settings (`send_and_receive`) and with short polling
-intervals of 0.05 s, at which SuperExec looks for work (FLWR_SUPEREXEC_TASK_POLL_INTERVAL) and the
-ServerApp polls for replies. hetero-fl passes each message to a persistent worker process. With
-`warm`, Flower starts a process for each message. With `forked`, these processes are forked after
-the imports. The two federations take turns.
+In a round, every node receives one message and sends one reply. Over Flower, both apps run on a
+SuperLink and SuperNodes on this machine, which start a process for each message, and poll for
+messages every 0.05 s. The app of hetero-fl passes each message to the worker process of the site;
+that of Flower imports torch and returns the message. Over pipes, the sites are those of `hetero-fl
+federate`. The federations take turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import httpx
+import yaml
 
 from benchmarks.common import add_quick
-from hetero_fl.deployment.config import ServerConnectionConfig
-from hetero_fl.deployment.flower.commands import free_port
-from hetero_fl.deployment.flower.superlink import FlowerTransport, SuperLink
-from hetero_fl.deployment.flower.supernode import SuperNode
-from hetero_fl.deployment.flower.worker import WorkerListener
-from hetero_fl.deployment.monitoring import EventLog
+from hetero_fl.config import expand_population
+from hetero_fl.deployment.local import PipeTransport, _make_sites
 from hetero_fl.deployment.transport import Envelope
+from hetero_fl.experiment.configuration import load_config
 
+# Seconds between two polls of a SuperExec and of a ServerApp.
+PAUSE = 0.05
 PROJECT = """\
 [project]
 name = "empty"
@@ -58,133 +54,119 @@ clientapp = "empty.app:client"
 [tool.flwr.app.config]
 folder = ""
 nodes = 0
-bytes = 0
-pause = 0.0
 """
-APP = '''\
-"""Source of a Flower app without computation; a file requests each round."""
-import pathlib, time
-from flwr.app import Array, ArrayRecord, Message, RecordDict
-from flwr.clientapp import ClientApp
+# A file requests each round, and another returns its duration.
+SERVER = """\
+import pathlib
+import time
+
 from flwr.serverapp import ServerApp
 
-client = ClientApp()
 server = ServerApp()
 
-@client.query()
-def query(message, context):
-    return Message(message.content, reply_to=message)
 
 @server.main()
 def main(grid, context):
-    config = context.run_config
-    folder, n = pathlib.Path(config["folder"]), config["nodes"]
-    while len(nodes := list(grid.get_node_ids())) < n:
+    folder, count = pathlib.Path(context.run_config["folder"]), context.run_config["nodes"]
+    while len(list(grid.get_node_ids())) < count:
         time.sleep(0.1)
+    run_round = make_round(grid)
     (folder / "ready").touch()
     while not (folder / "end").exists():
         if not (folder / "go").exists():
             time.sleep(0.01)
             continue
         (folder / "go").unlink()
-        data = bytes(config["bytes"])
-        body = ArrayRecord({"b": Array("uint8", (len(data),), "bytes", data)} if data else {})
         began = time.perf_counter()
-        messages = [Message(RecordDict({"body": body}), node, "query") for node in nodes]
-        if config["pause"] == 0:
-            got = list(grid.send_and_receive(messages))
-        else:
-            waiting, got = set(grid.push_messages(messages)), []
-            while waiting:
-                new = list(grid.pull_messages(waiting))
-                got += new
-                waiting -= {m.metadata.reply_to_message_id for m in new}
-                time.sleep(config["pause"] if waiting else 0)
-        took = time.perf_counter() - began
-        assert len(got) == n and all(m.has_content() for m in got), got
-        (folder / "took.tmp").write_text(str(took))
+        run_round()
+        (folder / "took.tmp").write_text(str(time.perf_counter() - began))
         (folder / "took.tmp").rename(folder / "took")
-'''
+"""
+FLOWER = """\
+import torch
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+
+client = ClientApp()
 
 
-def echo(address: str, folder: Path, forks: bool) -> None:
-    """Run a SuperNode and the worker of its site, which returns each message as the reply.
-
-    Args:
-        address: Address of the SuperLink.
-        folder: New folder for the files of the node.
-        forks: Whether ClientApps are forked from a process that has imported Flower.
-    """
-    folder.mkdir()
-    log = EventLog()
-    log.quiet = True
-    site = SimpleNamespace(handle=lambda envelope: envelope)
-    server = ServerConnectionConfig(address=address)
-    with (
-        WorkerListener(folder / "worker", site, log) as worker,  # type: ignore[arg-type]
-        SuperNode(server, folder / "worker", folder, log, None if forks else folder) as node,
-    ):
-        while True:
-            node.keep_running()
-            worker.serve(0.1)
+@client.query()
+def query(message, context):
+    return Message(message.content, reply_to=message)
 
 
-@contextmanager
-def ours(nodes: int, size: int, forks: bool) -> Iterator[Callable[[], float]]:
-    """Run a hetero-fl federation and yield a function that times a round.
+def make_round(grid):
+    def run_round():
+        messages = [Message(RecordDict(), node, "query") for node in grid.get_node_ids()]
+        waiting = set(grid.push_messages(messages))
+        while waiting:
+            waiting -= {m.metadata.reply_to_message_id for m in grid.pull_messages(waiting)}
+            time.sleep(PAUSE if waiting else 0)
 
-    Args:
-        nodes: Number of SuperNodes.
-        size: Size of each message in bytes.
-        forks: Whether ClientApps are forked from a process that has imported Flower.
-    """
-    context = multiprocessing.get_context("spawn")
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        transport = FlowerTransport(SuperLink())
-        stack.callback(transport.close)
-        for index in range(nodes):
-            process = context.Process(
-                target=echo,
-                args=(transport._superlink.address, scratch / str(index), forks),
-                daemon=True,
-            )
-            process.start()
-            stack.callback(process.kill)
-        while len(transport.nodes()) < nodes:
-            time.sleep(0.1)
-        body = bytes(size)
+    return run_round
 
-        def one() -> float:
-            began = time.perf_counter()
-            waiting = {transport.push(node, Envelope({}, body), 600) for node in transport.nodes()}
-            while waiting:
-                got = transport.pull(waiting, 10)
-                assert all(answer is not None for answer in got.values())
-                waiting -= set(got)
-            return time.perf_counter() - began
 
-        yield one
+"""
+OURS = """\
+from hetero_fl.deployment.flower.client_app import app as client
+from hetero_fl.deployment.flower.grid import GridTransport
+from hetero_fl.deployment.transport import Envelope
+
+
+def make_round(grid):
+    transport = GridTransport(grid)
+
+    def run_round():
+        hello = Envelope({"ask": "hello"})
+        waiting = {transport.push(node, hello, 600.0) for node in transport.nodes()}
+        while waiting:
+            waiting -= transport.pull(waiting, 10.0).keys()
+
+    return run_round
+
+
+"""
 
 
 @contextmanager
-def flowers(nodes: int, size: int, pause: float) -> Iterator[Callable[[], float]]:
-    """Run a Flower federation and yield a function that times a round.
+def over_pipes(nodes: int) -> Iterator[Callable[[], float]]:
+    """Run sites as `hetero-fl federate` does, and yield a function that times a round."""
+    with tempfile.TemporaryDirectory() as scratch:
+        clients = {"groups": [{"name": "site", "count": nodes, "model": "mlp"}]}
+        config = load_config({"data": {"name": "digits"}, "clients": clients})
+        assert len(expand_population(config.clients)) == nodes
+        transport = PipeTransport(_make_sites(config, Path(scratch)))
+        try:
+
+            def run_round() -> float:
+                began = time.perf_counter()
+                hello = Envelope({"ask": "hello"})
+                waiting = {transport.push(node, hello, 600.0) for node in transport.nodes()}
+                while waiting:
+                    waiting -= transport.pull(waiting, 10.0).keys()
+                return time.perf_counter() - began
+
+            yield run_round
+        finally:
+            transport.close()
+
+
+@contextmanager
+def over_flower(nodes: int, app: str) -> Iterator[Callable[[], float]]:
+    """Run an app on a Flower federation, and yield a function that times a round.
 
     Args:
         nodes: Number of SuperNodes.
-        size: Size of each message in bytes.
-        pause: Polling interval in seconds. If 0, Flower's default settings are used.
+        app: Source of the client and of `make_round`.
     """
     scratch = Path(tempfile.mkdtemp())
-    tools, port = Path(sys.executable).parent, free_port("127.0.0.1", 0)
+    tools, port = Path(sys.executable).parent, free_port()
     environment = {
         **os.environ,
         "FLWR_HOME": str(scratch / "home"),
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(PAUSE),
         "PATH": f"{tools}:{os.environ['PATH']}",
     }
-    if pause:
-        environment["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = str(pause)
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*command: str) -> None:
@@ -200,41 +182,37 @@ def flowers(nodes: int, size: int, pause: float) -> Iterator[Callable[[], float]
             )
 
     try:
-        app = scratch / "app"
-        (app / "empty").mkdir(parents=True)
-        (app / "pyproject.toml").write_text(PROJECT)
-        (app / "empty" / "__init__.py").touch()
-        (app / "empty" / "app.py").write_text(APP)
+        package = scratch / "app" / "empty"
+        package.mkdir(parents=True)
+        (package.parent / "pyproject.toml").write_text(PROJECT)
+        (package / "__init__.py").touch()
+        (package / "app.py").write_text(f"{SERVER}\n\nPAUSE = {PAUSE}\n{app}")
         (scratch / "home").mkdir()
         (scratch / "home" / "config.toml").write_text(
             '[superlink]\ndefault = "here"\n\n[superlink.here]\n'
             f'address = "127.0.0.1:{port}"\ninsecure = true\n'
         )
-        start(
-            "flower-superlink",
-            "--insecure",
-            "--port",
-            str(port),
-            "--disable-runtime-dependency-installation",
-        )
-        _wait(lambda: httpx.get(f"http://127.0.0.1:{port}/health").is_success, started, scratch)
-        for _ in range(nodes):
-            own = str(free_port("127.0.0.1", 0))
-            start(
-                "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", "--port", own
-            )
-        settings = f'folder="{scratch}" nodes={nodes} bytes={size} pause={pause}'
-        start("flwr", "run", str(app), "here", "--run-config", settings)
+        installs = "--disable-runtime-dependency-installation"
+        start("flower-superlink", "--insecure", "--port", str(port), installs)
+        _wait(lambda: is_listening(port), started, scratch)
+        for number in range(nodes):
+            site = scratch / f"site_{number}.yaml"
+            site.write_text(yaml.safe_dump({"client": site.stem, "folder": site.stem}))
+            command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
+            command += ["--port", str(free_port()), "--node-config", f'site="{site}"']
+            start(*command)
+        settings = f'folder="{scratch}" nodes={nodes}'
+        start("flwr", "run", str(scratch / "app"), "here", "--run-config", settings)
         _wait((scratch / "ready").exists, started, scratch)
 
-        def one() -> float:
+        def run_round() -> float:
             (scratch / "go").touch()
             _wait((scratch / "took").exists, started, scratch)
             took = float((scratch / "took").read_text())
             (scratch / "took").unlink()
             return took
 
-        yield one
+        yield run_round
     finally:
         (scratch / "end").touch()
         for process in reversed(started):
@@ -247,12 +225,24 @@ def flowers(nodes: int, size: int, pause: float) -> Iterator[Callable[[], float]
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def free_port() -> int:
+    """Return a free port of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def is_listening(port: int) -> bool:
+    """Return whether a server listens at a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def _wait(there: Callable[[], Any], started: list[subprocess.Popen[bytes]], logs: Path) -> None:
     end = time.monotonic() + 300
     while time.monotonic() < end:
-        with suppress(httpx.TransportError):
-            if there():
-                return
+        if there():
+            return
         if any(process.poll() for process in started):
             break
         time.sleep(0.02)
@@ -261,7 +251,7 @@ def _wait(there: Callable[[], Any], started: list[subprocess.Popen[bytes]], logs
 
 
 def main() -> None:
-    """Time rounds of both federations in turns, for each combination of settings."""
+    """Time rounds of the three federations in turns."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -269,35 +259,28 @@ def main() -> None:
     parser.add_argument(
         "--pairs", type=int, default=5, help="timed rounds of each side after one warm-up round (5)"
     )
-    parser.add_argument("--bytes", type=int, default=0, help="bytes of each message and reply (0)")
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     add_quick(parser)
     options = parser.parse_args()
     if options.quick:
         options.nodes = 2
         options.pairs = 1
-    figures: dict[str, Any] = {"nodes": options.nodes, "bytes": options.bytes}
-    for name, pause in (("as shipped", 0.0), ("tuned", 0.05)):
-        for kind in ("forked", "warm"):
-            with (
-                ours(options.nodes, options.bytes, kind == "forked") as mine,
-                flowers(options.nodes, options.bytes, pause) as theirs,
-            ):
-                pairs = []
-                for turn in range(options.pairs + 1):
-                    one = mine(), theirs()
-                    print(f"  {turn or 'not counted'}: {one[0]:.3f} {one[1]:.3f}", flush=True)
-                    pairs += [one] if turn else []
-            a, b = ([pair[i] for pair in pairs] for i in (0, 1))
-            ratios = [x / y for x, y in pairs]
-            figures[f"{kind}, Flower {name}"] = {"ours": a, "flower": b}
-            print(
-                f"{kind}: {_spread(a)} s, Flower {name}: {_spread(b)} s a round, "
-                f"ratio {_spread(ratios)}",
-                flush=True,
-            )
+    seconds: dict[str, list[float]] = {"over Flower": [], "over pipes": [], "Flower's own": []}
+    with (
+        over_flower(options.nodes, OURS) as ours,
+        over_pipes(options.nodes) as pipes,
+        over_flower(options.nodes, FLOWER) as theirs,
+    ):
+        for turn in range(options.pairs + 1):
+            for name, run_round in zip(seconds, (ours, pipes, theirs), strict=True):
+                found = run_round()
+                seconds[name] += [found] if turn else []
+    print(f"a round of {options.nodes} nodes without computation")
+    for name, found in seconds.items():
+        ratios = [a / b for a, b in zip(found, seconds["Flower's own"], strict=True)]
+        print(f"  {name}: {_spread(found)} s, ratio {_spread(ratios)}")
     if options.out:
-        options.out.write_text(json.dumps(figures, indent=1))
+        options.out.write_text(json.dumps({"nodes": options.nodes, **seconds}, indent=1))
 
 
 def _spread(values: list[float]) -> str:

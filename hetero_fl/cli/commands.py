@@ -16,11 +16,9 @@ from click.shell_completion import shell_complete
 from typing_extensions import override
 
 from hetero_fl.cli.deployment_commands import (
-    certificates,
+    audit_log,
     federate,
     flower_app,
-    node,
-    server,
     shared_key,
     status,
 )
@@ -260,10 +258,8 @@ APP = OrderedGroup(
     commands=[
         train,
         federate,
-        server,
-        node,
         flower_app,
-        certificates,
+        audit_log,
         shared_key,
         status,
         compare,
@@ -282,7 +278,13 @@ APP = OrderedGroup(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-REMOVED_COMMANDS = {"watch": "output.loggers=[tensorboard] and tensorboard --logdir runs"}
+REMOVED_COMMANDS = {
+    "watch": "output.loggers=[tensorboard] and tensorboard --logdir runs",
+    "server": "flower-superlink, and hetero-fl flower-app with flwr run (docs/how_to/deploy.md)",
+    "node": "flower-supernode --node-config 'site=\"FILE\"' (docs/how_to/deploy.md), or audit-log "
+    "for --audit",
+    "certificates": "openssl and ssh-keygen (docs/how_to/deploy.md)",
+}
 """What to use instead of each command of earlier versions."""
 
 REMOVED_OPTIONS = {"audit --batch": "--images (each training step has one image)"}

@@ -1,4 +1,4 @@
-"""Options that several commands share, and common code of `train`, `federate` and `server`."""
+"""Options that several commands share, and common code of `train` and `federate`."""
 
 from __future__ import annotations
 

@@ -432,7 +432,7 @@ def _check_known_head(path: Path, hashes: list[str], known_head: str) -> None:
     number, _, found = known_head.partition(":")
     if not number.isdecimal() or len(number) > MAX_NUMBER_DIGITS or len(found) != len(INITIAL_HASH):
         raise ArgumentError(
-            f"head: expected N:HASH as printed by `hetero-fl node --audit`, "
+            f"head: expected N:HASH as printed by `hetero-fl audit-log`, "
             f"got '{one_line(known_head, 90)}'"
         )
     if int(number) > len(hashes):

@@ -1,8 +1,7 @@
-"""Configuration files of servers and sites."""
+"""Configuration files of sites."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,7 @@ from hetero_fl.utils.code_permission import (
     CodePermission,
     find_references,
 )
-from hetero_fl.utils.errors import UserError, suggest_or_list, suggest_similar
-
-AUTHENTICATION = "TLS and the nodes' keys, which authenticate server and nodes"
-"""What to use instead of the keys with which server and nodes signed messages."""
+from hetero_fl.utils.errors import UserError, suggest_or_list
 
 
 class BudgetConfig(ConfigSection):
@@ -127,32 +123,13 @@ class DisclosureConfig(ConfigSection):
     )
 
 
-class ServerConnectionConfig(ConfigSection):
-    """Connection of a site to the server, with paths relative to the site file."""
-
-    _removed = {"public": AUTHENTICATION}
-
-    address: str = Field(description="host:port")
-    authority: str | None = Field(
-        None,
-        description="certificate of the authority that signed the server's certificate; null: no "
-        "encryption, only for a server on the same machine",
-    )
-    key: str = Field("key", description="the site's private key; the server has the public key")
-
-    @field_validator("address")
-    @classmethod
-    def _check_address(cls, address: str) -> str:
-        host, _, port = address.rpartition(":")
-        if not host or "://" in host or not port.isdecimal():
-            raise ValueError(f"expected host:port, such as fl.example.org:9092, got '{address}'")
-        if not 0 < int(port) <= 65535:
-            raise ValueError(f"port must be >= 1 and <= 65535, got {port}")
-        return address
-
-
 class SiteConfig(ConfigSection):
-    """Site file (`hetero-fl node --site FILE`). The server cannot override these settings."""
+    """Site file, which `--node-config` of a SuperNode names. The server cannot override it."""
+
+    _removed = {
+        "server": "--superlink and --root-certificates of flower-supernode, and the key `key` for "
+        "the private key"
+    }
 
     client: str = Field(description="name of the client in the server's configuration")
     folder: str = Field(
@@ -193,8 +170,10 @@ class SiteConfig(ConfigSection):
         description="file with the key that encrypts the folder, relative to this file; created if "
         "missing",
     )
-    server: ServerConnectionConfig | None = Field(
-        None, description="the server; required by `hetero-fl node`"
+    key: str | None = Field(
+        None,
+        description="file with the private key of the SuperNode, relative to this file; signs the "
+        "audit log and the keys of secure aggregation; null: unsigned",
     )
     logs: choice_type("text", "json") = Field(  # type: ignore[valid-type]
         "text", description="format of log lines"
@@ -249,7 +228,7 @@ def load_site_config(
         raise UserError(f"{path}: {describe_error(error, raw, SiteConfig)}") from None
     if site.data is not None:
         site = site.model_copy(update={"data": _with_absolute_path(site.data, path.parent)})
-    for name in ("encrypt", "shared_key"):
+    for name in ("encrypt", "shared_key", "key"):
         if (file := getattr(site, name)) is not None:
             site = site.model_copy(update={name: str((path.parent / file).resolve())})
     if site.allows.keys is not None:
@@ -258,13 +237,6 @@ def load_site_config(
         }
         allows = site.allows.model_copy(update={"keys": keys})
         site = site.model_copy(update={"allows": allows})
-    if site.server is not None:
-        files = {
-            name: str((path.parent / file).resolve())
-            for name in ("authority", "key")
-            if (file := getattr(site.server, name)) is not None
-        }
-        site = site.model_copy(update={"server": site.server.model_copy(update=files)})
     return site, (path.parent / site.folder).resolve()
 
 
@@ -285,103 +257,3 @@ def _with_absolute_path(source: SourceConfig, folder: Path) -> SourceConfig:
         if reference and (absolute.exists() or reference.startswith((".", "~"))):
             return source.model_copy(update={"name": f"{HUB_PREFIX}{absolute}"})
     return source
-
-
-class CertificatesConfig(ConfigSection):
-    """Certificates and key of a server, with paths relative to the server file.
-
-    `hetero-fl certificates` creates these files.
-    """
-
-    authority: str = Field(
-        "authority.pem",
-        description="certificate of the authority that signed `certificate`; nodes need a copy",
-    )
-    certificate: str = Field("server.pem", description="the server's certificate")
-    key: str = Field("server.key", description="the server's private key")
-
-
-class MetricsConfig(ConfigSection):
-    """Unencrypted HTTP endpoint for `hetero-fl status`, Prometheus and health checks."""
-
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(9464, ge=0, le=65535, description="port; 0: any free port")
-
-
-class DeploymentServerConfig(ConfigSection):
-    """Server file (`hetero-fl server --server FILE`)."""
-
-    _removed = {"key": AUTHENTICATION}
-
-    host: str = Field(
-        "127.0.0.1",
-        description="address to listen on; nodes on other machines need 0.0.0.0 and certificates",
-    )
-    port: int = Field(9092, ge=0, le=65535, description="port; 0: any free port")
-    certificates: CertificatesConfig | None = Field(
-        None, description="certificates; null: no encryption, for nodes on the same machine"
-    )
-    nodes: dict[str, str] = Field(
-        min_length=1,
-        description="for each client, the file with the public key of its node, "
-        "relative to the server file",
-    )
-    wait: PositiveFloat = Field(
-        600.0, description="seconds to wait for all clients before the first round"
-    )
-    deadline: PositiveFloat = Field(3600.0, description="seconds that a node may take for a task")
-    patience: PositiveFloat = Field(
-        60.0, description="seconds to wait for a node that disconnected while others are connected"
-    )
-    metrics: MetricsConfig | None = Field(
-        None, description="port for status and metrics; null: none"
-    )
-    message_bytes: PositiveInt = Field(
-        MESSAGE_BYTES,
-        description="maximum bytes of a node's answer; longer ones are refused unread",
-    )
-    logs: choice_type("text", "json") = Field(  # type: ignore[valid-type]
-        "text", description="format of log lines"
-    )
-
-    def check_clients(self, clients: Collection[str], where: Path) -> None:
-        """Check that every client in the configuration of the run has a public key in `nodes`.
-
-        Args:
-            clients: Names of the clients in the configuration.
-            where: Path of the server file, for error messages.
-
-        Raises:
-            UserError: If a client has no public key.
-        """
-        for client in clients:
-            if client not in self.nodes:
-                hint = suggest_similar(client, [name for name in self.nodes if name not in clients])
-                raise UserError(
-                    f"{where}: nodes: no key for '{client}', a client of the configuration{hint}"
-                )
-
-
-def load_server_config(path: str | Path) -> DeploymentServerConfig:
-    """Load a server file.
-
-    Returns:
-        The configuration with absolute paths.
-
-    Raises:
-        UserError: If the file is invalid.
-    """
-    path = Path(path)
-    raw = read_config_file(path)
-    try:
-        server = DeploymentServerConfig.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(f"{path}: {describe_error(error, raw, DeploymentServerConfig)}") from None
-    base = path.parent.resolve()
-    changes: dict[str, object] = {
-        "nodes": {client: str(base / file) for client, file in server.nodes.items()}
-    }
-    if server.certificates is not None:
-        files = {name: str(base / file) for name, file in server.certificates.model_dump().items()}
-        changes["certificates"] = CertificatesConfig(**files)
-    return server.model_copy(update=changes)

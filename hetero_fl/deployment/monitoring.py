@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
-from urllib.error import URLError
-from urllib.request import urlopen
-
-from typing_extensions import override
 
 from hetero_fl.config.schema import STATISTIC_SUFFIXES
 from hetero_fl.deployment.messages import versions
-from hetero_fl.reporting.http_pages import Page, serve_pages
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.processes import is_process_running
 from hetero_fl.utils.serialization import check_entries, write_atomically
 
 if TYPE_CHECKING:
-    from prometheus_client import Metric
+    pass
 
 # Maximum number of characters of a log message.
 MAX_MESSAGE_CHARS = 2000
@@ -77,26 +71,6 @@ class EventLog:
             return
         with self._writing:
             print(line, file=self._stream or sys.stderr, flush=True)
-
-
-class LineStream(io.TextIOBase):
-    """Text stream that writes each line to a log, except empty lines.
-
-    Args:
-        log: Log to which the lines are written.
-    """
-
-    def __init__(self, log: EventLog) -> None:
-        self._log = log
-        self._incomplete = ""
-
-    @override
-    def write(self, text: str) -> int:
-        *lines, self._incomplete = (self._incomplete + text).split("\n")
-        for line in lines:
-            if line.strip():
-                self._log(line)
-        return len(text)
 
 
 # Name of the status file in the run directory.
@@ -215,46 +189,6 @@ class RunStatus:
             }
             return {**self._tree, "nodes": nodes, "events": self._events, "updated": now}
 
-    def prometheus(self) -> str:
-        """Return the status in the text format of Prometheus."""
-        from prometheus_client import generate_latest
-
-        return generate_latest(self).decode()
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield the available metrics, as the collector protocol of prometheus_client requires."""
-        from prometheus_client import Metric
-
-        tree = self.to_dict()
-        here = sum(node["here"] for node in tree["nodes"].values())
-        states = [({"state": "here"}, here), ({"state": "gone"}, len(tree["nodes"]) - here)]
-        sent = [({"direction": name}, tree[f"{name}_bytes"]) for name in ("up", "down")]
-        about = {name: tree[name] or "" for name in ("run", "name", "algorithm", "phase")}
-        scores = [
-            ({"of": name, "metric": metric}, value)
-            for name in SCORE_KEYS
-            for metric, value in (tree[name] or {}).items()
-        ]
-        families: Sequence[tuple[str, str, str, Sequence[tuple[Mapping[str, Any], Any]]]] = (
-            ("info", "gauge", "the run", [(about | tree["versions"], 1)]),
-            ("rounds", "gauge", "rounds of the run", [({}, tree["rounds"])]),
-            ("rounds_completed", "gauge", "completed rounds", [({}, tree["round"])]),
-            ("nodes", "gauge", "nodes by whether they are connected", states),
-            ("bytes_total", "counter", "bytes of encoded payloads at the server", sent),
-            ("failures_total", "counter", "missing or failed uploads", [({}, tree["failures"])]),
-            ("round_seconds", "gauge", "duration of the last round", [({}, tree["seconds"])]),
-            ("privacy_epsilon", "gauge", "ε spent by the run", [({}, tree["epsilon"])]),
-            ("score", "gauge", "mean over clients in the last evaluation", scores),
-        )
-        for name, kind, description, samples in families:
-            family = Metric(f"hetero_fl_{name}".removesuffix("_total"), description, kind)
-            for labels, value in samples:
-                if value is not None:
-                    texts = {label: str(text) for label, text in labels.items()}
-                    family.add_sample(f"hetero_fl_{name}", texts, value)
-            if family.samples:
-                yield family
-
     def _write(self) -> None:
         # Before the configuration is written, the run directory does not exist.
         if (self._path / "config.yaml").exists():
@@ -294,66 +228,3 @@ def _is_process_alive(tree: Mapping[str, Any]) -> bool:
     if tree["host"] != socket.gethostname():
         return True
     return is_process_running(int(tree["pid"]))
-
-
-# Timeout of a status request in seconds.
-TIMEOUT = 5.0
-
-
-@contextmanager
-def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
-    """Serve `/healthz`, `/metrics` (Prometheus) and `/status` (JSON) over plain HTTP.
-
-    Args:
-        status: The status to serve.
-        host: Address to listen on.
-        port: Port to listen on. If 0, any free port is used.
-
-    Yields:
-        The port on which the server listens.
-
-    Raises:
-        UserError: If the port is not available.
-    """
-    pages: dict[str, Callable[[], Page]] = {
-        "/healthz": lambda: _health(status),
-        "/metrics": lambda: Page(status.prometheus(), "text/plain; version=0.0.4"),
-        "/status": lambda: Page(json.dumps(status.to_dict()) + "\n"),
-    }
-    with ExitStack() as stack:
-        try:
-            listening = stack.enter_context(serve_pages(pages, host, port))
-        except OSError as error:
-            raise UserError(
-                f"metrics.port: {port} is not available at {host} ({error.strerror}); "
-                "choose another"
-            ) from None
-        yield listening
-
-
-def fetch_status(address: str) -> dict[str, Any]:
-    """Fetch the status of a server over HTTP.
-
-    Args:
-        address: Address of the server's metrics, with or without `http://`.
-
-    Raises:
-        UserError: If the server does not answer.
-    """
-    base = address if "://" in address else f"http://{address}"
-    try:
-        with urlopen(f"{base.rstrip('/')}/status", timeout=TIMEOUT) as answer:
-            tree = json.loads(answer.read())
-    except (URLError, OSError, ValueError) as error:
-        why = getattr(error, "reason", error)
-        raise UserError(
-            f"{address}: no answer from a server ({why}); expected its host and the metrics.port "
-            "of its file"
-        ) from None
-    return dict(tree)
-
-
-def _health(status: RunStatus) -> Page:
-    """Return HTTP status 503 for a failed run and 200 otherwise, including a waiting run."""
-    phase = status.to_dict()["phase"]
-    return Page(json.dumps({"phase": phase}) + "\n", status=503 if phase == "failed" else 200)

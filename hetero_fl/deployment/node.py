@@ -29,7 +29,6 @@ from hetero_fl.deployment.audit_log import (
     SiteUsage,
     refused_configurations,
 )
-from hetero_fl.deployment.certificates import load_public_key
 from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.handshake import federation_fingerprint
 from hetero_fl.deployment.messages import (
@@ -44,6 +43,7 @@ from hetero_fl.deployment.messages import (
     message,
     versions,
 )
+from hetero_fl.deployment.node_keys import load_public_key
 from hetero_fl.deployment.node_storage import (
     MAX_STATES,
     NodeStorage,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,16 +16,9 @@ from rich.console import Console
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import is_reference
 from hetero_fl.config import Config, expand_population
-from hetero_fl.deployment.certificates import (
-    ServerFiles,
-    check_server_files,
-    load_public_key,
-    public_bytes,
-)
-from hetero_fl.deployment.config import load_server_config
 from hetero_fl.deployment.conversations import PATIENCE, Connections, EventFunction
 from hetero_fl.deployment.handshake import Handshake, perform_handshake
-from hetero_fl.deployment.monitoring import EventLog, LineStream, RunStatus, serve_status
+from hetero_fl.deployment.monitoring import RunStatus
 from hetero_fl.deployment.node_storage import NodeStorage
 from hetero_fl.deployment.remote_executor import NodeExecutor
 from hetero_fl.deployment.transport import MESSAGE_BYTES, BoundedTransport, Transport
@@ -33,7 +26,7 @@ from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import PreparedRun
-from hetero_fl.experiment.runner import Callback, check_resumed_choice, default_out, run_prepared
+from hetero_fl.experiment.runner import Callback, check_resumed_choice, run_prepared
 from hetero_fl.federation.executors.choose import ExecutorChoice
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.sampling import min_clients
@@ -43,11 +36,8 @@ from hetero_fl.federation.trainer import Record
 from hetero_fl.privacy.mechanisms import SecretNoiseSource
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
-from hetero_fl.reporting.terminal import Terminal
-from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import use_deterministic_algorithms
 from hetero_fl.utils.errors import UserError, one_line
-from hetero_fl.utils.processes import handle_termination
 from hetero_fl.utils.serialization import write_atomically
 
 # File in the run directory with the result of `Handshake.state_dict`.
@@ -250,158 +240,3 @@ def _run_identity(out: Path) -> dict[str, Any] | None:
         return known
     except (OSError, ValueError):
         return None
-
-
-def run_server(
-    source: str | Path | Config,
-    file: Path,
-    *,
-    out: Path | None = None,
-    resume: bool = False,
-    overrides: Iterable[str] = (),
-    allow_code: bool | CodePermission = False,
-    quiet: bool = False,
-) -> Run:
-    """Train with nodes on other machines.
-
-    SIGTERM stops the run after the current round, with a checkpoint. A second SIGTERM, or Ctrl-C,
-    stops the run immediately. In this case, the last checkpoint is from the previous round.
-
-    Args:
-        source: Configuration, or path of a configuration file.
-        file: Path of the server file.
-        out: Run directory. If None, `runs/<name>-<time>` is used.
-        resume: Whether to continue from the newest complete checkpoint in `out`.
-        overrides: Changes to the configuration in the format `key.path=value`.
-        allow_code: Whether the server may run the code that the configuration references (see
-            `hetero_fl.load_config`).
-        quiet: Whether to suppress the log on stderr.
-
-    Returns:
-        The finished run.
-
-    Raises:
-        UserError: If a file is invalid, Flower is not installed, or a port is in use.
-        RunFailedError: If a node is missing or refuses the run, or the run cannot continue.
-        Interrupted: If the run is interrupted after its first checkpoint.
-    """
-    server = load_server_config(file)
-    config = load_config(source, overrides, allow_code)
-    check_deployable(config)
-    server.check_clients(list(expand_population(config.clients)), file)
-    files = None
-    if (paths := server.certificates) is not None:
-        files = ServerFiles(Path(paths.authority), Path(paths.certificate), Path(paths.key))
-        check_server_files(files)
-    keys = {
-        client: public_bytes(load_public_key(Path(path))) for client, path in server.nodes.items()
-    }
-    _check_distinct(keys, file)
-    path = default_out(config) if out is None else out
-    from hetero_fl.deployment.flower.commands import check_flower
-
-    check_flower()
-    from hetero_fl.deployment.flower.superlink import FlowerTransport, SuperLink
-
-    status = RunStatus(path, list(expand_population(config.clients)))
-    log = _RunLog(server.logs, status)
-    log.quiet = quiet
-    with ExitStack() as stack:
-        if server.metrics is not None:
-            port = stack.enter_context(
-                serve_status(status, server.metrics.host, server.metrics.port)
-            )
-            log(f"status, metrics and health: http://{server.metrics.host}:{port}")
-        superlink = SuperLink(server.host, server.port, files, map(Path, server.nodes.values()))
-        stack.callback(superlink.close)
-        log(
-            f"waiting at {server.host}:{superlink.port} for "
-            f"{', '.join(expand_population(config.clients))}"
-        )
-        transport = FlowerTransport(superlink, server.message_bytes)
-        after_round = stack.enter_context(_stop_after_round(status, log))
-        return run_federation(
-            config,
-            transport,
-            out=path,
-            resume=resume,
-            wait=server.wait,
-            deadline=server.deadline,
-            patience=server.patience,
-            callbacks=[log.log_round, after_round],
-            quiet=quiet,
-            keys=None if files is None else keys,
-            log=log,
-            status=status,
-            console=log.console(),
-            message_bytes=server.message_bytes,
-        )
-
-
-def _check_distinct(keys: Mapping[str, bytes], file: Path) -> None:
-    owner: dict[bytes, str] = {}
-    for client, key in keys.items():
-        if (other := owner.setdefault(key, client)) != client:
-            raise UserError(f"{file}: nodes: '{other}' and '{client}' have the same key")
-
-
-class _RunLog(EventLog):
-    """Log in which each line has the run, the round, the phase and the client as fields.
-
-    Args:
-        line_format: "text" or "json", see `EventLog`.
-        status: Status of the run.
-    """
-
-    def __init__(self, line_format: str, status: RunStatus) -> None:
-        super().__init__(line_format)
-        self._status = status
-
-    def __call__(self, line: str, **fields: object) -> None:
-        tree = self._status.to_dict()
-        super().__call__(line, run=tree["run"], round=tree["round"], phase=tree["phase"], **fields)
-
-    def log_round(self, record: Record) -> None:
-        """Log a completed round in JSON format.
-
-        In text format, nothing is logged, because the console shows the results.
-        """
-        if self.line_format == "json":
-            tree = self._status.to_dict()
-            names = ("seconds", "epsilon", "personal", "global", "server")
-            results = {name: tree[name] for name in names}
-            sizes = {name: record[name] for name in ("up_bytes", "down_bytes")}
-            line = f"round {record['round']} completed"
-            self(line, failed=record["failed"], **sizes, **results)
-
-    def console(self) -> Console | None:
-        """Return a console that writes to the log in JSON format, or None in text format."""
-        return (
-            Terminal(file=cast("TextIO", LineStream(self)), highlight=False, soft_wrap=True)
-            if self.line_format == "json"
-            else None
-        )
-
-
-@contextmanager
-def _stop_after_round(status: RunStatus, log: EventLog) -> Iterator[Callable[[Record], None]]:
-    """Stop the run after the current round on SIGTERM.
-
-    Yields:
-        Callback for each round, which stops the run if a SIGTERM has arrived.
-    """
-
-    def announce() -> None:
-        status.update(phase="stopping")
-        log("stopping after the current round; repeat the signal to stop immediately")
-
-    def is_waiting() -> bool:
-        return bool(status.to_dict()["phase"] == "waiting")
-
-    with handle_termination(announce, is_waiting) as is_stopping:
-
-        def after_round(record: Record) -> None:
-            if is_stopping() and record["round"] < status.to_dict()["rounds"]:
-                raise KeyboardInterrupt
-
-        yield after_round

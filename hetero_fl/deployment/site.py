@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
 
@@ -38,35 +37,18 @@ class LoggedNode:
     Args:
         node: Node that answers the messages.
         log: Log with a line for each task.
-        stop: Event that is set if the server refuses the node or, with `once`, at the end of a run.
-            If None, the node keeps waiting for runs.
-        once: Whether to participate in one run only.
-
-    Attributes:
-        refused: Reason for which the server refused the node or ended the run, or an empty string
-            if there is none.
     """
 
-    def __init__(
-        self, node: Node, log: EventLog, stop: threading.Event | None = None, once: bool = False
-    ) -> None:
+    def __init__(self, node: Node, log: EventLog) -> None:
         self._node = node
         self._log = log
-        self._stop = stop or threading.Event()
-        self._once = once
-        self.refused = ""
 
     def handle(self, envelope: Envelope) -> Envelope:
         """Answer a message (see `Node.handle`) and log the task if the message contains one."""
         start = time.monotonic()
-        head = envelope.head
         answer = self._node.handle(envelope)
-        if head.get("ask") == "do":
+        if envelope.head.get("ask") == "do":
             self._log_task(envelope, answer, time.monotonic() - start)
-        if head.get("ask") == "leave":
-            self.refused = one_line(head.get("why", ""))
-            if self.refused or self._once:
-                self._stop.set()
         return answer
 
     def _log_task(self, request: Envelope, answer: Envelope, seconds: float) -> None:

@@ -121,7 +121,7 @@ def check_resumed_choice(path: Path, on_nodes: bool) -> dict[str, Any]:
         advice = (
             "on one machine; resume it with `hetero-fl train`"
             if on_nodes
-            else "on nodes; resume it with `hetero-fl federate` or `hetero-fl server`"
+            else "on nodes; resume it with `hetero-fl federate`, or `flwr run` with resume=true"
         )
         raise UserError(f"{path}: cannot be resumed here: the run was started {advice}")
     return started_with

@@ -25,9 +25,6 @@ EXTRAS = {
     "opacus": "privacy",
     "tenseal": "privacy",
     "flwr": "flower",
-    "httpx": "flower",
-    "uvicorn": "flower",
-    "prometheus_client": "flower",
 }
 
 

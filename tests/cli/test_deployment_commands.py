@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType
@@ -66,15 +63,11 @@ def without_flower(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_missing_flower_names_the_extra(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], without_flower: None
 ) -> None:
-    net = tmp_path / "net"
-    main(["certificates", str(net), "--host", "127.0.0.1", "--clients", "site_1,site_2,site_3"])
-    capsys.readouterr()
-    server = str(net / "server" / "server.yaml")
-    command = ["server", "--config", str(file), "--server", server, "--out", str(tmp_path / "out")]
+    command = ["flower-app", str(tmp_path / "app"), "--config", str(file)]
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "pip install 'hetero_fl[flower]'" in error and error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "app").exists()
 
 
 @contextmanager
@@ -204,101 +197,3 @@ def test_interrupted_federate_equals_simulation_and_cleans_up(tmp_path: Path) ->
         assert process.poll() is None, log.read_text()
         process.kill()
     until(lambda: not relatives(tmp_path), log)
-
-
-@pytest.mark.slow
-@needs_processes
-def test_federation_of_separate_processes(tmp_path: Path) -> None:
-    """Use TLS and keys; restart a node, then stop the server by SIGTERM and resume.
-
-    The signal ends the run after the round in which it arrives, which is not the last one.
-    """
-    pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
-    source = config(rounds=3, clients=2, **SERIAL)
-    written(tmp_path, source)
-    net, log, out = tmp_path / "net", tmp_path / "log", tmp_path / "out"
-    assert (
-        main(["certificates", str(net), "--host", "127.0.0.1", "--clients", "site_1,site_2"]) == 0
-    )
-    port, watched = free_ports(2)
-    edit(
-        net / "server" / "server.yaml",
-        host="127.0.0.1",
-        port=port,
-        logs="json",
-        metrics={"port": watched},
-    )
-    for client in ("site_1", "site_2"):
-        about = {
-            "address": f"127.0.0.1:{port}",
-            "authority": "authority.pem",
-            "key": "key",
-        }
-        edit(
-            net / client / "site.yaml",
-            server=about,
-            tells={"labels": True, "details": True, "model": True},
-            logs="json",
-        )
-    serving = (
-        "server",
-        "--config",
-        "small.yaml",
-        "--server",
-        "net/server/server.yaml",
-        "--out",
-        "out",
-    )
-    logs = {client: tmp_path / f"{client}.log" for client in ("site_1", "site_2")}
-    node_of = {client: ("node", "--site", net / client / "site.yaml", "--once") for client in logs}
-    with started(*node_of["site_1"], cwd=tmp_path, log=logs["site_1"]) as first:
-        with started(*node_of["site_2"], cwd=tmp_path, log=logs["site_2"]) as second:
-            with started(*serving, cwd=tmp_path, log=log, module=WAITING) as server:
-                until(lambda: (tmp_path / SIGN).exists() or server.poll() is not None, log)
-                os.kill(server.pid, signal.SIGTERM)
-                assert ended(server, log) == 130, log.read_text()
-            os.kill(second.pid, signal.SIGTERM)
-            assert ended(second, logs["site_2"]) == 0
-            assert lines(logs["site_2"])[-1]["message"] == "site_2: stopped"
-        assert first.poll() is None, "it waits for the server"
-        done = [line for line in lines(logs["site_1"]) if line.get("task") == "train"]
-        assert [line["round"] for line in done] == list(range(1, len(done) + 1)) and done[0][
-            "client"
-        ] == "site_1"
-        (run_name,) = {line["run"] for line in done}
-        completed = [line for line in lines(log) if line["message"].endswith(" completed")]
-        assert [line["round"] for line in completed] == list(
-            range(1, len(completed) + 1)
-        ) and completed[0]["run"] == run_name
-        with started(*node_of["site_2"], cwd=tmp_path, log=logs["site_2"]) as second:
-            with started(*serving, "--resume", cwd=tmp_path, log=log) as server:
-                until(
-                    lambda: (
-                        main(["status", f"127.0.0.1:{watched}"]) == 0 or server.poll() is not None
-                    ),
-                    log,
-                )
-                assert ended(server, log) == 0, log.read_text()
-            assert (ended(first, logs["site_1"]), ended(second, logs["site_2"])) == (0, 0)
-    same(Run(out), run(source, out=tmp_path / "simulation"))
-    assert not relatives(tmp_path)
-
-
-def lines(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
-
-
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
-
-
-def free_ports(count: int) -> list[int]:
-    """Return free ports outside the ephemeral range, so that no other process takes them."""
-    found = list[int]()
-    for port in random.sample(range(10_000, 30_000), 1000):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == count:
-            break
-    return found

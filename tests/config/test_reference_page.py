@@ -16,7 +16,7 @@ from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.cli.commands import APP
 from hetero_fl.config import Config
 from hetero_fl.config.base import OptimizerConfig
-from hetero_fl.deployment.config import AllowsConfig, DeploymentServerConfig, SiteConfig
+from hetero_fl.deployment.config import AllowsConfig, SiteConfig
 from tests.support.cases import each_case
 
 ROOT = Path(__file__).parents[2]
@@ -88,19 +88,17 @@ def test_every_setting_of_configuration_and_methods_has_a_description(
     pages: dict[str, str],
 ) -> None:
     text = "\n".join(page for name, page in pages.items() if "methods/" in name)
-    text += pages["configuration.md"] + pages["deployment_files.md"]
+    text += pages["configuration.md"] + pages["site_file.md"]
     rows = [line for line in text.splitlines() if line[:3] == "| `"]
 
     assert len(rows) > 300
     assert not [row for row in rows if row.endswith("|  |")]
 
 
-@each_case("model", [DeploymentServerConfig, SiteConfig, AllowsConfig])
-def test_deployment_files_page_contains_every_key(
-    script: ModuleType, model: type[BaseModel]
-) -> None:
-    title = {DeploymentServerConfig: "Server file", SiteConfig: "Site file"}.get(model, "`allows`")
-    section = script.deployment_files_page().partition(f"## {title}\n")[2].partition("\n## ")[0]
+@each_case("model", [SiteConfig, AllowsConfig])
+def test_site_file_page_contains_every_key(script: ModuleType, model: type[BaseModel]) -> None:
+    title = {SiteConfig: "Keys"}.get(model, "`allows`")
+    section = script.site_file_page().partition(f"## {title}\n")[2].partition("\n## ")[0]
 
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(model.model_fields)
 

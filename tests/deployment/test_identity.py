@@ -10,12 +10,12 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_pri
 
 from hetero_fl.deployment import conversations
 from hetero_fl.deployment.audit_log import AuditLog, verify
-from hetero_fl.deployment.certificates import public_bytes
 from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.conversations import Connections, LogHeads
 from hetero_fl.deployment.messages import LOG
 from hetero_fl.deployment.monitoring import read_status
 from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.node_keys import public_bytes
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.utils.errors import RunFailedError
 from tests.support.cases import each_case

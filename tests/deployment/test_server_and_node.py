@@ -6,25 +6,18 @@ import argparse
 import io
 import json
 import re
-import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from hetero_fl.cli import main
@@ -32,23 +25,15 @@ from hetero_fl.cli.deployment_commands import print_status
 from hetero_fl.deployment import messages
 from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
-from hetero_fl.deployment.flower.worker import LoggedNode
-from hetero_fl.deployment.monitoring import (
-    STATUS_FILE,
-    EventLog,
-    LineStream,
-    RunStatus,
-    fetch_status,
-    read_status,
-    serve_status,
-)
+from hetero_fl.deployment.monitoring import STATUS_FILE, EventLog, RunStatus, read_status
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.server import _RunLog, _stop_after_round, run_federation
+from hetero_fl.deployment.server import run_federation
+from hetero_fl.deployment.site import LoggedNode
 from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.experiment import run
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.federation.executors.workers import Worker
-from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
+from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.deployments import SITES, Federation, small
 from tests.support.federations import changed, config
 from tests.support.loopback import LoopbackTransport
@@ -64,11 +49,10 @@ SERIAL = {"runtime__executor": "serial"}
 class Sites:
     """Nodes `site_1`, `site_2`, ... on their own loopback transport, with the lines they logged."""
 
-    def __init__(self, folder: Path, sites: list[SiteConfig], once: bool = False) -> None:
-        self.folder, self.sites, self.once = folder, sites, once
-        self.stops: list[threading.Event] = []
+    def __init__(self, folder: Path, sites: list[SiteConfig]) -> None:
+        self.folder, self.sites = folder, sites
         self.lines = EventLines()
-        self.refused: list[LoggedNode] = []
+        self.nodes: list[LoggedNode] = []
 
     def gathered(
         self, change: Callable[[Envelope], Envelope] = lambda envelope: envelope
@@ -80,10 +64,9 @@ class Sites:
         """
         loopback = LoopbackTransport()
         for index, site in enumerate(self.sites):
-            self.stops.append(threading.Event())
             node = Node(site, self.folder / site.client, self.lines)
-            attended = LoggedNode(node, self.lines, self.stops[-1], self.once)  # type: ignore[arg-type]
-            self.refused.append(attended)
+            attended = LoggedNode(node, self.lines)  # type: ignore[arg-type]
+            self.nodes.append(attended)
             requests = attended.handle
             loopback.join(
                 (lambda e, requests=requests: change(requests(e))) if index == 0 else requests
@@ -147,10 +130,7 @@ def test_node_of_another_version_is_refused(sites: Sites, tmp_path: Path, clock:
         )
     line = f"torch: expected version '{messages.versions()['torch']}', got '1.0'"
     assert f"refused a node for client 'site_1': {line}" in log_lines
-    assert sites.stops[0].wait(LONG) and sites.refused[0].refused == line, (
-        "its process ends, and says why"
-    )
-    assert not sites.stops[1].is_set()
+    assert f"disconnected by the server: {line}" in sites.lines
     assert not (tmp_path / "out").exists()
 
 
@@ -213,64 +193,6 @@ def test_exception_while_a_node_prepares_is_a_failure(
     assert "RuntimeError: CUDA error: no kernel image is available" in federation.log_lines
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("signals", [1, 2])
-def test_server_finishes_the_round_on_sigterm(signals: int, sites: Sites, tmp_path: Path) -> None:
-    """A second SIGTERM ends it at once, and the round is repeated on resuming.
-
-    Either way, the resumed run ends with the same bits.
-    """
-    source, out = config(rounds=3, **SERIAL), tmp_path / "out"
-    status, log = RunStatus(out, ["site_1", "site_2", "site_3"]), EventLog("json")
-
-    def term(answer: Envelope) -> Envelope:
-        if (
-            answer.head.get("what") == "upload"
-            and status.to_dict()["phase"] == "running"
-            and status.to_dict()["round"] == 1
-        ):
-            signal.raise_signal(signal.SIGTERM)
-            while status.to_dict()["phase"] == "running":
-                time.sleep(0.01)
-            if signals == 2:
-                signal.raise_signal(signal.SIGTERM)
-        return answer
-
-    with _stop_after_round(status, log) as after_round, pytest.raises(Interrupted):
-        loopback = sites.gathered(term)
-        run_federation(source, loopback, out=out, wait=LONG, callbacks=[after_round], status=status)
-    rounds = [
-        json.loads(line)["round"] for line in (out / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert rounds == ([1, 2] if signals == 1 else [1])
-    assert read_status(out)["phase"] == "interrupted"
-    assert "disconnected by the server" not in sites.lines, (
-        "nodes wait for a server that was interrupted"
-    )
-    resumed = run_federation(source, sites.gathered(), out=out, resume=True, wait=LONG)
-    assert models(resumed) == models(run(source, out=tmp_path / "simulation"))
-    assert read_status(out)["up_bytes"] == sum(record["up_bytes"] for record in resumed.metrics)
-
-
-def test_node_with_once_ends_after_a_finished_run(sites: Sites, tmp_path: Path) -> None:
-    sites.once = True
-    interrupt = Mock(side_effect=KeyboardInterrupt)
-
-    with pytest.raises(Interrupted):
-        run_federation(
-            config(**SERIAL),
-            sites.gathered(),
-            out=tmp_path / "out",
-            wait=LONG,
-            callbacks=[interrupt],
-        )
-    assert not any(stop.is_set() for stop in sites.stops)
-    run_federation(config(**SERIAL), sites.gathered(), out=tmp_path / "out", resume=True, wait=LONG)
-    assert all(stop.is_set() for stop in sites.stops[3:]) and not any(
-        sites.refused[i].refused for i in range(6)
-    )
-
-
 def test_site_tables_use_common_encoding(tmp_path: Path) -> None:
     wards = {"public": ["A", "B"], "site_1": ["A", "C"], "site_2": ["B"], "site_3": ["1", "2"]}
     for seed, (name, values) in enumerate(wards.items()):
@@ -307,7 +229,7 @@ def test_site_tables_use_common_encoding(tmp_path: Path) -> None:
 
 def test_node_answers_task_with_invalid_round(sites: Sites) -> None:
     sites.gathered().close()
-    answer = sites.refused[0].handle(
+    answer = sites.nodes[0].handle(
         Envelope({"ask": "do", "run": "r", "round": "first", "what": "\x1b[2J"})
     )
     assert answer.head["ask"] == "unready" and "\\x1b[2J: unready" in sites.lines[-1]
@@ -387,50 +309,6 @@ def test_status_summarizes_records_and_events(status: RunStatus) -> None:
     assert not absent["here"] and absent["since"] >= tree["nodes"]["north"]["since"]
 
 
-def test_prometheus_output_is_valid(status: RunStatus) -> None:
-    status.set_presence_source(lambda: ["north"])
-    status.add_record(record(1, privacy={"epsilon": 1.25}))
-
-    text = status.prometheus()
-
-    families = {family.name: family for family in text_string_to_metric_families(text)}
-    assert {name: family.type for name, family in families.items()} == {
-        "hetero_fl_info": "gauge",
-        "hetero_fl_rounds": "gauge",
-        "hetero_fl_rounds_completed": "gauge",
-        "hetero_fl_nodes": "gauge",
-        "hetero_fl_bytes": "counter",
-        "hetero_fl_failures": "counter",
-        "hetero_fl_round_seconds": "gauge",
-        "hetero_fl_privacy_epsilon": "gauge",
-        "hetero_fl_score": "gauge",
-    }
-    samples = {
-        (sample.name.removeprefix("hetero_fl_"), *sample.labels.items()): sample.value
-        for name, family in families.items()
-        if name != "hetero_fl_info"
-        for sample in family.samples
-    }
-    assert samples == {
-        ("rounds",): 3,
-        ("rounds_completed",): 1,
-        ("nodes", ("state", "here")): 1,
-        ("nodes", ("state", "gone")): 1,
-        ("bytes_total", ("direction", "up")): 1000,
-        ("bytes_total", ("direction", "down")): 2000,
-        ("failures_total",): 0,
-        ("round_seconds",): 2,
-        ("privacy_epsilon",): 1.25,
-        ("score", ("metric", "accuracy"), ("of", "personal")): 0.75,
-        ("score", ("metric", "balanced_accuracy"), ("of", "personal")): 0.7,
-    }, "an undefined figure is none"
-    (about,) = families["hetero_fl_info"].samples
-    assert about.value == 1 and set(about.labels) == {
-        "run", "name", "algorithm", "phase", "package", "torch", "protocol",
-    }  # fmt: skip
-    assert (about.labels["name"], about.labels["run"]) == ('a "run"', "beef")
-
-
 def test_status_file_exists_once_run_has_started(status: RunStatus, tmp_path: Path) -> None:
     status.add_event("someone came")
     assert not (tmp_path / STATUS_FILE).exists()
@@ -445,30 +323,6 @@ def test_status_file_exists_once_run_has_started(status: RunStatus, tmp_path: Pa
     assert read_status(tmp_path)["phase"] == "done"
     status.update(phase="running", host="elsewhere")  # a shared folder: nobody here can say
     assert read_status(tmp_path)["phase"] == "running"
-
-
-def test_http_endpoints_serve_status(status: RunStatus) -> None:
-    with serve_status(status, "127.0.0.1", 0) as port:
-        with urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
-            assert answer.status == 200 and json.loads(answer.read()) == {"phase": "running"}
-        with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-            assert answer.read().decode() == status.prometheus()
-            assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
-        assert fetch_status(f"127.0.0.1:{port}")["rounds"] == 3
-        status.update(phase="failed")
-        for path, code in (("healthz", 503), ("secrets", 404)):
-            with pytest.raises(HTTPError) as raised:
-                urlopen(f"http://127.0.0.1:{port}/{path}")
-            assert raised.value.code == code
-            raised.value.close()
-        with (
-            pytest.raises(UserError, match=rf"metrics.port: {port} is not available at 127.0.0.1"),
-            serve_status(status, "127.0.0.1", port),
-        ):
-            pass
-    with socket.socket() as probe:  # it is given back
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", port))
 
 
 def test_status_command_prints_summary(
@@ -488,11 +342,9 @@ def test_status_command_prints_summary(
     ):
         assert words in out
     assert re.search(r"north +connected for", out) and re.search(r"south +not connected yet", out)
-    with serve_status(status, "127.0.0.1", 0) as port:
-        assert main(["status", f"127.0.0.1:{port}", "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["round"] == 2
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["round"] == 2
     for mistake, line in (
-        (f"127.0.0.1:{port}", "no answer from a server"),
         (str(tmp_path / "nowhere"), "folder not found"),
         (str(tmp_path.parent), "status.json not found"),
     ):
@@ -508,24 +360,9 @@ def test_json_log_lines_name_their_subject() -> None:
     stream = io.StringIO()
     log = EventLog("json", stream, client="north", run=None)
     log("round 1:\n done", round=1, seconds=0.5)
-    print("a line of\nsomeone else's", file=LineStream(log))
-    first, *others = [json.loads(line) for line in stream.getvalue().splitlines()]
+    (first,) = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", first.pop("time"))
     assert first == {"message": "round 1: done", "client": "north", "round": 1, "seconds": 0.5}
-    assert [line["message"] for line in others] == ["a line of", "someone else's"]
-
-
-def test_json_log_of_a_run_names_the_client_of_an_event(
-    status: RunStatus, capsys: pytest.CaptureFixture[str]
-) -> None:
-    log = _RunLog("json", status)
-
-    log("north: metrics: expected a number", client="north")
-    log("another north line")
-
-    first, second = map(json.loads, capsys.readouterr().err.splitlines())
-    assert first["client"] == "north"
-    assert "client" not in second
 
 
 def test_print_status_escapes_markup(status: RunStatus) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,6 @@ from typing import Any
 import pytest
 import yaml
 
-from hetero_fl.cli.commands import APP
 from tests.support.cases import each_case
 
 ROOT = Path(__file__).parents[2]
@@ -72,16 +73,36 @@ def test_image_runs_the_command_as_non_root() -> None:
     assert last["ENTRYPOINT"] == '["hetero-fl"]' and last["USER"] not in ("root", "0")
 
 
-@each_case("name", ["server", "north", "south", "east"])
-def test_containers_run_existing_commands(name: str) -> None:
+@each_case("name", ["north", "south", "east"])
+def test_containers_of_sites_use_their_folders(name: str) -> None:
     service = services()[name]
-    command, *arguments = service["command"]
-    options = APP.commands[command].make_context(command, arguments).params
-    if name == "server":
-        assert options["resume"] and options["out"].is_absolute()
-        compile(service["healthcheck"]["test"][-1], "healthcheck", "exec")
-    mounted = {volume.split(":")[0]: volume.split(":")[1] for volume in service["volumes"]}
-    assert mounted[f"./net/{name}"] == service["working_dir"]
-    assert service["image"] == services()["server"]["image"] and service["user"].startswith(
-        "${OWNER:?"
-    )
+
+    assert service["entrypoint"] == ["flower-supernode"]
+    assert service["volumes"] == [f"./net/{name}:{service['working_dir']}"]
+    assert f'site="{service["working_dir"]}/site.yaml"' in service["command"][-1]
+    assert service["image"] == services()["superlink"]["image"]
+    assert service["user"].startswith("${OWNER:?")
+
+
+@each_case(
+    ("program", "arguments"),
+    [
+        ("flower-superlink", services()["superlink"]["command"]),
+        ("flower-supernode", services()["north"]["command"]),
+    ],
+)
+def test_containers_use_options_of_flower(program: str, arguments: list[str]) -> None:
+    pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
+    command = [str(Path(sys.executable).with_name(program)), "--help"]
+
+    options = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    assert all(argument.partition("=")[0] in options for argument in arguments)
+
+
+def test_only_the_proxy_is_reachable() -> None:
+    assert "--host=127.0.0.1" in services()["superlink"]["command"]
+    assert services()["superlink"]["ports"] == ["9092:9092"]
+    assert services()["proxy"]["network_mode"] == "service:superlink"
+    config = (ROOT / "examples" / "deployment" / "nginx.conf").read_text()
+    assert re.findall(r"location (\S+)", config) == ["/v1/fleet/", "/"]

@@ -28,7 +28,7 @@ from hetero_fl.cli.commands import APP
 from hetero_fl.config.data import registered_partition_kinds
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.data.partition import registry as partitions
-from hetero_fl.deployment.config import load_server_config, load_site_config
+from hetero_fl.deployment.config import load_site_config
 from hetero_fl.experiment.configuration import load_config
 from model_zoo import list_models
 
@@ -49,7 +49,6 @@ LONG = {  # run elsewhere: here they are parsed
     "configs/driving_hetero.yaml",
 }
 OF_A_FEDERATION: dict[str, Callable[[Any], object]] = {
-    "server.yaml": load_server_config,
     "site.yaml": load_site_config,
 }
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -11,28 +11,33 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
 import yaml
 
 from tests.support.nodes import LONG, until
 from tests.support.workers import running_processes
 
 COMMANDS = Path(sys.executable).parent
+MAKE_KEYS = Path(__file__).parents[2] / "examples" / "deployment" / "make_keys.sh"
 
 
 class FlowerFederation:
-    """A SuperLink without TLS and a SuperNode for each site; use it as a context manager.
+    """A SuperLink and a SuperNode for each site; use it as a context manager.
 
     Args:
         folder: Folder for sites, logs and Flower's files.
         sites: The content of each client's site file.
+        secure: Whether connections use TLS and sites authenticate with keys.
     """
 
-    def __init__(self, folder: Path, sites: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self, folder: Path, sites: Mapping[str, Mapping[str, Any]], secure: bool = False
+    ) -> None:
         self.folder = folder
+        self.secure = secure
         self.port = _free_port()
         home = folder / "flower"
         home.mkdir(parents=True)
@@ -43,10 +48,15 @@ class FlowerFederation:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "PATH": f"{COMMANDS}{os.pathsep}{os.environ['PATH']}",
         }
+        self.keys = folder / "net"
+        trust = f'root-certificates = "{self.keys / "authority.pem"}"'
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "test"\n\n[superlink.test]\n'
-            f'address = "127.0.0.1:{self.port}"\ninsecure = true\n'
+            f'address = "127.0.0.1:{self.port}"\n{trust if secure else "insecure = true"}\n'
         )
+        if secure:
+            command = [MAKE_KEYS, self.keys, "127.0.0.1", *sites]
+            subprocess.run(command, check=True, capture_output=True)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         for client, about in sites.items():
             site = self.site(client)
@@ -57,10 +67,19 @@ class FlowerFederation:
         return self.folder / client / "site.yaml"
 
     def __enter__(self) -> FlowerFederation:
-        arguments = ["--insecure", "--host", "127.0.0.1", "--port", str(self.port)]
+        arguments = ["--host", "127.0.0.1", "--port", str(self.port)]
+        arguments.append("--disable-runtime-dependency-installation")
+        if self.secure:
+            arguments += ["--ssl-ca-certfile", str(self.keys / "authority.pem")]
+            arguments += ["--ssl-certfile", str(self.keys / "server.pem")]
+            arguments += ["--ssl-keyfile", str(self.keys / "server.key"), "--enable-supernode-auth"]
+        else:
+            arguments.append("--insecure")
         self._start("superlink", "flower-superlink", *arguments)
         until(self._answers)
-        for client in [path.parent.name for path in self.folder.glob("*/site.yaml")]:
+        for client in self._clients() if self.secure else ():
+            self._flwr("supernode", "register", str(self.keys / client / "key.pub"), "test")
+        for client in self._clients():
             self.start_node(client)
         return self
 
@@ -69,26 +88,51 @@ class FlowerFederation:
             self.kill(name)
         shutil.rmtree(self.folder / "flower", ignore_errors=True)
 
-    def start_node(self, client: str) -> None:
-        """Start a site's SuperNode."""
-        arguments = ["--insecure", "--superlink", f"127.0.0.1:{self.port}"]
-        arguments += ["--port", str(_free_port())]
+    def start_node(
+        self, client: str, name: str = "", key: Path | None = None, authority: Path | None = None
+    ) -> None:
+        """Start a site's SuperNode.
+
+        Args:
+            client: Name of the client in the site file.
+            name: Name of the process. If empty, the name of the client.
+            key: Private key. If None, the registered key of the client.
+            authority: Certificate of the trusted authority. If None, that of the server.
+        """
+        arguments = ["--superlink", f"127.0.0.1:{self.port}", "--port", str(_free_port())]
+        if self.secure:
+            authority = authority or self.keys / "authority.pem"
+            arguments += ["--root-certificates", str(authority)]
+            key = key or self.keys / client / "key"
+            arguments += ["--auth-supernode-private-key", str(key)]
+        else:
+            arguments.append("--insecure")
         arguments += ["--node-config", f'site="{self.site(client)}"']
-        self._start(client, "flower-supernode", *arguments)
+        self._start(name or client, "flower-supernode", *arguments)
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Return what the SuperLink knows about the registered nodes."""
+        return list(self._flwr("supernode", "list", "test")["nodes"])
+
+    def wait_for(self, name: str) -> int:
+        """Wait until a process ends, and return its exit status."""
+        return self._processes[name].wait(LONG)
 
     def kill(self, name: str) -> None:
         """Kill a SuperNode or the `superlink`, including its child processes."""
         process = self._processes.pop(name)
-        os.killpg(process.pid, signal.SIGKILL)
+        # The process and its child processes may have ended.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
     def run(self, app: Path, **settings: Any) -> str:
         """Run an app until it ends and return how it ended."""
         chosen = " ".join(f"{k.replace('_', '-')}={json.dumps(v)}" for k, v in settings.items())
-        started = self._flwr("run", str(app), "test", "--run-config", chosen, "--format", "json")
+        started = self._flwr("run", str(app), "test", "--run-config", chosen)
         number = str(started["run-id"])
         while True:
-            (found,) = self._flwr("list", "test", "--run-id", number, "--format", "json")["runs"]
+            (found,) = self._flwr("list", "test", "--run-id", number)["runs"]
             status = str(found["status"])
             if status.startswith("finished"):
                 return f"{status} {found['status-details']}".strip()
@@ -98,9 +142,12 @@ class FlowerFederation:
         """Return what a process has printed."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
+    def _clients(self) -> list[str]:
+        return sorted(path.parent.name for path in self.folder.glob("*/site.yaml"))
+
     def _flwr(self, *arguments: str) -> Any:
         done = subprocess.run(
-            ["flwr", *arguments],
+            ["flwr", *arguments, "--format", "json"],
             check=False,
             env=self._environment,
             capture_output=True,
@@ -123,10 +170,8 @@ class FlowerFederation:
             )
 
     def _answers(self) -> bool:
-        try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/health").is_success
-        except httpx.TransportError:
-            return False
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
 
 def worker_processes(sites: Iterable[Path]) -> list[int]:

@@ -9,26 +9,17 @@ from typing import Any
 import yaml
 
 from hetero_fl.config import expand_population
-from hetero_fl.deployment.config import SiteConfig, load_server_config, load_site_config
+from hetero_fl.deployment.config import SiteConfig, load_site_config
 from hetero_fl.deployment.policy import check_config
 from hetero_fl.experiment.configuration import load_config
 from tests.support.deployments import small
-
-
-def read_server(**changes: Any) -> None:
-    """Read the file of a server with these changes."""
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "server.yaml"
-        file.write_text(yaml.safe_dump({"nodes": {"north": "north.pub"}, **changes}))
-        load_server_config(file)
 
 
 def read_site(**changes: Any) -> None:
     """Read the file of a site with these changes."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "site.yaml"
-        server = {"address": "here:1"}
-        file.write_text(yaml.safe_dump({"client": "north", "server": server, **changes}))
+        file.write_text(yaml.safe_dump({"client": "north", **changes}))
         load_site_config(file)
 
 

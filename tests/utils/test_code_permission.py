@@ -186,12 +186,9 @@ def test_federations_refuse_code_that_a_file_names(
     trap: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("flwr")
-    clients = "site_1,site_2,site_3"
-    assert main(["certificates", "net", "--host", "127.0.0.1", "--clients", clients]) == 0
-    capsys.readouterr()
     file = written(config(models=f"{trap}Net", **BARE))
-    for command in (["federate"], ["server", "--server", "net/server/server.yaml"]):
-        line = refused_line([*command, "--config", file, "--out", "run"], capsys)
+    for command in (["federate", "--out", "run"], ["flower-app", "app"]):
+        line = refused_line([*command, "--config", file], capsys)
         assert line == f"{file}: clients.groups.0.model: {LINE.format(name=trap + 'Net')}"
 
 

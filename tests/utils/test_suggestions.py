@@ -47,7 +47,7 @@ COMMANDS = list(APP.commands)
         ("trian", COMMANDS, "train"),
         ("tarin", COMMANDS, "train"),
         ("comapre", COMMANDS, "compare"),
-        ("cert", COMMANDS, "certificates"),
+        ("fedrate", COMMANDS, "federate"),
         ("evalute", COMMANDS, "evaluate"),
         ("run", COMMANDS, None),
         ("temp", ["epochs", "temperature", "step"], "temperature"),

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import re
+import sys
 from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from hetero_fl.config import Config, dump
 from hetero_fl.deployment.server import check_deployable
+from hetero_fl.deployment.transport import MESSAGE_BYTES
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import UserError
 
 PACKAGE = "hetero_fl_app"
+MIN_VERSION = (1, 41)
 
 # Keys of Flower's run configuration, with their defaults.
 RUN_CONFIG: dict[str, str | float | bool] = {
@@ -25,6 +32,8 @@ RUN_CONFIG: dict[str, str | float | bool] = {
     "wait": 600.0,  # seconds to wait for all clients
     "deadline": 3600.0,  # seconds that a node may take for a task
     "patience": 60.0,  # seconds to wait for a disconnected node while others are connected
+    "message-bytes": MESSAGE_BYTES,  # maximum bytes of a node's answer
+    "logs": "text",  # format of log lines: text or json
 }
 
 PROJECT = """\
@@ -64,17 +73,6 @@ from hetero_fl.deployment.flower.server_app import make_server_app
 app = make_server_app(Path(__file__).with_name("config.yaml"))
 '''
 
-BRIDGE_APP = '''\
-"""ServerApp of `hetero-fl server`, which forwards messages between that process and the nodes."""
-
-from flwr.serverapp import ServerApp
-
-from hetero_fl.deployment.flower.bridge import serve_grid
-
-app = ServerApp()
-app.main()(serve_grid)
-'''
-
 CLIENT_APP = '''\
 """ClientApp that forwards each message to the worker process of its site."""
 
@@ -82,6 +80,33 @@ from hetero_fl.deployment.flower.client_app import app
 
 __all__ = ["app"]
 '''
+
+
+def check_flower() -> None:
+    """Check that a supported version of Flower is installed, without importing Flower.
+
+    Raises:
+        UserError: If Flower is not installed, or if the operating system or the version of Python
+            or Flower is not supported.
+    """
+    if not hasattr(os, "fork"):
+        raise UserError(
+            f"deployments need fork and Unix sockets, which {platform.system()} does not have; use "
+            "Linux, macOS or the Windows Subsystem for Linux"
+        )
+    wanted = ".".join(map(str, MIN_VERSION))
+    advice = f"run pip install 'hetero_fl[flower]', which installs flwr {wanted} or later"
+    if sys.version_info < (3, 11):
+        found = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        raise UserError(f"flwr {wanted} requires Python >= 3.11, got {found}")
+    try:
+        installed = version("flwr")
+    except PackageNotFoundError:
+        raise UserError(f"flwr: not installed; {advice}") from None
+    numbers = tuple(int(part) for part in re.findall(r"\d+", installed)[:2])
+    if not MIN_VERSION <= numbers < (MIN_VERSION[0] + 1,):
+        supported = f"version >= {wanted} and < {MIN_VERSION[0] + 1}"
+        raise UserError(f"flwr: expected {supported}, got {installed}; {advice}")
 
 
 def write_app(
@@ -102,42 +127,23 @@ def write_app(
         Paths of the written files.
 
     Raises:
-        UserError: If the configuration is invalid or requires a simulation, or the folder is not
-            empty.
+        UserError: If Flower is not installed, the configuration is invalid or requires a
+            simulation, or the folder is not empty.
     """
+    check_flower()
     config = load_config(source, overrides, allow_code)
     check_deployable(config)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: already exists; choose a new folder")
-    written = _write_project(folder, SERVER_APP, RUN_CONFIG)
-    written.append(folder / PACKAGE / "config.yaml")
-    written[-1].write_text(dump(config))
-    return written
-
-
-def write_bridge_app(folder: Path, socket: Path, message_bytes: int) -> None:
-    """Write the Flower app of `hetero-fl server`.
-
-    Args:
-        folder: Output folder, which must not exist.
-        socket: Path of the socket to which the app connects.
-        message_bytes: Maximum size of a message in bytes.
-    """
-    _write_project(folder, BRIDGE_APP, {"socket": str(socket), "message-bytes": message_bytes})
-
-
-def _write_project(
-    folder: Path, server_app: str, run_config: Mapping[str, str | float | bool]
-) -> list[Path]:
-    settings = [f"{key} = {json.dumps(value)}" for key, value in run_config.items()]
+    settings = [f"{key} = {json.dumps(value)}" for key, value in RUN_CONFIG.items()]
     contents = {
         "pyproject.toml": PROJECT.format(package=PACKAGE, settings="\n".join(settings)),
         f"{PACKAGE}/__init__.py": "",
-        f"{PACKAGE}/server_app.py": server_app,
+        f"{PACKAGE}/server_app.py": SERVER_APP,
         f"{PACKAGE}/client_app.py": CLIENT_APP,
+        f"{PACKAGE}/config.yaml": dump(config),
     }
-    written = [folder / name for name in contents]
     (folder / PACKAGE).mkdir(parents=True)
-    for path, content in zip(written, contents.values(), strict=True):
-        path.write_text(content, encoding="utf-8")
-    return written
+    for name, content in contents.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return [folder / name for name in contents]

@@ -14,14 +14,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from hetero_fl.deployment.flower.grid import from_message, to_content
-from hetero_fl.deployment.flower.worker_socket import (
-    ALLOW_CODE,
-    SITE,
-    SOCKET,
-    WorkerError,
-    ask,
-    forward,
-)
+from hetero_fl.deployment.flower.worker_socket import ALLOW_CODE, SITE, WorkerError, forward
 from hetero_fl.deployment.transport import Envelope
 
 app = ClientApp()
@@ -33,8 +26,6 @@ def handle_query(message: Message, context: Context) -> Message:
     envelope = from_message(message)
     if envelope is None:
         answer = _refusal("not a message of hetero_fl")
-    elif SOCKET in context.node_config:
-        answer = ask(envelope, Path(str(context.node_config[SOCKET])))
     elif not isinstance(site := context.node_config.get(SITE), str):
         answer = _refusal(
             f"""--node-config has no {SITE}; expected '{SITE}="/path/to/site.yaml"'"""

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Mapping
 
-import httpx
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
@@ -184,13 +183,22 @@ class GridTransport:
         try:
             result = [from_message(message) for message in self._grid.pull_messages([number])]
         except BaseException as error:
-            if isinstance(error, httpx.HTTPError) or not isinstance(error, Exception):
-                result = _failure(error)
-            else:
-                # The node sent an answer that cannot be decoded.
-                reason = one_line(f"{type(error).__name__}: {error}")
-                result = [UnreadableAnswer.with_reason(reason)]
+            result = self._explain(error)
         self._results.put((number, result))
+
+    def _explain(self, error: BaseException) -> PullResult:
+        """Return the result of a pull that failed.
+
+        If the SuperLink still responds, the node sent an answer that cannot be decoded.
+        """
+        if not isinstance(error, Exception):
+            return _failure(error)
+        try:
+            list(self._grid.get_nodes())
+        except BaseException:
+            return _failure(error)
+        reason = one_line(f"{type(error).__name__}: {error}")
+        return [UnreadableAnswer.with_reason(reason)]
 
     def _collect_results(self, seconds: float) -> None:
         """Collect results of the threads until an answer arrives or `seconds` have passed."""

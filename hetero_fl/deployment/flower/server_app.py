@@ -12,15 +12,18 @@ from flwr.serverapp import Grid, ServerApp
 
 from hetero_fl.config import Config
 from hetero_fl.config.load import read_config_file
-from hetero_fl.deployment.certificates import load_public_key, public_bytes
 from hetero_fl.deployment.flower.app import RUN_CONFIG
 from hetero_fl.deployment.flower.grid import GridTransport
 from hetero_fl.deployment.monitoring import EventLog
+from hetero_fl.deployment.node_keys import load_public_key, public_bytes
 from hetero_fl.deployment.server import run_federation
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.runner import default_out
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import RunFailedError, UserError, suggest_or_list
+
+# Share of the available memory that the process of the ServerApp may use.
+MEMORY_SHARE = 0.8
 
 
 def make_server_app(config: Path) -> ServerApp:
@@ -33,6 +36,7 @@ def make_server_app(config: Path) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        limit_memory()
         try:
             run_in_app(grid, context.run_config, config)
         except (UserError, RunFailedError):
@@ -61,7 +65,9 @@ def run_in_app(
         RunFailedError: If a node is missing, or the run cannot continue.
     """
     settings = _read_settings(run_config)
-    log = EventLog()
+    if settings["logs"] not in ("text", "json"):
+        raise UserError(f"run-config: logs: expected text or json, got {settings['logs']!r}")
+    log = EventLog(settings["logs"])
     overrides = str(settings["overrides"]).split()
     out = Path(settings["out"]) if settings["out"] else None
     if settings["resume"] and out is None:
@@ -82,9 +88,31 @@ def run_in_app(
         patience=float(settings["patience"]),
         quiet=False,
         log=log,
+        message_bytes=int(settings["message-bytes"]),
     )
     log(f"done: {out.resolve()}")
     return run
+
+
+def limit_memory() -> None:
+    """Limit the memory of this process to `MEMORY_SHARE` of what is available.
+
+    A small Flower message can expand to a large one, because an array may refer to the same chunk
+    several times. With the limit, reading such a message fails, and other messages are not
+    affected. On systems other than Linux, no limit is set.
+    """
+    if sys.platform != "linux":
+        return
+    # Windows does not have this module.
+    import resource
+
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = 1024 * int(lines["MemAvailable"].split()[0])
+    sizes = Path("/proc/self/statm").read_text().split()
+    limit = int(sizes[5]) * resource.getpagesize() + int(MEMORY_SHARE * available)
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def _read_settings(run_config: Mapping[str, Any]) -> dict[str, Any]:

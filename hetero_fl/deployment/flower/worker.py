@@ -1,7 +1,6 @@
 """Worker process of a site, which answers messages and keeps models and data in memory.
 
-`hetero-fl node` is a worker that runs Flower's SuperNode as a child process. If a SuperNode is
-started without `hetero-fl node`, `worker_socket.py` starts the worker at the first message.
+`worker_socket.py` starts the worker at the first message.
 """
 
 from __future__ import annotations
@@ -10,102 +9,25 @@ import argparse
 import os
 import select
 import sys
-import tempfile
 import threading
 import time
-from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from hetero_fl.deployment.certificates import check_authority, load_node_key
 from hetero_fl.deployment.config import load_site_config
-from hetero_fl.deployment.flower.commands import check_flower
-from hetero_fl.deployment.flower.supernode import SuperNode
 from hetero_fl.deployment.flower.worker_socket import LISTENING, listen, receive, send
 from hetero_fl.deployment.monitoring import EventLog
 from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.node_keys import load_node_key
 from hetero_fl.deployment.site import LoggedNode, check_site_data
 from hetero_fl.reporting.run_directory import lock_folder
-from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import RunFailedError, UserError
-from hetero_fl.utils.processes import handle_termination, is_process_running
+from hetero_fl.utils.processes import is_process_running
 
 # Seconds between checks for a request to stop.
 POLL_SECONDS = 0.2
-# Seconds that Flower may take to send the last answer.
-DELIVERY_SECONDS = 3.0
 # Seconds between checks that the parent process is running.
 PARENT_SECONDS = 0.5
-
-
-def run_node(
-    path: Path,
-    once: bool = False,
-    allow_code: bool | CodePermission = False,
-    *,
-    quiet: bool = False,
-) -> bool:
-    """Run a site with a SuperNode.
-
-    SIGTERM stops the site after the current task. A second SIGTERM, or Ctrl-C, stops the site
-    immediately.
-
-    Args:
-        path: Path of the site file.
-        once: Whether to stop at the end of a run.
-        allow_code: Whether the site may run the code that the site file references, including
-            `allows.own_code`.
-        quiet: Whether to suppress the log on stderr.
-
-    Returns:
-        Whether the site was stopped immediately, so that a task may be unfinished.
-
-    Raises:
-        UserError: If the site file or a file that it names is invalid, Flower is not installed, or
-            the server cannot be authenticated.
-        RunFailedError: If the server refuses this site.
-    """
-    site, folder = load_site_config(path, allow_code)
-    if site.server is None:
-        raise UserError(f"{path}: server: missing; expected address, authority and key")
-    check_site_data(path, site)
-    if site.server.authority is not None:
-        check_authority(Path(site.server.authority))
-    key = load_node_key(Path(site.server.key))
-    check_flower()
-    import torch._dynamo  # noqa: F401 optimizers load it at their first step
-
-    log = EventLog(site.logs, client=site.client)
-    log.quiet = quiet
-    stop = threading.Event()
-
-    def announce_stop() -> None:
-        log("stopping after the current task; repeat the signal to stop immediately")
-        stop.set()
-
-    interrupted = False
-    with ExitStack() as stack:
-        for line in stack.enter_context(lock_folder(folder)):
-            log(line)
-        stack.enter_context(handle_termination(announce_stop))
-        node = LoggedNode(Node(site, folder, log, key), log, stop, once)
-        temporary = tempfile.TemporaryDirectory(prefix="hetero_fl-node-")
-        scratch = Path(stack.enter_context(temporary))
-        address = scratch / "worker"
-        worker = stack.enter_context(WorkerListener(address, node, log))
-        supernode = stack.enter_context(SuperNode(site.server, address, scratch, log))
-        log(f"{site.client}: connecting to the server at {site.server.address}")
-        try:
-            while not stop.is_set():
-                supernode.keep_running()
-                worker.serve(POLL_SECONDS)
-            time.sleep(DELIVERY_SECONDS)
-        except KeyboardInterrupt:
-            interrupted = True
-    log(f"{site.client}: stopped")
-    if node.refused:
-        raise RunFailedError(f"{site.client}: refused by the server: {node.refused}")
-    return interrupted
 
 
 def run_worker(path: Path, address: Path, parent: int, allow_code: bool = False) -> None:
@@ -124,7 +46,7 @@ def run_worker(path: Path, address: Path, parent: int, allow_code: bool = False)
     """
     site, folder = load_site_config(path, allow_code)
     check_site_data(path, site)
-    key = None if site.server is None else load_node_key(Path(site.server.key))
+    key = None if site.key is None else load_node_key(Path(site.key))
     import torch._dynamo  # noqa: F401 optimizers load it at their first step
 
     log = EventLog(site.logs, client=site.client)

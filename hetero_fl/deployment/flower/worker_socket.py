@@ -25,11 +25,9 @@ from filelock import FileLock
 from hetero_fl.deployment.transport import Envelope, Head
 
 WORKER = "hetero_fl.deployment.flower.worker"
-# Keys of Flower's node configuration: path of the site file, permission to run code, and socket of
-# a running worker, which `hetero-fl node` sets.
+# Keys of Flower's node configuration: path of the site file, and permission to run code.
 SITE = "site"
 ALLOW_CODE = "allow-code"
-SOCKET = "socket"
 # Line that a worker prints when its socket is ready.
 LISTENING = "listening"
 # Maximum length of the path of a Unix socket in bytes that all systems accept.
@@ -115,15 +113,6 @@ def forward(envelope: Envelope, site: Path, allow_code: bool = False) -> Envelop
         with FileLock(address.with_suffix(".lock")):
             connection = _connect_or_start(site, address, allow_code)
     return _exchange(connection, envelope)
-
-
-def ask(envelope: Envelope, address: Path) -> Envelope:
-    """Send a message to the worker that listens at a socket and return the answer.
-
-    Raises:
-        EOFError, OSError: If no worker listens, or the worker ends before it answers.
-    """
-    return _exchange(connect(address), envelope)
 
 
 def send(connection: Connection, envelope: Envelope) -> None:

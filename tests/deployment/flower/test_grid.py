@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import httpx
 import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
@@ -22,7 +21,6 @@ pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 import hetero_fl
-from hetero_fl.deployment.certificates import make_node_key, public_bytes
 from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.flower import grid as grid_module, server_app
 from hetero_fl.deployment.flower.client_app import handle_query
@@ -35,6 +33,7 @@ from hetero_fl.deployment.flower.grid import (
 from hetero_fl.deployment.flower.server_app import run_in_app
 from hetero_fl.deployment.flower.worker_socket import WorkerError, forward, socket_path
 from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.node_keys import make_node_key, public_bytes
 from hetero_fl.deployment.transport import Envelope, Handle, UnreadableAnswer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.cases import each_case
@@ -103,7 +102,7 @@ class FakeGrid:
 
     def _check_up(self) -> None:
         if self.is_down:
-            raise httpx.ConnectError("connection refused")
+            raise ConnectionError("connection refused")
 
 
 def echo(envelope: Envelope) -> Envelope:
@@ -299,7 +298,7 @@ def test_nodes_file_binds_clients_to_keys(
     lines: list[str] = []
     # Admission closes after the run's folder, two clients and a refusal.
     log = clock.after(4, lines)
-    monkeypatch.setattr(server_app, "EventLog", lambda: log)
+    monkeypatch.setattr(server_app, "EventLog", lambda _: log)
     for client in ("site_1", "site_2", "site_3"):
         key = make_node_key(tmp_path / client)
         member = grid.join(Node(SiteConfig(client=client), tmp_path / f"{client}_state").handle)
@@ -321,6 +320,7 @@ def test_nodes_file_binds_clients_to_keys(
     ("settings", "line"),
     [
         ({"dedline": 3}, "run-config: unknown key 'dedline'; did you mean 'deadline'"),
+        ({"logs": "jsn"}, "run-config: logs: expected text or json, got 'jsn'"),
         ({"wait": "soon"}, "run-config: wait: expected float, got 'soon'"),
         ({"resume": 1}, "run-config: resume: expected bool, got 1"),
         ({"resume": True}, "run-config: resume requires out, the directory of the run"),

@@ -219,8 +219,7 @@ def _sections(
         "",
         f"{section_summary(model)}{_further_keys(model, base, seen)}",
         "",
-        *_table(CONFIGURATION_HEADER, rows),
-        "",
+        *([*_table(CONFIGURATION_HEADER, rows), ""] if rows else []),
         *later,
     ]
 

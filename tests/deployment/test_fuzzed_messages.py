@@ -20,8 +20,8 @@ from hetero_fl.communication.compression import build_stages
 from hetero_fl.communication.homomorphic import messages as encrypted_messages
 from hetero_fl.communication.link import Link
 from hetero_fl.communication.protocol import Message
-from hetero_fl.communication.secure_aggregation.messages import REPLIES, REQUESTS
-from hetero_fl.communication.secure_aggregation.server import SecureAggregationRound
+from hetero_fl.communication.secure_aggregation.client import REPLIES, REQUESTS
+from hetero_fl.communication.secure_aggregation.protocol import SecureAggregationRound
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.core.payload import (
     FORM as PAYLOAD,

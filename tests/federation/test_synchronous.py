@@ -397,7 +397,7 @@ def test_plain_round_calls_no_optional_feature(method: str) -> None:
             {"aggregation": {"rule": "median", "malicious": 1}},
             "robustness/robust_means.py",
         ),
-        ({"channel": {"secure_sum": {}}}, "communication/secure_aggregation/server.py"),
+        ({"channel": {"secure_sum": {}}}, "communication/secure_aggregation/protocol.py"),
         ({"channel": {"compress": [{"topk": 0.1}]}}, "communication/compression.py"),
         ({"devices": {"speed": 100.0}}, "federation/simulation/rounds.py"),
     ],

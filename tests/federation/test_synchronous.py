@@ -351,7 +351,7 @@ OPTIONAL = (
     "privacy/",
     "robustness/",
     "communication/compression.py",
-    "communication/link.py",
+    "communication/compressor.py",
     "communication/secure_aggregation/",
     "federation/simulation/",
     "federation/asynchronous.py",

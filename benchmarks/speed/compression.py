@@ -19,7 +19,7 @@ import yaml
 
 from benchmarks import common
 from hetero_fl.communication.compression import build_stages
-from hetero_fl.communication.link import Link
+from hetero_fl.communication.compressor import Compressor
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload, report_with_loss
 from hetero_fl.utils.seeding import keyed_generator
@@ -64,12 +64,12 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
 
 
 def measured(
-    link: Link | None, sent: Payload, got: Payload, times: int
+    compressor: Compressor | None, sent: Payload, got: Payload, times: int
 ) -> tuple[float, float, int]:
     """Time sending and receiving of a payload.
 
     Args:
-        link: The compressed link. If None, the payload is encoded without compression.
+        compressor: The compressor. If None, the payload is encoded without compression.
         sent: The payload to send.
         got: The payload that the sender has received, to which the update is relative.
         times: Number of timed repetitions after a warm-up.
@@ -80,12 +80,14 @@ def measured(
     key, state, taken = (0, 0, "site", "link"), dict[str, Any](), []
     for _ in range(times + 1):
         started = time.perf_counter()
-        data = link.send(sent, key, reference=got, memory=state) if link else sent.encode()
+        payload = sent
+        if compressor:
+            payload = compressor.compress(sent, key, reference=got, memory=state)
+        data = payload.encode()
         between = time.perf_counter()
-        if link:
-            link.receive(data, key, reference=got, like=sent.items_by_name)
-        else:
-            Payload.decode(data, sent.items_by_name)
+        received = Payload.decode(data, sent.items_by_name)
+        if compressor:
+            compressor.decompress(received, key, reference=got, like=sent.items_by_name)
         taken.append((between - started, time.perf_counter() - between))
     send, receive = (1000 * statistics.median(side) for side in zip(*taken[1:], strict=True))
     return send, receive, len(data)
@@ -111,8 +113,8 @@ def main() -> None:
         for chain in CHAINS:
             config = ChannelConfig(compress=yaml.safe_load(f"[{chain}]"))
             stages = build_stages(config.compress)
-            link = Link(stages, SPECS, 10) if stages else None
-            send, receive, count = measured(link, sent, got, options.pairs)
+            compressor = Compressor(stages, SPECS, 10) if stages else None
+            send, receive, count = measured(compressor, sent, got, options.pairs)
             print(
                 f"| {MODELS[size]} | {f'`{chain}`' if chain else 'none'} | {send:.0f} ms "
                 f"| {receive:.0f} ms | {count / dense:.2%} |",

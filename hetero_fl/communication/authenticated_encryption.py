@@ -11,10 +11,10 @@ from hetero_fl.core.payload import PayloadError
 
 # Length in bytes of a key.
 KEY_LENGTH = 32
-# Lengths in bytes of the random nonce and of the authentication tag that encryption adds.
+# Length in bytes of the random nonce.
 NONCE = 12
-TAG = 16
-OVERHEAD = NONCE + TAG
+# Bytes that encryption adds: the nonce and an authentication tag of 16 bytes.
+OVERHEAD = NONCE + 16
 
 
 def encrypt(key: bytes, plain: bytes, associated_data: bytes) -> bytes:

@@ -1,50 +1,47 @@
 """Stages of compression: top-k, random-k, top classes, quantization and half precision.
 
-A chain of stages compresses a vector in which several tensors are concatenated. Each `Stage`
-reduces the vector to fewer numbers and side information, such as the indices of these numbers. A
-`NumberFormat` at the end of the chain encodes the remaining numbers as bytes.
+A chain of stages compresses a vector in which several tensors are concatenated. Each stage replaces
+the vector by a shorter one or by one of a smaller data type, and may add a tensor that the receiver
+needs, such as the indices of the remaining numbers.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from math import ceil, prod
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from hetero_fl.communication.bit_packing import (
-    WIDTHS,
-    ByteReader,
-    pack_bits,
-    read_indices,
-    unpack_bits,
-    write_indices,
-)
 from hetero_fl.config.communication import StageConfig
+from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.payload import PayloadError
+from hetero_fl.utils.serialization import as_bytes, as_tensor
 
 # Meaning of the numbers of an item: an update ("change"), a complete model ("whole"), predictions
 # (one per row), or other rows and sums by class ("rows").
 Sort = Literal["change", "whole", "predictions", "rows"]
+SORTS: tuple[Sort, ...] = ("change", "whole", "predictions", "rows")
 # Shapes of the tensors that are concatenated into one vector.
 Layout = tuple[tuple[int, ...], ...]
 # Function that returns a random generator for a label. The sender and the receiver use the same
 # seed.
 Draw = Callable[[str], torch.Generator]
+# Bits of packed integers.
+WIDTHS = (1, 2, 4, 8, 16, 32)
 # Largest exponent of the power of two by which half precision scales a tensor, as in float32.
 MAX_SHIFT = 126
 
 
 def num_values(layout: Layout) -> int:
     """Return the length of a vector in which tensors of the given shapes are concatenated."""
-    return sum(map(prod, layout))
+    return sum(map(math.prod, layout))
 
 
 def split_vector(numbers: Tensor, layout: Layout) -> Iterator[Tensor]:
@@ -54,30 +51,148 @@ def split_vector(numbers: Tensor, layout: Layout) -> Iterator[Tensor]:
         numbers: The vector.
         layout: Shapes of the tensors.
     """
-    for flat, shape in zip(numbers.split([prod(shape) for shape in layout]), layout, strict=True):
+    for flat, shape in zip(
+        numbers.split([math.prod(shape) for shape in layout]), layout, strict=True
+    ):
         yield flat.view(shape)
 
 
-def read_numbers(source: ByteReader, count: int, dtype: torch.dtype) -> Tensor:
-    """Read floating-point numbers.
+def take(tensors: Tensors, name: str, dtype: torch.dtype, count: int) -> Tensor:
+    """Remove a vector from received tensors, and check the vector.
 
     Args:
-        source: Reader at the start of the values.
-        count: Number of values.
-        dtype: Data type of the values.
+        tensors: The received tensors, keyed by name.
+        name: Name of the vector.
+        dtype: Expected data type.
+        count: Expected length.
 
     Raises:
-        PayloadError: If fewer bytes remain.
+        PayloadError: If the vector is missing or has another data type or length.
     """
-    kind = np.dtype(str(dtype).removeprefix("torch."))
-    return torch.from_numpy(np.frombuffer(bytearray(source.take(count * kind.itemsize)), kind))
+    vector = tensors.pop(name, None)
+    if vector is None or vector.dtype != dtype or vector.shape != (count,):
+        found = "nothing" if vector is None else f"{vector.dtype} of shape {tuple(vector.shape)}"
+        raise PayloadError(
+            f"{name}: expected {count:,} values of {dtype}, as configured in channel.compress, "
+            f"got {found}"
+        )
+    return vector
+
+
+def pack_bits(values: Tensor, bits: int) -> Tensor:
+    """Pack integers into `bits` bits each.
+
+    Several integers of less than 8 bits share a byte, the first one in the lowest bits. Longer
+    integers are stored as the lowest byte of all values, then the second byte of all values, and
+    so on.
+
+    Args:
+        values: Integers from 0 to 2^bits - 1, shape `[N]`.
+        bits: Bits per integer, one of `WIDTHS`.
+
+    Returns:
+        The packed integers, dtype uint8, shape `[ceil(N * bits / 8)]`.
+    """
+    if bits >= 8:
+        size = bits // 8
+        planes = values.numpy().astype(f"<u{size}").view(np.uint8).reshape(-1, size).T
+        return torch.from_numpy(planes.reshape(-1))
+    per_byte = 8 // bits
+    padded = np.zeros(-(-len(values) // per_byte) * per_byte, np.uint8)
+    padded[: len(values)] = values.numpy()
+    shifted = padded.reshape(-1, per_byte) << np.arange(0, 8, bits, dtype=np.uint8)
+    return torch.from_numpy(np.bitwise_or.reduce(shifted, axis=1))
+
+
+def unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
+    """Unpack integers that were packed by `pack_bits`.
+
+    Args:
+        packed: The packed integers, dtype uint8, shape `[ceil(count * bits / 8)]`.
+        count: Number of integers.
+        bits: Bits per integer, one of `WIDTHS`.
+
+    Returns:
+        Integers of the smallest unsigned type, shape `[count]`.
+    """
+    if bits >= 8:
+        size = bits // 8
+        planes = packed.numpy().reshape(size, count)
+        return torch.from_numpy(planes.T.copy().view(f"<u{size}").reshape(-1))
+    parts = packed.numpy()[:, None] >> np.arange(0, 8, bits, dtype=np.uint8)
+    return torch.from_numpy((parts & (2**bits - 1)).reshape(-1)[:count])
+
+
+def take_packed(tensors: Tensors, name: str, count: int, bits: int) -> Tensor:
+    """Remove packed integers from received tensors, and unpack them.
+
+    Args:
+        tensors: The received tensors, keyed by name.
+        name: Name of the packed integers.
+        count: Number of integers.
+        bits: Bits per integer, one of `WIDTHS`.
+
+    Raises:
+        PayloadError: If the tensor is missing or has another data type or length.
+    """
+    packed = take(tensors, name, torch.uint8, -(-count * bits // 8))
+    return unpack_bits(packed, count, bits)
+
+
+def compress_indices(indices: Tensor, strategy: int = zlib.Z_RLE) -> Tensor:
+    """Compress ascending indices.
+
+    The differences of the indices are stored byte by byte (see `pack_bits`) and compressed, each
+    byte with a code of its own.
+
+    Args:
+        indices: At least one index, int64, shape `[K]`.
+        strategy: Strategy of zlib.
+
+    Returns:
+        The compressed indices, dtype uint8.
+    """
+    gaps = torch.diff(indices, prepend=indices.new_tensor([-1])) - 1
+    compressor = zlib.compressobj(strategy=strategy)
+    parts = []
+    for plane in pack_bits(gaps, 32).chunk(4):
+        parts += [compressor.compress(as_bytes(plane)), compressor.flush(zlib.Z_PARTIAL_FLUSH)]
+    return as_tensor(b"".join([*parts, compressor.flush()]))
+
+
+def decompress_indices(compressed: Tensor, count: int, total: int) -> Tensor:
+    """Decompress indices that were compressed by `compress_indices`.
+
+    Args:
+        compressed: The compressed indices, which may be any tensor.
+        count: Number of indices, at least 1.
+        total: Exclusive upper bound of the indices.
+
+    Returns:
+        Ascending indices, int64, shape `[count]`.
+
+    Raises:
+        PayloadError: If the bytes are malformed, or the indices are not ascending below `total`.
+    """
+    decompressor = zlib.decompressobj()
+    try:
+        packed = decompressor.decompress(as_bytes(compressed), 4 * count + 1)
+    except zlib.error:
+        raise PayloadError("indices: cannot be decompressed") from None
+    if len(packed) != 4 * count or not decompressor.eof:
+        raise PayloadError(f"indices: expected {count:,}")
+    gaps = unpack_bits(as_tensor(packed), count, 32).long()
+    indices = (gaps + 1).cumsum(0) - 1
+    if indices[-1] >= total:
+        raise PayloadError(f"indices: expected ascending values below {total}")
+    return indices
 
 
 class Stage(ABC):
-    """Base class of stages, which reduce a vector to fewer numbers.
+    """Base class of stages of compression.
 
-    Vectors have shape `[n]` and a floating-point data type. The layout of a vector consists of the
-    shapes of the tensors that are concatenated in the vector.
+    Vectors have shape `[n]`. The layout of a vector consists of the shapes of the tensors that are
+    concatenated in the vector, none of which is empty.
 
     Attributes:
         sorts: Meanings of numbers to which the stage applies (see `Sort`).
@@ -85,27 +200,31 @@ class Stage(ABC):
             values to the next message (error feedback).
     """
 
-    sorts: ClassVar[frozenset[Sort]]
-    biased: ClassVar[bool]
+    sorts: ClassVar[frozenset[Sort]] = frozenset(SORTS)
+    biased: ClassVar[bool] = False
 
-    def with_worst_case_size(self) -> Stage:
-        """Return a stage with the maximum message size of this stage.
-
-        The message size of the returned stage does not depend on the values of the vector.
-        """
-        return self
-
-    @abstractmethod
     def compresses(self, layout: Layout) -> bool:
         """Return whether the stage changes a vector with the given layout.
 
         The result depends only on the layout. The sender and the receiver therefore obtain the same
         result.
         """
+        return True
+
+    def reduced_layout(self, layout: Layout) -> Layout:
+        """Return the layout of the compressed vector.
+
+        Args:
+            layout: Layout of the uncompressed vector.
+        """
+        return layout
 
     @abstractmethod
-    def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
+    def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> Tensors:
         """Compress a vector.
+
+        If the vector contains a value that is not finite, the decompressed vector also contains
+        one.
 
         Args:
             numbers: The vector.
@@ -113,66 +232,24 @@ class Stage(ABC):
             draw: Function that returns a random generator for a label.
 
         Returns:
-            The remaining numbers, their layout, and the side information for the receiver.
+            The compressed vector with the name "values", and further vectors for the receiver.
         """
 
     @abstractmethod
-    def decode_side_information(
-        self, source: ByteReader, layout: Layout, draw: Draw
-    ) -> tuple[Layout, Any]:
-        """Read the side information at the receiver.
-
-        Args:
-            source: Reader at the start of the side information.
-            layout: Layout of the uncompressed vector.
-            draw: Function that returns a random generator for a label.
-
-        Returns:
-            The layout of the remaining numbers, and the side information for `decompress`.
-
-        Raises:
-            PayloadError: If the bytes are malformed.
-        """
-
-    @abstractmethod
-    def decompress(self, numbers: Tensor, layout: Layout, side_information: Any) -> Tensor:
+    def decompress(
+        self, tensors: Tensors, layout: Layout, dtype: torch.dtype, draw: Draw
+    ) -> Tensor:
         """Decompress a vector.
 
         Args:
-            numbers: The remaining numbers.
+            tensors: Received vectors, keyed by name, which may be untrusted. The vectors of this
+                stage are removed.
             layout: Layout of the uncompressed vector.
-            side_information: Second return value of `decode_side_information`.
-        """
-
-
-class NumberFormat(ABC):
-    """Base class of number formats, which encode the numbers at the end of a chain as bytes."""
-
-    sorts: ClassVar[frozenset[Sort]] = frozenset({"change", "whole", "predictions", "rows"})
-
-    @abstractmethod
-    def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
-        """Encode a vector.
-
-        If the vector contains a value that is not finite, the decoded vector also contains one.
-
-        Args:
-            numbers: The vector.
-            layout: Layout of the vector.
+            dtype: Data type of the uncompressed vector.
             draw: Function that returns a random generator for a label.
-        """
-
-    @abstractmethod
-    def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype) -> Tensor:
-        """Decode a vector.
-
-        Args:
-            source: Reader at the start of the encoded vector.
-            layout: Layout of the vector.
-            dtype: Data type of the numbers.
 
         Raises:
-            PayloadError: If the bytes are malformed.
+            PayloadError: If the vectors are malformed.
         """
 
 
@@ -181,7 +258,8 @@ class TopClasses(Stage):
     """Stage that keeps the k largest values of each prediction and the mean of the other values.
 
     Predictions of shape `[N, C]` are reduced to shape `[N, k + 1]`. Decompression preserves the sum
-    of each row.
+    of each row. Predictions are computed again in each round, so omitted values need not be sent
+    later.
 
     Attributes:
         k: Number of classes to keep.
@@ -190,49 +268,47 @@ class TopClasses(Stage):
     k: int
 
     sorts = frozenset({"predictions"})
-    # Predictions are computed again in each round, so omitted values need not be sent later.
-    biased = False
 
     @override
     def compresses(self, layout: Layout) -> bool:
         return len(layout) == 1 and len(layout[0]) == 2 and self.k + 1 < layout[0][1]
+
+    @override
+    def reduced_layout(self, layout: Layout) -> Layout:
+        ((n, _),) = layout
+        return ((n, self.k + 1),)
 
     @staticmethod
     def _class_bits(num_classes: int) -> int:
         return next(bits for bits in WIDTHS if num_classes <= 2**bits)
 
     @override
-    def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
+    def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> Tensors:
         ((n, classes),) = layout
         rows = numbers.view(n, classes)
         top_classes = rows.topk(self.k).indices.sort(-1).values
         top = rows.gather(1, top_classes)
         rest = rows.scatter(1, top_classes, 0).sum(1, keepdim=True) / (classes - self.k)
-        packed = pack_bits(top_classes.reshape(-1).numpy(), self._class_bits(classes))
-        return torch.cat([top, rest], 1).reshape(-1), ((n, self.k + 1),), packed
+        packed = pack_bits(top_classes.reshape(-1), self._class_bits(classes))
+        return {"values": torch.cat([top, rest], 1).reshape(-1), "classes": packed}
 
     @override
-    def decode_side_information(
-        self, source: ByteReader, layout: Layout, draw: Draw
-    ) -> tuple[Layout, Any]:
+    def decompress(
+        self, tensors: Tensors, layout: Layout, dtype: torch.dtype, draw: Draw
+    ) -> Tensor:
         ((n, classes),) = layout
-        packed = unpack_bits(source, n * self.k, self._class_bits(classes))
-        top_classes = torch.from_numpy(packed).long().view(n, self.k)
+        unpacked = take_packed(tensors, "classes", n * self.k, self._class_bits(classes))
+        top_classes = unpacked.long().view(n, self.k)
         if bool((top_classes >= classes).any()) or bool((top_classes.diff(dim=1) < 1).any()):
             raise PayloadError(f"classes of a row: expected ascending values below {classes}")
-        return ((n, self.k + 1),), top_classes
-
-    @override
-    def decompress(self, numbers: Tensor, layout: Layout, side_information: Any) -> Tensor:
-        ((n, classes),) = layout
-        rows = numbers.view(n, self.k + 1)
+        rows = take(tensors, "values", dtype, n * (self.k + 1)).view(n, self.k + 1)
         rest = rows[:, -1:].expand(n, classes)
-        return rest.scatter(1, side_information, rows[:, :-1]).reshape(-1)
+        return rest.scatter(1, top_classes, rows[:, :-1]).reshape(-1)
 
 
 @dataclass(frozen=True)
-class HalfPrecision(NumberFormat):
-    """Number format with IEEE half precision, which has 11 significant bits per number.
+class HalfPrecision(Stage):
+    """Stage with IEEE half precision, which has 11 significant bits per number.
 
     Each tensor is first multiplied by a power of two, so that the largest magnitude is close to the
     maximum of half precision. Without this factor, small updates would be rounded to zero, and sums
@@ -240,46 +316,32 @@ class HalfPrecision(NumberFormat):
     """
 
     @override
-    def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
-        halves = torch.empty(len(numbers), dtype=torch.float16)
+    def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> Tensors:
+        halves = []
         shifts = []
-        at = 0
         for part in split_vector(numbers, layout):
-            most = float(part.abs().amax()) if part.numel() else 0.0
-            shift = 0
-            if np.isfinite(most):
-                shift = max(-MAX_SHIFT, min(MAX_SHIFT, 15 - int(np.frexp(most)[1])))
-            halves[at : (at := at + part.numel())] = part.reshape(-1) * 2.0**shift
-            shifts.append(shift)
-        return np.array(shifts, np.int8).tobytes() + halves.numpy().tobytes()
+            exponent = math.frexp(float(part.abs().amax()))[1]
+            shifts.append(max(-MAX_SHIFT, min(MAX_SHIFT, 15 - exponent)))
+            halves.append((part * 2.0 ** shifts[-1]).half().reshape(-1))
+        # As integers, the numbers are not checked twice.
+        values = torch.cat(halves).view(torch.int16)
+        return {"values": values, "shifts": torch.tensor(shifts, dtype=torch.int8)}
 
     @override
-    def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype) -> Tensor:
-        shifts = np.frombuffer(source.take(len(layout)), np.int8).tolist()
-        numbers = torch.from_numpy(
-            np.frombuffer(bytearray(source.take(2 * num_values(layout))), "<f2")
-        ).to(dtype)
+    def decompress(
+        self, tensors: Tensors, layout: Layout, dtype: torch.dtype, draw: Draw
+    ) -> Tensor:
+        shifts = take(tensors, "shifts", torch.int8, len(layout)).tolist()
+        values = take(tensors, "values", torch.int16, num_values(layout))
+        numbers = values.view(torch.float16).to(dtype)
         for part, shift in zip(split_vector(numbers, layout), shifts, strict=True):
-            part.mul_(2.0 ** -max(-MAX_SHIFT, min(MAX_SHIFT, shift)))
+            part.mul_(2.0**-shift)
         return numbers
 
 
 @dataclass(frozen=True)
-class FullPrecision(NumberFormat):
-    """Number format that encodes numbers without loss. This is the default format."""
-
-    @override
-    def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
-        return numbers.numpy().tobytes()
-
-    @override
-    def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype) -> Tensor:
-        return read_numbers(source, num_values(layout), dtype)
-
-
-@dataclass(frozen=True)
-class Quantize(NumberFormat):
-    """Number format that quantizes numbers to equidistant levels between -m and m.
+class Quantize(Stage):
+    """Stage that quantizes numbers to equidistant levels between -m and m.
 
     The scale m is the largest magnitude of a tensor. With b > 1 bits, there are 2^b - 1 levels
     including zero. With one bit, the levels are -m and m. Numbers are rounded stochastically, so
@@ -298,7 +360,7 @@ class Quantize(NumberFormat):
     nearest: bool = False
 
     @override
-    def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
+    def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> Tensors:
         codes = torch.empty(len(numbers), dtype=torch.uint8 if self.bits <= 8 else torch.int32)
         chance = (
             None
@@ -307,14 +369,14 @@ class Quantize(NumberFormat):
         )
         scales = []
         at = 0
-        for part in self._nonempty_parts(numbers, layout):
+        for part in split_vector(numbers, layout):
             size = part.abs()
             scales.append(size.mean() if self.nearest and self.bits == 1 else size.amax())
             scale = torch.where(scales[-1] > 0, scales[-1], torch.ones_like(scales[-1]))
             normalized = part.div(scale).view(-1)
             here = slice(at, at := at + len(normalized))
             codes[here] = self._encode_levels(normalized, None if chance is None else chance[here])
-        return torch.stack(scales).numpy().tobytes() + pack_bits(codes.numpy(), self.bits)
+        return {"values": pack_bits(codes, self.bits), "scales": torch.stack(scales)}
 
     def _encode_levels(self, normalized: Tensor, chance: Tensor | None) -> Tensor:
         """Round numbers in [-1, 1] to indices of levels, where the lowest level has index 0.
@@ -334,27 +396,24 @@ class Quantize(NumberFormat):
         return level.nan_to_num_(0).clamp_(-self._max_level, self._max_level).add_(self._max_level)
 
     @override
-    def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype) -> Tensor:
-        scales = read_numbers(source, sum(prod(shape) > 0 for shape in layout), dtype)
-        codes = torch.from_numpy(unpack_bits(source, num_values(layout), self.bits))
-        numbers = codes.to(dtype)
+    def decompress(
+        self, tensors: Tensors, layout: Layout, dtype: torch.dtype, draw: Draw
+    ) -> Tensor:
+        scales = take(tensors, "scales", dtype, len(layout))
+        numbers = take_packed(tensors, "values", num_values(layout), self.bits).to(dtype)
         numbers = (
             numbers.mul_(2).sub_(1)
             if self.bits == 1
             else numbers.sub_(self._max_level).div_(self._max_level)
         )
-        for part, scale in zip(self._nonempty_parts(numbers, layout), scales, strict=True):
+        for part, scale in zip(split_vector(numbers, layout), scales, strict=True):
             part.mul_(scale)
         return numbers
 
     @property
     def _max_level(self) -> int:
         """The integer of the highest level. The lowest level is `-_max_level`."""
-        return max(1, 2 ** (self.bits - 1) - 1)
-
-    @staticmethod
-    def _nonempty_parts(numbers: Tensor, layout: Layout) -> Iterator[Tensor]:
-        return (part for part in split_vector(numbers, layout) if part.numel())
+        return 2 ** (self.bits - 1) - 1
 
 
 @dataclass(frozen=True)
@@ -376,15 +435,37 @@ class SparseStage(Stage):
         """Return the number of values that are sent if the vector has `total` values."""
         if isinstance(self.amount, int):
             return min(self.amount, total)
-        return max(1, ceil(self.amount * total))
+        return max(1, math.ceil(self.amount * total))
 
     @override
     def compresses(self, layout: Layout) -> bool:
         return self.num_kept(num_values(layout)) < num_values(layout)
 
     @override
-    def decompress(self, numbers: Tensor, layout: Layout, side_information: Any) -> Tensor:
-        return numbers.new_zeros(num_values(layout)).scatter_(0, side_information, numbers)
+    def reduced_layout(self, layout: Layout) -> Layout:
+        return ((self.num_kept(num_values(layout)),),)
+
+    @override
+    def decompress(
+        self, tensors: Tensors, layout: Layout, dtype: torch.dtype, draw: Draw
+    ) -> Tensor:
+        total = num_values(layout)
+        indices = self.received_indices(tensors, total, draw)
+        numbers = take(tensors, "values", dtype, len(indices))
+        return numbers.new_zeros(total).scatter_(0, indices, numbers)
+
+    @abstractmethod
+    def received_indices(self, tensors: Tensors, total: int, draw: Draw) -> Tensor:
+        """Return the indices of the received numbers.
+
+        Args:
+            tensors: Received vectors, keyed by name. The vectors with indices are removed.
+            total: Length of the uncompressed vector.
+            draw: Function that returns a random generator for a label.
+
+        Raises:
+            PayloadError: If the vectors are malformed.
+        """
 
 
 @dataclass(frozen=True)
@@ -403,26 +484,20 @@ class TopK(SparseStage):
     biased = True
 
     @override
-    def with_worst_case_size(self) -> TopK:
-        return TopK(self.amount, is_worst_case=True)
-
-    @override
-    def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
+    def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> Tensors:
         k = self.num_kept(len(numbers))
-        if self.is_worst_case:
-            indices = random_indices(len(numbers), k, seed=0)
-            coded = write_indices(indices.numpy(), zlib.Z_HUFFMAN_ONLY)
-        else:
-            indices = largest_indices(numbers, k)
-            coded = write_indices(indices.numpy())
-        return numbers[indices], ((k,),), coded
+        strategy = zlib.Z_HUFFMAN_ONLY if self.is_worst_case else zlib.Z_RLE
+        indices = (
+            random_indices(len(numbers), k, seed=0)
+            if self.is_worst_case
+            else largest_indices(numbers, k)
+        )
+        return {"values": numbers[indices], "indices": compress_indices(indices, strategy)}
 
     @override
-    def decode_side_information(
-        self, source: ByteReader, layout: Layout, draw: Draw
-    ) -> tuple[Layout, Any]:
-        k = self.num_kept(num_values(layout))
-        return ((k,),), torch.from_numpy(read_indices(source, k, num_values(layout)))
+    def received_indices(self, tensors: Tensors, total: int, draw: Draw) -> Tensor:
+        compressed = tensors.pop("indices", torch.empty(0))
+        return decompress_indices(compressed, self.num_kept(total), total)
 
 
 @dataclass(frozen=True)
@@ -434,23 +509,15 @@ class RandomK(SparseStage):
     generators with the same seed. The indices are therefore not sent.
     """
 
-    biased = False
+    @override
+    def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> Tensors:
+        indices = self.received_indices({}, len(numbers), draw)
+        return {"values": numbers[indices] * (len(numbers) / len(indices))}
 
-    def _draw_indices(self, total: int, draw: Draw) -> Tensor:
+    @override
+    def received_indices(self, tensors: Tensors, total: int, draw: Draw) -> Tensor:
         seed = int(torch.randint(2**63 - 1, (1,), generator=draw("randk")))
         return random_indices(total, self.num_kept(total), seed)
-
-    @override
-    def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
-        indices = self._draw_indices(len(numbers), draw)
-        kept = numbers[indices] * (len(numbers) / len(indices))
-        return kept, ((len(indices),),), b""
-
-    @override
-    def decode_side_information(
-        self, source: ByteReader, layout: Layout, draw: Draw
-    ) -> tuple[Layout, Any]:
-        return ((self.num_kept(num_values(layout)),),), self._draw_indices(num_values(layout), draw)
 
 
 def random_indices(total: int, k: int, seed: int) -> Tensor:
@@ -472,7 +539,7 @@ def largest_indices(numbers: Tensor, k: int) -> Tensor:
 
 
 # Functions that create a stage from its settings, keyed by name in the configuration.
-STAGE_TYPES: dict[str, Callable[[StageConfig], Stage | NumberFormat]] = {
+STAGE_TYPES: dict[str, Callable[[StageConfig], Stage]] = {
     "topk": lambda c: TopK(c.topk or 0),
     "randk": lambda c: RandomK(c.randk or 0),
     "top_classes": lambda c: TopClasses(c.top_classes or 0),
@@ -481,15 +548,13 @@ STAGE_TYPES: dict[str, Callable[[StageConfig], Stage | NumberFormat]] = {
 }
 
 
-def with_worst_case_size(
-    stages: Sequence[Stage | NumberFormat],
-) -> tuple[Stage | NumberFormat, ...]:
-    """Return a chain with the maximum message size of the given chain (see `Stage`)."""
-    return tuple(
-        stage.with_worst_case_size() if isinstance(stage, Stage) else stage for stage in stages
-    )
-
-
-def build_stages(chain: Sequence[StageConfig]) -> tuple[Stage | NumberFormat, ...]:
+def build_stages(chain: Sequence[StageConfig]) -> tuple[Stage, ...]:
     """Return the stages of a configured chain, in order."""
     return tuple(STAGE_TYPES[stage.kind](stage) for stage in chain)
+
+
+def with_worst_case_size(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Return stages whose message size does not depend on values and is the maximum size."""
+    return tuple(
+        replace(stage, is_worst_case=True) if isinstance(stage, TopK) else stage for stage in stages
+    )

@@ -52,6 +52,23 @@ def decode_arrays(data: bytes, fields: Mapping[str, Field]) -> Arrays:
     return arrays
 
 
+def zero_arrays(
+    fields: Mapping[str, Field], lengths: Mapping[str, int] | None = None, length: int = 0
+) -> Arrays:
+    """Return arrays of zeros.
+
+    Args:
+        fields: Data types and shapes of the arrays, keyed by name.
+        lengths: Sizes that replace None in a shape, keyed by the name of the array.
+        length: Size that replaces None in the shapes of all other arrays.
+    """
+    arrays: Arrays = {}
+    for name, (dtype, shape) in fields.items():
+        replacement = (lengths or {}).get(name, length)
+        arrays[name] = np.zeros([replacement if d is None else d for d in shape], dtype)
+    return arrays
+
+
 def stack_byte_strings(*strings: bytes) -> np.ndarray:
     """Return byte strings of equal length as the rows of an array, dtype uint8."""
     return np.frombuffer(bytearray(b"".join(strings)), np.uint8).reshape(len(strings), -1)

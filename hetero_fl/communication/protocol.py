@@ -6,6 +6,7 @@ In an exchange, the server sends a request to each of several clients, and the c
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol as Interface, TypeVar
@@ -14,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.core.payload import Payload, PayloadError
+from hetero_fl.utils.caching import BoundedCache
 from hetero_fl.utils.errors import NoUploadError
 
 T = TypeVar("T")
@@ -84,23 +86,20 @@ def refusal(error: PayloadError) -> Message:
     return Message("refused", str(error).encode())
 
 
-def check_accepted(reply: Message, kind: str) -> None:
-    """Check that a client did not refuse a request of kind `kind`.
+def check_accepted(reply: Message, kind: str, max_bytes: float = math.inf) -> None:
+    """Check the size of a reply, and that the client did not refuse the request.
+
+    Args:
+        reply: The reply.
+        kind: Kind of the request.
+        max_bytes: Maximum size of the reply in bytes.
 
     Raises:
-        PayloadError: If the client refused the request, with its reason.
+        PayloadError: If the client refused the request, with its reason, or the reply is too long.
     """
     if reply.kind == "refused":
         reason = reply.body[:200].decode(errors="replace")
         raise PayloadError(f"the client refused {kind!r}: {reason}")
-
-
-def check_reply_size(reply: Message, kind: str, max_bytes: int) -> None:
-    """Check the size of the reply to a request of kind `kind`.
-
-    Raises:
-        PayloadError: If the reply has more than `max_bytes` bytes.
-    """
     if reply.size > max_bytes:
         raise PayloadError(
             f"reply to {kind!r}: must have at most {max_bytes:,} bytes, got {reply.size:,}"
@@ -142,36 +141,38 @@ class SealedAggregate:
     dropouts: dict[str, str] = field(default_factory=dict)
 
 
-class Exchange(Interface):
-    """Interface of an exchange: one request to each of several clients, and their replies.
+# Function that returns the broadcast to the client with a given id.
+BroadcastTo = Callable[[str], Content]
 
-    Attributes:
+
+@dataclass
+class Exchange:
+    """One request to each of several clients, and their replies.
+
+    Args:
         kind: Kind of the request.
         clients: Ids of the clients that receive the request.
+        content: Function that returns the content of the request to the client with a given id.
+        accept: Function that processes the reply of the client with a given id. It returns the
+            upload in the reply, or None if the reply contains no upload that the server may read.
+            It raises PayloadError if the reply belongs to another exchange.
         waits_for_nodes: Whether the server waits for disconnected clients if too few are left.
     """
 
     kind: str
     clients: Sequence[str]
-    waits_for_nodes: bool
+    content: Callable[[str, BroadcastTo], Content]
+    accept: Callable[[str, Message], Content | None]
+    waits_for_nodes: bool = True
 
-    def request(self, client_id: str, broadcast_to: Callable[[str], Content]) -> Message:
+    def request(self, client_id: str, broadcast_to: BroadcastTo) -> Message:
         """Return the request to a client.
 
         Args:
             client_id: The client.
             broadcast_to: Function that returns the broadcast to the client with a given id.
         """
-
-    def accept(self, client_id: str, reply: Message) -> Content | None:
-        """Process the reply of a client.
-
-        Returns:
-            The upload in the reply. None if the reply contains no upload that the server may read.
-
-        Raises:
-            PayloadError: If the reply belongs to another exchange.
-        """
+        return Message(self.kind, self.content(client_id, broadcast_to))
 
 
 Exchanges = Generator[Exchange, None, AggregatedUploads | SealedAggregate | None]
@@ -214,11 +215,11 @@ class RoundProtocol(Interface):
             compute and decrypt.
     """
 
-    setup: tuple[str, ...]
-    requests: tuple[str, ...]
-    accepts_unencoded: bool
-    has_one_time_requests: bool
-    hides_server: bool
+    setup: tuple[str, ...] = ()
+    requests: tuple[str, ...] = ("train",)
+    accepts_unencoded: bool = False
+    has_one_time_requests: bool = False
+    hides_server: bool = False
 
     def exchanges(self, cohort: Sequence[str], round_idx: int) -> Exchanges:
         """Yield the exchanges of a round.
@@ -263,6 +264,7 @@ class RoundProtocol(Interface):
         Raises:
             PayloadError: If the request is malformed or cannot be decrypted.
         """
+        return message.content
 
     def sizes(
         self, cohort: int, round_idx: int, broadcast: int, upload: int
@@ -296,34 +298,33 @@ class RoundProtocol(Interface):
         return None
 
 
-@dataclass
 class TrainExchange(Exchange):
-    """Exchange in which clients receive a broadcast and send an upload."""
+    """Exchange in which clients receive a broadcast and send an upload.
 
-    clients: Sequence[str]
-    kind: str = "train"
-    waits_for_nodes: bool = True
+    Args:
+        clients: Ids of the clients.
+    """
 
-    @override
-    def request(self, client_id: str, broadcast_to: Callable[[str], Content]) -> Message:
-        return Message(self.kind, broadcast_to(client_id))
+    def __init__(self, clients: Sequence[str]) -> None:
+        super().__init__("train", clients, lambda client, to: to(client), self.upload_in)
 
-    @override
-    def accept(self, client_id: str, reply: Message) -> Content:
-        check_accepted(reply, self.kind)
+    @staticmethod
+    def upload_in(_client_id: str, reply: Message) -> Content:
+        """Return the upload in the reply of a client.
+
+        Raises:
+            PayloadError: If the reply contains no upload.
+        """
+        check_accepted(reply, "train")
         if reply.kind != UPLOAD:
-            raise PayloadError(f"expected a reply to {self.kind!r}, got {reply.kind[:20]!r}")
+            raise PayloadError(f"expected a reply to 'train', got {reply.kind[:20]!r}")
         return reply.content
 
 
 class DirectProtocol(RoundProtocol):
     """Protocol with a single exchange, in which clients receive a broadcast, train and upload."""
 
-    setup: tuple[str, ...] = ()
-    requests: tuple[str, ...] = ("train",)
     accepts_unencoded = True
-    has_one_time_requests = False
-    hides_server = False
 
     @override
     def exchanges(self, cohort: Sequence[str], round_idx: int) -> Exchanges:
@@ -334,21 +335,13 @@ class DirectProtocol(RoundProtocol):
     def answer(
         self, client_id: str, message: Message, round_idx: int, notes: MutableMapping[str, bytes]
     ) -> TrainingRequest:
-        return TrainingRequest(message.content, _upload)
-
-    @override
-    def broadcast_in(self, client_id: str, message: Message) -> Content:
-        return message.content
+        return TrainingRequest(message.content, lambda upload: Message(UPLOAD, upload))
 
     @override
     def sizes(
         self, cohort: int, round_idx: int, broadcast: int, upload: int
     ) -> dict[str, tuple[int, int]]:
         return {"train": (broadcast, upload)}
-
-
-def _upload(content: Content) -> Message:
-    return Message(UPLOAD, content)
 
 
 def total_bytes(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -378,14 +371,14 @@ class EncodeCache(Generic[T]):
 
     Args:
         encode: Function that encodes a payload.
-        max_entries: Maximum number of entries. If the cache is full, the oldest entry is removed.
+        max_entries: Maximum number of entries. If the cache is full, the entry that was not used
+            for the longest time is removed.
     """
 
     def __init__(self, encode: Callable[[Payload], T], max_entries: int = 8) -> None:
         self._encode = encode
-        self._max_entries = max_entries
         # An entry keeps a reference to the payload, so that no new tensor uses the same memory.
-        self._entries: dict[Any, tuple[Payload, T]] = {}
+        self._entries: BoundedCache[tuple[Payload, T]] = BoundedCache(max_entries)
 
     def __call__(self, payload: Payload) -> T:
         """Return the encoded payload, from the cache if it contains an equal payload."""
@@ -393,10 +386,8 @@ class EncodeCache(Generic[T]):
             (name, item.kind, _identity(item.values), _identity(item.weight))
             for name, item in payload.items_by_name.items()
         ]
-        key = repr(payload.report), *items
+        key = (repr(payload.report), *items)
         if key not in self._entries:
-            if len(self._entries) >= self._max_entries:
-                self._entries.pop(next(iter(self._entries)))
             self._entries[key] = (payload, self._encode(payload))
         return self._entries[key][1]
 

@@ -30,7 +30,7 @@ from hetero_fl.utils.version import __version__
 CODES = ("data", "malformed", "failed", "lost", "left", "policy")
 
 # Version of the protocol, which must be the same at the server and at all nodes.
-PROTOCOL = 2
+PROTOCOL = 3
 # Format of message bodies: encoded trees of plain values and tensors, never pickle.
 FORM = f"deployment {PROTOCOL}"
 # Entry in the head of an answer with the head of the site's audit log. The log already includes the

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.communication.protocol import Message
-from hetero_fl.communication.secure_aggregation.site_keys import SiteKeys
+from hetero_fl.communication.secure_aggregation.crypto import SiteKeys
 from hetero_fl.config import Config, expand_population
 from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.data import FederatedData

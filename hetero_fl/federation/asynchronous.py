@@ -521,7 +521,7 @@ class AsynchronousTrainer(FederatedTrainer):
         received = self.links.decode_broadcast(task.version, task.broadcast)
         client_info = self.federation.client_infos[task.client]
         try:
-            content = TrainExchange([task.client]).accept(task.client, upload)
+            content = TrainExchange.upload_in(task.client, upload)
             return self.decode_upload(client_info, content, received, task.version, task.attempt)
         except PayloadError as error:
             raise TaskFailedError(f"upload refused: {error}", "client") from None

@@ -7,7 +7,7 @@ from typing import Any
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.communication.compression import build_stages, with_worst_case_size
-from hetero_fl.communication.link import Link, value_kinds
+from hetero_fl.communication.compressor import Compressor, value_kinds
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo
@@ -36,8 +36,8 @@ class FederationLinks:
 
     Attributes:
         is_upper_bound: Whether `bound` is True and the size of messages depends on values.
-        up: Link for uploads, or None if uploads are not compressed.
-        down: Link for broadcasts, or None if broadcasts are not compressed.
+        up: Compressor of uploads, or None if uploads are not compressed.
+        down: Compressor of broadcasts, or None if broadcasts are not compressed.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class FederationLinks:
         if bound:
             up = with_worst_case_size(up)
         outputs = federation.task.outputs
-        self.up = Link(up, specs, outputs) if up else None
-        self.down = Link(down, algorithm.downloads, outputs) if down else None
+        self.up = Compressor(up, specs, outputs) if up else None
+        self.down = Compressor(down, algorithm.downloads, outputs) if down else None
         self._buffers: dict[ModelSpec, frozenset[str]] = {}
 
     def encode_upload(
@@ -86,18 +86,12 @@ class FederationLinks:
         """
         if self.up is None:
             return payload.encode()
-        sent = self.up.send(
-            payload,
-            self._key(client_info.client_id, round_idx, attempt),
-            self._uncompressed_names(client_info),
-            received,
-            memory,
-        )
-        if not self.summed:
-            return sent
-        return self.decode_upload(
-            client_info, round_idx, sent, payload.items_by_name, received, attempt=attempt
-        ).encode()
+        key = self._key(client_info.client_id, round_idx, attempt)
+        plain = self._uncompressed_names(client_info)
+        sent = self.up.compress(payload, key, plain, received, memory)
+        if self.summed:
+            sent = self.up.decompress(sent, key, plain, received, payload.items_by_name)
+        return sent.encode()
 
     def decode_upload(
         self,
@@ -122,15 +116,12 @@ class FederationLinks:
         Raises:
             PayloadError: If the upload is malformed.
         """
+        payload = Payload.decode(data, like)
         if self.up is None:
-            return Payload.decode(data, like)
-        return self.up.receive(
-            data,
-            self._key(client_info.client_id, round_idx, attempt),
-            self._uncompressed_names(client_info),
-            received,
-            like,
-        )
+            return payload
+        key = self._key(client_info.client_id, round_idx, attempt)
+        plain = self._uncompressed_names(client_info)
+        return self.up.decompress(payload, key, plain, received, like)
 
     def _uncompressed_names(self, client_info: ClientInfo) -> frozenset[str]:
         return self._buffer_names(client_info.models.values())
@@ -151,7 +142,7 @@ class FederationLinks:
         if self.down is None:
             return payload.encode()
         key = self._key(SERVER, round_idx)
-        return self.down.send(payload, key, self._buffer_names(archs))
+        return self.down.compress(payload, key, self._buffer_names(archs)).encode()
 
     def decode_broadcast(self, round_idx: int, data: bytes) -> Payload:
         """Decode a broadcast on the client.
@@ -163,9 +154,10 @@ class FederationLinks:
         Raises:
             PayloadError: If the broadcast is malformed.
         """
+        payload = Payload.decode(data)
         if self.down is None:
-            return Payload.decode(data)
-        return self.down.receive(data, self._key(SERVER, round_idx))
+            return payload
+        return self.down.decompress(payload, self._key(SERVER, round_idx))
 
     def simulate_broadcast(
         self, round_idx: int, payload: Payload, archs: Iterable[ModelSpec]

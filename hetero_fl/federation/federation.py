@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.communication.homomorphic.key import SharedKey
-from hetero_fl.communication.secure_aggregation.site_keys import SiteKeys
+from hetero_fl.communication.secure_aggregation.crypto import SiteKeys
 from hetero_fl.config.clients import ClientSettings, ModelConfig
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.config.population import Population

@@ -12,25 +12,22 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from hetero_fl.communication.bit_packing import (
-    WIDTHS,
-    ByteReader,
-    pack_bits,
-    read_indices,
-    unpack_bits,
-    write_indices,
-)
 from hetero_fl.communication.compression import (
+    WIDTHS,
     HalfPrecision,
-    NumberFormat,
     Quantize,
     RandomK,
     Sort,
     Stage,
     TopClasses,
     TopK,
+    compress_indices,
+    decompress_indices,
+    pack_bits,
+    unpack_bits,
+    with_worst_case_size,
 )
-from hetero_fl.communication.link import StageChain
+from hetero_fl.communication.compressor import StageChain
 from hetero_fl.core.payload import PayloadError
 from hetero_fl.utils.seeding import keyed_generator
 from tests.support.cases import each_case
@@ -44,7 +41,7 @@ def vector(seed: int = 0, n: int = 141) -> Tensor:
 
 def there_and_back(
     numbers: Tensor,
-    stages: list[Stage | NumberFormat],
+    stages: list[Stage],
     seed: int = 0,
     layout=LAYOUT,
     sort: Sort = "change",
@@ -53,9 +50,9 @@ def there_and_back(
         return keyed_generator(seed, label)
 
     chain = StageChain(stages, sort)
-    source = ByteReader(chain.encode(numbers.clone(), layout, draw))
-    back = chain.decode(source, layout, numbers.dtype, draw)
-    source.expect_end()
+    sent = chain.compress(numbers.clone(), layout, draw)
+    back = chain.decompress(sent, layout, numbers.dtype, draw)
+    assert not sent
     assert back.shape == numbers.shape and back.dtype == numbers.dtype
     return back
 
@@ -66,7 +63,7 @@ def mean_and_error(draws: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @each_case("stages", [[RandomK(0.2)], [RandomK(0.2), Quantize(4)], [Quantize(1)], [Quantize(2)]])
-def test_unbiased_stages_have_the_vector_as_mean(stages: list[Stage | NumberFormat]) -> None:
+def test_unbiased_stages_have_the_vector_as_mean(stages: list[Stage]) -> None:
     numbers = vector()
     mean, error = mean_and_error([there_and_back(numbers, stages, seed) for seed in range(2000)])
     off = (mean - numbers).abs() / error.clamp(min=1e-9)
@@ -90,9 +87,9 @@ def test_chain_decodes_stages_in_reverse_order() -> None:
     rows = torch.tensor([[4.0, 0.0, 0.0, 0.0, 0.0, 3.0], [0.0, 2.0, 0.0, 5.0, 0.0, 0.0]])
 
     chain = StageChain([TopClasses(3), TopK(4)], "predictions")
-    chain.reducing = [TopClasses(3), TopK(4)]
-    raw = chain.encode(rows.reshape(-1), ((2, 6),), keyed_generator)
-    back = chain.decode(ByteReader(raw), ((2, 6),), torch.float32, keyed_generator)
+    chain.stages = [TopClasses(3), TopK(4)]
+    sent = chain.compress(rows.reshape(-1), ((2, 6),), keyed_generator)
+    back = chain.decompress(sent, ((2, 6),), torch.float32, keyed_generator)
 
     assert torch.equal(back.view(2, 6), rows)
 
@@ -127,10 +124,8 @@ def test_rounding_residual_is_exact() -> None:
 def test_quantization_uses_the_configured_bits() -> None:
     numbers = vector(n=1000)
     for bits in (1, 2, 4, 8, 16):
-        raw = StageChain([Quantize(bits)], "change").encode(
-            numbers, ((1000,),), lambda label: keyed_generator(0)
-        )
-        assert len(raw) == 4 + math.ceil(1000 * bits / 8)
+        sent = Quantize(bits).compress(numbers, ((1000,),), lambda label: keyed_generator(0))
+        assert sum(tensor.nbytes for tensor in sent.values()) == 4 + math.ceil(1000 * bits / 8)
 
 
 def test_zero_and_one_are_exact() -> None:
@@ -184,7 +179,7 @@ def test_top_classes_keep_largest_values_and_row_sums() -> None:
         [float("nan"), float("inf")],
     ),
 )
-def test_non_finite_values_stay_non_finite(stage: Stage | NumberFormat, bad: float) -> None:
+def test_non_finite_values_stay_non_finite(stage: Stage, bad: float) -> None:
     numbers = vector()
     numbers[37] = bad
     assert not torch.isfinite(there_and_back(numbers, [stage])).all()
@@ -192,72 +187,95 @@ def test_non_finite_values_stay_non_finite(stage: Stage | NumberFormat, bad: flo
 
 @each_case(("bits", "count"), itertools.product(WIDTHS, [1, 7, 8, 9, 1000]))
 def test_packed_fields_round_trip_in_minimal_size(bits: int, count: int) -> None:
-    values = np.random.default_rng(bits * count).integers(0, 2**bits, count)
+    values = torch.randint(2**bits, (count,), generator=keyed_generator(bits * count))
     values[0] = 2**bits - 1
-    raw = pack_bits(values, bits)
-    assert len(raw) == math.ceil(bits * count / 8)
-    assert (unpack_bits(ByteReader(raw), count, bits) == values).all()
+    packed = pack_bits(values, bits)
+    assert packed.nbytes == math.ceil(bits * count / 8)
+    assert torch.equal(unpack_bits(packed, count, bits).long(), values)
 
 
 def test_packed_bits_match_loop() -> None:
     values, bits = [5, 0, 15, 3, 1, 6, 2], 4
     expected = sum(v << (bits * i) for i, v in enumerate(values)).to_bytes(4, "little")
-    assert pack_bits(np.array(values), bits) == expected
+    assert pack_bits(torch.tensor(values), bits).tolist() == list(expected)
+
+
+def spread_indices(total: int, count: int, seed: int) -> Tensor:
+    indices = np.random.default_rng(seed).choice(total, count, replace=False)
+    return torch.from_numpy(np.sort(indices))
 
 
 @given(st.integers(1, 3000), st.floats(0, 1), st.integers(0, 99))
 @settings(max_examples=200, deadline=None)
 def test_indices_round_trip(total: int, share: float, seed: int) -> None:
-    count = max(1, int(share * total))
-    indices = np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
-    source = ByteReader(write_indices(indices))
-    assert (read_indices(source, count, total) == indices).all()
-    source.expect_end()
+    indices = spread_indices(total, max(1, int(share * total)), seed)
+
+    compressed = compress_indices(indices)
+
+    assert torch.equal(decompress_indices(compressed, len(indices), total), indices)
 
 
 def test_packed_indices_are_close_to_their_entropy() -> None:
-    rng, total, count = np.random.default_rng(0), 1_000_000, 10_000
-    spread = np.sort(rng.choice(total, count, replace=False))
+    total, count = 1_000_000, 10_000
     entropy = (
         (math.lgamma(total + 1) - math.lgamma(count + 1) - math.lgamma(total - count + 1))
         / math.log(2)
         / 8
     )
-    size = len(write_indices(spread))
+    size = len(compress_indices(spread_indices(total, count, 0)))
     assert entropy < size < 1.08 * entropy
-    near = np.sort(rng.choice(total // 20, count, replace=False))
-    assert len(write_indices(near)) < 0.5 * size
+    near = spread_indices(total // 20, count, 1)
+    assert len(compress_indices(near)) < 0.5 * size
 
 
 def test_largest_size_of_topk_bounds_its_size() -> None:
-    def size(stage: TopK, numbers: Tensor) -> int:
-        layout = ((len(numbers),),)
-        return len(StageChain([stage], "change").encode(numbers, layout, keyed_generator))
+    def size(stage: Stage, numbers: Tensor) -> int:
+        sent = stage.compress(numbers, ((len(numbers),),), keyed_generator)
+        return sum(tensor.nbytes for tensor in sent.values())
 
     for amount, n in itertools.product((0.001, 0.01, 0.1, 0.5), (200, 5000, 300_000)):
         stage = TopK(amount)
-        most = size(stage.with_worst_case_size(), vector(n=n))
+        (largest,) = with_worst_case_size([stage])
+        most = size(largest, vector(n=n))
         for numbers in (vector(n=n), torch.randn(n, generator=keyed_generator(n))):
             assert most >= size(stage, numbers)
 
 
 def test_invalid_indices_are_refused() -> None:
-    indices = np.concatenate([np.arange(400), [9900]])
-    raw = write_indices(indices)
+    compressed = compress_indices(torch.cat([torch.arange(400), torch.tensor([9900])]))
     with pytest.raises(PayloadError, match="ascending values below 9900"):
-        read_indices(ByteReader(raw), 401, 9900)
+        decompress_indices(compressed, 401, 9900)
     for count in (400, 402):
         with pytest.raises(PayloadError):
-            read_indices(ByteReader(raw), count, 10_000)
-    for cut in range(len(raw)):
+            decompress_indices(compressed, count, 10_000)
+    for cut in range(len(compressed)):
         with pytest.raises(PayloadError):
-            read_indices(ByteReader(raw[:cut]), 401, 10_000)
+            decompress_indices(compressed[:cut], 401, 10_000)
     with pytest.raises(PayloadError, match="cannot be decompressed"):
-        read_indices(ByteReader(raw[:4] + b"\7" + raw[5:]), 401, 10_000)
+        decompress_indices(compressed ^ 255, 401, 10_000)
 
 
 def test_oversized_indices_are_not_decompressed() -> None:
-    bomb = zlib.compress(bytes(10**7))
-    raw = len(bomb).to_bytes(4, "little") + bomb
-    with pytest.raises(PayloadError, match="1 unexpected bytes at the end"):
-        read_indices(ByteReader(raw), 4, 100)
+    bomb = torch.tensor(list(zlib.compress(bytes(10**7))), dtype=torch.uint8)
+    with pytest.raises(PayloadError, match="indices: expected 4"):
+        decompress_indices(bomb, 4, 100)
+
+
+@each_case(
+    ("stages", "sort"),
+    [
+        ([TopK(9)], "change"),
+        ([RandomK(9)], "change"),
+        ([Quantize(4)], "change"),
+        ([HalfPrecision()], "change"),
+        ([TopClasses(2)], "predictions"),
+        ([], "change"),
+    ],
+)
+def test_malformed_vectors_are_refused(stages: list[Stage], sort: Sort) -> None:
+    chain = StageChain(stages, sort)
+    sent = chain.compress(vector(), ((3, 47),), keyed_generator)
+    values = sent.pop("values")
+    for wrong in ({}, {"values": values[1:]}, {"values": values[None]}, {"values": values > 0}):
+        with pytest.raises(PayloadError, match="values: "):
+            chain.decompress({**sent, **wrong}, ((3, 47),), torch.float32, keyed_generator)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 
 from hetero_fl.communication import named_arrays
 from hetero_fl.communication.compression import build_stages
+from hetero_fl.communication.compressor import Compressor
 from hetero_fl.communication.homomorphic import messages as encrypted_messages
-from hetero_fl.communication.link import Link
 from hetero_fl.communication.protocol import Message
-from hetero_fl.communication.secure_aggregation.messages import REPLIES, REQUESTS
-from hetero_fl.communication.secure_aggregation.server import SecureAggregationRound
+from hetero_fl.communication.secure_aggregation.client import REPLIES, REQUESTS
+from hetero_fl.communication.secure_aggregation.protocol import SecureAggregationRound
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.core.payload import (
     FORM as PAYLOAD,
@@ -92,19 +91,30 @@ def test_payload_of_any_bytes_is_read_or_refused(data: bytes) -> None:
     raises_only((PayloadError,), receives)
 
 
+PARTS = [f"{place}/{part}" for place in "01" for part in ("values", "indices", "scales")]
+VECTORS = st.one_of(
+    st.binary(max_size=40).map(lambda data: torch.tensor(list(data), dtype=torch.uint8)),
+    st.lists(st.floats(width=32), max_size=4).map(torch.tensor),
+)
+
+
 @given(
-    bodies(PAYLOAD) | st.binary(max_size=200).map(lambda rest: b"hfl1" + rest),
+    st.dictionaries(
+        st.sampled_from([*PARTS, "shape/w", "plain/w", "shape/", ""]), VECTORS, max_size=4
+    ),
+    st.sampled_from(["model", "logits"]),
     st.booleans(),
 )
 @FUZZ
-def test_compressed_message_of_any_bytes_is_read_or_refused(data: bytes, upward: bool) -> None:
+def test_compressed_message_of_any_tensors_is_read_or_refused(
+    tensors: dict[str, torch.Tensor], name: str, upward: bool
+) -> None:
     stages = build_stages(ChannelConfig(compress=[{"topk": 0.3}, {"quantize": 8}]).compress)
-    link = Link(stages, SPECS, 4)
+    compressor = Compressor(stages, SPECS, 4)
     got = Payload({"model": {"w": torch.zeros(4, 3)}})
-    raises_only(
-        (PayloadError,),
-        lambda: link.receive(data, (0,), frozenset(), got, LIKE if upward else None),
-    )
+    sent = Payload({name: Item(tensors, 1.0, SPECS[name].kind)})
+    like = LIKE if upward else None
+    raises_only((PayloadError,), lambda: compressor.decompress(sent, (0,), frozenset(), got, like))
 
 
 @given(
@@ -262,20 +272,15 @@ def test_header_with_too_many_values_is_refused(tree: Any) -> None:
         decode(encode(tree, PAYLOAD), PAYLOAD)
 
 
-def test_oversized_layout_is_refused_before_allocation() -> None:
-    link = Link(build_stages(ChannelConfig(compress=[{"topk": 3}]).compress), {}, 4)
-    sent = link.send(Payload({"m": Item({"w": torch.arange(40.0)}, 1.0, "update")}), (0,))
-    assert len(link.receive(sent, (0,))["m"]["w"]) == 40
-    start = 4 + 2 + int.from_bytes(sent[4:6], "little")
-    end = start + 4 + int.from_bytes(sent[start : start + 4], "little")
-    forged = zlib.compress(zlib.decompress(sent[start + 4 : end]).replace(b"40", b"9" * 11))
-    data = sent[:start] + len(forged).to_bytes(4, "little") + forged + sent[end:]
+def test_declared_size_is_refused_before_allocation() -> None:
+    compressor = Compressor(build_stages(ChannelConfig(compress=[{"topk": 3}]).compress), {}, 4)
+    item = Item({"w": torch.arange(40.0)}, 1.0, "update")
+    sent = compressor.compress(Payload({"m": item}), (0,))
+    assert len(compressor.decompress(sent, (0,))["m"]["w"]) == 40
+    sent["m"]["shape/w"] = torch.empty(0, 2**40)
 
-    with (
-        peak_below(2**20),
-        pytest.raises(PayloadError, match="layout: 99,999,999,999 numbers"),
-    ):
-        link.receive(data, (0,))
+    with peak_below(2**20), pytest.raises(PayloadError, match="expected <= 1,073,741,824 values"):
+        compressor.decompress(sent, (0,))
 
 
 def test_answer_in_a_secure_sum_much_longer_than_agreed_is_refused_unread() -> None:

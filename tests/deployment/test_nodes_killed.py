@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hetero_fl.communication.named_arrays import decode_arrays
-from hetero_fl.communication.secure_aggregation.messages import REQUESTS
+from hetero_fl.communication.secure_aggregation.client import REQUESTS
 from hetero_fl.deployment.node_storage import MAX_STATES, NodeStorage, StateLostError
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run

@@ -136,8 +136,8 @@ def test_tasks_of_one_version_draw_separate_compression(monkeypatch: pytest.Monk
     run_config = config("fedavg", "mlp", 3, channel={"compress": [{"quantize": 4}]})
     run_config["runtime"] = {"threads": 1, "mode": "async", "buffer": 6}
     run = session(run_config, seconds=lambda client_id, _: PACE[client_id])
-    link = run.executor.runtime.links.up  # type: ignore[attr-defined]
-    keys = record_calls(monkeypatch, link, "send", lambda payload, key, *rest: key)
+    compressor = run.executor.runtime.links.up  # type: ignore[attr-defined]
+    keys = record_calls(monkeypatch, compressor, "compress", lambda payload, key, *rest: key)
     records = [run.run_round() for _ in range(2)]
     assert not any(record["failed"] for record in records) and run.version == 1
     assert len(keys) > 3 and len(set(keys)) == len(keys)

@@ -13,7 +13,7 @@ import torch
 from hetero_fl.aggregation import Uploads
 from hetero_fl.algorithms import FedAvg
 from hetero_fl.cli import main
-from hetero_fl.communication.link import UNSENT
+from hetero_fl.communication.compressor import UNSENT
 from hetero_fl.communication.protocol import Message
 from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.payload import Item, Payload

@@ -10,9 +10,8 @@ import numpy as np
 from hetero_fl.communication.named_arrays import decode_arrays, encode_arrays
 from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation import crypto
-from hetero_fl.communication.secure_aggregation.client import pair_mask
+from hetero_fl.communication.secure_aggregation.client import REPLIES, REQUESTS, TAG, pair_mask
 from hetero_fl.communication.secure_aggregation.crypto import apply_masks
-from hetero_fl.communication.secure_aggregation.messages import REPLIES, REQUESTS, TAG
 from tests.support.secure_aggregation import Party
 
 Arrays = dict[str, np.ndarray]

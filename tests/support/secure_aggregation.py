@@ -11,8 +11,8 @@ from hetero_fl.communication.protocol import (
     AggregatedUploads,
     Message,
 )
+from hetero_fl.communication.secure_aggregation.crypto import SiteKeys
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
-from hetero_fl.communication.secure_aggregation.site_keys import SiteKeys
 from hetero_fl.communication.vector_layout import VectorLayout
 from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload, report_with_loss

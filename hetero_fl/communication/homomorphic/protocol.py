@@ -32,6 +32,7 @@ from hetero_fl.communication.named_arrays import (
 )
 from hetero_fl.communication.protocol import (
     AggregationRequest,
+    BroadcastTo,
     Content,
     Exchange,
     Exchanges,
@@ -40,7 +41,6 @@ from hetero_fl.communication.protocol import (
     SealedAggregate,
     TrainingRequest,
     check_accepted,
-    check_reply_size,
     encoded,
     refusal,
 )
@@ -50,53 +50,6 @@ from hetero_fl.core.payload import SPARE_BYTES, Payload, PayloadError
 from hetero_fl.utils.errors import NoUploadError, RoundAbandonedError
 
 Purpose = Literal["train", "evaluate"]
-
-
-class EncryptedExchange(Exchange):
-    """One exchange of homomorphic encryption.
-
-    Args:
-        kind: Kind of the request.
-        clients: Ids of the clients that receive the request.
-        arrays: Arrays of the request besides the server's state.
-        take: Function that processes a reply, with the client id. It raises PayloadError for an
-            invalid reply.
-
-    Attributes:
-        dropouts: Reasons why replies cannot be used, keyed by client id.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        clients: Sequence[str],
-        arrays: Mapping[str, np.ndarray],
-        take: Callable[[str, Message], None],
-    ) -> None:
-        self.kind = kind
-        self.clients = clients
-        self._arrays = arrays
-        self._take = take
-        self._waiting = set(clients)
-        # Another client can decrypt the sum.
-        self.waits_for_nodes = kind != "aggregate"
-        self.dropouts: dict[str, str] = {}
-
-    @override
-    def request(self, client_id: str, broadcast_to: Callable[[str], Content]) -> Message:
-        state = byte_string_to_row(encoded(broadcast_to(client_id)))
-        return Message(self.kind, encode_arrays({**self._arrays, "state": state}))
-
-    @override
-    def accept(self, client_id: str, reply: Message) -> None:
-        if client_id not in self._waiting:
-            return
-        self._waiting.remove(client_id)
-        try:
-            check_accepted(reply, self.kind)
-            self._take(client_id, reply)
-        except PayloadError as error:
-            self.dropouts[client_id] = str(error)
 
 
 class HomomorphicRound:
@@ -124,6 +77,7 @@ class HomomorphicRound:
         self.round_idx = round_idx
         self.total = EncryptedSum(layout[1])
         self.summed: list[str] = []
+        self.dropouts: dict[str, str] = {}
         # Name of the key of the first upload.
         self.key_name = b""
         self._terms = {"unit": np.array([unit], np.int32), "layout": byte_string_to_row(layout[0])}
@@ -134,13 +88,48 @@ class HomomorphicRound:
         Raises:
             RoundAbandonedError: If no client decrypts the sum.
         """
-        train = EncryptedExchange("train", self.cohort, self._terms, self._add)
-        yield train
+        yield self._exchange("train", self.cohort, self._terms, self._add)
+        dropouts = dict(self.dropouts)
         if not self.summed:
-            return SealedAggregate([], b"", dropouts=train.dropouts)
+            return SealedAggregate([], b"", dropouts=dropouts)
         result = yield from self._aggregate()
-        result.dropouts = train.dropouts
+        result.dropouts = dropouts
         return result
+
+    def _exchange(
+        self,
+        kind: str,
+        clients: Sequence[str],
+        arrays: Mapping[str, np.ndarray],
+        take: Callable[[str, Message], None],
+    ) -> Exchange:
+        """Return an exchange.
+
+        Args:
+            kind: Kind of the request.
+            clients: Ids of the clients that receive the request.
+            arrays: Arrays of the request besides the server's state.
+            take: Function that processes a reply, with the client id. It raises PayloadError for an
+                invalid reply.
+        """
+        silent = set(clients)
+
+        def content(client_id: str, broadcast_to: BroadcastTo) -> bytes:
+            state = byte_string_to_row(encoded(broadcast_to(client_id)))
+            return encode_arrays({**arrays, "state": state})
+
+        def accept(client_id: str, reply: Message) -> None:
+            if client_id not in silent:
+                return
+            silent.remove(client_id)
+            try:
+                check_accepted(reply, kind)
+                take(client_id, reply)
+            except PayloadError as error:
+                self.dropouts[client_id] = str(error)
+
+        # If a client does not aggregate, another client can.
+        return Exchange(kind, clients, content, accept, waits_for_nodes=kind != "aggregate")
 
     def _add(self, client_id: str, reply: Message) -> None:
         rows, columns = self.total.shape
@@ -174,11 +163,10 @@ class HomomorphicRound:
 
         reasons: dict[str, str] = {}
         for client_id in aggregation_order(self.summed, self.round_idx):
-            exchange = EncryptedExchange("aggregate", [client_id], arrays, take)
-            yield exchange
+            yield self._exchange("aggregate", [client_id], arrays, take)
             if results:
                 return results[0]
-            reasons[client_id] = exchange.dropouts.get(client_id, "no reply")
+            reasons[client_id] = self.dropouts.get(client_id, "no reply")
         client_id, reason = next(iter(reasons.items()))
         raise RoundAbandonedError(
             f"round {self.round_idx + 1}: none of {len(self.summed)} clients decrypted the sum "
@@ -197,7 +185,7 @@ def aggregation_order(summed: Sequence[str], round_idx: int) -> Iterator[str]:
 
 def _decode(reply: Message, kind: str, num_bytes: int | None) -> Arrays:
     if num_bytes is not None:
-        check_reply_size(reply, kind, num_bytes + SPARE_BYTES)
+        check_accepted(reply, kind, num_bytes + SPARE_BYTES)
     if reply.kind != kind:
         raise PayloadError(f"expected a reply to {kind!r}, got {reply.kind[:20]!r}")
     return decode_arrays(reply.body, REPLIES[kind])
@@ -267,10 +255,7 @@ class HomomorphicEncryption(RoundProtocol):
         key: Key of the clients. None at the server.
     """
 
-    setup: tuple[str, ...] = ()
     requests: tuple[str, ...] = tuple(REQUESTS)
-    accepts_unencoded = False
-    has_one_time_requests = False
     hides_server = True
 
     def __init__(

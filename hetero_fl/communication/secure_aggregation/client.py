@@ -1,15 +1,19 @@
-"""Client side of secure aggregation: five replies, each of which is sent once per round.
+"""Client side of secure aggregation: messages, and five replies that are sent once per round.
 
-See Bonawitz et al. (2017), figure 4 and section 6.2. Between two replies, the client's secrets are
-stored in `notes`, which the server never receives and which are deleted when the round ends. In a
-deployment, the notes are also written to the disk of the client's machine, because the process may
-be killed between two replies.
+See Bonawitz et al. (2017), figure 4 and section 6.2. Messages are named arrays. Clients are
+identified by their position among all clients of the federation, starting at 1, so that the length
+of a message does not depend on client ids.
+
+Between two replies, the client's secrets are stored in `notes`, which the server never receives and
+which are deleted when the round ends. In a deployment, the notes are also written to the disk of
+the client's machine, because the process may be killed between two replies.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, MutableMapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,27 +27,72 @@ from hetero_fl.communication.named_arrays import (
     decode_arrays,
     encode_arrays,
     stack_byte_strings,
+    zero_arrays,
 )
 from hetero_fl.communication.protocol import Message, TrainingRequest, refusal
 from hetero_fl.communication.secure_aggregation import crypto
-from hetero_fl.communication.secure_aggregation.crypto import apply_masks
-from hetero_fl.communication.secure_aggregation.messages import (
-    KEYS,
-    REQUESTS,
-    SEALED,
-    TAG,
-    check_signatures,
-    client_numbers,
-    survivors_statement,
-)
-from hetero_fl.communication.secure_aggregation.site_keys import SiteKeys
+from hetero_fl.communication.secure_aggregation.crypto import SiteKeys, apply_masks
 from hetero_fl.communication.vector_layout import Words
 from hetero_fl.core.payload import PayloadError
 
 # Function that converts an encoded upload to the integers that are summed. The second argument is
 # the factor by which values and weights are divided. Raises PayloadError for an invalid upload.
-Packer = Callable[[bytes, float], Words]
+Pack = Callable[[bytes, float], Words]
 Notes = MutableMapping[str, bytes]
+# Number of random bytes that identify a round, so that messages of other rounds are refused.
+TAG = 16
+# Length in bytes of two encrypted shares, which are encrypted together.
+SEALED = 2 * crypto.SHARE_LENGTH + authenticated_encryption.OVERHEAD
+# Length in bytes of the public keys of a client: for shares, for masks and for signatures.
+KEYS = 3 * crypto.KEY_LENGTH
+# Number of rounds in the state of a client. Shares of earlier rounds are not revealed any more.
+KEPT_ROUNDS = 16
+
+TAGGED: Field = (np.uint8, (TAG,))
+NUMBER: Field = (np.int32, (1,))
+NUMBERS: Field = (np.int32, (None,))
+DIGEST: Field = (np.uint8, (32,))
+ALL_KEYS: Field = (np.uint8, (None, KEYS))
+ALL_SEALED: Field = (np.uint8, (None, SEALED))
+REQUESTS: dict[str, dict[str, Field]] = {
+    "keys": {"tag": TAGGED},
+    "shares": {
+        "tag": TAGGED,
+        "head": NUMBER,
+        "numbers": NUMBERS,
+        "keys": ALL_KEYS,
+        "endorsements": (np.uint8, (None, crypto.ENDORSEMENT)),
+    },
+    "train": {
+        "tag": TAGGED,
+        "head": NUMBER,
+        "layout": DIGEST,
+        "numbers": NUMBERS,
+        "sealed": ALL_SEALED,
+        "broadcast": (np.uint8, (None,)),
+    },
+    "consistency": {"tag": TAGGED, "survivors": NUMBERS},
+    "unmask": {
+        "tag": TAGGED,
+        "signers": NUMBERS,
+        "signatures": (np.uint8, (None, crypto.SIGNATURE)),
+    },
+}
+REPLIES: dict[str, dict[str, Field]] = {
+    "keys": {
+        "tag": TAGGED,
+        "keys": (np.uint8, (KEYS,)),
+        "endorsement": (np.uint8, (crypto.ENDORSEMENT,)),
+    },
+    "shares": {"tag": TAGGED, "commitment": DIGEST, "numbers": NUMBERS, "sealed": ALL_SEALED},
+    "train": {"tag": TAGGED, "vector": (np.int64, (None,))},
+    "consistency": {"tag": TAGGED, "signature": (np.uint8, (crypto.SIGNATURE,))},
+    "unmask": {
+        "tag": TAGGED,
+        "numbers": NUMBERS,
+        "shares": (np.uint8, (None, crypto.SHARE_LENGTH)),
+    },
+}
 # The state of a client between two requests:
 #   next       the only request that the client will answer
 #   tag        identifies the round
@@ -61,22 +110,20 @@ Notes = MutableMapping[str, bytes]
 #   sums       digests of the survivors of these rounds
 STATE_FIELDS: dict[str, Field] = {
     "next": (np.uint8, (None,)),
-    "tag": (np.uint8, (TAG,)),
+    "tag": TAGGED,
     "secrets": (np.uint8, (4, 32)),
-    "head": (np.int32, (1,)),
-    "numbers": (np.int32, (None,)),
-    "keys": (np.uint8, (None, KEYS)),
-    "own": (np.uint8, (2, crypto.SHARE_LENGTH)),
+    "head": NUMBER,
+    "numbers": NUMBERS,
+    "keys": ALL_KEYS,
+    "own": (np.uint8, (2 * crypto.SHARE_LENGTH,)),
     "pairs": (np.uint8, (None, 32)),
-    "mates": (np.int32, (None,)),
-    "sealed": (np.uint8, (None, SEALED)),
-    "round": (np.int32, (1,)),
-    "survivors": (np.int32, (None,)),
-    "rounds": (np.int32, (None,)),
+    "mates": NUMBERS,
+    "sealed": ALL_SEALED,
+    "round": NUMBER,
+    "survivors": NUMBERS,
+    "rounds": NUMBERS,
     "sums": (np.uint8, (None, 32)),
 }
-# Number of rounds in `rounds`. Shares of earlier rounds are not revealed any more.
-KEPT_ROUNDS = 16
 
 
 @dataclass(frozen=True)
@@ -92,6 +139,8 @@ class SecureAggregationClient:
         site_keys: Keys that sign the keys of a round.
         notes: Encoded state of the clients between exchanges, keyed by client id. Modified in
             place.
+        layout_digest: Digest of the layout of the vector.
+        pack: Function that converts an upload to the vector.
     """
 
     client_id: str
@@ -100,87 +149,114 @@ class SecureAggregationClient:
     threshold: int
     site_keys: SiteKeys
     notes: Notes
+    layout_digest: bytes
+    pack: Pack
 
-    def answer(
-        self, message: Message, packer: Callable[[bytes], Packer]
-    ) -> Message | TrainingRequest:
+    def answer(self, message: Message) -> Message | TrainingRequest:
         """Answer one request of the server.
 
         Args:
             message: The request.
-            packer: Function that returns the packer for the digest of a layout, or raises
-                PayloadError for an unknown layout.
 
         Returns:
             The reply, or a request to train. If the request is invalid or out of order, the reply
             has the kind "refused" and contains the reason.
         """
+        kind = message.kind
         try:
-            if message.kind not in REQUESTS:
-                raise PayloadError(f"unknown request {message.kind[:20]!r}")
-            request = decode_arrays(message.body, REQUESTS[message.kind])
-            if message.kind == "keys":
-                return self._reply("keys", self._advertise(request))
-            state = self._load_state(message.kind, request)
-            if message.kind == "shares":
-                return self._reply("shares", self._share(state, request))
-            if message.kind == "consistency":
-                return self._reply("consistency", self._confirm(state, request))
-            if message.kind == "unmask":
-                return self._reply("unmask", self._unmask(state, request))
-            streams = self._streams(state, request)
-            pack = packer(request["layout"].tobytes())
+            if kind not in REQUESTS:
+                raise PayloadError(f"unknown request {kind[:20]!r}")
+            request = decode_arrays(message.body, REQUESTS[kind])
+            state = self._idle_state() if kind == "keys" else self._load_state(kind, request)
+            if kind == "train":
+                return self._train(state, request)
+            replies = {
+                "keys": self._advertise,
+                "shares": self._share,
+                "consistency": self._confirm,
+                "unmask": self._unmask,
+            }
+            return self._reply(kind, state, replies[kind](state, request))
         except PayloadError as error:
             return refusal(error)
 
-        def mask(upload: bytes) -> Message:
-            try:
-                vector = pack(upload, 2.0 ** int(request["head"][0]))
-            except PayloadError as error:
-                return refusal(error)
-            apply_masks(vector, streams)
-            updated = {
-                "round": np.array([self.round_idx], np.int32),
-                "mates": request["numbers"],
-                "sealed": request["sealed"],
-            }
-            self._store_state("consistency", {**state, **updated})
-            return self._reply("train", {"tag": state["tag"], "vector": vector.view(np.int64)})
-
-        return TrainingRequest(request["broadcast"].tobytes(), mask)
-
-    def _advertise(self, request: Arrays) -> Arrays:
-        secrets = (crypto.new_key(), crypto.new_key(), crypto.new_seed(), crypto.new_seed())
+    def _advertise(self, state: Arrays, request: Arrays) -> Arrays:
+        """Send new public keys."""
+        secrets = (crypto.new_key(), crypto.new_key(), os.urandom(32), os.urandom(32))
         public = crypto.public_key(secrets[0]) + crypto.public_key(secrets[1])
         public += crypto.verification_key(secrets[2])
-        updated = {
+        state |= {
             "tag": request["tag"],
             "secrets": stack_byte_strings(*secrets),
             "keys": stack_byte_strings(public),
         }
-        self._store_state("shares", {**self._idle_state(), **updated})
+        self._store_state("shares", state)
         endorsement = self.site_keys.endorse(request["tag"].tobytes(), public)
         return {
-            "tag": request["tag"],
             "keys": byte_string_to_row(public),
             "endorsement": byte_string_to_row(endorsement),
         }
 
     def _share(self, state: Arrays, request: Arrays) -> Arrays:
-        own_number = int(request["head"][0])
+        """Send encrypted shares of the secrets to the other clients."""
+        (own_number,) = request["head"].tolist()
+        self._check_keys(state, request)
+        tag = state["tag"].tobytes()
+        secret, masking, _, seed = (bytes(s) for s in state["secrets"])
+        numbers = request["numbers"].tolist()
+        pairs = {
+            number: key_share + seed_share
+            for number, key_share, seed_share in zip(
+                numbers,
+                crypto.split_secret(masking, self.threshold, numbers),
+                crypto.split_secret(seed, self.threshold, numbers),
+                strict=True,
+            )
+        }
+        own_pair = pairs.pop(own_number)
+        private = crypto.load_private_key(secret)
+        public = dict(zip(numbers, request["keys"], strict=True))
+        shared = {
+            n: crypto.derive_shared_key(private, public[n][:32].tobytes(), b"shares") for n in pairs
+        }
+        sealed = [
+            authenticated_encryption.encrypt(shared[n], pair, _associated_data(tag, own_number, n))
+            for n, pair in pairs.items()
+        ]
+        state |= {
+            "head": request["head"],
+            "numbers": request["numbers"],
+            "keys": request["keys"],
+            "pairs": stack_byte_strings(*shared.values()),
+            "own": byte_string_to_row(own_pair),
+        }
+        self._store_state("train", state)
+        return {
+            "commitment": byte_string_to_row(crypto.commit_to_seed(seed, tag)),
+            "numbers": np.array(list(pairs), np.int32),
+            "sealed": stack_byte_strings(*sealed),
+        }
+
+    def _check_keys(self, state: Arrays, request: Arrays) -> None:
+        """Check the public keys of the clients that will hold shares.
+
+        Raises:
+            PayloadError: If a key is wrong, or there are too many or too few clients.
+        """
+        (own_number,) = request["head"].tolist()
         numbers = client_numbers(request["numbers"])
+        keys = request["keys"]
         if max(numbers, default=1) > len(self.client_ids):
             raise PayloadError("client numbers: expected clients of the federation")
         clients = [self.client_ids[number - 1] for number in numbers]
-        public = dict(zip(numbers, request["keys"], strict=False))
         if (
-            not len(numbers) == len(request["keys"]) == len(request["endorsements"])
+            not len(numbers) == len(keys) == len(request["endorsements"])
             or own_number not in numbers
             or clients[numbers.index(own_number)] != self.client_id
-            or public[own_number].tobytes() != state["keys"][0].tobytes()
+            or keys[numbers.index(own_number)].tobytes() != state["keys"].tobytes()
         ):
             raise PayloadError("the public keys of this client are not those that it sent")
-        parts = request["keys"].reshape(-1, crypto.KEY_LENGTH)
+        parts = keys.reshape(-1, crypto.KEY_LENGTH)
         if len({part.tobytes() for part in parts}) < len(parts):
             raise PayloadError("duplicate public keys")
         # With more than half of the holders, only one secret of a client can be reconstructed.
@@ -189,53 +265,19 @@ class SecureAggregationClient:
                 f"clients of the secure sum: expected {self.threshold} to "
                 f"{2 * self.threshold - 1} (channel.secure_sum.threshold), got {len(numbers)}"
             )
-        tag = state["tag"].tobytes()
-        for client, keys, signature in zip(
-            clients, request["keys"], request["endorsements"], strict=True
-        ):
+        for client, public, signature in zip(clients, keys, request["endorsements"], strict=True):
             if client != self.client_id:
-                self.site_keys.check(tag, client, keys.tobytes(), signature.tobytes())
-        secret, masking, _, seed = (bytes(s) for s in state["secrets"])
-        pairs = {
-            number: a + b
-            for number, a, b in zip(
-                numbers,
-                *(crypto.split_secret(s, self.threshold, numbers) for s in (masking, seed)),
-                strict=True,
-            )
-        }
-        own_pair = pairs.pop(own_number)
-        loaded = crypto.load_private_key(secret)
-        shared = {
-            n: crypto.derive_shared_key(loaded, public[n][:32].tobytes(), b"shares") for n in pairs
-        }
-        sealed = [
-            authenticated_encryption.encrypt(shared[n], pair, _associated_data(tag, own_number, n))
-            for n, pair in pairs.items()
-        ]
-        updated = {
-            "head": request["head"],
-            "numbers": request["numbers"],
-            "keys": request["keys"],
-            "pairs": stack_byte_strings(*shared.values()),
-            "own": stack_byte_strings(
-                own_pair[: crypto.SHARE_LENGTH], own_pair[crypto.SHARE_LENGTH :]
-            ),
-        }
-        self._store_state("train", {**state, **updated})
-        return {
-            "tag": state["tag"],
-            "commitment": byte_string_to_row(crypto.commit_to_seed(seed, tag)),
-            "numbers": np.array(list(pairs), np.int32),
-            "sealed": stack_byte_strings(*sealed),
-        }
+                tag = state["tag"].tobytes()
+                self.site_keys.check(tag, client, public.tobytes(), signature.tobytes())
 
-    def _streams(self, state: Arrays, request: Arrays) -> list[tuple[bytes, bool]]:
-        """Return the key of each mask on the client's vector, and whether to subtract the mask.
+    def _train(self, state: Arrays, request: Arrays) -> TrainingRequest:
+        """Train, and send the masked vector.
 
         The masks are the client's own mask and one mask for each other client that still
         participates.
         """
+        if request["layout"].tobytes() != self.layout_digest:
+            raise PayloadError("layout: differs from the layout of this client")
         own_number = int(state["head"][0])
         mates = client_numbers(request["numbers"])
         public = _public_keys(state)
@@ -246,13 +288,29 @@ class SecureAggregationClient:
         ):
             raise PayloadError("shares: expected exactly one from each other client")
         self._require_enough(len(mates) + 1, "clients are left")
-        if not 0 <= int(request["head"][0]) < 64:
+        unit = int(request["head"][0])
+        if not 0 <= unit < 64:
             raise PayloadError("unit of weights: exponent must be between 0 and 63")
         _, masking, _, seed = (bytes(s) for s in state["secrets"])
-        key = crypto.load_private_key(masking)
+        private = crypto.load_private_key(masking)
         tag = state["tag"].tobytes()
-        pair_masks = [pair_mask(key, public[m].tobytes(), own_number, m, tag) for m in mates]
-        return [(seed, False), *pair_masks]
+        pair_masks = [pair_mask(private, public[m].tobytes(), own_number, m, tag) for m in mates]
+
+        def mask(upload: bytes) -> Message:
+            try:
+                vector = self.pack(upload, 2.0**unit)
+            except PayloadError as error:
+                return refusal(error)
+            apply_masks(vector, [(seed, False), *pair_masks])
+            updated = {
+                "round": np.array([self.round_idx], np.int32),
+                "mates": request["numbers"],
+                "sealed": request["sealed"],
+            }
+            self._store_state("consistency", {**state, **updated})
+            return self._reply("train", state, {"vector": vector.view(np.int64)})
+
+        return TrainingRequest(request["broadcast"].tobytes(), mask)
 
     def _confirm(self, state: Arrays, request: Arrays) -> Arrays:
         """Sign whose vectors are in the sum. The client signs and unmasks no other set."""
@@ -260,10 +318,10 @@ class SecureAggregationClient:
         if not {int(state["head"][0])} <= set(survivors) <= set(_members(state)):
             raise PayloadError("survivors: expected this client and clients that share its masks")
         self._require_enough(len(survivors), "survivors are left")
-        updated = {**state, "survivors": request["survivors"]}
-        self._store_state("unmask", updated)
-        signature = crypto.sign(state["secrets"][2].tobytes(), _statement(updated))
-        return {"tag": state["tag"], "signature": byte_string_to_row(signature)}
+        state["survivors"] = request["survivors"]
+        self._store_state("unmask", state)
+        signature = crypto.sign(state["secrets"][2].tobytes(), _statement(state))
+        return {"signature": byte_string_to_row(signature)}
 
     def _unmask(self, state: Arrays, request: Arrays) -> Arrays:
         """Return a share of one secret of each client, if enough clients signed the survivors.
@@ -286,29 +344,25 @@ class SecureAggregationClient:
         others = [number for number in state["numbers"].tolist() if number != own_number]
         pairs = dict(zip(others, state["pairs"], strict=True))
         sealed = dict(zip(state["mates"].tolist(), state["sealed"], strict=True))
-        numbers = []
-        shares = []
+        shares = {}
         for number in _members(state):
-            try:
-                if number == own_number:
-                    pair = state["own"].tobytes()
-                else:
-                    context = _associated_data(state["tag"].tobytes(), number, own_number)
+            pair = state["own"].tobytes()
+            if number != own_number:
+                context = _associated_data(state["tag"].tobytes(), number, own_number)
+                try:
                     pair = authenticated_encryption.decrypt(
                         pairs[number].tobytes(), sealed[number].tobytes(), context
                     )
-            except PayloadError:
-                # The client sent an invalid share. The shares of other clients may suffice.
-                continue
-            numbers.append(number)
-            shares.append(
-                pair[crypto.SHARE_LENGTH :] if number in survivors else pair[: crypto.SHARE_LENGTH]
-            )
+                except PayloadError:
+                    # The client sent an invalid share. The shares of other clients may suffice.
+                    continue
+            key_share = pair[: crypto.SHARE_LENGTH]
+            seed_share = pair[crypto.SHARE_LENGTH :]
+            shares[number] = seed_share if number in survivors else key_share
         self._store_state("keys", {**self._idle_state(), **revealed})
         return {
-            "tag": state["tag"],
-            "numbers": np.array(numbers, np.int32),
-            "shares": stack_byte_strings(*shares),
+            "numbers": np.array(list(shares), np.int32),
+            "shares": stack_byte_strings(*shares.values()),
         }
 
     def _add_sum(self, state: Arrays) -> Arrays:
@@ -332,10 +386,7 @@ class SecureAggregationClient:
 
     def _idle_state(self) -> Arrays:
         """Return the state between two rounds, which contains no secrets."""
-        empty = {
-            name: np.zeros([d or 0 for d in shape], dtype)
-            for name, (dtype, shape) in STATE_FIELDS.items()
-        }
+        empty = zero_arrays(STATE_FIELDS)
         if self.client_id not in self.notes:
             return empty
         state = decode_arrays(self.notes[self.client_id], STATE_FIELDS)
@@ -360,8 +411,61 @@ class SecureAggregationClient:
         self.notes[self.client_id] = encode_arrays(arrays)
 
     @staticmethod
-    def _reply(kind: str, arrays: Arrays) -> Message:
-        return Message(kind, encode_arrays(arrays))
+    def _reply(kind: str, state: Arrays, arrays: Arrays) -> Message:
+        return Message(kind, encode_arrays({"tag": state["tag"], **arrays}))
+
+
+def client_numbers(array: np.ndarray) -> list[int]:
+    """Convert an array of client numbers to a list, and check the numbers.
+
+    Raises:
+        PayloadError: If the numbers are not distinct and positive.
+    """
+    numbers = array.tolist()
+    if len(set(numbers)) < len(numbers) or min(numbers, default=1) < 1:
+        raise PayloadError("client numbers: expected distinct positive integers")
+    return numbers
+
+
+def survivors_statement(
+    tag: bytes, public: Mapping[int, np.ndarray], survivors: Iterable[int]
+) -> bytes:
+    """Return what a client signs before it reveals shares: whose vectors are in the sum.
+
+    The statement covers the keys of all clients, which are new in each round, so that no signature
+    of another round is valid.
+
+    Args:
+        tag: Bytes that identify the round.
+        public: Public keys of the clients that hold shares, keyed by number.
+        survivors: Numbers of the clients whose vectors are in the sum.
+    """
+    keys = b"".join(keys.tobytes() for keys in public.values())
+    numbers = [np.array(group, np.int32).tobytes() for group in (list(public), sorted(survivors))]
+    content = b"".join([tag, len(public).to_bytes(4, "little"), *numbers, keys])
+    return b"hetero_fl secure sum: survivors" + hashlib.sha256(content).digest()
+
+
+def check_signatures(
+    statement: bytes, numbers: list[int], signatures: np.ndarray, public: Mapping[int, np.ndarray]
+) -> None:
+    """Check that clients signed a statement.
+
+    Args:
+        statement: The statement.
+        numbers: Numbers of the clients.
+        signatures: Their signatures, shape `[len(numbers), 64]`.
+        public: Public keys of the clients, keyed by number.
+
+    Raises:
+        PayloadError: If a signature is missing or invalid.
+    """
+    if len(numbers) != len(signatures):
+        raise PayloadError(f"signatures: expected {len(numbers)}, got {len(signatures)}")
+    for number, signature in zip(numbers, signatures, strict=True):
+        key = public[number][2 * crypto.KEY_LENGTH :].tobytes()
+        if not crypto.is_signed(key, signature.tobytes(), statement):
+            raise PayloadError(f"client number {number} did not sign the same survivors")
 
 
 def pair_mask(

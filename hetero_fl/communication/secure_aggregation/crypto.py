@@ -2,29 +2,26 @@
 
 The module uses X25519, HKDF-SHA256 and Ed25519 (RFC 7748, RFC 5869, RFC 8032) and Shamir's secret
 sharing. Keys are drawn from the random number generator of the operating system and used for one
-round only. Keys do not depend on the seed of the run, because anyone who knows the seed could
-otherwise remove the masks.
+round only, except for the keys of a site, which sign its keys of a round. Keys do not depend on the
+seed of the run, because anyone who knows the seed could otherwise remove the masks.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import (
-    Ed25519PrivateKey,
-    Ed25519PublicKey,
-)
+from cryptography.hazmat.primitives.asymmetric import ec, utils
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import AES
-from cryptography.hazmat.primitives.ciphers.modes import CTR
-from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.hashes import SHA256, SHA384
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from hetero_fl.communication.vector_layout import Words
@@ -42,16 +39,18 @@ SHARE_LENGTH = 33
 BLOCK = 2**15
 # Length in bytes of an Ed25519 signature.
 SIGNATURE = 64
+# Prefix of the bytes that a site signs, so that signatures of other data are not valid.
+SITE_CONTEXT = b"hetero_fl secure sum: keys"
+# Length in bytes of each of the two numbers of a site's signature, for curves with at most 521
+# bits. The length is fixed, so that equal runs have equal traffic.
+SITE_NUMBER = 66
+# Length in bytes of a site's signature.
+ENDORSEMENT = 2 * SITE_NUMBER
 
 
 def new_key() -> bytes:
     """Return a new X25519 private key, 32 bytes."""
     return X25519PrivateKey.generate().private_bytes_raw()
-
-
-def new_seed() -> bytes:
-    """Return 32 random secret bytes."""
-    return os.urandom(KEY_LENGTH)
 
 
 def public_key(private: bytes) -> bytes:
@@ -195,13 +194,9 @@ def _lagrange_weights_at_zero(holders: tuple[int, ...]) -> list[int]:
     """Return the Lagrange weight of each share in the value of the polynomial at 0."""
     weights = []
     for x in holders:
-        numerator = 1
-        denominator = 1
-        for other in holders:
-            if other != x:
-                numerator = numerator * other % FIELD_PRIME
-                denominator = denominator * (other - x) % FIELD_PRIME
-        weights.append(numerator * pow(denominator, -1, FIELD_PRIME) % FIELD_PRIME)
+        others = [other for other in holders if other != x]
+        inverse = pow(math.prod(other - x for other in others), -1, FIELD_PRIME)
+        weights.append(math.prod(others) * inverse % FIELD_PRIME)
     return weights
 
 
@@ -219,9 +214,67 @@ def apply_masks(vector: Words, streams: Iterable[tuple[bytes, bool]]) -> None:
     zeros = bytes(8 * BLOCK)
     buffer = bytearray(8 * BLOCK + 15)
     stream = np.frombuffer(buffer, "<u8", BLOCK)
-    ciphers = [(Cipher(AES(key), CTR(bytes(16))).encryptor(), off) for key, off in streams]
+    ciphers = [
+        (Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor(), off) for key, off in streams
+    ]
     for start in range(0, len(vector), BLOCK):
         part = vector[start : start + BLOCK]
         for cipher, off in ciphers:
             cipher.update_into(memoryview(zeros)[: 8 * len(part)], buffer)
             (np.subtract if off else np.add)(part, stream[: len(part)], out=part)
+
+
+@dataclass(frozen=True)
+class SiteKeys:
+    """Keys with which a site signs its round keys and recognizes those of other sites.
+
+    Args:
+        own: Private key of the site. If None, the site does not sign its round keys.
+        others: Public keys of the other sites, keyed by client id. If None, all round keys are
+            accepted, and the server could replace them.
+    """
+
+    own: ec.EllipticCurvePrivateKey | None = None
+    others: Mapping[str, ec.EllipticCurvePublicKey] | None = None
+
+    def endorse(self, tag: bytes, keys: bytes) -> bytes:
+        """Sign the public keys of this site for a round.
+
+        Args:
+            tag: Bytes that identify the round.
+            keys: The public keys.
+
+        Returns:
+            The signature, 132 bytes, which are zero without `own`.
+        """
+        if self.own is None:
+            return bytes(ENDORSEMENT)
+        numbers = utils.decode_dss_signature(
+            self.own.sign(SITE_CONTEXT + tag + keys, ec.ECDSA(SHA384()))
+        )
+        return b"".join(number.to_bytes(SITE_NUMBER, "big") for number in numbers)
+
+    def check(self, tag: bytes, client: str, keys: bytes, endorsement: bytes) -> None:
+        """Check that the public keys of another client are signed by its site.
+
+        Args:
+            tag: Bytes that identify the round.
+            client: The client.
+            keys: The public keys.
+            endorsement: Result of `endorse` of the client.
+
+        Raises:
+            PayloadError: If the key of the site is not in `others`, or the signature is invalid.
+        """
+        if self.others is None:
+            return
+        numbers = (endorsement[:SITE_NUMBER], endorsement[SITE_NUMBER:])
+        signature = utils.encode_dss_signature(
+            *(int.from_bytes(number, "big") for number in numbers)
+        )
+        try:
+            self.others[client].verify(signature, SITE_CONTEXT + tag + keys, ec.ECDSA(SHA384()))
+        except (KeyError, InvalidSignature):
+            raise PayloadError(
+                f"the keys of '{client}' are not signed with its key in allows.keys"
+            ) from None

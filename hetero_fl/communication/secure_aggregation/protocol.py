@@ -1,28 +1,52 @@
-"""Secure aggregation as a round protocol. See docs/how_to/secure_aggregation.md."""
+"""Secure aggregation as a round protocol, and its server. See docs/how_to/secure_aggregation.md.
+
+A client's vector is part of the sum if the server received the vector, even if the client drops out
+afterwards.
+"""
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
+import numpy as np
 from typing_extensions import override
 
-from hetero_fl.communication.named_arrays import decode_arrays
+from hetero_fl.communication.named_arrays import (
+    Arrays,
+    Field,
+    byte_string_to_row,
+    decode_arrays,
+    encode_arrays,
+    zero_arrays,
+)
 from hetero_fl.communication.protocol import (
+    AggregatedUploads,
+    BroadcastTo,
     Content,
+    Exchange,
     Exchanges,
     Message,
     RoundProtocol,
     TrainingRequest,
+    check_accepted,
+    encoded,
 )
+from hetero_fl.communication.secure_aggregation import crypto
 from hetero_fl.communication.secure_aggregation.client import (
+    REPLIES,
+    REQUESTS,
+    SEALED,
+    TAG,
     Notes,
-    Packer,
     SecureAggregationClient,
+    check_signatures,
+    client_numbers,
+    pair_mask,
+    survivors_statement,
 )
-from hetero_fl.communication.secure_aggregation.messages import REQUESTS, message_sizes
-from hetero_fl.communication.secure_aggregation.server import SecureAggregationRound
-from hetero_fl.communication.secure_aggregation.site_keys import SiteKeys
+from hetero_fl.communication.secure_aggregation.crypto import SiteKeys, apply_masks
 from hetero_fl.communication.vector_layout import (
     FixedPoint,
     SharedSetup,
@@ -31,7 +55,8 @@ from hetero_fl.communication.vector_layout import (
     weight_unit,
 )
 from hetero_fl.config.communication import SecureAggregationConfig
-from hetero_fl.core.payload import Payload, PayloadError
+from hetero_fl.core.payload import SPARE_BYTES, Payload, PayloadError
+from hetero_fl.utils.errors import RoundAbandonedError
 from hetero_fl.utils.ordering import natural_key
 
 
@@ -56,9 +81,7 @@ class SecureAggregation(RoundProtocol):
 
     setup: tuple[str, ...] = ("keys", "shares")
     requests: tuple[str, ...] = tuple(REQUESTS)
-    accepts_unencoded = False
     has_one_time_requests = True
-    hides_server = False
 
     def __init__(
         self,
@@ -89,18 +112,22 @@ class SecureAggregation(RoundProtocol):
     def answer(
         self, client_id: str, message: Message, round_idx: int, notes: Notes
     ) -> Message | TrainingRequest:
-        def packer(digest: bytes) -> Packer:
-            layout = self.agreed.layout(round_idx)
-            if digest != self._digest(layout):
-                raise PayloadError("layout: differs from the layout of this client")
-            return lambda upload, unit: self.encode_upload(
-                client_id, Payload.decode(upload), layout, unit, round_idx
-            )
+        layout = self.agreed.layout(round_idx)
+
+        def pack(upload: bytes, unit: float) -> Words:
+            return self.encode_upload(client_id, Payload.decode(upload), layout, unit, round_idx)
 
         client = SecureAggregationClient(
-            client_id, self.agreed.client_ids, round_idx, self.survivors, self.site_keys, notes
+            client_id,
+            self.agreed.client_ids,
+            round_idx,
+            self.survivors,
+            self.site_keys,
+            notes,
+            self._digest(layout),
+            pack,
         )
-        return client.answer(message, packer)
+        return client.answer(message)
 
     @override
     def broadcast_in(self, client_id: str, message: Message) -> Content:
@@ -134,7 +161,254 @@ class SecureAggregation(RoundProtocol):
         self, cohort: int, round_idx: int, broadcast: int, upload: int
     ) -> dict[str, tuple[int, int]]:
         # All clients send a vector of the same length, regardless of the size of their uploads.
-        return message_sizes(cohort, self.agreed.layout(round_idx).size, broadcast)
+        lengths = {"vector": self.agreed.layout(round_idx).size, "broadcast": broadcast}
+
+        def size(fields: Mapping[str, Field]) -> int:
+            # Clients exchange shares with all others.
+            peers = cohort - 1 if "sealed" in fields else cohort
+            return len(encode_arrays(zero_arrays(fields, lengths, peers)))
+
+        return {kind: (size(REQUESTS[kind]), size(REPLIES[kind])) for kind in REQUESTS}
 
     def _digest(self, layout: VectorLayout) -> bytes:
         return layout.digest_with(repr(self.fixed))
+
+
+class SecureAggregationRound:
+    """One round of secure aggregation on the server.
+
+    Args:
+        names: Ids of the clients in the cohort, keyed by their numbers in the federation.
+        threshold: Number of clients that must remain until the end of the round, and of shares that
+            are needed to reconstruct a secret.
+        layout: Digest of the layout and length of the vector.
+        unit: Exponent of the power of two by which clients divide values and weights.
+        round_idx: Index of the round.
+
+    Attributes:
+        dropouts: Reasons why clients dropped out, keyed by client id.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        threshold: int,
+        layout: tuple[bytes, int],
+        *,
+        unit: int,
+        round_idx: int,
+    ) -> None:
+        self.threshold = threshold
+        self.layout_digest, length = layout
+        self.unit = unit
+        self.round_idx = round_idx
+        self.tag = os.urandom(TAG)
+        self.names = names
+        self.dropouts: dict[str, str] = {}
+        self.total: Words = np.zeros(length, np.uint64)
+        # Public keys of the clients that hold shares, and their signatures, keyed by number.
+        self.public: dict[int, np.ndarray] = {}
+        self.endorsements: dict[int, np.ndarray] = {}
+        self.known_parts: set[bytes] = set()
+        # Shares that clients encrypted for each other, keyed by the numbers of sender and receiver.
+        self.sealed: dict[int, dict[int, np.ndarray]] = {}
+        self.commitments: dict[int, bytes] = {}
+        # What clients sign about the sum, and their signatures, keyed by number.
+        self.statement = b""
+        self.signatures: dict[int, np.ndarray] = {}
+        # Shares of the secret of each client, keyed by the numbers of the client and the holder.
+        self.shares: dict[int, dict[int, bytes]] = {}
+
+    def exchanges(self) -> Exchanges:
+        """Yield the five exchanges, and return the unmasked sum.
+
+        Raises:
+            RoundAbandonedError: If too few clients are left, or a secret cannot be reconstructed.
+        """
+        holders = yield from self._exchange("keys", self.names, lambda *_: {}, self._take_keys)
+        told = {
+            "numbers": np.array(holders, np.int32),
+            "keys": np.stack([self.public[number] for number in holders]),
+            "endorsements": np.stack([self.endorsements[number] for number in holders]),
+        }
+        members = yield from self._exchange(
+            "shares",
+            holders,
+            lambda number, _: {"head": np.array([number], np.int32), **told},
+            self._take_shares,
+        )
+        summed = yield from self._exchange("train", members, self._train_request, self._take_vector)
+        public = {number: self.public[number] for number in holders}
+        self.statement = survivors_statement(self.tag, public, summed)
+        survivors = {"survivors": np.array(summed, np.int32)}
+        signers = yield from self._exchange(
+            "consistency", summed, lambda *_: survivors, self._take_signature
+        )
+        signed = {
+            "signers": np.array(signers, np.int32),
+            "signatures": np.stack([self.signatures[number] for number in signers]),
+        }
+        yield from self._exchange("unmask", signers, lambda *_: signed, self._take_secrets)
+        apply_masks(self.total, self._remaining_masks(members, summed))
+        clients = [self.names[number] for number in summed]
+        # A client that drops out in the last exchange is in the sum nevertheless.
+        dropouts = {c: reason for c, reason in self.dropouts.items() if c not in clients}
+        return AggregatedUploads(clients, self.total, 2.0**self.unit, dropouts)
+
+    def _exchange(
+        self,
+        kind: str,
+        numbers: Iterable[int],
+        arrays: Callable[[int, BroadcastTo], Arrays],
+        take: Callable[[int, Arrays], None],
+    ) -> Generator[Exchange, None, list[int]]:
+        """Yield an exchange, and return the numbers of the clients with a valid reply.
+
+        Args:
+            kind: Kind of the request.
+            numbers: Numbers of the clients that receive the request.
+            arrays: Function that returns the arrays of the request to a client. The arguments are
+                the client's number and a function that returns the broadcast to a client id.
+            take: Function that processes a reply, with the client's number and the arrays of the
+                reply. It raises PayloadError for an invalid reply, with which the client drops out.
+
+        Raises:
+            RoundAbandonedError: If too few clients are left.
+        """
+        numbers_by_id = {self.names[number]: number for number in numbers}
+        silent = set(numbers_by_id)
+        accepted: list[int] = []
+
+        def content(client_id: str, broadcast_to: BroadcastTo) -> bytes:
+            tag = byte_string_to_row(self.tag)
+            return encode_arrays({"tag": tag, **arrays(numbers_by_id[client_id], broadcast_to)})
+
+        def accept(client_id: str, reply: Message) -> None:
+            if client_id not in silent:
+                return
+            silent.remove(client_id)
+            try:
+                take(numbers_by_id[client_id], self._decode_reply(kind, reply))
+                accepted.append(numbers_by_id[client_id])
+            except PayloadError as error:
+                self.dropouts[client_id] = str(error)
+
+        yield Exchange(kind, list(numbers_by_id), content, accept)
+        reason = f"no reply to {kind!r} of the secure aggregation"
+        self.dropouts |= {c: reason for c in numbers_by_id if c in silent}
+        if len(accepted) < self.threshold:
+            client, reason = next(reversed(self.dropouts.items()), ("no client", "dropped out"))
+            raise RoundAbandonedError(
+                f"round {self.round_idx + 1}: secure aggregation stopped at {kind!r}: "
+                f"{len(accepted)} of {len(self.names)} clients are left, but "
+                f"channel.secure_sum.threshold requires {self.threshold} ({client}: {reason})"
+            )
+        return sorted(accepted)
+
+    def _train_request(self, number: int, broadcast_to: BroadcastTo) -> Arrays:
+        senders = [sender for sender in sorted(self.sealed) if sender != number]
+        return {
+            "head": np.array([self.unit], np.int32),
+            "layout": byte_string_to_row(self.layout_digest),
+            "numbers": np.array(senders, np.int32),
+            "sealed": np.stack([self.sealed[sender][number] for sender in senders]),
+            "broadcast": byte_string_to_row(encoded(broadcast_to(self.names[number]))),
+        }
+
+    def _decode_reply(self, kind: str, message: Message) -> Arrays:
+        """Decode a reply.
+
+        Args:
+            kind: Kind of the request.
+            message: The reply.
+
+        Raises:
+            PayloadError: If the client refused the request or the reply is malformed.
+        """
+        max_bytes = SPARE_BYTES + self.total.nbytes + 2 * SEALED * len(self.names)
+        check_accepted(message, kind, max_bytes)
+        reply = decode_arrays(message.body, REPLIES[kind])
+        if message.kind != kind or reply["tag"].tobytes() != self.tag:
+            raise PayloadError("message of another round or exchange")
+        return reply
+
+    def _take_keys(self, number: int, reply: Arrays) -> None:
+        # All other clients would refuse these keys.
+        parts = _parts(reply["keys"])
+        for public in parts[:2]:
+            crypto.check_public_key(public)
+        if len(set(parts)) < len(parts) or not self.known_parts.isdisjoint(parts):
+            raise PayloadError("duplicate public key")
+        self.known_parts.update(parts)
+        self.public[number] = reply["keys"]
+        self.endorsements[number] = reply["endorsement"]
+
+    def _take_shares(self, number: int, reply: Arrays) -> None:
+        receivers = client_numbers(reply["numbers"])
+        if receivers != [other for other in sorted(self.public) if other != number]:
+            raise PayloadError("shares: receivers are not the other clients")
+        if len(reply["sealed"]) != len(receivers):
+            raise PayloadError(f"shares: expected {len(receivers)}, got {len(reply['sealed'])}")
+        self.sealed[number] = dict(zip(receivers, reply["sealed"], strict=True))
+        self.commitments[number] = reply["commitment"].tobytes()
+
+    def _take_vector(self, number: int, reply: Arrays) -> None:
+        vector = reply["vector"].view(np.uint64)
+        if len(vector) != len(self.total):
+            raise PayloadError(f"vector: expected {len(self.total)} numbers, got {len(vector)}")
+        np.add(self.total, vector, out=self.total)
+
+    def _take_signature(self, number: int, reply: Arrays) -> None:
+        check_signatures(self.statement, [number], reply["signature"][None], self.public)
+        self.signatures[number] = reply["signature"]
+
+    def _take_secrets(self, holder: int, reply: Arrays) -> None:
+        for number, share in zip(reply["numbers"].tolist(), reply["shares"], strict=False):
+            self.shares.setdefault(number, {})[holder] = share.tobytes()
+
+    def _remaining_masks(
+        self, members: Sequence[int], summed: Sequence[int]
+    ) -> list[tuple[bytes, bool]]:
+        """Return the key of each mask in the total, and whether to subtract the mask.
+
+        Args:
+            members: Numbers of the clients that share masks with each other.
+            summed: Numbers of the clients whose vectors are in the total.
+        """
+        masks: list[tuple[bytes, bool]] = []
+        for number in members:
+            if number in summed:
+                masks.append((self._reconstruct_secret(number, self._is_seed), True))
+            else:
+                # Add the masks that the client would have added.
+                private = crypto.load_private_key(self._reconstruct_secret(number, self._is_key))
+                masks += [
+                    pair_mask(private, self.public[other].tobytes(), number, other, self.tag)
+                    for other in summed
+                ]
+        return masks
+
+    def _reconstruct_secret(self, number: int, is_valid: Callable[[int, bytes], bool]) -> bytes:
+        """Return the secret of a client, trying different shares if some are invalid."""
+        available = list(self.shares.get(number, {}).items())
+        for start in range(len(available)) if len(available) >= self.threshold else ():
+            chosen = (available + available)[start : start + self.threshold]
+            secret = crypto.combine_shares(dict(chosen))
+            if secret is not None and is_valid(number, secret):
+                return secret
+        raise RoundAbandonedError(
+            f"round {self.round_idx + 1}: secure aggregation stopped at 'unmask': "
+            f"received {len(available)} shares of the secret of {self.names[number]}, but "
+            f"{self.threshold} valid shares are needed"
+        )
+
+    def _is_seed(self, number: int, secret: bytes) -> bool:
+        return crypto.commit_to_seed(secret, self.tag) == self.commitments[number]
+
+    def _is_key(self, number: int, secret: bytes) -> bool:
+        return crypto.public_key(secret) == self.public[number][32:64].tobytes()
+
+
+def _parts(keys: np.ndarray) -> list[bytes]:
+    """Return the public keys of a client: for shares, for masks and for signatures."""
+    return [part.tobytes() for part in keys.reshape(-1, crypto.KEY_LENGTH)]

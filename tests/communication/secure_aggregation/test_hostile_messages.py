@@ -12,7 +12,7 @@ import pytest
 from hetero_fl.communication.named_arrays import decode_arrays, encode_arrays
 from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation import crypto
-from hetero_fl.communication.secure_aggregation.messages import (
+from hetero_fl.communication.secure_aggregation.client import (
     KEYS,
     REPLIES,
     REQUESTS,

@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
 
 from hetero_fl.communication.named_arrays import decode_arrays, encode_arrays
 from hetero_fl.communication.protocol import Message
-from hetero_fl.communication.secure_aggregation.messages import REQUESTS
-from hetero_fl.communication.secure_aggregation.site_keys import ENDORSEMENT, SiteKeys
+from hetero_fl.communication.secure_aggregation.client import REQUESTS
+from hetero_fl.communication.secure_aggregation.crypto import ENDORSEMENT, SiteKeys
 from tests.support.cases import each_case
 from tests.support.secure_aggregation import Party, replacing
 

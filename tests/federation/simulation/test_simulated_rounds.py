@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.communication.link import UNSENT
+from hetero_fl.communication.compressor import UNSENT
 from hetero_fl.config.simulation import DevicesConfig, FaultsConfig
 from hetero_fl.engine.templates import training_flops
 from hetero_fl.experiment import prepare

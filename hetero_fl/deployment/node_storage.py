@@ -1,15 +1,11 @@
 """Files of a node, which may be encrypted: private states, the last answer and secrets.
 
-States are immutable and named by a keyed digest, which does not confirm a guess of the state. Each
-task names the state from which it starts, so the server and the node remain consistent after a
-crash or a repeated round. Unlike `hetero_fl.federation.state_store`, this module stores several
-states of a client, in separate files.
+Each task names the state from which it starts, so the server and the node remain consistent after a
+crash or a repeated round.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
 import secrets
 from collections.abc import Collection
@@ -18,8 +14,9 @@ from pathlib import Path
 from hetero_fl.communication.authenticated_encryption import KEY_LENGTH, decrypt, encrypt
 from hetero_fl.core.payload import PayloadError
 from hetero_fl.deployment.messages import RequestRefusedError
+from hetero_fl.federation.blob_store import BlobStore
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.serialization import check_private, sync_folder, write_atomically
+from hetero_fl.utils.serialization import CodecError, check_private, sync_folder, write_atomically
 
 # Number of stored states of a run. The server's two checkpoints may refer to one state each, and a
 # running task adds one.
@@ -90,18 +87,20 @@ class NodeStorage:
         """
         if not name:
             return b""
-        data = self.read(f"state-{name}")
-        if data is None or self.digest(data) != name:
+        states = self._states()
+        try:
+            data = states.get(name)
+        except (CodecError, OSError):
             raise StateLostError(
                 f"the private state {name[:12]}, from which this task starts, is missing or "
                 "damaged",
                 "lost",
-            )
-        os.utime(self.folder / f"state-{name}")
+            ) from None
+        os.utime(states.path(name))
         return data
 
     def save_state(self, data: bytes, protected: Collection[str] = ()) -> str:
-        """Save a private state under the name of its digest.
+        """Save a private state.
 
         If there are more than `MAX_STATES` states, the least recently used states are deleted,
         except those in `protected`.
@@ -115,13 +114,15 @@ class NodeStorage:
         """
         if not data:
             return ""
-        name = self.digest(data)
-        self.write(f"state-{name}", data)
-        files = sorted(self.folder.glob("state-*"), key=lambda file: file.stat().st_mtime_ns)
-        for file in files[:-MAX_STATES]:
-            if file.name.removeprefix("state-") not in protected:
-                file.unlink(missing_ok=True)
+        states = self._states()
+        name = states.put(data)
+        states.sync()
+        by_use = sorted(states.names, key=lambda each: states.path(each).stat().st_mtime_ns)
+        states.keep([*by_use[-MAX_STATES:], *protected])
         return name
+
+    def _states(self) -> BlobStore:
+        return BlobStore(self.folder / "states", self.secret("digests"), self.key)
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a file, or None if it is missing or damaged."""
@@ -143,10 +144,10 @@ class NodeStorage:
     def digest(self, data: bytes) -> str:
         """Return the HMAC-SHA-256 of private data under a secret of this folder.
 
-        Digests of private data that leave the site, or name something that leaves, are keyed,
-        because equal data would otherwise have equal digests, which confirms a guess.
+        Digests of private data that leave the site are keyed, because equal data would otherwise
+        have equal digests, which confirms a guess.
         """
-        return hmac.new(self.secret("digests"), data, hashlib.sha256).hexdigest()
+        return self._states().name_of(data)
 
     def secret(self, name: str) -> bytes:
         """Return a secret of 256 random bits, which is created on first use.

@@ -1,9 +1,9 @@
-"""Incremental checkpoints of a run.
+"""Checkpoints of a run.
 
-A checkpoint is a `Segment` file. The file contains the private states of clients that have changed
-since the previous checkpoint, the rest of the run's state, and a head with the locations of both.
-Unchanged private states remain in older files. The two newest checkpoints are kept. Older files are
-removed when neither of these checkpoints refers to them.
+A checkpoint is a small file with the name of a blob, the head, which names all other blobs of the
+checkpoint: the private states of clients, and the rest of the run's state. Blobs of unchanged
+states belong to several checkpoints. The two newest checkpoints are kept. Blobs are deleted when no
+kept checkpoint names them.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from hetero_fl.federation.state_store import BlobLocation, OpenSegment, Segment, StateStore
-from hetero_fl.utils.errors import RunFailedError
+from hetero_fl.federation.blob_store import BlobStore
+from hetero_fl.federation.state_store import BLOBS, StateStore
+from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import (
     CodecError,
     as_bytes,
@@ -26,9 +26,12 @@ from hetero_fl.utils.serialization import (
     encode,
     num_tensor_bytes,
     refuse_malformed,
+    write_atomically,
 )
 
-FORM = "hetero_fl checkpoint 3"
+FORM = "hetero_fl checkpoint 4"
+# First bytes of the checkpoints of earlier versions.
+EARLIER = b"HFLCKPT"
 # Maximum size in bytes of nested dictionaries that are written and read as a whole. Larger
 # dictionaries are split, so that a second copy of the whole state is never in memory.
 PIECE = 16 << 20
@@ -36,13 +39,12 @@ KEPT_CHECKPOINTS = 2
 _NAME = re.compile(r"round-(\d{6,})\.ckpt")
 
 
+class EarlierVersionError(UserError):
+    """Raised when a checkpoint was written by an earlier version of hetero_fl."""
+
+
 class Checkpoints:
     """Checkpoints of a run, in the folder of the state store.
-
-    If less than a quarter of a file is in use, the next checkpoint copies the part in use, and the
-    file is removed later. If all clients train in every round, there are two complete files. If
-    clients are sampled, the total size of the files is up to about four times the size of the
-    state.
 
     Args:
         store: Store of the clients' private states.
@@ -53,11 +55,14 @@ class Checkpoints:
     """
 
     def __init__(self, store: StateStore, log: Callable[[str], None]) -> None:
-        if store.folder is None:
+        if store.folder is None or store.blobs is None:
             raise ValueError("store: must have a folder for checkpoints, got a store in memory")
         self.store = store
         self.folder = store.folder
+        self.blobs = store.blobs
         self.log = log
+        # Names of the blobs of each kept checkpoint.
+        self._names: dict[Path, set[str]] = {}
 
     def save(
         self, completed: int, state: Mapping[str, Any], kept_rounds: Collection[int] = ()
@@ -71,21 +76,28 @@ class Checkpoints:
 
         Returns:
             Path of the checkpoint.
-
-        Raises:
-            RunFailedError: If private state in an older file has been damaged.
         """
         path = self.folder / checkpoint_name(completed)
-        segment = self.store.open_segment
-        assert segment is not None
-        self.store.compact_segments(replaced=path)
-        pieces = _write_tree(dict(state), segment)
-        segment.seal(path, _encode_head(pieces, self.store, segment, path.name))
-        self.store.start_segment()
+        tree = self._put_tree(dict(state))
+        head = Head(tree, self.store.committed, self.store.staged)
+        name = self.blobs.put(head.encode())
+        self.blobs.sync()
+        write_atomically(path, name.encode())
+        self._names[path] = {name, *head.names()}
         # Later files are damaged checkpoints, which `load_newest` has skipped.
         self._remove_files_after(completed)
         self._remove_unused_files(kept_rounds)
         return path
+
+    def _put_tree(self, tree: Any) -> Any:
+        """Write nested dictionaries, and return the name of the blob.
+
+        If the dictionary is larger than `PIECE`, each value is written separately, and a dictionary
+        of names is returned.
+        """
+        if isinstance(tree, dict) and num_tensor_bytes(tree) > PIECE:
+            return {key: self._put_tree(value) for key, value in tree.items()}
+        return self.blobs.put(encode(tree, FORM))
 
     def load(self, completed: int) -> dict[str, Any] | None:
         """Load the checkpoint of a round, including the private states.
@@ -112,9 +124,8 @@ class Checkpoints:
 
         Raises:
             RunFailedError: If all checkpoints are damaged.
+            EarlierVersionError: If the checkpoints were written by an earlier version.
         """
-        # Remove an unfinished segment of a process that was killed.
-        OpenSegment(self.folder).path.unlink(missing_ok=True)
         files = checkpoint_files(self.folder)
         tree = self._load_first_undamaged(files)
         if tree is None and files:
@@ -143,7 +154,7 @@ class Checkpoints:
         return tree
 
     def _load_first_undamaged(self, files: list[Path]) -> dict[str, Any] | None:
-        self.store.load_locations({}, {})
+        self.store.load({}, {})
         for path in reversed(files):
             try:
                 saved = read_checkpoint(path)
@@ -151,7 +162,7 @@ class Checkpoints:
                 fallback = "" if path == files[0] else "; using the previous checkpoint"
                 self.log(f"{path.name}: damaged ({error}){fallback}")
                 continue
-            self.store.load_locations(saved.locations, saved.staged_locations)
+            self.store.load(saved.head.committed, saved.head.staged)
             return saved.tree
         return None
 
@@ -161,18 +172,21 @@ class Checkpoints:
                 path.unlink()
 
     def _remove_unused_files(self, kept_rounds: Collection[int]) -> None:
-        """Remove files to which neither a kept checkpoint nor the store refers."""
+        """Remove checkpoints that are not kept, and the blobs that no kept checkpoint names."""
         files = checkpoint_files(self.folder)
-        used = self.store.files()
         kept = [path for path in files if checkpoint_round(path) in kept_rounds]
-        for path in (*kept, *files[-KEPT_CHECKPOINTS:]):
-            used.add(path)
-            # The references of a damaged checkpoint are not needed.
-            with suppress(CodecError, OSError), refuse_malformed():
-                used.update(path.with_name(name) for name in _decode_head(path)["files"])
-        for path in files:
-            if path not in used:
-                path.unlink()
+        kept += files[-KEPT_CHECKPOINTS:]
+        for path in set(files).difference(kept):
+            path.unlink()
+        self._names = {path: self._names.get(path) or self._read_names(path) for path in kept}
+        self.blobs.keep(set().union(*self._names.values()))
+
+    def _read_names(self, path: Path) -> set[str]:
+        """Return the names of the blobs of a checkpoint. The names in a damaged one are unknown."""
+        with suppress(CodecError, OSError), refuse_malformed():
+            name = _read_name(path)
+            return {name, *Head.decode(self.blobs.get(name)).names()}
+        return set()
 
 
 def checkpoint_name(completed: int) -> str:
@@ -203,109 +217,92 @@ def checkpoint_round(path: Path) -> int:
     return int(match[1])
 
 
-class SavedState(NamedTuple):
-    """Contents of a checkpoint.
+@dataclass(frozen=True)
+class Head:
+    """Names of the blobs of a checkpoint.
 
     Attributes:
-        tree: State of the run without private states, as nested dictionaries.
-        locations: Location of each client's committed private state, keyed by client id.
-        staged_locations: Location of each client's staged private state, keyed by client id. The
-            value is None if the state is empty.
+        tree: Names of the blobs with the state of the run without private states. Either one name,
+            or nested dictionaries of names.
+        committed: Name of each client's committed private state, keyed by client id.
+        staged: Name of each client's staged private state, keyed by client id. The name of an empty
+            state is an empty string.
     """
 
+    tree: Any
+    committed: dict[str, str]
+    staged: dict[str, str]
+
+    def encode(self) -> bytes:
+        """Encode the head, with committed states as a table, because there may be a million."""
+        committed = {
+            # Client ids are file names, so that none contains a slash.
+            "clients": "".join(f"{client}/" for client in self.committed),
+            "names": as_tensor(bytes.fromhex("".join(self.committed.values()))),
+        }
+        return encode({"tree": self.tree, "committed": committed, "staged": self.staged}, FORM)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Head:
+        """Decode the return value of `encode`.
+
+        Raises:
+            CodecError: If the bytes are malformed.
+        """
+        head = decode(data, FORM, bounded=False)
+        clients = head["committed"]["clients"].split("/")[:-1]
+        digits = as_bytes(head["committed"]["names"]).hex()
+        names = [digits[start : start + 64] for start in range(0, len(digits), 64)]
+        return cls(head["tree"], dict(zip(clients, names, strict=True)), head["staged"])
+
+    def names(self) -> set[str]:
+        """Return all names except that of the head."""
+        return {*_leaves(self.tree), *self.committed.values(), *filter(None, self.staged.values())}
+
+
+class SavedState(NamedTuple):
+    """Contents of a checkpoint: the state of the run without private states, and the head."""
+
     tree: dict[str, Any]
-    locations: dict[str, BlobLocation]
-    staged_locations: dict[str, BlobLocation | None]
+    head: Head
 
 
 def read_checkpoint(path: Path) -> SavedState:
-    """Read and verify a checkpoint.
-
-    The checksums of all private states are verified, including states in older files.
+    """Read a checkpoint, and verify all its blobs.
 
     Raises:
-        CodecError: If any byte of the checkpoint is damaged, in the file or in an older file.
+        CodecError: If any byte of the checkpoint is damaged.
         OSError: If a file is missing or cannot be read.
+        EarlierVersionError: If the checkpoint was written by an earlier version.
     """
-    head = _decode_head(path)
+    blobs = BlobStore(path.parent / BLOBS)
     # Anyone can write a file with a valid checksum.
     with refuse_malformed():
-        segments = [Segment.open(path.with_name(name)) for name in head["files"]]
-        locations = _decode_locations(head, segments)
-        staged = _decode_locations(head["waiting"], segments)
-        tree = _read_tree(head["tree"], Segment.open(path))
-        for location in (*locations.values(), *staged.values()):
-            location.segment.verify(location)
-        return SavedState(tree, locations, {**staged, **dict.fromkeys(head["nothing"])})
+        head = Head.decode(blobs.get(_read_name(path)))
+        for name in head.names():
+            blobs.get(name)
+        return SavedState(_read_tree(head.tree, blobs), head)
 
 
-def _encode_head(pieces: Any, store: StateStore, segment: OpenSegment, file_name: str) -> bytes:
-    """Encode the head of a segment that will have the name `file_name`."""
-    locations = store.locations()
-    staged = store.staged_locations()
-    staged_on_disk = {c: location for c, location in staged.items() if location is not None}
-    names = {
-        location.segment: location.segment.path.name
-        for location in (*locations.values(), *staged_on_disk.values())
-    }
-    names[segment] = file_name
-    files = sorted(set(names.values()))
-    numbers = {each: files.index(name) for each, name in names.items()}
-    head = {
-        "tree": pieces,
-        "files": files,
-        **_encode_locations(locations, numbers),
-        "waiting": _encode_locations(staged_on_disk, numbers),
-        "nothing": [client for client, location in staged.items() if location is None],
-    }
-    return encode(head, FORM)
+def _read_name(path: Path) -> str:
+    """Return the name of the head of a checkpoint."""
+    with open(path, "rb") as file:
+        content = file.read(1000)
+    if content.startswith(EARLIER):
+        raise EarlierVersionError(
+            f"{path}: written by an earlier version of hetero_fl; start a new run in another folder"
+        )
+    return content.decode()
 
 
-def _decode_head(path: Path) -> dict[str, Any]:
-    return decode(Segment.open(path).head(), FORM, bounded=False)
+def _read_tree(names: Any, blobs: BlobStore) -> Any:
+    if isinstance(names, dict):
+        return {key: _read_tree(value, blobs) for key, value in names.items()}
+    return decode(blobs.get(names), FORM, bounded=False)
 
 
-def _encode_locations(
-    locations: Mapping[str, BlobLocation], numbers: Mapping[Segment, int]
-) -> dict[str, Any]:
-    """Encode locations as a table with one row per client.
-
-    Args:
-        locations: Locations, keyed by client id.
-        numbers: Index of each segment in the list of files.
-    """
-    rows = [(numbers[blob.segment], blob.offset, blob.length) for blob in locations.values()]
-    return {
-        "clients": list(locations),
-        "places": torch.tensor(rows, dtype=torch.int64).reshape(-1, 3),
-        "digests": as_tensor(b"".join(blob.digest for blob in locations.values())),
-    }
-
-
-def _decode_locations(table: Mapping[str, Any], segments: list[Segment]) -> dict[str, BlobLocation]:
-    digests = as_bytes(table["digests"])
-    rows = zip(table["clients"], table["places"].tolist(), strict=True)
-    return {
-        str(client): BlobLocation(segments[file], offset, length, digests[32 * i : 32 * (i + 1)])
-        for i, (client, (file, offset, length)) in enumerate(rows)
-    }
-
-
-def _write_tree(tree: Any, segment: OpenSegment) -> Any:
-    """Write nested dictionaries to a segment, and return the location.
-
-    If the dictionary is larger than `PIECE`, each value is written separately, and a dictionary of
-    locations is returned.
-    """
-    if isinstance(tree, dict) and num_tensor_bytes(tree) > PIECE:
-        return {key: _write_tree(value, segment) for key, value in tree.items()}
-    location = segment.append(encode(tree, FORM))
-    return [location.offset, location.length, location.digest.hex()]
-
-
-def _read_tree(pieces: Any, segment: Segment) -> Any:
-    if isinstance(pieces, dict):
-        return {key: _read_tree(value, segment) for key, value in pieces.items()}
-    offset, length, digest = pieces
-    location = BlobLocation(segment, offset, length, bytes.fromhex(digest))
-    return decode(location.read(), FORM, bounded=False)
+def _leaves(names: Any) -> list[str]:
+    """Return the leaves of nested dictionaries."""
+    if isinstance(names, dict):
+        return [leaf for value in names.values() for leaf in _leaves(value)]
+    return [names]

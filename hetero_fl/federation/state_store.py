@@ -1,226 +1,32 @@
-"""Storage of clients' private state between rounds, in append-only segment files.
+"""Private states of clients between rounds: a cache in memory, and files named by their hashes.
 
 The new state of a client is staged after training. Staged states are committed when the server has
-used the client's upload. The next checkpoint seals the segment (see `checkpoint.py`).
+used the client's upload. Checkpoints record the names of the states (see `checkpoint.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
-import os
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from cachetools import LRUCache
 
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import move_tree
+from hetero_fl.federation.blob_store import BlobStore
 from hetero_fl.utils.errors import RunFailedError
-from hetero_fl.utils.serialization import (
-    CodecError,
-    copy_tree,
-    decode,
-    encode,
-    num_tensor_bytes,
-    sync_folder,
-)
+from hetero_fl.utils.serialization import CodecError, copy_tree, decode, encode, num_tensor_bytes
 
-MAGIC = b"HFLCKPT2"
-# Maximum number of bytes in memory while a blob is verified or copied.
-CHUNK = 1 << 20
-# Number of bytes after the head: the length of the head and a SHA-256 checksum.
-TRAILER = 8 + 32
 FORM = "private state 1"
+# Subfolder of the folder of checkpoints.
+BLOBS = "blobs"
 # Default size of the cache of states in bytes.
 MEMORY = 1 << 30
-# If less than 1 / COMPACT of a segment is in use, the part in use is copied, and the segment is
-# removed.
-COMPACT = 4
-
-
-class Segment:
-    """File that contains blobs, which are byte strings such as encoded states.
-
-    A segment consists of 8 magic bytes, the blobs, the head, the length of the head (8 bytes,
-    little-endian), and the SHA-256 checksum of the head and the length. The head contains the
-    locations and checksums of blobs in this segment and in older segments. Locations refer to the
-    segment object and therefore remain valid when the file is renamed.
-
-    Args:
-        path: Path of the file.
-        size: Size of the file in bytes.
-    """
-
-    def __init__(self, path: Path, size: int) -> None:
-        self.path = path
-        self.size = size
-
-    @classmethod
-    def open(cls, path: Path) -> Segment:
-        """Open a sealed segment.
-
-        Raises:
-            OSError: If the file does not exist or is not accessible.
-        """
-        return cls(path, path.stat().st_size)
-
-    def read(self, location: BlobLocation) -> bytes:
-        """Read a blob, and verify the checksum.
-
-        Raises:
-            CodecError: If the blob is damaged.
-            OSError: If the file cannot be read.
-        """
-        # `join` does not copy a single chunk.
-        return b"".join(self.stream(location, self.size))
-
-    def stream(self, location: BlobLocation, chunk_size: int = CHUNK) -> Iterator[bytes]:
-        """Yield the chunks of a blob, and verify the checksum after the last chunk.
-
-        Raises:
-            CodecError: If the blob is damaged. Raised after all chunks have been yielded.
-            OSError: If the file cannot be read.
-        """
-        checksum = hashlib.sha256()
-        # The location may be damaged, too.
-        length = min(location.length, self.size)
-        with open(self.path, "rb") as file:
-            file.seek(location.offset)
-            for start in range(0, length, chunk_size):
-                chunk = file.read(min(chunk_size, length - start))
-                checksum.update(chunk)
-                yield chunk
-        if checksum.digest() != location.digest:
-            raise CodecError(f"a checksum in {self.path.name} does not match")
-
-    def verify(self, location: BlobLocation) -> None:
-        """Verify the checksum of a blob. Only one chunk is in memory at a time.
-
-        Raises:
-            CodecError: If the blob is damaged.
-            OSError: If the file cannot be read.
-        """
-        for _ in self.stream(location):
-            pass
-
-    def head(self) -> bytes:
-        """Return the head of a sealed segment.
-
-        Raises:
-            CodecError: If the magic bytes, the head or the bytes after the head are damaged.
-            OSError: If the file cannot be read.
-        """
-        with open(self.path, "rb") as file:
-            if file.read(len(MAGIC)) != MAGIC:
-                raise CodecError("not a checkpoint of this version, or its first bytes are damaged")
-            file.seek(max(0, self.size - TRAILER))
-            trailer = file.read(TRAILER)
-            length = int.from_bytes(trailer[:8], "little")
-            file.seek(max(0, self.size - TRAILER - length))
-            head = file.read(min(length, self.size))
-        if hashlib.sha256(head + trailer[:8]).digest() != trailer[8:]:
-            raise CodecError("its checksum does not match, or it is truncated")
-        return head
-
-
-class BlobLocation(NamedTuple):
-    """Location and checksum of a blob.
-
-    Attributes:
-        segment: The segment that contains the blob.
-        offset: Offset of the first byte.
-        length: Number of bytes.
-        digest: SHA-256 checksum.
-    """
-
-    segment: Segment
-    offset: int
-    length: int
-    digest: bytes
-
-    def read(self) -> bytes:
-        """Read the blob, and verify the checksum (see `Segment.read`)."""
-        return self.segment.read(self)
-
-
-class OpenSegment(Segment):
-    """Segment to which blobs can be appended.
-
-    The file has a temporary name until the segment is sealed, so that a sealed segment is always
-    complete. The file is closed after each call, because the process may be killed at any time.
-
-    Args:
-        folder: Folder of the file.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        # The name is always the same, so that files do not accumulate after crashes.
-        super().__init__(folder / ".next.ckpt.tmp", 0)
-
-    def append(self, data: bytes) -> BlobLocation:
-        """Append a blob, and return the location of the blob.
-
-        If writing fails, the next blob overwrites the incomplete blob.
-        """
-        return self._append([data], hashlib.sha256(data).digest())
-
-    def copy(self, location: BlobLocation) -> BlobLocation:
-        """Append a blob of another segment, and return the new location of the blob.
-
-        Only one chunk is in memory at a time.
-
-        Raises:
-            CodecError: If the blob is damaged in the other segment.
-        """
-        return self._append(location.segment.stream(location), location.digest)
-
-    def _append(self, chunks: Iterable[bytes], digest: bytes) -> BlobLocation:
-        if not self.size:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_bytes(MAGIC)
-            self.size = len(MAGIC)
-        end = self.size
-        with open(self.path, "r+b") as file:
-            file.seek(end)
-            for chunk in chunks:
-                end += file.write(chunk)
-        location = BlobLocation(self, self.size, end - self.size, digest)
-        self.size = end
-        return location
-
-    def truncate(self, size: int) -> None:
-        """Remove all blobs at offsets from `size` on."""
-        if size < self.size:
-            os.truncate(self.path, size)
-            self.size = size
-
-    def seal(self, path: Path, head: bytes) -> None:
-        """Append the head, flush the file to disk, and rename the file.
-
-        No blobs can be appended afterwards.
-
-        Args:
-            path: New path of the file.
-            head: The encoded head.
-        """
-        length = len(head).to_bytes(8, "little")
-        self.append(head)
-        with open(self.path, "r+b") as file:
-            file.seek(self.size)
-            file.write(length + hashlib.sha256(head + length).digest())
-            file.truncate()
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(self.path, path)
-        sync_folder(path.parent)
-        self.path = path
-        self.size += TRAILER
 
 
 @dataclass
@@ -275,19 +81,6 @@ class PrivateState:
         return PrivateState(**copy_tree({"models": self.models, "state": self.state}))
 
 
-@dataclass
-class StateVersion:
-    """Staged or committed version of a client's state.
-
-    Attributes:
-        stamp: Number of the version, which is unique in a store.
-        location: Location on disk, or None if the store has no folder.
-    """
-
-    stamp: int
-    location: BlobLocation | None
-
-
 class StateStore:
     """Store of the private states of clients.
 
@@ -295,11 +88,16 @@ class StateStore:
     Results therefore do not depend on the size of the cache or on whether a run is resumed.
 
     Args:
-        folder: Folder to which staged states are written. If None, all states are stored in memory.
+        folder: Folder of the checkpoints, to which staged states are written. If None, all states
+            are stored in memory.
         memory: Maximum size of the cache in bytes. Ignored if `folder` is None.
 
     Attributes:
-        open_segment: The segment to which states are written, or None if there is no folder.
+        blobs: Files of the states, or None if there is no folder.
+        committed: Name of each client's committed state, keyed by client id. Without a folder,
+            names are numbers. Clients with an empty state are missing.
+        staged: Name of each client's staged state, keyed by client id. The name of an empty state
+            is an empty string.
         notes: State of the clients between the exchanges of a round, keyed by client id. The notes
             are never written to disk.
     """
@@ -307,19 +105,15 @@ class StateStore:
     def __init__(self, folder: Path | None = None, memory: int = MEMORY) -> None:
         self.folder = folder
         self.memory = memory
-        self.open_segment: OpenSegment | None = None
+        self.blobs = None if folder is None else BlobStore(folder / BLOBS)
+        self.committed: dict[str, str] = {}
+        self.staged: dict[str, str] = {}
         self.notes: dict[str, bytes] = {}
-        # Cached states, keyed by stamp.
-        self._cache: LRUCache[int, PrivateState | bytes] = LRUCache(
+        # Cached states, keyed by name.
+        self._cache: LRUCache[str, PrivateState | bytes] = LRUCache(
             math.inf if folder is None else memory, getsizeof=_num_bytes
         )
-        self._committed: dict[str, StateVersion] = {}
-        # The value is None for a client whose new state is empty.
-        self._staged: dict[str, StateVersion | None] = {}
-        self._stamps = itertools.count()
-        # Size of the open segment at the last commit.
-        self._committed_size = 0
-        self.start_segment()
+        self._numbers = itertools.count()
 
     @property
     def cached_bytes(self) -> int:
@@ -336,14 +130,11 @@ class StateStore:
         Raises:
             RunFailedError: If the state is damaged on disk.
         """
-        version = self._committed.get(client)
-        if version is None:
-            return PrivateState()
-        state = self._load(client, version)
+        state = self._read(client)
         if isinstance(state, bytes):
             state = PrivateState.decode(state)
-            self._add_to_cache(version.stamp, state)
-        return state
+            self._add_to_cache(self.committed[client], state)
+        return state or PrivateState()
 
     def encoded(self, client: str) -> bytes | None:
         """Return the encoded committed state of a client, or None if the state is empty.
@@ -351,33 +142,28 @@ class StateStore:
         Raises:
             RunFailedError: If the state is damaged on disk.
         """
-        version = self._committed.get(client)
-        if version is None:
-            return None
-        state = self._load(client, version)
-        return state if isinstance(state, bytes) else state.encode()
+        state = self._read(client)
+        return state.encode() if isinstance(state, PrivateState) else state
 
-    def stamp(self, client: str) -> int | None:
-        """Return the version number of a client's committed state, or None if the state is empty.
+    def stamp(self, client: str) -> str | None:
+        """Return the name of a client's committed state, or None if the state is empty.
 
-        The number changes with each commit of a new state.
+        Different states have different names.
         """
-        version = self._committed.get(client)
-        return None if version is None else version.stamp
+        return self.committed.get(client)
 
     def num_bytes(self, client: str) -> int:
         """Return the size of a client's committed state in bytes. 0 if the state is empty.
 
         If the state is not cached, the size of the encoded state is returned.
         """
-        version = self._committed.get(client)
-        return 0 if version is None else _num_bytes(self._load(client, version))
+        return _num_bytes(self._read(client) or b"")
 
     def clients(self) -> list[str]:
         """Return the sorted ids of the clients with a committed state that is not empty."""
-        return sorted(self._committed)
+        return sorted(self.committed)
 
-    def stage(self, client: str, private: PrivateState | bytes) -> int | None:
+    def stage(self, client: str, private: PrivateState | bytes) -> str | None:
         """Stage the new state of a client, which replaces a staged state of the client.
 
         Args:
@@ -385,29 +171,26 @@ class StateStore:
             private: The state, or the return value of `PrivateState.encode`.
 
         Returns:
-            The version number that the state will have when it is committed (see `stamp`). None if
-            the state is empty.
+            The name of the state (see `stamp`), or None if the state is empty.
         """
         self.discard_client(client)
         if not private:
-            self._staged[client] = None
+            self.staged[client] = ""
             return None
-        location = None
-        if self.open_segment is not None:
-            data = private if isinstance(private, bytes) else private.encode()
-            location = self.open_segment.append(data)
-        version = StateVersion(next(self._stamps), location)
-        self._staged[client] = version
-        cached = private if isinstance(private, bytes) else private.normalized()
-        self._add_to_cache(version.stamp, cached)
-        return version.stamp
+        if self.blobs is None:
+            name = str(next(self._numbers))
+        else:
+            name = self.blobs.put(private if isinstance(private, bytes) else private.encode())
+        self.staged[client] = name
+        self._add_to_cache(name, private if isinstance(private, bytes) else private.normalized())
+        return name
 
     def discard_client(self, client: str) -> None:
         """Drop the staged state of a client, for example because the upload cannot be used.
 
         This method has no effect if the client has no staged state.
         """
-        self._remove_from_cache(self._staged.pop(client, None))
+        self._cache.pop(self.staged.pop(client, ""), None)
 
     def commit(self, clients: Collection[str] | None = None) -> None:
         """Commit staged states, which replace the clients' previous states, and clear all notes.
@@ -416,147 +199,53 @@ class StateStore:
             clients: Ids of the clients whose states are committed. If None, all staged states are
                 committed.
         """
-        used = list(self._staged)
+        used = list(self.staged)
         if clients is not None:
-            used = [client for client in clients if client in self._staged]
+            used = [client for client in clients if client in self.staged]
         for client in used:
-            version = self._staged.pop(client)
-            self._remove_from_cache(self._committed.pop(client, None))
-            if version is not None:
-                self._committed[client] = version
+            name = self.staged.pop(client)
+            if (previous := self.committed.pop(client, "")) != name:
+                self._cache.pop(previous, None)
+            if name:
+                self.committed[client] = name
         self.notes.clear()
-        self._mark_committed_size()
 
     def discard(self) -> None:
-        """Drop all staged states and all notes."""
-        for client in list(self._staged):
+        """Drop all staged states and all notes. The next checkpoint deletes their files."""
+        for client in list(self.staged):
             self.discard_client(client)
         self.notes.clear()
-        if self.open_segment is not None:
-            self.open_segment.truncate(self._committed_size)
 
-    def locations(self) -> dict[str, BlobLocation]:
-        """Return the locations of the committed states on disk, keyed by client id."""
-        return {
-            client: version.location
-            for client, version in sorted(self._committed.items())
-            if version.location is not None
-        }
-
-    def staged_locations(self) -> dict[str, BlobLocation | None]:
-        """Return the locations of the staged states on disk, keyed by client id.
-
-        The value is None if the state is empty or if the store has no folder.
-        """
-        return {
-            client: None if version is None else version.location
-            for client, version in sorted(self._staged.items())
-        }
-
-    def files(self) -> set[Path]:
-        """Return the paths of the files that contain committed or staged states."""
-        segments = {location.segment for _, _, location in self._stored_versions()}
-        return {segment.path for segment in segments}
-
-    def compact_segments(self, replaced: Path) -> None:
-        """Copy states from segments of which only a small part is in use to the open segment.
-
-        Args:
-            replaced: File that will be overwritten. All states in use in this file are copied.
-
-        Raises:
-            RunFailedError: If a state is damaged on disk.
-        """
-        assert self.open_segment is not None
-        versions = self._stored_versions()
-        used_bytes: Counter[Segment] = Counter()
-        for _, _, location in versions:
-            used_bytes[location.segment] += location.length
-        obsolete = {
-            segment
-            for segment, num_bytes in used_bytes.items()
-            if segment is not self.open_segment
-            and (segment.path == replaced or num_bytes * COMPACT < segment.size)
-        }
-        for client, version, location in versions:
-            if location.segment in obsolete:
-                try:
-                    version.location = self.open_segment.copy(location)
-                except (CodecError, OSError) as error:
-                    raise _damaged_error(client, error) from None
-        self._mark_committed_size()
-
-    def start_segment(self) -> None:
-        """Start a new segment. Call this method after the previous segment has been sealed.
-
-        This method has no effect if the store has no folder.
-        """
-        if self.folder is not None:
-            self.open_segment = OpenSegment(self.folder)
-        self._mark_committed_size()
-
-    def load_locations(
-        self,
-        locations: Mapping[str, BlobLocation],
-        staged_locations: Mapping[str, BlobLocation | None],
-    ) -> None:
+    def load(self, committed: Mapping[str, str], staged: Mapping[str, str]) -> None:
         """Replace all states by the states of a checkpoint.
 
         Args:
-            locations: Location of each client's committed state, keyed by client id.
-            staged_locations: Location of each client's staged state, keyed by client id. The value
-                is None if the state is empty.
+            committed: Name of each client's committed state, keyed by client id.
+            staged: Name of each client's staged state, keyed by client id. The name of an empty
+                state is an empty string.
         """
         self._cache.clear()
-        self._committed = {
-            client: StateVersion(next(self._stamps), location)
-            for client, location in locations.items()
-        }
-        self._staged = {
-            client: None if location is None else StateVersion(next(self._stamps), location)
-            for client, location in staged_locations.items()
-        }
-        self.start_segment()
+        self.committed = dict(committed)
+        self.staged = dict(staged)
 
-    def _stored_versions(self) -> list[tuple[str, StateVersion, BlobLocation]]:
-        """Return all versions on disk in a reproducible order."""
-        return [
-            (client, version, version.location)
-            for versions in (self._committed, self._staged)
-            for client, version in sorted(versions.items())
-            if version is not None and version.location is not None
-        ]
-
-    def _mark_committed_size(self) -> None:
-        """Record the size to which `discard` truncates the open segment."""
-        self._committed_size = 0 if self.open_segment is None else self.open_segment.size
-
-    def _load(self, client: str, version: StateVersion) -> PrivateState | bytes:
-        """Return the cached state. If there is none, return the encoded state from disk."""
-        cached = self._cache.get(version.stamp)
-        if cached is not None:
-            return cached
-        assert version.location is not None, "a version without a location is always cached"
+    def _read(self, client: str) -> PrivateState | bytes | None:
+        """Return the cached state, else the encoded state on disk. None if the state is empty."""
+        name = self.committed.get(client, "")
+        if not name or name in self._cache:
+            return self._cache.get(name)
+        assert self.blobs is not None, "without a folder, all states are cached"
         try:
-            return version.location.read()
+            return self.blobs.get(name)
         except (CodecError, OSError) as error:
-            raise _damaged_error(client, error) from None
+            raise RunFailedError(
+                f"the private state of {client} is damaged on disk ({error}); "
+                "resume the run from an undamaged checkpoint"
+            ) from None
 
-    def _add_to_cache(self, stamp: int, value: PrivateState | bytes) -> None:
+    def _add_to_cache(self, name: str, value: PrivateState | bytes) -> None:
         if _num_bytes(value) <= self._cache.maxsize:
-            self._cache[stamp] = value
-
-    def _remove_from_cache(self, version: StateVersion | None) -> None:
-        if version is not None:
-            self._cache.pop(version.stamp, None)
+            self._cache[name] = value
 
 
 def _num_bytes(value: PrivateState | bytes) -> int:
-    return len(value) if isinstance(value, bytes) else num_tensor_bytes([value.models, value.state])
-
-
-def _damaged_error(client: str, error: Exception) -> RunFailedError:
-    return RunFailedError(
-        f"the private state of {client} is damaged on disk ({error}); "
-        "resume the run from an undamaged checkpoint"
-    )
+    return len(value) if isinstance(value, bytes) else value.num_bytes

@@ -11,6 +11,7 @@ from typing import Any
 from hetero_fl.config.describe import describe_difference, resume_relevant
 from hetero_fl.federation.checkpoint import (
     KEPT_CHECKPOINTS,
+    EarlierVersionError,
     checkpoint_files,
     checkpoint_name,
     checkpoint_round,
@@ -249,6 +250,8 @@ def _check_checkpoints(
                 _compare(directory, read_checkpoint(path).tree, path.name, problems)
         except (CodecError, OSError) as error:
             problems[f"checkpoint/{path.name}"] = f"damaged ({error})"
+        except EarlierVersionError:
+            problems[f"checkpoint/{path.name}"] = "written by an earlier version of hetero_fl"
 
 
 def _first_result(directory: RunDirectory) -> str:

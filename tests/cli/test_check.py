@@ -94,6 +94,12 @@ def no_checkpoints(path: Path) -> None:
     shutil.rmtree(path / "checkpoint")
 
 
+def head_of_newest(path: Path) -> Path:
+    """Return the file that names the other files of the newest checkpoint of a finished run."""
+    name = (path / "checkpoint" / "round-000004.ckpt").read_text()
+    return path / "checkpoint" / "blobs" / name[:2] / name
+
+
 def edit(line: bytes) -> bytes:
     return line.replace(b'"up_bytes": ', b'"up_bytes": 1')
 
@@ -186,6 +192,14 @@ DEEP = {
     "checkpoint in a folder": (
         folder_at("checkpoint/round-000004.ckpt"),
         "checkpoint/round-000004.ckpt: damaged ([Errno 21] Is a directory",
+    ),
+    "blob missing": (
+        lambda path: head_of_newest(path).unlink(),
+        "checkpoint/round-000004.ckpt: damaged ([Errno 2] No such file",
+    ),
+    "earlier version": (
+        lambda path: (path / "checkpoint/round-000004.ckpt").write_bytes(b"HFLCKPT2"),
+        "checkpoint/round-000004.ckpt: written by an earlier version",
     ),
 }
 DAMAGED = {**FINISHED, **DEEP}
@@ -447,7 +461,9 @@ def test_record_without_checkpoint_is_accepted(stopped: Path) -> None:
 
     with open(stopped / "metrics.jsonl", "a") as file:
         file.write('{"round": 4, "up_by')
-    (stopped / "checkpoint" / ".next.ckpt.tmp").write_bytes(b"half")
+    (stopped / "checkpoint" / ".round-000004.ckpt.tmp").write_bytes(b"half")
+    (stopped / "checkpoint" / "blobs" / "ab").mkdir(exist_ok=True)
+    (stopped / "checkpoint" / "blobs" / "ab" / f"{'ab' * 32}.tmp").write_bytes(b"half")
     assert main(["check", str(stopped)]) == 0
     assert main(["train", "--resume", "--out", str(stopped)]) == 0
 
@@ -473,7 +489,7 @@ def test_missing_log_and_older_checkpoint_are_accepted(
     case: str, prepared_runs: Path, tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(prepared_runs / case, tmp_path / "a"))
-    *_, older, _newest = sorted(file.name for file in (path / "checkpoint").iterdir())
+    *_, older, _newest = sorted(file.name for file in (path / "checkpoint").glob("*.ckpt"))
     (path / "checkpoint" / older).unlink()
     (path / "log.txt").unlink()
 

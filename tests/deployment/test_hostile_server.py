@@ -146,7 +146,9 @@ def test_digests_that_leave_are_keyed(tmp_path: Path) -> None:
 
     run_federation(source, seen, out=tmp_path / "run", wait=LONG, callbacks=[keep_hashes])
 
-    states = [hashlib.sha256(file.read_bytes()).hexdigest() for file in tmp_path.rglob("state-*")]
+    states = [
+        hashlib.sha256(file.read_bytes()).hexdigest() for file in tmp_path.rglob("states/*/*")
+    ]
     assert len(states) >= 3 and len(rows) == 3
     assert any(answer.head.get("state") for answer in seen.received)
     for digest in [*states, *rows]:

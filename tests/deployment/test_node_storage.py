@@ -99,8 +99,8 @@ def test_truncated_file_is_damaged(length: int, tmp_path: Path) -> None:
     storage = NodeStorage(tmp_path, bytes(32))
     storage.secret("noise")
     name = storage.save_state(b"state")
-    for file in ("noise", f"state-{name}"):
-        (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:length])
+    for path in (tmp_path / "noise", tmp_path / "states" / name[:2] / name):
+        path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(UserError, match="noise: cannot be decrypted"):
         storage.secret("noise")
     with pytest.raises(StateLostError, match="missing or damaged"):

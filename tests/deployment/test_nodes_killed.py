@@ -188,7 +188,7 @@ def test_number_of_kept_states_is_limited(tmp_path: Path) -> None:
         run_config, Sites(CLIENTS, tmp_path / "sites", transport=Greedy()), tmp_path / "deployed"
     )
     (folder,) = (tmp_path / "sites" / "site_1" / "runs").iterdir()
-    assert len(list(folder.glob("state-*"))) <= 2 * MAX_STATES
+    assert len(list(folder.glob("states/*/*"))) <= 2 * MAX_STATES
 
 
 def test_states_named_by_checkpoints_are_kept(tmp_path: Path) -> None:

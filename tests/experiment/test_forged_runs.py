@@ -140,11 +140,12 @@ TREES: dict[str, Change] = {
     "server": lambda tree: {**tree, "run": {**tree["run"], "server": {"models": {}, "state": {}}}},
 }
 HEADS: dict[str, Change] = {
-    **{key: partial(drop, key) for key in ("tree", "files", "places", "waiting")},
-    "other folder": lambda head: {**head, "files": ["../x", "/dev/zero"]},
-    "place": lambda head: {**head, "places": head["places"] + 2**40},
-    "length": lambda head: {**head, "places": head["places"] + torch.tensor([0, 0, 2**55])},
-    "checksum": lambda head: {**head, "tree": [1, 2, "zz"]},
+    **{key: partial(drop, key) for key in ("tree", "committed", "staged")},
+    "other folder": lambda head: {**head, "tree": "../../../../../dev/zero"},
+    "device": lambda head: {**head, "staged": {"site_1": "/dev/zero"}},
+    "number": lambda head: {**head, "staged": {"site_1": 7}},
+    "clients": lambda head: {**head, "committed": {**head["committed"], "clients": "site_1/"}},
+    "names": lambda head: {**head, "committed": {**head["committed"], "names": torch.ones(3)}},
 }
 
 
@@ -161,18 +162,18 @@ def test_forged_checkpoint_is_refused_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     copied = copy_of(finished, tmp_path)
-    write_head = checkpoint._encode_head
+    encode_head = checkpoint.Head.encode
     checkpoints = checkpoint.Checkpoints(StateStore(copied / "checkpoint"), print)
     tree = checkpoints.load_newest()
 
-    def forge(*arguments: Any) -> bytes:
-        head = decode(write_head(*arguments), checkpoint.FORM, bounded=False)
+    def forge(names: checkpoint.Head) -> bytes:
+        head = decode(encode_head(names), checkpoint.FORM, bounded=False)
         return encode(change_head(head), checkpoint.FORM)
 
     # The checkpoint is the only one, and the run is not inspected as one that has finished.
     for name in ("summary.json", "checkpoint/round-000000.ckpt"):
         (copied / name).unlink()
-    monkeypatch.setattr(checkpoint, "_encode_head", forge)
+    monkeypatch.setattr(checkpoint.Head, "encode", forge)
     checkpoints.save(1, change_tree(tree or {}))
 
     assert_refused(capsys, "check", copied)

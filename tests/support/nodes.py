@@ -266,7 +266,7 @@ class Sites:
 
     def lose_state(self, client: str) -> None:
         """Delete the stored states of a client."""
-        for file in (self.folder / client).rglob("state-*"):
+        for file in (self.folder / client).rglob("states/*/*"):
             file.unlink()
 
     def _handle(self, client: str, node: Node, envelope: Envelope) -> Envelope:

@@ -397,7 +397,7 @@ class WorkerExecutor(Executor):
         self.chunk = chunk
         self.costs = TaskCosts(client_infos)
         # Worker that has the private state of a client, and stamp of the state, keyed by client id.
-        self._holders: dict[str, tuple[int, int]] = {}
+        self._holders: dict[str, tuple[int, str]] = {}
         # Unfinished jobs of each worker, in order. They may belong to an abandoned round.
         self._running: defaultdict[int, deque[WorkerJob]] = defaultdict(deque)
         self._num_jobs = 0
@@ -561,7 +561,7 @@ class WorkerExecutor(Executor):
         holder = self._holders.get(client)
         return holder is None or holder[0] == worker
 
-    def _record_holder(self, worker: int, client: str, stamp: int | None) -> None:
+    def _record_holder(self, worker: int, client: str, stamp: str | None) -> None:
         """Record which worker has the state of a client. If `stamp` is None, there is no state."""
         if stamp is None:
             self._holders.pop(client, None)

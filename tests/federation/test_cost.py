@@ -12,13 +12,13 @@ import yaml
 from hetero_fl.algorithms import FedAvg
 from hetero_fl.cli import main
 from hetero_fl.experiment import prepare, run
-from hetero_fl.federation.cost import (
-    expected_cost,
-)
+from hetero_fl.federation.cost import expected_cost
 from hetero_fl.federation.executors.choose import plan_memory
+from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.reporting.formatting import format_bytes
 from model_zoo import create_model
 from tests.support.asynchronous_runs import source as paced
+from tests.support.calls import record_results
 from tests.support.cases import each_case
 from tests.support.federations import TOP, config, rounds_of
 
@@ -114,6 +114,23 @@ def test_cost_of_custom_method_may_depend_on_the_round() -> None:
     assert [rounds.run_round()["failed"] for _ in range(3)] == [{}] * 3
     cost = expected_cost(rounds.algorithm, rounds.federation, 3, every=1)
     assert cost.up.total() == rounds.traffic.up
+
+
+def test_number_of_dry_runs_does_not_grow_with_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = record_results(monkeypatch, ExpectedUploads, "dry_run_upload")
+    prepared = prepare(small("hybrid", clients__overrides=[{"match": "site_1", "share_every": 2}]))
+
+    costs, counts = [], []
+    for rounds in (4, 6, 60):
+        calls.clear()
+        costs.append(expected_cost(prepared.method, prepared.federation, rounds))
+        counts.append(len(calls))
+
+    assert counts[0] == counts[1] == counts[2] > 0
+    for name in ("up", "down", "evaluation", "client_operations"):
+        first, second, last = (getattr(cost, name).total() for cost in costs)
+        # After the first rounds, two rounds add the same cost again.
+        assert last - first == 28 * (second - first) > 0
 
 
 # Asynchronous runs

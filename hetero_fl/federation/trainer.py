@@ -94,7 +94,7 @@ def add_evaluation(record: Record, evaluation: EvaluationResult) -> None:
         for c, r in evaluation.clients.items()
     }
     if evaluation.absent_clients:
-        record["unread"] = evaluation.absent_clients
+        record["absent"] = evaluation.absent_clients
 
 
 class FederatedTrainer(ABC):

@@ -41,7 +41,11 @@ DERIVED = ("report.html", "plots/*.png")
 # Folder of the nodes of a federation on one machine.
 SITES = "sites"
 # Keys in the files of former versions, and the keys as which they are read.
-FORMER_KEYS = {"unread": "absent", "anew": "reset"}  # style: ok (former names)
+FORMER_KEYS = {
+    "unread": "absent",
+    "anew": "reset",  # style: ok (former name)
+    "liars": "malicious",  # style: ok (former name)
+}
 # Files that may exist if the creation of a run directory was interrupted.
 UNFINISHED = {"environment.json", ".environment.json.tmp", ".config.yaml.tmp", LOCK, LOG, SITES}
 
@@ -470,7 +474,10 @@ class RunDirectory:
 
 def _with_current_keys(content: Json) -> Json:
     """Rename the keys of former versions in the content of a file or in the record of a round."""
-    return {FORMER_KEYS.get(key, key): value for key, value in content.items()}
+    renamed = {FORMER_KEYS.get(key, key): value for key, value in content.items()}
+    if isinstance(attacks := renamed.get("attacks"), dict):
+        renamed["attacks"] = _with_current_keys(attacks)
+    return renamed
 
 
 def _json_text(content: Mapping[str, Any]) -> str:

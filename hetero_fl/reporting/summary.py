@@ -328,7 +328,7 @@ def attack_summary(federation: FederationSpec, history: Sequence[Record]) -> dic
     success = [r["attacks"]["success"] for r in history if "success" in r["attacks"]]
     return {
         "name": malicious.config.name,
-        "liars": malicious.sorted_ids,  # style: ok (file key)
+        "malicious": malicious.sorted_ids,
         "success": success[-1] if success else None,
     }
 

@@ -45,6 +45,7 @@ FORMER_KEYS = {
     "unread": "absent",
     "anew": "reset",  # style: ok (former name)
     "liars": "malicious",  # style: ok (former name)
+    "read": "evaluated_when",
 }
 # Files that may exist if the creation of a run directory was interrupted.
 UNFINISHED = {"environment.json", ".environment.json.tmp", ".config.yaml.tmp", LOCK, LOG, SITES}

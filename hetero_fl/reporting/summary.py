@@ -404,7 +404,7 @@ def collect_details(
         "calibration": {
             client_id: client.calibration for client_id, client in evaluation.clients.items()
         },
-        "read": method.evaluated_when,
+        "evaluated_when": method.evaluated_when,
         "about": data.about,
         "notes": list(notes),
         "protections": collect_protections(federation),

@@ -300,7 +300,7 @@ def _write_details(
             "calibration": read(
                 lambda k, i, r: _calibration(0.1 if r == "personal" else 0.35, rng)
             ),
-            "read": "after aggregation, as deployed with the next broadcast",
+            "evaluated_when": "after aggregation, as deployed with the next broadcast",
             "about": "PneumoniaMNIST, CC BY 4.0",
             "notes": [
                 "FedMD uses KL with T = 2 here.",

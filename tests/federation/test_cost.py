@@ -41,11 +41,13 @@ def small(method: str, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("every", [1, 4])
-@pytest.mark.parametrize("share_every", [1, 3])
+@pytest.mark.parametrize(
+    ("clients", "share_every"), [("site_1", 1), ("site_[12]", 3), ("site_*", 3)]
+)
 def test_cost_with_sharing_and_evaluation_intervals(
-    share_every: int, every: int, tmp_path: Any
+    clients: str, share_every: int, every: int, tmp_path: Any
 ) -> None:
-    now_and_then = {"match": "site_[12]", "share_every": share_every}
+    now_and_then = {"match": clients, "share_every": share_every}
     source = small(
         "hybrid", rounds=6, evaluation={"every": every}, clients__overrides=[now_and_then]
     )

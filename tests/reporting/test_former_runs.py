@@ -12,19 +12,7 @@ from zipfile import ZipFile
 import pytest
 
 import hetero_fl
-from hetero_fl.reporting.report import write_report
-from hetero_fl.reporting.run_directory import RunDirectory
-
-
-def test_keys_of_former_records_are_renamed(tmp_path: Path) -> None:
-    record = {"round": 1, "unread": {"unread": "lost"}, "anew": ["anew"]}  # style: ok (former name)
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-
-    (found,) = RunDirectory(tmp_path).metrics()
-
-    # Ids of clients are kept.
-    renamed = {"absent": {"unread": "lost"}, "reset": ["anew"]}  # style: ok (ids of clients)
-    assert found == {"round": 1, **renamed}
+from tests.support.run_directories import report_page
 
 
 @pytest.fixture
@@ -39,10 +27,21 @@ def former(comparison: Path) -> hetero_fl.Run:
     return hetero_fl.Run.load(comparison / "runs" / "fedavg-seed0")
 
 
+def test_keys_of_former_records_are_renamed(former: hetero_fl.Run) -> None:
+    record = {"round": 1, "unread": {"unread": "lost"}, "anew": ["anew"]}  # style: ok (former name)
+    (former.path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+
+    (found,) = former.metrics
+
+    # Ids of clients are kept.
+    renamed = {"absent": {"unread": "lost"}, "reset": ["anew"]}  # style: ok (ids of clients)
+    assert found == {"round": 1, **renamed}
+
+
 def test_former_runs_are_read_and_reported(former: hetero_fl.Run) -> None:
     malicious = [record["attacks"]["malicious"] for record in former.metrics]
 
-    page = write_report(former.path).read_text()
+    page = report_page(former.path)
 
     assert malicious == [["site_2"], ["site_2"]]
     assert former.summary["attacks"] == {"name": "backdoor", "malicious": ["site_2"], "success": 0}

@@ -37,7 +37,7 @@ from hetero_fl.utils.seeding import keyed_generator
 
 TEACHER = "teacher"
 # Name of the item with the index of the round in which the teacher's proxy rows were sampled.
-PROXY_INDICES = "drawn"
+PROXY_INDICES = "proxy_indices"
 
 
 class ProxyTraining(Algorithm):

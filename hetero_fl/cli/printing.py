@@ -24,11 +24,10 @@ from hetero_fl.config.describe import describe_key, describe_values, format_defa
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.engine.device_memory import MemoryPlan
 from hetero_fl.experiment import PreparedRun
-from hetero_fl.federation.cost import DryRun, expected_cost
+from hetero_fl.federation.cost import expected_cost, upload_contents
 from hetero_fl.federation.executors.choose import choose_executor, plan_memory
 from hetero_fl.federation.federation import NUM_REPRESENTATIVE
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
-from hetero_fl.federation.upload_contents import upload_contents
 from hetero_fl.reporting.comparison.result import Comparison
 from hetero_fl.reporting.formatting import format_bytes
 from hetero_fl.reporting.rendering import render
@@ -98,7 +97,8 @@ def print_check(prepared: PreparedRun) -> None:
     console.print(_upload_table(prepared))
     console.print(_memory_table(prepared))
     is_upper_bound = config.evaluation.patience or cost.is_upper_bound
-    server = DryRun(prepared.method, federation).server
+    server = federation.server()
+    prepared.method.setup(server)
     text = render(
         "expected_cost.txt",
         # A simulation repeats failed tasks and counts duplicate uploads.

@@ -34,7 +34,7 @@ from hetero_fl.engine.batches import step_count
 from hetero_fl.engine.driver import Work, run_plan
 from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.federation.channel import FederationLinks
-from hetero_fl.federation.dry_run import DryRunBackend, ExpectedUploads
+from hetero_fl.federation.expected import DryRunBackend, ExpectedUploads
 from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.privacy.accounting import PrivacyCharge, epsilon_of_mechanisms
 from hetero_fl.privacy.client_side import WITHIN_CLIP

@@ -39,9 +39,9 @@ from hetero_fl.experiment.privacy_budget import PrivacyBudget
 from hetero_fl.experiment.starting_models import StartingTensors, starting_tensors
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
 from hetero_fl.federation.checkpoint import checkpoint_files
-from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.executors.base import RemoteExecutor
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, make_executor
+from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.real_time import RemoteAsynchronousTrainer, RemoteSynchronousTrainer
 from hetero_fl.federation.simulation.rounds import ScheduledTrainer, SimulatedTrainer

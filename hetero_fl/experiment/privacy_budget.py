@@ -80,7 +80,7 @@ class PrivacyBudget:
         rate = min(1.0, (per_round or len(poisson_clients)) / max(1, len(poisson_clients)))
         for round_idx in range(rounds):
             cohort = federation.sample_cohort(per_round, round_idx)
-            charged = {c: run.exchange_cost(c, round_idx).charges for c in cohort}
+            charged = {c: run.client_cost(c, round_idx).charges for c in cohort}
             # With Poisson sampling, each client is charged in every round, at the sampling rate.
             if poisson_clients:
                 charged = dict.fromkeys(poisson_clients, (PrivacyCharge(rate),))
@@ -92,7 +92,7 @@ class PrivacyBudget:
                 num_clients[before] -= 1
                 num_clients[spent[client_id]] += 1
             histories.append(frozenset(h for h, count in num_clients.items() if count > 0))
-            if algorithm.uploads:
+            if algorithm.uploads and cohort:
                 run.aggregate(cohort, round_idx)
         return cls(privacy, tuple(histories))
 

@@ -25,7 +25,6 @@ from hetero_fl.communication.protocol import Message, TrainExchange, encoded
 from hetero_fl.config.base import StalenessConfig
 from hetero_fl.core.payload import Payload, PayloadError, logged_from_report, loss_from_report
 from hetero_fl.engine.driver import run_plan
-from hetero_fl.federation.channel import UploadSizes
 from hetero_fl.federation.simulation.faults import FaultOutcome, inject_faults
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
 from hetero_fl.federation.trainer import FederatedTrainer, Record
@@ -350,7 +349,6 @@ class AsynchronousTrainer(FederatedTrainer):
         self.version = 0
         self.queue = TaskQueue()
         self.environment = environment
-        self.upload_sizes = UploadSizes(self.algorithm, self.federation, self.expectations)
         self.ids = self.federation.client_infos.clients.ids
         self.num_concurrent = min(self.per_round or len(self.ids), len(self.ids))
         policy = self.algorithm.needs.asynchronous or AsyncPolicy()
@@ -437,7 +435,7 @@ class AsynchronousTrainer(FederatedTrainer):
         payload = self.broadcast(client_info)
         body = encoded(self.broadcasts.content(payload))
         fault = self.environment.faults.outcome(client, number)
-        up_bytes = self.upload_sizes(client_info, payload, self.version)
+        up_bytes = self.expectations.expected_size(client_info, payload, self.version)
         self.count_traffic(down=len(body))
         end = self._end_time(client, len(body), up_bytes, number, fault)
         return ClientTask(

@@ -11,15 +11,10 @@ from hetero_fl.communication.compressor import Compressor, value_kinds
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo
-from hetero_fl.core.payload import Item, Payload, report_with_loss
-from hetero_fl.federation.dry_run import ExpectedUploads
+from hetero_fl.core.payload import Item, Payload
 from hetero_fl.federation.federation import SERVER, FederationSpec
 from hetero_fl.privacy.client_side import upload_specs
-from hetero_fl.utils.caching import IdentityCache
 from hetero_fl.utils.seeding import Key
-
-# Number of expected uploads whose size is cached.
-CACHED_SIZES = 64
 
 
 class FederationLinks:
@@ -182,43 +177,6 @@ class FederationLinks:
                 self._buffers[arch] = frozenset(arch.shapes) - arch.parameter_names
             names |= self._buffers[arch]
         return names
-
-
-class UploadSizes:
-    """Function object that returns the expected size of an upload in bytes.
-
-    The size can differ from the real size by the number of digits of weights. If the compression
-    depends on values, the maximum size is returned.
-
-    Args:
-        algorithm: The method.
-        federation: The federation.
-        expectations: Names, shapes and dtypes of the uploaded items.
-    """
-
-    def __init__(
-        self, algorithm: Algorithm, federation: FederationSpec, expectations: ExpectedUploads
-    ) -> None:
-        self._expectations = expectations
-        self._links = FederationLinks(algorithm, federation, bound=True)
-        # Clients with uploads of the same structure share the dictionary of expected items.
-        self._sizes: IdentityCache[int] = IdentityCache(CACHED_SIZES)
-
-    def __call__(self, client_info: ClientInfo, received: Payload, round_idx: int) -> int:
-        """Return the expected size of a client's upload in bytes, including the report.
-
-        Args:
-            client_info: The client.
-            received: The broadcast on which the client trains.
-            round_idx: Index of the round, from 0.
-        """
-        expected = self._expectations.expected_items(client_info, received, round_idx)
-
-        def measure() -> int:
-            payload = Payload(dict(expected), report_with_loss(0.0))
-            return len(self._links.encode_upload(client_info, round_idx, payload, received, {}))
-
-        return self._sizes.get(expected, measure)
 
 
 def idle_stages(name: str, algorithm: Algorithm, federation: FederationSpec) -> list[str]:

@@ -1,24 +1,30 @@
-"""Estimate of the communication and computation of a run."""
+"""Expected communication and computation of a run, which dry runs of its plans determine."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast
-from hetero_fl.communication.protocol import total_bytes
-from hetero_fl.core.participant import ClientInfo
-from hetero_fl.core.payload import Payload
+from hetero_fl.communication.homomorphic.protocol import aggregation_order
+from hetero_fl.communication.protocol import EncodeCache, total_bytes
+from hetero_fl.core.payload import Item, Payload
 from hetero_fl.engine.driver import run_plan, translate_user_errors
-from hetero_fl.federation.channel import FederationLinks
-from hetero_fl.federation.dry_run import ExpectedUploads, payload_structure
+from hetero_fl.federation.expected import ExpectedUploads, first_broadcasts, payload_structure
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.federation.summed_uploads.hidden_server import state_message_size, state_size
 from hetero_fl.privacy.accounting import PrivacyCharge
+
+# Key of a phase (see `DryRun.phase`).
+Phase = tuple[int, ...]
 
 
 @dataclass
@@ -32,7 +38,7 @@ class ExpectedCost:
         is_upper_bound: Whether the numbers of bytes are upper bounds. This is the case if the size
             of messages depends on learned values.
         client_operations: Floating-point operations of training, keyed by client id (see
-            `hetero_fl.engine.operations.step_flops`). Evaluation is not counted.
+            `hetero_fl.federation.expected.step_flops`). Evaluation is not counted.
         server_operations: Floating-point operations at the server.
     """
 
@@ -42,6 +48,41 @@ class ExpectedCost:
     is_upper_bound: bool = False
     client_operations: Counter[str] = field(default_factory=Counter)
     server_operations: int = 0
+
+    def add(self, client_id: str, cost: ClientCost, count: int = 1) -> None:
+        """Add the cost of a client's participation in `count` rounds."""
+        self.up[client_id] += count * cost.up
+        self.down[client_id] += count * cost.down
+        self.client_operations[client_id] += count * cost.operations
+
+
+class ClientCost(NamedTuple):
+    """Cost of a client's participation in a round.
+
+    Attributes:
+        down: Number of bytes sent to the client.
+        up: Number of bytes uploaded by the client.
+        charges: Privacy charges of the upload.
+        operations: Floating-point operations of the client's training.
+    """
+
+    down: int
+    up: int
+    charges: tuple[PrivacyCharge, ...] = ()
+    operations: int = 0
+
+
+class AggregationCost(NamedTuple):
+    """Cost of the aggregation of a round.
+
+    Attributes:
+        operations: Floating-point operations at the server.
+        decryption: Cost of the client that decrypts the sum of the uploads, or None if no client
+            decrypts it.
+    """
+
+    operations: int
+    decryption: ClientCost | None
 
 
 @translate_user_errors()
@@ -54,8 +95,10 @@ def expected_cost(
 ) -> ExpectedCost:
     """Estimate the bytes that a run sends and the operations that it computes, without training.
 
-    Every sampled client is assumed to upload once. Failures, repeated rounds, early stopping by
-    `evaluation.patience` and, in asynchronous runs, the different speeds of clients are ignored.
+    The cost of a client is determined once for each phase (see `DryRun.phase`), and multiplied by
+    the number of rounds of the phase in which the client is sampled. Every sampled client is
+    assumed to upload once. Failures, repeated rounds, early stopping by `evaluation.patience` and,
+    in asynchronous runs, the different speeds of clients are ignored.
 
     Args:
         algorithm: The method.
@@ -74,50 +117,46 @@ def expected_cost(
     """
     largest = algorithm.model_copy(update=algorithm.needs.largest_uploads)
     run = DryRun(largest, federation)
-    cost = ExpectedCost(is_upper_bound=largest != algorithm or run.links.is_upper_bound)
-    counts_traffic = algorithm.needs.counts_traffic
+    cost = ExpectedCost(is_upper_bound=largest != algorithm or run.expected.links.is_upper_bound)
+    phases: dict[Phase, list[int]] = {}
     for round_idx in range(rounds):
-        cohort = federation.sample_cohort(per_round, round_idx)
-        for client_id in cohort:
-            exchange = run.exchange_cost(client_id, round_idx)
-            cost.client_operations[client_id] += exchange.operations
-            if counts_traffic:
-                cost.down[client_id] += exchange.down
-                cost.up[client_id] += exchange.up
-        before = run.state_message_size()
-        cost.server_operations += run.aggregate(cohort, round_idx)
-        if counts_traffic and (aggregation := run.aggregation_cost(cohort, round_idx, before)):
-            client_id, (down, up) = aggregation
-            cost.down[client_id] += down
-            cost.up[client_id] += up
-        if counts_traffic and ((round_idx + 1) % every == 0 or round_idx + 1 == rounds):
+        phases.setdefault(run.phase(round_idx), []).append(round_idx)
+    for members in phases.values():
+        # The cohorts of all rounds are known in advance, because they depend only on the seed.
+        cohorts = {index: federation.sample_cohort(per_round, index) for index in members}
+        _add_training(cost, run, cohorts)
+        num_evaluations = sum((index + 1) % every == 0 or index + 1 == rounds for index in members)
+        if num_evaluations:
             for client_id in federation.evaluated_clients:
-                cost.evaluation[client_id] += run.evaluation_bytes(client_id, round_idx + 1)
+                size = run.evaluation_bytes(client_id, members[0] + 1)
+                cost.evaluation[client_id] += num_evaluations * size
+    if not algorithm.needs.counts_traffic:
+        for counter in (cost.up, cost.down, cost.evaluation):
+            counter.clear()
     return cost
 
 
-class ExchangeCost(NamedTuple):
-    """Cost of a client's participation in a round.
+def _add_training(cost: ExpectedCost, run: DryRun, cohorts: Mapping[int, list[str]]) -> None:
+    """Add the cost of training and aggregation in the rounds of a phase.
 
-    Attributes:
-        down: Number of bytes sent to the client.
-        up: Number of bytes uploaded by the client.
-        charges: Privacy charges of the upload.
-        operations: Floating-point operations of the client's training.
+    Args:
+        cost: The cost, which is modified in place.
+        run: The dry run.
+        cohorts: Ids of the clients in each round, keyed by the index of the round.
     """
-
-    down: int
-    up: int
-    charges: tuple[PrivacyCharge, ...] = ()
-    operations: int = 0
+    for client_id, count in Counter(chain.from_iterable(cohorts.values())).items():
+        cost.add(client_id, run.client_cost(client_id, min(cohorts)), count)
+    for round_idx, cohort in cohorts.items():
+        if cohort:
+            aggregation = run.aggregate(cohort, round_idx)
+            cost.server_operations += aggregation.operations
+            if aggregation.decryption is not None:
+                client_id = next(aggregation_order(cohort, round_idx))
+                cost.add(client_id, aggregation.decryption)
 
 
 class DryRun:
-    """Run without training, which determines the sizes of messages.
-
-    Rounds in which clients with the same settings send and receive items of the same names and
-    shapes form a phase. For each phase, only one round is run. The first round is a separate phase,
-    because no aggregation has changed the server's state yet.
+    """Run without training, which determines the cost of each phase.
 
     Args:
         algorithm: The method.
@@ -128,127 +167,210 @@ class DryRun:
         self.algorithm = algorithm
         self.federation = federation
         self.server = federation.server()
-        self.expectations = ExpectedUploads(algorithm, federation)
-        self.links = FederationLinks(algorithm, federation, bound=True)
+        self.expected = ExpectedUploads(algorithm, federation)
         self.protocol = make_protocol(algorithm, federation)
         algorithm.setup(self.server)
-        self._uploads: dict[Any, tuple[int, tuple[PrivacyCharge, ...], int]] = {}
-        self._exchanges: dict[Any, ExchangeCost] = {}
-        # Sizes of encoded broadcasts in bytes.
-        self._lengths: dict[Any, int] = {}
-        # Operations of the aggregation, keyed by phase.
-        self._aggregated: dict[tuple[int, ...], int] = {}
+        self._client_costs: dict[Any, ClientCost] = {}
+        self._aggregations: dict[Phase, AggregationCost] = {}
+        # Clients usually receive the same tensors, and the size of a broadcast is not random.
+        self._encoded_size = EncodeCache(self._measure_broadcast)
 
-    def exchange_cost(self, client_id: str, round_idx: int) -> ExchangeCost:
-        """Return the bytes and the privacy charges of a client's participation in a round."""
-        phase = self._begin_round(round_idx)
-        client_info = self.federation.client_infos[client_id]
-        received = call_broadcast(self.algorithm, self.server, client_info)
-        down = self._broadcast_bytes(received, round_idx)
-        # Items are weighted by the client's number of rows, whose digits are part of the upload.
-        key = (phase, self._form(client_info, received), client_info.num_rows)
-        if key not in self._uploads:
-            before = self.expectations.backend.operations
-            upload, charges = self.expectations.dry_run_upload(client_info, received, round_idx)
-            operations = self.expectations.backend.operations - before
-            up = 0
-            if not self.protocol.setup:
-                body = self.links.encode_upload(client_info, round_idx, upload, received, {})
-                up = len(body)
-            self._uploads[key] = up, charges, operations
-        up, charges, operations = self._uploads[key]
-        if (key, down) not in self._exchanges:
-            sizes = self.protocol.sizes(self.federation.cohort, round_idx, down, up)
-            self._exchanges[key, down] = ExchangeCost(
-                *total_bytes(sizes.values()), charges, operations
-            )
-        return self._exchanges[key, down]
+    def phase(self, round_idx: int) -> Phase:
+        """Return the phase of a round. In all rounds of a phase, a client has the same cost.
 
-    def state_message_size(self) -> int:
-        """Return the size of a message with the server's state, if the server cannot read it.
-
-        The result is 0 if the server can read its state.
-        """
-        if not self.protocol.hides_server:
-            return 0
-        return state_message_size(self.server, is_sealed=bool(self._aggregated))
-
-    def aggregation_cost(
-        self, cohort: list[str], round_idx: int, before: int
-    ) -> tuple[str, tuple[int, int]] | None:
-        """Return the client that decrypts the sum of a round, and the bytes sent to and by it.
+        Each round until all clients have uploaded is a phase, because these uploads change what the
+        server sends. Later rounds belong to the same phase if the same clients upload.
 
         Args:
-            cohort: Ids of the clients in the round.
             round_idx: Index of the round, from 0.
-            before: Size of the message with the server's state before the aggregation.
-
-        Returns:
-            The client and the bytes, or None if no client decrypts a sum.
         """
-        if not self.protocol.hides_server or not cohort:
-            return None
-        after = state_size(self.server)
-        return self.protocol.aggregation_sizes(cohort, round_idx, before, after)
+        return (min(round_idx, self.expected.intervals[-1]), *self.expected.round_phase(round_idx))
+
+    def client_cost(self, client_id: str, round_idx: int) -> ClientCost:
+        """Return the cost of a client's participation in a round."""
+        phase = self._begin_round(round_idx)
+        client_info = self.federation.client_infos[client_id]
+        broadcast = call_broadcast(self.algorithm, self.server, client_info)
+        profile = self.federation.client_infos.profile(client_id)
+        # Items are weighted by the number of rows, whose digits are part of the upload.
+        key = phase, profile.first, client_info.num_rows, payload_structure(broadcast)
+        if key not in self._client_costs:
+            operations = self.expected.backend.operations
+            upload, charges = self.expected.dry_run_upload(client_info, broadcast, round_idx)
+            sizes = self.protocol.sizes(
+                self.federation.cohort,
+                round_idx,
+                self._broadcast_size(broadcast),
+                self.expected.encoded_size(client_info, upload, broadcast, round_idx),
+            )
+            operations = self.expected.backend.operations - operations
+            self._client_costs[key] = ClientCost(*total_bytes(sizes.values()), charges, operations)
+        return self._client_costs[key]
+
+    def aggregate(self, cohort: list[str], round_idx: int) -> AggregationCost:
+        """Run the aggregation of a round, unless a round of the same phase has been aggregated.
+
+        Args:
+            cohort: Ids of the clients in the round, at least one.
+            round_idx: Index of the round, from 0.
+        """
+        phase = self._begin_round(round_idx)
+        if phase not in self._aggregations:
+            uploads = Uploads(specs=self.expected.specs, common=self.server.common)
+            for client_id in cohort:
+                client_info = self.federation.client_infos[client_id]
+                received = call_broadcast(self.algorithm, self.server, client_info)
+                items = self.expected.expected_items(client_info, received, round_idx)
+                uploads.add(Upload(client_info, Payload(dict(items))))
+            backend = self.expected.backend
+            operations = backend.operations
+            state_bytes = self._broadcast_size(Payload())
+            run_plan(self.server, self.algorithm.aggregate(self.server, uploads), backend)
+            decryption = self.protocol.aggregation_sizes(
+                cohort, round_idx, state_bytes, state_size(self.server)
+            )
+            self._aggregations[phase] = AggregationCost(
+                backend.operations - operations,
+                None if decryption is None else ClientCost(*decryption[1]),
+            )
+        return self._aggregations[phase]
 
     def evaluation_bytes(self, client_id: str, round_idx: int) -> int:
         """Return the number of bytes sent to a client for the evaluation before a round."""
         self._begin_round(round_idx)
         client_info = replace(self.federation.client_infos[client_id], purpose="evaluate")
-        received = call_broadcast(self.algorithm, self.server, client_info)
-        return self._broadcast_bytes(received, round_idx)
+        return self._broadcast_size(call_broadcast(self.algorithm, self.server, client_info))
 
-    def aggregate(self, cohort: list[str], round_idx: int) -> int:
-        """Run the aggregation of a round, unless a round of the same phase has been aggregated.
-
-        Args:
-            cohort: Ids of the clients in the round. If empty, there is no aggregation.
-            round_idx: Index of the round, from 0.
-
-        Returns:
-            Floating-point operations at the server in a round of this phase.
-        """
-        phase = self._begin_round(round_idx)
-        if not cohort:
-            return 0
-        if phase in self._aggregated:
-            return self._aggregated[phase]
-        uploads = Uploads(specs=self.expectations.specs, common=self.server.common)
-        for client_id in cohort:
-            client_info = self.federation.client_infos[client_id]
-            received = call_broadcast(self.algorithm, self.server, client_info)
-            items = self.expectations.expected_items(client_info, received, round_idx)
-            uploads.add(Upload(client_info, Payload(dict(items))))
-        plan = self.algorithm.aggregate(self.server, uploads)
-        before = self.expectations.backend.operations
-        run_plan(self.server, plan, self.expectations.backend)
-        self._aggregated[phase] = self.expectations.backend.operations - before
-        return self._aggregated[phase]
-
-    def _begin_round(self, round_idx: int) -> tuple[int, ...]:
+    def _begin_round(self, round_idx: int) -> Phase:
         """Set the round context of the server, and return the phase of the round."""
         self.server.round_context = self.federation.round_context(round_idx)
         self.server.stream_uses = {}
-        return (min(round_idx, 1), *self.expectations.round_phase(round_idx))
+        return self.phase(round_idx)
 
-    def _form(self, client_info: ClientInfo, received: Payload) -> tuple[Any, ...]:
-        profile = self.federation.client_infos.profile(client_info.client_id)
-        return profile.first, payload_structure(received)
-
-    def _broadcast_bytes(self, payload: Payload, round_idx: int) -> int:
-        """Return the size of a broadcast in bytes."""
+    def _broadcast_size(self, broadcast: Payload) -> int:
+        """Return the number of bytes of a broadcast, or of the state of a hidden server."""
         if self.protocol.hides_server:
-            return self.state_message_size()
-        key = tensor_structure(payload), min(round_idx, 1)
-        if key not in self._lengths:
-            archs = self.server.arch.values()
-            self._lengths[key] = len(self.links.encode_broadcast(round_idx, payload, archs))
-        return self._lengths[key]
+            return state_message_size(self.server, is_sealed=bool(self._aggregations))
+        return self._encoded_size(broadcast)
+
+    def _measure_broadcast(self, broadcast: Payload) -> int:
+        if self.expected.links.down is None:
+            return broadcast.encoded_size
+        round_idx = self.server.round_context.round_idx
+        archs = self.server.arch.values()
+        return len(self.expected.links.encode_broadcast(round_idx, broadcast, archs))
 
 
-def tensor_structure(payload: Payload) -> Any:
-    """Return the names, kinds and shapes of the tensors of a payload."""
-    return tuple(
-        (name, item.kind, tuple((n, tuple(t.shape)) for n, t in item.tensors.items()))
-        for name, item in payload.items_by_name.items()
-    )
+@dataclass(frozen=True)
+class UploadedPart:
+    """A tensor of an upload, or several tensors of a layer or of a larger part of a model.
+
+    Attributes:
+        item: Name of the item that contains the tensors.
+        name: Name of the tensor, or the prefix of the names of several tensors, which ends in a
+            dot. Empty if the item is a single tensor, or if the prefix is empty.
+        shapes: Shapes of the tensors.
+        num_values: Number of values of all tensors.
+        num_bytes: Size of the values in bytes, before compression and encryption.
+    """
+
+    item: str
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    num_values: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class UploadContent:
+    """The content of the uploads of clients that upload tensors of the same names and shapes.
+
+    Attributes:
+        clients: Ids of the first clients of each profile with this content.
+        num_clients: Number of clients with this content.
+        parts: Parts of the upload. Empty if these clients upload nothing in the first round.
+    """
+
+    clients: tuple[str, ...]
+    num_clients: int
+    parts: tuple[UploadedPart, ...]
+
+
+@translate_user_errors()
+def upload_contents(
+    algorithm: Algorithm, federation: FederationSpec, max_parts: int = 10
+) -> list[UploadContent]:
+    """Return what clients upload in the first round, without training.
+
+    Args:
+        algorithm: The method.
+        federation: The federation.
+        max_parts: Maximum number of parts of all uploads together, if each upload has a part for
+            each item. Tensors are grouped by layers, or by larger parts of the model.
+
+    Example:
+        >>> from hetero_fl.experiment import prepare
+        >>> from hetero_fl.federation.cost import upload_contents
+        >>> linear = {"defaults": {"model": "linear"}}
+        >>> run = prepare({"data": {"name": "digits"}, "clients": linear})
+        >>> for part in upload_contents(run.method, run.federation)[0].parts:
+        ...     print(part.name, part.shapes, part.num_bytes)
+        head.weight ((10, 64),) 2560
+        head.bias ((10,),) 40
+    """
+    expected = ExpectedUploads(algorithm, federation)
+    clients: dict[object, list[str]] = {}
+    num_clients: Counter[object] = Counter()
+    items: dict[object, Mapping[str, Item]] = {}
+    broadcasts = first_broadcasts(algorithm, federation)
+    for profile, (client_info, broadcast) in zip(
+        federation.client_infos.profiles, broadcasts, strict=True
+    ):
+        found = expected.expected_items(client_info, broadcast, 0)
+        key = tuple(
+            (name, tuple((n, tuple(t.shape), t.dtype) for n, t in item.tensors.items()))
+            for name, item in found.items()
+        )
+        clients.setdefault(key, []).append(profile.first)
+        num_clients[key] += profile.count
+        items[key] = found
+    share = max(1, max_parts // len(clients))
+    return [
+        UploadContent(tuple(names), num_clients[key], _group_tensors(items[key], share))
+        for key, names in clients.items()
+    ]
+
+
+def _group_tensors(items: Mapping[str, Item], max_parts: int) -> tuple[UploadedPart, ...]:
+    """Return the parts of an upload, with as many levels of names as `max_parts` permits."""
+    names = [name for item in items.values() for name in item.tensors]
+    deepest = max((name.count(".") for name in names), default=0) + 1
+    for depth in range(deepest, -1, -1):
+        parts = [part for name, item in items.items() for part in _parts(name, item, depth)]
+        if len(parts) <= max_parts:
+            break
+    return tuple(parts)
+
+
+def _parts(item_name: str, item: Item, depth: int) -> list[UploadedPart]:
+    """Group the tensors of an item by the first `depth` levels of their names."""
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in item.tensors.items():
+        levels = name.split(".")
+        prefix = name if len(levels) <= depth else "".join(f"{n}." for n in levels[:depth])
+        grouped.setdefault(prefix, {})[name] = tensor
+    return [
+        UploadedPart(
+            item_name,
+            _part_name(prefix, tensors) if isinstance(item.values, Mapping) else "",
+            tuple(tuple(tensor.shape) for tensor in tensors.values()),
+            sum(tensor.numel() for tensor in tensors.values()),
+            sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        )
+        for prefix, tensors in grouped.items()
+    ]
+
+
+def _part_name(prefix: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the name of the only tensor of a part, or the common prefix of several."""
+    return prefix if len(tensors) > 1 else next(iter(tensors))

@@ -56,7 +56,7 @@ def reset_record(executor: RemoteExecutor) -> dict[str, Any]:
     The result is empty if no client has lost its private state since the previous call.
     """
     clients = executor.pop_reset_clients()
-    return {"anew": clients} if clients else {}  # style: ok (file key)
+    return {"reset": clients} if clients else {}
 
 
 class RemoteClientsTrainer(FederatedTrainer):

@@ -30,8 +30,8 @@ from hetero_fl.federation.broadcasts import Broadcasts, PlainBroadcasts
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.client_runtime import ClientEvaluation
-from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.executors.base import ClientAbsentError, Executor
+from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec, as_sender
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.federation.summed_uploads import make_protocol
@@ -94,7 +94,7 @@ def add_evaluation(record: Record, evaluation: EvaluationResult) -> None:
         for c, r in evaluation.clients.items()
     }
     if evaluation.absent_clients:
-        record["unread"] = evaluation.absent_clients
+        record["absent"] = evaluation.absent_clients
 
 
 class FederatedTrainer(ABC):

@@ -342,7 +342,7 @@ class UploadCollector:
         if self.rules is not None and self.rules.too_few:
             record["too_few"] = self.rules.too_few
         if self.trainer.federation.malicious is not None:
-            record["attacks"] = {"liars": self.malicious}  # style: ok (file key)
+            record["attacks"] = {"malicious": self.malicious}
         record["seconds"] = {"training": seconds, "evaluation": 0.0}
         if self.diverged or not self.is_sufficient:
             record["skipped"] = True

@@ -162,7 +162,7 @@ class Progress:
                 self.log(f"round {self._completed}: {client} dropped ({reason})")
         if ("counts" in record or "diverged" in record) and (arrivals := format_arrivals(record)):
             self.log(f"round {self._completed}: {arrivals}")
-        for client, reason in record.get("unread", {}).items():
+        for client, reason in record.get("absent", {}).items():
             self.log(f"round {self._completed}: {client} not evaluated ({reason})")
         if self._live is not None:
             self._bar.update(self._bar_task, completed=self._completed, left=self._time_left())

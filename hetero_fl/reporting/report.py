@@ -123,7 +123,7 @@ def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> 
             for client, reason in record["failed"].items()
         ],
         "population": num_clients,
-        "honest": num_clients - (len(attacks["liars"]) if attacks else 0),  # style: ok (file key)
+        "honest": num_clients - (len(attacks["malicious"]) if attacks else 0),
         "models": listed + (" …" if len(models) > LISTED_MODELS else ""),
         "test_rows": local_test_rows(details).values(),
         "small_test_note": small_test_note(local_test_rows(details)) if summary["personal"] else "",

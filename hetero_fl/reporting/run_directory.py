@@ -40,6 +40,13 @@ BEST_MODELS = ("personal", "global")
 DERIVED = ("report.html", "plots/*.png")
 # Folder of the nodes of a federation on one machine.
 SITES = "sites"
+# Keys in the files of former versions, and the keys as which they are read.
+FORMER_KEYS = {
+    "unread": "absent",
+    "anew": "reset",  # style: ok (former name)
+    "liars": "malicious",  # style: ok (former name)
+    "read": "evaluated_when",
+}
 # Files that may exist if the creation of a run directory was interrupted.
 UNFINISHED = {"environment.json", ".environment.json.tmp", ".config.yaml.tmp", LOCK, LOG, SITES}
 
@@ -432,9 +439,9 @@ class RunDirectory:
         for number, line in enumerate(complete_lines, 1):
             where = f"{self.path / METRICS}: line {number}"
             try:
-                record = json.loads(line)
+                record = _with_current_keys(json.loads(line))
                 record["round"] += 0
-            except (ValueError, TypeError, KeyError, RecursionError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 raise UserError(f"{where}: expected the record of a round") from None
             if record["round"] != number:
                 raise UserError(f"{where}: expected round {number}, got round {record['round']}")
@@ -463,7 +470,15 @@ class RunDirectory:
             raise UserError(
                 f"{self.path / name}: expected an object, got a {type(content).__name__}"
             )
-        return content
+        return _with_current_keys(content)
+
+
+def _with_current_keys(content: Json) -> Json:
+    """Rename the keys of former versions in the content of a file or in the record of a round."""
+    renamed = {FORMER_KEYS.get(key, key): value for key, value in content.items()}
+    if isinstance(attacks := renamed.get("attacks"), dict):
+        renamed["attacks"] = _with_current_keys(attacks)
+    return renamed
 
 
 def _json_text(content: Mapping[str, Any]) -> str:

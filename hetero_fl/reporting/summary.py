@@ -328,7 +328,7 @@ def attack_summary(federation: FederationSpec, history: Sequence[Record]) -> dic
     success = [r["attacks"]["success"] for r in history if "success" in r["attacks"]]
     return {
         "name": malicious.config.name,
-        "liars": malicious.sorted_ids,  # style: ok (file key)
+        "malicious": malicious.sorted_ids,
         "success": success[-1] if success else None,
     }
 
@@ -404,7 +404,7 @@ def collect_details(
         "calibration": {
             client_id: client.calibration for client_id, client in evaluation.clients.items()
         },
-        "read": method.evaluated_when,
+        "evaluated_when": method.evaluated_when,
         "about": data.about,
         "notes": list(notes),
         "protections": collect_protections(federation),

@@ -296,9 +296,9 @@ def test_hostile_evaluations_are_dropped_and_counted(tmp_path: Path) -> None:
     assert run.summary["rounds_completed"] == count
     for (name, (_, reason)), record in zip(READINGS.items(), run.metrics, strict=True):
         assert set(record["clients"]) == {"site_1", "site_2"}, name
-        assert list(record["unread"]) == ["site_3"] and reason in record["unread"]["site_3"], (
+        assert list(record["absent"]) == ["site_3"] and reason in record["absent"]["site_3"], (
             name,
-            record["unread"],
+            record["absent"],
         )
     assert not (run.path / "models" / "site_3.safetensors").exists()
     json.loads(

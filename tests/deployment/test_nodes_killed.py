@@ -109,10 +109,8 @@ def test_fallback_checkpoint_finds_its_client_states(tmp_path: Path) -> None:
         federation(run_config, sites, out, callbacks=[crash])
     sites = Sites(CLIENTS, tmp_path / "sites")
     deployed = federation(run_config, sites, out)
-    assert "damaged" in (out / "log.txt").read_text() and not any(
-        "anew" in record  # style: ok (file key)
-        for record in records(deployed)  # style: ok (file key)
-    )
+    assert "damaged" in (out / "log.txt").read_text()
+    assert not any("reset" in record for record in records(deployed))
     same(deployed, run(run_config, out=tmp_path / "simulated"))
 
 
@@ -122,7 +120,7 @@ def test_client_with_lost_state_is_reset_and_counted(kind: str, tmp_path: Path) 
 
     lose = [lambda record: sites.lose_state("site_2") if record["round"] == 1 else None]
     deployed = federation(KINDS[kind], sites, tmp_path / "deployed", callbacks=lose)
-    reset = [record.get("anew") for record in records(deployed)]  # style: ok (file key)
+    reset = [record.get("reset") for record in records(deployed)]
     assert reset == [None, ["site_2"], None]
     assert all(record["counts"]["arrived"] == 3 for record in records(deployed))
 
@@ -139,7 +137,7 @@ def test_resumed_server_continues_without_lost_nodes(tmp_path: Path, clock: Cloc
     deployed = records(
         federation(run_config, sites, tmp_path / "deployed", log=clock.after(2, []), callbacks=back)
     )
-    assert [record.get("unread") for record in deployed] == [
+    assert [record.get("absent") for record in deployed] == [
         None,
         {"site_3": "its node is not connected"},
         None,
@@ -228,11 +226,11 @@ def test_run_continues_with_five_of_twenty_nodes_down(tmp_path: Path) -> None:
     first, second, last = records(deployed)
     assert (
         first["counts"] == {"invited": 20, "arrived": 20, "failed": 0, "late": 0}
-        and "unread" not in first
+        and "absent" not in first
     )
     assert second["counts"] == {"invited": 20, "arrived": 15, "failed": 5, "late": 0}
-    assert second["unread"] == second["failed"] == dict.fromkeys(down, "its node is not connected")
-    assert last["counts"]["failed"] == len(last["unread"]) == 4 and down[0] not in last["unread"]
+    assert second["absent"] == second["failed"] == dict.fromkeys(down, "its node is not connected")
+    assert last["counts"]["failed"] == len(last["absent"]) == 4 and down[0] not in last["absent"]
     assert sorted(last["clients"]) == sorted(set(clients) - set(down[1:]))
     read = [scores["personal"]["accuracy"] for scores in last["clients"].values()]
     assert last["personal"]["accuracy"] == pytest.approx(sum(read) / 16)
@@ -320,7 +318,7 @@ def test_available_sampling_waits_for_enough_nodes(tmp_path: Path) -> None:
         federation(run_config, sites, tmp_path / "deployed", patience=0.1, callbacks=[stop_sites])
     )
     assert [record["cohort"] for record in deployed] == [CLIENTS, CLIENTS[1:], CLIENTS[1:]]
-    assert not any(record["failed"] for record in deployed) and list(deployed[2]["unread"]) == [
+    assert not any(record["failed"] for record in deployed) and list(deployed[2]["absent"]) == [
         "site_1"
     ]
 

@@ -193,7 +193,7 @@ def test_evaluation_with_too_much_training_is_refused(tmp_path: Path) -> None:
     longer = {"algorithm": {"name": "fedbabu", "fine_tune_epochs": 3}}
     (record,) = Federation(tmp_path, {"site_1": site}).serve(small(rounds=1, **longer)).metrics
     assert not record["failed"]
-    assert record["unread"] == {
+    assert record["absent"] == {
         "site_1": "epochs of this task: must be <= 2 (this site's allows.epochs), got 3"
     }
 

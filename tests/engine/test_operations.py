@@ -20,9 +20,9 @@ from hetero_fl.core.plan import (
     SampledBatches,
     TensorRows,
 )
-from hetero_fl.engine.operations import step_flops
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.cost import expected_cost
+from hetero_fl.federation.expected import step_flops
 from tests.support.federations import config, deployed, rounds_of
 
 ROWS = 70

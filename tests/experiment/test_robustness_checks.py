@@ -98,11 +98,11 @@ def test_run_reports_malicious_clients(tmp_path) -> None:
     attacks = finished.summary["attacks"]
     assert (
         attacks["name"] == "backdoor"
-        and attacks["liars"] == ["site_2", "site_6"]  # style: ok (file key)
+        and attacks["malicious"] == ["site_2", "site_6"]
         and 0 <= attacks["success"] <= 1
     )
     records = finished.directory.metrics()
-    malicious = [r["attacks"]["liars"] for r in records]  # style: ok (file key)
+    malicious = [r["attacks"]["malicious"] for r in records]
     assert malicious == [[], ["site_2", "site_6"]]
     assert [c["id"] for c in finished.summary["clients"]] == [f"site_{i}" for i in (1, 3, 4, 5, 7)]
     assert (

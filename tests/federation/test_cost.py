@@ -12,13 +12,13 @@ import yaml
 from hetero_fl.algorithms import FedAvg
 from hetero_fl.cli import main
 from hetero_fl.experiment import prepare, run
-from hetero_fl.federation.cost import (
-    expected_cost,
-)
+from hetero_fl.federation.cost import expected_cost
 from hetero_fl.federation.executors.choose import plan_memory
+from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.reporting.formatting import format_bytes
 from model_zoo import create_model
 from tests.support.asynchronous_runs import source as paced
+from tests.support.calls import record_results
 from tests.support.cases import each_case
 from tests.support.federations import TOP, config, rounds_of
 
@@ -41,11 +41,13 @@ def small(method: str, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("every", [1, 4])
-@pytest.mark.parametrize("share_every", [1, 3])
+@pytest.mark.parametrize(
+    ("clients", "share_every"), [("site_1", 1), ("site_[12]", 3), ("site_*", 3)]
+)
 def test_cost_with_sharing_and_evaluation_intervals(
-    share_every: int, every: int, tmp_path: Any
+    clients: str, share_every: int, every: int, tmp_path: Any
 ) -> None:
-    now_and_then = {"match": "site_[12]", "share_every": share_every}
+    now_and_then = {"match": clients, "share_every": share_every}
     source = small(
         "hybrid", rounds=6, evaluation={"every": every}, clients__overrides=[now_and_then]
     )
@@ -114,6 +116,23 @@ def test_cost_of_custom_method_may_depend_on_the_round() -> None:
     assert [rounds.run_round()["failed"] for _ in range(3)] == [{}] * 3
     cost = expected_cost(rounds.algorithm, rounds.federation, 3, every=1)
     assert cost.up.total() == rounds.traffic.up
+
+
+def test_number_of_dry_runs_does_not_grow_with_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = record_results(monkeypatch, ExpectedUploads, "dry_run_upload")
+    prepared = prepare(small("hybrid", clients__overrides=[{"match": "site_1", "share_every": 2}]))
+
+    costs, counts = [], []
+    for rounds in (4, 6, 60):
+        calls.clear()
+        costs.append(expected_cost(prepared.method, prepared.federation, rounds))
+        counts.append(len(calls))
+
+    assert counts[0] == counts[1] == counts[2] > 0
+    for name in ("up", "down", "evaluation", "client_operations"):
+        first, second, last = (getattr(cost, name).total() for cost in costs)
+        # After the first rounds, two rounds add the same cost again.
+        assert last - first == 28 * (second - first) > 0
 
 
 # Asynchronous runs

@@ -18,10 +18,9 @@ from hetero_fl.communication.protocol import Message
 from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.cost import expected_cost
-from hetero_fl.federation.dry_run import ExpectedUploads
+from hetero_fl.federation.cost import UploadContent, _group_tensors, expected_cost, upload_contents
 from hetero_fl.federation.executors.base import InProcessExecutor
-from hetero_fl.federation.upload_contents import UploadContent, _group_tensors, upload_contents
+from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import encode
 from tests.support.calls import record_calls, record_results

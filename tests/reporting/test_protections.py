@@ -56,7 +56,7 @@ def test_channel_and_rules_are_stated() -> None:
 
 
 def test_malicious_clients_are_named() -> None:
-    attacks = {"name": "backdoor", "liars": ["site_2"], "success": 0.25}  # style: ok (file key)
+    attacks = {"name": "backdoor", "malicious": ["site_2"], "success": 0.25}
     assert describe_attack(None) == ""
     assert describe_attack(attacks) == (
         "1 client sent malicious uploads (backdoor): site_2; the backdoor "
@@ -64,7 +64,7 @@ def test_malicious_clients_are_named() -> None:
         "All scores exclude these clients."
     )
     assert describe_attack(
-        {"name": "sign_flip", "liars": list("abcdefgh"), "success": None}  # style: ok (file key)
+        {"name": "sign_flip", "malicious": list("abcdefgh"), "success": None}
     ).startswith("8 clients sent malicious uploads (sign_flip): a, b, c, d, e, f and 2 more.")
     scores = {"accuracy": 0.5, "balanced_accuracy": 0.5}
     read = [

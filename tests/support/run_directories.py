@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hetero_fl.core.metrics import summarize_clients
+from hetero_fl.reporting.report import write_report
 from hetero_fl.reporting.run_directory import RunDirectory
 
 Kind = Literal["binary", "multiclass", "multilabel", "regression"]
@@ -300,7 +301,7 @@ def _write_details(
             "calibration": read(
                 lambda k, i, r: _calibration(0.1 if r == "personal" else 0.35, rng)
             ),
-            "read": "after aggregation, as deployed with the next broadcast",
+            "evaluated_when": "after aggregation, as deployed with the next broadcast",
             "about": "PneumoniaMNIST, CC BY 4.0",
             "notes": [
                 "FedMD uses KL with T = 2 here.",
@@ -308,3 +309,8 @@ def _write_details(
             ],
         },
     )
+
+
+def report_page(run: Path) -> str:
+    """Write the report of a run directory and return the page."""
+    return write_report(run).read_text(encoding="utf-8")

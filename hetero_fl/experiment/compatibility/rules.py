@@ -8,7 +8,7 @@ from hetero_fl.config.communication import num_fraction_bits
 from hetero_fl.experiment.compatibility.config_facts import first
 from hetero_fl.experiment.compatibility.rule import CompatibilityRule, check_rules
 from hetero_fl.experiment.compatibility.run_facts import RunFacts
-from hetero_fl.federation.dry_run import check_user_method
+from hetero_fl.experiment.compatibility.user_code import check_user_method
 from hetero_fl.robustness.attacks import import_user_classes
 from hetero_fl.robustness.robust_means import PARAMETERS
 from hetero_fl.robustness.rules import prediction_rule

@@ -29,7 +29,7 @@ from hetero_fl.core.participant import ClientInfo, ClientProfile, floating_tenso
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.engine.driver import run_plan, translate_user_errors
 from hetero_fl.experiment.compatibility.config_facts import ConfigFacts, first
-from hetero_fl.federation.dry_run import ExpectedUploads
+from hetero_fl.federation.expected import ExpectedUploads, first_broadcasts
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.summed_uploads.derived_setup import DerivedSetup
 from hetero_fl.privacy.client_side import uploadable_items
@@ -229,10 +229,7 @@ class UploadFacts(ConfigFacts):
     def broadcasts(self) -> list[tuple[ClientInfo, Payload]]:
         """The first client of each profile, paired with the first broadcast to the client."""
         with translate_user_errors():
-            server = self.federation.server()
-            self.algorithm.setup(server)
-            infos = [self.federation.client_infos[profile.first] for profile in self.profiles]
-            return [(info, call_broadcast(self.algorithm, server, info)) for info in infos]
+            return first_broadcasts(self.algorithm, self.federation)
 
     def unknown_clip(self) -> dict[str, str] | None:
         """Return an item in `privacy.clip` that the method does not upload, or None."""

@@ -1,18 +1,25 @@
-"""Checks of user-defined losses, optimizers, metrics and transforms before a run."""
+"""Checks of user-defined methods, losses, optimizers, metrics and transforms before a run."""
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
 import inspect
+import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from difflib import get_close_matches
+from types import FunctionType, GeneratorType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hetero_fl.aggregation import Upload, Uploads
+from hetero_fl.algorithms import Algorithm
+from hetero_fl.algorithms.base import call_broadcast
 from hetero_fl.algorithms.local_training import load_objective
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.config.clients import ClientSettings
@@ -20,10 +27,15 @@ from hetero_fl.core.image_transforms import apply_transform
 from hetero_fl.core.metrics import apply_metric, metric_names
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import LossFunction, Objective, Supervised
+from hetero_fl.core.payload import Payload
+from hetero_fl.core.plan import record_steps
 from hetero_fl.core.task import Task
+from hetero_fl.engine.driver import run_plan, translate_user_errors
 from hetero_fl.engine.training import make_optimizer, try_optimizer
+from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec, load_metric
 from hetero_fl.utils.errors import UserError, one_line
+from hetero_fl.utils.ordering import natural_key
 from hetero_fl.utils.text import Caution, prefix_note
 from model_zoo.generators import keyed_generators
 from model_zoo.module_state import MODULE_ATTRIBUTES, describe_content
@@ -32,6 +44,9 @@ from model_zoo.shapes import make_shape
 
 TRIAL_ROWS = 4
 """Number of examples with which user-defined functions are called."""
+# Minimum similarity of a name to that of a hook to count as a misspelling: `agregate` does,
+# `deployed` does not.
+MIN_HOOK_SIMILARITY = 0.88
 LOGITS = "logits"
 PROBABILITIES = "probabilities"
 LOG_PROBABILITIES = "log-probabilities"
@@ -84,6 +99,100 @@ def check_user_code(federation: FederationSpec) -> list[str]:
         raise UserError(f"server: {error}") from error
     _check_metrics(federation.metrics, federation.task)
     return [prefix_note(where, note) for note, where in noted.items()]
+
+
+@translate_user_errors()
+def check_user_method(algorithm: Algorithm, federation: FederationSpec) -> None:
+    """Check a user-defined method for mistakes by running the hooks without computation.
+
+    Raises:
+        UserError: If the name of a hook is misspelled, `deploy` is not a generator, a plan is never
+            run, a step is never yielded or an uploaded item is not declared.
+        RunFailedError: If a hook raises an exception.
+    """
+    _check_hook_names(type(algorithm))
+    _check_plans_are_run(type(algorithm))
+    expected = ExpectedUploads(algorithm, federation)
+    server = federation.server()
+    algorithm.setup(server)
+    uploads = Uploads(specs=expected.specs, common=server.common)
+    profiles = federation.client_infos.profiles
+    for client_id in sorted((profile.first for profile in profiles), key=natural_key):
+        client_info = federation.client_infos[client_id]
+        broadcast = call_broadcast(algorithm, server, client_info)
+        client = expected.placeholder_client(client_info, 0)
+        plan = algorithm.deploy(client, broadcast)
+        if not isinstance(plan, GeneratorType):
+            raise UserError(
+                f"{type(algorithm).__name__}.deploy: expected a generator, got "
+                f"{type(plan).__name__}; end the function with `yield from ()`"
+            )
+        items = expected.expected_items(client_info, broadcast, 0)
+        uploads.add(Upload(client_info, Payload(dict(items))))
+    try:
+        with record_steps() as created:
+            run_plan(server, algorithm.aggregate(server, uploads), expected.backend)
+        expected.check_yields("aggregate", created)
+    except UserError:
+        raise
+    except Exception:
+        # The uploads contain zeros, which can cause errors that do not occur in a real round.
+        return
+
+
+def _user_functions(algorithm_class: type) -> list[FunctionType]:
+    """Return the functions of a class and of all base classes outside this package."""
+    bases = [b for b in algorithm_class.__mro__ if not b.__module__.startswith("hetero_fl.")]
+    return [f for base in bases for f in vars(base).values() if inspect.isfunction(f)]
+
+
+def _check_hook_names(algorithm_class: type) -> None:
+    """Raise UserError if the name of a function looks like a misspelled hook."""
+    methods = [
+        base
+        for base in algorithm_class.__mro__
+        if issubclass(base, Algorithm) and base.__module__.startswith("hetero_fl.")
+    ]
+    hooks = {name for method in methods for name in vars(method) if not name.startswith("_")}
+    for function in _user_functions(algorithm_class):
+        name = function.__name__
+        matches = get_close_matches(name, hooks, 1, cutoff=MIN_HOOK_SIMILARITY)
+        if matches and name not in hooks and not name.startswith("_"):
+            raise UserError(
+                f"{function.__qualname__}: unknown hook {name!r}; did you mean {matches[0]!r}?"
+            )
+
+
+def _check_plans_are_run(algorithm_class: type) -> None:
+    """Check that each statement that creates a plan also runs the plan.
+
+    Raises:
+        UserError: If a plan is created but never run.
+    """
+    for function in _user_functions(algorithm_class):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, SyntaxError):
+            # A function from an interactive shell, or a lambda.
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and _creates_plan(node.value, algorithm_class, function):
+                name = ast.unparse(node.value.func)  # type: ignore[attr-defined]  # it is a call
+                line = function.__code__.co_firstlineno + node.lineno - 1
+                raise UserError(
+                    f"{function.__qualname__} ({function.__code__.co_filename}, line {line}): "
+                    f"the plan {name}(…) is created but never run; write `yield from` before it"
+                )
+
+
+def _creates_plan(node: ast.expr, algorithm_class: type, function: FunctionType) -> bool:
+    """Return whether an expression calls a generator function of `self`, `super()` or a class."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    owner = ast.unparse(node.func.value)
+    is_own = owner in ("self", "super()")
+    target = algorithm_class if is_own else function.__globals__.get(owner)
+    return inspect.isgeneratorfunction(getattr(target, node.func.attr, None))
 
 
 def _check_loss(

@@ -11,6 +11,7 @@ from hetero_fl.reporting.formatting import (
     FEW_ROWS,
     METRICS,
     MISSING,
+    TEST_NAMES,
     algorithm_name,
     format_metric,
     metric_name,
@@ -21,7 +22,7 @@ from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.summary import describe_attack, describe_protections
 from hetero_fl.utils.environment import package_version
 
-FORM = "hetero_fl export 1"
+FORM = "hetero_fl export 2"
 PACKAGES = ("hetero_fl", "torch", "onnx", "onnxscript", "onnxruntime")
 PARTITION_SETTINGS = {
     "dirichlet": "alpha",
@@ -42,7 +43,6 @@ PREPROCESSING = {
     "missing": "missing",
 }
 """Preprocessing steps that a model card lists, keyed by the field that enables the step."""
-TEST_SETS = {"at home": "local test", "in common": "global test"}  # style: ok (file keys)
 Json = dict[str, Any]
 
 
@@ -96,7 +96,7 @@ def card_facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
         "privacy": summary["privacy"],
         "protections": describe_protections(summary, details),
         "figures": _scores(run, name),
-        "read": details.get("read", ""),
+        "evaluated_when": details.get("evaluated_when", ""),
         "own_readout": method is None or method.predict is not Algorithm.predict,
         "unit": model.task.unit,
         "relative": model.task.kind == "regression" and details.get("relative", False),
@@ -128,8 +128,8 @@ def _scores(run: Run, name: str) -> Json:
     client = {"global": record["server"]} if name == "server" else record["clients"].get(name, {})
     rows = run.directory.details()["rows"].get(name, {}).get("test", 0)
     tests = {
-        "at home": (client.get("personal"), rows),  # style: ok (file key)
-        "in common": (client.get("global"), run.summary["data"]["n_test"]),  # style: ok (file key)
+        "personal": (client.get("personal"), rows),
+        "global": (client.get("global"), run.summary["data"]["n_test"]),
     }
     return {
         test_set: {"n": count, **{m: found[m] for m in METRICS if m in found}}
@@ -162,7 +162,7 @@ def _inputs_table(inputs: list[Json]) -> str:
 
 
 def _figures_table(figures: Mapping[str, Json], unit: str) -> str:
-    header = [f"{TEST_SETS[name]} (n = {scores['n']:,})" for name, scores in figures.items()]
+    header = [f"{TEST_NAMES[name]} (n = {scores['n']:,})" for name, scores in figures.items()]
     rows = []
     for metric in METRICS:
         if any(metric in scores for scores in figures.values()):

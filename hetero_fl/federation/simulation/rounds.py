@@ -8,7 +8,6 @@ from typing import Any
 from typing_extensions import override
 
 from hetero_fl.communication.protocol import Exchange, Reply, content_size, total_bytes
-from hetero_fl.federation.channel import UploadSizes
 from hetero_fl.federation.simulation.faults import drop_duplicates, inject_faults
 from hetero_fl.federation.simulation.sampling import ClientSampler
 from hetero_fl.federation.simulation.schedule import (
@@ -161,10 +160,6 @@ class SimulatedTrainer(ScheduledTrainer):
     The arguments are the same as those of `ScheduledTrainer`.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.upload_sizes = UploadSizes(self.algorithm, self.federation, self.expectations)
-
     @override
     def run_tasks(self, collector: UploadCollector) -> Schedule:
         """Collect the uploads that arrive in time, and return the schedule of the tasks.
@@ -220,7 +215,7 @@ class SimulatedTrainer(ScheduledTrainer):
         payload = self.broadcast(client_info)
         upload = 0
         if not self.protocol.setup:
-            upload = self.upload_sizes(client_info, payload, self.round_idx)
+            upload = self.expectations.expected_size(client_info, payload, self.round_idx)
         broadcast = content_size(self.broadcasts.content(payload))
         return self.protocol.sizes(cohort_size, self.round_idx, broadcast, upload)
 

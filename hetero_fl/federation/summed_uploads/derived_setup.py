@@ -22,7 +22,7 @@ from hetero_fl.algorithms.base import call_broadcast
 from hetero_fl.communication.vector_layout import TensorKey, VectorLayout
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item
-from hetero_fl.federation.dry_run import ExpectedUploads
+from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.privacy.server_side import SumNoise
 from hetero_fl.utils.caching import BoundedCache

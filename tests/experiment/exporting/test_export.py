@@ -115,8 +115,8 @@ def test_export_command_writes_the_results_of_the_run(run: hetero_fl.Run, export
     about = json.loads((exported / "site_1.json").read_text())
     (client,) = [c for c in run.summary["clients"] if c["id"] == "site_1"]
     rows = run.directory.details()["rows"]["site_1"]
-    local = about["figures"]["at home"]  # style: ok (file key)
-    common = about["figures"]["in common"]  # style: ok (file key)
+    local = about["figures"]["personal"]
+    common = about["figures"]["global"]
     assert (local["accuracy"], local["n"]) == (client["personal"]["accuracy"], rows["test"])
     assert (common["auroc"], common["n"]) == (client["global"]["auroc"], 90)
     assert about["data"]["rows"] == rows and about["data"]["clients"] == 3
@@ -180,8 +180,8 @@ def test_formats_of_a_model_share_one_card(run: hetero_fl.Run, tmp_path: Path) -
     assert tensors.model.read_bytes() == (run.path / "models" / "site_2.safetensors").read_bytes()
     server = hetero_fl.export(run, "server", "safetensors", tmp_path)["server"]
     figures = json.loads(server.card.with_suffix(".json").read_text())["figures"]
-    assert list(figures) == ["in common"]  # style: ok (file key)
-    common = figures["in common"]  # style: ok (file key)
+    assert list(figures) == ["global"]
+    common = figures["global"]
     assert common["accuracy"] == run.summary["server"]["last"]["accuracy"]
 
 

@@ -15,7 +15,6 @@ from hetero_fl.communication.compressor import UNSENT
 from hetero_fl.config.simulation import DevicesConfig, FaultsConfig
 from hetero_fl.engine.templates import training_flops
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.channel import UploadSizes
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.devices import Device, Devices, Timing
 from hetero_fl.federation.simulation.faults import Faults, flip_bytes
@@ -215,9 +214,8 @@ def test_devices_change_only_simulated_time(method: str) -> None:
 
 def test_transfer_time_follows_traffic() -> None:
     rounds = rounds_of(config("fedavg", "mlp", 2), num_rounds=0)
-    sizes = UploadSizes(rounds.algorithm, rounds.federation, rounds.expectations)
     expected = [
-        sizes(client_info, rounds.broadcast(client_info), 0)
+        rounds.expectations.expected_size(client_info, rounds.broadcast(client_info), 0)
         for client_info in rounds.federation.client_infos.values()
     ]
     assert abs(rounds.run_round()["up_bytes"] - sum(expected)) <= 8

@@ -1,4 +1,4 @@
-"""Dry runs of plans, which determine the structure of uploads and check user-defined methods.
+"""Expected uploads, which dry runs of plans determine.
 
 A dry run executes the hooks of a method with a backend that computes nothing. The structure of an
 upload consists of the names, shapes and dtypes of the items.
@@ -6,21 +6,15 @@ upload consists of the names, shapes and dtypes of the items.
 
 from __future__ import annotations
 
-import ast
-import inspect
 import math
-import textwrap
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
-from difflib import get_close_matches
-from types import FunctionType, GeneratorType
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import (
     call_broadcast,
@@ -36,25 +30,32 @@ from hetero_fl.core.plan import (
     FitReport,
     Predict,
     Recalibrate,
+    SampledBatches,
     Step,
     StepKey,
     record_steps,
 )
+from hetero_fl.engine.batches import step_count
 from hetero_fl.engine.device_memory import CPU, DeviceMemory
-from hetero_fl.engine.driver import Work, reported_loss, run_plan, translate_user_errors
-from hetero_fl.engine.operations import step_flops
-from hetero_fl.engine.templates import Templates, step_model_spec
+from hetero_fl.engine.driver import Work, reported_loss, run_plan
+from hetero_fl.engine.templates import (
+    Templates,
+    example_flops,
+    forward_flops,
+    has_batch_norm,
+    step_model_spec,
+)
+from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.privacy.accounting import PrivacyCharge
 from hetero_fl.privacy.client_side import ClientPrivacy, upload_specs
+from hetero_fl.utils.caching import IdentityCache
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.ordering import natural_key
 
-# Minimum similarity of a name to that of a hook to count as a misspelling: `agregate` does,
-# `deployed` does not.
-MIN_HOOK_SIMILARITY = 0.88
 # Number of elements up to which `compact_zeros` returns an ordinary, writable tensor.
 MAX_DENSE_ZEROS = 2**24
+# Number of expected uploads whose size is cached.
+CACHED_SIZES = 64
 
 
 class DryRunBackend:
@@ -96,6 +97,43 @@ class DryRunBackend:
         return torch.zeros(classes, int(width)), torch.zeros(classes)
 
 
+def step_flops(participant: Participant, step: Step) -> int:
+    """Count the floating-point operations of a step as examples times operations per example.
+
+    Training a model on an example counts as three forward passes, because the backward pass takes
+    about twice the operations of the forward pass. Models that an objective uses without training
+    them, predictions and recalibrations count as one forward pass. The loss, the optimizer and
+    aggregation are not counted.
+
+    Args:
+        participant: The participant that computes the step.
+        step: The step.
+    """
+    if not isinstance(step, Fit):
+        arch = step_model_spec(participant, step)
+        if isinstance(step, Recalibrate) and not has_batch_norm(arch):
+            return 0
+        return len(step.data.columns(participant)["x"]) * forward_flops(arch)
+    trained = sum(example_flops(participant.arch[slot]) for slot in step.train)
+    frozen = sum(forward_flops(participant.arch[slot]) for slot in step.frozen)
+    num_steps, num_examples = _fit_size(participant, step)
+    extra = num_steps * sum(draws.size for draws in step.extra_batches.values())
+    return num_examples * (trained + frozen) + extra * trained
+
+
+def _fit_size(participant: Participant, fit: Fit) -> tuple[int, int]:
+    """Return the number of steps and the total number of examples of a fit."""
+    if isinstance(fit.data, SampledBatches):
+        num_steps = step_count(fit.data.size, fit)
+        return num_steps, num_steps * fit.data.size
+    num_rows = len(next(iter(fit.data.columns(participant).values())))
+    # A dry run has no class means of the clients.
+    num_steps = step_count(num_rows, fit) if num_rows else 0
+    if fit.steps is None:
+        return num_steps, fit.epochs * num_rows
+    return num_steps, num_steps * min(fit.batch_size, num_rows)
+
+
 class PlaceholderClient(Participant):
     """Client with placeholders instead of private data.
 
@@ -105,10 +143,12 @@ class PlaceholderClient(Participant):
 
     counts_accessed = False
 
-    def read_counts(self) -> Tensor:
-        """Return zeros in place of the label counts, and record the access."""
+    @property
+    @override
+    def counts(self) -> Tensor:
+        """Zeros in place of the label counts. The access is recorded."""
         self.counts_accessed = True
-        return torch.zeros(self.task.outputs)
+        return self.label_counts()
 
 
 class ExpectedUploads:
@@ -125,6 +165,8 @@ class ExpectedUploads:
         backend: The backend of the dry runs.
         specs: Declarations of the uploaded items, keyed by name.
         privacy: Client side of differential privacy, or None if the run is not private.
+        intervals: Values of the clients' setting `share_every`, in ascending order.
+        links: Links that encode each message with the maximum size of messages of its shapes.
     """
 
     def __init__(self, algorithm: Algorithm, federation: FederationSpec) -> None:
@@ -134,7 +176,12 @@ class ExpectedUploads:
         self.backend = DryRunBackend()
         self.specs = upload_specs(algorithm, federation)
         self.privacy = ClientPrivacy.from_federation(algorithm, federation)
+        profiles = federation.client_infos.profiles
+        self.intervals = sorted({profile.settings.share_every for profile in profiles})
+        self.links = FederationLinks(algorithm, federation, bound=True)
         self._known: dict[Any, dict[str, Item]] = {}
+        # Clients with uploads of the same structure share the dictionary of expected items.
+        self._sizes: IdentityCache[int] = IdentityCache(CACHED_SIZES)
 
     def expected_items(
         self, client_info: ClientInfo, broadcast: Payload, round_idx: int
@@ -182,6 +229,33 @@ class ExpectedUploads:
             self._known[key] = {n: upload.item(n) for n in upload}
         return self._known[key]
 
+    def expected_size(self, client_info: ClientInfo, broadcast: Payload, round_idx: int) -> int:
+        """Return the expected size of a client's upload in bytes, including the report.
+
+        The size can differ from the real size by the number of digits of weights. If the
+        compression depends on values, the maximum size is returned.
+
+        Args:
+            client_info: The client.
+            broadcast: The broadcast on which the client trains.
+            round_idx: Index of the round, from 0.
+        """
+        items = self.expected_items(client_info, broadcast, round_idx)
+
+        def measure() -> int:
+            upload = Payload(dict(items), report_with_loss(0.0))
+            return self.encoded_size(client_info, upload, broadcast, round_idx)
+
+        return self._sizes.get(items, measure)
+
+    def encoded_size(
+        self, client_info: ClientInfo, upload: Payload, broadcast: Payload, round_idx: int
+    ) -> int:
+        """Return the maximum number of bytes of an encoded upload with the shapes of `upload`."""
+        if self.links.up is None:
+            return upload.encoded_size
+        return len(self.links.encode_upload(client_info, round_idx, upload, broadcast, {}))
+
     def trained_names(self, client_info: ClientInfo, item: str) -> frozenset[str]:
         """Return the names of the trained parameters in an item that contains a model.
 
@@ -205,13 +279,8 @@ class ExpectedUploads:
         return upload_phase(self.algorithm, share_every, round_idx, self.federation.num_rounds)
 
     def round_phase(self, round_idx: int) -> tuple[int, ...]:
-        """Return the phase of a round for each value of `share_every` among the clients.
-
-        The phases are in ascending order of `share_every`.
-        """
-        profiles = self.federation.client_infos.profiles
-        intervals = sorted({profile.settings.share_every for profile in profiles})
-        return tuple(self.upload_phase(interval, round_idx) for interval in intervals)
+        """Return the phase of a round for each of the `intervals`."""
+        return tuple(self.upload_phase(interval, round_idx) for interval in self.intervals)
 
     def dry_run_upload(
         self, client_info: ClientInfo, broadcast: Payload, round_idx: int
@@ -236,9 +305,10 @@ class ExpectedUploads:
             # The server shares these tensors, and the hook may modify them in place.
             broadcast = deepcopy(broadcast)
         ledger = self.privacy.make_ledger(self.backend) if self.privacy is not None else None
-        with self.check_yields("train"):
+        with record_steps() as created:
             plan = self.algorithm.train(client, broadcast)
             items, reports = run_plan(client, plan, ledger or self.backend)
+        self.check_yields("train", created)
         try:
             upload = Payload.from_hook(items, self.algorithm.uploads)
             self._check_shares(client_info, upload)
@@ -261,30 +331,25 @@ class ExpectedUploads:
                 "check `may_share` before creating the item"
             )
 
-    @contextmanager
-    def check_yields(self, hook: str) -> Iterator[None]:
-        """Check that a user-defined hook yields all steps that the hook creates in the context.
+    def check_yields(self, hook: str, created: Mapping[StepKey, Step]) -> None:
+        """Check that a user-defined hook has yielded all steps that the hook created.
 
         Methods of this package are not checked.
 
         Args:
             hook: Name of the hook, for the error message.
+            created: The created steps (see `record_steps`).
 
         Raises:
-            UserError: If a step is created but not yielded. Raised at the end of the context.
+            UserError: If a step is created but not yielded.
         """
-        if not self.is_user_method:
-            yield
-            return
+        unused = [step for key, step in created.items() if key not in self.backend.computed]
         self.backend.computed.clear()
-        with record_steps() as created:
-            yield
-        for key, step in created.items():
-            if key not in self.backend.computed:
-                raise UserError(
-                    f"{type(self.algorithm).__name__}.{hook}: a {type(step).__name__} is created "
-                    "but never yielded and has no effect; write `yield` before it"
-                )
+        if unused and self.is_user_method:
+            raise UserError(
+                f"{type(self.algorithm).__name__}.{hook}: a {type(unused[0]).__name__} is created "
+                "but never yielded and has no effect; write `yield` before it"
+            )
 
     def placeholder_client(self, client_info: ClientInfo, round_idx: int) -> PlaceholderClient:
         """Create a client with the real proxy rows, and placeholders for the private rows."""
@@ -300,10 +365,7 @@ class ExpectedUploads:
                 "y": compact_zeros(client_info.num_rows, dtype=torch.int64),
             }
 
-        def label_counts() -> Tensor:
-            return client.read_counts()
-
-        client = PlaceholderClient(
+        return PlaceholderClient(
             participant_id=client_info.client_id,
             task=federation.task,
             arch=dict(client_info.models),
@@ -313,106 +375,23 @@ class ExpectedUploads:
             },
             data=data,
             settings=client_info.settings,
-            label_counts=label_counts,
+            label_counts=lambda: torch.zeros(federation.task.outputs),
             num_rows=client_info.num_rows,
             has_proxy=federation.data.has_proxy(client_info.preprocess),
             peers=federation.client_infos,
             round_context=federation.round_context(round_idx),
         )
-        return client
 
 
-@translate_user_errors()
-def check_user_method(algorithm: Algorithm, federation: FederationSpec) -> None:
-    """Check a user-defined method for mistakes by running the hooks without computation.
-
-    Raises:
-        UserError: If the name of a hook is misspelled, `deploy` is not a generator, a plan is never
-            run, a step is never yielded or an uploaded item is not declared.
-        RunFailedError: If a hook raises an exception.
-    """
-    _check_hook_names(type(algorithm))
-    _check_plans_are_run(type(algorithm))
-    expectations = ExpectedUploads(algorithm, federation)
+def first_broadcasts(
+    algorithm: Algorithm, federation: FederationSpec
+) -> list[tuple[ClientInfo, Payload]]:
+    """Return the first client of each profile, paired with the first broadcast to the client."""
     server = federation.server()
     algorithm.setup(server)
-    uploads = Uploads(specs=expectations.specs, common=server.common)
-    profiles = federation.client_infos.profiles
-    for client_id in sorted((profile.first for profile in profiles), key=natural_key):
-        client_info = federation.client_infos[client_id]
-        broadcast = call_broadcast(algorithm, server, client_info)
-        client = expectations.placeholder_client(client_info, 0)
-        plan = algorithm.deploy(client, broadcast)
-        if not isinstance(plan, GeneratorType):
-            raise UserError(
-                f"{type(algorithm).__name__}.deploy: expected a generator, got "
-                f"{type(plan).__name__}; end the function with `yield from ()`"
-            )
-        items = expectations.expected_items(client_info, broadcast, 0)
-        uploads.add(Upload(client_info, Payload(dict(items))))
-    try:
-        with expectations.check_yields("aggregate"):
-            run_plan(server, algorithm.aggregate(server, uploads), expectations.backend)
-    except UserError:
-        raise
-    except Exception:
-        # The uploads contain zeros, which can cause errors that do not occur in a real round.
-        return
-
-
-def _user_functions(algorithm_class: type) -> list[FunctionType]:
-    """Return the functions of a class and of all base classes outside this package."""
-    bases = [b for b in algorithm_class.__mro__ if not b.__module__.startswith("hetero_fl.")]
-    return [f for base in bases for f in vars(base).values() if inspect.isfunction(f)]
-
-
-def _check_hook_names(algorithm_class: type) -> None:
-    """Raise UserError if the name of a function looks like a misspelled hook."""
-    methods = [
-        base
-        for base in algorithm_class.__mro__
-        if issubclass(base, Algorithm) and base.__module__.startswith("hetero_fl.")
-    ]
-    hooks = {name for method in methods for name in vars(method) if not name.startswith("_")}
-    for function in _user_functions(algorithm_class):
-        name = function.__name__
-        matches = get_close_matches(name, hooks, 1, cutoff=MIN_HOOK_SIMILARITY)
-        if matches and name not in hooks and not name.startswith("_"):
-            raise UserError(
-                f"{function.__qualname__}: unknown hook {name!r}; did you mean {matches[0]!r}?"
-            )
-
-
-def _check_plans_are_run(algorithm_class: type) -> None:
-    """Check that each statement that creates a plan also runs the plan.
-
-    Raises:
-        UserError: If a plan is created but never run.
-    """
-    for function in _user_functions(algorithm_class):
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, SyntaxError):
-            # A function from an interactive shell, or a lambda.
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and _creates_plan(node.value, algorithm_class, function):
-                name = ast.unparse(node.value.func)  # type: ignore[attr-defined]  # it is a call
-                line = function.__code__.co_firstlineno + node.lineno - 1
-                raise UserError(
-                    f"{function.__qualname__} ({function.__code__.co_filename}, line {line}): "
-                    f"the plan {name}(…) is created but never run; write `yield from` before it"
-                )
-
-
-def _creates_plan(node: ast.expr, algorithm_class: type, function: FunctionType) -> bool:
-    """Return whether an expression calls a generator function of `self`, `super()` or a class."""
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-        return False
-    owner = ast.unparse(node.func.value)
-    is_own = owner in ("self", "super()")
-    target = algorithm_class if is_own else function.__globals__.get(owner)
-    return inspect.isgeneratorfunction(getattr(target, node.func.attr, None))
+    client_infos = federation.client_infos
+    firsts = [client_infos[profile.first] for profile in client_infos.profiles]
+    return [(info, call_broadcast(algorithm, server, info)) for info in firsts]
 
 
 def compact_zeros(*shape: int, dtype: torch.dtype | None = None) -> Tensor:

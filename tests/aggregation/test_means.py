@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hetero_fl.aggregation.means import RunningMean, discount_upload, mean_of_items
+from hetero_fl.aggregation.means import RunningMean, discount_upload
 from hetero_fl.core.payload import Item, Payload
 from tests.support.cases import each_case
+from tests.support.means import mean_of_items
 
 
 class Calls(TorchDispatchMode):
@@ -36,7 +37,7 @@ def test_running_mean_does_not_change_its_terms() -> None:
     for value, weight in zip(values, weights, strict=True):
         mean.add(value, weight)
     exact = sum(w * v.double() for v, w in zip(kept, weights, strict=True)) / sum(weights)
-    assert torch.allclose(mean.value.double(), exact, atol=1e-6)
+    assert torch.allclose(mean.result().value.double(), exact, atol=1e-6)
     assert all(torch.equal(v, k) for v, k in zip(values, kept, strict=True))
 
 
@@ -45,7 +46,7 @@ def test_returned_mean_does_not_change_later() -> None:
     read: list[tuple[torch.Tensor, torch.Tensor]] = []
     for value in values:
         mean.add(value, 1.0)
-        now = mean.value
+        now = mean.result().value
         read.append((now, now.clone()))
     assert all(torch.equal(now, then) for now, then in read)
 
@@ -54,9 +55,9 @@ def test_intermediate_reads_do_not_change_the_mean() -> None:
     often, once = RunningMean(), RunningMean()
     for value in terms(7):
         often.add(value, 3.0)
+        often.result()
         once.add(value, 3.0)
-    assert often.value is not None and once.value is not None
-    assert torch.equal(often.value, once.value)
+    assert torch.equal(often.result().value, once.result().value)
 
 
 def test_running_mean_allocates_one_tensor() -> None:

@@ -28,9 +28,17 @@ from hetero_fl.aggregation.uploads import (
 from hetero_fl.core.model_spec import Owner
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, Payload
-from hetero_fl.privacy.client_side import WITHIN_CLIP, ClientPrivacy, PrivateFederation
-from hetero_fl.privacy.mechanisms import reference_tensors, teacher_from_votes
+from hetero_fl.privacy.client_side import (
+    FACTOR,
+    WITHIN_CLIP,
+    ClientPrivacy,
+    PrivateFederation,
+    reference_tensors,
+)
 from hetero_fl.utils.errors import UserError
+
+# Probability that the teacher assigns to the class with the most votes.
+ELECTED_PROBABILITY = 0.9
 
 
 @dataclass
@@ -248,6 +256,23 @@ class NoisyCombiner(Combiner):
         return Mean(shared.starts[kind] + change + noise, shared.expected, shared.expected)
 
 
+def teacher_from_votes(votes: Tensor, prediction_kind: str) -> Tensor:
+    """Return teacher predictions for the class with the most votes in each row.
+
+    Args:
+        votes: Noisy sum of votes, shape `[D, C]`.
+        prediction_kind: "probabilities", or "logits" to return log probabilities.
+
+    Returns:
+        Predictions, shape `[D, C]`. The class with the most votes has the probability 0.9, and the
+        other classes have equal probabilities.
+    """
+    classes = votes.shape[-1]
+    p = torch.full_like(votes, (1 - ELECTED_PROBABILITY) / max(1, classes - 1))
+    p.scatter_(-1, votes.argmax(-1, keepdim=True), ELECTED_PROBABILITY)
+    return p if prediction_kind == "probabilities" else p.log()
+
+
 # Returns items with the names, shapes and dtypes of a client's upload, given the client, the
 # broadcast to the client and the round index.
 ExpectedItems = Callable[[ClientInfo, Payload, int], Mapping[str, Item]]
@@ -312,7 +337,10 @@ class ServerPrivacy:
         Without adaptive clipping, the broadcast is not changed.
         """
         if self.config.adaptive_clip is not None:
-            broadcast.report = {**broadcast.report, **self.client.factors_item(self.factors)}
+            # All numbers have the same length, so that the size of the report does not vary. They
+            # can be converted back without rounding errors.
+            factors = {FACTOR + name: f"{f:.16e}" for name, f in sorted(self.factors.items())}
+            broadcast.report = {**broadcast.report, **factors}
         return broadcast
 
     def sum_noise(self, received_by: Callable[[ClientInfo], Payload], round_idx: int) -> SumNoise:

@@ -135,9 +135,11 @@ class MeanCombiner(Combiner):
         is_single = isinstance(item.values, Tensor)
         weight = item.weight if is_single else float(item.weight)
         is_sum = is_single and item.kind in SUM_KINDS
-        for tensor, owner in self.register(upload).items():
-            running = self._running.setdefault(owner, RunningMean())
-            running.add(item.tensors[tensor], weight, is_sum)
+        tensors = item.tensors
+        for name, owner in self.register(upload).items():
+            if owner not in self._running:
+                self._running[owner] = RunningMean()
+            self._running[owner].add(tensors[name], weight, is_sum)
 
     @override
     def means(self) -> Means:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.means import RunningMean, discount_upload
-from hetero_fl.core.payload import Item, Payload
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.participant import ClientInfo
+from hetero_fl.core.payload import Item, ItemSpec, Payload
 from tests.support.cases import each_case
 from tests.support.means import mean_of_items
 
@@ -91,3 +96,24 @@ def test_discounted_scales_counts_and_keeps_the_report() -> None:
 
     assert stale["n"].tolist() == [2.0, 1.0]
     assert stale.report == payload.report
+
+
+@each_case("use", ["sum", "each"])
+def test_means_include_uploads_that_were_added_after_a_request(use: Any) -> None:
+    arch = ModelSpec.from_config("linear", 1, (1,))
+    uploads = Uploads(specs={"rows": ItemSpec("rows", use=use), "model": ItemSpec("params", use)})
+    assert uploads.mean("rows") is None and uploads.mean_by_group("model") == {}
+    for client_id, value in (("a", 1.0), ("b", 4.0)):
+        client_info = ClientInfo(client_id, arch, 10, None, ClientSettings())
+        rows = Item(torch.full((2, 2), value), 2.0)
+        model = Item({"w": torch.full((3,), value)}, value, "params")
+        uploads.add(Upload(client_info, Payload({"rows": rows, "model": model})))
+
+        assert uploads.mean("rows") is not None
+
+    group = arch.spec_id
+    assert uploads.mean("rows").tolist() == [[2.5, 2.5]] * 2
+    assert [total.tolist() for total in uploads.total("rows")] == [[[10, 10]] * 2, 4]
+    assert uploads.mean_by_group("model")[group]["w"].tolist() == pytest.approx([3.4] * 3)
+    assert uploads.weights_by_group("model") == {group: {"w": 5.0}}
+    assert uploads.counts_by_group("model") == {group: {"w": 2}}

@@ -66,6 +66,7 @@ class NoiseSource(Protocol):
         Returns:
             Noise with the shape, dtype and device of `value`.
         """
+        return self.stream(*parts).normal(value, deviation)
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,6 @@ class KeyedNoiseSource(NoiseSource):
     @override
     def stream(self, *parts: Key) -> NoiseStream:
         return KeyedNoiseStream(keyed_generator("privacy", self.seed, *parts))
-
-    @override
-    def normal(self, value: Tensor, deviation: float, *parts: Key) -> Tensor:
-        return self.stream(*parts).normal(value, deviation)
 
 
 @dataclass(frozen=True)

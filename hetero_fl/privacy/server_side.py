@@ -216,13 +216,15 @@ class NoisyCombiner(Combiner):
             if tensor in exact.get(group, {})
         }
         changes = {owner: self._change(owner, by_owner.get(owner)) for owner in item.tensors}
-        return {
-            group: {
-                tensor: self._noisy_mean(item.tensors[owner], kind, *changes[owner])
-                for tensor, (owner, kind) in owners.items()
-            }
-            for group, owners in item.groups.items()
-        }
+        means: Means = {}
+        for group, owners in item.groups.items():
+            means[group] = {}
+            for tensor, (owner, kind) in owners.items():
+                change, noise = changes[owner]
+                shared = item.tensors[owner]
+                value = shared.starts[kind] + change + noise
+                means[group][tensor] = Mean(value, shared.expected, shared.expected)
+        return means
 
     def _noisy_sum(self, shared: SharedTensor, exact: Mean | None) -> Mean:
         """Add noise to the sum of a single tensor and, for class sums, to the counts of rows."""
@@ -250,10 +252,6 @@ class NoisyCombiner(Combiner):
             change.to(shared.example.dtype), self.name, *map(str, owner), divisor=shared.expected
         )
         return change, noise
-
-    @staticmethod
-    def _noisy_mean(shared: SharedTensor, kind: str, change: Tensor, noise: Tensor) -> Mean:
-        return Mean(shared.starts[kind] + change + noise, shared.expected, shared.expected)
 
 
 def teacher_from_votes(votes: Tensor, prediction_kind: str) -> Tensor:

@@ -172,26 +172,13 @@ class ConfidentWrong(Attack):
             if context.task.kind == "multiclass"
             else torch.zeros_like(true_uploads[..., :1])
         )
-        generators = map(context.generator, context.malicious)
-        swapped = [
-            swap_with_largest(rows, sample_other_class(rows, generator))
-            for generator, rows in zip(generators, true_uploads - level, strict=True)
-        ]
+        swapped = []
+        for client_id, rows in zip(context.malicious, true_uploads - level, strict=True):
+            generator = context.generator(client_id)
+            offset = torch.randint(1, rows.shape[-1], rows.shape[:-1], generator=generator)
+            other_class = (rows.argmax(-1) + offset) % rows.shape[-1]
+            swapped.append(swap_with_largest(rows, other_class))
         return level + self.factor * torch.stack(swapped)
-
-
-def sample_other_class(rows: Tensor, generator: torch.Generator) -> Tensor:
-    """Sample a class other than the predicted class for each row.
-
-    Args:
-        rows: Predictions, shape `[N, C]`.
-        generator: Random generator.
-
-    Returns:
-        Class indices, shape `[N]`.
-    """
-    offset = torch.randint(1, rows.shape[-1], rows.shape[:-1], generator=generator)
-    return (rows.argmax(-1) + offset) % rows.shape[-1]
 
 
 def swap_with_largest(rows: Tensor, target: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class RobustCombiner(MeanCombiner):
             return super().means()
         if SINGLE not in self._positions:
             return self.by_group(self._model_means())
-        is_sums = self.spec.kind == "class_sums"
+        is_sums = self._sent[0].payload.item(self.name).kind == "class_sums"
         return self.by_group({SINGLE: self._class_means() if is_sums else self._predictions()})
 
     def blocks(self) -> dict[tuple[str, tuple[int, ...]], list[Owner]]:

@@ -8,23 +8,57 @@ The module also discounts stale uploads.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from hetero_fl.core.model_spec import Owner, Tensors, owners_of
+from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.payload import SUM_KINDS, Item, Payload
 
 
-class RunningMean:
-    """Running weighted mean of tensors of the same shape, with scalar weights.
+@dataclass(frozen=True)
+class Mean:
+    """Mean of a tensor over clients.
 
-    The mean starts at the first term and is interpolated toward each further term by the term's
-    share of the total weight so far. If all terms are equal, the mean is therefore bit-identical to
-    the terms. While all weights are zero, the mean is unweighted. After a positive weight, terms of
-    weight zero have no effect.
+    Attributes:
+        value: The mean.
+        weight: Sum of the weights.
+        count: Number of uploads in the mean, or the expected number under client-level privacy.
+        total: The sum Σ w v. If None, the sum is computed from the mean.
+    """
+
+    value: Tensor
+    weight: float | Tensor
+    count: float
+    total: Tensor | None = None
+
+    @classmethod
+    def from_total(cls, total: Tensor, weight: Tensor, count: float) -> Mean:
+        """Create a mean from the totals Σ w v and Σ w.
+
+        Where the sum of the weights is zero, the mean is the sum Σ w v.
+        """
+        divisor = torch.where(weight > 0, weight, torch.ones_like(weight))
+        return cls(total / divisor, weight, count, total)
+
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """Return the totals Σ w v and Σ w."""
+        like = self.value
+        weight = torch.as_tensor(self.weight, dtype=like.dtype, device=like.device)
+        return (like * weight if self.total is None else self.total), weight
+
+
+class RunningMean:
+    """Running weighted mean of tensors of the same shape.
+
+    While all weights are scalars, the mean starts at the first term and is interpolated toward each
+    further term by the term's share of the total weight so far. If all terms are equal, the mean is
+    therefore bit-identical to the terms. While all weights are zero, the mean is unweighted. After
+    a positive weight, terms of weight zero have no effect.
+
+    If a weight is a tensor, or terms are already sums, totals are accumulated instead.
 
     Attributes:
         weight: Sum of the weights.
@@ -32,49 +66,41 @@ class RunningMean:
     """
 
     def __init__(self) -> None:
-        self.weight = 0.0
+        self.weight: float | Tensor = 0.0
         self.count = 0
-        self._weightless = 0
+        # The mean or, once the weight is a tensor, the total.
         self._value: Tensor | None = None
         # Whether `_value` may be modified in place: it was created by `add` and not yet returned.
         self._is_owned = False
 
-    @classmethod
-    def from_mean(cls, value: Tensor, weight: float, count: int) -> RunningMean:
-        """Create a running mean that continues from a given mean.
+    def result(self) -> Mean:
+        """Return the mean of the terms so far. There must be at least one term.
+
+        Later calls of `add` do not modify the returned tensors in place.
+        """
+        assert self._value is not None
+        self._is_owned = False
+        if isinstance(self.weight, Tensor):
+            return Mean.from_total(self._value, self.weight, self.count)
+        return Mean(self._value, self.weight, self.count)
+
+    def add(self, value: Tensor, weight: float | Tensor, is_sum: bool = False) -> None:
+        """Add a term to the mean without modifying `value` in place.
 
         Args:
-            value: The mean.
-            weight: Sum of the weights.
-            count: Number of terms.
+            value: The term.
+            weight: Weight of the term. A tensor is broadcast against the term.
+            is_sum: Whether the term is a sum that is already multiplied by the weight.
         """
-        running_mean = cls()
-        running_mean._value = value
-        running_mean.weight = weight
-        running_mean.count = count
-        return running_mean
-
-    @property
-    def value(self) -> Tensor | None:
-        """The mean of the terms so far, or None if there are no terms.
-
-        Later calls of `add` do not modify the returned tensor in place.
-        """
-        self._is_owned = False
-        return self._value
-
-    def add(self, value: Tensor, weight: float) -> None:
-        """Add a term to the mean without modifying `value` in place."""
         self.count += 1
+        if is_sum or isinstance(weight, Tensor) or isinstance(self.weight, Tensor):
+            self._add_total(value, weight, is_sum)
+            return
         if weight == 0 and self.weight > 0:
             return
-        if weight == 0:
-            self._weightless += 1
-            share = 1 / self._weightless
-        else:
-            # 1 for the first term with a positive weight: it replaces all terms of weight zero.
-            share = weight / (self.weight + weight)
-            self.weight += weight
+        self.weight += weight
+        # 1 for the first term with a positive weight: it replaces all terms of weight zero.
+        share = weight / self.weight if self.weight > 0 else 1 / self.count
         if self._value is None or share == 1:
             self._value = value
             self._is_owned = False
@@ -84,154 +110,15 @@ class RunningMean:
             self._value = torch.lerp(self._value, value, share)
             self._is_owned = True
 
-
-class ItemSum:
-    """Accumulator of the mean and the totals of single-tensor items with the same name.
-
-    Items with scalar weights are accumulated in a `RunningMean`. If a weight is a tensor, or the
-    values are already sums (kinds `class_sums` and `counts`), the sums of values and weights are
-    accumulated instead.
-    """
-
-    def __init__(self) -> None:
-        self._mean: RunningMean | None = None
-        self._sums: tuple[Tensor, Tensor] | None = None
-
-    def add(self, item: Item) -> None:
-        """Add an item to the mean and the totals.
-
-        Raises:
-            TypeError: If the values of the item are named tensors.
-        """
-        if not isinstance(item.values, Tensor):
-            raise TypeError("item: expected a single tensor, got named tensors; use mean_by_group")
-        is_sum = item.kind in SUM_KINDS
-        if self._sums is None and not is_sum and not isinstance(item.weight, Tensor):
-            self._mean = self._mean or RunningMean()
-            self._mean.add(item.values, item.weight)
-            return
-        weight = torch.as_tensor(item.weight, dtype=item.values.dtype, device=item.values.device)
-        term = item.values if is_sum else item.values * weight
-        # Earlier items of this name had scalar weights.
-        if self._sums is None and self._mean is not None:
-            self._sums = self.total
-        self._sums = (
-            (term, weight) if self._sums is None else (self._sums[0] + term, self._sums[1] + weight)
-        )
-
-    @classmethod
-    def from_total(cls, total: Tensor, weight: Tensor) -> ItemSum:
-        """Create an accumulator from the sum of weighted values and the sum of weights."""
-        item_sum = cls()
-        item_sum._sums = (total, weight)
-        return item_sum
-
-    @property
-    def mean(self) -> Tensor:
-        """The elementwise mean Σ w v / Σ w, or Σ v / Σ w for values that are already sums.
-
-        Where the sum of tensor weights is zero, the numerator is returned. If all weights are
-        scalars and zero, the mean is unweighted.
-        """
-        if self._sums is None:
-            assert self._mean is not None and self._mean.value is not None
-            return self._mean.value
-        total, weight = self._sums
-        return total / torch.where(weight > 0, weight, torch.ones_like(weight))
-
-    @property
-    def total(self) -> tuple[Tensor, Tensor]:
-        """The pair Σ w v and Σ w, or Σ v and Σ w for values that are already sums."""
-        if self._sums is not None:
-            return self._sums
-        assert self._mean is not None and self._mean.value is not None
-        weight = self._mean.value.new_tensor(self._mean.weight)
-        return self._mean.value * weight, weight
-
-
-def mean_of_items(items: Sequence[Item]) -> Tensor:
-    """Return the mean of one or more single-tensor items (see `ItemSum`).
-
-    The order of the items affects the rounding of the mean.
-    """
-    item_sum = ItemSum()
-    for item in items:
-        item_sum.add(item)
-    return item_sum.mean
-
-
-class OwnerMeans:
-    """Weighted mean of each named tensor over the owners of the tensor.
-
-    Models are added one at a time. Tensors are averaged within the architecture groups of the
-    clients. Tensors whose name starts with a prefix in `common` are averaged over all groups with
-    the same name and shape.
-
-    Args:
-        common: Prefixes of the names of tensors that are averaged across groups.
-    """
-
-    def __init__(self, common: Sequence[str] = ()) -> None:
-        self._common = tuple(common)
-        self._means: dict[Owner, RunningMean] = {}
-        self._groups: dict[str, dict[str, Owner]] = {}
-
-    def add(self, group: str, tensors: Mapping[str, Tensor], weight: float) -> None:
-        """Add a model, or a part of a model, to the means.
-
-        Args:
-            group: Architecture group of the model.
-            tensors: The tensors, keyed by name.
-            weight: Weight of the model in the means.
-        """
-        for name, owner in self._owners(group, tensors).items():
-            self._means.setdefault(owner, RunningMean()).add(tensors[name], weight)
-
-    def set_mean(self, group: str, name: str, mean: Tensor, weight: float) -> None:
-        """Set the mean of a tensor to a value that was computed elsewhere.
-
-        The new mean replaces the previous one. Call this method once for each owner, because each
-        call adds 1 to the number of uploads in the mean.
-
-        Args:
-            group: Architecture group of the owner.
-            name: Name of the tensor.
-            mean: The mean.
-            weight: Sum of the weights.
-        """
-        owner = self._owners(group, {name: mean})[name]
-        count = self._means[owner].count + 1 if owner in self._means else 1
-        self._means[owner] = RunningMean.from_mean(mean, weight, count)
-
-    def _owners(self, group: str, tensors: Mapping[str, Tensor]) -> dict[str, Owner]:
-        owners = owners_of(tensors, group, self._common)
-        self._groups.setdefault(group, {}).update(owners)
-        return owners
-
-    def by_group(self) -> dict[str, Tensors]:
-        """Return the mean of each tensor that a group sent, keyed by group and tensor name."""
-        return {
-            group: {
-                name: mean
-                for name, owner in owners.items()
-                if (mean := self._means[owner].value) is not None
-            }
-            for group, owners in self._groups.items()
-        }
-
-    def weights_by_group(self) -> dict[str, dict[str, float]]:
-        """Return the total weight of each mean, keyed by group and tensor name."""
-        return {
-            group: {name: self._means[owner].weight for name, owner in owners.items()}
-            for group, owners in self._groups.items()
-        }
-
-    def counts_by_group(self) -> dict[str, dict[str, int]]:
-        """Return the number of uploads in each mean, keyed by group and tensor name."""
-        return {
-            group: {name: self._means[owner].count for name, owner in owners.items()}
-            for group, owners in self._groups.items()
-        }
+    def _add_total(self, value: Tensor, weight: float | Tensor, is_sum: bool) -> None:
+        weight = torch.as_tensor(weight, dtype=value.dtype, device=value.device)
+        total = value if is_sum else value * weight
+        if self._value is not None:
+            earlier_total, earlier_weight = self.result().totals()
+            total = earlier_total + total
+            weight = earlier_weight + weight
+        self._value = total
+        self.weight = weight
 
 
 def tie_common_tensors(

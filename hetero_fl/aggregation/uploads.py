@@ -1,72 +1,32 @@
-"""Aggregation of the uploads of a round by weighted means or robust rules.
+"""Aggregation of the uploads of a round: one combiner for each item of the uploads.
 
-An upload consists of items (see `hetero_fl.core.payload.Item`). Uploads are accumulated in the
-order of client ids. Items that are declared with `use="each"` are also stored individually. Robust
-rules (`hetero_fl.robustness.rules`) can replace the mean.
+An upload consists of items (see `hetero_fl.core.payload.Item`). Uploads are added in the order of
+client ids. Items that are declared with `use="each"` are stored individually. The combiner of an
+item computes weighted means, unless a robust rule (`hetero_fl.robustness.robust_means`) or secure
+aggregation replaces the means. Client-level privacy adds noise (`hetero_fl.privacy.server_side`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
+from typing_extensions import override
 
-from hetero_fl.aggregation.means import ItemSum, OwnerMeans, mean_of_items
-from hetero_fl.core.model_spec import Tensors
+from hetero_fl.aggregation.means import Mean, RunningMean
+from hetero_fl.core.model_spec import Owner, Tensors, owners_of
 from hetero_fl.core.participant import ClientInfo
-from hetero_fl.core.payload import Item, ItemSpec, MissingItemError, Payload
-from hetero_fl.robustness.robust_means import (
-    PARAMETERS,
-    AggregationRules,
-    RobustItemMeans,
-    RobustModelMeans,
-)
+from hetero_fl.core.payload import SUM_KINDS, Item, ItemSpec, MissingItemError, Payload
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
 
-
-class CombineNoise(Protocol):
-    """Interface of the noise that client-level differential privacy adds to the sums of a round."""
-
-    def expects(self, name: str) -> bool:
-        """Return whether clients may upload a single-tensor item with this name."""
-
-    def total(self, name: str, totals: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Return the noisy totals Σ w v and Σ w of a single-tensor item.
-
-        Args:
-            name: Name of the item.
-            totals: The totals without noise. If None, no client sent the item, and noise is added
-                to zeros.
-        """
-
-    def mean(self, name: str, totals: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Return the noisy mean of a single-tensor item. See `total` for the arguments."""
-
-    def by_group(
-        self,
-        name: str,
-        means: Mapping[str, Tensors],
-        weights: Mapping[str, Mapping[str, float]],
-        senders: Sequence[ClientInfo],
-    ) -> dict[str, Tensors]:
-        """Return the noisy means of named tensors for every group whose clients may send the item.
-
-        Args:
-            name: Name of the item.
-            means: Means without noise, keyed by group and tensor name. Groups that did not send the
-                item are missing.
-            weights: Total weight of each mean, keyed by group and tensor name.
-            senders: The clients that sent the item.
-        """
-
-    def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
-        """Return the expected number of clients in each mean, keyed by group and tensor name."""
-
-    def senders(self, name: str) -> list[ClientInfo]:
-        """Return one client of each set of clients with equal settings that may send the item."""
+# Means keyed by architecture group and tensor name. A single tensor has the group "" and the
+# name "".
+Means: TypeAlias = dict[str, dict[str, Mean]]
+# Owner of all single tensors of an item, which must have the same shape.
+SINGLE: Owner = ("", (), "")
 
 
 @dataclass(frozen=True)
@@ -95,6 +55,115 @@ class Upload:
         return self.client_info.arch.spec_id
 
 
+class Combiner(Protocol):
+    """Interface of the combination of one item over the clients of a round."""
+
+    def add(self, upload: Upload) -> None:
+        """Add the item of an upload. Uploads are added in the order of client ids."""
+
+    def means(self) -> Means:
+        """Return the mean of each tensor, keyed by architecture group and tensor name."""
+
+
+class CombinerFactory(Protocol):
+    """Interface of settings that determine how items are combined, such as robust rules."""
+
+    def combiner(self, name: str, spec: ItemSpec, common: Sequence[str]) -> Combiner:
+        """Create the combiner of an item.
+
+        Args:
+            name: Name of the item.
+            spec: Declaration of the item.
+            common: Prefixes of the names of tensors that are averaged across architectures.
+        """
+
+
+class CombineNoise(Protocol):
+    """Interface of the noise that client-level differential privacy adds to the sums of a round."""
+
+    def combiner(self, name: str, exact: Combiner) -> Combiner:
+        """Create a combiner that adds noise to the means of another combiner.
+
+        Args:
+            name: Name of the item.
+            exact: Combiner without noise.
+        """
+
+    def senders(self, name: str) -> list[ClientInfo]:
+        """Return one client of each set of clients with equal settings that may send the item."""
+
+
+def owners_of_item(
+    item: Item, group: str, spec: ItemSpec, common: Sequence[str]
+) -> tuple[str, dict[str, Owner]]:
+    """Return the group in which an item is combined, and the owner of each tensor by its name.
+
+    Args:
+        item: The item.
+        group: Architecture group of the sender.
+        spec: Declaration of the item.
+        common: Prefixes of the names of tensors that are averaged across architectures.
+    """
+    if isinstance(item.values, Tensor):
+        return "", {"": SINGLE}
+    group = "" if spec.across_architectures else group
+    return group, owners_of(item.values, group, tuple(common))
+
+
+class MeanCombiner(Combiner):
+    """Weighted mean of each tensor of an item over the owners of the tensor.
+
+    Tensors are averaged within the architecture groups of the clients. Tensors whose name starts
+    with a prefix in `common` are averaged over all groups with the same name and shape.
+
+    Args:
+        name: Name of the item.
+        spec: Declaration of the item.
+        common: Prefixes of the names of tensors that are averaged across architectures.
+    """
+
+    def __init__(self, name: str, spec: ItemSpec, common: Sequence[str] = ()) -> None:
+        self.name = name
+        self.spec = spec
+        self.common = common
+        self._running: dict[Owner, RunningMean] = {}
+        self._groups: dict[str, dict[str, Owner]] = {}
+
+    @override
+    def add(self, upload: Upload) -> None:
+        item = upload.payload.item(self.name)
+        is_single = isinstance(item.values, Tensor)
+        weight = item.weight if is_single else float(item.weight)
+        is_sum = is_single and item.kind in SUM_KINDS
+        tensors = item.tensors
+        for name, owner in self.register(upload).items():
+            if owner not in self._running:
+                self._running[owner] = RunningMean()
+            self._running[owner].add(tensors[name], weight, is_sum)
+
+    @override
+    def means(self) -> Means:
+        return self.by_group({owner: mean.result() for owner, mean in self._running.items()})
+
+    def register(self, upload: Upload) -> dict[str, Owner]:
+        """Record which tensors a group sends, and return the owner of each tensor by its name."""
+        item = upload.payload.item(self.name)
+        group, owners = owners_of_item(item, upload.group, self.spec, self.common)
+        self._groups.setdefault(group, {}).update(owners)
+        return owners
+
+    def by_group(self, means: Mapping[Owner, Mean]) -> Means:
+        """Arrange means by architecture group and tensor name.
+
+        Args:
+            means: Means keyed by owner. Owners without a mean are left out of the result.
+        """
+        return {
+            group: {tensor: means[owner] for tensor, owner in owners.items() if owner in means}
+            for group, owners in self._groups.items()
+        }
+
+
 class Uploads:
     """Uploads of a round, with methods for their means and sums.
 
@@ -103,7 +172,8 @@ class Uploads:
         specs: Declarations of the method's items, keyed by name. If None, items of any name are
             accepted.
         common: Prefixes of the names of tensors that are averaged across architectures.
-        rules: Robust aggregation rules. If None, items are averaged.
+        rules: Source of the combiners of items, such as robust aggregation rules. If None, items
+            are averaged.
         noise: Noise that is added to every sum. If None, no noise is added.
 
     Attributes:
@@ -117,7 +187,7 @@ class Uploads:
         uploads: Iterable[Upload] = (),
         specs: Mapping[str, ItemSpec] | None = None,
         common: Sequence[str] = (),
-        rules: AggregationRules | None = None,
+        rules: CombinerFactory | None = None,
         noise: CombineNoise | None = None,
     ) -> None:
         self._specs = specs or {}
@@ -127,40 +197,13 @@ class Uploads:
         self.aggregated_items: set[tuple[str, str]] = set()
         self._kept: list[Upload] = []
         self._senders: dict[str, list[ClientInfo]] = {}
-        self._tensors: dict[str, ItemSum | RobustItemMeans] = {}
-        self._models: dict[str, OwnerMeans | RobustModelMeans] = {}
+        self._combiners: dict[str, Combiner] = {}
+        # Means of items that were requested since the last upload.
+        self._means: dict[str, Means] = {}
         self._count = 0
         by_client = {u.client: u for u in uploads}
         for client in natural_order(by_client):
             self.add(by_client[client])
-
-    @classmethod
-    def from_sums(
-        cls,
-        count: int,
-        senders: Mapping[str, list[ClientInfo]],
-        items: Mapping[str, ItemSum],
-        models: Mapping[str, OwnerMeans],
-        *,
-        specs: Mapping[str, ItemSpec],
-        noise: CombineNoise | None = None,
-    ) -> Uploads:
-        """Create the uploads of a round from sums over clients, as after secure aggregation.
-
-        Args:
-            count: Number of clients in the sums.
-            senders: Clients that sent each item, keyed by item name.
-            items: Accumulators of single-tensor items, keyed by item name.
-            models: Means of named tensors, keyed by item name.
-            specs: Declarations of the method's items, keyed by name.
-            noise: Noise that is added to every sum. If None, no noise is added.
-        """
-        uploads = cls(specs=specs, noise=noise)
-        uploads._count = count
-        uploads._senders = dict(senders)
-        uploads._tensors = dict(items)
-        uploads._models = dict(models)
-        return uploads
 
     def __len__(self) -> int:
         return self._count
@@ -172,54 +215,44 @@ class Uploads:
         sums.
         """
         self._count += 1
+        self._means = {}
         kept_items = {}
         for name in upload.payload:
             self._senders.setdefault(name, []).append(upload.client_info)
             if self._spec(name).use == "each":
                 kept_items[name] = upload.payload.item(name)
-            if self._spec(name).use != "each" or self._uses_rule(name):
-                self._accumulate(name, upload)
+                continue
+            if name not in self._combiners:
+                self._combiners[name] = self._new_combiner(name)
+            self._combiners[name].add(upload)
         if any(spec.use == "each" for spec in self._specs.values()):
             self._kept.append(replace(upload, payload=Payload(kept_items)))
 
     def _spec(self, name: str) -> ItemSpec:
         return self._specs.get(name, ItemSpec("params"))
 
-    def _uses_rule(self, name: str) -> bool:
-        return self._rules is not None and self._rules.applies_to(self._spec(name))
+    def _new_combiner(self, name: str) -> Combiner:
+        source = MeanCombiner if self._rules is None else self._rules.combiner
+        combiner = source(name, self._spec(name), self._common)
+        return combiner if self._noise is None else self._noise.combiner(name, combiner)
 
-    def _accumulate(self, name: str, upload: Upload) -> None:
-        item = upload.payload.item(name)
-        rules = self._rules if self._uses_rule(name) else None
-        if isinstance(item.values, Tensor):
-            if name not in self._tensors:
-                # Rules for parameters need named tensors, so they do not apply to a single tensor.
-                is_parameter = item.kind in PARAMETERS
-                self._tensors[name] = (
-                    RobustItemMeans(name, rules) if rules and not is_parameter else ItemSum()
-                )
-            self._tensors[name].add(item)
-        else:
-            if name not in self._models:
-                client_infos = self._senders[name]
-                self._models[name] = (
-                    RobustModelMeans(name, rules, client_infos, self._common)
-                    if rules
-                    else OwnerMeans(self._common)
-                )
-            group = "" if self._spec(name).across_architectures else upload.group
-            self._models[name].add(group, item.values, float(item.weight))
+    def _item_means(self, name: str) -> Means:
+        """Return the means of an item, which are computed when they are first requested.
 
-    def _prepare_aggregate(self, name: str) -> None:
-        """Accumulate the stored uploads of an item when the mean or sum is first requested."""
+        Raises:
+            MissingItemError: If the method does not declare the item.
+        """
         self._check_declared(name)
-        if (
-            self._spec(name).use == "each"
-            and name not in self._tensors
-            and name not in self._models
-        ):
-            for upload in self.containing(name):
-                self._accumulate(name, upload)
+        if name not in self._means:
+            combiner = self._combiners.get(name) or self._new_combiner(name)
+            if self._spec(name).use == "each":
+                for upload in self.containing(name):
+                    combiner.add(upload)
+            self._means[name] = combiner.means()
+        return self._means[name]
+
+    def _single_mean(self, name: str) -> Mean | None:
+        return self._item_means(name).get("", {}).get("")
 
     def _check_declared(self, name: str) -> None:
         if self._specs and name not in self._specs:
@@ -253,19 +286,15 @@ class Uploads:
         """Return the elementwise mean of a single-tensor item, or the result of the robust rule.
 
         Returns:
-            The mean, or None if no client sent the item. If `noise` is set and clients may send the
-            item, the noisy mean is returned in both cases.
+            The mean, or None if no client sent the item or a robust rule needs more clients. If
+            `noise` is set and clients may send the item, the noisy mean is returned in any case.
 
         Raises:
             MissingItemError: If the method does not declare the item.
         """
-        self._prepare_aggregate(name)
+        mean = self._single_mean(name)
         self.aggregated_items.add((name, self._spec(name).kind))
-        if self._noise is not None and self._noise.expects(name):
-            return self._noise.mean(
-                name, self._tensors[name].total if name in self._tensors else None
-            )
-        return self._tensors[name].mean if name in self._tensors else None
+        return None if mean is None or mean.count == 0 else mean.value
 
     def total(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the totals Σ w v and Σ w of a single-tensor item, with noise if `noise` is set.
@@ -276,15 +305,13 @@ class Uploads:
             MissingItemError: If the method does not declare the item.
             KeyError: If no client sent the item and no noise is added to the sum.
         """
-        self._prepare_aggregate(name)
+        mean = self._single_mean(name)
         # No robust rule applies to a total. A note names the counts that are not protected.
         if self._spec(name).kind == "counts":
             self.aggregated_items.add((name, "counts"))
-        if self._noise is not None and self._noise.expects(name):
-            return self._noise.total(
-                name, self._tensors[name].total if name in self._tensors else None
-            )
-        return self._tensors[name].total
+        if mean is None:
+            raise KeyError(name)
+        return mean.totals()
 
     def mean_by_group(self, name: str) -> dict[str, Tensors]:
         """Return the mean of each named tensor of an item.
@@ -297,33 +324,25 @@ class Uploads:
         Raises:
             MissingItemError: If the method does not declare the item.
         """
-        self._prepare_aggregate(name)
+        means = self._item_means(name)
         self.aggregated_items.add((name, "models"))
-        means = self._models[name].by_group() if name in self._models else {}
-        if self._noise is None:
-            return means
-        weights = self._models[name].weights_by_group() if name in self._models else {}
-        return self._noise.by_group(name, means, weights, self._senders.get(name, []))
+        return {g: {n: mean.value for n, mean in named.items()} for g, named in means.items()}
 
     def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
         """Return the total weight of each mean of `mean_by_group`, with the same keys.
 
         If `noise` is set, the expected number of clients is returned instead.
         """
-        self._prepare_aggregate(name)
-        if self._noise is not None:
-            return self._noise.weights_by_group(name)
-        return self._models[name].weights_by_group() if name in self._models else {}
+        means = self._item_means(name)
+        return {g: {n: float(m.weight) for n, m in named.items()} for g, named in means.items()}
 
     def counts_by_group(self, name: str) -> Mapping[str, Mapping[str, float]]:
         """Return the number of uploads in each mean of `mean_by_group`, with the same keys.
 
         If `noise` is set, the expected number is returned instead.
         """
-        self._prepare_aggregate(name)
-        if self._noise is not None:
-            return self._noise.weights_by_group(name)
-        return self._models[name].counts_by_group() if name in self._models else {}
+        means = self._item_means(name)
+        return {g: {n: m.count for n, m in named.items()} for g, named in means.items()}
 
     def consensus(self, name: str, predictions: Mapping[str, Item]) -> Tensor | None:
         """Aggregate predictions that the server computed from individual uploads.
@@ -336,14 +355,9 @@ class Uploads:
             The mean or the result of the robust rule for `rows`. None if `predictions` is empty.
         """
         self.aggregated_items.add((name, "rows"))
-        client_ids = natural_order(predictions)
-        if self._rules is None or not self._rules.applies_to(ItemSpec("rows")):
-            ordered = [predictions[client_id] for client_id in client_ids]
-            return mean_of_items(ordered) if ordered else None
-        robust_means = RobustItemMeans(name, self._rules)
-        for client_id in client_ids:
-            robust_means.add(predictions[client_id])
-        return robust_means.mean if client_ids else None
+        uploads = {upload.client: upload for upload in self._kept}
+        derived = [replace(uploads[c], payload=Payload({name: p})) for c, p in predictions.items()]
+        return Uploads(derived, {name: ItemSpec("rows")}, rules=self._rules).mean(name)
 
     def with_uploads(self, uploads: Iterable[Upload], specs: Mapping[str, ItemSpec]) -> Uploads:
         """Create an `Uploads` object with other uploads and the same robust rules.

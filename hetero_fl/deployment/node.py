@@ -72,7 +72,7 @@ from hetero_fl.federation.executors.workers import (
     WorkerSetup,
 )
 from hetero_fl.federation.state_store import PrivateState
-from hetero_fl.privacy.mechanisms import SecretNoiseSource
+from hetero_fl.privacy.noise import SecretNoiseSource
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import (

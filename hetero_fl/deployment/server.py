@@ -33,7 +33,7 @@ from hetero_fl.federation.simulation.sampling import min_clients
 from hetero_fl.federation.simulation.schedule import unused_simulation_keys
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.trainer import Record
-from hetero_fl.privacy.mechanisms import SecretNoiseSource
+from hetero_fl.privacy.noise import SecretNoiseSource
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
 from hetero_fl.utils.environment import use_deterministic_algorithms

@@ -269,8 +269,8 @@ class UploadCollector:
     def _keep_sealed(self, aggregate: SealedAggregate) -> None:
         """Keep the result of an aggregation at a client."""
         self.sealed = aggregate
-        specs = self.trainer.expectations.specs
-        self.uploads = Uploads.from_sums(len(aggregate.clients), {}, {}, {}, specs=specs)
+        client_infos = self.trainer.federation.client_infos
+        self.uploads = Uploads(Upload(client_infos[c], Payload()) for c in aggregate.clients)
         self._record_dropouts(aggregate)
 
     def _record_dropouts(self, aggregated: AggregatedUploads | SealedAggregate) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -146,30 +146,31 @@ def solve_noise_multiplier(
     Raises:
         UserError: If the accountant is required and opacus is not installed.
     """
-    distinct = set(histories)
-    if not any(distinct):
-        return MIN_NOISE_MULTIPLIER
+    # Histories with large costs come first, so that too small a multiplier is noticed early.
+    ordered = sorted(set(histories), key=_rough_cost, reverse=True)
 
-    def upper_bound(z: float) -> float:
-        return max(
-            epsilon_of_history(h, z, delta, _fast_accountant(h, accountant)) for h in distinct
+    def suffices(z: float, is_exact: bool = True) -> bool:
+        """Return whether all histories meet the target, which is certain if a fast bound does."""
+        return all(
+            epsilon_of_history(h, z, delta, _fast_accountant(h, accountant)) <= target
+            or (is_exact and epsilon_of_history(h, z, delta, accountant) <= target)
+            for h in ordered
         )
 
-    def exact(z: float) -> float:
-        return worst_epsilon(distinct, z, delta, accountant)
-
     high = MIN_NOISE_MULTIPLIER
-    if upper_bound(high) <= target:
-        return high
-    while upper_bound(high) > target:
+    while not suffices(high, is_exact=False):
         high *= 2
-    high = _smallest_multiplier(upper_bound, target, high / 2, high)
-    # PRV needs slightly less noise than RDP.
-    low = max(high * 0.9, MIN_NOISE_MULTIPLIER)
-    while low > MIN_NOISE_MULTIPLIER and exact(low) <= target:
+    low = high / 2
+    while low >= MIN_NOISE_MULTIPLIER and suffices(low):
         high = low
-        low = max(low * 0.9, MIN_NOISE_MULTIPLIER)
-    return math.ceil(_smallest_multiplier(exact, target, low, high) * 1e4) / 1e4
+        low = high / 2
+    while high > MIN_NOISE_MULTIPLIER and high - low > TOLERANCE * high:
+        middle = (low + high) / 2
+        if suffices(middle):
+            high = middle
+        else:
+            low = middle
+    return math.ceil(high * 1e4) / 1e4
 
 
 def _fast_accountant(history: History, accountant: str) -> str:
@@ -180,36 +181,9 @@ def _fast_accountant(history: History, accountant: str) -> str:
     return accountant if all(rate == 1 for _, rate, _ in history) else "rdp"
 
 
-def _smallest_multiplier(
-    epsilon_at: Callable[[float], float], target: float, low: float, high: float
-) -> float:
-    """Return the smallest noise multiplier between `low` and `high` whose ε is at most the target.
-
-    At `high`, ε must not exceed the target. Because ε is expensive to compute and log ε is nearly
-    linear in the logarithm of the multiplier, this function uses the Illinois variant of the regula
-    falsi on the logarithms.
-    """
-    a = math.log(low)
-    b = math.log(high)
-    above, below = (math.log(max(epsilon_at(z), 1e-300) / target) for z in (low, high))
-    if above <= 0:
-        return low
-    last_below = below
-    while math.exp(b) - math.exp(a) > TOLERANCE * math.exp(b) and last_below < -TOLERANCE:
-        middle = min(
-            max(b - below * (b - a) / (below - above), a + 0.01 * (b - a)), b - 0.01 * (b - a)
-        )
-        value = math.log(max(epsilon_at(math.exp(middle)), 1e-300) / target)
-        if value <= 0:
-            b = middle
-            below = value
-            last_below = value
-            above = above / 2
-        else:
-            a = middle
-            above = value
-            below = below / 2
-    return math.exp(b)
+def _rough_cost(history: History) -> float:
+    """Return the sum of squared sampling rates over variances, with which ε grows."""
+    return sum(steps * (rate / scale) ** 2 for scale, rate, steps in history)
 
 
 @lru_cache(maxsize=4096)
@@ -239,28 +213,22 @@ def epsilon_of_mechanisms(mechanisms: History, delta: float, accountant: str = "
         # opacus warns if the optimal RDP order is the smallest or largest one.
         warnings.simplefilter("ignore")
         if accountant == "rdp":
-            return _rdp_epsilon(mechanisms, delta)
+            orders = accountants["RDPAccountant"].DEFAULT_ALPHAS
+            spent = sum(_rdp_of_step(noise, rate) * steps for noise, rate, steps in mechanisms)
+            rdp = accountants["analysis"].rdp
+            return float(rdp.get_privacy_spent(orders=orders, rdp=spent, delta=delta)[0])
         prv = accountants["PRVAccountant"]()
         prv.history = list(mechanisms)
         return float(prv.get_epsilon(delta=delta))
 
 
-def _rdp_epsilon(mechanisms: History, delta: float) -> float:
-    from opacus.accountants import RDPAccountant
-    from opacus.accountants.analysis.rdp import get_privacy_spent
-
-    spent = sum(_rdp_of_step(noise, rate) * steps for noise, rate, steps in mechanisms)
-    return float(get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=spent, delta=delta)[0])
-
-
 @lru_cache(maxsize=4096)
 def _rdp_of_step(noise: float, rate: float) -> Any:
     """Return the Rényi divergence of one step at each default order of opacus."""
-    from opacus.accountants import RDPAccountant
-    from opacus.accountants.analysis.rdp import compute_rdp
-
-    orders = RDPAccountant.DEFAULT_ALPHAS
-    return compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=orders)
+    accountants = opacus_accountants()
+    orders = accountants["RDPAccountant"].DEFAULT_ALPHAS
+    rdp = accountants["analysis"].rdp
+    return rdp.compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=orders)
 
 
 def opacus_accountants() -> dict[str, Any]:

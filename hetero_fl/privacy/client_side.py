@@ -14,10 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import permitted_part
 from hetero_fl.config.privacy import PrivacyConfig
+from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientDirectory, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.task import Task
@@ -25,13 +28,8 @@ from hetero_fl.data import FederatedData
 from hetero_fl.engine.driver import Backend
 from hetero_fl.privacy.accounting import PrivacyCharge
 from hetero_fl.privacy.dp_sgd import PrivacyBackend, PrivacyLedger
-from hetero_fl.privacy.mechanisms import (
-    NoiseSource,
-    add_noise,
-    clip_upload,
-    label_counts_charge,
-    predictions_to_votes,
-)
+from hetero_fl.privacy.noise import COUNTS, NoiseSource
+from hetero_fl.utils.seeding import Key
 
 # Name of the item that contains one bit for each uploaded item. The bit is set if the norm of the
 # update was within the clipping bound.
@@ -51,6 +49,92 @@ def received_factors(received: Payload) -> dict[str, float]:
         for name, value in received.report.items()
         if name.startswith(FACTOR)
     }
+
+
+# Each item i of an upload with up to m items is clipped to a norm C_i and receives noise with a
+# standard deviation of z·√m·C_i. Scaled by 1/C_i and concatenated, the items are one vector of norm
+# at most √m with noise z·√m. This is one Gaussian mechanism with multiplier z (McMahan et al. 2018,
+# section 3, "per-layer clipping").
+
+VALUES = "values"
+WEIGHT = "weight"
+
+
+def clip_item(item: Item, received: Item | None, bound: float) -> tuple[Item, bool]:
+    """Clip the update in an item to a maximum L2 norm and set the weight of the item to 1.
+
+    The update in an item of kind "params" is the difference from the received parameters. The
+    update in any other item is the values. The weights of "class_sums", which are counts of rows,
+    are part of the clipped vector.
+
+    Args:
+        item: Item to clip.
+        received: Received item of the same name. If None, the update is the sent values.
+        bound: Maximum L2 norm.
+
+    Returns:
+        The clipped item, and whether the norm of the update was within the bound.
+    """
+    vector = _flatten_item(item)
+    reference = reference_tensors(item, received)
+    update = {n: t - reference[n] for n, t in vector.items()}
+    squares = [t.double().square().sum() for t in update.values()]
+    norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    # The norm of invalid numbers is not within any bound.
+    is_within = norm <= bound
+    if not is_within:
+        vector = {n: reference[n] + t * (bound / norm) for n, t in update.items()}
+    return _unflatten_item(item, vector), is_within
+
+
+def _flatten_item(item: Item) -> Tensors:
+    """Return all numbers of an item that the receiver uses, as named tensors."""
+    if isinstance(item.values, Mapping):
+        return dict(item.values)
+    if item.kind == "class_sums":
+        return {VALUES: item.values, WEIGHT: torch.as_tensor(item.weight, dtype=item.values.dtype)}
+    return {VALUES: item.values}
+
+
+def _unflatten_item(like: Item, vector: Tensors) -> Item:
+    if isinstance(like.values, Mapping):
+        return Item(vector, 1.0, like.kind)
+    weight = vector[WEIGHT].clamp(min=0) if like.kind == "class_sums" else 1.0
+    values = vector[VALUES].clamp(min=0) if like.kind == "counts" else vector[VALUES]
+    return Item(values, weight, like.kind)
+
+
+def reference_tensors(item: Item, received: Item | None) -> Tensors:
+    """Return the tensors that are subtracted from an item to compute the update.
+
+    For an item of kind "params", these are the received tensors of the same name and shape. For all
+    other tensors, zeros are returned.
+
+    Args:
+        item: The sent item.
+        received: Received item of the same name. If None, all returned tensors are zeros.
+    """
+    known = received.tensors if received is not None and item.kind == "params" else {}
+    vector = _flatten_item(item)
+    return {
+        n: known[n] if n in known and known[n].shape == t.shape else torch.zeros_like(t)
+        for n, t in vector.items()
+    }
+
+
+def predictions_to_votes(item: Item, norm: float) -> Item:
+    """Replace predictions `[D, C]` by one-hot votes, scaled to an L2 norm.
+
+    The class with the most votes after noise is added is the result of GNMax (Papernot et al.
+    2018). This class does not depend on the scale of the votes and the noise.
+
+    Args:
+        item: Item with the predictions.
+        norm: L2 norm of the votes of all rows.
+    """
+    assert isinstance(item.values, Tensor)
+    votes = F.one_hot(item.values.argmax(-1), item.values.shape[-1]).to(item.values.dtype)
+    return Item(votes * (norm / max(1, len(votes)) ** 0.5), 1.0, item.kind)
 
 
 class PrivateFederation(Protocol):
@@ -174,8 +258,11 @@ class ClientPrivacy:
         """
         if self.config.unit != "record":
             return (PrivacyCharge(1.0),) if sent else ()
-        counts = label_counts_charge(self.task_kind, self.config) if counts_read else ()
-        return (*steps, *counts)
+        if not counts_read or self.task_kind == "regression":
+            # The number of rows of a regression task is not private.
+            return tuple(steps)
+        scale = self.config.statistics_noise
+        return (*steps, PrivacyCharge(1.0, scale=scale, once=COUNTS))
 
     def release_upload(self, client: Participant, upload: Payload, received: Payload) -> Payload:
         """Clip an upload and add noise, as configured.
@@ -194,35 +281,36 @@ class ClientPrivacy:
         Returns:
             The upload to send.
         """
-        privacy = self.config
-        if privacy.unit == "record":
+        unit = self.config.unit
+        if unit == "record":
             return upload
         factors = received_factors(received)
+        stream = client.stream("release") if unit == "local" else ()
+        items = {}
+        within = {}
+        for name in upload:
+            item = upload.item(name)
+            bound = self.config.clip_norm(name) * factors.get(name, 1.0)
+            if self.config.votes and self.specs[name].prediction_type:
+                item = predictions_to_votes(item, bound)
+            before = received.items_by_name.get(name)
+            items[name], within[name] = clip_item(item, before, bound)
+            if unit == "local":
+                items[name] = self._add_noise(name, items[name], stream)
+        if self.config.adaptive_clip is not None and upload:
+            # Subtracting 1/2 reduces the sensitivity to 1/2 (Andrew et al. 2021, section 3).
+            bits = torch.tensor([float(within.get(name, True)) - 0.5 for name in self.items])
+            items[WITHIN_CLIP] = Item(bits, 1.0, "counts")
+        return Payload(items, upload.report)
 
-        def bound(name: str) -> float:
-            return privacy.clip_norm(name) * factors.get(name, 1.0)
-
-        if privacy.votes:
-            for name in [n for n in upload if self.specs[n].prediction_type]:
-                upload.items_by_name[name] = predictions_to_votes(upload.item(name), bound(name))
-        if privacy.unit == "client":
-            clipped, within = clip_upload(upload, received, bound)
-            if privacy.adaptive_clip is not None and upload:
-                # Subtracting 1/2 reduces the sensitivity to 1/2 (Andrew et al. 2021, section 3).
-                bits = torch.tensor([float(within.get(name, True)) - 0.5 for name in self.items])
-                clipped.items_by_name[WITHIN_CLIP] = Item(bits, 1.0, "counts")
-            return clipped
-        stream = client.stream("release")
-
-        def add(name: str, item: Item) -> Item:
-            deviation = self.deviation(name)
-            return add_noise(
-                item,
-                deviation,
-                lambda like, sd, part: self.noise.normal(like, sd, *stream, name, part),
-            )
-
-        return clip_upload(upload, received, bound, add)[0]
+    def _add_noise(self, name: str, item: Item, stream: Sequence[Key]) -> Item:
+        """Add noise to all numbers in an item. Noisy counts are clamped to at least 0."""
+        deviation = self.deviation(name)
+        noisy = {
+            part: tensor + self.noise.normal(tensor, deviation, *stream, name, part)
+            for part, tensor in _flatten_item(item).items()
+        }
+        return _unflatten_item(item, noisy)
 
     def deviation(self, name: str, factor: float = 1.0, z: float | None = None) -> float:
         """Return the standard deviation z·√m·C of the noise on one of m items.
@@ -238,12 +326,3 @@ class ClientPrivacy:
         twice = 2 if self.config.unit == "local" else 1
         multiplier = self.config.known_noise_multiplier if z is None else z
         return twice * multiplier * len(self.items) ** 0.5 * self.config.clip_norm(name) * factor
-
-    @staticmethod
-    def factors_item(factors: Mapping[str, float]) -> dict[str, str]:
-        """Format factors on clipping bounds for the report of a broadcast.
-
-        The strings can be converted back without rounding errors. All strings have the same length,
-        so that the size of the report does not vary.
-        """
-        return {FACTOR + name: f"{factor:.16e}" for name, factor in sorted(factors.items())}

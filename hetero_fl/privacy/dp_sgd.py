@@ -39,7 +39,7 @@ from hetero_fl.engine.vectorized_training import (
     trial_value,
 )
 from hetero_fl.privacy.accounting import PrivacyCharge
-from hetero_fl.privacy.mechanisms import NoiseSource
+from hetero_fl.privacy.noise import NoiseSource
 from hetero_fl.utils.errors import UserError
 from model_zoo import Outputs
 from model_zoo.generators import keyed_generators

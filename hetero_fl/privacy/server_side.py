@@ -9,23 +9,36 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.core.model_spec import Owner, Tensors, owners_of
+from hetero_fl.aggregation.means import Mean
+from hetero_fl.aggregation.uploads import (
+    SINGLE,
+    Combiner,
+    Means,
+    Upload,
+    Uploads,
+    owners_of_item,
+)
+from hetero_fl.core.model_spec import Owner
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, Payload
-from hetero_fl.privacy.client_side import WITHIN_CLIP, ClientPrivacy, PrivateFederation
-from hetero_fl.privacy.mechanisms import reference_tensors, teacher_from_votes
+from hetero_fl.privacy.client_side import (
+    FACTOR,
+    WITHIN_CLIP,
+    ClientPrivacy,
+    PrivateFederation,
+    reference_tensors,
+)
 from hetero_fl.utils.errors import UserError
 
-# Returns the noise for a value, given the value, a standard deviation and strings that identify the
-# purpose of the noise.
-Normal = Callable[..., Tensor]
+# Probability that the teacher assigns to the class with the most votes.
+ELECTED_PROBABILITY = 0.9
 
 
 @dataclass
@@ -35,10 +48,12 @@ class SharedTensor:
     Args:
         starts: Values to which clients add their updates, keyed by kind of client.
         expected: Expected number of clients that send the tensor.
+        weight: Zeros in the shape of the weights, or None if the weights are scalars.
     """
 
     starts: dict[str, Tensor] = field(default_factory=dict)
     expected: float = 0.0
+    weight: Tensor | None = None
 
     @property
     def example(self) -> Tensor:
@@ -63,8 +78,98 @@ class SharedTensor:
 
 
 @dataclass
+class ExpectedItem:
+    """Item that clients may send in a round.
+
+    Args:
+        senders: One client of each kind that may send the item, keyed by kind.
+        tensors: Tensors that clients may send, keyed by owner.
+        groups: Owner of each tensor and a kind of client that may send it, keyed by architecture
+            group and tensor name.
+    """
+
+    senders: dict[str, ClientInfo] = field(default_factory=dict)
+    tensors: dict[Owner, SharedTensor] = field(default_factory=dict)
+    groups: dict[str, dict[str, tuple[Owner, str]]] = field(default_factory=dict)
+
+
 class SumNoise:
     """Noise on the sums of one round, and the denominators of noisy means.
+
+    Calls with equal arguments return equal noise.
+
+    Args:
+        privacy: Client-level privacy of the run.
+        round_idx: Index of the round.
+    """
+
+    def __init__(self, privacy: ServerPrivacy, round_idx: int) -> None:
+        self.privacy = privacy
+        self.round_idx = round_idx
+        self._items: dict[str, ExpectedItem] = {}
+
+    def expect(self, name: str, like: Item, received: Item | None, client_info: ClientInfo) -> None:
+        """Register an item that clients of one kind may send.
+
+        Args:
+            name: Name of the item.
+            like: Item with the names, shapes and dtypes of the tensors that the clients may send.
+            received: Item of the same name that the clients received. If None, updates are added to
+                zeros.
+            client_info: One client of this kind.
+        """
+        federation = self.privacy.federation
+        kind = self.kind(client_info)
+        item = self.item(name)
+        item.senders[kind] = client_info
+        spec = self.privacy.client.specs[name]
+        group, owners = owners_of_item(like, client_info.arch.spec_id, spec, federation.common)
+        starts = (
+            {"": torch.zeros_like(like.values)}
+            if isinstance(like.values, Tensor)
+            else reference_tensors(like, received)
+        )
+        for tensor, owner in owners.items():
+            shared = item.tensors.setdefault(owner, SharedTensor())
+            shared.starts[kind] = starts[tensor]
+            count = federation.client_infos.profile(client_info.client_id).count
+            shared.expected += count * self.privacy.share
+            if isinstance(like.weight, Tensor):
+                shared.weight = torch.zeros_like(like.weight)
+            item.groups.setdefault(group, {}).setdefault(tensor, (owner, kind))
+
+    def item(self, name: str) -> ExpectedItem:
+        """Return the tensors that clients may send in an item."""
+        return self._items.setdefault(name, ExpectedItem())
+
+    def combiner(self, name: str, exact: Combiner) -> NoisyCombiner:
+        """Create a combiner that adds noise to the means of the combiner `exact`."""
+        return NoisyCombiner(name, exact, self)
+
+    def senders(self, name: str) -> list[ClientInfo]:
+        """Return one client of each kind that may send the item `name`."""
+        return list(self.item(name).senders.values())
+
+    def kind(self, client_info: ClientInfo) -> str:
+        """Return the kind of a client, the id of the first client with equal settings."""
+        return self.privacy.federation.client_infos.profile(client_info.client_id).first
+
+    def normal(self, value: Tensor, name: str, *parts: str, divisor: float = 1.0) -> Tensor:
+        """Sample the noise on the sum of an item.
+
+        Args:
+            value: Value to which the noise is added.
+            name: Name of the item.
+            *parts: Strings that identify the part of the item.
+            divisor: Number by which the sum is divided.
+        """
+        deviation = self.privacy.deviation(name) / divisor
+        noise = self.privacy.federation.noise
+        return noise.normal(value, deviation, "server", self.round_idx, name, *parts)
+
+
+class NoisyCombiner(Combiner):
+    """Noisy means of an item for all tensors that clients may send.
 
     Noise is added to the sum of the clipped updates Δ_k, which have weight 1, and the sum is
     divided by the expected number of clients (McMahan et al. 2018, Algorithm 1, fixed denominator).
@@ -74,176 +179,96 @@ class SumNoise:
         ref + (μ − ref)·Σw / expected + N(0, deviation²) / expected
             = ref + (ΣΔ_k + N(0, deviation²)) / expected,
 
-    which can also be computed after secure aggregation. Repeated requests return equal results.
+    which can also be computed after secure aggregation. If no client sent a tensor, the result is
+    the received value plus noise.
 
     Clients that share a tensor may have received different values. Because only updates are
     clipped, the same noisy update is then added to the received value of each group.
 
     Args:
-        deviation: Function that returns the standard deviation of the noise on the sum of an item.
-        normal: Function that returns the noise for a value. Calls with equal arguments return equal
-            noise.
-        kind: Function that returns the kind of a client.
-        postprocess: Function that transforms the noisy mean of an item, given the name of the item
-            and the mean. By default, the mean is unchanged.
+        name: Name of the item.
+        exact: Combiner that computes the means without noise.
+        noise: Noise of the round.
     """
 
-    deviation: Callable[[str], float]
-    normal: Normal
-    kind: Callable[[ClientInfo], str]
-    postprocess: Callable[[str, Tensor], Tensor] = lambda _name, mean: mean
-    _singles: dict[str, SharedTensor] = field(default_factory=dict)
-    # Zeros in the shape of the weights of class sums, keyed by item name.
-    _weights: dict[str, Tensor] = field(default_factory=dict)
-    # One client of each kind, keyed by item name and kind.
-    _senders: dict[str, dict[str, ClientInfo]] = field(default_factory=dict)
-    _owned: dict[str, dict[Owner, SharedTensor]] = field(default_factory=dict)
-    _groups: dict[str, dict[str, dict[str, tuple[Owner, str]]]] = field(default_factory=dict)
+    def __init__(self, name: str, exact: Combiner, noise: SumNoise) -> None:
+        self.name = name
+        self._exact = exact
+        self._noise = noise
+        # Number of clients of each kind that sent the item.
+        self._senders: Counter[str] = Counter()
 
-    def expect(
-        self,
-        name: str,
-        like: Item,
-        *,
-        received: Item | None,
-        count: float,
-        client_info: ClientInfo,
-        group: str,
-        common: tuple[str, ...],
-    ) -> None:
-        """Register an item that clients of one kind may send.
+    @override
+    def add(self, upload: Upload) -> None:
+        self._senders[self._noise.kind(upload.client_info)] += 1
+        self._exact.add(upload)
 
-        Args:
-            name: Name of the item.
-            like: Item with the names, shapes and dtypes of the tensors that the clients may send.
-            received: Item of the same name that the clients received. If None, updates are added to
-                zeros.
-            count: Expected number of clients of this kind in the round.
-            client_info: One client of this kind.
-            group: Architecture group of the item's tensors.
-            common: Prefixes of the names of tensors that are averaged across architectures.
-        """
-        kind = self.kind(client_info)
-        self._senders.setdefault(name, {})[kind] = client_info
-        if isinstance(like.values, Tensor):
-            one = self._singles.setdefault(
-                name, SharedTensor({kind: torch.zeros_like(like.values)})
-            )
-            one.expected += count
-            if isinstance(like.weight, Tensor):
-                self._weights[name] = torch.zeros_like(like.weight)
-            return
-        starts = reference_tensors(like, received)
-        for tensor, owner in owners_of(starts, group, common).items():
-            owned = self._owned.setdefault(name, {}).setdefault(owner, SharedTensor())
-            owned.starts[kind] = starts[tensor]
-            owned.expected += count
-            self._groups.setdefault(name, {}).setdefault(group, {}).setdefault(
-                tensor, (owner, kind)
-            )
-
-    def senders(self, name: str) -> list[ClientInfo]:
-        """Return one client of each kind that may send the item `name`."""
-        return list(self._senders.get(name, {}).values())
-
-    def expects(self, name: str) -> bool:
-        """Return whether clients may send an item `name` that consists of a single tensor."""
-        return name in self._singles
-
-    def total(self, name: str, totals: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Return the noisy sum of an item's values, and the sum of the weights.
-
-        Args:
-            name: Name of the item, which has a single tensor.
-            totals: Sums of values and weights without noise. If None, no client sent the item, and
-                both sums are 0.
-
-        Returns:
-            The noisy sum of values times weights, and the expected number of clients. For class
-            sums, the second element is the noisy sum of the weights, which are counts of rows.
-        """
-        shared = self._singles[name]
-        values = shared.example if totals is None else totals[0]
-        values = values + self.normal(values, self.deviation(name), name, "values")
-        if name not in self._weights:
-            return values, torch.tensor(shared.expected, dtype=values.dtype)
-        weight = self._weights[name] if totals is None else totals[1]
-        weight = weight + self.normal(weight, self.deviation(name), name, "weight")
-        return values, weight.clamp(min=0)
-
-    def mean(self, name: str, totals: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Divide the noisy sum of an item by the sum of the weights.
-
-        Where the sum of the weights is 0, the noisy sum is returned. See `total` for the arguments.
-        """
-        values, weight = self.total(name, totals)
-        mean = values / torch.where(weight > 0, weight, torch.ones_like(weight))
-        return self.postprocess(name, mean)
-
-    def by_group(
-        self,
-        name: str,
-        means: Mapping[str, Tensors],
-        weights: Mapping[str, Mapping[str, float]],
-        senders: Sequence[ClientInfo],
-    ) -> dict[str, Tensors]:
-        """Return the noisy means of named tensors for all groups that may send the item.
-
-        Args:
-            name: Name of the item.
-            means: Means without noise, keyed by group and tensor name. A group is missing if none
-                of its clients sent the item.
-            weights: Weights of these means, keyed by group and tensor name.
-            senders: Clients that sent the item.
-
-        Returns:
-            Noisy means, keyed by group and tensor name. If no client sent a tensor, the result is
-            the received value plus noise.
-        """
-        updates: dict[Owner, Tensor] = {}
-        senders_by_kind = Counter(self.kind(client_info) for client_info in senders)
-        groups = self._groups.get(name, {})
-        for group, tensors in groups.items():
-            for tensor, (owner, _) in tensors.items():
-                if owner not in updates and tensor in means.get(group, {}):
-                    shared = self._owned[name][owner]
-                    share = weights[group][tensor] / shared.expected
-                    start = shared.mean_start(senders_by_kind)
-                    updates[owner] = (means[group][tensor] - start) * share
-        owners = {owner for tensors in groups.values() for owner, _ in tensors.values()}
-        noise = {owner: self._noise(name, owner, updates.get(owner)) for owner in owners}
-        return {
-            group: {
-                tensor: self._apply_update(
-                    self._owned[name][owner].starts[kind], updates.get(owner)
-                )
-                + noise[owner]
-                for tensor, (owner, kind) in tensors.items()
-            }
-            for group, tensors in groups.items()
+    @override
+    def means(self) -> Means:
+        item = self._noise.item(self.name)
+        exact = self._exact.means()
+        if SINGLE in item.tensors:
+            return {"": {"": self._noisy_sum(item.tensors[SINGLE], exact.get("", {}).get(""))}}
+        by_owner = {
+            owner: exact[group][tensor]
+            for group, owners in item.groups.items()
+            for tensor, (owner, _) in owners.items()
+            if tensor in exact.get(group, {})
         }
+        changes = {owner: self._change(owner, by_owner.get(owner)) for owner in item.tensors}
+        means: Means = {}
+        for group, owners in item.groups.items():
+            means[group] = {}
+            for tensor, (owner, kind) in owners.items():
+                change, noise = changes[owner]
+                shared = item.tensors[owner]
+                value = shared.starts[kind] + change + noise
+                means[group][tensor] = Mean(value, shared.expected, shared.expected)
+        return means
 
-    def _noise(self, name: str, owner: Owner, update: Tensor | None) -> Tensor:
-        """Return the noise on a mean update, which is None if no client sent the tensor."""
-        one = self._owned[name][owner]
-        like = torch.zeros_like(one.example) if update is None else update.to(one.example.dtype)
-        return self.normal(like, self.deviation(name) / one.expected, name, *map(str, owner))
+    def _noisy_sum(self, shared: SharedTensor, exact: Mean | None) -> Mean:
+        """Add noise to the sum of a single tensor and, for class sums, to the counts of rows."""
+        if exact is None:
+            total = shared.example
+            weight = shared.weight
+        else:
+            total, weight = exact.totals()
+        total = total + self._noise.normal(total, self.name, "values")
+        if shared.weight is None or weight is None:
+            weight = torch.tensor(shared.expected, dtype=total.dtype)
+        else:
+            weight = (weight + self._noise.normal(weight, self.name, "weight")).clamp(min=0)
+        mean = Mean.from_total(total, weight, shared.expected)
+        return replace(mean, value=self._noise.privacy.postprocess(self.name, mean.value))
 
-    @staticmethod
-    def _apply_update(start: Tensor, update: Tensor | None) -> Tensor:
-        return start if update is None else start + update
+    def _change(self, owner: Owner, exact: Mean | None) -> tuple[Tensor, Tensor]:
+        """Return the mean update of a tensor and the noise on it."""
+        shared = self._noise.item(self.name).tensors[owner]
+        change = torch.zeros_like(shared.example)
+        if exact is not None:
+            share = float(exact.weight) / shared.expected
+            change = (exact.value - shared.mean_start(self._senders)) * share
+        noise = self._noise.normal(
+            change.to(shared.example.dtype), self.name, *map(str, owner), divisor=shared.expected
+        )
+        return change, noise
 
-    def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
-        """Return the expected number of clients for each noisy mean of an item.
 
-        The numbers are keyed by group and tensor name.
-        """
-        owned = self._owned.get(name, {})
-        groups = self._groups.get(name, {})
-        return {
-            g: {t: owned[owner].expected for t, (owner, _) in tensors.items()}
-            for g, tensors in groups.items()
-        }
+def teacher_from_votes(votes: Tensor, prediction_kind: str) -> Tensor:
+    """Return teacher predictions for the class with the most votes in each row.
+
+    Args:
+        votes: Noisy sum of votes, shape `[D, C]`.
+        prediction_kind: "probabilities", or "logits" to return log probabilities.
+
+    Returns:
+        Predictions, shape `[D, C]`. The class with the most votes has the probability 0.9, and the
+        other classes have equal probabilities.
+    """
+    classes = votes.shape[-1]
+    p = torch.full_like(votes, (1 - ELECTED_PROBABILITY) / max(1, classes - 1))
+    p.scatter_(-1, votes.argmax(-1, keepdim=True), ELECTED_PROBABILITY)
+    return p if prediction_kind == "probabilities" else p.log()
 
 
 # Returns items with the names, shapes and dtypes of a client's upload, given the client, the
@@ -310,64 +335,44 @@ class ServerPrivacy:
         Without adaptive clipping, the broadcast is not changed.
         """
         if self.config.adaptive_clip is not None:
-            broadcast.report = {**broadcast.report, **self.client.factors_item(self.factors)}
+            # All numbers have the same length, so that the size of the report does not vary. They
+            # can be converted back without rounding errors.
+            factors = {FACTOR + name: f"{f:.16e}" for name, f in sorted(self.factors.items())}
+            broadcast.report = {**broadcast.report, **factors}
         return broadcast
 
     def sum_noise(self, received_by: Callable[[ClientInfo], Payload], round_idx: int) -> SumNoise:
         """Return the noise on the sums of a round.
 
-        With the setting `distributed`, the standard deviation is 0, because the clients have
-        already added the noise.
-
         Args:
             received_by: Function that returns the payload that a client received.
             round_idx: Index of the round.
         """
-        privacy = self.config
-        federation = self.federation
-        specs = self.client.specs
-
-        def draw(like: Tensor, deviation: float, *parts: str) -> Tensor:
-            return federation.noise.normal(like, deviation, "server", round_idx, *parts)
-
-        def deviation(name: str) -> float:
-            if privacy.distributed:
-                # The clients have added the noise.
-                return 0.0
-            if name == WITHIN_CLIP:
-                # The m bits of an upload are one vector of norm √m/2.
-                return self.count_noise() * math.sqrt(len(self.factors))
-            return self.client.deviation(name, self.factors[name], self.update_noise_multiplier())
-
-        def postprocess(name: str, votes: Tensor) -> Tensor:
-            if not privacy.votes or not specs[name].prediction_type:
-                return votes
-            return teacher_from_votes(votes, specs[name].prediction_type)
-
-        noise = SumNoise(
-            deviation,
-            draw,
-            lambda client_info: federation.client_infos.profile(client_info.client_id).first,
-            postprocess,
-        )
-        for profile in federation.client_infos.profiles:
-            client_info = federation.client_infos[profile.first]
+        noise = SumNoise(self, round_idx)
+        for profile in self.federation.client_infos.profiles:
+            client_info = self.federation.client_infos[profile.first]
             received = received_by(client_info)
             expected = self.expected_items(client_info, received, round_idx)
             for name, like in expected.items():
-                before = received.item(name) if name in received else None
-                group = "" if specs[name].across_architectures else client_info.arch.spec_id
-                count = profile.count * self.share
-                noise.expect(
-                    name,
-                    like,
-                    received=before,
-                    count=count,
-                    client_info=client_info,
-                    group=group,
-                    common=federation.common,
-                )
+                noise.expect(name, like, received.items_by_name.get(name), client_info)
         return noise
+
+    def deviation(self, name: str) -> float:
+        """Return the standard deviation of the noise on the sum of an item.
+
+        With the setting `distributed`, it is 0, because the clients have already added the noise.
+        """
+        if self.config.distributed:
+            return 0.0
+        if name == WITHIN_CLIP:
+            # The m bits of an upload are one vector of norm √m/2.
+            return self.count_noise() * math.sqrt(len(self.factors))
+        return self.client.deviation(name, self.factors[name], self.update_noise_multiplier())
+
+    def postprocess(self, name: str, mean: Tensor) -> Tensor:
+        """Return the teacher of the noisy votes, or other noisy means unchanged."""
+        kind = self.client.specs[name].prediction_type
+        return teacher_from_votes(mean, kind) if self.config.votes and kind else mean
 
     def check_count_noise(self) -> None:
         """Check that adaptive clipping does not use the whole privacy budget.

@@ -172,26 +172,13 @@ class ConfidentWrong(Attack):
             if context.task.kind == "multiclass"
             else torch.zeros_like(true_uploads[..., :1])
         )
-        generators = map(context.generator, context.malicious)
-        swapped = [
-            swap_with_largest(rows, sample_other_class(rows, generator))
-            for generator, rows in zip(generators, true_uploads - level, strict=True)
-        ]
+        swapped = []
+        for client_id, rows in zip(context.malicious, true_uploads - level, strict=True):
+            generator = context.generator(client_id)
+            offset = torch.randint(1, rows.shape[-1], rows.shape[:-1], generator=generator)
+            other_class = (rows.argmax(-1) + offset) % rows.shape[-1]
+            swapped.append(swap_with_largest(rows, other_class))
         return level + self.factor * torch.stack(swapped)
-
-
-def sample_other_class(rows: Tensor, generator: torch.Generator) -> Tensor:
-    """Sample a class other than the predicted class for each row.
-
-    Args:
-        rows: Predictions, shape `[N, C]`.
-        generator: Random generator.
-
-    Returns:
-        Class indices, shape `[N]`.
-    """
-    offset = torch.randint(1, rows.shape[-1], rows.shape[:-1], generator=generator)
-    return (rows.argmax(-1) + offset) % rows.shape[-1]
 
 
 def swap_with_largest(rows: Tensor, target: Tensor) -> Tensor:
@@ -466,20 +453,18 @@ class MaliciousClients:
         is_poisoned = self.is_malicious(client_id, round_idx) and "data" in self.attack.acts_on
         cache: dict[Any, Columns] = {}
 
-        def poison(name: str, preprocess: Any) -> Columns:
-            if name == TRIGGERED:
-                test_rows = data("common_test", preprocess)
-                rows = self.attack.triggered_rows(test_rows, self._context(round_idx, []))
-                assert rows is not None, "only used if has_trigger"
-                return rows
-            context = self._context(round_idx, [client_id])
-            return self.attack.poison_rows(data(name, preprocess), context)
-
         def poisoned_data(name: str, preprocess: Any) -> Columns:
             if name != TRIGGERED and not (name == "train" and is_poisoned):
                 return data(name, preprocess)
             if (name, preprocess) not in cache:
-                cache[name, preprocess] = poison(name, preprocess)
+                if name == TRIGGERED:
+                    test_rows = data("common_test", preprocess)
+                    rows = self.attack.triggered_rows(test_rows, self._context(round_idx, []))
+                    assert rows is not None, "only used if has_trigger"
+                else:
+                    context = self._context(round_idx, [client_id])
+                    rows = self.attack.poison_rows(data(name, preprocess), context)
+                cache[name, preprocess] = rows
             return cache[name, preprocess]
 
         def poisoned_counts() -> Tensor:
@@ -518,22 +503,21 @@ class MaliciousClients:
         """
         poisoned = {c: dict(payload.items_by_name) for c, (_, payload) in true_uploads.items()}
         for (name, _, tensor, _), ids in self._attacked_tensors(true_uploads).items():
-            kind = poisoned[ids[0]][name].kind
-            client_info = true_uploads[ids[0]][0]
-            is_buffer = bool(tensor) and tensor not in trained_names(client_info, name)
+            items = [poisoned[client_id][name] for client_id in ids]
+            infos = [true_uploads[client_id][0] for client_id in ids]
+            is_buffer = bool(tensor) and tensor not in trained_names(infos[0], name)
             if is_buffer:
                 continue
             context = replace(
                 self._context(round_idx, ids), senders=senders, item=name, tensor=tensor
             )
-            items = [poisoned[client_id][name] for client_id in ids]
             true_values = torch.stack([item.tensors[tensor] for item in items])
             start = torch.zeros_like(true_values)
-            for row, client_id in enumerate(ids):
-                received = reference(true_uploads[client_id][0], name)
-                if kind == "params" and tensor in received:
-                    start[row] = received[tensor]
-            is_rows = kind == "rows"
+            if items[0].kind == "params":
+                received = [reference(info, name) for info in infos]
+                rows = zip(received, start, strict=True)
+                start = torch.stack([tensors.get(tensor, zeros) for tensors, zeros in rows])
+            is_rows = items[0].kind == "rows"
             poison = self.attack.poison_predictions if is_rows else self.attack.poison_updates
             new_values = start + poison(true_values - start, context)
             for client_id, item, values in zip(ids, items, new_values, strict=True):

@@ -1,21 +1,24 @@
-"""Robust aggregation of uploads in place of the means in `hetero_fl.aggregation.means`.
+"""Robust combination of the items of uploads in place of weighted means.
 
-Unlike a mean, a robust rule needs all uploads at once, so the classes in this module store the
-uploads of a round. An upload consists of named items (`Item`), such as parameters or predictions.
+Unlike a mean, a robust rule needs all uploads at once, so they are stored until the end of a round.
+An upload consists of named items (`Item`), such as parameters or predictions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from hetero_fl.aggregation.means import Mean
+from hetero_fl.aggregation.uploads import SINGLE, MeanCombiner, Means, Upload
 from hetero_fl.config.robustness import AggregationConfig
-from hetero_fl.core.model_spec import Owner, Tensors, owners_of
+from hetero_fl.core.model_spec import Owner, Tensors
 from hetero_fl.core.participant import ClientInfo
-from hetero_fl.core.payload import Item, ItemSpec
+from hetero_fl.core.payload import ItemSpec, Payload
 from hetero_fl.core.task import Task
 from hetero_fl.robustness.rules import Rule, UploadBlock, prediction_rule, rule, trimmed_mean
 
@@ -56,96 +59,67 @@ class AggregationRules:
         rules = {"rows": config.predictions, "class_sums": config.statistics, "counts": "mean"}
         return rules.get(spec.kind, config.rule) != "mean"
 
+    def combiner(self, name: str, spec: ItemSpec, common: Sequence[str]) -> MeanCombiner:
+        """Create the combiner of an item."""
+        if self.applies_to(spec):
+            return RobustCombiner(name, spec, common, self)
+        return MeanCombiner(name, spec, common)
 
-class RobustModelMeans:
-    """Combination of the named tensors of several clients by a robust rule.
 
-    This class is used in place of `OwnerMeans`. The tensors of an architecture group that the same
-    clients sent form one block. Rules compute distances and norms over all tensors of a block.
+class RobustCombiner(MeanCombiner):
+    """Combination of the item of several clients by a robust rule.
+
+    The weights of clients are ignored, because a malicious client could report a large weight.
+
+    - Named tensors: the tensors of an architecture group that the same clients sent form one block.
+      Rules compute distances and norms over all tensors of a block. Tensors that too few clients
+      sent have no mean.
+    - Predictions `[N, C]`: the count of the mean is 0 if too few clients sent predictions.
+    - Class sums `[C, …]` are divided by their weights, the numbers of rows. The weight of the mean
+      is the number of clients that have rows of each class.
 
     Args:
         name: Name of the item.
-        rules: Rules of the run.
-        senders: Clients in the order in which their tensors are added.
+        spec: Declaration of the item.
         common: Prefixes of the names of tensors that are averaged across architectures.
+        rules: Rules of the run.
     """
 
     def __init__(
-        self,
-        name: str,
-        rules: AggregationRules,
-        senders: Sequence[ClientInfo],
-        common: Sequence[str] = (),
+        self, name: str, spec: ItemSpec, common: Sequence[str], rules: AggregationRules
     ) -> None:
-        self.name = name
+        super().__init__(name, spec, common)
         self.rules = rules
-        self.senders = senders
-        self.common = tuple(common)
-        self._sent: list[tuple[str, Tensors, Tensors]] = []
-        self._results: dict[Owner, tuple[Tensor, int]] | None = None
+        # Uploads with this item only.
+        self._sent: list[Upload] = []
+        self._references: list[Tensors] = []
+        # Positions in `_sent` of the owners of each named tensor.
+        self._positions: dict[Owner, list[int]] = {}
 
-    def add(self, group: str, tensors: Mapping[str, Tensor], weight: float) -> None:
-        """Add the tensors of the next sender.
-
-        Args:
-            group: Architecture group of the sender.
-            tensors: Tensors of the sender, keyed by name.
-            weight: Weight of the sender, which is ignored, because a malicious client could report
-                a large weight.
-        """
-        client_info = self.senders[len(self._sent)]
+    @override
+    def add(self, upload: Upload) -> None:
+        item = upload.payload.item(self.name)
+        is_single = isinstance(item.values, Tensor)
+        if is_single and item.kind in PARAMETERS:
+            # Rules for parameters need named tensors.
+            super().add(upload)
+            return
+        for owner in self.register(upload).values():
+            self._positions.setdefault(owner, []).append(len(self._sent))
+        self._sent.append(replace(upload, payload=Payload({self.name: item})))
         reference: Tensors = {}
-        if self.rules.of_parameters.uses_reference:
-            reference = self.rules.reference(client_info, self.name)
-        self._sent.append((group, dict(tensors), reference))
+        if not is_single and self.rules.of_parameters.uses_reference:
+            reference = self.rules.reference(upload.client_info, self.name)
+        self._references.append(reference)
 
-    def by_group(self) -> dict[str, Tensors]:
-        """Return the combined tensors, keyed by architecture group and tensor name.
-
-        Tensors that too few clients sent are left out.
-        """
-        return {
-            group: {name: mean for name, (mean, _) in named.items()}
-            for group, named in self._results_by_group().items()
-        }
-
-    def weights_by_group(self) -> dict[str, dict[str, float]]:
-        """Return the weight of each combined tensor, keyed by architecture group and tensor name.
-
-        The weight of a tensor is the number of clients that sent the tensor.
-        """
-        return {
-            group: {name: float(count) for name, count in named.items()}
-            for group, named in self.counts_by_group().items()
-        }
-
-    def counts_by_group(self) -> dict[str, dict[str, int]]:
-        """Return the number of clients that sent each combined tensor.
-
-        The numbers are keyed by architecture group and tensor name.
-        """
-        return {
-            group: {name: count for name, (_, count) in named.items()}
-            for group, named in self._results_by_group().items()
-        }
-
-    def _results_by_group(self) -> dict[str, dict[str, tuple[Tensor, int]]]:
-        """Return the result and the number of senders of each tensor, keyed by group and name."""
-        combined = self._combined()
-        results: dict[str, dict[str, tuple[Tensor, int]]] = {}
-        for group, tensors, _ in self._sent:
-            named = results.setdefault(group, {})
-            for name, owner in owners_of(tensors, group, self.common).items():
-                if owner in combined:
-                    named[name] = combined[owner]
-        return results
-
-    def _combined(self) -> dict[Owner, tuple[Tensor, int]]:
-        if self._results is None:
-            self._results = {}
-            for (_, positions), owners in self.blocks().items():
-                self._combine_block(positions, owners)
-        return self._results
+    @override
+    def means(self) -> Means:
+        if not self._sent:
+            return super().means()
+        if SINGLE not in self._positions:
+            return self.by_group(self._model_means())
+        is_sums = self._sent[0].payload.item(self.name).kind == "class_sums"
+        return self.by_group({SINGLE: self._class_means() if is_sums else self._predictions()})
 
     def blocks(self) -> dict[tuple[str, tuple[int, ...]], list[Owner]]:
         """Return the tensors of each block.
@@ -153,93 +127,43 @@ class RobustModelMeans:
         The keys are tuples (group, positions of the senders), and the values are lists of the
         tensors' owners (see `hetero_fl.core.model_spec.owners_of`).
         """
-        positions_by_owner: dict[Owner, list[int]] = {}
-        for position, (group, tensors, _) in enumerate(self._sent):
-            for owner in owners_of(tensors, group, self.common).values():
-                positions_by_owner.setdefault(owner, []).append(position)
         blocks: dict[tuple[str, tuple[int, ...]], list[Owner]] = {}
-        for owner, positions in positions_by_owner.items():
+        for owner, positions in self._positions.items():
             blocks.setdefault((owner[2], tuple(positions)), []).append(owner)
         return blocks
 
-    def _combine_block(self, positions: Sequence[int], owners: Sequence[Owner]) -> None:
-        assert self._results is not None
+    def _model_means(self) -> dict[Owner, Mean]:
         robust_rule = self.rules.of_parameters
-        names = [owner[0] for owner in owners]
-        num_malicious = self.rules.config.num_malicious(len(positions))
-        if len(positions) < robust_rule.min_clients(num_malicious):
-            self.rules.too_few.setdefault(self.name, []).extend(names)
-            return
-        sent = [{name: self._sent[i][1][name] for name in names} for i in positions]
-        references = [self._sent[i][2] for i in positions]
-        trained = self.rules.trained(self.senders[positions[0]], self.name)
-        combined = robust_rule.combine(UploadBlock(sent, references, trained), num_malicious)
-        self._results.update({owner: (combined[owner[0]], len(positions)) for owner in owners})
+        means = {}
+        for (_, positions), owners in self.blocks().items():
+            names = [owner[0] for owner in owners]
+            num_malicious = self.rules.config.num_malicious(len(positions))
+            if len(positions) < robust_rule.min_clients(num_malicious):
+                self._record_too_few(*names)
+                continue
+            sent = [{name: self._tensors(i)[name] for name in names} for i in positions]
+            references = [self._references[i] for i in positions]
+            trained = self.rules.trained(self._sent[positions[0]].client_info, self.name)
+            block = UploadBlock(sent, references, trained)
+            combined = robust_rule.combine(block, num_malicious)
+            count = len(positions)
+            means.update({owner: Mean(combined[owner[0]], count, count) for owner in owners})
+        return means
 
+    def _tensors(self, position: int) -> Tensors:
+        return self._sent[position].payload.item(self.name).tensors
 
-class RobustItemMeans:
-    """Combination of the predictions or class sums of several clients by a robust rule.
+    def _record_too_few(self, *names: str) -> None:
+        self.rules.too_few.setdefault(self.name, []).extend(names)
 
-    This class is used in place of `ItemSum`. The weights of predictions `[N, C]` are ignored. The
-    weights of class sums `[C, …]` are the numbers of rows, by which the sums are divided.
-
-    Args:
-        name: Name of the item.
-        rules: Rules of the run.
-    """
-
-    def __init__(self, name: str, rules: AggregationRules) -> None:
-        self.name = name
-        self.rules = rules
-        self._items: list[Item] = []
-        self._results: tuple[Tensor, Tensor] | None = None
-
-    def add(self, item: Item) -> None:
-        """Add the item of the next sender."""
-        self._items.append(item)
-        self._results = None
-
-    @property
-    def mean(self) -> Tensor | None:
-        """Combined tensor, or None if too few clients sent the item."""
-        combined = self._combined()
-        return None if combined is None else combined[0]
-
-    @property
-    def total(self) -> tuple[Tensor, Tensor]:
-        """Combined tensor multiplied by the weight, and the weight.
-
-        The weight is the number of clients that sent the item. For class sums, there is a weight
-        for each class, which is the number of clients that have rows of the class. If too few
-        clients sent the item, both tensors are 0.
-        """
-        combined = self._combined()
-        if combined is None:
-            values = self._items[0].values
-            assert isinstance(values, Tensor)
-            weight = torch.as_tensor(self._items[0].weight, dtype=values.dtype)
-            return torch.zeros_like(values), torch.zeros_like(weight)
-        mean, weight = combined
-        return mean * weight, weight
-
-    def _combined(self) -> tuple[Tensor, Tensor] | None:
-        if self._results is None:
-            self._results = (
-                self._class_means() if self._items[0].kind == "class_sums" else self._predictions()
-            )
-        return self._results
-
-    def _class_means(self) -> tuple[Tensor, Tensor]:
+    def _class_means(self) -> Mean:
         """Return the median client mean and the number of clients for each class.
 
         Both are 0 for a class if half or more of the clients that have the class may be malicious.
         """
-        values = torch.stack(
-            [item.values for item in self._items if isinstance(item.values, Tensor)]
-        )
-        counts = torch.stack(
-            [torch.as_tensor(item.weight, dtype=values.dtype) for item in self._items]
-        )
+        items = [upload.payload.item(self.name) for upload in self._sent]
+        values = torch.stack([item.tensors[""] for item in items])
+        counts = torch.stack([torch.as_tensor(item.weight, dtype=values.dtype) for item in items])
         num_malicious = self.rules.config.num_malicious(len(values))
         means = torch.zeros_like(values[0])
         num_clients = (counts > 0).sum(0).to(values.dtype)
@@ -249,21 +173,20 @@ class RobustItemMeans:
                 means[c] = trimmed_mean(values[has_class, c] / counts[has_class, c])
             else:
                 num_clients[c] = 0
-                self.rules.too_few.setdefault(self.name, []).append(f"class {c}")
-        return means, num_clients
+                self._record_too_few(f"class {c}")
+        return Mean(means, num_clients, len(values))
 
-    def _predictions(self) -> tuple[Tensor, Tensor] | None:
+    def _predictions(self) -> Mean:
         robust_rule = prediction_rule[self.rules.config.predictions](self.rules.config)
-        predictions = torch.stack(
-            [item.values for item in self._items if isinstance(item.values, Tensor)]
-        )
-        dtype = predictions.dtype
+        count = len(self._sent)
         # In double precision, sums and squares of the largest valid uploads are finite.
-        predictions = predictions.double()
-        num_malicious = self.rules.config.num_malicious(len(predictions))
-        if len(predictions) < robust_rule.min_clients(num_malicious):
-            self.rules.too_few.setdefault(self.name, []).append("")
-            return None
+        predictions = torch.stack([self._tensors(i)[""] for i in range(count)]).double()
+        dtype = self._tensors(0)[""].dtype
+        num_malicious = self.rules.config.num_malicious(count)
+        if count < robust_rule.min_clients(num_malicious):
+            # The name stands for all predictions.
+            self._record_too_few("")
+            return Mean(torch.zeros_like(self._tensors(0)[""]), 0.0, 0)
         task = self.rules.task
         is_centered = task.kind == "multiclass" and predictions.shape[-1] == task.outputs
         level = torch.zeros_like(predictions[..., :1])
@@ -273,4 +196,4 @@ class RobustItemMeans:
         if is_centered:
             # Restore the mean of each row, so that probabilities sum to one.
             combined = combined - combined.mean(-1, keepdim=True) + trimmed_mean(level)
-        return combined.to(dtype), torch.tensor(float(len(predictions)), dtype=dtype)
+        return Mean(combined.to(dtype), float(count), count)

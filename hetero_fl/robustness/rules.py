@@ -275,24 +275,11 @@ class NormBound(Rule):
             norms = block.norms(names)
             limit = trimmed_mean(norms) if bound is None else torch.as_tensor(bound)
             factors = (limit / norms.clamp(min=MIN_DIVISOR)).clamp(max=1.0) / len(block)
-            combined |= scale_updates(block, names, factors)
+            for name in names:
+                start = block.start(name)
+                scale = factors.to(start.dtype).reshape(-1, *[1] * (start.ndim - 1))
+                combined[name] = start.mean(0) + (scale * (block.stack(name) - start)).sum(0)
         return {name: combined[name] for name in block.names}
-
-
-def scale_updates(block: UploadBlock, names: list[str], factors: Tensor) -> Tensors:
-    """Return the mean of the received tensors plus the sum of the scaled updates.
-
-    Args:
-        block: Tensors of the clients.
-        names: Names of the tensors to combine.
-        factors: Factor on the update of each client, shape `[n]`.
-    """
-    combined = {}
-    for name in names:
-        start = block.start(name)
-        scale = factors.to(start.dtype).reshape(-1, *[1] * (start.ndim - 1))
-        combined[name] = start.mean(0) + (scale * (block.stack(name) - start)).sum(0)
-    return combined
 
 
 @prediction_rule("median")

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hetero_fl.aggregation.means import RunningMean, discount_upload, mean_of_items
-from hetero_fl.core.payload import Item, Payload
+from hetero_fl.aggregation import Upload, Uploads
+from hetero_fl.aggregation.means import RunningMean, discount_upload
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.participant import ClientInfo
+from hetero_fl.core.payload import Item, ItemSpec, Payload
 from tests.support.cases import each_case
+from tests.support.means import mean_of_items
 
 
 class Calls(TorchDispatchMode):
@@ -36,7 +42,7 @@ def test_running_mean_does_not_change_its_terms() -> None:
     for value, weight in zip(values, weights, strict=True):
         mean.add(value, weight)
     exact = sum(w * v.double() for v, w in zip(kept, weights, strict=True)) / sum(weights)
-    assert torch.allclose(mean.value.double(), exact, atol=1e-6)
+    assert torch.allclose(mean.result().value.double(), exact, atol=1e-6)
     assert all(torch.equal(v, k) for v, k in zip(values, kept, strict=True))
 
 
@@ -45,7 +51,7 @@ def test_returned_mean_does_not_change_later() -> None:
     read: list[tuple[torch.Tensor, torch.Tensor]] = []
     for value in values:
         mean.add(value, 1.0)
-        now = mean.value
+        now = mean.result().value
         read.append((now, now.clone()))
     assert all(torch.equal(now, then) for now, then in read)
 
@@ -54,9 +60,9 @@ def test_intermediate_reads_do_not_change_the_mean() -> None:
     often, once = RunningMean(), RunningMean()
     for value in terms(7):
         often.add(value, 3.0)
+        often.result()
         once.add(value, 3.0)
-    assert often.value is not None and once.value is not None
-    assert torch.equal(often.value, once.value)
+    assert torch.equal(often.result().value, once.result().value)
 
 
 def test_running_mean_allocates_one_tensor() -> None:
@@ -90,3 +96,24 @@ def test_discounted_scales_counts_and_keeps_the_report() -> None:
 
     assert stale["n"].tolist() == [2.0, 1.0]
     assert stale.report == payload.report
+
+
+@each_case("use", ["sum", "each"])
+def test_means_include_uploads_that_were_added_after_a_request(use: Any) -> None:
+    arch = ModelSpec.from_config("linear", 1, (1,))
+    uploads = Uploads(specs={"rows": ItemSpec("rows", use=use), "model": ItemSpec("params", use)})
+    assert uploads.mean("rows") is None and uploads.mean_by_group("model") == {}
+    for client_id, value in (("a", 1.0), ("b", 4.0)):
+        client_info = ClientInfo(client_id, arch, 10, None, ClientSettings())
+        rows = Item(torch.full((2, 2), value), 2.0)
+        model = Item({"w": torch.full((3,), value)}, value, "params")
+        uploads.add(Upload(client_info, Payload({"rows": rows, "model": model})))
+
+        assert uploads.mean("rows") is not None
+
+    group = arch.spec_id
+    assert uploads.mean("rows").tolist() == [[2.5, 2.5]] * 2
+    assert [total.tolist() for total in uploads.total("rows")] == [[[10, 10]] * 2, 4]
+    assert uploads.mean_by_group("model")[group]["w"].tolist() == pytest.approx([3.4] * 3)
+    assert uploads.weights_by_group("model") == {group: {"w": 5.0}}
+    assert uploads.counts_by_group("model") == {group: {"w": 2}}

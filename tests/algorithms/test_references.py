@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from hetero_fl.aggregation import Upload, Uploads
-from hetero_fl.aggregation.means import mean_of_items
 from hetero_fl.aggregation.teachers import proxy_predictions
 from hetero_fl.algorithms.local_training import local_fit, objective_context
 from hetero_fl.core.model_spec import ModelSpec
@@ -29,6 +28,7 @@ from hetero_fl.engine.batches import index_batches
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.serial import SerialBackend
 from tests.support.federations import config, rounds_of
+from tests.support.means import mean_of_items
 
 pytestmark = pytest.mark.usefixtures("float64")
 DIGITS = Task("multiclass", 10)

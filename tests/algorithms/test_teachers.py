@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.aggregation.means import mean_of_items
 from hetero_fl.aggregation.teachers import proxy_predictions
 from hetero_fl.algorithms.distillation import PROXY_INDICES, TEACHER
 from hetero_fl.core.objectives import TeacherDistillation
@@ -20,6 +19,7 @@ from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.references.local_training import clients, largest_difference, module
 from tests.support.calls import record_calls
 from tests.support.federations import MIXED, config, rounds_of
+from tests.support.means import mean_of_items
 
 # Weights
 

@@ -33,7 +33,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.privacy import dp_sgd
 from hetero_fl.privacy.dp_sgd import PoissonBatches, PrivateGradients, sampling_plan
-from hetero_fl.privacy.mechanisms import KeyedNoiseSource, NoiseSource, SecretNoiseSource
+from hetero_fl.privacy.noise import KeyedNoiseSource, NoiseSource, SecretNoiseSource
 from tests.support.cases import each_case
 from tests.support.federations import config
 

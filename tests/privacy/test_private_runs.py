@@ -26,7 +26,7 @@ from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.privacy.accounting import epsilon_of_history
 from hetero_fl.privacy.dp_sgd import PrivacyBackend
-from hetero_fl.privacy.mechanisms import KeyedNoiseSource
+from hetero_fl.privacy.noise import KeyedNoiseSource
 from hetero_fl.utils.errors import UserError
 from tests.support.calls import record_calls
 from tests.support.federations import broadcasts, config, rounds_of, same_bits

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hetero_fl.aggregation import Upload
 from hetero_fl.algorithms.base import permitted_part
 from hetero_fl.algorithms.distillation import ProxyDistillation, predicts_without_prior
 from hetero_fl.algorithms.feddf import FedDF
@@ -25,11 +26,12 @@ from hetero_fl.config.communication import (
 )
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.payload import Payload
 from hetero_fl.engine.driver import run_plan, translate_user_errors
 from hetero_fl.experiment.compatibility.config_facts import ROBUST_KEYS, first
 from hetero_fl.experiment.compatibility.upload_facts import UploadFacts
 from hetero_fl.federation.simulation.devices import Devices
-from hetero_fl.robustness.robust_means import AggregationRules, RobustModelMeans
+from hetero_fl.robustness.robust_means import AggregationRules, RobustCombiner
 from hetero_fl.robustness.rules import PredictionRule, Rule, prediction_rule, rule
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX
@@ -400,13 +402,13 @@ class RunFacts(UploadFacts):
             from_models = spec is not None and spec.use == "each"
             yield item, sum(cohort[client] for client in (sent if from_models else senders))
             return
-        infos = [self.federation.client_infos[client] for client in senders]
         rules = AggregationRules(self.federation.aggregation, self.task)
-        models = RobustModelMeans(item, rules, infos, self.federation.common)
-        for info in infos:
-            values = sent[info.client_id][item].values
-            group = "" if self.algorithm.uploads[item].across_architectures else info.arch.spec_id
-            models.add(group, values if isinstance(values, dict) else {}, 1.0)
+        declaration = self.algorithm.uploads[item]
+        models = RobustCombiner(item, declaration, self.federation.common, rules)
+        senders = [client for client in senders if isinstance(sent[client][item].values, dict)]
+        for client in senders:
+            info = self.federation.client_infos[client]
+            models.add(Upload(info, Payload(sent[client])))
         for (group, places), owners in models.blocks().items():
             if total := sum(cohort[senders[place]] for place in places):
                 name = owners[0][0]

@@ -7,24 +7,26 @@ The vectors contain the values and weights of all uploaded tensors (see
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import override
 
-from hetero_fl.aggregation import Uploads
-from hetero_fl.aggregation.means import ItemSum, OwnerMeans
+from hetero_fl.aggregation import Upload, Uploads
+from hetero_fl.aggregation.means import Mean
+from hetero_fl.aggregation.uploads import SINGLE, CombineNoise, MeanCombiner, Means
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast
 from hetero_fl.communication.vector_layout import TensorKey, VectorLayout
+from hetero_fl.core.model_spec import Owner
 from hetero_fl.core.participant import ClientInfo, Participant
-from hetero_fl.core.payload import Item
+from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.privacy.server_side import SumNoise
 from hetero_fl.utils.caching import BoundedCache
 
 # Number of cached layouts.
@@ -131,16 +133,73 @@ class DerivedSetup:
         return self.federation.client_infos[client].num_rows
 
 
+@dataclass(frozen=True)
+class VectorSum:
+    """Sum of the clients' vectors, from which the means of items are read.
+
+    Args:
+        vector: The sum, dtype float64.
+        unit: Factor by which the clients divided values and weights.
+        layout: Layout of the vectors.
+    """
+
+    vector: np.ndarray
+    unit: float
+    layout: VectorLayout
+
+    def combiner(self, name: str, spec: ItemSpec, common: Sequence[str]) -> SumCombiner:
+        """Create the combiner of an item."""
+        return SumCombiner(name, spec, common, self)
+
+
+class SumCombiner(MeanCombiner):
+    """Means of an item that are read from the sum of the clients' vectors.
+
+    Only the names and shapes of the tensors of added uploads are used. Named tensors with a total
+    weight of zero have no mean, because no client sent these tensors.
+
+    Args:
+        name: Name of the item.
+        spec: Declaration of the item.
+        common: Prefixes of the names of tensors that are averaged across architectures.
+        total: Sum of the clients' vectors.
+    """
+
+    def __init__(self, name: str, spec: ItemSpec, common: Sequence[str], total: VectorSum) -> None:
+        super().__init__(name, spec, common)
+        self.total = total
+        # Number of clients that may have sent each tensor.
+        self._counts: Counter[TensorKey] = Counter()
+
+    @override
+    def add(self, upload: Upload) -> None:
+        item = upload.payload.item(self.name)
+        self.register(upload)
+        self._counts.update(self.total.layout.tensor_keys(upload.group, {self.name: item}))
+
+    @override
+    def means(self) -> Means:
+        means: dict[Owner, Mean] = {}
+        layout = self.total.layout
+        for key, count in self._counts.items():
+            total, weight = layout.read(key, self.total.vector, self.total.unit)
+            dtype = layout.slices[key].dtype
+            if not key.tensor:
+                means[SINGLE] = Mean.from_total(total.to(dtype), weight.to(dtype), count)
+            elif weight > 0:
+                owner = (key.tensor, key.shape, key.group)
+                means[owner] = Mean((total / weight).to(dtype), float(weight), count)
+        return self.by_group(means)
+
+
 def uploads_from_sum(
     vector: np.ndarray,
     unit: float,
     layout: VectorLayout,
     forms: Sequence[tuple[ClientInfo, Mapping[str, Item]]],
-    noise: SumNoise | None = None,
+    noise: CombineNoise | None = None,
 ) -> tuple[Uploads, float | None]:
     """Convert a sum of the clients' vectors to the uploads of a round.
-
-    Named tensors with a total weight of zero are omitted, because no client sent these tensors.
 
     Args:
         vector: The sum, dtype float64.
@@ -152,28 +211,7 @@ def uploads_from_sum(
     Returns:
         The uploads, and the mean training loss. The loss is None if no client reports a loss.
     """
-    common = layout.common
-    senders: dict[str, list[ClientInfo]] = {}
-    items: dict[str, ItemSum] = {}
-    models: dict[str, OwnerMeans] = {}
-    means: dict[TensorKey, Any] = {}
-    for client_info, form in forms:
-        for name in form:
-            senders.setdefault(name, []).append(client_info)
-        for key in layout.tensor_keys(client_info.arch.spec_id, form):
-            if key not in means:
-                total, weight = layout.read(key, vector, unit)
-                dtype = layout.slices[key].dtype
-                if key.tensor:
-                    means[key] = ((total / weight).to(dtype), float(weight)) if weight > 0 else None
-                else:
-                    items[key.item] = ItemSum.from_total(total.to(dtype), weight.to(dtype))
-                    means[key] = None
-            if means[key] is not None:
-                group = (
-                    "" if layout.specs[key.item].across_architectures else client_info.arch.spec_id
-                )
-                model_means = models.setdefault(key.item, OwnerMeans(common))
-                model_means.set_mean(group, key.tensor, *means[key])
-    uploads = Uploads.from_sums(len(forms), senders, items, models, specs=layout.specs, noise=noise)
+    total = VectorSum(vector, unit, layout)
+    expected = [Upload(client_info, Payload(form)) for client_info, form in forms]
+    uploads = Uploads(expected, layout.specs, layout.common, rules=total, noise=noise)
     return uploads, layout.mean_loss(vector)

@@ -25,14 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from hetero_fl.algorithms import Algorithm, register_algorithm  # noqa: E402
-from hetero_fl.algorithms.base import shared_part_of  # noqa: E402
-from hetero_fl.algorithms.distillation import (  # noqa: E402
-    InitialPhase,
-    ProxyDistillation,
-    ProxyTraining,
-)
+from hetero_fl.algorithms.distillation import ProxyDistillation, ProxyTraining  # noqa: E402
 from hetero_fl.algorithms.mutual import MenteeTraining  # noqa: E402
 from hetero_fl.algorithms.prototypes import CommonFeatureWidth  # noqa: E402
+from hetero_fl.algorithms.proxy_distillation import InitialPhase  # noqa: E402
 from hetero_fl.algorithms.requirements import (  # noqa: E402
     describe_needs,
     format_needs,
@@ -42,6 +38,7 @@ from hetero_fl.algorithms.requirements import (  # noqa: E402
     method_title,
     supported_tasks,
 )
+from hetero_fl.algorithms.sharing import shared_part_of  # noqa: E402
 from hetero_fl.cli.commands import APP  # noqa: E402
 from hetero_fl.config import Config  # noqa: E402
 from hetero_fl.config.clients import ClientSettings  # noqa: E402

@@ -7,30 +7,35 @@ broadcast (see `hetero_fl.core.payload`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from types import GeneratorType
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 from torch import Tensor
 
-from hetero_fl.aggregation.means import add_updates, interpolate_model
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.local_training import add_log_prior, local_fit, subtract_log_prior
+from hetero_fl.algorithms.client_models import adjust_to_labels, local_fit
+from hetero_fl.algorithms.sharing import (
+    Items,
+    SharedPart,
+    average_models,
+    download_part,
+    excluded_names,
+    shareable_tensors,
+    shared_part,
+    shared_part_of,
+    upload_model,
+)
 from hetero_fl.config.base import Settings, StalenessConfig, rename_keys
-from hetero_fl.config.clients import ClientSettings
-from hetero_fl.core.model_spec import ModelSpec, Tensors
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import (
     ClientDirectory,
     ClientInfo,
     Part,
     Participant,
-    exclude_part,
-    floating_tensors,
-    select_part,
 )
-from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError
+from hetero_fl.core.payload import ItemSpec, Payload, PayloadError
 from hetero_fl.core.plan import Plan, Predict, Rows
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.registry import Registry
@@ -39,12 +44,6 @@ STUDENT = "student"
 """Slot of the student model that the server trains, a key of `server.models`.
 
 If the server has a model in this slot, `Algorithm.server_model` returns it for deployment.
-"""
-Items = dict[str, Any]
-"""Content of an upload or a broadcast, keyed by item name.
-
-Each value is an `Item`, a tensor, or a dictionary of tensors. A tensor is an item of kind `rows`
-with weight 1, a dictionary an item of kind `params` with weight 1.
 """
 # Decorator that registers a method: `@register_algorithm("name")`. `register_algorithm["name"]`
 # returns the class.
@@ -124,37 +123,6 @@ class Needs:
     def has_required_proxy(self) -> bool:
         """Whether the method requires a proxy set."""
         return self.proxy_set in ("required", "labeled")
-
-
-@dataclass(frozen=True)
-class SharedPart:
-    """The part of a client's model that client and server exchange.
-
-    Use this class as `Algorithm.shared` if prefixes of tensor names do not suffice.
-
-    Args:
-        part: Prefixes of the names of exchanged tensors. If None, the whole model is exchanged. If
-            `()`, no tensors are exchanged.
-        slot: Slot of the model, which is also the name of the exchanged item. Default: `"model"`,
-            the client's own model. A method with another slot must define how this model is
-            trained and, if its architecture differs from the client's own model, how it is sent
-            and aggregated.
-        received: Prefixes of the names of tensors that the client replaces with the server's
-            tensors. If None, the client replaces all tensors in `part`.
-        local: BatchNorm tensors that never leave the client: all tensors of BatchNorm layers, or
-            only the running statistics. If None, BatchNorm layers are exchanged like all other
-            layers.
-
-    Example:
-        >>> from hetero_fl.algorithms import SharedPart
-        >>> SharedPart(("backbone.",), local="batch_norm").slot
-        'model'
-    """
-
-    part: Part = None
-    slot: str = "model"
-    received: Part = None
-    local: Literal["batch_norm", "batch_norm_statistics"] | None = None
 
 
 class Algorithm(Settings):
@@ -329,7 +297,7 @@ class Algorithm(Settings):
         arch = server.arch[slot]
         # Whether a model writes tensors is found out by running it, so only if necessary.
         is_complete = not arch.local_names or arch.local_names.isdisjoint(arch.written_names)
-        return slot if is_complete and not _excluded_names(self, arch) else None
+        return slot if is_complete and not excluded_names(self, arch) else None
 
 
 def runs_user_code(algorithm: Algorithm, client_infos: ClientDirectory) -> bool:
@@ -364,204 +332,6 @@ def call_broadcast(algorithm: Algorithm, server: Participant, client_info: Clien
         raise UserError(f"{type(algorithm).__name__}.broadcast: {error}") from None
 
 
-def shared_part_of(method: Algorithm) -> SharedPart:
-    """Return the method's shared part as a `SharedPart`."""
-    return method.shared if isinstance(method.shared, SharedPart) else SharedPart(method.shared)
-
-
-def permitted_part(shares: Sequence[str]) -> Part:
-    """Return the part of a model that a client with the setting `shares` may exchange."""
-    if "parameters" in shares:
-        return None
-    prefixes = ["backbone." if share == "backbone" else share for share in shares]
-    return tuple(prefix for prefix in prefixes if prefix.endswith("."))
-
-
-def common_part(a: Part, b: Part) -> Part:
-    """Return the intersection of two parts."""
-    if a is None:
-        return b
-    if b is None:
-        return a
-    if not a or not b:
-        return ()
-    prefixes = {p for p in a if p.startswith(b)} | {p for p in b if p.startswith(a)}
-    return tuple(sorted(prefixes))
-
-
-def shared_part(method: Algorithm, settings: ClientSettings) -> Part:
-    """Return the part of the model that the method shares and the client's settings permit."""
-    return common_part(shared_part_of(method).part, permitted_part(settings.shares))
-
-
-def uploads_in_round(settings: ClientSettings, round_idx: int) -> bool:
-    """Return whether a client uploads in a round, given the client's setting `share_every`."""
-    return (round_idx + 1) % settings.share_every == 0
-
-
-def upload_part(method: Algorithm, settings: ClientSettings, round_idx: int) -> Part:
-    """Return the part of the model that a client uploads in a round.
-
-    The part is empty if the client does not upload in this round.
-    """
-    return shared_part(method, settings) if uploads_in_round(settings, round_idx) else ()
-
-
-def download_part(method: Algorithm, settings: ClientSettings, round_idx: int) -> Part:
-    """Return the part of a client's model that the server's model replaces in a round.
-
-    The part is empty except in the first round and in the round after each upload.
-    """
-    if round_idx % settings.share_every != 0:
-        return ()
-    return common_part(shared_part(method, settings), shared_part_of(method).received)
-
-
-def upload_phase(method: Algorithm, share_every: int, round_idx: int, num_rounds: int) -> int:
-    """Return a number that is equal for rounds in which uploads contain the same items and shapes.
-
-    Args:
-        method: The method.
-        share_every: The client's setting `share_every`.
-        round_idx: Index of the round.
-        num_rounds: Number of rounds of the run.
-    """
-    if method.needs.one_upload:
-        return int(round_idx == num_rounds - 1)
-    return round_idx % share_every
-
-
-def local_tensor_names(method: Algorithm, arch: ModelSpec) -> frozenset[str]:
-    """Return the names of the tensors that always stay at clients with this architecture.
-
-    These are the BatchNorm tensors that the method excludes (`SharedPart.local`), and the tensors
-    that no client shares (`ModelSpec.local_names`).
-    """
-    return _excluded_names(method, arch) | arch.local_names
-
-
-def _excluded_names(method: Algorithm, arch: ModelSpec) -> frozenset[str]:
-    local = shared_part_of(method).local
-    if local is None:
-        return frozenset()
-    names = arch.batch_norm_names
-    return names if local == "batch_norm" else names - arch.parameter_names
-
-
-def shareable_tensors(
-    method: Algorithm, arch: ModelSpec, tensors: Mapping[str, Tensor], part: Part
-) -> Tensors:
-    """Return the tensors of a part that client and server exchange.
-
-    Integer buffers and the tensors of `local_tensor_names` are left out.
-
-    Args:
-        method: The method.
-        arch: Architecture of the model.
-        tensors: Tensors of the model, keyed by name.
-        part: The shared part.
-    """
-    local = local_tensor_names(method, arch)
-    selected = floating_tensors(select_part(tensors, part))
-    return {name: tensor for name, tensor in selected.items() if name not in local}
-
-
-def kept_state(method: Algorithm, client: Participant) -> dict[str, Tensors]:
-    """Return the tensors that a client must store between rounds, keyed by slot.
-
-    These are the tensors of the client's models that no broadcast replaces. Models without such
-    floating-point tensors are left out.
-    """
-    slot = shared_part_of(method).slot
-    settings = client.settings
-    replaced = download_part(method, settings, 0) if settings.share_every == 1 else ()
-    arch = client.arch[slot]
-    local = _excluded_names(method, arch)
-    if arch.local_names:
-        # Frozen parameters are equal for all clients, unless the forward pass writes them.
-        local |= arch.local_names - (arch.parameter_names - arch.written_names)
-    own = client.models[slot]
-    kept = exclude_part(own, replaced) | {n: t for n, t in own.items() if n in local}
-    models = {**client.models, slot: kept}
-    # Other integers, such as counters of BatchNorm layers, are not worth storing.
-    return {
-        name: tensors
-        for name, tensors in models.items()
-        if floating_tensors(tensors) or not local.isdisjoint(tensors)
-    }
-
-
-def may_share(client: Participant, share: str) -> bool:
-    """Return whether a client may upload an item of this kind in this round.
-
-    The client must share this kind and upload in this round. Predictions also require the proxy
-    set.
-
-    Args:
-        client: The client.
-        share: The kind, "predictions", "statistics" or "features", as in a client's `shares`.
-
-    Example:
-        >>> from hetero_fl.algorithms import may_share
-        >>> from hetero_fl.config.clients import ClientSettings
-        >>> from hetero_fl.core.participant import Participant
-        >>> from hetero_fl.core.task import Task
-        >>> settings = ClientSettings(shares=["parameters", "statistics"])
-        >>> client = Participant("a", Task("multiclass", 2), {}, {}, None, settings, None)
-        >>> may_share(client, "statistics"), may_share(client, "features")
-        (True, False)
-    """
-    if share not in client.settings.shares or (share == "predictions" and not client.has_proxy):
-        return False
-    return uploads_in_round(client.settings, client.round_context.round_idx)
-
-
-def describe_unshared(
-    items: Mapping[str, Item], specs: Mapping[str, ItemSpec], shares: Sequence[str]
-) -> str:
-    """Describe the first item of an upload that the client's settings do not permit.
-
-    Args:
-        items: The upload.
-        specs: The method's declarations of the items.
-        shares: The client's setting `shares`.
-
-    Returns:
-        The description, or an empty string if all items are permitted.
-    """
-    part = permitted_part(shares)
-    for name, item in items.items():
-        share = specs[name].needed_share
-        if share != "parameters" and share not in shares:
-            return f"'{name}' needs {share}"
-        if share == "parameters" and part is not None:
-            for tensor in exclude_part(item.tensors, part):
-                return f"'{name}' contains {tensor or share}"
-    return ""
-
-
-def adjust_to_labels(
-    method: Algorithm, client: Participant, logits: Tensor, personal: bool
-) -> Tensor:
-    """Adjust logits to the label distribution of the predicted rows.
-
-    Args:
-        method: The method.
-        client: The client. Its settings `local_prior` and `prior_correction` apply.
-        logits: Logits, shape `[N, C]`.
-        personal: Whether the rows follow the client's own label distribution.
-
-    Returns:
-        Logits, shape `[N, C]`. With the client's class prior π, the result for the client's own
-        rows is `logits + log π` if `local_prior` applies. The result for other rows is
-        `logits - log π` if `prior_correction` is set, unless the model has also been trained by
-        other clients or the server. Otherwise, the logits are returned unchanged.
-    """
-    if personal:
-        return add_log_prior(client, logits)
-    return logits if method.needs.shared_model else subtract_log_prior(client, logits)
-
-
 def predicts_proxy_set(method: Algorithm) -> bool:
     """Return whether the method uses clients' predictions on the proxy set."""
     return any(spec.needed_share == "predictions" for spec in method.uploads.values())
@@ -575,142 +345,3 @@ def unused_options(method: Algorithm) -> set[str]:
     if "fine_tune_epochs" in unused:
         unused.add("fine_tune_before")
     return unused
-
-
-def predicting_models(
-    method: Algorithm, client: Participant, personal: bool
-) -> list[tuple[Predict, Any]]:
-    """Return the model outputs that the first step of `predict` requests.
-
-    Args:
-        method: The method.
-        client: The client.
-        personal: Whether the client predicts its own rows.
-
-    Returns:
-        The `Predict` step of each model, and the preprocessing of the model's inputs (None for the
-        client's own preprocessing). The list is empty if the first step requests anything else.
-    """
-    # Use a copy, because a plan that draws random numbers would advance the client's streams.
-    plan = method.predict(replace(client, stream_uses={}), Rows("train"), personal)
-    if not isinstance(plan, GeneratorType):
-        return []
-    step = next(plan, None)
-    plan.close()
-    return [
-        (prediction, getattr(prediction.data, "preprocess", None))
-        for prediction in (step if isinstance(step, list) else [step])
-        if isinstance(prediction, Predict) and prediction.slot in client.models
-    ]
-
-
-def inference_model(method: Algorithm, client: Participant) -> tuple[str, Any]:
-    """Return the model with which a deployed client predicts its own rows.
-
-    This is the model whose logits the first step of `predict` requests. If this step requests
-    anything else, for example the outputs of several models, the slot of the client's own model is
-    returned.
-
-    Returns:
-        The slot of the model, and the preprocessing of the model's inputs (None for the client's
-        own preprocessing).
-    """
-    models = predicting_models(method, client, personal=True)
-    if len(models) == 1 and models[0][0].readout == "logits":
-        return models[0][0].slot, models[0][1]
-    return "model", None
-
-
-def upload_model(method: Algorithm, client: Participant, weight: float | None = None) -> Items:
-    """Return an upload with the shared part of a client's model.
-
-    The upload is empty if the client shares nothing in this round.
-
-    Args:
-        method: The method.
-        client: The client.
-        weight: Weight of the client in the mean. If None, the number of the client's training rows
-            is used.
-
-    Example:
-        >>> from hetero_fl.algorithms import FedAvg, FedPer, upload_model
-        >>> from hetero_fl.config.clients import ClientSettings
-        >>> from hetero_fl.core.model_spec import ModelSpec
-        >>> from hetero_fl.core.participant import Participant
-        >>> from hetero_fl.core.task import Task
-        >>> arch = ModelSpec.from_config("linear", 2, (3,))
-        >>> models = {"model": arch.initial_tensors(0)}
-        >>> task = Task("multiclass", 2)
-        >>> settings = ClientSettings()
-        >>> client = Participant("a", task, {"model": arch}, models, None, settings, None, 50)
-        >>> item = upload_model(FedAvg(), client)["model"]
-        >>> sorted(item.values), item.weight
-        (['head.bias', 'head.weight'], 50.0)
-        >>> upload_model(FedPer(), client)  # FedPer shares the backbone only
-        {}
-    """
-    part = upload_part(method, client.settings, client.round_context.round_idx)
-    if part == ():
-        return {}
-    slot = shared_part_of(method).slot
-    tensors = shareable_tensors(method, client.arch[slot], client.models[slot], part)
-    if not tensors:
-        return {}
-    weight = float(client.num_rows) if weight is None else weight
-    return {slot: Item(tensors, weight, "params")}
-
-
-def average_models(
-    server: Participant, uploads: Uploads, rate: float = 1.0, item: str = "model"
-) -> None:
-    """Move the model of each architecture group towards the mean of the uploaded models.
-
-    Buffers are replaced by their mean, regardless of `rate`.
-
-    Args:
-        server: The server.
-        uploads: Uploads of the round.
-        rate: Server learning rate λ. If 1, parameters are replaced by their mean as well.
-        item: Name of the item with the models.
-
-    Example:
-        >>> import torch
-        >>> from hetero_fl.aggregation.uploads import Upload, Uploads
-        >>> from hetero_fl.algorithms import average_models
-        >>> from hetero_fl.config.clients import ClientSettings
-        >>> from hetero_fl.core.model_spec import ModelSpec
-        >>> from hetero_fl.core.participant import ClientInfo, Participant
-        >>> from hetero_fl.core.payload import Item, Payload
-        >>> arch = ModelSpec.from_config("linear", 1, (1,))
-        >>> def upload(client_id, value, num_rows):
-        ...     info = ClientInfo(client_id, arch, num_rows, None, ClientSettings())
-        ...     tensors = {"head.weight": torch.full((1, 1), value)}
-        ...     return Upload(info, Payload({"model": Item(tensors, num_rows, "params")}))
-        >>> group = arch.spec_id
-        >>> models = {group: arch.initial_tensors(0)}
-        >>> server = Participant("server", None, {group: arch}, models, None, None, None)
-        >>> average_models(server, Uploads([upload("a", 1.0, 30), upload("b", 2.0, 10)]))
-        >>> server.models[group]["head.weight"]
-        tensor([[1.2500]])
-    """
-    for group, mean in uploads.mean_by_group(item).items():
-        parameters = server.arch[group].parameter_names
-        server.models[group] = interpolate_model(server.models[group], mean, rate, parameters)
-
-
-def add_up_models(server: Participant, uploads: Uploads, factor: float) -> None:
-    """Add the scaled sum of the clients' updates to the model of each architecture group.
-
-    Each upload must have weight 1, or the staleness weight of the upload in an asynchronous run.
-
-    Args:
-        server: The server.
-        uploads: Uploads of the round with the item "model".
-        factor: Factor by which the sum is multiplied.
-    """
-    total_weights = uploads.weights_by_group("model")
-    for group, mean in uploads.mean_by_group("model").items():
-        parameters = server.arch[group].parameter_names
-        server.models[group] = add_updates(
-            server.models[group], mean, total_weights[group], factor, parameters
-        )

@@ -10,15 +10,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import (
-    Algorithm,
-    Items,
-    Needs,
-    adjust_to_labels,
-    register_algorithm,
-)
-from hetero_fl.algorithms.local_training import (
+from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
+from hetero_fl.algorithms.client_models import (
     add_log_prior,
+    adjust_to_labels,
     augmentation,
     load_objective,
     local_fit,
@@ -26,6 +21,7 @@ from hetero_fl.algorithms.local_training import (
     subtract_log_prior,
 )
 from hetero_fl.algorithms.prototypes import require_linear_head, require_sent_state
+from hetero_fl.algorithms.sharing import Items
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.participant import (

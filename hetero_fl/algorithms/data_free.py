@@ -13,21 +13,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import (
-    STUDENT,
-    Algorithm,
-    Items,
-    Needs,
-    SharedPart,
-    adjust_to_labels,
-    may_share,
-    register_algorithm,
-    shared_part,
-    upload_model,
-)
-from hetero_fl.algorithms.fedavg import FedAvg
-from hetero_fl.algorithms.local_training import local_fit
+from hetero_fl.algorithms.averaging import FedAvg
+from hetero_fl.algorithms.base import STUDENT, Algorithm, Needs, register_algorithm
+from hetero_fl.algorithms.client_models import adjust_to_labels, local_fit
 from hetero_fl.algorithms.prototypes import CommonHead, require_sent_state
+from hetero_fl.algorithms.sharing import Items, SharedPart, may_share, shared_part, upload_model
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.generative_objectives import (
     GeneratedFeatures,

@@ -1,7 +1,7 @@
 """Base classes of methods that distill on a proxy set.
 
 The classes select proxy rows, compute a teacher from clients' predictions, align and sharpen the
-teacher, create distillation steps, and implement the initial training phase of a client.
+teacher, and create distillation steps.
 """
 
 from __future__ import annotations
@@ -22,9 +22,15 @@ from hetero_fl.aggregation.teachers import (
     sharpen,
 )
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, Needs, may_share
-from hetero_fl.algorithms.local_training import load_objective, local_fit, subtract_log_prior
-from hetero_fl.algorithms.recalibration import proxy_sample, recalibrated_tensors, recalibrates
+from hetero_fl.algorithms.base import STUDENT, Algorithm, Needs
+from hetero_fl.algorithms.client_models import (
+    local_fit,
+    proxy_sample,
+    recalibrated_tensors,
+    recalibrates,
+    subtract_log_prior,
+)
+from hetero_fl.algorithms.sharing import Items, may_share
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import ProxyReplay, TeacherDistillation, log_prior
@@ -443,52 +449,3 @@ class ProxyDistillation(ProxyTraining):
                 buffers = average.keys() - server.arch[group].parameter_names
                 of_clients = {name: average[name] for name in buffers}
                 server.models[group] = {**server.models[group], **of_clients}
-
-
-DONE = "initial_phase"
-
-
-class InitialPhase(ProxyTraining):
-    """Base class of methods with an initial training phase before a client's first round.
-
-    In its first round, a client trains on the labeled proxy set (FedMD only) and then on its own
-    rows, before the regular training. The completed phase is recorded in the client's private state
-    and repeated only if the round fails. Models that are evaluated earlier are untrained. The
-    number of epochs is fixed, whereas the authors stop early. Clients use their own optimizers.
-
-    FedMD needs `data.proxy.labels: true`, unless `initial_public_epochs` is 0. The phase cannot be
-    combined with `privacy.unit: record` and is not part of the simulated time.
-    """
-
-    initial_phase: bool = Field(
-        False, description="whether clients train before the first round in which they participate"
-    )
-    initial_private_epochs: PositiveInt = Field(
-        25, description="initial phase: epochs on the client's own rows"
-    )
-
-    def initial_training(self, client: Participant, public_epochs: int = 0) -> Plan[None]:
-        """Run the initial phase of a client, unless the phase is disabled or has been completed.
-
-        The loss on proxy rows uses neither logit adjustment nor class weights, because both depend
-        on the client's own rows.
-
-        Args:
-            client: The client.
-            public_epochs: Epochs on the labeled proxy set. If 0, the client trains on its own rows
-                only.
-        """
-        if not self.initial_phase or DONE in client.state:
-            return
-        if public_epochs and client.has_proxy:
-            yield Fit(
-                {"model": None},
-                load_objective(client.settings.objective, client.task),
-                Rows("proxy"),
-                epochs=public_epochs,
-                batch_size=self.proxy_batch_size,
-                optimizer=client.optimizer,
-                label="initial public",
-            )
-        yield local_fit(client, epochs=self.initial_private_epochs, label="initial private")
-        client.state[DONE] = True

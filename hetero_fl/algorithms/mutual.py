@@ -14,21 +14,18 @@ from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Upload, Uploads
-from hetero_fl.algorithms.base import (
-    Algorithm,
+from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
+from hetero_fl.algorithms.client_models import adjust_to_labels, local_fit
+from hetero_fl.algorithms.prototypes import require_linear_head
+from hetero_fl.algorithms.sharing import (
     Items,
-    Needs,
     SharedPart,
-    adjust_to_labels,
     download_part,
-    register_algorithm,
     shareable_tensors,
     shared_part,
     upload_model,
     upload_part,
 )
-from hetero_fl.algorithms.local_training import local_fit
-from hetero_fl.algorithms.prototypes import require_linear_head
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.images import is_convertible, reshape_rows
 from hetero_fl.core.model_spec import ModelSpec, Tensors

@@ -8,19 +8,10 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from typing_extensions import override
 
-from hetero_fl.algorithms.base import (
-    Algorithm,
-    Items,
-    Needs,
-    SharedPart,
-    adjust_to_labels,
-    common_part,
-    register_algorithm,
-    shared_part,
-    upload_model,
-)
-from hetero_fl.algorithms.fedavg import FedAvg
-from hetero_fl.algorithms.local_training import local_fit
+from hetero_fl.algorithms.averaging import FedAvg
+from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
+from hetero_fl.algorithms.client_models import adjust_to_labels, local_fit
+from hetero_fl.algorithms.sharing import Items, SharedPart, common_part, shared_part, upload_model
 from hetero_fl.core.objectives import Proximal
 from hetero_fl.core.participant import ClientDirectory, Participant
 from hetero_fl.core.payload import Payload

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hetero_fl.algorithms import Algorithm, local_fit, register_algorithm, upload_model
-from hetero_fl.algorithms.base import Items, SharedPart
+from hetero_fl.algorithms.sharing import Items, SharedPart
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import Batch, Context, ModelViews, Supervised
 from hetero_fl.core.participant import ClientInfo, Participant

@@ -374,7 +374,14 @@ class Scaffold(FedAvg):
     """
 
     title = "SCAFFOLD"
-    uploads = {"model": ItemSpec("params"), CONTROL: ItemSpec("update")}
+    uploads = {
+        "model": ItemSpec("params"),
+        CONTROL: ItemSpec("update", description="change of the client's control variate"),
+    }
+    downloads = {
+        "model": ItemSpec("params"),
+        CONTROL: ItemSpec("params", description="the server's control variate"),
+    }
 
     sgd_lr: PositiveFloat = Field(
         0.01, description="learning rate of SGD for clients with another optimizer"

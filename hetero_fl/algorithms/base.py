@@ -18,13 +18,15 @@ from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.client_models import adjust_to_labels, local_fit
 from hetero_fl.algorithms.sharing import (
     Items,
-    SharedPart,
+    Shared,
+    add_model,
     average_models,
-    download_part,
     excluded_names,
-    shareable_tensors,
+    load_model,
+    send_model,
+    server_slot,
     shared_part,
-    shared_part_of,
+    shared_parts,
     upload_model,
 )
 from hetero_fl.config.base import Settings, StalenessConfig, rename_keys
@@ -32,7 +34,6 @@ from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import (
     ClientDirectory,
     ClientInfo,
-    Part,
     Participant,
 )
 from hetero_fl.core.payload import ItemSpec, Payload, PayloadError
@@ -136,13 +137,13 @@ class Algorithm(Settings):
 
     Attributes:
         title: Display name. The first sentence of the docstring is the one-line summary.
-        renamed_settings: New names of renamed settings, keyed by former name.
         evaluated_when: Description of the evaluated model, for tables.
-        shared: Part of the model that is exchanged: None for the whole model, `()` for nothing,
-            prefixes of tensor names, or a `SharedPart`.
+        shared: Part of the client's own model that is exchanged: None for the whole model, `()` for
+            nothing, prefixes of tensor names, or a `SharedPart`. A mapping from slots to such parts
+            exchanges several models, each as the item with the name of the slot.
         uploads: Declarations of the items that clients upload, keyed by item name.
-        downloads: Declarations of broadcast items, keyed by item name. Only items whose compression
-            differs from the default of their kind need a declaration.
+        downloads: Declarations of the items that the server broadcasts, keyed by item name. The
+            name `*` stands for all other names.
         needs: Requirements of the method.
 
     Example:
@@ -163,17 +164,18 @@ class Algorithm(Settings):
     """
 
     title: ClassVar[str] = ""
-    renamed_settings: ClassVar[Mapping[str, str]] = {}
     evaluated_when: ClassVar[str] = "after aggregation, as deployed with the next broadcast"
-    shared: ClassVar[Part | SharedPart] = None
+    shared: ClassVar[Shared] = None
     uploads: ClassVar[Mapping[str, ItemSpec]] = {"model": ItemSpec("params")}
-    downloads: ClassVar[Mapping[str, ItemSpec]] = {}
+    downloads: ClassVar[Mapping[str, ItemSpec]] = {"model": ItemSpec("params")}
     needs: ClassVar[Needs] = Needs(one_architecture=True, shared_model=True)
+    _renamed: ClassVar[Mapping[str, str]] = {}
+    """New names of renamed settings, keyed by former name."""
 
     @model_validator(mode="before")
     @classmethod
     def _rename_settings(cls, raw: Any) -> Any:
-        return rename_keys(raw, cls.renamed_settings, "algorithm")
+        return rename_keys(raw, cls._renamed, "algorithm")
 
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         """Derive unset settings from the federation.
@@ -203,35 +205,36 @@ class Algorithm(Settings):
     def setup(self, server: Participant) -> None:
         """Initialize the server's state before the first round.
 
-        By default, the state is not changed.
+        By default, the server gets the model of each slot in `shared` that is averaged over all
+        architectures (`ItemSpec.across_architectures`).
         """
+        first = server.peers.profiles[0]
+        for slot in shared_parts(self):
+            if slot == server_slot(self, slot, first.arch):
+                add_model(server, slot, first.models[slot])
 
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         """Return the items that the server sends to one client.
 
-        By default, the broadcast contains the shared part of the server's model with the client's
-        architecture. The broadcast is empty in rounds in which the client does not replace its
-        model.
+        By default, the broadcast contains the shared part of the server's model for each slot in
+        `shared`. The broadcast is empty in rounds in which the client does not replace its models.
 
         Args:
             server: The server.
             recipient: The client. Its `purpose` is "train" or "evaluate".
         """
-        part = download_part(self, recipient.settings, server.round_context.round_idx)
-        if part == ():
-            return {}
-        model = server.models[recipient.arch.family_id]
-        slot = shared_part_of(self).slot
-        return {slot: shareable_tensors(self, recipient.arch, model, part)}
+        items: Items = {}
+        for slot in shared_parts(self):
+            items |= send_model(self, server, recipient, slot)
+        return items
 
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         """Update the client's models with the received items, so that the client can predict.
 
         By default, the received tensors replace the tensors of the same names.
         """
-        slot = shared_part_of(self).slot
-        if slot in received:
-            client.load(slot, received[slot])
+        for slot in shared_parts(self):
+            load_model(client, received, slot)
         yield from ()
 
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
@@ -249,9 +252,9 @@ class Algorithm(Settings):
 
         By default, the uploaded models are averaged within each architecture.
         """
-        slot = shared_part_of(self).slot
-        if slot in self.uploads:
-            average_models(server, uploads, item=slot)
+        for slot in shared_parts(self):
+            if slot in self.uploads:
+                average_models(server, uploads, item=slot)
         yield from ()
 
     def personalize(self, client: Participant, received: Payload) -> Plan[None]:
@@ -324,10 +327,12 @@ def call_broadcast(algorithm: Algorithm, server: Participant, client_info: Clien
         client_info: The recipient.
 
     Raises:
-        UserError: If the method did not return a dictionary of items.
+        UserError: If the method did not return a dictionary of items that are declared in
+            `downloads`.
     """
     try:
-        return Payload.from_hook(algorithm.broadcast(server, client_info))
+        items = algorithm.broadcast(server, client_info)
+        return Payload.from_hook(items, algorithm.downloads, "downloads")
     except PayloadError as error:
         raise UserError(f"{type(algorithm).__name__}.broadcast: {error}") from None
 

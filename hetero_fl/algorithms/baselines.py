@@ -55,6 +55,7 @@ class Local(Algorithm):
     evaluated_when = "after local training"
     shared = ()
     uploads = {}
+    downloads = {}
     needs = Needs(counts_traffic=False)
 
 
@@ -91,7 +92,10 @@ class Ensemble(Local):
     evaluated_when = (
         "mean prediction of all clients' models after local training (saved models: the members)"
     )
-    uploads = {"member": ItemSpec("params", use="each")}
+    uploads = {"member": ItemSpec("params", use="each", description="the client's model")}
+    downloads = {
+        "*": ItemSpec("params", description="each client's model, by client id, for evaluation")
+    }
     needs = Needs(all_clients=True, unused_options=("fine_tune_epochs",))
 
     @override
@@ -176,6 +180,7 @@ class Centralized(Algorithm):
     title = "Centralized"
     evaluated_when = "the pooled model"
     uploads = {}
+    downloads = {"model": ItemSpec("params", description="the pooled model, for evaluation")}
     needs = Needs(
         all_clients=True,
         counts_traffic=False,

@@ -17,7 +17,14 @@ from hetero_fl.algorithms.averaging import FedAvg
 from hetero_fl.algorithms.base import STUDENT, Algorithm, Needs, register_algorithm
 from hetero_fl.algorithms.client_models import adjust_to_labels, local_fit
 from hetero_fl.algorithms.prototypes import CommonHead, require_sent_state
-from hetero_fl.algorithms.sharing import Items, SharedPart, may_share, shared_part, upload_model
+from hetero_fl.algorithms.sharing import (
+    Items,
+    SharedPart,
+    add_model,
+    may_share,
+    shared_part,
+    upload_model,
+)
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.generative_objectives import (
     GeneratedFeatures,
@@ -161,6 +168,7 @@ class Dense(DataFreeDistillation):
     title = "DENSE"
     shared = SharedPart(received=())
     uploads = {"model": ItemSpec("params", use="each")}
+    downloads = {STUDENT: ItemSpec("params", description="the server's student, for evaluation")}
     needs = Needs(
         tasks=("multiclass",),
         one_upload=True,
@@ -224,8 +232,7 @@ class Dense(DataFreeDistillation):
             server.models[slot] = {**server.models[u.group], **u.payload["model"]}
         server.arch[STUDENT] = reference.arch
         server.models[STUDENT] = server.models[reference.arch.spec_id]
-        server.arch[GENERATOR] = self.generator(shape)
-        server.models[GENERATOR] = server.arch[GENERATOR].initial_tensors(server.round_context.seed)
+        add_model(server, GENERATOR, self.generator(shape))
         teachers = tuple(
             zip(slots, map(preprocessing_of, (u.client_info for u in sent)), strict=True)
         )
@@ -339,6 +346,11 @@ class FedGen(CommonHead, FedAvg):
         "model": ItemSpec("params", use="each"),
         "counts": ItemSpec("counts", use="each", private=True, share="statistics"),
     }
+    downloads = {
+        "model": ItemSpec("params"),
+        GENERATOR: ItemSpec("params", description="parameters and buffers of the generator"),
+        "labels": ItemSpec("rows", description="label counts of the last round's clients, `[C]`"),
+    }
 
     weight: NonNegativeFloat = Field(
         1.0, description="weight α of the loss on generated features, at the client"
@@ -374,8 +386,7 @@ class FedGen(CommonHead, FedAvg):
 
     @override
     def setup(self, server: Participant) -> None:
-        server.arch[GENERATOR] = self.generator(server.task.outputs)
-        server.models[GENERATOR] = server.arch[GENERATOR].initial_tensors(server.round_context.seed)
+        add_model(server, GENERATOR, self.generator(server.task.outputs))
 
     @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:

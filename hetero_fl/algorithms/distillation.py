@@ -65,7 +65,14 @@ class ProxyTraining(Algorithm):
     """
 
     needs = Needs(proxy_set="required", shared_model=True)
-    downloads = {TEACHER: ItemSpec("rows", share="predictions")}
+    downloads = {
+        TEACHER: ItemSpec(
+            "rows", share="predictions", description="consensus logits of proxy rows, `[D, C]`"
+        ),
+        PROXY_INDICES: ItemSpec(
+            "rows", description="with `proxy_rows`: round in which these rows were sampled"
+        ),
+    }
 
     temperature: PositiveFloat = Field(2.0, description="temperature T of the softmax")
     proxy_rows: int | None = Field(

@@ -64,7 +64,7 @@ class Hybrid(ProxyDistillation, FedAvg):
     """
 
     title = "Hybrid"
-    renamed_settings = {
+    _renamed = {
         "rehearse": "replay_weight",  # style: ok (former name)
         "distil_at": "distill_at",
         "distil_epochs": "distill_epochs",
@@ -94,6 +94,8 @@ class Hybrid(ProxyDistillation, FedAvg):
     digest_epochs: PositiveInt = Field(
         1, description="epochs of distillation at the client after each broadcast"
     )
+
+    downloads = {**FedAvg.downloads, **ProxyDistillation.downloads}
 
     @property
     @override
@@ -184,12 +186,14 @@ class FedDF(ProxyDistillation, FedAvg):
     """
 
     title = "FedDF"
-    renamed_settings = {"distil_epochs": "distill_epochs"}
+    _renamed = {"distil_epochs": "distill_epochs"}
     uploads = {
         "model": ItemSpec("params", use="each"),
         "logits": ItemSpec("rows", use="each", private=True, share="predictions"),
         COUNTS: ItemSpec("counts", use="each", private=True, share="statistics"),
     }
+
+    downloads = {**FedAvg.downloads}
 
     distill_epochs: PositiveInt = Field(
         2, description="epochs of distillation per round into each architecture's average"
@@ -326,6 +330,7 @@ class JoiningClient(ProxyTraining):
     evaluated_when = "after local training"
     shared = ()
     uploads = {}
+    downloads = {**ProxyTraining.downloads, BACKBONE: ItemSpec("params")}
     needs = Needs(counts_traffic=False)
 
     digest_epochs: PositiveInt = Field(

@@ -16,7 +16,7 @@ from hetero_fl.aggregation.teachers import MIN_LOG_PROBABILITY, contrast_weights
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
 from hetero_fl.algorithms.client_models import local_fit
-from hetero_fl.algorithms.sharing import Items, may_share
+from hetero_fl.algorithms.sharing import Items, add_model, may_share
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.generative_objectives import AdaptiveMargin
 from hetero_fl.core.model_spec import ModelSpec
@@ -178,6 +178,10 @@ class FedProto(CommonFeatureWidth):
     )
     shared = ()
     uploads = {"features": ItemSpec("class_sums", private=True, share="statistics")}
+    downloads = {
+        "prototypes": ItemSpec("rows", description="prototypes, `[C, d]`"),
+        "known": ItemSpec("rows", description="1 for classes with a prototype, otherwise 0, `[C]`"),
+    }
 
     weight: NonNegativeFloat = Field(1.0, description="weight λ of the distance to the prototype")
     inference: Literal["prototype", "own", "head"] = Field(
@@ -331,12 +335,9 @@ class FedTGP(FedProto):
     def setup(self, server: Participant) -> None:
         width = self.feature_dim or 1
         classes = server.task.outputs
-        server.arch[VECTORS] = ModelSpec.from_config("linear", width, (classes,))
-        server.arch[PROTOTYPES] = ModelSpec.from_config(
-            "mlp", width, (width,), options={"hidden": [width]}
-        )
-        for slot in (VECTORS, PROTOTYPES):
-            server.models[slot] = server.arch[slot].initial_tensors(server.round_context.seed)
+        network = ModelSpec.from_config("mlp", width, (width,), options={"hidden": [width]})
+        add_model(server, VECTORS, ModelSpec.from_config("linear", width, (classes,)))
+        add_model(server, PROTOTYPES, network)
         # P̆ has no bias, so the bias of the linear layer stays 0.
         server.load(VECTORS, {"head.bias": torch.zeros(width)})
 
@@ -429,6 +430,7 @@ class FedGH(CommonHead):
     title = "FedGH"
     shared = ()
     uploads = {"features": ItemSpec("class_sums", use="each", private=True, share="statistics")}
+    downloads = {HEAD: ItemSpec("params", description="parameters of the head, C·(d + 1)")}
 
     server_epochs: PositiveInt = Field(
         100, description="epochs per round on the clients' class means, at the server"
@@ -440,10 +442,8 @@ class FedGH(CommonHead):
 
     @override
     def setup(self, server: Participant) -> None:
-        server.arch[HEAD] = ModelSpec.from_config(
-            "linear", server.task.outputs, (self.feature_dim or 1,)
-        )
-        server.models[HEAD] = server.arch[HEAD].initial_tensors(server.round_context.seed)
+        sizes = (server.task.outputs, (self.feature_dim or 1,))
+        add_model(server, HEAD, ModelSpec.from_config("linear", *sizes))
 
     @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
@@ -514,8 +514,22 @@ class FD(Algorithm):
     title = "FD"
     evaluated_when = "after local training"
     shared = ()
-    uploads = {"class_logits": ItemSpec("class_sums", private=True, share="statistics")}
-    downloads = {"teacher": ItemSpec("rows", share="predictions")}
+    uploads = {
+        "class_logits": ItemSpec(
+            "class_sums",
+            private=True,
+            share="statistics",
+            description="sums of logits by class, `[C, C]`, and counts `[C]`",
+        )
+    }
+    downloads = {
+        "teacher": ItemSpec(
+            "rows",
+            share="predictions",
+            description="mean logits by class of all clients, `[C, C]`",
+        ),
+        "known": ItemSpec("rows", description="1 for classes with mean logits, otherwise 0, `[C]`"),
+    }
     needs = Needs(tasks=("multiclass",))
 
     weight: NonNegativeFloat = Field(1.0, description="weight λ of the distillation loss")

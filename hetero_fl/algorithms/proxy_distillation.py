@@ -196,8 +196,16 @@ class DSFL(ProxyDistillation):
     """
 
     title = "DS-FL"
-    renamed_settings = {"distil_epochs": "distill_epochs"}
+    _renamed = {"distil_epochs": "distill_epochs"}
     shared = ()
+    downloads = {
+        **ProxyDistillation.downloads,
+        TEACHER: ItemSpec(
+            "rows",
+            share="predictions",
+            description="sharpened mean probabilities of the round's proxy rows, `[D, C]`",
+        ),
+    }
     needs = Needs(proxy_set="required", tasks=("multiclass", "multilabel"), shared_model=True)
     evaluated_when = (
         "after distillation of the newest consensus, as deployed with the next broadcast"
@@ -330,6 +338,14 @@ class KTpFL(InitialPhase):
     evaluated_when = "after distillation of the newest mixture, as deployed with the next broadcast"
     shared = ()
     uploads = {"predictions": ItemSpec("rows", use="each", private=True, share="predictions")}
+    downloads = {
+        **InitialPhase.downloads,
+        TEACHER: ItemSpec(
+            "rows",
+            share="predictions",
+            description="the client's mixture of all predictions of proxy rows, `[D, C]`",
+        ),
+    }
     needs = Needs(proxy_set="required", tasks=("multiclass",), shared_model=True)
 
     temperature: PositiveFloat = 10.0

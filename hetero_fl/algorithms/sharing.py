@@ -5,7 +5,7 @@ A part of a model is a tuple of prefixes of tensor names, or None for the whole 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,13 +16,14 @@ from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.participant import (
+    ClientInfo,
     Part,
     Participant,
     exclude_part,
     floating_tensors,
     select_part,
 )
-from hetero_fl.core.payload import Item, ItemSpec
+from hetero_fl.core.payload import Item, ItemSpec, Payload
 
 if TYPE_CHECKING:
     from hetero_fl.algorithms.base import Algorithm
@@ -37,17 +38,13 @@ with weight 1, a dictionary an item of kind `params` with weight 1.
 
 @dataclass(frozen=True)
 class SharedPart:
-    """The part of a client's model that client and server exchange.
+    """The part of a model that client and server exchange.
 
-    Use this class as `Algorithm.shared` if prefixes of tensor names do not suffice.
+    Use this class in `Algorithm.shared` if prefixes of tensor names do not suffice.
 
     Args:
         part: Prefixes of the names of exchanged tensors. If None, the whole model is exchanged. If
             `()`, no tensors are exchanged.
-        slot: Slot of the model, which is also the name of the exchanged item. Default: `"model"`,
-            the client's own model. A method with another slot must define how this model is
-            trained and, if its architecture differs from the client's own model, how it is sent
-            and aggregated.
         received: Prefixes of the names of tensors that the client replaces with the server's
             tensors. If None, the client replaces all tensors in `part`.
         local: BatchNorm tensors that never leave the client: all tensors of BatchNorm layers, or
@@ -56,19 +53,48 @@ class SharedPart:
 
     Example:
         >>> from hetero_fl.algorithms import SharedPart
-        >>> SharedPart(("backbone.",), local="batch_norm").slot
-        'model'
+        >>> SharedPart(("backbone.",), local="batch_norm").received is None
+        True
     """
 
     part: Part = None
-    slot: str = "model"
     received: Part = None
     local: Literal["batch_norm", "batch_norm_statistics"] | None = None
 
 
-def shared_part_of(method: Algorithm) -> SharedPart:
-    """Return the method's shared part as a `SharedPart`."""
-    return method.shared if isinstance(method.shared, SharedPart) else SharedPart(method.shared)
+Shared = Part | SharedPart | Mapping[str, Part | SharedPart]
+"""The part of the client's own model that is exchanged, or such a part for each slot."""
+
+
+def shared_parts(method: Algorithm) -> dict[str, SharedPart]:
+    """Return the shared part of each slot whose model is exchanged."""
+    shared = method.shared
+    parts = shared if isinstance(shared, Mapping) else {"model": shared}
+    return {
+        slot: part if isinstance(part, SharedPart) else SharedPart(part)
+        for slot, part in parts.items()
+    }
+
+
+def shared_part_of(method: Algorithm, slot: str = "model") -> SharedPart:
+    """Return the shared part of a slot, which is `()` if the model is not exchanged."""
+    return shared_parts(method).get(slot, SharedPart(()))
+
+
+def server_slot(method: Algorithm, slot: str, arch: ModelSpec) -> str:
+    """Return the server's slot of the model that a client exchanges.
+
+    Args:
+        method: The method.
+        slot: Slot of the client's model.
+        arch: Architecture of the client's model.
+
+    Returns:
+        The name of the client's slot if all clients share one model
+        (`ItemSpec.across_architectures`), otherwise the name of the architecture group.
+    """
+    spec = method.uploads.get(slot)
+    return slot if spec is not None and spec.across_architectures else arch.family_id
 
 
 def permitted_part(shares: Sequence[str]) -> Part:
@@ -91,9 +117,9 @@ def common_part(a: Part, b: Part) -> Part:
     return tuple(sorted(prefixes))
 
 
-def shared_part(method: Algorithm, settings: ClientSettings) -> Part:
-    """Return the part of the model that the method shares and the client's settings permit."""
-    return common_part(shared_part_of(method).part, permitted_part(settings.shares))
+def shared_part(method: Algorithm, settings: ClientSettings, slot: str = "model") -> Part:
+    """Return the part of a model that the method shares and the client's settings permit."""
+    return common_part(shared_part_of(method, slot).part, permitted_part(settings.shares))
 
 
 def uploads_in_round(settings: ClientSettings, round_idx: int) -> bool:
@@ -101,22 +127,27 @@ def uploads_in_round(settings: ClientSettings, round_idx: int) -> bool:
     return (round_idx + 1) % settings.share_every == 0
 
 
-def upload_part(method: Algorithm, settings: ClientSettings, round_idx: int) -> Part:
-    """Return the part of the model that a client uploads in a round.
+def upload_part(
+    method: Algorithm, settings: ClientSettings, round_idx: int, slot: str = "model"
+) -> Part:
+    """Return the part of a model that a client uploads in a round.
 
     The part is empty if the client does not upload in this round.
     """
-    return shared_part(method, settings) if uploads_in_round(settings, round_idx) else ()
+    return shared_part(method, settings, slot) if uploads_in_round(settings, round_idx) else ()
 
 
-def download_part(method: Algorithm, settings: ClientSettings, round_idx: int) -> Part:
+def download_part(
+    method: Algorithm, settings: ClientSettings, round_idx: int, slot: str = "model"
+) -> Part:
     """Return the part of a client's model that the server's model replaces in a round.
 
     The part is empty except in the first round and in the round after each upload.
     """
     if round_idx % settings.share_every != 0:
         return ()
-    return common_part(shared_part(method, settings), shared_part_of(method).received)
+    received = shared_part_of(method, slot).received
+    return common_part(shared_part(method, settings, slot), received)
 
 
 def upload_phase(method: Algorithm, share_every: int, round_idx: int, num_rounds: int) -> int:
@@ -133,18 +164,9 @@ def upload_phase(method: Algorithm, share_every: int, round_idx: int, num_rounds
     return round_idx % share_every
 
 
-def local_tensor_names(method: Algorithm, arch: ModelSpec) -> frozenset[str]:
-    """Return the names of the tensors that always stay at clients with this architecture.
-
-    These are the BatchNorm tensors that the method excludes (`SharedPart.local`), and the tensors
-    that no client shares (`ModelSpec.local_names`).
-    """
-    return excluded_names(method, arch) | arch.local_names
-
-
-def excluded_names(method: Algorithm, arch: ModelSpec) -> frozenset[str]:
+def excluded_names(method: Algorithm, arch: ModelSpec, slot: str = "model") -> frozenset[str]:
     """Return the names of the BatchNorm tensors that the method excludes (`SharedPart.local`)."""
-    local = shared_part_of(method).local
+    local = shared_part_of(method, slot).local
     if local is None:
         return frozenset()
     names = arch.batch_norm_names
@@ -152,19 +174,25 @@ def excluded_names(method: Algorithm, arch: ModelSpec) -> frozenset[str]:
 
 
 def shareable_tensors(
-    method: Algorithm, arch: ModelSpec, tensors: Mapping[str, Tensor], part: Part
+    method: Algorithm,
+    arch: ModelSpec,
+    tensors: Mapping[str, Tensor],
+    part: Part,
+    slot: str = "model",
 ) -> Tensors:
     """Return the tensors of a part that client and server exchange.
 
-    Integer buffers and the tensors of `local_tensor_names` are left out.
+    Integer buffers, BatchNorm tensors that the method excludes, and tensors that no client shares
+    (`ModelSpec.local_names`) are left out.
 
     Args:
         method: The method.
         arch: Architecture of the model.
         tensors: Tensors of the model, keyed by name.
         part: The shared part.
+        slot: Slot of the model.
     """
-    local = local_tensor_names(method, arch)
+    local = excluded_names(method, arch, slot) | arch.local_names
     selected = floating_tensors(select_part(tensors, part))
     return {name: tensor for name, tensor in selected.items() if name not in local}
 
@@ -175,17 +203,20 @@ def kept_state(method: Algorithm, client: Participant) -> dict[str, Tensors]:
     These are the tensors of the client's models that no broadcast replaces. Models without such
     floating-point tensors are left out.
     """
-    slot = shared_part_of(method).slot
     settings = client.settings
-    replaced = download_part(method, settings, 0) if settings.share_every == 1 else ()
-    arch = client.arch[slot]
-    local = excluded_names(method, arch)
-    if arch.local_names:
-        # Frozen parameters are equal for all clients, unless the forward pass writes them.
-        local |= arch.local_names - (arch.parameter_names - arch.written_names)
-    own = client.models[slot]
-    kept = exclude_part(own, replaced) | {n: t for n, t in own.items() if n in local}
-    models = {**client.models, slot: kept}
+    models = dict(client.models)
+    local: frozenset[str] = frozenset()
+    for slot in shared_parts(method):
+        replaced = download_part(method, settings, 0, slot) if settings.share_every == 1 else ()
+        arch = client.arch[slot]
+        kept_names = excluded_names(method, arch, slot)
+        if arch.local_names:
+            # Frozen parameters are equal for all clients, unless the forward pass writes them.
+            kept_names |= arch.local_names - (arch.parameter_names - arch.written_names)
+        own = client.models[slot]
+        kept = {n: t for n, t in own.items() if n in kept_names}
+        models[slot] = exclude_part(own, replaced) | kept
+        local |= kept_names
     # Other integers, such as counters of BatchNorm layers, are not worth storing.
     return {
         name: tensors
@@ -243,8 +274,40 @@ def describe_unshared(
     return ""
 
 
-def upload_model(method: Algorithm, client: Participant, weight: float | None = None) -> Items:
-    """Return an upload with the shared part of a client's model.
+def send_model(
+    method: Algorithm, server: Participant, recipient: ClientInfo, slot: str = "model"
+) -> Items:
+    """Return a broadcast with the shared part of the server's model for a client's slot.
+
+    The broadcast is empty in rounds in which the client does not replace its model.
+
+    Args:
+        method: The method.
+        server: The server.
+        recipient: The client.
+        slot: Slot of the client's model, which is also the name of the item.
+    """
+    part = download_part(method, recipient.settings, server.round_context.round_idx, slot)
+    if part == ():
+        return {}
+    arch = recipient.models.get(slot, recipient.arch)
+    tensors = server.models[server_slot(method, slot, arch)]
+    return {slot: shareable_tensors(method, arch, tensors, part, slot)}
+
+
+def load_model(client: Participant, received: Payload, slot: str = "model") -> None:
+    """Replace tensors of a client's model with the received tensors of the same names."""
+    if slot in received:
+        client.load(slot, received[slot])
+
+
+def upload_model(
+    method: Algorithm,
+    client: Participant,
+    weight: float | None = None,
+    slots: Iterable[str] | None = None,
+) -> Items:
+    """Return an upload with the shared parts of a client's models.
 
     The upload is empty if the client shares nothing in this round.
 
@@ -253,6 +316,7 @@ def upload_model(method: Algorithm, client: Participant, weight: float | None = 
         client: The client.
         weight: Weight of the client in the mean. If None, the number of the client's training rows
             is used.
+        slots: Slots of the models. If None, all models that the method shares are uploaded.
 
     Example:
         >>> from hetero_fl.algorithms import FedAvg, FedPer, upload_model
@@ -271,15 +335,26 @@ def upload_model(method: Algorithm, client: Participant, weight: float | None = 
         >>> upload_model(FedPer(), client)  # FedPer shares the backbone only
         {}
     """
-    part = upload_part(method, client.settings, client.round_context.round_idx)
-    if part == ():
-        return {}
-    slot = shared_part_of(method).slot
-    tensors = shareable_tensors(method, client.arch[slot], client.models[slot], part)
-    if not tensors:
-        return {}
     weight = float(client.num_rows) if weight is None else weight
-    return {slot: Item(tensors, weight, "params")}
+    items: Items = {}
+    for slot in shared_parts(method) if slots is None else slots:
+        part = upload_part(method, client.settings, client.round_context.round_idx, slot)
+        tensors = shareable_tensors(method, client.arch[slot], client.models[slot], part, slot)
+        if tensors:
+            items[slot] = Item(tensors, weight, "params")
+    return items
+
+
+def add_model(server: Participant, slot: str, arch: ModelSpec) -> None:
+    """Add a model with the initial tensors of the run to the server.
+
+    Args:
+        server: The server.
+        slot: Slot of the model.
+        arch: Architecture of the model.
+    """
+    server.arch[slot] = arch
+    server.models[slot] = arch.initial_tensors(server.round_context.seed)
 
 
 def average_models(
@@ -287,6 +362,8 @@ def average_models(
 ) -> None:
     """Move the model of each architecture group towards the mean of the uploaded models.
 
+    If the item is declared with `across_architectures`, there is one model for all clients, in the
+    server's slot with the name of the item.
     Buffers are replaced by their mean, regardless of `rate`.
 
     Args:
@@ -316,8 +393,9 @@ def average_models(
         tensor([[1.2500]])
     """
     for group, mean in uploads.mean_by_group(item).items():
-        parameters = server.arch[group].parameter_names
-        server.models[group] = interpolate_model(server.models[group], mean, rate, parameters)
+        slot = group or item
+        parameters = server.arch[slot].parameter_names
+        server.models[slot] = interpolate_model(server.models[slot], mean, rate, parameters)
 
 
 def add_up_models(server: Participant, uploads: Uploads, factor: float) -> None:

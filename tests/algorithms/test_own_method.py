@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hetero_fl.algorithms import Algorithm, local_fit, register_algorithm, upload_model
-from hetero_fl.algorithms.sharing import Items, SharedPart
+from hetero_fl.algorithms.sharing import Items
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import Batch, Context, ModelViews, Supervised
 from hetero_fl.core.participant import ClientInfo, Participant
@@ -66,7 +66,8 @@ def test_invalid_setting_is_refused() -> None:
 class SharedCopy(Algorithm):
     """FedAvg whose clients exchange a copy of their own model, which is in another slot."""
 
-    shared = SharedPart(slot="copy")
+    shared = {"copy": None}
+    downloads = {"copy": ItemSpec("params")}
     uploads = {"copy": ItemSpec("params")}
 
     def models(self, client: ClientInfo) -> dict[str, ModelSpec]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from inspect import get_annotations
 from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
@@ -172,6 +173,11 @@ class Algorithm(Settings):
     _renamed: ClassVar[Mapping[str, str]] = {}
     """New names of renamed settings, keyed by former name."""
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        check_bases(cls)
+
     @model_validator(mode="before")
     @classmethod
     def _rename_settings(cls, raw: Any) -> Any:
@@ -301,6 +307,72 @@ class Algorithm(Settings):
         # Whether a model writes tensors is found out by running it, so only if necessary.
         is_complete = not arch.local_names or arch.local_names.isdisjoint(arch.written_names)
         return slot if is_complete and not excluded_names(self, arch) else None
+
+
+# Attributes of a method that decide what it computes and exchanges.
+HOOKS = (
+    "shared",
+    "uploads",
+    "downloads",
+    "needs",
+    "configure",
+    "models",
+    "setup",
+    "broadcast",
+    "deploy",
+    "train",
+    "aggregate",
+    "personalize",
+    "predict",
+    "server_model",
+)
+
+
+def check_bases(method: type[Algorithm]) -> None:
+    """Check that no base class of a method silently replaces a hook or setting of another base.
+
+    A hook of one base may precede that of another base if it calls `super()`.
+
+    Args:
+        method: The class of the method.
+
+    Raises:
+        TypeError: If two bases define the same hook or setting, and the class itself does not.
+
+    Example:
+        >>> from hetero_fl.algorithms import FML, Hybrid
+        >>> class Both(Hybrid, FML):
+        ...     pass
+        Traceback (most recent call last):
+        ...
+        TypeError: Both: the setting 'beta' of Hybrid replaces that of FML; define it in Both
+    """
+    for name in (*method.model_fields, *HOOKS):
+        owners = [base for base in method.__mro__ if _defines(base, name)]
+        used = next(owner for owner in owners if not _calls_super(owner, name))
+        replaced = [owner for owner in owners[owners.index(used) :] if not issubclass(used, owner)]
+        if not replaced or method in owners:
+            continue
+        first = next(base for base in method.__bases__ if issubclass(base, used))
+        second = next(base for base in method.__bases__ if issubclass(base, replaced[0]))
+        sort = "hook" if name in HOOKS else "setting"
+        raise TypeError(
+            f"{method.__name__}: the {sort} '{name}' of {first.__name__} replaces that of "
+            f"{second.__name__}; define it in {method.__name__}"
+        )
+
+
+def _defines(base: type, name: str) -> bool:
+    """Return whether a class of methods itself defines a hook or setting."""
+    return issubclass(base, Algorithm) and (name in vars(base) or name in get_annotations(base))
+
+
+def _calls_super(owner: type, name: str) -> bool:
+    """Return whether a hook that a class defines calls the hook of the next base class."""
+    hook = vars(owner).get(name)
+    function = hook.fget if isinstance(hook, property) else hook
+    code = getattr(function, "__code__", None)
+    return code is not None and {"super", name} <= {*code.co_names}
 
 
 def runs_user_code(algorithm: Algorithm, client_infos: ClientDirectory) -> bool:

@@ -8,7 +8,7 @@ recomputes the BatchNorm statistics on public rows before a prediction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,14 @@ from torch import Tensor
 
 from hetero_fl.config.clients import AugmentConfig, ClientSettings, Recalibration
 from hetero_fl.core.images import reshape_rows
+from hetero_fl.core.metrics import score, selection_metric
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import LossFunction, Objective, Supervised, log_prior
 from hetero_fl.core.participant import (
     Participant,
 )
 from hetero_fl.core.plan import Fit, Plan, Predict, Recalibrate, Rows, TensorRows
-from hetero_fl.core.stored_rows import join_rows
+from hetero_fl.core.stored_rows import join_rows, targets
 from hetero_fl.core.task import Task
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.registry import import_reference
@@ -224,6 +225,15 @@ def adjust_to_labels(
         rows is `logits + log π` if `local_prior` applies. The result for other rows is
         `logits - log π` if `prior_correction` is set, unless the model has also been trained by
         other clients or the server. Otherwise, the logits are returned unchanged.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.algorithms import FedAvg, adjust_to_labels
+        >>> from hetero_fl.config.clients import ClientSettings
+        >>> from hetero_fl.core.participant import Participant
+        >>> client = Participant("a", None, {}, {}, None, ClientSettings(), None)
+        >>> adjust_to_labels(FedAvg(), client, torch.zeros(1, 2), personal=True)
+        tensor([[0., 0.]])
     """
     if personal:
         return add_log_prior(client, logits)
@@ -272,6 +282,52 @@ def inference_model(method: Algorithm, client: Participant) -> tuple[str, Any]:
     if len(models) == 1 and models[0][0].readout == "logits":
         return models[0][0].slot, models[0][1]
     return "model", None
+
+
+def model_rows(client: Participant, slot: str, rows: Rows) -> Rows | TensorRows:
+    """Return rows as inputs of one of a client's models.
+
+    Images are converted if the model's input shape differs from that of the client's own model.
+
+    Args:
+        client: The client.
+        slot: Slot of the model.
+        rows: The rows.
+    """
+    shape = client.arch[slot].input_shape
+    if shape == client.arch["model"].input_shape:
+        return rows
+    return TensorRows({"x": reshape_rows(rows.columns(client)["x"], shape)})
+
+
+def log_scores(client: Participant, slots: Iterable[str], data: str = "validation") -> Plan[None]:
+    """Predict a data set of a client with several models and log the score of each.
+
+    The score is the metric that selects the best round, for example `balanced_accuracy`. Its name
+    in `logged` of `metrics.jsonl` is the slot followed by the metric. The models must have the
+    inputs of the client's own model.
+
+    Args:
+        client: The client.
+        slots: Slots of the models.
+        data: Name of the data set.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedAvg, local_fit, log_scores, upload_model
+        >>> class Scored(FedAvg):
+        ...     def train(self, client, received):
+        ...         yield from self.deploy(client, received)
+        ...         yield local_fit(client)
+        ...         yield from log_scores(client, ["model"])
+        ...         return upload_model(self, client)
+    """
+    metric, _ = selection_metric(client.task)
+    y = targets(client.data(data, None))
+    for slot in slots:
+        logits = yield Predict(slot, Rows(data))
+        value = score(client.task, logits.cpu(), y.cpu())[metric]
+        if value is not None:
+            client.log(f"{slot} {metric}", value)
 
 
 def recalibrates(settings: ClientSettings, prediction: Recalibration) -> bool:

@@ -7,7 +7,7 @@ teacher, and create distillation steps.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -25,6 +25,7 @@ from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import STUDENT, Algorithm, Needs
 from hetero_fl.algorithms.client_models import (
     local_fit,
+    model_rows,
     proxy_sample,
     recalibrated_tensors,
     recalibrates,
@@ -33,7 +34,7 @@ from hetero_fl.algorithms.client_models import (
 from hetero_fl.algorithms.sharing import Items, may_share
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.model_spec import Tensors
-from hetero_fl.core.objectives import ProxyReplay, TeacherDistillation, log_prior
+from hetero_fl.core.objectives import Objective, ProxyReplay, TeacherDistillation, log_prior
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Fit, Plan, Predict, Rows, SampledBatches
@@ -62,6 +63,11 @@ class ProxyTraining(Algorithm):
     round, the server distills the consensus of the clients into the student on the proxy set for
     `student_epochs` epochs. Reports list the results of the student as `server`. The parameters of
     the student are saved as `models/server.safetensors`.
+
+    Example:
+        >>> from hetero_fl.algorithms import ProxyTraining
+        >>> sorted(ProxyTraining.downloads), ProxyTraining.needs.proxy_set
+        (['drawn', 'teacher'], 'required')
     """
 
     needs = Needs(proxy_set="required", shared_model=True)
@@ -141,22 +147,27 @@ class ProxyTraining(Algorithm):
             return None
         return self.proxy_indices(client, int(received[PROXY_INDICES]))
 
-    def predict_proxy(self, client: Participant, rows: Tensor | None) -> Plan[Tensor]:
-        """Predict proxy rows with the client's own model.
+    def predict_proxy(
+        self, client: Participant, rows: Tensor | None, slot: str = "model"
+    ) -> Plan[Tensor]:
+        """Predict proxy rows with one of the client's models.
 
         The client's settings `recalibrate` and `prior_correction` apply.
 
         Args:
             client: The client.
             rows: Indices of the rows, int64 `[D]`. If None, all rows are predicted.
+            slot: Slot of the model.
 
         Returns:
             Logits, shape `[D, C]`.
         """
         tensors = None
         if recalibrates(client.settings, "proxy_predictions"):
-            tensors = yield from recalibrated_tensors(client, "model", proxy_sample(client))
-        logits = yield Predict("model", Rows("proxy", rows), tensors=tensors)
+            sample = model_rows(client, slot, proxy_sample(client))
+            tensors = yield from recalibrated_tensors(client, slot, sample)
+        inputs = model_rows(client, slot, Rows("proxy", rows))
+        logits = yield Predict(slot, inputs, tensors=tensors)
         return subtract_log_prior(client, logits)
 
     def distill(
@@ -165,44 +176,66 @@ class ProxyTraining(Algorithm):
         received: Payload,
         epochs: int,
         teacher: Tensor | None = None,
-        **objective: Any,
+        *,
+        slot: str = "model",
+        objective: Objective | None = None,
     ) -> Fit:
         """Create the `Fit` step that distills the teacher into a client's model on the proxy set.
 
         Args:
             client: The client.
-            received: Received items, which include the teacher.
+            received: Received items.
             epochs: Number of epochs.
-            teacher: Logits of the teacher, shape `[D, C]`. If None, the received logits are used.
-            **objective: Further fields of `TeacherDistillation`.
+            teacher: Logits of the teacher, shape `[D, C]`, which the objective uses as the column
+                `teacher`. If None, the received logits are used.
+            slot: Slot of the trained model, whose inputs are those of the client's own model.
+            objective: Objective to minimize. If None, `TeacherDistillation`.
         """
-        loss = TeacherDistillation(client.task.kind, self.temperature, **objective)
+        loss = objective or TeacherDistillation(client.task.kind, self.temperature, slot=slot)
         columns = {TEACHER: received[TEACHER] if teacher is None else teacher}
-        rows = Rows("proxy", self.teacher_rows(client, received), extra_columns=columns)
         return local_fit(
-            client, loss, rows, epochs=epochs, batch_size=self.proxy_batch_size, label="digest"
+            client,
+            loss,
+            Rows("proxy", self.teacher_rows(client, received), extra_columns=columns),
+            train={slot: None},
+            epochs=epochs,
+            batch_size=self.proxy_batch_size,
+            label="digest",
         )
 
-    def proxy_replay(self, client: Participant, received: Payload, weight: float) -> Fit:
+    def proxy_replay(
+        self,
+        client: Participant,
+        received: Payload,
+        weight: float = 1.0,
+        teacher: Tensor | None = None,
+        *,
+        slot: str = "model",
+        objective: Objective | None = None,
+    ) -> Fit:
         """Create the `Fit` step of local training that also distills the teacher on proxy rows.
 
         Each optimizer step uses a random batch of proxy rows in addition to the client's own batch.
 
         Args:
             client: The client.
-            received: Received items, which include the teacher.
-            weight: Weight of the distillation loss.
+            received: Received items.
+            weight: Weight of the distillation loss of `ProxyReplay`.
+            teacher: Logits of the teacher, shape `[D, C]`. If None, the received logits are used.
+            slot: Slot of the trained model, whose inputs are those of the client's own model.
+            objective: Objective to minimize, which uses the columns `public_x` and
+                `public_teacher`. If None, `ProxyReplay`.
         """
         examples = Rows("proxy", self.teacher_rows(client, received)).columns(client)["x"]
-        teacher = received[TEACHER]
+        logits = received[TEACHER] if teacher is None else teacher
 
         def sample(generator: torch.Generator, size: int) -> Tensors:
             indices = torch.randint(len(examples), (size,), generator=generator)
-            return {"x": read_rows(examples, indices), TEACHER: teacher[indices]}
+            return {"x": read_rows(examples, indices), TEACHER: logits[indices]}
 
-        objective = ProxyReplay(client.task.kind, weight=weight, temperature=self.temperature)
+        replay = ProxyReplay(client.task.kind, slot, weight=weight, temperature=self.temperature)
         batches = {"public": SampledBatches(sample, self.proxy_batch_size)}
-        return local_fit(client, objective, extra_batches=batches)
+        return local_fit(client, objective or replay, train={slot: None}, extra_batches=batches)
 
     def train_student(self, server: Participant, teacher: Tensor) -> Plan[None]:
         """Distill this round's teacher into the server's student, if the server has a student."""
@@ -289,6 +322,11 @@ class ProxyDistillation(ProxyTraining):
     Contrast weights and alignment use the label counts of clients whose `shares` contain
     `statistics`, in multiclass tasks only. For other clients, `contrast` assumes balanced classes.
     Label counts are private data and receive noise under `privacy`.
+
+    Example:
+        >>> from hetero_fl.algorithms import ProxyDistillation
+        >>> sorted(ProxyDistillation(align=0.5).uploads)
+        ['counts', 'logits']
     """
 
     teacher: TeacherKind = Field(

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
-from hetero_fl.algorithms.client_models import adjust_to_labels, local_fit
+from hetero_fl.algorithms.client_models import adjust_to_labels, local_fit, model_rows
 from hetero_fl.algorithms.prototypes import require_linear_head
 from hetero_fl.algorithms.sharing import (
     Items,
@@ -26,7 +26,7 @@ from hetero_fl.algorithms.sharing import (
     upload_part,
 )
 from hetero_fl.config.clients import ModelConfig, expand_model_name
-from hetero_fl.core.images import is_convertible, reshape_rows
+from hetero_fl.core.images import is_convertible
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.mutual_objectives import (
     AdaptiveMutual,
@@ -72,6 +72,15 @@ class MenteeTraining(Algorithm):
 
     Attributes:
         trained: Part of each model that local training updates, keyed by slot.
+
+    Example:
+        >>> from hetero_fl.algorithms import MenteeTraining
+        >>> from hetero_fl.core.mutual_objectives import MutualDistillation
+        >>> class EqualWeights(MenteeTraining):
+        ...     def objective(self, task):
+        ...         return MutualDistillation(task.kind, alpha=0.5, beta=0.5)
+        >>> EqualWeights().shared
+        {'mentee': None}
     """
 
     evaluated_when = (
@@ -79,6 +88,7 @@ class MenteeTraining(Algorithm):
         "broadcast (saved models: clients' own)"
     )
     shared = {MENTEE: None}
+    uploads = {MENTEE: ItemSpec("params", across_architectures=True)}
     downloads = {MENTEE: ItemSpec("params")}
     needs = Needs(
         also=("small common model",), shared_model=True, unused_options=("fine_tune_epochs",)
@@ -156,8 +166,7 @@ class MenteeTraining(Algorithm):
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         if personal:
             return (yield from super().predict(client, rows, personal))
-        seen = reshape_rows(rows.columns(client)["x"], client.arch[MENTEE].input_shape)
-        logits = yield Predict(MENTEE, TensorRows({"x": seen}))
+        logits = yield Predict(MENTEE, model_rows(client, MENTEE, rows))
         return adjust_to_labels(self, client, logits, personal)
 
 
@@ -186,8 +195,6 @@ class FML(MenteeTraining):
     """
 
     title = "FML"
-    uploads = {MENTEE: ItemSpec("params", across_architectures=True)}
-
     alpha: float = Field(
         0.5,
         ge=0,
@@ -473,7 +480,6 @@ class FedMRL(MenteeTraining):
         "own head on projected features, as deployed with the next broadcast (saved models: "
         "clients' F only)"
     )
-    uploads = {MENTEE: ItemSpec("params", across_architectures=True)}
     trained = {"model": None, MENTEE: None, PROJECTION: None}
     needs = Needs(also=("small common model", "linear heads"), unused_options=("fine_tune_epochs",))
 
@@ -519,9 +525,8 @@ class FedMRL(MenteeTraining):
 
     @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
-        seen = reshape_rows(rows.columns(client)["x"], client.arch[MENTEE].input_shape)
         g, f = yield [
-            Predict(MENTEE, TensorRows({"x": seen}), readout="features"),
+            Predict(MENTEE, model_rows(client, MENTEE, rows), readout="features"),
             Predict("model", rows, readout="features"),
         ]
         r = yield Predict(PROJECTION, TensorRows({"x": torch.cat([g, f], 1)}))

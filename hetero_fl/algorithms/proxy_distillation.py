@@ -31,7 +31,7 @@ from hetero_fl.algorithms.distillation import (
 from hetero_fl.algorithms.sharing import Items, may_share
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.core.objectives import MIN_PROBABILITY, Coefficients
+from hetero_fl.core.objectives import MIN_PROBABILITY, Coefficients, TeacherDistillation
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Fit, Plan, Rows, TensorRows
@@ -158,7 +158,8 @@ class FedMD(InitialPhase, ProxyDistillation):
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.initial_training(client, self.initial_public_epochs)
         if TEACHER in received:
-            yield self.distill(client, received, self.digest_epochs, distance=self.distance)
+            loss = TeacherDistillation(client.task.kind, self.temperature, self.distance)
+            yield self.distill(client, received, self.digest_epochs, objective=loss)
         yield local_fit(client)
         return (yield from self.upload_predictions(client))
 

@@ -286,6 +286,19 @@ def send_model(
         server: The server.
         recipient: The client.
         slot: Slot of the client's model, which is also the name of the item.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedAvg, send_model
+        >>> from hetero_fl.config.clients import ClientSettings
+        >>> from hetero_fl.core.model_spec import ModelSpec
+        >>> from hetero_fl.core.participant import ClientInfo, Participant
+        >>> arch = ModelSpec.from_config("linear", 2, (3,))
+        >>> group = arch.spec_id
+        >>> models = {group: arch.initial_tensors(0)}
+        >>> server = Participant("server", None, {group: arch}, models, None, None, None)
+        >>> recipient = ClientInfo("a", arch, 50, None, ClientSettings())
+        >>> sorted(send_model(FedAvg(), server, recipient)["model"])
+        ['head.bias', 'head.weight']
     """
     part = download_part(method, recipient.settings, server.round_context.round_idx, slot)
     if part == ():
@@ -296,7 +309,19 @@ def send_model(
 
 
 def load_model(client: Participant, received: Payload, slot: str = "model") -> None:
-    """Replace tensors of a client's model with the received tensors of the same names."""
+    """Replace tensors of a client's model with the received tensors of the same names.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.algorithms import load_model
+        >>> from hetero_fl.core.participant import Participant
+        >>> from hetero_fl.core.payload import Payload
+        >>> models = {"model": {"head.bias": torch.zeros(2)}}
+        >>> client = Participant("a", None, {}, models, None, None, None)
+        >>> load_model(client, Payload({"model": {"head.bias": torch.ones(2)}}))
+        >>> client.models["model"]["head.bias"]
+        tensor([1., 1.])
+    """
     if slot in received:
         client.load(slot, received[slot])
 

@@ -83,8 +83,15 @@ class FedAvg(Algorithm):
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
-        yield local_fit(client)
+        yield from self.local_training(client, received)
         return upload_model(self, client, self.weight_of(client))
+
+    def local_training(self, client: Participant, received: Payload) -> Plan[None]:
+        """Train a client that has deployed the received items.
+
+        By default, the client's own model is trained with the client's settings.
+        """
+        yield local_fit(client)
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
@@ -147,11 +154,9 @@ class FedProx(FedAvg):
     mu: NonNegativeFloat = Field(0.01, description="weight μ of the proximal term")
 
     @override
-    def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        yield from self.deploy(client, received)
+    def local_training(self, client: Participant, received: Payload) -> Plan[None]:
         anchor = client.models["model"]
         yield local_fit(client, Proximal(client.task.kind, mu=self.mu), context={"anchor": anchor})
-        return upload_model(self, client, self.weight_of(client))
 
 
 # Name of the item with the norms ‖a_k‖₁.
@@ -159,7 +164,7 @@ PATH = "path"
 
 
 @register_algorithm("fednova")
-class FedNova(Algorithm):
+class FedNova(FedAvg):
     """Average updates normalized by each client's number of local steps.
 
     The server computes θ ← θ + λ·τ_eff·Σ w_k (θ_k − θ)/‖a_k‖₁ with τ_eff = Σ w_k ‖a_k‖₁ (Wang et
@@ -188,7 +193,6 @@ class FedNova(Algorithm):
     weighting: Literal["samples", "uniform"] = Field(
         "samples", description="client weights: w_k = n_k / Σn, or all equal"
     )
-    server_lr: PositiveFloat = Field(1.0, description="server learning rate λ")
 
     @override
     def setup(self, server: Participant) -> None:
@@ -204,7 +208,6 @@ class FedNova(Algorithm):
         since = client.state.setdefault("since", {"start": start, PATH: 0.0})
         report: FitReport = yield local_fit(client)
         since[PATH] += accumulated_steps(report.steps, client.optimizer)
-        weight = float(client.num_rows) if self.weighting == "samples" else 1.0
         items = upload_model(self, client)
         if not items:
             return items
@@ -216,6 +219,7 @@ class FedNova(Algorithm):
             for n, t in end.items()
         }
         change = {n: (t - since["start"][n]).div_(paths[n]) for n, t in end.items()}
+        weight = self.weight_of(client)
         return {"model": Item(change, weight, "update"), PATH: Item(paths, weight, "params")}
 
     @override
@@ -332,12 +336,10 @@ class FedLC(FedAvg):
     )
 
     @override
-    def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        yield from self.deploy(client, received)
+    def local_training(self, client: Participant, received: Payload) -> Plan[None]:
         objective = CalibratedMargins(client.task.kind, denominator=self.denominator)
         margins = label_margins(client.counts, self.tau)
         yield local_fit(client, objective, context={"margins": margins})
-        return upload_model(self, client, self.weight_of(client))
 
 
 CONTROL = "control"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from inspect import get_annotations
 from typing import Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import BaseModel, model_validator
 from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
@@ -309,29 +309,15 @@ class Algorithm(Settings):
         return slot if is_complete and not excluded_names(self, arch) else None
 
 
-# Attributes of a method that decide what it computes and exchanges.
-HOOKS = (
-    "shared",
-    "uploads",
-    "downloads",
-    "needs",
-    "configure",
-    "models",
-    "setup",
-    "broadcast",
-    "deploy",
-    "train",
-    "aggregate",
-    "personalize",
-    "predict",
-    "server_model",
-)
+# Attributes that only describe a method.
+DESCRIPTIONS = ("title", "evaluated_when")
 
 
 def check_bases(method: type[Algorithm]) -> None:
     """Check that no base class of a method silently replaces a hook or setting of another base.
 
-    A hook of one base may precede that of another base if it calls `super()`.
+    A hook of one base may precede that of another base if it calls `super()`. The title and the
+    description of the evaluated model may differ.
 
     Args:
         method: The class of the method.
@@ -347,15 +333,19 @@ def check_bases(method: type[Algorithm]) -> None:
         ...
         TypeError: Both: the setting 'beta' of Hybrid replaces that of FML; define it in Both
     """
-    for name in (*method.model_fields, *HOOKS):
-        owners = [base for base in method.__mro__ if _defines(base, name)]
+    methods = [base for base in method.__mro__ if issubclass(base, Algorithm)]
+    hooks = [name for base in methods for name in vars(base) if not hasattr(BaseModel, name)]
+    for name in (*method.model_fields, *dict.fromkeys(hooks)):
+        if name.startswith("_") or name in DESCRIPTIONS:
+            continue
+        owners = [base for base in methods if _defines(base, name)]
         used = next(owner for owner in owners if not _calls_super(owner, name))
         replaced = [owner for owner in owners[owners.index(used) :] if not issubclass(used, owner)]
         if not replaced or method in owners:
             continue
         first = next(base for base in method.__bases__ if issubclass(base, used))
         second = next(base for base in method.__bases__ if issubclass(base, replaced[0]))
-        sort = "hook" if name in HOOKS else "setting"
+        sort = "setting" if name in method.model_fields else "hook"
         raise TypeError(
             f"{method.__name__}: the {sort} '{name}' of {first.__name__} replaces that of "
             f"{second.__name__}; define it in {method.__name__}"
@@ -363,8 +353,8 @@ def check_bases(method: type[Algorithm]) -> None:
 
 
 def _defines(base: type, name: str) -> bool:
-    """Return whether a class of methods itself defines a hook or setting."""
-    return issubclass(base, Algorithm) and (name in vars(base) or name in get_annotations(base))
+    """Return whether a class itself defines a hook or setting."""
+    return name in vars(base) or name in get_annotations(base)
 
 
 def _calls_super(owner: type, name: str) -> bool:

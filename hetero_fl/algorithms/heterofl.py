@@ -102,7 +102,7 @@ def describe_widths(model: ModelConfig, client_infos: ClientDirectory) -> list[s
     return [f"algorithm.model is {model.name} and replaces clients' models: {'; '.join(parts)}"]
 
 
-def derive_width(arch: ModelSpec, model: ModelConfig) -> float:
+def derive_width(arch: ModelSpec, model: ModelConfig | None) -> float:
     """Return the width of a client with this architecture, relative to the wide model.
 
     If the architecture is not a narrower copy of the wide model, the width is the power of two from
@@ -117,8 +117,9 @@ def derive_width(arch: ModelSpec, model: ModelConfig) -> float:
     return max(MIN_WIDTH, 2.0 ** min(0, level))
 
 
-def wide_model(model: ModelConfig, arch: ModelSpec) -> ModelSpec:
+def wide_model(model: ModelConfig | None, arch: ModelSpec) -> ModelSpec:
     """Return the wide model with the input shape and outputs of a client's architecture."""
+    assert model is not None, "configure sets the model"
     sizes = (arch.outputs, arch.input_shape, model.feature_dim)
     return ModelSpec.from_config(model.name, *sizes, model.options, vocabulary=arch.vocabulary)
 
@@ -255,15 +256,9 @@ class HeteroFL(FedAvg):
             )
         return self.model_copy(update={"model": model}), describe_widths(model, clients)
 
-    def wide_model(self, arch: ModelSpec) -> ModelSpec:
-        """Return the wide model with the input shape and outputs of a client's architecture."""
-        assert self.model is not None, "configure sets the model"
-        return wide_model(self.model, arch)
-
     @override
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
-        assert self.model is not None, "configure sets the model"
-        wide = self.wide_model(client.arch)
+        wide = wide_model(self.model, client.arch)
         width = derive_width(client.arch, self.model)
         if width == 1:
             return {"model": wide}
@@ -274,7 +269,7 @@ class HeteroFL(FedAvg):
 
     @override
     def setup(self, server: Participant) -> None:
-        models = [self.wide_model(profile.arch) for profile in server.peers.profiles]
+        models = [wide_model(self.model, profile.arch) for profile in server.peers.profiles]
         server.arch = {arch.spec_id: arch for arch in models}
         server.models = {
             group: server.arch[group].initial_tensors(server.round_context.seed)
@@ -323,7 +318,7 @@ class HeteroFL(FedAvg):
         if not items or not self.uses_mask(client) or HEAD[0] not in items["model"].values:
             return items
         model = dict(items["model"].values)
-        width = self.wide_model(client.arch["model"]).shapes[HEAD[0]][1]
+        width = wide_model(self.model, client.arch["model"]).shapes[HEAD[0]][1]
         weight = self.weight_of(client) * self.present_classes(client)
         values, weight = pack_head(model.pop(HEAD[0]), model.pop(HEAD[1]), width, weight)
         head = Item(values, weight, "params")

@@ -22,7 +22,7 @@ from hetero_fl.algorithms.distillation import (
     ProxyDistillation,
     ProxyTraining,
 )
-from hetero_fl.algorithms.sharing import Items, SharedPart, may_share, upload_model, upload_part
+from hetero_fl.algorithms.sharing import Items, SharedPart, may_share, upload_part
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import log_prior
 from hetero_fl.core.participant import ClientDirectory, ClientInfo, Participant
@@ -130,13 +130,15 @@ class Hybrid(ProxyDistillation, FedAvg):
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        yield from self.deploy(client, received)
+        items = yield from super().train(client, received)
+        return {**items, **(yield from self.upload_predictions(client))}
+
+    @override
+    def local_training(self, client: Participant, received: Payload) -> Plan[None]:
         if TEACHER in received and self.replay_weight:
             yield self.proxy_replay(client, received, self.replay_weight)
         else:
             yield local_fit(client)
-        items = upload_model(self, client, self.weight_of(client))
-        return {**items, **(yield from self.upload_predictions(client))}
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:

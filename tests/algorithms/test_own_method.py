@@ -125,7 +125,7 @@ class Regularized(FedAvg):
     [
         ((Hybrid, FML), "Both: the setting 'beta' of Hybrid replaces that of FML"),
         ((Regularized, FML), "Both: the setting 'beta' of Regularized replaces that of FML"),
-        ((FedRep, FedProx), "Both: the hook 'train' of FedRep replaces that of FedProx"),
+        ((FedRep, FedProx), "Both: the hook 'local_training' of FedRep replaces that of FedProx"),
         ((FedAvg, FML), "Both: the hook 'train' of FedAvg replaces that of FML"),
         ((FedBN, HeteroFL), "Both: the hook 'shared' of FedBN replaces that of HeteroFL"),
     ],

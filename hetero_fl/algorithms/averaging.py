@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,7 @@ from hetero_fl.algorithms.sharing import (
     upload_model,
 )
 from hetero_fl.config.base import OptimizerConfig
+from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import Batch, Context, ModelViews, Proximal, Supervised
 from hetero_fl.core.participant import (
     ClientDirectory,
@@ -206,8 +208,7 @@ class FedNova(FedAvg):
         start = shareable_tensors(self, arch, client.models["model"], part)
         # With `share_every`, the state accumulates over several rounds until the upload.
         since = client.state.setdefault("since", {"start": start, PATH: 0.0})
-        report: FitReport = yield local_fit(client)
-        since[PATH] += accumulated_steps(report.steps, client.optimizer)
+        yield from self.local_training(client, received)
         items = upload_model(self, client)
         if not items:
             return items
@@ -221,6 +222,11 @@ class FedNova(FedAvg):
         change = {n: (t - since["start"][n]).div_(paths[n]) for n, t in end.items()}
         weight = self.weight_of(client)
         return {"model": Item(change, weight, "update"), PATH: Item(paths, weight, "params")}
+
+    @override
+    def local_training(self, client: Participant, received: Payload) -> Plan[None]:
+        report: FitReport = yield local_fit(client)
+        client.state["since"][PATH] += accumulated_steps(report.steps, client.optimizer)
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
@@ -443,44 +449,62 @@ class Scaffold(FedAvg):
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
-        model = client.models["model"]
-        optimizer = self.optimizer(client)
-        names = client.arch["model"].parameter_names
-        shared = {
-            n: t
-            for n, t in select_part(model, shared_part(self, client.settings)).items()
-            if n in names
-        }
-        own = client.state.get(CONTROL) or {n: torch.zeros_like(t) for n, t in shared.items()}
         # Without a received control variate there is no correction.
         if CONTROL in received or "since" not in client.state:
             client.state["since"] = {
-                CONTROL: received.get(CONTROL, own),
-                "start": shared,
+                CONTROL: received.get(CONTROL, self.own_control(client)),
+                "start": self.shared_parameters(client),
                 "path": 0.0,
             }
-        # With `share_every`, this state is kept over several rounds until the upload.
-        since = client.state["since"]
-        # The engine scales the correction by `lr`; rescale it for a head with its own rate.
-        head_rate = (optimizer.head_lr or optimizer.lr) / optimizer.lr
-        rates = {n: head_rate if n.startswith("head.") else 1.0 for n in own}
-        drift = {n: c - own[n] for n, c in since[CONTROL].items()}
-        drift = {n: d if rates[n] == 1 else d.mul_(rates[n]) for n, d in drift.items()}
-        report: FitReport = yield local_fit(client, optimizer=optimizer, drift={"model": drift})
-        since["path"] += report.steps * optimizer.lr
+        yield from self.local_training(client, received)
         items = upload_model(self, client, self.weight_of(client))
         if items:
-            end = client.models["model"]
-            gradient = {
-                n: (x - end[n]).div_(since["path"] * rates[n]) for n, x in since["start"].items()
-            }
-            client.state[CONTROL] = {
-                n: (own[n] - since[CONTROL][n]).add_(g) for n, g in gradient.items()
-            }
+            own = self.own_control(client)
+            client.state[CONTROL] = self.updated_control(client)
             change = {n: c - own[n] for n, c in client.state[CONTROL].items()}
             items[CONTROL] = Item(change, self.weight_of(client), "update")
             del client.state["since"]
         return items
+
+    @override
+    def local_training(self, client: Participant, received: Payload) -> Plan[None]:
+        optimizer = self.optimizer(client)
+        own = self.own_control(client)
+        # With `share_every`, this state is kept over several rounds until the upload.
+        since = client.state["since"]
+        drift = {n: c - own[n] for n, c in since[CONTROL].items()}
+        rates = self.relative_rates(client, drift)
+        drift = {n: d if rates[n] == 1 else d.mul_(rates[n]) for n, d in drift.items()}
+        report: FitReport = yield local_fit(client, optimizer=optimizer, drift={"model": drift})
+        since["path"] += report.steps * optimizer.lr
+
+    def shared_parameters(self, client: Participant) -> Tensors:
+        """Return the parameters of a client's model that the client shares."""
+        part = select_part(client.models["model"], shared_part(self, client.settings))
+        return {n: t for n, t in part.items() if n in client.arch["model"].parameter_names}
+
+    def own_control(self, client: Participant) -> Tensors:
+        """Return the control variate c_k of a client, which is initially 0."""
+        if client.state.get(CONTROL):
+            return dict(client.state[CONTROL])
+        return {n: torch.zeros_like(t) for n, t in self.shared_parameters(client).items()}
+
+    def updated_control(self, client: Participant) -> Tensors:
+        """Return c_k⁺ = c_k − c + (x − y)/(Kη), where the model was x and now is y."""
+        since = client.state["since"]
+        own = self.own_control(client)
+        end = client.models["model"]
+        rates = self.relative_rates(client, since["start"])
+        gradient = {
+            n: (x - end[n]).div_(since["path"] * rates[n]) for n, x in since["start"].items()
+        }
+        return {n: (own[n] - since[CONTROL][n]).add_(g) for n, g in gradient.items()}
+
+    def relative_rates(self, client: Participant, names: Iterable[str]) -> dict[str, float]:
+        """Return the learning rate of each tensor, relative to `lr`, by which the engine scales."""
+        optimizer = self.optimizer(client)
+        head_rate = (optimizer.head_lr or optimizer.lr) / optimizer.lr
+        return {n: head_rate if n.startswith("head.") else 1.0 for n in names}
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:

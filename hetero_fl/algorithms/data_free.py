@@ -23,7 +23,6 @@ from hetero_fl.algorithms.sharing import (
     add_model,
     may_share,
     shared_part,
-    upload_model,
 )
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.generative_objectives import (
@@ -400,7 +399,13 @@ class FedGen(CommonHead, FedAvg):
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        yield from self.deploy(client, received)
+        items: Items = yield from super().train(client, received)
+        if items and may_share(client, "statistics"):
+            items["counts"] = Item(client.counts, kind="counts")
+        return items
+
+    @override
+    def local_training(self, client: Participant, received: Payload) -> Plan[None]:
         if GENERATOR in received:
             arch = client.arch[GENERATOR] = self.generator(client.task.outputs)
             client.models[GENERATOR] = {
@@ -412,10 +417,6 @@ class FedGen(CommonHead, FedAvg):
             del client.models[GENERATOR]
         else:
             yield local_fit(client)
-        items = upload_model(self, client, self.weight_of(client))
-        if items and may_share(client, "statistics"):
-            items["counts"] = Item(client.counts, kind="counts")
-        return items
 
     def fit_with_generator(self, client: Participant, labels: Tensor) -> Fit:
         """Create the `Fit` step of local training with additional batches of generated features.

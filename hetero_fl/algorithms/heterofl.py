@@ -287,12 +287,16 @@ class HeteroFL(FedAvg):
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
+        yield from self.local_training(client, received)
+        return self.upload_slice(client)
+
+    @override
+    def local_training(self, client: Participant, received: Payload) -> Plan[None]:
         if self.uses_mask(client):
             present = {"present": self.present_classes(client)}
             yield local_fit(client, Masked(client.task.kind), context=present)
         else:
             yield local_fit(client)
-        return self.upload_slice(client)
 
     def uses_mask(self, client: Participant) -> bool:
         """Return whether the mask applies: `masked` is set and the task is multiclass."""

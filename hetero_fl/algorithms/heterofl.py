@@ -256,9 +256,13 @@ class HeteroFL(FedAvg):
             )
         return self.model_copy(update={"model": model}), describe_widths(model, clients)
 
+    def wide_model(self, arch: ModelSpec) -> ModelSpec:
+        """Return the wide model with the input shape and outputs of a client's architecture."""
+        return wide_model(self.model, arch)
+
     @override
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
-        wide = wide_model(self.model, client.arch)
+        wide = self.wide_model(client.arch)
         width = derive_width(client.arch, self.model)
         if width == 1:
             return {"model": wide}
@@ -269,7 +273,7 @@ class HeteroFL(FedAvg):
 
     @override
     def setup(self, server: Participant) -> None:
-        models = [wide_model(self.model, profile.arch) for profile in server.peers.profiles]
+        models = [self.wide_model(profile.arch) for profile in server.peers.profiles]
         server.arch = {arch.spec_id: arch for arch in models}
         server.models = {
             group: server.arch[group].initial_tensors(server.round_context.seed)
@@ -322,7 +326,7 @@ class HeteroFL(FedAvg):
         if not items or not self.uses_mask(client) or HEAD[0] not in items["model"].values:
             return items
         model = dict(items["model"].values)
-        width = wide_model(self.model, client.arch["model"]).shapes[HEAD[0]][1]
+        width = self.wide_model(client.arch["model"]).shapes[HEAD[0]][1]
         weight = self.weight_of(client) * self.present_classes(client)
         values, weight = pack_head(model.pop(HEAD[0]), model.pop(HEAD[1]), width, weight)
         head = Item(values, weight, "params")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from hetero_fl.aggregation.means import leading_slice_means
-from hetero_fl.algorithms.heterofl import pack_head, unpack_head, wide_model
+from hetero_fl.algorithms.heterofl import pack_head, unpack_head
 from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare, run
 from hetero_fl.experiment.configuration import load_config
@@ -79,8 +79,7 @@ def test_family_is_derived_from_client_models(subtests: pytest.Subtests) -> None
             for n, width in enumerate(widths, 1):
                 clients = prepared.notes[0].partition(f"width {width:g} for ")[2]
                 assert f"site_{n}" in clients.partition(";")[0], prepared.notes[0]
-            family = prepared.method.model  # type: ignore[attr-defined]
-            wide = wide_model(family, infos["site_1"].arch)
+            wide = prepared.method.wide_model(infos["site_1"].arch)  # type: ignore[attr-defined]
             for info in infos.values():
                 assert info.arch.shapes.keys() == wide.shapes.keys()
                 for n, shape in info.arch.shapes.items():

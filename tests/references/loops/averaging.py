@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetero_fl.algorithms.heterofl import wide_model
 from tests.references.loops.base import (
     Loop,
     Loss,
@@ -291,7 +290,7 @@ class HeteroFL(FedAvg):
 
     def start(self) -> None:
         super().start()
-        self.arch = wide_model(self.method.model, self.cards[0].arch)
+        self.arch = self.method.wide_model(self.cards[0].arch)
         self.wide = copied(floats(self.module(self.arch)))
 
     def server_models(self) -> dict[str, State]:

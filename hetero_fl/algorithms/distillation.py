@@ -75,9 +75,7 @@ class ProxyTraining(Algorithm):
         TEACHER: ItemSpec(
             "rows", share="predictions", description="consensus logits of proxy rows, `[D, C]`"
         ),
-        PROXY_INDICES: ItemSpec(
-            "rows", description="with `proxy_rows`: round in which these rows were sampled"
-        ),
+        PROXY_INDICES: ItemSpec("rows", description="round in which `proxy_rows` were sampled"),
     }
 
     temperature: PositiveFloat = Field(2.0, description="temperature T of the softmax")

@@ -213,11 +213,27 @@ class Algorithm(Settings):
 
         By default, the server gets the model of each slot in `shared` that is averaged over all
         architectures (`ItemSpec.across_architectures`).
+
+        Raises:
+            UserError: If a slot in `shared` has no model, or the models of several slots are
+                averaged within each architecture.
         """
         first = server.peers.profiles[0]
+        groups = []
         for slot in shared_parts(self):
+            if slot not in first.models:
+                raise UserError(
+                    f"{type(self).__name__}.models: no model of the shared slot '{slot}'"
+                )
             if slot == server_slot(self, slot, first.arch):
                 add_model(server, slot, first.models[slot])
+            else:
+                groups.append(slot)
+        if len(groups) > 1:
+            raise UserError(
+                f"{type(self).__name__}.uploads: declare all slots but one with "
+                f"across_architectures=True, got {', '.join(groups)} without it"
+            )
 
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         """Return the items that the server sends to one client.

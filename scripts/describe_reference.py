@@ -38,7 +38,7 @@ from hetero_fl.algorithms.requirements import (  # noqa: E402
     method_title,
     supported_tasks,
 )
-from hetero_fl.algorithms.sharing import shared_part_of, shared_parts  # noqa: E402
+from hetero_fl.algorithms.round_parts import shared_part_of, shared_parts  # noqa: E402
 from hetero_fl.cli.commands import APP  # noqa: E402
 from hetero_fl.config import Config  # noqa: E402
 from hetero_fl.config.clients import ClientSettings  # noqa: E402

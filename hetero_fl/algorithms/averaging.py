@@ -15,12 +15,12 @@ from typing_extensions import override
 from hetero_fl.aggregation.means import tie_common_tensors
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
-from hetero_fl.algorithms.client_models import local_fit
-from hetero_fl.algorithms.sharing import (
+from hetero_fl.algorithms.round_parts import (
     Items,
     add_up_models,
     average_models,
     download_part,
+    local_fit,
     shareable_tensors,
     shared_part,
     upload_model,

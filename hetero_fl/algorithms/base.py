@@ -16,14 +16,15 @@ from pydantic import BaseModel, model_validator
 from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.client_models import adjust_to_labels, local_fit
-from hetero_fl.algorithms.sharing import (
+from hetero_fl.algorithms.prediction import adjust_to_labels
+from hetero_fl.algorithms.round_parts import (
     Items,
     Shared,
     add_model,
     average_models,
     excluded_names,
     load_model,
+    local_fit,
     send_model,
     server_slot,
     shared_part,

@@ -11,17 +11,15 @@ from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
-from hetero_fl.algorithms.client_models import (
-    add_log_prior,
-    adjust_to_labels,
+from hetero_fl.algorithms.prediction import add_log_prior, adjust_to_labels, subtract_log_prior
+from hetero_fl.algorithms.prototypes import require_linear_head, require_sent_state
+from hetero_fl.algorithms.round_parts import (
+    Items,
     augmentation,
     load_objective,
     local_fit,
     objective_context,
-    subtract_log_prior,
 )
-from hetero_fl.algorithms.prototypes import require_linear_head, require_sent_state
-from hetero_fl.algorithms.sharing import Items
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.participant import (

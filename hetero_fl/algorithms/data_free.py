@@ -15,12 +15,13 @@ from typing_extensions import override
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.averaging import FedAvg
 from hetero_fl.algorithms.base import STUDENT, Algorithm, Needs, register_algorithm
-from hetero_fl.algorithms.client_models import adjust_to_labels, local_fit
+from hetero_fl.algorithms.prediction import adjust_to_labels
 from hetero_fl.algorithms.prototypes import CommonHead, require_sent_state
-from hetero_fl.algorithms.sharing import (
+from hetero_fl.algorithms.round_parts import (
     Items,
     SharedPart,
     add_model,
+    local_fit,
     may_share,
     shared_part,
 )

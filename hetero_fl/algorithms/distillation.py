@@ -23,15 +23,14 @@ from hetero_fl.aggregation.teachers import (
 )
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import STUDENT, Algorithm, Needs
-from hetero_fl.algorithms.client_models import (
-    local_fit,
+from hetero_fl.algorithms.prediction import (
     model_rows,
     proxy_sample,
     recalibrated_tensors,
     recalibrates,
     subtract_log_prior,
 )
-from hetero_fl.algorithms.sharing import Items, may_share
+from hetero_fl.algorithms.round_parts import Items, local_fit, may_share
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import Objective, ProxyReplay, TeacherDistillation, log_prior

@@ -17,8 +17,8 @@ from hetero_fl.aggregation.means import interpolate_model, leading_slice, leadin
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.averaging import FedAvg
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
-from hetero_fl.algorithms.client_models import adjust_to_labels, local_fit
-from hetero_fl.algorithms.sharing import Items, SharedPart, upload_model
+from hetero_fl.algorithms.prediction import adjust_to_labels
+from hetero_fl.algorithms.round_parts import Items, SharedPart, local_fit, upload_model
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import Masked

@@ -13,7 +13,6 @@ from hetero_fl.aggregation.teachers import TeacherKind, proxy_predictions
 from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms.averaging import FedAvg
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
-from hetero_fl.algorithms.client_models import local_fit, proxy_sample, recalibrates
 from hetero_fl.algorithms.distillation import (
     COUNTS,
     TEACHER,
@@ -22,7 +21,8 @@ from hetero_fl.algorithms.distillation import (
     ProxyDistillation,
     ProxyTraining,
 )
-from hetero_fl.algorithms.sharing import Items, SharedPart, may_share, upload_part
+from hetero_fl.algorithms.prediction import proxy_sample, recalibrates
+from hetero_fl.algorithms.round_parts import Items, SharedPart, local_fit, may_share, upload_part
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import log_prior
 from hetero_fl.core.participant import ClientDirectory, ClientInfo, Participant

@@ -15,11 +15,12 @@ from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
-from hetero_fl.algorithms.client_models import adjust_to_labels, local_fit, model_rows
+from hetero_fl.algorithms.prediction import adjust_to_labels, model_rows
 from hetero_fl.algorithms.prototypes import require_linear_head
-from hetero_fl.algorithms.sharing import (
+from hetero_fl.algorithms.round_parts import (
     Items,
     download_part,
+    local_fit,
     shareable_tensors,
     shared_part,
     upload_model,

@@ -10,8 +10,8 @@ from typing_extensions import override
 
 from hetero_fl.algorithms.averaging import FedAvg
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
-from hetero_fl.algorithms.client_models import adjust_to_labels, local_fit
-from hetero_fl.algorithms.sharing import SharedPart, common_part, shared_part
+from hetero_fl.algorithms.prediction import adjust_to_labels
+from hetero_fl.algorithms.round_parts import SharedPart, common_part, local_fit, shared_part
 from hetero_fl.core.objectives import Proximal
 from hetero_fl.core.participant import ClientDirectory, Participant
 from hetero_fl.core.payload import Payload

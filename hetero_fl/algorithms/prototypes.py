@@ -15,8 +15,7 @@ from typing_extensions import override
 from hetero_fl.aggregation.teachers import MIN_LOG_PROBABILITY, contrast_weights
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
-from hetero_fl.algorithms.client_models import local_fit
-from hetero_fl.algorithms.sharing import Items, add_model, may_share
+from hetero_fl.algorithms.round_parts import Items, add_model, local_fit, may_share
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.generative_objectives import AdaptiveMargin
 from hetero_fl.core.model_spec import ModelSpec

@@ -21,14 +21,13 @@ from typing_extensions import override
 from hetero_fl.aggregation.teachers import MIN_LOG_PROBABILITY, Sharpening
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Needs, register_algorithm
-from hetero_fl.algorithms.client_models import load_objective, local_fit
 from hetero_fl.algorithms.distillation import (
     TEACHER,
     ProxyDistillation,
     ProxyTraining,
     predicted_probabilities,
 )
-from hetero_fl.algorithms.sharing import Items, may_share
+from hetero_fl.algorithms.round_parts import Items, load_objective, local_fit, may_share
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import MIN_PROBABILITY, Coefficients, TeacherDistillation

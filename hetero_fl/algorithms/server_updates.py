@@ -17,8 +17,7 @@ from hetero_fl.aggregation.means import interpolate_model, tie_common_tensors
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.averaging import FedAvg
 from hetero_fl.algorithms.base import Algorithm, AsyncPolicy, Needs, register_algorithm
-from hetero_fl.algorithms.client_models import local_fit
-from hetero_fl.algorithms.sharing import Items, add_up_models, upload_model
+from hetero_fl.algorithms.round_parts import Items, add_up_models, local_fit, upload_model
 from hetero_fl.config.base import StalenessConfig, StalenessKind
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import Proximal

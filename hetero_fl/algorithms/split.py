@@ -17,9 +17,15 @@ from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
-from hetero_fl.algorithms.client_models import adjust_to_labels, local_fit, objective_context
+from hetero_fl.algorithms.prediction import adjust_to_labels
 from hetero_fl.algorithms.prototypes import CommonFeatureWidth, require_sent_state
-from hetero_fl.algorithms.sharing import Items, add_model, may_share
+from hetero_fl.algorithms.round_parts import (
+    Items,
+    add_model,
+    local_fit,
+    may_share,
+    objective_context,
+)
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import SupervisedDistillation

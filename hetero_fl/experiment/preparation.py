@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
-from hetero_fl.algorithms.sharing import shared_parts
+from hetero_fl.algorithms.round_parts import shared_parts
 from hetero_fl.communication.homomorphic.ckks import check_tenseal
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.config import Config, expand_population

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import runs_user_code
-from hetero_fl.algorithms.client_models import (
+from hetero_fl.algorithms.prediction import (
     adjust_to_labels,
     inference_model,
     recalibrated_models,
     recalibrates_evaluation,
 )
-from hetero_fl.algorithms.sharing import Items, kept_state
+from hetero_fl.algorithms.round_parts import Items, kept_state
 from hetero_fl.communication.protocol import (
     AggregationRequest,
     Content,

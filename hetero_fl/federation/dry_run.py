@@ -23,7 +23,7 @@ from torch import Tensor
 from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast, is_user_method
-from hetero_fl.algorithms.sharing import describe_unshared, upload_phase
+from hetero_fl.algorithms.round_parts import describe_unshared, upload_phase
 from hetero_fl.core.participant import ClientInfo, Columns, Participant
 from hetero_fl.core.payload import Item, Payload, PayloadError, report_with_loss
 from hetero_fl.core.plan import (

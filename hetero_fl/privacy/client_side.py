@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.sharing import permitted_part
+from hetero_fl.algorithms.round_parts import permitted_part
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.participant import ClientDirectory, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.algorithms.client_models import add_log_prior, subtract_log_prior
 from hetero_fl.algorithms.distillation import COUNTS
 from hetero_fl.algorithms.heterofl import HeteroFL
 from hetero_fl.algorithms.hybrid import FedDF
+from hetero_fl.algorithms.prediction import add_log_prior, subtract_log_prior
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Payload

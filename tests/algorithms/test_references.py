@@ -12,7 +12,7 @@ from torch import nn
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.means import mean_of_items
 from hetero_fl.aggregation.teachers import proxy_predictions
-from hetero_fl.algorithms.client_models import local_fit, objective_context
+from hetero_fl.algorithms.round_parts import local_fit, objective_context
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import (
     Batch,

@@ -18,7 +18,7 @@ from torch import Tensor
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast
-from hetero_fl.algorithms.sharing import (
+from hetero_fl.algorithms.round_parts import (
     permitted_part,
     shareable_tensors,
     shared_part,

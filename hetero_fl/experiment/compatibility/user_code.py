@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hetero_fl.algorithms.client_models import load_objective
+from hetero_fl.algorithms.round_parts import load_objective
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.image_transforms import apply_transform

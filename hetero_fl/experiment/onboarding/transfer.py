@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.sharing import common_part, shareable_tensors, shared_part, shared_parts
+from hetero_fl.algorithms.round_parts import (
+    common_part,
+    shareable_tensors,
+    shared_part,
+    shared_parts,
+)
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.population import Population

@@ -1,20 +1,22 @@
-"""The part of a model that clients and server exchange, and how it is sent, loaded and averaged.
+"""Parts of a round: local training, and the models that are sent, loaded, uploaded and averaged.
 
 A part of a model is a tuple of prefixes of tensor names, or None for the whole model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from hetero_fl.aggregation.means import add_updates, interpolate_model
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.clients import AugmentConfig, ClientSettings
 from hetero_fl.core.model_spec import ModelSpec, Tensors
+from hetero_fl.core.objectives import LossFunction, Objective, Supervised, log_prior
 from hetero_fl.core.participant import (
     ClientInfo,
     Part,
@@ -24,9 +26,14 @@ from hetero_fl.core.participant import (
     select_part,
 )
 from hetero_fl.core.payload import Item, ItemSpec, Payload
+from hetero_fl.core.plan import Fit, Rows
+from hetero_fl.core.task import Task
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.registry import import_reference
 
 if TYPE_CHECKING:
     from hetero_fl.algorithms.base import Algorithm
+
 
 Items = dict[str, Any]
 """Content of an upload or a broadcast, keyed by item name.
@@ -439,3 +446,125 @@ def add_up_models(server: Participant, uploads: Uploads, factor: float) -> None:
         server.models[group] = add_updates(
             server.models[group], mean, total_weights[group], factor, parameters
         )
+
+
+def local_fit(
+    client: Participant,
+    objective: Objective | None = None,
+    data: Rows | None = None,
+    *,
+    context: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Fit:
+    """Create the `Fit` step that trains a client's model with the client's own settings.
+
+    The supervised loss applies the client's `objective`, `logit_adjustment` and `class_weights`.
+
+    Args:
+        client: The client.
+        objective: Objective to minimize, in which the client's setting `objective` replaces the
+            supervised loss. If None, this setting is minimized itself.
+        data: Rows to train on. If None, the client's training rows are used.
+        context: Tensors that the objective needs in addition to the batch.
+        **changes: Values of other fields of `Fit`, such as `train`, `epochs` or `label`.
+
+    Returns:
+        The step, to be yielded by the method's plan.
+
+    Example:
+        >>> from hetero_fl.algorithms import local_fit
+        >>> from hetero_fl.config.clients import ClientSettings
+        >>> from hetero_fl.core.participant import Participant
+        >>> from hetero_fl.core.task import Task
+        >>> settings = ClientSettings(epochs=2, batch_size=16)
+        >>> client = Participant("a", Task("multiclass", 2), {}, {}, None, settings, None)
+        >>> step = local_fit(client)
+        >>> step.epochs, step.batch_size, step.train
+        (2, 16, {'model': None})
+        >>> local_fit(client, train={"model": ("head.",)}, epochs=5).epochs
+        5
+    """
+    settings = client.settings
+    objective = load_objective(settings.objective, client.task, objective)
+    data = data or Rows()
+    fields: dict[str, Any] = {
+        "train": {"model": None},
+        "batch_size": settings.batch_size,
+        "optimizer": client.optimizer,
+    }
+    if "epochs" not in changes:
+        fields |= {"epochs": settings.epochs, "steps": settings.steps}
+    if data.name == "train":
+        fields["augment"] = augmentation(settings)
+    # Read the label counts only if they are used, because reading them may spend privacy budget.
+    extra = {}
+    is_weighted = bool(settings.logit_adjustment) or settings.class_weights is not None
+    if is_weighted and client.task.kind == "multiclass" and isinstance(objective, Supervised):
+        extra = objective_context(client.task, client.counts, settings)
+    return Fit(
+        objective=objective,
+        data=data,
+        context={**extra, **(context or {})},
+        **{**fields, **changes},
+    )
+
+
+def load_objective(
+    reference: str | None, task: Task, objective: Objective | None = None
+) -> Objective:
+    """Return the objective that a reference names, or an objective with the loss that it names.
+
+    Args:
+        reference: Reference to a loss function, an `Objective` or a subclass of `Objective`. If
+            None, the supervised loss is not replaced.
+        task: The learning task. Its kind is passed to the objective.
+        objective: Objective of the method. If None, the supervised loss.
+
+    Raises:
+        UserError: If the reference cannot be imported or is not an objective, or is not a loss
+            function although the method has an objective.
+    """
+    own = Supervised(task.kind) if objective is None else objective
+    if reference is None or not isinstance(own, Supervised):
+        return own
+    found = import_reference(reference, "objective", Objective, takes="logits, y")
+    is_class = isinstance(found, type) and issubclass(found, Objective)
+    if not is_class and not isinstance(found, Objective):
+        return replace(own, function=LossFunction(found, task))
+    if objective is not None:
+        raise UserError(
+            f"objective: the method combines the local loss with {type(own).__name__}, so it needs "
+            f"a function of logits and targets, got the objective {reference}"
+        )
+    create: Callable[..., Objective] = found
+    return create(task.kind) if is_class else found
+
+
+def objective_context(task: Task, counts: Tensor, settings: ClientSettings) -> dict[str, Tensor]:
+    """Return the tensors that the supervised loss needs in addition to the batch.
+
+    Args:
+        task: The task.
+        counts: Label counts of the training rows, shape `[C]`.
+        settings: Settings of the client, of which `logit_adjustment` and `class_weights` are used.
+
+    Returns:
+        A dictionary with the entries "log_prior" and "class_weights", each of shape `[C]`. Entries
+        that the settings do not require are left out.
+    """
+    context = {}
+    prior = log_prior(task, counts) if settings.logit_adjustment else None
+    if prior is not None:
+        context["log_prior"] = prior
+    weights = settings.class_weights
+    if weights is not None and task.kind == "multiclass":
+        n = counts.to(torch.get_default_dtype())
+        w = 1 / n.clamp(min=1) if weights == "balanced" else n.new_tensor(weights)
+        # Scale the weights so that their mean over the training rows is one.
+        context["class_weights"] = w * n.sum() / (w * n).sum()
+    return context
+
+
+def augmentation(settings: ClientSettings) -> AugmentConfig | None:
+    """Return the augmentation of training images, or None if nothing is augmented."""
+    return None if settings.augment == AugmentConfig() else settings.augment

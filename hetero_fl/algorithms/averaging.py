@@ -485,9 +485,8 @@ class Scaffold(FedAvg):
 
     def own_control(self, client: Participant) -> Tensors:
         """Return the control variate c_k of a client, which is initially 0."""
-        if client.state.get(CONTROL):
-            return dict(client.state[CONTROL])
-        return {n: torch.zeros_like(t) for n, t in self.shared_parameters(client).items()}
+        shared = self.shared_parameters(client)
+        return client.state.get(CONTROL) or {n: torch.zeros_like(t) for n, t in shared.items()}
 
     def updated_control(self, client: Participant) -> Tensors:
         """Return c_k⁺ = c_k − c + (x − y)/(Kη), where the model was x and now is y."""

@@ -368,12 +368,15 @@ class ProxyDistillation(ProxyTraining):
         logits = yield from self.predict_proxy(client, self.proxy_indices(client))
         return {"logits": self.weighted_predictions(client, logits), **self.label_counts(client)}
 
+    def averages_logarithms(self, task: Task) -> bool:
+        """Return whether the teacher is the contrast-weighted mean of log-probabilities."""
+        return self.teacher == "contrast" and task.kind == "multiclass"
+
     def weighted_predictions(self, client: Participant, logits: Tensor) -> Item:
         """Return an item with a client's predictions and their weight in the teacher."""
-        uses_counts = self.teacher == "contrast" and client.task.kind == "multiclass"
         # Read label counts only if they are used, because reading them may spend privacy budget.
         counts = None
-        if uses_counts and "statistics" in client.settings.shares:
+        if self.averages_logarithms(client.task) and "statistics" in client.settings.shares:
             counts = client.counts
         return proxy_predictions(client.task, self.teacher, logits, counts, client.num_rows)
 

@@ -151,8 +151,8 @@ class MenteeTraining(Algorithm):
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
-        shape = client.arch[MENTEE].input_shape
-        objective = replace(self.objective(client.task), shape=shape)
+        mutual = self.objective(client.task)
+        objective = replace(mutual, shape=client.arch[MENTEE].input_shape)
         yield local_fit(client, objective, train=self.trained)
         return upload_model(self, client)
 

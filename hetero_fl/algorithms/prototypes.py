@@ -333,9 +333,8 @@ class FedTGP(FedProto):
     @override
     def setup(self, server: Participant) -> None:
         width = self.feature_dim or 1
-        classes = server.task.outputs
         network = ModelSpec.from_config("mlp", width, (width,), options={"hidden": [width]})
-        add_model(server, VECTORS, ModelSpec.from_config("linear", width, (classes,)))
+        add_model(server, VECTORS, ModelSpec.from_config("linear", width, (server.task.outputs,)))
         add_model(server, PROTOTYPES, network)
         # P̆ has no bias, so the bias of the linear layer stays 0.
         server.load(VECTORS, {"head.bias": torch.zeros(width)})

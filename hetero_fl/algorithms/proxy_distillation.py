@@ -261,10 +261,6 @@ class DSFL(ProxyDistillation):
             p = p.log().clamp(min=MIN_LOG_PROBABILITY)
         return replace(self.weighted_predictions(client, logits), values=p)
 
-    def averages_logarithms(self, task: Task) -> bool:
-        """Return whether log-probabilities are averaged instead of probabilities."""
-        return self.teacher == "contrast" and task.kind == "multiclass"
-
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         mean = uploads.mean("probabilities")

@@ -25,14 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from hetero_fl.algorithms import Algorithm, register_algorithm  # noqa: E402
-from hetero_fl.algorithms.base import shared_part_of  # noqa: E402
-from hetero_fl.algorithms.distillation import (  # noqa: E402
-    InitialPhase,
-    ProxyDistillation,
-    ProxyTraining,
-)
+from hetero_fl.algorithms.distillation import ProxyDistillation, ProxyTraining  # noqa: E402
 from hetero_fl.algorithms.mutual import MenteeTraining  # noqa: E402
 from hetero_fl.algorithms.prototypes import CommonFeatureWidth  # noqa: E402
+from hetero_fl.algorithms.proxy_distillation import InitialPhase  # noqa: E402
 from hetero_fl.algorithms.requirements import (  # noqa: E402
     describe_needs,
     format_needs,
@@ -42,6 +38,7 @@ from hetero_fl.algorithms.requirements import (  # noqa: E402
     method_title,
     supported_tasks,
 )
+from hetero_fl.algorithms.round_parts import shared_part_of, shared_parts  # noqa: E402
 from hetero_fl.cli.commands import APP  # noqa: E402
 from hetero_fl.config import Config  # noqa: E402
 from hetero_fl.config.clients import ClientSettings  # noqa: E402
@@ -399,50 +396,11 @@ CONTENTS = {
     "counts": "label counts, `[C]`",
 }
 """Content of the items of a kind."""
-UPLOADS = {
-    ("fd", "class_logits"): "sums of logits by class, `[C, C]`, and counts `[C]`",
-    ("fedgkt", "features"): "features of the training rows, `[n_k, d]`",
-    ("fedgkt", "logits"): "logits of the training rows, `[n_k, C]`",
-    ("fedgkt", "labels"): "labels of the training rows, `[n_k]`",
-}
-"""Content of uploaded items that differs from that of their kind, keyed by method and item."""
 LOCAL_PARTS = {
     "batch_norm": " without BatchNorm layers",
     "batch_norm_statistics": " without BatchNorm statistics",
 }
 """What shared parameters leave out, keyed by `SharedPart.local`."""
-TEACHER = {"teacher": "consensus logits of proxy rows, `[D, C]`"}
-PROTOTYPES = {
-    "prototypes": "prototypes, `[C, d]`",
-    "known": "1 for classes with a prototype, otherwise 0, `[C]`",
-}
-BROADCASTS: dict[str, dict[str, str]] = {
-    "scaffold": {"control": "the server's control variate"},
-    "fedmd": TEACHER,
-    "ds_fl": {
-        "teacher": "sharpened mean probabilities of the round's proxy rows, `[D, C]`",
-        "drawn": "round in which these rows were sampled",
-    },
-    "kt_pfl": {"teacher": "the client's mixture of all predictions of proxy rows, `[D, C]`"},
-    "hybrid": TEACHER,
-    "fd": {
-        "teacher": "mean logits by class of all clients, `[C, C]`",
-        "known": "1 for classes with mean logits, otherwise 0, `[C]`",
-    },
-    "fedproto": PROTOTYPES,
-    "fedtgp": PROTOTYPES,
-    "fedgh": {"head": "parameters of the head, C·(d + 1)"},
-    "fedgen": {
-        "generator": "parameters and buffers of the generator",
-        "labels": "label counts of the last round's clients, `[C]`",
-    },
-    "fedgkt": {
-        "logits": "the server's logits of the client's training rows, `[n_k, C]`",
-        "large": "parameters and buffers of the server's model, for evaluation",
-    },
-    "fedkd": {"change": "change of the mentee since the last round, as truncated SVDs"},
-}
-"""Content of broadcast items in addition to the shared part of the model, keyed by method."""
 
 
 def methods_index() -> str:
@@ -494,12 +452,12 @@ def _method_section(name: str, kind: type[Algorithm]) -> list[str]:
         "Paper": " · ".join(method_references(kind)),
     }
     lines += ["", *(f"- **{word}:** {text}" for word, text in facts.items() if text), ""]
-    rows = exchanged_items(name, method)
+    rows = exchanged_items(method)
     if rows:
         lines += [*_table(("item", "direction", "content", "permitted by `shares`"), rows), ""]
-    elif method.needs.all_clients:
+    if method.needs.all_clients and not method.needs.counts_traffic:
         lines += ["All rows are in one place; this is not counted as traffic.", ""]
-    else:
+    elif not rows:
         lines += ["Nothing is exchanged.", ""]
     settings = [_setting_row(kind, key, field) for key, field in kind.model_fields.items()]
     if settings:
@@ -507,47 +465,41 @@ def _method_section(name: str, kind: type[Algorithm]) -> list[str]:
     return lines
 
 
-def exchanged_items(name: str, method: Algorithm) -> list[tuple[str, ...]]:
+def exchanged_items(method: Algorithm) -> list[tuple[str, ...]]:
     """Return one table row (item, direction, content, share) for each exchanged item of a method.
 
     An item is a named part of a broadcast or upload. With other settings, the method may exchange
     additional items.
-
-    Args:
-        name: Name of the method.
-        method: The method with its default settings.
     """
-    shared = shared_part_of(method)
-    rows: list[tuple[str, ...]] = []
-    if method.uploads and shared.part != () and shared.received != ():
-        rows.append((f"`{shared.slot}`", "down", _shared_content(method), "parameters"))
-    for item, content in BROADCASTS.get(name, {}).items():
-        rows.append((f"`{item}`", "down", content, "–"))
-    for item, spec in method.uploads.items():
-        content = UPLOADS.get((name, item)) or _content(method, item, spec)
-        broadcast = (f"`{item}`", "down", content, spec.needed_share)
-        if broadcast in rows:
-            rows[rows.index(broadcast)] = (f"`{item}`", "down, up", *broadcast[2:])
-        else:
-            rows.append((f"`{item}`", "up", content, spec.needed_share))
-    return rows
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for direction, specs in (("down", method.downloads), ("up", method.uploads)):
+        for item, spec in specs.items():
+            is_permitted = direction == "up" or item in shared_parts(method)
+            share = spec.needed_share if is_permitted else "–"
+            row = (f"`{item}`", _content(method, item, spec), share)
+            rows.setdefault(row, []).append(direction)
+    return [
+        (item, ", ".join(directions), content, share)
+        for (item, content, share), directions in rows.items()
+    ]
 
 
 def _content(method: Algorithm, name: str, spec: ItemSpec) -> str:
-    if name == shared_part_of(method).slot and spec.kind == "params":
-        return _shared_content(method)
+    if spec.description:
+        return spec.description
+    if name in shared_parts(method) and spec.kind == "params":
+        return _shared_content(method, name)
     content = CONTENTS[spec.kind]
     if spec.kind == "rows" and spec.prediction_type:
         content = f"{spec.prediction_type} of proxy rows, `[D, C]`"
     return content + (", as truncated SVDs" if spec.ranks else "")
 
 
-def _shared_content(method: Algorithm) -> str:
-    shared = shared_part_of(method)
-    model = "the mentee" if shared.slot == "mentee" else "the model"
-    content = f"parameters and buffers of {model}"
+def _shared_content(method: Algorithm, slot: str) -> str:
+    shared = shared_part_of(method, slot)
+    content = f"parameters and buffers of the {slot}"
     if shared.part:
-        content = f"{', '.join(prefix.rstrip('.') for prefix in shared.part)} of {model}"
+        content = f"{', '.join(prefix.rstrip('.') for prefix in shared.part)} of the {slot}"
     return content + LOCAL_PARTS.get(shared.local, "")
 
 

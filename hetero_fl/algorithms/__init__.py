@@ -3,37 +3,30 @@
 Importing this package registers all methods in `register_algorithm`.
 """
 
-from hetero_fl.algorithms.asynchronous import FedAsync, FedBuff
-from hetero_fl.algorithms.base import (
-    STUDENT,
-    Algorithm,
-    AsyncPolicy,
-    Items,
-    Needs,
-    SharedPart,
-    average_models,
-    may_share,
-    register_algorithm,
-    upload_model,
-)
+from hetero_fl.algorithms.averaging import FedAvg, FedAvgFT, FedLC, FedNova, FedProx, Scaffold
+from hetero_fl.algorithms.base import STUDENT, Algorithm, AsyncPolicy, Needs, register_algorithm
 from hetero_fl.algorithms.baselines import Centralized, Ensemble, Local
 from hetero_fl.algorithms.data_free import Dense, FedGen
-from hetero_fl.algorithms.ds_fl import DSFL
-from hetero_fl.algorithms.fd import FD
-from hetero_fl.algorithms.fedavg import FedAvg, FedAvgFT, FedNova, FedProx
-from hetero_fl.algorithms.feddf import FedDF
-from hetero_fl.algorithms.fedgkt import FedGKT
-from hetero_fl.algorithms.fedlc import FedLC
-from hetero_fl.algorithms.fedmd import FedMD
-from hetero_fl.algorithms.fedopt import FedAdam, FedAvgM, FedYogi
+from hetero_fl.algorithms.distillation import ProxyDistillation, ProxyTraining
 from hetero_fl.algorithms.heterofl import HeteroFL
-from hetero_fl.algorithms.hybrid import Hybrid
-from hetero_fl.algorithms.kt_pfl import KTpFL
-from hetero_fl.algorithms.local_training import add_log_prior, local_fit
-from hetero_fl.algorithms.mutual import FML, FedKD, FedMRL
+from hetero_fl.algorithms.hybrid import FedDF, Hybrid
+from hetero_fl.algorithms.mutual import FML, FedKD, FedMRL, MenteeTraining
 from hetero_fl.algorithms.personalization import Ditto, FedBABU, FedBN, FedPer, FedRep, LGFedAvg
-from hetero_fl.algorithms.prototypes import FedGH, FedProto, FedTGP
-from hetero_fl.algorithms.scaffold import Scaffold
+from hetero_fl.algorithms.prediction import add_log_prior, adjust_to_labels, log_scores
+from hetero_fl.algorithms.prototypes import FD, FedGH, FedProto, FedTGP
+from hetero_fl.algorithms.proxy_distillation import DSFL, FedMD, KTpFL
+from hetero_fl.algorithms.round_parts import (
+    Items,
+    SharedPart,
+    average_models,
+    load_model,
+    local_fit,
+    may_share,
+    send_model,
+    upload_model,
+)
+from hetero_fl.algorithms.server_updates import FedAdam, FedAsync, FedAvgM, FedBuff, FedYogi
+from hetero_fl.algorithms.split import FedGKT
 
 __all__ = [
     "DSFL",
@@ -75,13 +68,20 @@ __all__ = [
     "KTpFL",
     "LGFedAvg",
     "Local",
+    "MenteeTraining",
     "Needs",
+    "ProxyDistillation",
+    "ProxyTraining",
     "Scaffold",
     "SharedPart",
     "add_log_prior",
+    "adjust_to_labels",
     "average_models",
+    "load_model",
     "local_fit",
+    "log_scores",
     "may_share",
     "register_algorithm",
+    "send_model",
     "upload_model",
 ]

@@ -10,22 +10,16 @@ from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import (
-    Algorithm,
+from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
+from hetero_fl.algorithms.prediction import add_log_prior, adjust_to_labels, subtract_log_prior
+from hetero_fl.algorithms.prototypes import require_linear_head, require_sent_state
+from hetero_fl.algorithms.round_parts import (
     Items,
-    Needs,
-    adjust_to_labels,
-    register_algorithm,
-)
-from hetero_fl.algorithms.local_training import (
-    add_log_prior,
     augmentation,
     load_objective,
     local_fit,
     objective_context,
-    subtract_log_prior,
 )
-from hetero_fl.algorithms.prototypes import require_linear_head, require_sent_state
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.participant import (
@@ -59,6 +53,7 @@ class Local(Algorithm):
     evaluated_when = "after local training"
     shared = ()
     uploads = {}
+    downloads = {}
     needs = Needs(counts_traffic=False)
 
 
@@ -95,7 +90,10 @@ class Ensemble(Local):
     evaluated_when = (
         "mean prediction of all clients' models after local training (saved models: the members)"
     )
-    uploads = {"member": ItemSpec("params", use="each")}
+    uploads = {"member": ItemSpec("params", use="each", description="the client's model")}
+    downloads = {
+        "*": ItemSpec("params", description="each client's model, by client id, for evaluation")
+    }
     needs = Needs(all_clients=True, unused_options=("fine_tune_epochs",))
 
     @override
@@ -180,6 +178,7 @@ class Centralized(Algorithm):
     title = "Centralized"
     evaluated_when = "the pooled model"
     uploads = {}
+    downloads = {"model": ItemSpec("params", description="the pooled model, for evaluation")}
     needs = Needs(
         all_clients=True,
         counts_traffic=False,

@@ -13,21 +13,18 @@ from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import (
-    STUDENT,
-    Algorithm,
-    Items,
-    Needs,
-    SharedPart,
-    adjust_to_labels,
-    may_share,
-    register_algorithm,
-    shared_part,
-    upload_model,
-)
-from hetero_fl.algorithms.fedavg import FedAvg
-from hetero_fl.algorithms.local_training import local_fit
+from hetero_fl.algorithms.averaging import FedAvg
+from hetero_fl.algorithms.base import STUDENT, Algorithm, Needs, register_algorithm
+from hetero_fl.algorithms.prediction import adjust_to_labels
 from hetero_fl.algorithms.prototypes import CommonHead, require_sent_state
+from hetero_fl.algorithms.round_parts import (
+    Items,
+    SharedPart,
+    add_model,
+    local_fit,
+    may_share,
+    shared_part,
+)
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.generative_objectives import (
     GeneratedFeatures,
@@ -171,6 +168,7 @@ class Dense(DataFreeDistillation):
     title = "DENSE"
     shared = SharedPart(received=())
     uploads = {"model": ItemSpec("params", use="each")}
+    downloads = {STUDENT: ItemSpec("params", description="the server's student, for evaluation")}
     needs = Needs(
         tasks=("multiclass",),
         one_upload=True,
@@ -234,8 +232,7 @@ class Dense(DataFreeDistillation):
             server.models[slot] = {**server.models[u.group], **u.payload["model"]}
         server.arch[STUDENT] = reference.arch
         server.models[STUDENT] = server.models[reference.arch.spec_id]
-        server.arch[GENERATOR] = self.generator(shape)
-        server.models[GENERATOR] = server.arch[GENERATOR].initial_tensors(server.round_context.seed)
+        add_model(server, GENERATOR, self.generator(shape))
         teachers = tuple(
             zip(slots, map(preprocessing_of, (u.client_info for u in sent)), strict=True)
         )
@@ -349,6 +346,11 @@ class FedGen(CommonHead, FedAvg):
         "model": ItemSpec("params", use="each"),
         "counts": ItemSpec("counts", use="each", private=True, share="statistics"),
     }
+    downloads = {
+        "model": ItemSpec("params"),
+        GENERATOR: ItemSpec("params", description="parameters and buffers of the generator"),
+        "labels": ItemSpec("rows", description="label counts of the last round's clients, `[C]`"),
+    }
 
     weight: NonNegativeFloat = Field(
         1.0, description="weight α of the loss on generated features, at the client"
@@ -384,8 +386,7 @@ class FedGen(CommonHead, FedAvg):
 
     @override
     def setup(self, server: Participant) -> None:
-        server.arch[GENERATOR] = self.generator(server.task.outputs)
-        server.models[GENERATOR] = server.arch[GENERATOR].initial_tensors(server.round_context.seed)
+        add_model(server, GENERATOR, self.generator(server.task.outputs))
 
     @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
@@ -399,7 +400,13 @@ class FedGen(CommonHead, FedAvg):
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        yield from self.deploy(client, received)
+        items: Items = yield from super().train(client, received)
+        if items and may_share(client, "statistics"):
+            items["counts"] = Item(client.counts, kind="counts")
+        return items
+
+    @override
+    def local_training(self, client: Participant, received: Payload) -> Plan[None]:
         if GENERATOR in received:
             arch = client.arch[GENERATOR] = self.generator(client.task.outputs)
             client.models[GENERATOR] = {
@@ -411,10 +418,6 @@ class FedGen(CommonHead, FedAvg):
             del client.models[GENERATOR]
         else:
             yield local_fit(client)
-        items = upload_model(self, client, self.weight_of(client))
-        if items and may_share(client, "statistics"):
-            items["counts"] = Item(client.counts, kind="counts")
-        return items
 
     def fit_with_generator(self, client: Participant, labels: Tensor) -> Fit:
         """Create the `Fit` step of local training with additional batches of generated features.

@@ -1,13 +1,13 @@
 """Base classes of methods that distill on a proxy set.
 
 The classes select proxy rows, compute a teacher from clients' predictions, align and sharpen the
-teacher, create distillation steps, and implement the initial training phase of a client.
+teacher, and create distillation steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -22,12 +22,18 @@ from hetero_fl.aggregation.teachers import (
     sharpen,
 )
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, Needs, may_share
-from hetero_fl.algorithms.local_training import load_objective, local_fit, subtract_log_prior
-from hetero_fl.algorithms.recalibration import proxy_sample, recalibrated_tensors, recalibrates
+from hetero_fl.algorithms.base import STUDENT, Algorithm, Needs
+from hetero_fl.algorithms.prediction import (
+    model_rows,
+    proxy_sample,
+    recalibrated_tensors,
+    recalibrates,
+    subtract_log_prior,
+)
+from hetero_fl.algorithms.round_parts import Items, local_fit, may_share
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.model_spec import Tensors
-from hetero_fl.core.objectives import ProxyReplay, TeacherDistillation, log_prior
+from hetero_fl.core.objectives import Objective, ProxyReplay, TeacherDistillation, log_prior
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Fit, Plan, Predict, Rows, SampledBatches
@@ -56,10 +62,20 @@ class ProxyTraining(Algorithm):
     round, the server distills the consensus of the clients into the student on the proxy set for
     `student_epochs` epochs. Reports list the results of the student as `server`. The parameters of
     the student are saved as `models/server.safetensors`.
+
+    Example:
+        >>> from hetero_fl.algorithms import ProxyTraining
+        >>> sorted(ProxyTraining.downloads), ProxyTraining.needs.proxy_set
+        (['drawn', 'teacher'], 'required')
     """
 
     needs = Needs(proxy_set="required", shared_model=True)
-    downloads = {TEACHER: ItemSpec("rows", share="predictions")}
+    downloads = {
+        TEACHER: ItemSpec(
+            "rows", share="predictions", description="consensus logits of proxy rows, `[D, C]`"
+        ),
+        PROXY_INDICES: ItemSpec("rows", description="round in which `proxy_rows` were sampled"),
+    }
 
     temperature: PositiveFloat = Field(2.0, description="temperature T of the softmax")
     proxy_rows: int | None = Field(
@@ -128,22 +144,27 @@ class ProxyTraining(Algorithm):
             return None
         return self.proxy_indices(client, int(received[PROXY_INDICES]))
 
-    def predict_proxy(self, client: Participant, rows: Tensor | None) -> Plan[Tensor]:
-        """Predict proxy rows with the client's own model.
+    def predict_proxy(
+        self, client: Participant, rows: Tensor | None, slot: str = "model"
+    ) -> Plan[Tensor]:
+        """Predict proxy rows with one of the client's models.
 
         The client's settings `recalibrate` and `prior_correction` apply.
 
         Args:
             client: The client.
             rows: Indices of the rows, int64 `[D]`. If None, all rows are predicted.
+            slot: Slot of the model.
 
         Returns:
             Logits, shape `[D, C]`.
         """
         tensors = None
         if recalibrates(client.settings, "proxy_predictions"):
-            tensors = yield from recalibrated_tensors(client, "model", proxy_sample(client))
-        logits = yield Predict("model", Rows("proxy", rows), tensors=tensors)
+            sample = model_rows(client, slot, proxy_sample(client))
+            tensors = yield from recalibrated_tensors(client, slot, sample)
+        inputs = model_rows(client, slot, Rows("proxy", rows))
+        logits = yield Predict(slot, inputs, tensors=tensors)
         return subtract_log_prior(client, logits)
 
     def distill(
@@ -152,44 +173,66 @@ class ProxyTraining(Algorithm):
         received: Payload,
         epochs: int,
         teacher: Tensor | None = None,
-        **objective: Any,
+        *,
+        slot: str = "model",
+        objective: Objective | None = None,
     ) -> Fit:
         """Create the `Fit` step that distills the teacher into a client's model on the proxy set.
 
         Args:
             client: The client.
-            received: Received items, which include the teacher.
+            received: Received items.
             epochs: Number of epochs.
-            teacher: Logits of the teacher, shape `[D, C]`. If None, the received logits are used.
-            **objective: Further fields of `TeacherDistillation`.
+            teacher: Logits of the teacher, shape `[D, C]`, which the objective uses as the column
+                `teacher`. If None, the received logits are used.
+            slot: Slot of the trained model, whose inputs are those of the client's own model.
+            objective: Objective to minimize. If None, `TeacherDistillation`.
         """
-        loss = TeacherDistillation(client.task.kind, self.temperature, **objective)
+        loss = objective or TeacherDistillation(client.task.kind, self.temperature, slot=slot)
         columns = {TEACHER: received[TEACHER] if teacher is None else teacher}
-        rows = Rows("proxy", self.teacher_rows(client, received), extra_columns=columns)
         return local_fit(
-            client, loss, rows, epochs=epochs, batch_size=self.proxy_batch_size, label="digest"
+            client,
+            loss,
+            Rows("proxy", self.teacher_rows(client, received), extra_columns=columns),
+            train={slot: None},
+            epochs=epochs,
+            batch_size=self.proxy_batch_size,
+            label="digest",
         )
 
-    def proxy_replay(self, client: Participant, received: Payload, weight: float) -> Fit:
+    def proxy_replay(
+        self,
+        client: Participant,
+        received: Payload,
+        weight: float = 1.0,
+        teacher: Tensor | None = None,
+        *,
+        slot: str = "model",
+        objective: Objective | None = None,
+    ) -> Fit:
         """Create the `Fit` step of local training that also distills the teacher on proxy rows.
 
         Each optimizer step uses a random batch of proxy rows in addition to the client's own batch.
 
         Args:
             client: The client.
-            received: Received items, which include the teacher.
-            weight: Weight of the distillation loss.
+            received: Received items.
+            weight: Weight of the distillation loss of `ProxyReplay`.
+            teacher: Logits of the teacher, shape `[D, C]`. If None, the received logits are used.
+            slot: Slot of the trained model, whose inputs are those of the client's own model.
+            objective: Objective to minimize, which uses the columns `public_x` and
+                `public_teacher`. If None, `ProxyReplay`.
         """
         examples = Rows("proxy", self.teacher_rows(client, received)).columns(client)["x"]
-        teacher = received[TEACHER]
+        logits = received[TEACHER] if teacher is None else teacher
 
         def sample(generator: torch.Generator, size: int) -> Tensors:
             indices = torch.randint(len(examples), (size,), generator=generator)
-            return {"x": read_rows(examples, indices), TEACHER: teacher[indices]}
+            return {"x": read_rows(examples, indices), TEACHER: logits[indices]}
 
-        objective = ProxyReplay(client.task.kind, weight=weight, temperature=self.temperature)
+        replay = ProxyReplay(client.task.kind, slot, weight=weight, temperature=self.temperature)
         batches = {"public": SampledBatches(sample, self.proxy_batch_size)}
-        return local_fit(client, objective, extra_batches=batches)
+        return local_fit(client, objective or replay, train={slot: None}, extra_batches=batches)
 
     def train_student(self, server: Participant, teacher: Tensor) -> Plan[None]:
         """Distill this round's teacher into the server's student, if the server has a student."""
@@ -276,6 +319,11 @@ class ProxyDistillation(ProxyTraining):
     Contrast weights and alignment use the label counts of clients whose `shares` contain
     `statistics`, in multiclass tasks only. For other clients, `contrast` assumes balanced classes.
     Label counts are private data and receive noise under `privacy`.
+
+    Example:
+        >>> from hetero_fl.algorithms import ProxyDistillation
+        >>> sorted(ProxyDistillation(align=0.5).uploads)
+        ['counts', 'logits']
     """
 
     teacher: TeacherKind = Field(
@@ -320,12 +368,15 @@ class ProxyDistillation(ProxyTraining):
         logits = yield from self.predict_proxy(client, self.proxy_indices(client))
         return {"logits": self.weighted_predictions(client, logits), **self.label_counts(client)}
 
+    def averages_logarithms(self, task: Task) -> bool:
+        """Return whether the teacher is the contrast-weighted mean of log-probabilities."""
+        return self.teacher == "contrast" and task.kind == "multiclass"
+
     def weighted_predictions(self, client: Participant, logits: Tensor) -> Item:
         """Return an item with a client's predictions and their weight in the teacher."""
-        uses_counts = self.teacher == "contrast" and client.task.kind == "multiclass"
         # Read label counts only if they are used, because reading them may spend privacy budget.
         counts = None
-        if uses_counts and "statistics" in client.settings.shares:
+        if self.averages_logarithms(client.task) and "statistics" in client.settings.shares:
             counts = client.counts
         return proxy_predictions(client.task, self.teacher, logits, counts, client.num_rows)
 
@@ -443,52 +494,3 @@ class ProxyDistillation(ProxyTraining):
                 buffers = average.keys() - server.arch[group].parameter_names
                 of_clients = {name: average[name] for name in buffers}
                 server.models[group] = {**server.models[group], **of_clients}
-
-
-DONE = "initial_phase"
-
-
-class InitialPhase(ProxyTraining):
-    """Base class of methods with an initial training phase before a client's first round.
-
-    In its first round, a client trains on the labeled proxy set (FedMD only) and then on its own
-    rows, before the regular training. The completed phase is recorded in the client's private state
-    and repeated only if the round fails. Models that are evaluated earlier are untrained. The
-    number of epochs is fixed, whereas the authors stop early. Clients use their own optimizers.
-
-    FedMD needs `data.proxy.labels: true`, unless `initial_public_epochs` is 0. The phase cannot be
-    combined with `privacy.unit: record` and is not part of the simulated time.
-    """
-
-    initial_phase: bool = Field(
-        False, description="whether clients train before the first round in which they participate"
-    )
-    initial_private_epochs: PositiveInt = Field(
-        25, description="initial phase: epochs on the client's own rows"
-    )
-
-    def initial_training(self, client: Participant, public_epochs: int = 0) -> Plan[None]:
-        """Run the initial phase of a client, unless the phase is disabled or has been completed.
-
-        The loss on proxy rows uses neither logit adjustment nor class weights, because both depend
-        on the client's own rows.
-
-        Args:
-            client: The client.
-            public_epochs: Epochs on the labeled proxy set. If 0, the client trains on its own rows
-                only.
-        """
-        if not self.initial_phase or DONE in client.state:
-            return
-        if public_epochs and client.has_proxy:
-            yield Fit(
-                {"model": None},
-                load_objective(client.settings.objective, client.task),
-                Rows("proxy"),
-                epochs=public_epochs,
-                batch_size=self.proxy_batch_size,
-                optimizer=client.optimizer,
-                label="initial public",
-            )
-        yield local_fit(client, epochs=self.initial_private_epochs, label="initial private")
-        client.state[DONE] = True

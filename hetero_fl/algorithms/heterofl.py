@@ -15,17 +15,10 @@ from typing_extensions import override
 
 from hetero_fl.aggregation.means import interpolate_model, leading_slice, leading_slice_means
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import (
-    Algorithm,
-    Items,
-    Needs,
-    SharedPart,
-    adjust_to_labels,
-    register_algorithm,
-    upload_model,
-)
-from hetero_fl.algorithms.fedavg import FedAvg
-from hetero_fl.algorithms.local_training import local_fit
+from hetero_fl.algorithms.averaging import FedAvg
+from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
+from hetero_fl.algorithms.prediction import adjust_to_labels
+from hetero_fl.algorithms.round_parts import Items, SharedPart, local_fit, upload_model
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import Masked
@@ -109,7 +102,7 @@ def describe_widths(model: ModelConfig, client_infos: ClientDirectory) -> list[s
     return [f"algorithm.model is {model.name} and replaces clients' models: {'; '.join(parts)}"]
 
 
-def derive_width(arch: ModelSpec, model: ModelConfig) -> float:
+def derive_width(arch: ModelSpec, model: ModelConfig | None) -> float:
     """Return the width of a client with this architecture, relative to the wide model.
 
     If the architecture is not a narrower copy of the wide model, the width is the power of two from
@@ -124,8 +117,9 @@ def derive_width(arch: ModelSpec, model: ModelConfig) -> float:
     return max(MIN_WIDTH, 2.0 ** min(0, level))
 
 
-def wide_model(model: ModelConfig, arch: ModelSpec) -> ModelSpec:
+def wide_model(model: ModelConfig | None, arch: ModelSpec) -> ModelSpec:
     """Return the wide model with the input shape and outputs of a client's architecture."""
+    assert model is not None, "configure sets the model"
     sizes = (arch.outputs, arch.input_shape, model.feature_dim)
     return ModelSpec.from_config(model.name, *sizes, model.options, vocabulary=arch.vocabulary)
 
@@ -264,12 +258,10 @@ class HeteroFL(FedAvg):
 
     def wide_model(self, arch: ModelSpec) -> ModelSpec:
         """Return the wide model with the input shape and outputs of a client's architecture."""
-        assert self.model is not None, "configure sets the model"
         return wide_model(self.model, arch)
 
     @override
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
-        assert self.model is not None, "configure sets the model"
         wide = self.wide_model(client.arch)
         width = derive_width(client.arch, self.model)
         if width == 1:
@@ -299,12 +291,16 @@ class HeteroFL(FedAvg):
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
+        yield from self.local_training(client, received)
+        return self.upload_slice(client)
+
+    @override
+    def local_training(self, client: Participant, received: Payload) -> Plan[None]:
         if self.uses_mask(client):
             present = {"present": self.present_classes(client)}
             yield local_fit(client, Masked(client.task.kind), context=present)
         else:
             yield local_fit(client)
-        return self.upload_slice(client)
 
     def uses_mask(self, client: Participant) -> bool:
         """Return whether the mask applies: `masked` is set and the task is multiclass."""

@@ -14,23 +14,20 @@ from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Upload, Uploads
-from hetero_fl.algorithms.base import (
-    Algorithm,
+from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
+from hetero_fl.algorithms.prediction import adjust_to_labels, model_rows
+from hetero_fl.algorithms.prototypes import require_linear_head
+from hetero_fl.algorithms.round_parts import (
     Items,
-    Needs,
-    SharedPart,
-    adjust_to_labels,
     download_part,
-    register_algorithm,
+    local_fit,
     shareable_tensors,
     shared_part,
     upload_model,
     upload_part,
 )
-from hetero_fl.algorithms.local_training import local_fit
-from hetero_fl.algorithms.prototypes import require_linear_head
 from hetero_fl.config.clients import ModelConfig, expand_model_name
-from hetero_fl.core.images import is_convertible, reshape_rows
+from hetero_fl.core.images import is_convertible
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.mutual_objectives import (
     AdaptiveMutual,
@@ -76,13 +73,24 @@ class MenteeTraining(Algorithm):
 
     Attributes:
         trained: Part of each model that local training updates, keyed by slot.
+
+    Example:
+        >>> from hetero_fl.algorithms import MenteeTraining
+        >>> from hetero_fl.core.mutual_objectives import MutualDistillation
+        >>> class EqualWeights(MenteeTraining):
+        ...     def objective(self, task):
+        ...         return MutualDistillation(task.kind, alpha=0.5, beta=0.5)
+        >>> EqualWeights().shared
+        {'mentee': None}
     """
 
     evaluated_when = (
         "own model on local tests, the mentee on the global test, as deployed with the next "
         "broadcast (saved models: clients' own)"
     )
-    shared = SharedPart(slot=MENTEE)
+    shared = {MENTEE: None}
+    uploads = {MENTEE: ItemSpec("params", across_architectures=True)}
+    downloads = {MENTEE: ItemSpec("params")}
     needs = Needs(
         also=("small common model",), shared_model=True, unused_options=("fine_tune_epochs",)
     )
@@ -141,25 +149,12 @@ class MenteeTraining(Algorithm):
         )
 
     @override
-    def setup(self, server: Participant) -> None:
-        server.arch[MENTEE] = self.mentee_model(server.peers.profiles[0].arch)
-        server.models[MENTEE] = server.arch[MENTEE].initial_tensors(server.round_context.seed)
-
-    @override
-    def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        part = download_part(self, recipient.settings, server.round_context.round_idx)
-        if part == ():
-            return {}
-        arch = recipient.models[MENTEE]
-        return {MENTEE: shareable_tensors(self, arch, server.models[MENTEE], part)}
-
-    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
-        shape = client.arch[MENTEE].input_shape
-        objective = replace(self.objective(client.task), shape=shape)
+        mutual = self.objective(client.task)
+        objective = replace(mutual, shape=client.arch[MENTEE].input_shape)
         yield local_fit(client, objective, train=self.trained)
-        return self.upload_mentee(client)
+        return upload_model(self, client)
 
     def objective(self, task: Task) -> MutualDistillation:
         """Return the objective that trains a client's own model and the mentee.
@@ -168,38 +163,12 @@ class MenteeTraining(Algorithm):
         """
         raise TypeError(f"{type(self).__name__} does not define objective")
 
-    def upload_mentee(self, client: Participant) -> Items:
-        """Return the upload of a client: the shared part of the mentee.
-
-        The upload is empty if the client shares nothing in this round.
-        """
-        return upload_model(self, client)
-
-    @override
-    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        server.models[MENTEE] = {**server.models[MENTEE], **self.mentee_mean(uploads)}
-        yield from ()
-
-    @staticmethod
-    def mentee_mean(uploads: Uploads) -> Tensors:
-        """Return the weighted mean of each tensor of the mentee over the clients that uploaded it.
-
-        The dictionary is empty if no client uploaded a mentee.
-        """
-        return uploads.mean_by_group(MENTEE).get("", {})
-
     @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         if personal:
             return (yield from super().predict(client, rows, personal))
-        seen = reshape_rows(rows.columns(client)["x"], client.arch[MENTEE].input_shape)
-        logits = yield Predict(MENTEE, TensorRows({"x": seen}))
+        logits = yield Predict(MENTEE, model_rows(client, MENTEE, rows))
         return adjust_to_labels(self, client, logits, personal)
-
-    @override
-    def server_model(self, server: Participant) -> str | None:
-        # The mentee needs the preprocessing of a client.
-        return None
 
 
 @register_algorithm("fml")
@@ -222,13 +191,11 @@ class FML(MenteeTraining):
     Example:
         >>> from hetero_fl.algorithms import FML
         >>> method = FML(alpha=0.7, mentee="cnn_gn_small")
-        >>> method.shared.slot, method.mentee.name
-        ('mentee', 'cnn_gn_small')
+        >>> method.shared, method.mentee.name
+        ({'mentee': None}, 'cnn_gn_small')
     """
 
     title = "FML"
-    uploads = {MENTEE: ItemSpec("params", across_architectures=True)}
-
     alpha: float = Field(
         0.5,
         ge=0,
@@ -286,7 +253,14 @@ class FedKD(MenteeTraining):
 
     title = "FedKD"
     uploads = {MENTEE: ItemSpec("update", use="each", ranks=True, across_architectures=True)}
-    downloads = {"change": ItemSpec("update", ranks=True)}
+    downloads = {
+        MENTEE: ItemSpec("params"),
+        "change": ItemSpec(
+            "update",
+            ranks=True,
+            description="change of the mentee since the last round, as truncated SVDs",
+        ),
+    }
     trained = {"model": None, MENTEE: None, HIDDEN: ("head.weight",)}
     needs = Needs(
         also=("small common model",),
@@ -331,7 +305,7 @@ class FedKD(MenteeTraining):
 
     @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        part = download_part(self, recipient.settings, server.round_context.round_idx)
+        part = download_part(self, recipient.settings, server.round_context.round_idx, MENTEE)
         state = server.state
         behind = state.get("version", 0) - state.get("held", {}).get(recipient.client_id, -1)
         if part == () or behind == 0:
@@ -345,12 +319,12 @@ class FedKD(MenteeTraining):
         yield from super().deploy(client, received)
         # W is a linear map without bias.
         client.load(HIDDEN, {"head.bias": torch.zeros_like(client.models[HIDDEN]["head.bias"])})
-        part = shared_part(self, client.settings)
-        own = shareable_tensors(self, client.arch[MENTEE], client.models[MENTEE], part)
+        part = shared_part(self, client.settings, MENTEE)
+        own = shareable_tensors(self, client.arch[MENTEE], client.models[MENTEE], part, MENTEE)
         base = received[MENTEE] if MENTEE in received else client.state.get("base", own)
         if "change" in received:
             base = add_low_rank(base, received["change"])
-        if download_part(self, client.settings, client.round_context.round_idx) != ():
+        if download_part(self, client.settings, client.round_context.round_idx, MENTEE) != ():
             client.load(MENTEE, base)
         client.state["base"] = base
 
@@ -359,8 +333,9 @@ class FedKD(MenteeTraining):
         return AdaptiveMutual(task.kind, hidden_weight=self.hidden_weight)
 
     @override
-    def upload_mentee(self, client: Participant) -> Items:
-        part = upload_part(self, client.settings, client.round_context.round_idx)
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        yield from super().train(client, received)
+        part = upload_part(self, client.settings, client.round_context.round_idx, MENTEE)
         base = select_part(client.state["base"], part)
         update = {n: client.models[MENTEE][n] - t for n, t in base.items()}
         if not update:
@@ -372,15 +347,16 @@ class FedKD(MenteeTraining):
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         mentee = server.models[MENTEE]
         version = server.state.get("version", 0)
+        round_idx = server.round_context.round_idx
         updated = [
             u.client
             for u in uploads.each
-            if download_part(self, u.client_info.settings, server.round_context.round_idx) != ()
+            if download_part(self, u.client_info.settings, round_idx, MENTEE) != ()
         ]
         server.state["held"] = {**server.state.get("held", {}), **dict.fromkeys(updated, version)}
         restored = (_restore_update(u, mentee) for u in uploads.containing(MENTEE))
         specs = {MENTEE: ItemSpec("update", across_architectures=True)}
-        mean = self.mentee_mean(uploads.with_uploads(restored, specs))
+        mean = uploads.with_uploads(restored, specs).mean_by_group(MENTEE).get("")
         if mean:
             change = compress_low_rank(mean, self.kept_energy(server))
             server.models[MENTEE] = add_low_rank(mentee, change)
@@ -505,7 +481,6 @@ class FedMRL(MenteeTraining):
         "own head on projected features, as deployed with the next broadcast (saved models: "
         "clients' F only)"
     )
-    uploads = {MENTEE: ItemSpec("params", across_architectures=True)}
     trained = {"model": None, MENTEE: None, PROJECTION: None}
     needs = Needs(also=("small common model", "linear heads"), unused_options=("fine_tune_epochs",))
 
@@ -551,9 +526,8 @@ class FedMRL(MenteeTraining):
 
     @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
-        seen = reshape_rows(rows.columns(client)["x"], client.arch[MENTEE].input_shape)
         g, f = yield [
-            Predict(MENTEE, TensorRows({"x": seen}), readout="features"),
+            Predict(MENTEE, model_rows(client, MENTEE, rows), readout="features"),
             Predict("model", rows, readout="features"),
         ]
         r = yield Predict(PROJECTION, TensorRows({"x": torch.cat([g, f], 1)}))

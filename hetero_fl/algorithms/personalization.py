@@ -8,19 +8,10 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from typing_extensions import override
 
-from hetero_fl.algorithms.base import (
-    Algorithm,
-    Items,
-    Needs,
-    SharedPart,
-    adjust_to_labels,
-    common_part,
-    register_algorithm,
-    shared_part,
-    upload_model,
-)
-from hetero_fl.algorithms.fedavg import FedAvg
-from hetero_fl.algorithms.local_training import local_fit
+from hetero_fl.algorithms.averaging import FedAvg
+from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
+from hetero_fl.algorithms.prediction import adjust_to_labels
+from hetero_fl.algorithms.round_parts import SharedPart, common_part, local_fit, shared_part
 from hetero_fl.core.objectives import Proximal
 from hetero_fl.core.participant import ClientDirectory, Participant
 from hetero_fl.core.payload import Payload
@@ -157,12 +148,10 @@ class FedRep(FedPer):
     body_epochs: PositiveInt = Field(1, description="local epochs of the backbone")
 
     @override
-    def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        yield from self.deploy(client, received)
+    def local_training(self, client: Participant, received: Payload) -> Plan[None]:
         epochs: dict[str, Any] = {} if self.head_epochs is None else {"epochs": self.head_epochs}
         yield from fit_part(client, HEAD, label="head", **epochs)
         yield from fit_part(client, BODY, epochs=self.body_epochs)
-        return upload_model(self, client, self.weight_of(client))
 
 
 @register_algorithm("fedbabu")
@@ -204,10 +193,8 @@ class FedBABU(FedPer):
         return super().configure(clients)
 
     @override
-    def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        yield from self.deploy(client, received)
+    def local_training(self, client: Participant, received: Payload) -> Plan[None]:
         yield from fit_part(client, BODY)
-        return upload_model(self, client, self.weight_of(client))
 
     @override
     def personalize(self, client: Participant, received: Payload) -> Plan[None]:
@@ -278,8 +265,7 @@ class Ditto(FedAvg):
         client.models.setdefault(PERSONAL, client.models["model"])
 
     @override
-    def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        yield from self.deploy(client, received)
+    def local_training(self, client: Participant, received: Payload) -> Plan[None]:
         objective = Proximal(client.task.kind, PERSONAL, mu=self.weight)
         context = {"anchor": client.models["model"]}
         epochs: dict[str, Any] = (
@@ -290,7 +276,6 @@ class Ditto(FedAvg):
             client, objective, context=context, train=train, label=PERSONAL, **epochs
         )
         yield [local_fit(client), personal]
-        return upload_model(self, client, self.weight_of(client))
 
     @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:

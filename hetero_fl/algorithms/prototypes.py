@@ -1,4 +1,4 @@
-"""Methods that exchange class means of features: FedProto, FedTGP and FedGH."""
+"""Methods that exchange class means of logits or features: FD, FedProto, FedTGP and FedGH."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from typing_extensions import override
 
+from hetero_fl.aggregation.teachers import MIN_LOG_PROBABILITY, contrast_weights
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, Needs, may_share, register_algorithm
-from hetero_fl.algorithms.local_training import local_fit
+from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
+from hetero_fl.algorithms.round_parts import Items, add_model, local_fit, may_share
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.generative_objectives import AdaptiveMargin
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.core.objectives import PrototypePull, Supervised
+from hetero_fl.core.objectives import ClassTeacherDistillation, PrototypePull, Supervised
 from hetero_fl.core.participant import ClientDirectory, ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import ClassSums, Fit, Plan, Predict, Rows, TensorRows
@@ -176,6 +177,10 @@ class FedProto(CommonFeatureWidth):
     )
     shared = ()
     uploads = {"features": ItemSpec("class_sums", private=True, share="statistics")}
+    downloads = {
+        "prototypes": ItemSpec("rows", description="prototypes, `[C, d]`"),
+        "known": ItemSpec("rows", description="1 for classes with a prototype, otherwise 0, `[C]`"),
+    }
 
     weight: NonNegativeFloat = Field(1.0, description="weight λ of the distance to the prototype")
     inference: Literal["prototype", "own", "head"] = Field(
@@ -328,13 +333,9 @@ class FedTGP(FedProto):
     @override
     def setup(self, server: Participant) -> None:
         width = self.feature_dim or 1
-        classes = server.task.outputs
-        server.arch[VECTORS] = ModelSpec.from_config("linear", width, (classes,))
-        server.arch[PROTOTYPES] = ModelSpec.from_config(
-            "mlp", width, (width,), options={"hidden": [width]}
-        )
-        for slot in (VECTORS, PROTOTYPES):
-            server.models[slot] = server.arch[slot].initial_tensors(server.round_context.seed)
+        network = ModelSpec.from_config("mlp", width, (width,), options={"hidden": [width]})
+        add_model(server, VECTORS, ModelSpec.from_config("linear", width, (server.task.outputs,)))
+        add_model(server, PROTOTYPES, network)
         # P̆ has no bias, so the bias of the linear layer stays 0.
         server.load(VECTORS, {"head.bias": torch.zeros(width)})
 
@@ -427,6 +428,7 @@ class FedGH(CommonHead):
     title = "FedGH"
     shared = ()
     uploads = {"features": ItemSpec("class_sums", use="each", private=True, share="statistics")}
+    downloads = {HEAD: ItemSpec("params", description="parameters of the head, C·(d + 1)")}
 
     server_epochs: PositiveInt = Field(
         100, description="epochs per round on the clients' class means, at the server"
@@ -438,10 +440,8 @@ class FedGH(CommonHead):
 
     @override
     def setup(self, server: Participant) -> None:
-        server.arch[HEAD] = ModelSpec.from_config(
-            "linear", server.task.outputs, (self.feature_dim or 1,)
-        )
-        server.models[HEAD] = server.arch[HEAD].initial_tensors(server.round_context.seed)
+        sizes = (server.task.outputs, (self.feature_dim or 1,))
+        add_model(server, HEAD, ModelSpec.from_config("linear", *sizes))
 
     @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
@@ -480,3 +480,102 @@ class FedGH(CommonHead):
             label=HEAD,
         )
         server.state["trained"] = True
+
+
+@register_algorithm("fd")
+class FD(Algorithm):
+    """Distill the mean logits of each class over all clients into the clients' models.
+
+    The local loss is cross-entropy plus λ·KL·T² towards the mean logits of the example's class
+    (Jeong et al. 2018, Algorithm 1). Clients upload the sums of logits `[C, C]` and the number of
+    rows `[C]` per class. The server divides the total sums by the total counts and broadcasts the
+    means `[C, C]`.
+
+    Use this method where models differ, there is no proxy set and traffic must be small. Expect a
+    small gain over `local`.
+
+    Deviations: a client's own logits are part of its teacher, and logits are computed after local
+    training.
+
+    References:
+        Jeong et al., "Communication-Efficient On-Device Machine Learning: Federated Distillation
+            and Augmentation under Non-IID Private Data", 2018. https://arxiv.org/abs/1811.11479
+
+    Example:
+        >>> from hetero_fl.algorithms import FD
+        >>> FD(temperature=2.0).uploads["class_logits"].kind
+        'class_sums'
+        >>> FD().needs.tasks
+        ('multiclass',)
+    """
+
+    title = "FD"
+    evaluated_when = "after local training"
+    shared = ()
+    uploads = {
+        "class_logits": ItemSpec(
+            "class_sums",
+            private=True,
+            share="statistics",
+            description="sums of logits by class, `[C, C]`, and counts `[C]`",
+        )
+    }
+    downloads = {
+        "teacher": ItemSpec(
+            "rows",
+            share="predictions",
+            description="mean logits by class of all clients, `[C, C]`",
+        ),
+        "known": ItemSpec("rows", description="1 for classes with mean logits, otherwise 0, `[C]`"),
+    }
+    needs = Needs(tasks=("multiclass",))
+
+    weight: NonNegativeFloat = Field(1.0, description="weight λ of the distillation loss")
+    temperature: PositiveFloat = Field(1.0, description="temperature T of the softmax")
+    teacher: Literal["mean", "contrast"] = Field(
+        "mean", description="mean of logits by counts, or contrast-weighted mean of clipped log p"
+    )
+
+    @override
+    def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
+        return dict(server.state.get("consensus", {})) if recipient.purpose == "train" else {}
+
+    @override
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        if "teacher" in received:
+            objective = ClassTeacherDistillation(
+                client.task.kind, weight=self.weight, temperature=self.temperature
+            )
+            context = {name: received[name] for name in ("teacher", "known")}
+            yield local_fit(client, objective, context=context)
+        else:
+            yield local_fit(client)
+        if not may_share(client, "statistics"):
+            return {}
+        return {"class_logits": (yield from self.class_statistics(client))}
+
+    def class_statistics(self, client: Participant) -> Plan[Item]:
+        """Return an item with the sums of the client's outputs per true class, shape `[C, C]`.
+
+        The outputs are logits. With `teacher: contrast`, the outputs are clipped log-probabilities
+        instead, multiplied by the contrast weight of each class.
+        """
+        if self.teacher == "mean":
+            sums, counts = yield ClassSums("model")
+            return Item(sums, counts[:, None], "class_sums")
+        sums, counts = yield ClassSums(
+            "model", readout="log_probabilities", at_least=MIN_LOG_PROBABILITY
+        )
+        weight = contrast_weights(client.counts).to(sums.dtype) / max(1, client.num_rows)
+        return Item(sums * weight, counts[:, None] * weight, "class_sums")
+
+    @override
+    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
+        mean = uploads.mean("class_logits")
+        if mean is not None:
+            weight = uploads.total("class_logits")[1]
+            server.state["consensus"] = {
+                "teacher": mean,
+                "known": (weight > 0).any(-1).to(mean.dtype),
+            }
+        yield from ()

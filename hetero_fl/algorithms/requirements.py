@@ -6,7 +6,8 @@ import inspect
 import re
 from collections.abc import Iterator
 
-from hetero_fl.algorithms.base import Algorithm, Needs, shared_part_of
+from hetero_fl.algorithms.base import Algorithm, Needs
+from hetero_fl.algorithms.round_parts import shared_part_of
 
 # A requirement: one description, or several alternatives of which one suffices.
 Need = tuple[str, ...]

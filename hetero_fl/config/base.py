@@ -106,9 +106,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    fixed: ClassVar[frozenset[str]] = frozenset()
+    _fixed: ClassVar[frozenset[str]] = frozenset()
     """Settings that a class determines, such as the name of an optimizer."""
-    unused: ClassVar[frozenset[str]] = frozenset()
+    _unused: ClassVar[frozenset[str]] = frozenset()
     """Inherited settings that have no effect in a class."""
     _removed: ClassVar[Mapping[str, str]] = {}
     """What to use instead of settings that the class had in an earlier version, keyed by name."""
@@ -116,7 +116,9 @@ class Settings(BaseModel):
     """Default values of removed settings, if not None, which configurations of older runs have."""
 
     def __init__(self, **settings: Any) -> None:
-        for name in settings.keys() - self.accepted().keys() & type(self).model_fields.keys():
+        for name in (
+            settings.keys() - accepted_settings(type(self)).keys() & type(self).model_fields.keys()
+        ):
             raise self._unexpected(name)
         try:
             super().__init__(**settings)
@@ -130,7 +132,7 @@ class Settings(BaseModel):
                     raise self._unexpected(str(problem["loc"][0])) from None
             described = describe_error(error, settings, type(self))
             raise UserError(f"{self.__repr_name__()}: {described}") from None
-        self.__pydantic_fields_set__.update(self.fixed)
+        self.__pydantic_fields_set__.update(self._fixed)
 
     # Without this attribute, pydantic would also call __init__ for nested sections, and the errors
     # of nested sections would not contain the path of the key.
@@ -172,19 +174,19 @@ class Settings(BaseModel):
             raise PydanticKnownError("int_type" if isinstance(number, int) else "float_type")
         return validated
 
-    @classmethod
-    def accepted(cls) -> dict[str, FieldInfo]:
-        """Return the settings that are arguments of this class, by name."""
-        excluded = cls.fixed | cls.unused
-        return {name: info for name, info in cls.model_fields.items() if name not in excluded}
-
     def _unexpected(self, name: str) -> TypeError:
-        hint = suggest_or_list(name, list(self.accepted()))
+        hint = suggest_or_list(name, list(accepted_settings(type(self))))
         title = self.__repr_name__()
         return TypeError(f"{title}() got an unexpected keyword argument '{name}'{hint}")
 
     def __repr_name__(self) -> str:
         return type(self).__name__.removesuffix("Config")
+
+
+def accepted_settings(model: type[Settings]) -> dict[str, FieldInfo]:
+    """Return the settings that are arguments of a class, by name."""
+    excluded = model._fixed | model._unused
+    return {name: info for name, info in model.model_fields.items() if name not in excluded}
 
 
 def _is_equal(value: object, default: object) -> bool:
@@ -219,7 +221,7 @@ def _plain_signature(model: type[Settings]) -> inspect.Signature:
                 default=inspect.Parameter.empty if info.is_required() else info.get_default(),
                 annotation=types[name],
             )
-            for name, info in model.accepted().items()
+            for name, info in accepted_settings(model).items()
         ]
     )
 
@@ -231,7 +233,7 @@ def add_arguments(model: type[Settings]) -> str | None:
         The docstring. The original docstring is returned if it is None or no field has a
         description.
     """
-    described = {n: f for n, f in model.accepted().items() if f.description}
+    described = {n: f for n, f in accepted_settings(model).items() if f.description}
     if model.__doc__ is None or not described:
         return model.__doc__
     text, example, rest = inspect.cleandoc(model.__doc__).partition("\n\nExample:\n")

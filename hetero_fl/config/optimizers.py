@@ -16,7 +16,7 @@ class SGD(OptimizerConfig):
         'sgd'
     """
 
-    fixed: ClassVar[frozenset[str]] = frozenset({"name"})
+    _fixed: ClassVar[frozenset[str]] = frozenset({"name"})
 
     name: Literal["sgd"] = "sgd"
 
@@ -30,8 +30,8 @@ class Adam(OptimizerConfig):
         0.0005
     """
 
-    fixed: ClassVar[frozenset[str]] = frozenset({"name"})
-    unused: ClassVar[frozenset[str]] = frozenset({"momentum", "nesterov"})
+    _fixed: ClassVar[frozenset[str]] = frozenset({"name"})
+    _unused: ClassVar[frozenset[str]] = frozenset({"momentum", "nesterov"})
 
     name: Literal["adam"] = "adam"
 
@@ -45,7 +45,7 @@ class AdamW(OptimizerConfig):
         'adamw'
     """
 
-    fixed: ClassVar[frozenset[str]] = frozenset({"name"})
-    unused: ClassVar[frozenset[str]] = frozenset({"momentum", "nesterov"})
+    _fixed: ClassVar[frozenset[str]] = frozenset({"name"})
+    _unused: ClassVar[frozenset[str]] = frozenset({"momentum", "nesterov"})
 
     name: Literal["adamw"] = "adamw"

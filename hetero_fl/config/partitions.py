@@ -20,8 +20,8 @@ class IID(PartitionConfig):
         'iid'
     """
 
-    fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
-    unused: ClassVar[frozenset[str]] = _all_but("min_size")
+    _fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
+    _unused: ClassVar[frozenset[str]] = _all_but("min_size")
 
     kind: Literal["iid"] = "iid"
 
@@ -35,8 +35,8 @@ class Dirichlet(PartitionConfig):
         0.3
     """
 
-    fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
-    unused: ClassVar[frozenset[str]] = _all_but("alpha", "cap", "min_size")
+    _fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
+    _unused: ClassVar[frozenset[str]] = _all_but("alpha", "cap", "min_size")
 
     kind: Literal["dirichlet"] = "dirichlet"
 
@@ -50,8 +50,8 @@ class Classes(PartitionConfig):
         'classes'
     """
 
-    fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
-    unused: ClassVar[frozenset[str]] = _all_but("classes", "classes_spread", "shots", "min_size")
+    _fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
+    _unused: ClassVar[frozenset[str]] = _all_but("classes", "classes_spread", "shots", "min_size")
 
     kind: Literal["classes"] = "classes"
 
@@ -65,8 +65,8 @@ class Quantity(PartitionConfig):
         'quantity'
     """
 
-    fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
-    unused: ClassVar[frozenset[str]] = _all_but("alpha", "min_size")
+    _fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
+    _unused: ClassVar[frozenset[str]] = _all_but("alpha", "min_size")
 
     kind: Literal["quantity"] = "quantity"
 
@@ -80,8 +80,8 @@ class Natural(PartitionConfig):
         'natural'
     """
 
-    fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
-    unused: ClassVar[frozenset[str]] = _all_but("min_size")
+    _fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
+    _unused: ClassVar[frozenset[str]] = _all_but("min_size")
 
     kind: Literal["natural"] = "natural"
 

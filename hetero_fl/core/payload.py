@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,8 @@ Kind = Literal["params", "update", "rows", "class_sums", "counts"]
 KINDS: tuple[Kind, ...] = ("params", "update", "rows", "class_sums", "counts")
 # Kinds of items whose values are already sums. The divisor of their mean is the sum of the weights.
 SUM_KINDS = ("class_sums", "counts")
+# Name in a declaration of items that stands for all names that are not declared.
+ANY_NAME = "*"
 # Name of the format of encoded payloads.
 FORM = "hetero_fl payload 1"
 MAX_MESSAGE_CHARACTERS = 240
@@ -114,7 +116,7 @@ SHARE_OF_KIND: dict[Kind, Share] = {
 
 @dataclass(frozen=True)
 class ItemSpec:
-    """The declaration of an item that clients upload.
+    """The declaration of an item that clients upload or the server broadcasts.
 
     Args:
         kind: Kind of the item, see `Item`.
@@ -132,6 +134,8 @@ class ItemSpec:
             training set.
         prediction_type: `logits` or `probabilities` if the rows are predictions, otherwise "".
         max_weight: Largest weight of the item. If None, the number of the sender's training rows.
+        description: Content of the item with its shape, for tables. If empty, tables describe the
+            kind of the item.
 
     Example:
         >>> from hetero_fl.core.payload import ItemSpec
@@ -149,6 +153,7 @@ class ItemSpec:
     rows_of: Literal["proxy", "train"] = "proxy"
     prediction_type: Literal["", "logits", "probabilities"] = ""
     max_weight: float | None = None
+    description: str = field(default="", compare=False)
 
     @property
     def needed_share(self) -> Share:
@@ -197,13 +202,15 @@ class Payload(Mapping[str, Any]):
         self.magnitude = 0.0
 
     @classmethod
-    def from_hook(cls, items: Any, specs: Mapping[str, ItemSpec] | None = None) -> Payload:
+    def from_hook(
+        cls, items: Any, specs: Mapping[str, ItemSpec], attribute: str = "uploads"
+    ) -> Payload:
         """Create a payload from the return value of a method's hook.
 
         Args:
             items: The return value.
-            specs: Declarations of the items, keyed by name. If None, items are not compared with
-                declarations.
+            specs: Declarations of the items, keyed by name. The name `*` stands for all others.
+            attribute: Name of the attribute with the declarations, for error messages.
 
         Raises:
             PayloadError: If the return value is not a dictionary of items, or an item does not
@@ -220,14 +227,12 @@ class Payload(Mapping[str, Any]):
                 raise PayloadError(
                     f"item {name!r}: expected a tensor or tensors by name, got {invalid[0]}"
                 )
-            if specs is None:
-                continue
-            if name not in specs:
-                raise PayloadError(
-                    f"item {name!r} is not declared in `uploads`{suggest_or_list(name, specs)}"
-                )
-            if item.kind != specs[name].kind:
-                kind = specs[name].kind
+            spec = specs.get(name) or specs.get(ANY_NAME)
+            if spec is None:
+                hint = suggest_or_list(name, specs)
+                raise PayloadError(f"item {name!r} is not declared in `{attribute}`{hint}")
+            kind = spec.kind
+            if item.kind != kind:
                 raise PayloadError(
                     f"item {name!r}: expected kind {kind!r} as declared, got {item.kind!r}; "
                     f"return Item(values, weight, {kind!r})"

@@ -16,7 +16,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from hetero_fl.algorithms.base import describe_unshared
+from hetero_fl.algorithms.round_parts import describe_unshared
 from hetero_fl.communication.protocol import Message, encoded
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings

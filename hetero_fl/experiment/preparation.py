@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
-from hetero_fl.algorithms.base import shared_part_of
+from hetero_fl.algorithms.round_parts import shared_parts
 from hetero_fl.communication.homomorphic.ckks import check_tenseal
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.config import Config, expand_population
@@ -386,7 +386,8 @@ def _models_of_clients(
             return {client_id: method.models(info) for client_id, info in client_infos.items()}
         return [method.models(client_infos[p.first]) for p in client_infos.profiles]
     except ModelError as error:
-        raise UserError(f"algorithm.{shared_part_of(method).slot}: {error}") from None
+        slot = next(iter(shared_parts(method)), "model")
+        raise UserError(f"algorithm.{slot}: {error}") from None
 
 
 def _headline(config: Config, dataset: Dataset | None, task: Task, clients: int) -> str:

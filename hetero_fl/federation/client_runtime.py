@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import (
-    Items,
+from hetero_fl.algorithms.base import runs_user_code
+from hetero_fl.algorithms.prediction import (
     adjust_to_labels,
     inference_model,
-    kept_state,
-    runs_user_code,
+    recalibrated_models,
+    recalibrates_evaluation,
 )
-from hetero_fl.algorithms.recalibration import recalibrated_models, recalibrates_evaluation
+from hetero_fl.algorithms.round_parts import Items, kept_state
 from hetero_fl.communication.protocol import (
     AggregationRequest,
     Content,

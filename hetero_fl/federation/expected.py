@@ -16,12 +16,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import (
-    call_broadcast,
-    describe_unshared,
-    is_user_method,
-    upload_phase,
-)
+from hetero_fl.algorithms.base import call_broadcast, is_user_method
+from hetero_fl.algorithms.round_parts import describe_unshared, upload_phase
 from hetero_fl.core.participant import ClientInfo, Columns, Participant
 from hetero_fl.core.payload import Item, Payload, PayloadError, report_with_loss
 from hetero_fl.core.plan import (

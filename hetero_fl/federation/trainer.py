@@ -10,7 +10,7 @@ from typing import Any
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast, is_user_method, runs_user_code
-from hetero_fl.algorithms.recalibration import proxy_sample, recalibrates
+from hetero_fl.algorithms.prediction import proxy_sample, recalibrates
 from hetero_fl.communication.protocol import (
     Content,
     Message,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hetero_fl.algorithms.kt_pfl import normalize_rows, project_to_simplex
+from hetero_fl.algorithms.proxy_distillation import normalize_rows, project_to_simplex
 
 
 def nearest(row: list[float]) -> list[float]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hetero_fl.algorithms.distillation import COUNTS
-from hetero_fl.algorithms.feddf import FedDF
 from hetero_fl.algorithms.heterofl import HeteroFL
-from hetero_fl.algorithms.local_training import add_log_prior, subtract_log_prior
+from hetero_fl.algorithms.hybrid import FedDF
+from hetero_fl.algorithms.prediction import add_log_prior, subtract_log_prior
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Payload

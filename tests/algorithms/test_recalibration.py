@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import hetero_fl
-from hetero_fl.algorithms.recalibration import proxy_sample
+from hetero_fl.algorithms.prediction import proxy_sample
 from hetero_fl.core.objectives import log_prior
 from hetero_fl.core.plan import Predict, Recalibrate, Rows
 from model_zoo import is_batch_norm

@@ -11,7 +11,7 @@ from torch import nn
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.teachers import proxy_predictions
-from hetero_fl.algorithms.local_training import local_fit, objective_context
+from hetero_fl.algorithms.round_parts import local_fit, objective_context
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import (
     Batch,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import hetero_fl as hfl
 from hetero_fl.algorithms import register_algorithm
-from hetero_fl.config.base import Settings
+from hetero_fl.config.base import Settings, accepted_settings
 from tests.support.cases import each_case
 
 
@@ -56,4 +56,4 @@ def test_every_setting_of_a_method_is_described(name: str) -> None:
 
     described = str(method.__doc__)
 
-    assert all(f"\n    {setting}: " in described for setting in method.accepted())
+    assert all(f"\n    {setting}: " in described for setting in accepted_settings(method))

@@ -159,7 +159,7 @@ def test_compare_names_the_study_as_the_source(
 
 
 OWN_METHOD = """
-from hetero_fl.algorithms.fedavg import FedAvg
+from hetero_fl.algorithms.averaging import FedAvg
 
 
 class Custom(FedAvg):

@@ -12,8 +12,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from hetero_fl.algorithms.averaging import CONTROL, Scaffold
 from hetero_fl.algorithms.hybrid import Hybrid
-from hetero_fl.algorithms.scaffold import CONTROL, Scaffold
 from hetero_fl.communication.protocol import Message
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.objectives import Supervised

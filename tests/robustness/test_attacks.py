@@ -12,7 +12,7 @@ import torch
 
 import hetero_fl as hfl
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.recalibration import proxy_sample
+from hetero_fl.algorithms.prediction import proxy_sample
 from hetero_fl.config.population import Population
 from hetero_fl.config.robustness import ATTACKS, AttacksConfig
 from hetero_fl.core.payload import Item, Payload

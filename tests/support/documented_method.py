@@ -16,6 +16,7 @@ class MedianTeacher(Algorithm):
     title = "Median teacher"
     shared = ()  # no parameters are exchanged
     uploads = {"logits": ItemSpec("rows", use="each")}
+    downloads = {"teacher": ItemSpec("rows", share="predictions")}
     needs = Needs(proxy_set="required")
     epochs: int = Field(1, ge=1, description="epochs on the proxy set before local training")
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import upload_part
+from hetero_fl.algorithms.round_parts import upload_part
 from hetero_fl.config import Config
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.model_spec import Tensors

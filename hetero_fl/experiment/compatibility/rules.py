@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hetero_fl.algorithms.base import is_user_method
-from hetero_fl.algorithms.distillation import InitialPhase
+from hetero_fl.algorithms.proxy_distillation import InitialPhase
 from hetero_fl.config.communication import num_fraction_bits
 from hetero_fl.experiment.compatibility.config_facts import first
 from hetero_fl.experiment.compatibility.rule import CompatibilityRule, check_rules

@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from hetero_fl.aggregation import Upload
-from hetero_fl.algorithms.base import permitted_part
 from hetero_fl.algorithms.distillation import ProxyDistillation, predicts_without_prior
-from hetero_fl.algorithms.feddf import FedDF
+from hetero_fl.algorithms.hybrid import FedDF
+from hetero_fl.algorithms.round_parts import permitted_part
 from hetero_fl.config.base import StalenessConfig
 from hetero_fl.config.communication import (
     HomomorphicConfig,

@@ -10,18 +10,19 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from torch import Tensor
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import (
-    call_broadcast,
+from hetero_fl.algorithms.base import call_broadcast
+from hetero_fl.algorithms.round_parts import (
     permitted_part,
     shareable_tensors,
     shared_part,
-    shared_part_of,
+    shared_parts,
 )
 from hetero_fl.communication.vector_layout import TensorKey, VectorLayout
 from hetero_fl.config import Config
@@ -115,13 +116,13 @@ class UploadFacts(ConfigFacts):
 
         Only methods that average an auxiliary model are checked.
         """
-        slot = shared_part_of(self.algorithm).slot
-        if not self._named_parts or slot == "model":
+        slots = shared_parts(self.algorithm)
+        if not self._named_parts or "model" in slots:
             return None
-        for profile in self.profiles:
-            arch = profile.models[slot]
-            part = shared_part(self.algorithm, profile.settings)
-            if any(part is None or name.startswith(part) for name in arch.shapes):
+        for profile, slot in product(self.profiles, slots):
+            part = shared_part(self.algorithm, profile.settings, slot)
+            names = profile.models[slot].shapes
+            if any(part is None or name.startswith(part) for name in names):
                 return None
         return first(self._named_parts)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast
-from hetero_fl.algorithms.local_training import load_objective
+from hetero_fl.algorithms.round_parts import load_objective
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.image_transforms import apply_transform

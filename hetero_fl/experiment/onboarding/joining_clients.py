@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.algorithms.distillation import TEACHER
-from hetero_fl.algorithms.onboarding import BACKBONE, BOTH, SCRATCH, JoiningClient
+from hetero_fl.algorithms.hybrid import BACKBONE, BOTH, SCRATCH, JoiningClient
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.load import Overrides, override_list

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hetero_fl.algorithms.distillation import TEACHER
-from hetero_fl.algorithms.onboarding import BACKBONE, BOTH, SCRATCH
+from hetero_fl.algorithms.hybrid import BACKBONE, BOTH, SCRATCH
 from hetero_fl.core.metrics import SMALLER_IS_BETTER, metric_names
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison.tables import format_single

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import common_part, shareable_tensors, shared_part, shared_part_of
+from hetero_fl.algorithms.round_parts import (
+    common_part,
+    shareable_tensors,
+    shared_part,
+    shared_parts,
+)
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.population import Population
@@ -108,7 +113,7 @@ class TransferSource:
         Returns:
             The mean tensors, keyed by name, or None if no backbone tensor was shared.
         """
-        if shared_part_of(self.method).slot != "model":
+        if "model" not in shared_parts(self.method):
             return None
         # Saved models do not contain the privacy settings of the run.
         protected = protect(arch, self.config.privacy)

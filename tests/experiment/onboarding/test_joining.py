@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hetero_fl
-from hetero_fl.algorithms.onboarding import SCRATCH, JoiningClient
+from hetero_fl.algorithms.hybrid import SCRATCH, JoiningClient
 from hetero_fl.cli import main
 from hetero_fl.core.metrics import metric_names
 from hetero_fl.core.saved_model import SavedModel

@@ -16,16 +16,16 @@ from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Upload, Uploads
-from hetero_fl.algorithms.base import (
-    Algorithm,
-    Items,
-    Needs,
-    adjust_to_labels,
-    may_share,
-    register_algorithm,
-)
-from hetero_fl.algorithms.local_training import local_fit, objective_context
+from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
+from hetero_fl.algorithms.prediction import adjust_to_labels
 from hetero_fl.algorithms.prototypes import CommonFeatureWidth, require_sent_state
+from hetero_fl.algorithms.round_parts import (
+    Items,
+    add_model,
+    local_fit,
+    may_share,
+    objective_context,
+)
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import SupervisedDistillation
@@ -37,9 +37,10 @@ from model_zoo import ModelError
 
 # Slot of the server's model, whose inputs are features.
 LARGE = "large"
-# Names of the uploaded items, and the names of the corresponding columns of the server's training
-# set.
-ROWS = {"features": "x", "logits": "teacher", "labels": "y"}
+# Shapes of the uploaded items, keyed by name.
+UPLOADED = {"features": "`[n_k, d]`", "logits": "`[n_k, C]`", "labels": "`[n_k]`"}
+# Columns of the server's training set, keyed by the name of the uploaded item.
+COLUMNS = {"features": "x", "logits": "teacher", "labels": "y"}
 
 
 @register_algorithm("fedgkt")
@@ -72,17 +73,33 @@ class FedGKT(CommonFeatureWidth):
     """
 
     title = "FedGKT"
-    renamed_settings = {"server_model": "large_model"}
+    _renamed = {"server_model": "large_model"}
     evaluated_when = (
         "after local training, by the server's model on the client's features (saved models: with "
         "clients' heads)"
     )
     shared = ()
     uploads = {
-        name: ItemSpec("rows", "each", private=True, share="features", rows_of="train")
-        for name in ROWS
+        name: ItemSpec(
+            "rows",
+            "each",
+            private=True,
+            share="features",
+            rows_of="train",
+            description=f"{name} of the training rows, {shape}",
+        )
+        for name, shape in UPLOADED.items()
     }
-    downloads = {"logits": ItemSpec("rows", share="predictions")}
+    downloads = {
+        "logits": ItemSpec(
+            "rows",
+            share="predictions",
+            description="the server's logits of the client's training rows, `[n_k, C]`",
+        ),
+        LARGE: ItemSpec(
+            "params", description="parameters and buffers of the server's model, for evaluation"
+        ),
+    }
 
     temperature: PositiveFloat = Field(
         3.0, description="temperature T of the softmax, at clients and server"
@@ -144,8 +161,7 @@ class FedGKT(CommonFeatureWidth):
 
     @override
     def setup(self, server: Participant) -> None:
-        server.arch[LARGE] = self.large_model_spec(server.task.outputs)
-        server.models[LARGE] = server.arch[LARGE].initial_tensors(server.round_context.seed)
+        add_model(server, LARGE, self.large_model_spec(server.task.outputs))
 
     @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
@@ -183,7 +199,7 @@ class FedGKT(CommonFeatureWidth):
         if not sent:
             return
         table = {
-            column: torch.cat([u.payload[name] for u in sent]) for name, column in ROWS.items()
+            column: torch.cat([u.payload[name] for u in sent]) for name, column in COLUMNS.items()
         }
         if any(u.client_info.settings.logit_adjustment for u in sent):
             table["log_prior"] = torch.cat([self.log_prior_of(server, u) for u in sent])

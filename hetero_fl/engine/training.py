@@ -171,8 +171,15 @@ def try_optimizer(create: Callable[[list[nn.Parameter]], Any]) -> torch.optim.Op
     return optimizer
 
 
-def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set each learning rate to the product of the initial learning rate and a factor."""
+def anneal_learning_rates(optimizer: torch.optim.Optimizer, step: int, num_steps: int) -> None:
+    """Decrease the learning rates from their initial values to 0, following a cosine.
+
+    Args:
+        optimizer: The optimizer.
+        step: Index of the step, from 0.
+        num_steps: Number of steps.
+    """
+    factor = 0.5 * (1 + math.cos(math.pi * step / num_steps))
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("first_lr", group["lr"]) * factor
 
@@ -357,7 +364,7 @@ def run_fit(
     with keyed_generators(key, templates.device, brief=True):
         for i, (dropout_key, batch) in enumerate(batches):
             if fit.anneal:
-                scale_learning_rates(optimizer, 0.5 * (1 + math.cos(math.pi * i / len(batches))))
+                anneal_learning_rates(optimizer, i, len(batches))
             optimizer.zero_grad()
             if gradients is None:
                 if has_dropout:

@@ -7,15 +7,13 @@ participant's own slice. In this module, a step is an optimizer step of a `Fit`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.func import vmap
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
@@ -32,12 +30,12 @@ from hetero_fl.engine.templates import Templates, mixes_rows
 from hetero_fl.engine.training import (
     OptimizerSnapshot,
     TrainableTensors,
+    anneal_learning_rates,
     divergence_error,
     is_trained,
     make_optimizer,
     move_to_device,
     restore_optimizer,
-    scale_learning_rates,
     snapshot_optimizer,
     split_name,
 )
@@ -121,7 +119,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """The product x Wᵀ of one participant, or the products of all participants under vmap."""
+    """The product x Wᵀ, whose weights have a contiguous gradient under `torch.vmap`."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -132,42 +132,10 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return grad @ weight, grad.t() @ x
-
-    @staticmethod
-    def vmap(
-        info: Any, dims: tuple[int | None, int | None], x: Tensor, weight: Tensor
-    ) -> tuple[Tensor, int]:
-        # If all participants have the same weights, one matrix product is sufficient.
-        if dims[1] is None:
-            assert dims[0] is not None
-            return F.linear(x, weight), dims[0]
-        weights = weight.movedim(dims[1], 0)
-        inputs = x.expand(info.batch_size, *x.shape) if dims[0] is None else x.movedim(dims[0], 0)
-        out: Tensor = _StackedLinear.apply(inputs, weights)
-        return out, 0
-
-
-class _StackedLinear(torch.autograd.Function):
-    """The products x Wᵀ of all participants: `[K, B, in]` and `[K, out, in]` to `[K, B, out]`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.bmm(x, weight.transpose(1, 2))
-
-    @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
-        return (
-            torch.bmm(grad, weight) if needs_x else None,
-            torch.bmm(grad.transpose(1, 2), x) if needs_weight else None,
-        )
+        return grad @ weight if needs_x else None, grad.t() @ x if needs_weight else None
 
 
 class StackedBatches:
@@ -359,9 +327,12 @@ class _StackedFits:
                 n: templates.memory.stack([m[n] for m in models]).to(mine)
                 for n, mine in template.tensors.items()
             }
-        self.trained = [
-            (s, n) for s, t in self.templates.items() for n in t.parameters if is_trained(fit, s, n)
-        ]
+        self.trained = {
+            f"{s}:{n}": (s, n)
+            for s, template in self.templates.items()
+            for n in template.parameters
+            if is_trained(fit, s, n)
+        }
         # Padding would change the outputs for other rows, so only equal sizes are stacked.
         self.equal_sizes = fit.objective.needs_whole_batches or any(
             mixes_rows(first.arch[slot], slot in fit.train) for slot in self.templates
@@ -371,122 +342,93 @@ class _StackedFits:
         context, self.context_dims = stack_trees([f.context for _, f in work])
         self.context = move_to_device(templates.memory, context)
         self.drift = {
-            (s, n): templates.memory.stack([f.drift[s][n] for _, f in work]).to(self.tensors[s][n])
-            for s, n in self.trained
+            key: templates.memory.stack([f.drift[s][n] for _, f in work]).to(self.tensors[s][n])
+            for key, (s, n) in self.trained.items()
             if n in fit.drift.get(s, {})
         }
         self.totals = torch.zeros(len(work), device=self.device)
         self.kept: list[OptimizerSnapshot] = [{} for _ in work]
-        self.leaves: TrainableTensors = {}
-        # Tensors of all participants that are still training, including the leaf tensors.
+        # Tensors of the participants that are still training, and the trained ones among them.
         self.active_tensors: dict[str, dict[str, Tensor]] = {}
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.leaves: TrainableTensors = {}
+        self.optimizer: torch.optim.Optimizer
 
     def run(self) -> None:
         """Compute all steps of all fits."""
-        active = 0
         fit = self.fit
-        for step in range(self.batches.counts[0]):
+        num_steps = self.batches.counts[0]
+        active = 0
+        for step in range(num_steps):
             remaining = sum(count > step for count in self.batches.counts)
             if remaining != active:
                 self._narrow(remaining, active)
                 active = remaining
-            assert self.optimizer is not None
             if fit.anneal:
-                scale_learning_rates(
-                    self.optimizer, 0.5 * (1 + math.cos(math.pi * step / self.batches.counts[0]))
-                )
+                anneal_learning_rates(self.optimizer, step, num_steps)
             self._gradients(step, active)
             if fit.optimizer.clip_norm:
                 self._clip(fit.optimizer.clip_norm)
             self.optimizer.step()
             if self.drift:
-                moved = [self.leaves[f"{s}:{n}"].detach() for s, n in self.drift]
+                moved = [self.leaves[key].detach() for key in self.drift]
                 torch._foreach_add_(
                     moved, [d[:active] for d in self.drift.values()], alpha=-fit.optimizer.lr
                 )
-        self._keep(0, active, self.optimizer, self.leaves)
+        self._keep(0, active)
 
     def _narrow(self, active: int, before: int) -> None:
         """Restrict training to the first `active` participants, without copying tensors."""
-        old = self.optimizer
-        leaves = self.leaves
-        self.leaves = {
-            f"{s}:{n}": self.tensors[s][n][:active].detach().requires_grad_()
-            for s, n in self.trained
+        if before:
+            self._keep(active, before)
+        old = self.leaves
+        self.active_tensors = {
+            s: {n: t[:active].detach() for n, t in own.items()} for s, own in self.tensors.items()
         }
-        self.active_tensors = self._with_leaves(
-            self.leaves,
-            {s: {n: t[:active] for n, t in own.items()} for s, own in self.tensors.items()},
-        )
-        self.optimizer = make_optimizer(self.fit.optimizer, self.leaves)
-        if old is not None:
-            self._keep(active, before, old, leaves)
-            for key, leaf in leaves.items():
-                if leaf in old.state:
-                    self.optimizer.state[self.leaves[key]] = {
-                        n: v[:active] if isinstance(v, Tensor) and v.ndim else v
-                        for n, v in old.state[leaf].items()
-                    }
-        elif self.fit.keep:
+        self.leaves = {
+            key: self.active_tensors[s][n].requires_grad_() for key, (s, n) in self.trained.items()
+        }
+        optimizer = make_optimizer(self.fit.optimizer, self.leaves)
+        for key, leaf in old.items():
+            if leaf in self.optimizer.state:
+                optimizer.state[self.leaves[key]] = {
+                    n: v[:active] if isinstance(v, Tensor) and v.ndim else v
+                    for n, v in self.optimizer.state[leaf].items()
+                }
+        if self.fit.keep and not before:
             saved = [p.state.get("optimizers", {}).get(self.fit.keep, {}) for p, _ in self.work]
-            restore_optimizer(self.optimizer, self.leaves, stack_optimizer_states(saved))
+            restore_optimizer(optimizer, self.leaves, stack_optimizer_states(saved))
+        self.optimizer = optimizer
 
     def _gradients(self, step: int, active: int) -> None:
         """Set the gradients of the leaf tensors, and add the losses to the totals."""
+        for leaf in self.leaves.values():
+            leaf.grad = None
         sizes = self.batches.batch_sizes(step, active)
         if not self.equal_sizes or len(set(sizes)) == 1:
-            for leaf in self.leaves.values():
-                leaf.grad = None
             self._backward(step, slice(0, active), sizes, self.active_tensors)
             return
-        parts: list[tuple[Tensor, TrainableTensors]] = []
         for size in sorted(set(sizes)):
             who = torch.tensor([i for i, s in enumerate(sizes) if s == size], device=self.device)
-            tensors = {s: {n: t[who] for n, t in own.items()} for s, own in self.tensors.items()}
-            leaves = {f"{s}:{n}": tensors[s][n].requires_grad_() for s, n in self.trained}
+            tensors = {
+                s: {n: t.index_select(0, who) for n, t in own.items()}
+                for s, own in self.active_tensors.items()
+            }
             self._backward(step, who, [size] * len(who), tensors)
-            parts.append((who, leaves))
-            # Indexing has copied the buffers, so their new values are written back.
+            # The selection has copied the buffers, so their new values are written back.
             for s in self.fit.train:
-                for n, t in self.tensors[s].items():
-                    if n not in self.templates[s].parameters:
-                        t[who] = tensors[s][n]
-        for key, leaf in self.leaves.items():
-            leaf.grad = None
-            grads = [(who, leaves[key].grad) for who, leaves in parts]
-            if all(grad is not None for _, grad in grads):
-                leaf.grad = torch.empty_like(leaf)
-                for who, grad in grads:
-                    assert grad is not None
-                    leaf.grad[who] = grad
-
-    @staticmethod
-    def _with_leaves(
-        leaves: TrainableTensors, tensors: dict[str, dict[str, Tensor]]
-    ) -> dict[str, dict[str, Tensor]]:
-        for key, leaf in leaves.items():
-            slot, name = split_name(key)
-            tensors[slot][name] = leaf
-        return tensors
+                for n in tensors[s].keys() - self.templates[s].parameters.keys():
+                    self.tensors[s][n][who] = tensors[s][n]
 
     def _backward(
         self, step: int, who: Tensor | slice, sizes: Sequence[int], tensors: Mapping[str, Any]
     ) -> None:
         """Compute the losses of the selected participants and the gradients of leaf tensors."""
         columns, weight = self.batches.batch_at(step, who, sizes)
-        participant_idx = None
         if self.has_dropout:
             self.dropout.seed(self.batches.dropout_keys(step, who), self.fit.batch_size)
-            participant_idx = torch.arange(len(sizes), device=self.device)
+        participant_idx = torch.arange(len(sizes), device=self.device)
         context = select_participants(self.context, self.context_dims, who)
-        dims = (
-            0,
-            0,
-            None if participant_idx is None else 0,
-            self.context_dims,
-            None if weight is None else 0,
-        )
+        dims = (0, 0, 0, self.context_dims, None if weight is None else 0)
         losses = vmap(self._loss, dims, randomness="error")(
             tensors, columns, participant_idx, context, weight
         )
@@ -497,7 +439,7 @@ class _StackedFits:
         self,
         tensors: Mapping[str, Mapping[str, Tensor]],
         columns: Mapping[str, Tensor],
-        participant_idx: Tensor | None,
+        participant_idx: Tensor,
         context: Mapping[str, Any],
         weight: Tensor | None,
     ) -> Tensor:
@@ -507,10 +449,7 @@ class _StackedFits:
         )
         batch = Batch(columns)
         batch.weight = weight
-        dropout = (
-            nullcontext() if participant_idx is None else self.dropout.stacked(participant_idx)
-        )
-        with StackedOps(), dropout:
+        with StackedOps(), self.dropout.stacked(participant_idx):
             return self.fit.objective.total_loss(nets, batch, context)
 
     def _clip(self, norm: float) -> None:
@@ -521,16 +460,10 @@ class _StackedFits:
         for g in grads:
             g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
 
-    def _keep(
-        self,
-        begin: int,
-        end: int,
-        optimizer: torch.optim.Optimizer | None,
-        leaves: TrainableTensors,
-    ) -> None:
+    def _keep(self, begin: int, end: int) -> None:
         """Store the optimizer states of participants `begin` to `end - 1`, which have finished."""
-        if self.fit.keep and optimizer is not None:
-            state = snapshot_optimizer(optimizer, leaves, self.storage_device)
+        if self.fit.keep:
+            state = snapshot_optimizer(self.optimizer, self.leaves, self.storage_device)
             for i in range(begin, end):
                 self.kept[i] = {
                     k: {n: (v[i].clone() if v.ndim else v.clone()) for n, v in s.items()}
@@ -539,7 +472,7 @@ class _StackedFits:
 
     def finish(self) -> list[FitReport | DivergedError]:
         """Update the participants and return the results in the order of the work."""
-        trained = [self.tensors[s][n] for s, n in self.trained]
+        trained = [self.tensors[s][n] for s, n in self.trained.values()]
         norms = [torch.linalg.vector_norm(t.reshape(len(t), -1), dim=1) for t in trained]
         finite = torch.stack([self.totals.to(norms[0]), *norms]).isfinite().all(0).tolist()
         totals = self.totals.tolist()

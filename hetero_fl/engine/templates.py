@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -326,6 +326,13 @@ class Template:
         if self._attributes is None:
             return set()
         return self._attributes.changes() - self.arch.cached_names
+
+    def stack(self, models: Sequence[Mapping[str, Tensor]]) -> Tensors:
+        """Stack the tensors of models on the device, shape `[K, ...]` each, keyed by name."""
+        return {
+            n: self.memory.stack([m[n] for m in models]).to(mine)
+            for n, mine in self.tensors.items()
+        }
 
     def view_of(self, tensors: Mapping[str, Tensor]) -> ModelView:
         """Return a view of the module that uses other tensors, without changing the module.

@@ -7,6 +7,7 @@ participant's own slice. In this module, a step is an optimizer step of a `Fit`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -37,7 +38,6 @@ from hetero_fl.engine.training import (
     move_to_device,
     restore_optimizer,
     snapshot_optimizer,
-    split_name,
 )
 from model_zoo.generators import generator_hash, keyed_generators
 
@@ -254,28 +254,37 @@ def fit_stacked(work: FitWork, templates: Templates) -> list[FitReport | Diverge
 
     Raises:
         RuntimeError: If `torch.vmap` does not support the models or the objective. In this case,
-            the models and states of the participants are not changed, but the random streams have
-            advanced.
+            the participants are not changed.
     """
     batches = [Batches(participant, fit, templates.memory) for participant, fit in work]
     order = sorted(range(len(work)), key=lambda i: -batches[i].count)
-    stack = _StackedFits([work[i] for i in order], [batches[i] for i in order], templates)
-    with refused_draws():
-        stack.run()
-    results = dict(zip(order, stack.finish(), strict=True))
+    try:
+        stack = _StackedFits([work[i] for i in order], [batches[i] for i in order], templates)
+        with strict_vmap():
+            stack.run()
+        results = dict(zip(order, stack.finish(), strict=True))
+    except RuntimeError:
+        for participant, fit in work:
+            participant.stream_uses[fit.label] -= 1
+        raise
     return [results[i] for i in range(len(work))]
 
 
 @contextmanager
-def refused_draws() -> Iterator[None]:
-    """Raise RuntimeError if the `with` block draws from the generators of NumPy or Python.
+def strict_vmap() -> Iterator[None]:
+    """Raise RuntimeError if `torch.vmap` is slow or gives other results in the `with` block.
 
-    Such numbers would be equal for all stacked participants. Draws from the generator of PyTorch
-    raise an error under `torch.vmap`.
+    If an operation has no batching rule, `torch.vmap` loops over the participants, which is slower
+    than the serial backend. Draws from the generators of NumPy or Python would be equal for all
+    participants. Draws from the generator of PyTorch raise an error under `torch.vmap`.
     """
-    with keyed_generators(0, brief=True):
+    with warnings.catch_warnings(), keyed_generators(0, brief=True):
+        warnings.filterwarnings("error", message="There is a performance drop")
         before = generator_hash()
-        yield
+        try:
+            yield
+        except UserWarning as warning:
+            raise RuntimeError(str(warning)) from warning
         if generator_hash() != before:
             raise RuntimeError("the model or the loss draws from the generators of NumPy or Python")
 
@@ -322,11 +331,7 @@ class _StackedFits:
         self.tensors: dict[str, dict[str, Tensor]] = {}
         for slot, template in self.templates.items():
             template.module.train(slot in fit.train)
-            models = [participant.models[slot] for participant, _ in work]
-            self.tensors[slot] = {
-                n: templates.memory.stack([m[n] for m in models]).to(mine)
-                for n, mine in template.tensors.items()
-            }
+            self.tensors[slot] = template.stack([p.models[slot] for p, _ in work])
         self.trained = {
             f"{s}:{n}": (s, n)
             for s, template in self.templates.items()

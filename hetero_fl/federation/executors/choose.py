@@ -19,8 +19,7 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import runs_user_code
 from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.core.participant import ClientInfo
-from hetero_fl.engine.device_memory import CACHE_SHARE, DeviceMemory, MemoryPlan, free_bytes
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.templates import (
     FLOPS_PER_SECOND,
     describe_model,
@@ -71,7 +70,8 @@ MAX_THREADS = 4
 MIN_VECTORIZED_CLIENTS = 8
 SMALL_STEP = 2e7
 SMALL_MODEL = 1_000_000
-# Maximum number of clients processed together, to limit the use of memory.
+# Maximum number of clients processed together. Groups that do not fit into the memory of a device
+# are halved (see `VectorizedBackend`).
 MAX_CHUNK = 128
 # Minimum number of chunks into which a group of clients is divided for workers.
 MIN_CHUNKS = 8
@@ -320,12 +320,13 @@ def choose_executor(
         executor, executor_reason = _select_executor(
             load, group, device, available, threads_per_process
         )
-    chunk, chunk_reason = _choose_chunk(runtime, federation, device, executor)
+    default_chunk = MAX_CHUNK if executor == "batched" else 1
+    chunk = 1 if executor == "serial" else runtime.chunk or default_chunk
     together = min(chunk, _largest_group(federation, load.cohort)) if executor == "batched" else 1
     threads, server_threads, thread_reason = _choose_threads(
         runtime, load, together, executor, available
     )
-    reasons = [f"{executor} executor: {executor_reason}", thread_reason, *chunk_reason]
+    reasons = [f"{executor} executor: {executor_reason}", thread_reason]
     workers = 1
     if executor not in IN_PROCESS:
         workers, worker_reason = worker_count(
@@ -371,21 +372,6 @@ def _measure_if_undecided(
     is_large = load.step >= LARGE_STEP
     threads = threads_per_process or (min(MAX_THREADS, available) if is_large else 1)
     return load.measure(federation, threads)
-
-
-def _choose_chunk(
-    config: RuntimeConfig, federation: FederationSpec, device: torch.device, executor: str
-) -> tuple[int, list[str]]:
-    """Return the number of clients processed together, and a list of reasons for the number.
-
-    The list is empty unless the number is determined from the memory of the device.
-    """
-    if executor == "serial":
-        return 1, []
-    if executor == "batched" and config.chunk is None and device.type == "cuda":
-        chunk, reason = _chunk_for_device(federation, device)
-        return chunk, [reason]
-    return config.chunk or (MAX_CHUNK if executor == "batched" else 1), []
 
 
 def _select_executor(
@@ -482,25 +468,6 @@ def _num_worth_vectorizing(federation: FederationSpec, cohort: int, device: torc
     members = max(groups.values(), default=0) * (cohort / population)
     fewest = MIN_VECTORIZED_CLIENTS if device.type == "cpu" else 2
     return int(members) if members >= fewest and 2 * groups.total() > population else 0
-
-
-def plan_memory(client_info: ClientInfo) -> MemoryPlan:
-    """Estimate the memory that the local training of a client needs."""
-    settings = client_info.settings
-    return MemoryPlan.estimate(client_info.models, settings.optimizer, settings.batch_size)
-
-
-def _chunk_for_device(federation: FederationSpec, device: torch.device) -> tuple[int, str]:
-    """Return the number of clients that are processed together on a device, and the reason."""
-    client_infos = federation.client_infos
-    largest = max(plan_memory(client_infos[p.first]).total for p in client_infos.profiles)
-    # The rest of the device's memory is used for cached copies of tensors.
-    free = (1 - CACHE_SHARE) * free_bytes(device)
-    chunk = min(MAX_CHUNK, max(1, int(free // largest)))
-    return chunk, (
-        f"{pluralize(chunk, 'client')} at a time: a client needs up to {largest / 1e6:,.0f} MB "
-        f"of the {free / 1e6:,.0f} MB available on {device}"
-    )
 
 
 def _largest_group(federation: FederationSpec, cohort: int) -> int:

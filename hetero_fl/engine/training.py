@@ -44,9 +44,7 @@ def is_trained(fit: Fit, slot: str, name: str) -> bool:
         slot: Slot of the model.
         name: Name of the parameter.
     """
-    if slot not in fit.train:
-        return False
-    part = fit.train[slot]
+    part = fit.train.get(slot, ())
     return part is None or name.startswith(part)
 
 
@@ -364,7 +362,7 @@ def run_fit(
     with keyed_generators(key, templates.device, brief=True):
         for i, (dropout_key, batch) in enumerate(batches):
             if fit.anneal:
-                anneal_learning_rates(optimizer, i, len(batches))
+                anneal_learning_rates(optimizer, i, batches.count)
             optimizer.zero_grad()
             if gradients is None:
                 if has_dropout:
@@ -381,7 +379,7 @@ def run_fit(
                     [p.data for p, _ in drift], [d for _, d in drift], alpha=-fit.optimizer.lr
                 )
             total += loss.detach()
-    mean_loss = _finite_mean_loss(fit, total, parameters, len(batches))
+    mean_loss = _finite_mean_loss(fit, total, parameters, batches.count)
     # The participant is changed last, because a fit that runs out of memory is repeated.
     snapshot = None
     if fit.keep:
@@ -395,7 +393,7 @@ def run_fit(
     participant.models.update(trained)
     if snapshot is not None:
         participant.state.setdefault("optimizers", {})[fit.keep] = snapshot
-    return FitReport(len(batches), batches.examples, mean_loss)
+    return FitReport(batches.count, batches.examples, mean_loss)
 
 
 def _trained_drift(fit: Fit, trainable: TrainableTensors) -> list[tuple[Tensor, Tensor]]:

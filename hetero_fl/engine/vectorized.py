@@ -214,7 +214,10 @@ class VectorizedBackend:
                 f"cannot be vectorized over clients, running them one after the other: {reason}"
             )
         names = " + ".join(arch.name for arch in architectures(participant, step))
-        self._log_once(f"{names}: {problem}")
+        line = f"{names}: {problem}"
+        if line not in self._logged:
+            self._logged.add(line)
+            self.log(line)
         return self._run_equal(work)
 
     def _max_group_size(self, participant: Participant, step: Step) -> int:
@@ -224,11 +227,6 @@ class VectorizedBackend:
         archs = architectures(participant, step)
         largest = max(t.nbytes for arch in archs for t in self.templates(arch).tensors.values())
         return max(2, MAX_STACK_BYTES // max(1, largest))
-
-    def _log_once(self, line: str) -> None:
-        if line not in self._logged:
-            self._logged.add(line)
-            self.log(line)
 
 
 def _check_stacking(participant: Participant, step: Step, memory: DeviceMemory) -> None:
@@ -244,8 +242,7 @@ def _check_stacking(participant: Participant, step: Step, memory: DeviceMemory) 
     if isinstance(step, Fit):
         is_own = is_own or step.objective.is_user_defined
         run = fit_stacked
-        optimizer = OptimizerConfig(name="sgd", lr=TRIAL_RATE)
-        step = replace(step, steps=1, optimizer=optimizer, keep=None)
+        step = replace(step, steps=1, optimizer=OptimizerConfig(name="sgd", lr=TRIAL_RATE))
     if not is_own:
         return
     serial = SerialBackend(memory)
@@ -258,9 +255,7 @@ def _check_stacking(participant: Participant, step: Step, memory: DeviceMemory) 
             }
             for slot in model_slots(step)
         }
-        trials = [
-            replace(participant, models=dict(models), state={}, stream_uses={}) for _ in range(3)
-        ]
+        trials = [replace(participant, models=dict(models), stream_uses={}) for _ in range(3)]
         stacked = run([(trial, step) for trial in trials[:2]], serial.templates)[0]
         alone = serial.run([(trials[2], step)])[0]
     if isinstance(step, Fit):
@@ -284,8 +279,10 @@ def vectorization_key(participant: Participant, step: Step) -> Any:
 
     Steps that must be computed alone have unique keys.
     """
-    columns = {} if isinstance(step.data, SampledBatches) else step.data.columns(participant)
-    if isinstance(step, Recalibrate) or _runs_alone(participant, step, columns):
+    if isinstance(step, Recalibrate) or isinstance(step.data, SampledBatches):
+        return object()
+    columns = step.data.columns(participant)
+    if _runs_alone(participant, step, columns):
         return object()
     structure = _tree_structure({name: column[:0] for name, column in columns.items()})
     support_key = _vmap_support_key(participant, step)
@@ -293,11 +290,7 @@ def vectorization_key(participant: Participant, step: Step) -> Any:
         return support_key, step.batch_size, getattr(step, "at_least", None), structure
     settings = {name: v for name, v in vars(step).items() if name not in UNCOMPARED}
     extra_batches = tuple((name, draws.size) for name, draws in step.extra_batches.items())
-    # Annealed learning rates depend on the number of steps.
-    num_rows = [len(column) for column in columns.values()] if step.anneal else []
-    kept = participant.state.get("optimizers", {}).get(step.keep, {})
-    counters = tuple((name, *state, float(state.get("step", 0))) for name, state in kept.items())
-    key = (support_key, _tree_structure(settings), structure, extra_batches, *num_rows, counters)
+    key = (support_key, _tree_structure(settings), structure, extra_batches)
     try:
         hash(key)
     except TypeError:
@@ -313,7 +306,7 @@ def _runs_alone(participant: Participant, step: Fit | OutputStep, columns: Colum
         return True
     if isinstance(step, Fit):
         # A user's optimizer may combine the elements of a tensor, for example in a norm.
-        return step.optimizer.is_custom
+        return step.optimizer.is_custom or step.anneal or step.keep is not None
     # The results of stacked models differ in the last bits, and must not depend on cache hits.
     # Without rows there is no output to compute together, and padding must not change outputs.
     is_mixed = mixes_rows(step_model_spec(participant, step), training=False)

@@ -23,21 +23,17 @@ from typing_extensions import override
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import Batch, ModelViews
 from hetero_fl.core.participant import Participant
-from hetero_fl.core.plan import Fit, FitReport, SampledBatches
+from hetero_fl.core.plan import Fit, FitReport
 from hetero_fl.core.stored_rows import require_tensor
 from hetero_fl.engine.batches import Batches
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.engine.templates import Templates, mixes_rows
 from hetero_fl.engine.training import (
-    OptimizerSnapshot,
     TrainableTensors,
-    anneal_learning_rates,
     divergence_error,
     is_trained,
     make_optimizer,
     move_to_device,
-    restore_optimizer,
-    snapshot_optimizer,
 )
 from model_zoo.generators import generator_hash, keyed_generators
 
@@ -69,17 +65,6 @@ def select_participants(tree: Any, dims: Any, who: Tensor | slice) -> Any:
     if isinstance(tree, Mapping):
         return {k: select_participants(v, dims[k], who) for k, v in tree.items()}
     return tree if dims is None else tree[who]
-
-
-def stack_optimizer_states(saved: Sequence[OptimizerSnapshot]) -> OptimizerSnapshot:
-    """Stack the states of optimizers, which must have equal step counters."""
-    return {
-        key: {
-            n: v if n == "step" else torch.stack([s[key][n] for s in saved])
-            for n, v in state.items()
-        }
-        for key, state in saved[0].items()
-    }
 
 
 # Minimum number of weights for which a linear layer uses `_Linear`.
@@ -153,8 +138,6 @@ class StackedBatches:
         self.fit = runs[0].fit
         device = runs[0].device
         self.counts = [run.count for run in runs]
-        if isinstance(self.fit.data, SampledBatches):
-            return
         lengths = torch.tensor([len(b) for run in runs for b in run.indices])
         # Shape [steps of all participants, largest batch].
         table = pad_sequence([b for run in runs for b in run.indices], batch_first=True)
@@ -179,8 +162,6 @@ class StackedBatches:
 
     def batch_sizes(self, step: int, active: int) -> list[int]:
         """Return the batch sizes of the first `active` participants in a step."""
-        if isinstance(self.fit.data, SampledBatches):
-            return [self.fit.data.size] * active
         return [sizes[step] for sizes in self._sizes[:active]]
 
     def members(self, who: Tensor | slice) -> Sequence[int]:
@@ -207,19 +188,16 @@ class StackedBatches:
         """
         members = self.members(who)
         weight = None
-        if isinstance(self.fit.data, SampledBatches):
-            columns = _stack([self.runs[i].sampled_batch(step) for i in members])
-        else:
-            table_rows = self._starts[who] + step
-            longest = max(sizes)
-            rows = self._table[table_rows, :longest]
-            offset_rows = rows + self._offsets[who, None]
-            columns = {
-                name: all_rows[rows if shared else offset_rows]
-                for name, (all_rows, shared) in self._columns.items()
-            }
-            if min(sizes) < longest:
-                weight = self._weights[table_rows, :longest]
+        table_rows = self._starts[who] + step
+        longest = max(sizes)
+        rows = self._table[table_rows, :longest]
+        offset_rows = rows + self._offsets[who, None]
+        columns = {
+            name: all_rows[rows if shared else offset_rows]
+            for name, (all_rows, shared) in self._columns.items()
+        }
+        if min(sizes) < longest:
+            weight = self._weights[table_rows, :longest]
         if self.fit.augment is not None:
             for j, (i, size) in enumerate(zip(members, sizes, strict=True)):
                 columns["x"][j, :size] = self.runs[i].augment_batch(columns["x"][j, :size], step)
@@ -352,7 +330,6 @@ class _StackedFits:
             if n in fit.drift.get(s, {})
         }
         self.totals = torch.zeros(len(work), device=self.device)
-        self.kept: list[OptimizerSnapshot] = [{} for _ in work]
         # Tensors of the participants that are still training, and the trained ones among them.
         self.active_tensors: dict[str, dict[str, Tensor]] = {}
         self.leaves: TrainableTensors = {}
@@ -361,15 +338,12 @@ class _StackedFits:
     def run(self) -> None:
         """Compute all steps of all fits."""
         fit = self.fit
-        num_steps = self.batches.counts[0]
         active = 0
-        for step in range(num_steps):
+        for step in range(self.batches.counts[0]):
             remaining = sum(count > step for count in self.batches.counts)
             if remaining != active:
-                self._narrow(remaining, active)
+                self._narrow(remaining)
                 active = remaining
-            if fit.anneal:
-                anneal_learning_rates(self.optimizer, step, num_steps)
             self._gradients(step, active)
             if fit.optimizer.clip_norm:
                 self._clip(fit.optimizer.clip_norm)
@@ -379,12 +353,9 @@ class _StackedFits:
                 torch._foreach_add_(
                     moved, [d[:active] for d in self.drift.values()], alpha=-fit.optimizer.lr
                 )
-        self._keep(0, active)
 
-    def _narrow(self, active: int, before: int) -> None:
+    def _narrow(self, active: int) -> None:
         """Restrict training to the first `active` participants, without copying tensors."""
-        if before:
-            self._keep(active, before)
         old = self.leaves
         self.active_tensors = {
             s: {n: t[:active].detach() for n, t in own.items()} for s, own in self.tensors.items()
@@ -399,9 +370,6 @@ class _StackedFits:
                     n: v[:active] if isinstance(v, Tensor) and v.ndim else v
                     for n, v in self.optimizer.state[leaf].items()
                 }
-        if self.fit.keep and not before:
-            saved = [p.state.get("optimizers", {}).get(self.fit.keep, {}) for p, _ in self.work]
-            restore_optimizer(optimizer, self.leaves, stack_optimizer_states(saved))
         self.optimizer = optimizer
 
     def _gradients(self, step: int, active: int) -> None:
@@ -465,16 +433,6 @@ class _StackedFits:
         for g in grads:
             g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
 
-    def _keep(self, begin: int, end: int) -> None:
-        """Store the optimizer states of participants `begin` to `end - 1`, which have finished."""
-        if self.fit.keep:
-            state = snapshot_optimizer(self.optimizer, self.leaves, self.storage_device)
-            for i in range(begin, end):
-                self.kept[i] = {
-                    k: {n: (v[i].clone() if v.ndim else v.clone()) for n, v in s.items()}
-                    for k, s in state.items()
-                }
-
     def finish(self) -> list[FitReport | DivergedError]:
         """Update the participants and return the results in the order of the work."""
         trained = [self.tensors[s][n] for s, n in self.trained.values()]
@@ -500,7 +458,5 @@ class _StackedFits:
                 results.append(divergence_error(fit, totals[i] / steps))
                 continue
             participant.models.update(models[i])
-            if fit.keep:
-                participant.state.setdefault("optimizers", {})[fit.keep] = self.kept[i]
             results.append(FitReport(steps, self.batches.runs[i].examples, totals[i] / steps))
         return results

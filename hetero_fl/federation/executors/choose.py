@@ -7,6 +7,7 @@ resumed run uses the choice of the original run. See docs/explanation/limits.md.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,13 +20,12 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import runs_user_code
 from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.engine.device_memory import DeviceMemory
+from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.templates import (
-    FLOPS_PER_SECOND,
+    Templates,
     describe_model,
     example_flops,
     is_recurrent,
-    measure_step,
     training_flops,
 )
 from hetero_fl.engine.vectorized import make_backend
@@ -47,8 +47,16 @@ from hetero_fl.utils.environment import (
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.extras import check_extra
 from hetero_fl.utils.text import pluralize
+from model_zoo.generators import keyed_generators
+from model_zoo.shapes import make_shape
 
 LAUNCH = "torchrun --nproc-per-node 3 scripts/train.py --config FILE runtime.executor=torchrun"
+# Assumed floating-point operations per second of one core, to convert estimates to seconds.
+FLOPS_PER_SECOND = 2e10
+# Seconds after which no further step is timed.
+MEASURED_SECONDS = 0.1
+# If the first step takes at least this number of seconds, no second step is timed.
+SLOW_STEP = 0.5
 # Approximate seconds until worker processes have started.
 START_SECONDS = 4.5
 # Estimates from the number of operations are wrong by up to this factor, in either direction.
@@ -282,6 +290,43 @@ class RunLoad:
             model_bytes=self.model_bytes / factor,
             thread_speedup=measured / with_threads,
         )
+
+
+def measure_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
+    """Measure the duration of a training step on the CPU.
+
+    A step consists of a forward pass, a backward pass and an SGD update on examples of zeros.
+
+    Args:
+        arch: The architecture.
+        batch_size: Number of examples per step.
+        threads: Number of CPU threads.
+
+    Returns:
+        Duration in seconds. This is the minimum over several steps except the first step. For a
+        slow model, only the first step is measured.
+    """
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    templates = Templates(DeviceMemory(CPU))
+    template = templates(arch)
+    template.set_mode(training=True)
+    _, channels, size, _ = arch.size_arguments
+    x = make_shape(channels, size, arch.vocabulary).zeros(batch_size)
+    optimizer = torch.optim.SGD(template.module.parameters(), lr=0.0, fused=True)
+    seconds: list[float] = []
+    try:
+        with keyed_generators(0):
+            while sum(seconds) < MEASURED_SECONDS or (len(seconds) == 1 and seconds[0] < SLOW_STEP):
+                started = time.perf_counter()
+                templates.dropout.seed([len(seconds)], batch_size)
+                optimizer.zero_grad()
+                template.module(x).logits.sum().backward()
+                optimizer.step()
+                seconds.append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads_before)
+    return min(seconds[1:] or seconds)
 
 
 def choose_executor(

@@ -194,7 +194,7 @@ class SerialBackend:
                     results += self.run(pairs)
             elif isinstance(step, Recalibrate):
                 results.append(self._recalibrate(participant, step))
-            elif is_cached(step):
+            elif isinstance(step, Predict) and is_cached(step):
                 results.append(self._predict_public(participant, step))
             else:
                 results += self._outputs(participant, [step for _, step in pairs])

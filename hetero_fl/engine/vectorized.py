@@ -313,10 +313,10 @@ def _runs_alone(participant: Participant, step: Fit | OutputStep, columns: Colum
     return is_cached(step) or is_mixed or not len(columns["x"])
 
 
-def _vmap_support_key(participant: Participant, step: Fit | OutputStep) -> Any:
+def _vmap_support_key(participant: Participant, step: Step) -> Any:
     """Return a key such that vmap supports either all steps with this key or none."""
     if not isinstance(step, Fit):
-        return type(step), step_model_spec(participant, step), step.readout
+        return type(step), step_model_spec(participant, step), getattr(step, "readout", None)
     archs = tuple((s, participant.arch[s]) for s in (*step.train, *step.frozen))
     return Fit, archs, tuple(step.train.items()), step.objective, tuple(step.extra_batches)
 

@@ -41,10 +41,11 @@ def index_batches(n: int, fit: Fit, stream: tuple[Key, ...]) -> list[Tensor]:
     """
     if fit.steps is None:
         sizes = _batch_sizes(n, fit)
-        orders = [
-            torch.randperm(n, generator=keyed_generator(*stream, e)) for e in range(fit.epochs)
-        ]
-        return [rows for order in orders for rows in order.split(sizes)]
+        batches: list[Tensor] = []
+        for epoch in range(fit.epochs):
+            order = torch.randperm(n, generator=keyed_generator(*stream, epoch))
+            batches += order.split(sizes)
+        return batches
     size = min(fit.batch_size, n)
     total = step_count(n, fit) * size
     epochs = -(-total // n)

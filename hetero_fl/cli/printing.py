@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 
 from rich.console import Console
 from rich.markdown import Markdown
@@ -22,11 +21,9 @@ from hetero_fl.algorithms.requirements import (
 from hetero_fl.config import Config, dump, expand_population
 from hetero_fl.config.describe import describe_key, describe_values, format_default
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.engine.device_memory import MemoryPlan
 from hetero_fl.experiment import PreparedRun
 from hetero_fl.federation.cost import expected_cost, upload_contents
-from hetero_fl.federation.executors.choose import choose_executor, plan_memory
-from hetero_fl.federation.federation import NUM_REPRESENTATIVE
+from hetero_fl.federation.executors.choose import choose_executor
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
 from hetero_fl.reporting.comparison.result import Comparison
 from hetero_fl.reporting.formatting import format_bytes
@@ -35,10 +32,7 @@ from hetero_fl.reporting.terminal import Terminal
 from hetero_fl.utils.errors import echo
 from hetero_fl.utils.ordering import ClientIds
 from hetero_fl.utils.serialization import num_tensor_bytes
-from hetero_fl.utils.text import format_list, pluralize
-
-# Numbers of clients trained together, for which the required memory is printed.
-CLIENTS_TOGETHER = (1, 8, 32)
+from hetero_fl.utils.text import format_list
 
 # Of more than MAX_LISTED clients, the first and the last NUM_EDGE are listed.
 MAX_LISTED = 20
@@ -95,7 +89,6 @@ def print_check(prepared: PreparedRun) -> None:
     console = Terminal()
     console.print(table)
     console.print(_upload_table(prepared))
-    console.print(_memory_table(prepared))
     is_upper_bound = config.evaluation.patience or cost.is_upper_bound
     server = federation.server()
     prepared.method.setup(server)
@@ -139,31 +132,6 @@ def _list_clients(
         table.add_row(f"… {others:,} more")
     for i in range(tail, count):
         table.add_row(client_ids[i], *describe(client_ids[i]))
-
-
-def _memory_table(prepared: PreparedRun) -> Table:
-    """Create a table of the memory that is required to train several clients together."""
-    table = Table(
-        "model",
-        "weights",
-        "gradients,\noptimizer",
-        "forward\npass",
-        *(pluralize(n, "client").replace(" ", "\n") for n in CLIENTS_TOGETHER),
-        title="approximate memory by number of clients trained together",
-    )
-    client_infos = prepared.federation.client_infos
-    rows: dict[str, MemoryPlan] = {}
-    for profile in client_infos.profiles:
-        client_info = client_infos[profile.first]
-        names = " + ".join(arch.display_name for arch in client_info.models.values())
-        plan = plan_memory(client_info)
-        if names not in rows or rows[names].total < plan.total:
-            rows[names] = plan
-    for names, plan in islice(rows.items(), NUM_REPRESENTATIVE):
-        parts = [plan.weights, plan.gradients + plan.optimizer, plan.activations]
-        sums = [n * plan.total for n in CLIENTS_TOGETHER]
-        table.add_row(names, *map(format_bytes, [*parts, *sums]))
-    return table
 
 
 def _upload_table(prepared: PreparedRun) -> Table:

@@ -39,21 +39,20 @@ def index_batches(n: int, fit: Fit, stream: tuple[Key, ...]) -> list[Tensor]:
         fit: The fit, which specifies the batch size and the number of epochs or steps.
         stream: Stream of the random permutations.
     """
-    size = min(fit.batch_size, n)
     if fit.steps is None:
+        sizes = _batch_sizes(n, fit)
         batches: list[Tensor] = []
         for epoch in range(fit.epochs):
-            cut = list(torch.randperm(n, generator=keyed_generator(*stream, epoch)).split(size))
-            if len(cut) > 1 and len(cut[-1]) == 1:
-                cut[-2:] = [torch.cat(cut[-2:])]
-            batches += cut
+            order = torch.randperm(n, generator=keyed_generator(*stream, epoch))
+            batches += order.split(sizes)
         return batches
-    total = max(1, fit.steps)
-    epochs = -(-total * size // n)
+    size = min(fit.batch_size, n)
+    total = step_count(n, fit) * size
+    epochs = -(-total // n)
     order = torch.cat(
         [torch.randperm(n, generator=keyed_generator(*stream, e)) for e in range(epochs)]
     )
-    return list(order[: total * size].split(size))
+    return list(order[:total].split(size))
 
 
 def step_count(n: int, fit: Fit) -> int:
@@ -63,13 +62,18 @@ def step_count(n: int, fit: Fit) -> int:
         n: Number of rows.
         fit: The fit, which specifies the batch size and the number of epochs or steps.
     """
-    if fit.steps is not None:
-        return max(1, fit.steps)
+    return fit.epochs * len(_batch_sizes(n, fit)) if fit.steps is None else max(1, fit.steps)
+
+
+def _batch_sizes(n: int, fit: Fit) -> list[int]:
+    """Return the sizes of the batches of an epoch."""
     size = min(fit.batch_size, n)
-    each = -(-n // size)
-    if each > 1 and n - (each - 1) * size == 1:
-        each -= 1
-    return fit.epochs * each
+    sizes = [size] * (n // size)
+    if n % size:
+        sizes.append(n % size)
+    if len(sizes) > 1 and sizes[-1] == 1:
+        sizes[-2:] = [size + 1]
+    return sizes
 
 
 class Batches:
@@ -92,6 +96,7 @@ class Batches:
 
     def __init__(self, participant: Participant, fit: Fit, memory: DeviceMemory) -> None:
         self.stream = participant.stream(fit.label, fit.stream_id)
+        self._dropout_key = stream_key(*self.stream, "dropout")
         self.fit = fit
         self.memory = memory
         self.device = memory.device
@@ -121,44 +126,28 @@ class Batches:
         lengths = [len(rows) for rows in self.indices]
         return torch.cat(self.indices).to(self.device).split(lengths)
 
-    @cached_property
-    def dropout_key(self) -> int:
-        """The dropout key of the first step."""
-        return stream_key(*self.stream, "dropout")
-
-    def __len__(self) -> int:
-        return self.count
-
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         for step, columns in enumerate(self._main_batches()):
-            yield self.dropout_key_at(step), self._complete(columns, step)
+            batch = Batch(columns)
+            if self.fit.augment is not None:
+                batch["x"] = self.augment_batch(batch["x"], step)
+            batch.update(self.extra_batch(step))
+            yield self.dropout_key_at(step), batch
 
     def dropout_key_at(self, step: int) -> int:
         """Return the dropout key of a step."""
-        return (self.dropout_key + step * GOLDEN) & MASK
+        return (self._dropout_key + step * GOLDEN) & MASK
 
     def _main_batches(self) -> Iterator[Tensors]:
         """Yield the batch of each step, without augmentation and extra batches."""
         if isinstance(self.fit.data, SampledBatches):
-            yield from map(self.sampled_batch, range(self.count))
+            for step in range(self.count):
+                drawn = self.fit.data.draw(keyed_generator(*self.stream, step), self.fit.data.size)
+                yield {n: t.to(self.device) for n, t in drawn.items()}
             return
         readers = [read_batches(column, self.device_indices) for column in self.columns.values()]
         for tensors in zip(*readers, strict=True):
             yield {n: t.to(self.device) for n, t in zip(self.columns, tensors, strict=True)}
-
-    def _complete(self, columns: Tensors, step: int) -> Batch:
-        """Augment the batch of a step, and add the extra batches."""
-        batch = Batch(columns)
-        if self.fit.augment is not None:
-            batch["x"] = self.augment_batch(batch["x"], step)
-        batch.update(self.extra_batch(step))
-        return batch
-
-    def sampled_batch(self, step: int) -> Tensors:
-        """Draw the batch of a step from the data of the fit, which must be a `SampledBatches`."""
-        assert isinstance(self.fit.data, SampledBatches)
-        columns = self.fit.data.draw(keyed_generator(*self.stream, step), self.fit.data.size)
-        return {n: t.to(self.device) for n, t in columns.items()}
 
     def augment_batch(self, x: Tensor, step: int) -> Tensor:
         """Augment the images of a step at random.

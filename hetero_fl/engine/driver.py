@@ -174,8 +174,10 @@ def run_plans(
             for i, step in work:
                 if isinstance(step, Fit):
                     watch(plans[i][0].participant_id, step.label)
+        with _raised_in_plans([plans[i][1] for i in requests]):
+            computed = backend.run([(plans[i][0], step) for i, step in work])
         results: dict[int, list[Any]] = {i: [] for i in requests}
-        for (i, step), result in zip(work, _compute(plans, work, backend), strict=True):
+        for (i, step), result in zip(work, computed, strict=True):
             results[i].append(result)
             if isinstance(result, DivergedError):
                 outcomes[i].failure = result
@@ -205,17 +207,14 @@ def _advance_plans(
     return requests
 
 
-def _compute(
-    plans: Sequence[tuple[Participant, Plan[Any]]],
-    work: Sequence[tuple[int, Step]],
-    backend: Backend,
-) -> list[Any]:
+@contextmanager
+def _raised_in_plans(plans: Sequence[Plan[Any]]) -> Iterator[None]:
+    """Raise errors where the first plan has yielded, so that the traceback shows the plan."""
     try:
-        return backend.run([(plans[i][0], step) for i, step in work])
+        yield
     except Exception as error:
-        # Raise the error where the first step was yielded, so that the traceback shows the plan.
         with suppress(StopIteration):
-            plans[work[0][0]][1].throw(error)
+            plans[0].throw(error)
         raise
 
 

@@ -9,8 +9,9 @@ hits.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,14 +22,11 @@ from torch import Tensor
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import (
-    ClassSums,
     Fit,
-    FitReport,
     Predict,
     Recalibrate,
     Rows,
     Step,
-    TensorRows,
     forward_batch_size,
 )
 from hetero_fl.core.stored_rows import Column, split_rows, targets
@@ -83,6 +81,19 @@ def class_sums(values: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Ten
     return sums, torch.bincount(y, minlength=num_classes).to(values.dtype)
 
 
+def step_result(participant: Participant, step: OutputStep, outputs: Tensor) -> Any:
+    """Return the result of a step.
+
+    Args:
+        participant: The participant.
+        step: The step.
+        outputs: Selected outputs of the model for all rows, shape `[N, ...]`.
+    """
+    if isinstance(step, Predict):
+        return outputs
+    return class_sums(outputs, targets(step.data.columns(participant)), participant.task.outputs)
+
+
 def prediction_generators(
     participant: Participant, step: OutputStep | Recalibrate, templates: Templates
 ) -> AbstractContextManager[None]:
@@ -96,9 +107,7 @@ def prediction_generators(
 
 
 # Maximum number of cached predictions. Each entry keeps the tensors of the model in memory.
-CACHED_PREDICTIONS = 16
-# Maximum number of cached predictions of received models, which participants keep in memory anyway.
-CACHED_RECEIVED = 128
+CACHED_PREDICTIONS = 128
 
 
 class CachedOutputs:
@@ -114,10 +123,13 @@ class CachedOutputs:
     """
 
     def __init__(self, x: Column, tensors: Mapping[str, Tensor], outputs: Tensor) -> None:
-        self._x = weakref.ref(x)
         self.outputs = outputs
-        self._version = outputs._version
-        self._tensors = {n: (t, t._version) for n, t in tensors.items()}
+        self._x = weakref.ref(x)
+        self._tensors = dict(tensors)
+        self._versions = self._read_versions()
+
+    def _read_versions(self) -> list[int]:
+        return [t._version for t in (self.outputs, *self._tensors.values())]
 
     def matches(self, x: Column, tensors: Mapping[str, Tensor]) -> bool:
         """Return whether the outputs were computed from these rows and an equal model.
@@ -126,41 +138,19 @@ class CachedOutputs:
             x: Inputs, shape `[N, ...]`, which are compared by identity.
             tensors: The model's tensors, keyed by name, which are compared by value.
         """
-        if self._x() is not x or self.outputs._version != self._version:
-            return False
-        if any(t._version != version for t, version in self._tensors.values()):
-            return False
-        if self._tensors.keys() != tensors.keys():
-            return False
-        return all(_are_equal(self._tensors[n][0], tensor) for n, tensor in tensors.items())
+        is_same = self._x() is x and self._tensors.keys() == tensors.keys()
+        # `is_set_to` does not read the values.
+        return (is_same and self._versions == self._read_versions()) and all(
+            mine.is_set_to(tensors[n]) or torch.equal(mine, tensors[n])
+            for n, mine in self._tensors.items()
+        )
 
 
-def _are_equal(one: Tensor, other: Tensor) -> bool:
-    # `is_set_to` does not read the values.
-    return one.is_set_to(other) or torch.equal(one, other)
-
-
-def prediction_key(participant: Participant, step: Step) -> Any:
-    """Return the cache key of a prediction on a whole public data set, or None for other steps.
-
-    The key contains neither the values of the rows nor the tensors of the model.
-    """
+def is_cached(step: Step) -> bool:
+    """Return whether the result of a step is cached: a prediction on a whole public data set."""
     if not isinstance(step, Predict) or not isinstance(step.data, Rows):
-        return None
-    rows = step.data
-    if rows.name not in PUBLIC or rows.rows is not None:
-        return None
-    shape = tuple(participant.data(rows.name, rows.preprocess)["x"].shape)
-    # The slot distinguishes the members of a received ensemble.
-    received_slot = None if step.tensors is None else step.slot
-    return (
-        step_model_spec(participant, step),
-        rows.name,
-        shape,
-        step.readout,
-        step.batch_size,
-        received_slot,
-    )
+        return False
+    return step.data.name in PUBLIC and step.data.rows is None
 
 
 class SerialBackend:
@@ -174,7 +164,6 @@ class SerialBackend:
     def __init__(self, memory: DeviceMemory, precision: str = "float32") -> None:
         self.templates = Templates(memory, precision)
         self._predictions: FIFOCache[Any, CachedOutputs] = FIFOCache(CACHED_PREDICTIONS)
-        self._received: FIFOCache[Any, CachedOutputs] = FIFOCache(CACHED_RECEIVED)
 
     def run(self, work: Work) -> list[Any]:
         """Compute steps and return their results in order.
@@ -186,64 +175,51 @@ class SerialBackend:
             The result of each step. The result of a fit that diverges is a `DivergedError`.
         """
         results: list[Any] = []
-        while len(results) < len(work):
-            begin = len(results)
-            participant, step = work[begin]
+        # Consecutive steps with the same model and rows share one forward pass.
+        for _, group in groupby(work, lambda pair: _forward_pass_key(*pair)):
+            pairs = list(group)
+            participant, step = pairs[0]
             if isinstance(step, Fit):
+                use = participant.stream_uses.get(step.label, -1)
                 try:
-                    results.append(self._fit(participant, step))
+                    results.append(run_fit(participant, step, self.templates))
                 except DivergedError as failure:
                     results.append(failure)
+                except torch.OutOfMemoryError:
+                    # Repeat the fit without cached copies.
+                    if not self.templates.memory.has_copies:
+                        raise
+                    self.templates.memory.disable_cache()
+                    participant.stream_uses[step.label] = use
+                    results += self.run(pairs)
             elif isinstance(step, Recalibrate):
-                results.append(self.recalibrate(participant, step))
-            elif (key := prediction_key(participant, step)) is not None:
-                assert isinstance(step, Predict)
-                results.append(self.predict_public(key, participant, step))
+                results.append(self._recalibrate(participant, step))
+            elif isinstance(step, Predict) and is_cached(step):
+                results.append(self._predict_public(participant, step))
             else:
-                # Consecutive steps with the same model and rows share one forward pass.
-                end = begin + 1
-                while end < len(work) and share_forward_pass(work[begin], work[end]):
-                    end += 1
-                results += self._output_results(work[begin:end])
+                results += self._outputs(participant, [step for _, step in pairs])
         return results
 
-    def _fit(self, participant: Participant, fit: Fit) -> FitReport:
-        """Run a fit, and repeat it without cached copies if the device runs out of memory."""
-        uses = dict(participant.stream_uses)
-        try:
-            return run_fit(participant, fit, self.templates)
-        except torch.OutOfMemoryError:
-            if not self.templates.memory.has_copies:
-                raise
-        self.templates.memory.disable_cache()
-        participant.stream_uses.clear()
-        participant.stream_uses.update(uses)
-        return run_fit(participant, fit, self.templates)
-
-    def predict_public(self, key: Any, participant: Participant, step: Predict) -> Tensor:
-        """Return the cached result of a prediction on public rows, or compute and cache the result.
+    def _predict_public(self, participant: Participant, step: Predict) -> Tensor:
+        """Return the outputs on public rows, which are computed unless they are in the cache.
 
         Several participants may receive the same tensor, which must not be modified in place.
-
-        Args:
-            key: The return value of `prediction_key`.
-            participant: The participant whose model predicts.
-            step: The step.
-
-        Returns:
-            Outputs of the model, shape `[N, ...]`.
         """
+        assert isinstance(step.data, Rows)
         x = step.data.columns(participant)["x"]
         tensors = step_tensors(participant, step)
-        cache = self._predictions if step.tensors is None else self._received
-        cached = cache.get(key)
+        # The slot distinguishes the members of a received ensemble.
+        slot = None if step.tensors is None else step.slot
+        spec = step_model_spec(participant, step)
+        key = (spec, step.data.name, step.readout, step.batch_size, slot)
+        cached = self._predictions.get(key)
         if cached is None or not cached.matches(x, tensors):
             cached = CachedOutputs(x, tensors, self._outputs(participant, [step])[0])
-            cache[key] = cached
+            self._predictions[key] = cached
         return cached.outputs
 
     @torch.no_grad()
-    def recalibrate(self, participant: Participant, step: Recalibrate) -> Tensors:
+    def _recalibrate(self, participant: Participant, step: Recalibrate) -> Tensors:
         """Compute the running means and variances of BatchNorm layers on the rows of a step.
 
         Args:
@@ -277,58 +253,38 @@ class SerialBackend:
         device = self.templates.memory.storage_device
         return {n: template.tensors[n].detach().to(device, copy=True) for n in names}
 
-    def _output_results(self, work: Work) -> list[Any]:
-        participant = work[0][0]
-        # `run` passes neither fits nor recalibrations to this method.
-        steps: list[Predict | ClassSums] = [step for _, step in work]  # type: ignore[misc]
-        results: list[Any] = []
-        for step, outputs in zip(steps, self._outputs(participant, steps), strict=True):
-            if isinstance(step, Predict):
-                results.append(outputs)
-            else:
-                y = targets(step.data.columns(participant))
-                results.append(class_sums(outputs, y, participant.task.outputs))
-        return results
-
     @torch.no_grad()
-    def _outputs(self, participant: Participant, steps: list[Predict | ClassSums]) -> list[Tensor]:
-        first = steps[0]
+    def _outputs(self, participant: Participant, steps: Sequence[Any]) -> list[Any]:
+        """Return the results of `Predict` and `ClassSums` steps with the same model and rows."""
+        first: OutputStep = steps[0]
         is_received = getattr(first, "tensors", None) is not None
         slot = "" if is_received else first.slot
         template = self.templates(step_model_spec(participant, first), slot)
         module = template.load(with_integers(participant, first))
         template.set_mode(training=False)
         batches: list[list[Tensor]] = [[] for _ in steps]
-        rows = first.data.columns(participant)["x"]
-        if isinstance(rows, Tensor):
-            rows = self.templates.memory.keep(rows)
+        rows = self.templates.memory.keep(first.data.columns(participant)["x"])
         size = forward_batch_size(first.batch_size, rows, self.templates.device)
         with prediction_generators(participant, first, self.templates):
             for batch in split_rows(rows, size):
                 out = module(batch.to(self.templates.device))
                 for parts, step in zip(batches, steps, strict=True):
                     parts.append(select_output(step, out))
-        return [torch.cat(parts).to(self.templates.memory.storage_device) for parts in batches]
+        results: list[Any] = []
+        for step, parts in zip(steps, batches, strict=True):
+            outputs = torch.cat(parts).to(self.templates.memory.storage_device)
+            results.append(step_result(participant, step, outputs))
+        return results
 
 
-def share_forward_pass(one: tuple[Participant, Step], other: tuple[Participant, Step]) -> bool:
-    """Return whether one forward pass can compute two steps: equal model, rows and batch size."""
-    participant, a = one
-    other_participant, b = other
-    if participant is not other_participant or isinstance(a, Fit) or isinstance(b, Fit):
-        return False
-    if (
-        a.slot != b.slot
-        or a.batch_size != b.batch_size
-        or step_tensors(participant, a) is not step_tensors(other_participant, b)
-    ):
-        return False
-    return _are_same_rows(a.data, b.data)
-
-
-def _are_same_rows(a: Rows | TensorRows, b: Rows | TensorRows) -> bool:
-    if isinstance(a, Rows) and isinstance(b, Rows):
-        return (a.name, a.preprocess) == (b.name, b.preprocess) and a.rows is b.rows
-    return (
-        isinstance(a, TensorRows) and isinstance(b, TensorRows) and a.tensors["x"] is b.tensors["x"]
-    )
+def _forward_pass_key(participant: Participant, step: Step) -> Any:
+    """Return a key that is equal for steps that one forward pass can compute."""
+    if isinstance(step, Fit | Recalibrate) or is_cached(step):
+        return object()
+    rows: Any = step.data
+    if isinstance(rows, Rows):
+        rows_key = (rows.name, rows.preprocess, id(rows.rows))
+    else:
+        rows_key = ("tensors", None, id(rows.tensors["x"]))
+    tensors = step_tensors(participant, step)
+    return id(participant), step.slot, step.batch_size, id(tensors), rows_key

@@ -1,4 +1,4 @@
-"""Modules into which the tensors of participants are loaded, and estimates of training time.
+"""Modules into which the tensors of participants are loaded, and estimates of operations.
 
 A `Template` wraps such a module, which is built once per architecture and slot instead of once per
 participant.
@@ -7,8 +7,7 @@ participant.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,22 +19,15 @@ from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import ModelView
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.plan import ClassSums, Predict, Recalibrate
-from hetero_fl.engine.device_memory import CPU, DeviceMemory
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.errors import UserError
 from model_zoo import ModelDescription, Outputs, SplitModel, describe, is_batch_norm
-from model_zoo.generators import keyed_generators
 from model_zoo.given_models import forgets_models
 from model_zoo.heads import mixes_examples
 from model_zoo.module_state import ModuleSnapshot, named_state, state_tensors
 from model_zoo.registry import is_user_defined
-from model_zoo.shapes import make_shape
 
-# Estimates of operations are equal on all machines. Measured durations of tasks only affect the
-# order in which clients start, and this order does not change results.
-
-# Assumed floating-point operations per second of one core, to convert estimates to seconds.
-FLOPS_PER_SECOND = 2e10
 # Minimum number of floating-point operations per parameter and example for which a convolutional
 # model uses the channels-last memory format.
 MIN_FLOPS_PER_PARAMETER = 10
@@ -132,30 +124,6 @@ def example_flops(arch: ModelSpec) -> int:
     """Estimate the floating-point operations of training on one example."""
     # The backward pass takes about twice the operations of the forward pass.
     return 3 * forward_flops(arch)
-
-
-class TaskCosts:
-    """Estimated or measured duration of each client's task, the local training in one round.
-
-    Args:
-        client_infos: Information on each client, keyed by client id.
-    """
-
-    def __init__(self, client_infos: Mapping[str, ClientInfo]) -> None:
-        self._client_infos = client_infos
-        self._measured: dict[str, float] = {}
-
-    def cost_of(self, client_id: str) -> float:
-        """Return the duration of a client's task in seconds.
-
-        This is the last measured duration, or an estimate if no duration has been recorded.
-        """
-        measured = self._measured.get(client_id)
-        return measured or training_flops(self._client_infos[client_id]) / FLOPS_PER_SECOND
-
-    def update(self, seconds: Mapping[str, float]) -> None:
-        """Record measured durations in seconds, keyed by client id."""
-        self._measured.update(seconds)
 
 
 class Template:
@@ -327,6 +295,13 @@ class Template:
             return set()
         return self._attributes.changes() - self.arch.cached_names
 
+    def stack(self, models: Sequence[Mapping[str, Tensor]]) -> Tensors:
+        """Stack the tensors of models on the device, shape `[K, ...]` each, keyed by name."""
+        return {
+            n: self.memory.stack([m[n] for m in models]).to(mine)
+            for n, mine in self.tensors.items()
+        }
+
     def view_of(self, tensors: Mapping[str, Tensor]) -> ModelView:
         """Return a view of the module that uses other tensors, without changing the module.
 
@@ -397,49 +372,6 @@ def _use_bfloat16(module: SplitModel, device: torch.device) -> None:
         return Outputs(out.logits.float(), out.features.float())
 
     module.forward = mixed_forward  # type: ignore[method-assign]
-
-
-# Seconds after which no further step is timed.
-MEASURED_SECONDS = 0.1
-# If the first step takes at least this number of seconds, no second step is timed.
-SLOW_STEP = 0.5
-
-
-def measure_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
-    """Measure the duration of a training step on the CPU.
-
-    A step consists of a forward pass, a backward pass and an SGD update on examples of zeros.
-
-    Args:
-        arch: The architecture.
-        batch_size: Number of examples per step.
-        threads: Number of CPU threads.
-
-    Returns:
-        Duration in seconds. This is the minimum over several steps except the first step. For a
-        slow model, only the first step is measured.
-    """
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    templates = Templates(DeviceMemory(CPU))
-    template = templates(arch)
-    template.set_mode(training=True)
-    _, channels, size, _ = arch.size_arguments
-    x = make_shape(channels, size, arch.vocabulary).zeros(batch_size)
-    optimizer = torch.optim.SGD(template.module.parameters(), lr=0.0, fused=True)
-    seconds: list[float] = []
-    try:
-        with keyed_generators(0):
-            while sum(seconds) < MEASURED_SECONDS or (len(seconds) == 1 and seconds[0] < SLOW_STEP):
-                started = time.perf_counter()
-                templates.dropout.seed([len(seconds)], batch_size)
-                optimizer.zero_grad()
-                template.module(x).logits.sum().backward()
-                optimizer.step()
-                seconds.append(time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(threads_before)
-    return min(seconds[1:] or seconds)
 
 
 OutputStep = Predict | ClassSums

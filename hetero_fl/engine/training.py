@@ -44,9 +44,7 @@ def is_trained(fit: Fit, slot: str, name: str) -> bool:
         slot: Slot of the model.
         name: Name of the parameter.
     """
-    if slot not in fit.train:
-        return False
-    part = fit.train[slot]
+    part = fit.train.get(slot, ())
     return part is None or name.startswith(part)
 
 
@@ -171,8 +169,15 @@ def try_optimizer(create: Callable[[list[nn.Parameter]], Any]) -> torch.optim.Op
     return optimizer
 
 
-def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set each learning rate to the product of the initial learning rate and a factor."""
+def anneal_learning_rates(optimizer: torch.optim.Optimizer, step: int, num_steps: int) -> None:
+    """Decrease the learning rates from their initial values to 0, following a cosine.
+
+    Args:
+        optimizer: The optimizer.
+        step: Index of the step, from 0.
+        num_steps: Number of steps.
+    """
+    factor = 0.5 * (1 + math.cos(math.pi * step / num_steps))
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("first_lr", group["lr"]) * factor
 
@@ -357,7 +362,7 @@ def run_fit(
     with keyed_generators(key, templates.device, brief=True):
         for i, (dropout_key, batch) in enumerate(batches):
             if fit.anneal:
-                scale_learning_rates(optimizer, 0.5 * (1 + math.cos(math.pi * i / len(batches))))
+                anneal_learning_rates(optimizer, i, batches.count)
             optimizer.zero_grad()
             if gradients is None:
                 if has_dropout:
@@ -374,7 +379,7 @@ def run_fit(
                     [p.data for p, _ in drift], [d for _, d in drift], alpha=-fit.optimizer.lr
                 )
             total += loss.detach()
-    mean_loss = _finite_mean_loss(fit, total, parameters, len(batches))
+    mean_loss = _finite_mean_loss(fit, total, parameters, batches.count)
     # The participant is changed last, because a fit that runs out of memory is repeated.
     snapshot = None
     if fit.keep:
@@ -388,7 +393,7 @@ def run_fit(
     participant.models.update(trained)
     if snapshot is not None:
         participant.state.setdefault("optimizers", {})[fit.keep] = snapshot
-    return FitReport(len(batches), batches.examples, mean_loss)
+    return FitReport(batches.count, batches.examples, mean_loss)
 
 
 def _trained_drift(fit: Fit, trainable: TrainableTensors) -> list[tuple[Tensor, Tensor]]:

@@ -8,10 +8,12 @@ of whole channels or paths, and branches that depend on data.
 
 from __future__ import annotations
 
-import warnings
+import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.core.participant import Participant
+from hetero_fl.core.participant import Columns, Participant
 from hetero_fl.core.plan import (
     ClassSums,
     Fit,
@@ -30,15 +32,14 @@ from hetero_fl.core.plan import (
     Step,
     forward_batch_size,
 )
-from hetero_fl.core.stored_rows import StoredRows, require_tensor, targets
-from hetero_fl.engine.batches import step_count
+from hetero_fl.core.stored_rows import StoredRows, require_tensor
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import Backend, Work, model_slots
 from hetero_fl.engine.serial import (
     SerialBackend,
-    class_sums,
-    prediction_key,
+    is_cached,
     select_output,
+    step_result,
 )
 from hetero_fl.engine.templates import (
     OutputStep,
@@ -51,13 +52,12 @@ from hetero_fl.engine.vectorized_training import (
     TRIAL_RATE,
     check_trial,
     fit_stacked,
-    refused_draws,
+    strict_vmap,
     trial_value,
 )
 from model_zoo.generators import keyed_generators
 from model_zoo.registry import is_user_defined
 
-T = TypeVar("T")
 OutputWork = Sequence[tuple[Participant, Predict | ClassSums]]
 
 
@@ -72,39 +72,23 @@ def run_stacked_outputs(work: OutputWork, templates: Templates) -> list[Any]:
     Raises:
         RuntimeError: If `torch.vmap` does not support the model.
     """
-    columns = [step.data.columns(participant) for participant, step in work]
-    inputs = [require_tensor(c["x"], "runtime.chunk > 1") for c in columns]
-    outputs = _forward(work, inputs, templates)
-    if isinstance(work[0][1], Predict):
-        return outputs
-    return [
-        class_sums(v, targets(c), p.task.outputs)
-        for v, c, (p, _) in zip(outputs, columns, work, strict=True)
-    ]
-
-
-def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -> list[Tensor]:
-    """Return the outputs of each participant's model on the rows of the step, shape `[N, ...]`."""
     step = work[0][1]
     device = templates.device
     template = templates(step_model_spec(*work[0]), "")
     template.module.eval()
+    inputs = [step.data.columns(participant)["x"] for participant, step in work]
     # Models with the most rows come first, so that the models with remaining rows are always a
     # prefix.
     order = sorted(range(len(work)), key=lambda i: -len(inputs[i]))
-    models = [with_integers(*work[i]) for i in order]
-    stacked = {
-        n: templates.memory.stack([m[n] for m in models]).to(mine)
-        for n, mine in template.tensors.items()
-    }
+    stacked = template.stack([with_integers(*work[i]) for i in order])
 
     def outputs(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return select_output(step, template.view_of(tensors)(x))
 
-    x = [templates.memory.keep(inputs[i]) for i in order]
+    x = [templates.memory.keep(require_tensor(inputs[i], "runtime.chunk > 1")) for i in order]
     batches: list[list[Tensor]] = [[] for _ in order]
     size = forward_batch_size(step.batch_size, x[0], device)
-    with refused_draws():
+    with strict_vmap():
         for begin in range(0, len(x[0]), size):
             active = sum(len(rows) > begin for rows in x)
             parts = [rows[begin : begin + size].to(device) for rows in x[:active]]
@@ -115,9 +99,11 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
             out = vmap(outputs, randomness="error")(tensors, batch)
             for i in range(active):
                 batches[i].append(out[i, : len(x[i]) - begin])
-    whole = [torch.cat(parts).to(templates.memory.storage_device) for parts in batches]
-    outputs_by_index = {i: whole[position] for position, i in enumerate(order)}
-    return [outputs_by_index[i] for i in range(len(work))]
+    results = {
+        i: step_result(*work[i], torch.cat(parts).to(templates.memory.storage_device))
+        for i, parts in zip(order, batches, strict=True)
+    }
+    return [results[i] for i in range(len(work))]
 
 
 # Time relative to the serial backend on one CPU thread, for 5 / 20 clients with 100 rows each (SGD,
@@ -178,105 +164,72 @@ class VectorizedBackend:
             The result of each step. The result of a fit that diverges is a `DivergedError`.
         """
         groups: dict[Any, list[int]] = {}
-        seen: dict[tuple[int, str], int] = {}
-        results: dict[int, Any] = {}
+        uses: Counter[tuple[int, str]] = Counter()
         for i, (participant, step) in enumerate(work):
-            if isinstance(step, Recalibrate):
-                results[i] = self.serial.recalibrate(participant, step)
-                continue
-            # Predictions on public rows are computed for one model at a time (see `engine.serial`).
-            key = prediction_key(participant, step)
-            if key is not None:
-                assert isinstance(step, Predict)
-                results[i] = self.serial.predict_public(key, participant, step)
-                continue
             # Fits of one participant with the same label draw from one random stream in the order
             # of the work. Such fits must run one after the other, in successive waves.
             wave = 0
             if isinstance(step, Fit):
-                wave = seen[id(participant), step.label] = (
-                    seen.get((id(participant), step.label), -1) + 1
-                )
-            equal: Any = vectorization_key(participant, step)
-            try:
-                hash(equal)
-            except TypeError:
-                # A user-defined objective that is not hashable counts as different from all others.
-                equal = i
-            groups.setdefault((wave, equal), []).append(i)
+                wave = uses[id(participant), step.label]
+                uses[id(participant), step.label] += 1
+            groups.setdefault((wave, vectorization_key(participant, step)), []).append(i)
+        results: dict[int, Any] = {}
         for _, members in sorted(groups.items(), key=lambda group: group[0][0]):
-            for piece in self._split_by_size(members, work):
-                results.update(
-                    zip(piece, self._run_vectorized([work[i] for i in piece]), strict=True)
-                )
+            found = self._run_equal([work[i] for i in members])
+            results.update(zip(members, found, strict=True))
         return [results[i] for i in range(len(work))]
 
-    def _split_by_size(self, members: Sequence[int], work: Work) -> list[Sequence[int]]:
-        """Split a group so that no stacked tensor on a CPU exceeds MAX_STACK_BYTES."""
-        if self.templates.device.type != "cpu":
-            return [members]
-        participant, step = work[members[0]]
-        tensors = [
-            t
-            for arch in architectures(participant, step)
-            for t in self.templates(arch).tensors.values()
-        ]
-        largest = max(t.numel() * t.element_size() for t in tensors)
-        return _split_evenly(members, max(2, MAX_STACK_BYTES // max(1, largest)))
-
-    def _run_vectorized(self, work: Work) -> list[Any]:
+    def _run_equal(self, work: Work) -> list[Any]:
+        """Compute equal steps, in several groups if they do not fit into memory together."""
         participant, step = work[0]
-        assert not isinstance(step, Recalibrate)
-        support_key = _vmap_support_key(participant, step)
-        if len(work) == 1 or support_key in self._unsupported:
+        if len(work) == 1:
             return self.serial.run(work)
-        size_key = (support_key, getattr(step, "batch_size", 0))
-        max_size = self._max_group_sizes.get(size_key, len(work))
+        key = _vmap_support_key(participant, step)
+        if key in self._unsupported:
+            return self.serial.run(work)
+        size_key = (key, getattr(step, "batch_size", 0))
+        if size_key not in self._max_group_sizes:
+            self._max_group_sizes[size_key] = self._max_group_size(participant, step)
+        max_size = self._max_group_sizes[size_key]
         if len(work) > max_size:
-            pieces = _split_evenly(work, max_size)
-            return [result for piece in pieces for result in self._run_vectorized(piece)]
-        uses = [dict(p.stream_uses) for p, _ in work]
+            count = -(-len(work) // max_size)
+            ends = [i * len(work) // count for i in range(count + 1)]
+            return [r for a, b in pairwise(ends) for r in self._run_equal(work[a:b])]
         try:
-            with warnings.catch_warnings():
-                # If an operation has no batching rule, vmap loops over the participants, which is
-                # slower than the serial backend.
-                warnings.filterwarnings("error", message="There is a performance drop")
-                if support_key not in self._tried:
-                    _check_stacking(participant, step, self.templates.memory)
-                    self._tried.add(support_key)
-                # All steps are of the type of the first one.
-                if isinstance(step, Fit):
-                    return fit_stacked(work, self.templates)  # type: ignore[arg-type]
-                return run_stacked_outputs(work, self.templates)  # type: ignore[arg-type]
+            if key not in self._tried:
+                _check_stacking(participant, step, self.templates.memory)
+                self._tried.add(key)
+            run: Any = fit_stacked if isinstance(step, Fit) else run_stacked_outputs
+            return list(run(work, self.templates))
         except torch.OutOfMemoryError:
-            if self.templates.memory.has_copies:
-                self.templates.memory.disable_cache()
-            else:
-                half = self._max_group_sizes[size_key] = -(-len(work) // 2)
-                self._log_once(
-                    f"{_model_names(participant, step)}: the memory of {self.templates.device} "
-                    f"is too small for {len(work)} participants at once; "
-                    f"continuing with at most {half}"
-                )
-        except (RuntimeError, UserWarning) as error:
-            self._unsupported.add(support_key)
-            reason = str(error).strip().split("\n")[0].split(". ")[0]
-            self._log_once(
-                f"{_model_names(participant, step)}: cannot be vectorized over clients, "
-                f"running them one after the other: {reason}"
+            half = self._max_group_sizes[size_key] = -(-len(work) // 2)
+            problem = (
+                f"the memory of {self.templates.device} is too small for {len(work)} participants "
+                f"at once; continuing with at most {half}"
             )
-        for (p, _), before in zip(work, uses, strict=True):
-            p.stream_uses.clear()
-            p.stream_uses.update(before)
-        return self._run_vectorized(work)
-
-    def _log_once(self, line: str) -> None:
+        except RuntimeError as error:
+            self._unsupported.add(key)
+            reason = str(error).strip().split("\n")[0].split(". ")[0]
+            problem = (
+                f"cannot be vectorized over clients, running them one after the other: {reason}"
+            )
+        names = " + ".join(arch.name for arch in architectures(participant, step))
+        line = f"{names}: {problem}"
         if line not in self._logged:
             self._logged.add(line)
             self.log(line)
+        return self._run_equal(work)
+
+    def _max_group_size(self, participant: Participant, step: Step) -> int:
+        """Return the largest number of participants whose steps are computed together."""
+        if self.templates.device.type != "cpu":
+            return sys.maxsize
+        archs = architectures(participant, step)
+        largest = max(t.nbytes for arch in archs for t in self.templates(arch).tensors.values())
+        return max(2, MAX_STACK_BYTES // max(1, largest))
 
 
-def _check_stacking(participant: Participant, step: Fit | OutputStep, memory: DeviceMemory) -> None:
+def _check_stacking(participant: Participant, step: Step, memory: DeviceMemory) -> None:
     """Check that a step of user-defined code gives the same result stacked and alone.
 
     The trial uses copies of the participant with other parameters. A fit makes one optimizer step.
@@ -284,46 +237,30 @@ def _check_stacking(participant: Participant, step: Fit | OutputStep, memory: De
     Raises:
         RuntimeError: If the results differ.
     """
-    is_fit = isinstance(step, Fit)
     is_own = any(is_user_defined(arch.name) for arch in architectures(participant, step))
-    if not is_own and not (isinstance(step, Fit) and step.objective.is_user_defined):
-        return
+    run: Any = run_stacked_outputs
     if isinstance(step, Fit):
-        optimizer = OptimizerConfig(name="sgd", lr=TRIAL_RATE)
-        step = replace(step, steps=1, optimizer=optimizer, keep=None)
+        is_own = is_own or step.objective.is_user_defined
+        run = fit_stacked
+        step = replace(step, steps=1, optimizer=OptimizerConfig(name="sgd", lr=TRIAL_RATE))
+    if not is_own:
+        return
     serial = SerialBackend(memory)
-    templates = serial.templates
-    run: Callable[..., list[Any]] = fit_stacked if is_fit else run_stacked_outputs
     # Draws of the trial must not change those of the run.
     with keyed_generators(0, memory.device):
         models = {
             slot: {
-                n: trial_value(t) if n in templates(participant.arch[slot], slot).parameters else t
+                n: trial_value(t) if n in participant.arch[slot].trained_names else t
                 for n, t in participant.models[slot].items()
             }
             for slot in model_slots(step)
         }
-        trials = [
-            replace(participant, models=dict(models), state={}, stream_uses={}) for _ in range(3)
-        ]
-        results = [
-            run([(trial, step) for trial in trials[:2]], templates)[0],
-            serial.run([(trials[2], step)])[0],
-        ]
-    if is_fit:
-        results = [[t for m in p.models.values() for t in m.values()] for p in trials[1:]]
-    check_trial(*([r] if isinstance(r, Tensor) else r for r in results))
-
-
-def _model_names(participant: Participant, step: Step) -> str:
-    return " + ".join(arch.name for arch in architectures(participant, step))
-
-
-def _split_evenly(members: Sequence[T], max_size: int) -> list[Sequence[T]]:
-    count = -(-len(members) // max_size)
-    return [
-        members[i * len(members) // count : (i + 1) * len(members) // count] for i in range(count)
-    ]
+        trials = [replace(participant, models=dict(models), stream_uses={}) for _ in range(3)]
+        stacked = run([(trial, step) for trial in trials[:2]], serial.templates)[0]
+        alone = serial.run([(trials[2], step)])[0]
+    if isinstance(step, Fit):
+        stacked, alone = ([t for m in p.models.values() for t in m.values()] for p in trials[1:])
+    check_trial(*([r] if isinstance(r, Tensor) else r for r in (stacked, alone)))
 
 
 def architectures(participant: Participant, step: Step) -> list[ModelSpec]:
@@ -333,63 +270,53 @@ def architectures(participant: Participant, step: Step) -> list[ModelSpec]:
     return [step_model_spec(participant, step)]
 
 
-def vectorization_key(participant: Participant, step: Fit | OutputStep) -> Any:
-    """Return a key that is equal for steps that can be computed together.
+# Fields of a `Fit` that need not be equal, or of which only a part is compared.
+UNCOMPARED = {"data", "extra_batches", "stream_id", "key"}
 
-    Steps that must be computed alone, such as fits with a user-defined optimizer, have unique keys.
-    The key is not hashable if the objective is not hashable.
+
+def vectorization_key(participant: Participant, step: Step) -> Any:
+    """Return a hashable key that is equal for steps that can be computed together.
+
+    Steps that must be computed alone have unique keys.
     """
-    if not isinstance(step, Fit):
-        x = step.data.columns(participant)["x"]
-        if isinstance(x, StoredRows):
-            return object()
-        plain = [step.readout, step.batch_size, getattr(step, "at_least", None)]
-        # Without rows there is no output to compute together, and padding must not change outputs.
-        if not len(x) or mixes_rows(step_model_spec(participant, step), training=False):
-            return object()
-        return (type(step), step_model_spec(participant, step), *plain, _tree_structure(x[:0]))
-    if step.optimizer.is_custom:
-        # A user's optimizer may combine the elements of a tensor, for example in a norm.
+    if isinstance(step, Recalibrate) or isinstance(step.data, SampledBatches):
         return object()
-    data: Any
-    if isinstance(step.data, SampledBatches):
-        rows = data = step.data.size
-    else:
-        columns = step.data.columns(participant)
-        if any(isinstance(column, StoredRows) for column in columns.values()):
-            # Rows in files are read for one participant at a time.
-            return object()
-        rows = len(next(iter(columns.values())))
-        data = _tree_structure({name: column[:0] for name, column in columns.items()})
-    kept = participant.state.get("optimizers", {}).get(step.keep, {}) if step.keep else {}
-    steps = tuple(
-        (k, *((n, float(v) if n == "step" else None) for n, v in s.items()))
-        for k, s in kept.items()
-    )
-    count = step_count(rows, step) if step.anneal else None
-    plain = [
-        getattr(step, name)
-        for name in ("epochs", "steps", "batch_size", "optimizer", "augment", "anneal")
-    ]
+    columns = step.data.columns(participant)
+    if _runs_alone(participant, step, columns):
+        return object()
+    structure = _tree_structure({name: column[:0] for name, column in columns.items()})
+    support_key = _vmap_support_key(participant, step)
+    if not isinstance(step, Fit):
+        return support_key, step.batch_size, getattr(step, "at_least", None), structure
+    settings = {name: v for name, v in vars(step).items() if name not in UNCOMPARED}
     extra_batches = tuple((name, draws.size) for name, draws in step.extra_batches.items())
-    trees = (_tree_structure(step.context), _tree_structure(step.drift))
-    return (
-        _vmap_support_key(participant, step),
-        *plain,
-        step.keep,
-        step.label,
-        data,
-        steps,
-        count,
-        extra_batches,
-        trees,
-    )
+    key = (support_key, _tree_structure(settings), structure, extra_batches)
+    try:
+        hash(key)
+    except TypeError:
+        # A user-defined objective that is not hashable counts as different from all others.
+        return object()
+    return key
 
 
-def _vmap_support_key(participant: Participant, step: Fit | OutputStep) -> Any:
+def _runs_alone(participant: Participant, step: Fit | OutputStep, columns: Columns) -> bool:
+    """Return whether a step is computed for one participant at a time."""
+    # Rows in files are read for one participant at a time.
+    if any(isinstance(column, StoredRows) for column in columns.values()):
+        return True
+    if isinstance(step, Fit):
+        # A user's optimizer may combine the elements of a tensor, for example in a norm.
+        return step.optimizer.is_custom or step.anneal or step.keep is not None
+    # The results of stacked models differ in the last bits, and must not depend on cache hits.
+    # Without rows there is no output to compute together, and padding must not change outputs.
+    is_mixed = mixes_rows(step_model_spec(participant, step), training=False)
+    return is_cached(step) or is_mixed or not len(columns["x"])
+
+
+def _vmap_support_key(participant: Participant, step: Step) -> Any:
     """Return a key such that vmap supports either all steps with this key or none."""
     if not isinstance(step, Fit):
-        return type(step), step_model_spec(participant, step), step.readout
+        return type(step), step_model_spec(participant, step), getattr(step, "readout", None)
     archs = tuple((s, participant.arch[s]) for s in (*step.train, *step.frozen))
     return Fit, archs, tuple(step.train.items()), step.objective, tuple(step.extra_batches)
 

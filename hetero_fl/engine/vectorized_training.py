@@ -7,15 +7,14 @@ participant's own slice. In this module, a step is an optimizer step of a `Fit`.
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.func import vmap
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
@@ -24,22 +23,17 @@ from typing_extensions import override
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import Batch, ModelViews
 from hetero_fl.core.participant import Participant
-from hetero_fl.core.plan import Fit, FitReport, SampledBatches
+from hetero_fl.core.plan import Fit, FitReport
 from hetero_fl.core.stored_rows import require_tensor
 from hetero_fl.engine.batches import Batches
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.engine.templates import Templates, mixes_rows
 from hetero_fl.engine.training import (
-    OptimizerSnapshot,
     TrainableTensors,
     divergence_error,
     is_trained,
     make_optimizer,
     move_to_device,
-    restore_optimizer,
-    scale_learning_rates,
-    snapshot_optimizer,
-    split_name,
 )
 from model_zoo.generators import generator_hash, keyed_generators
 
@@ -71,17 +65,6 @@ def select_participants(tree: Any, dims: Any, who: Tensor | slice) -> Any:
     if isinstance(tree, Mapping):
         return {k: select_participants(v, dims[k], who) for k, v in tree.items()}
     return tree if dims is None else tree[who]
-
-
-def stack_optimizer_states(saved: Sequence[OptimizerSnapshot]) -> OptimizerSnapshot:
-    """Stack the states of optimizers, which must have equal step counters."""
-    return {
-        key: {
-            n: v if n == "step" else torch.stack([s[key][n] for s in saved])
-            for n, v in state.items()
-        }
-        for key, state in saved[0].items()
-    }
 
 
 # Minimum number of weights for which a linear layer uses `_Linear`.
@@ -121,7 +104,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """The product x Wᵀ of one participant, or the products of all participants under vmap."""
+    """The product x Wᵀ, whose weights have a contiguous gradient under `torch.vmap`."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -132,42 +117,10 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return grad @ weight, grad.t() @ x
-
-    @staticmethod
-    def vmap(
-        info: Any, dims: tuple[int | None, int | None], x: Tensor, weight: Tensor
-    ) -> tuple[Tensor, int]:
-        # If all participants have the same weights, one matrix product is sufficient.
-        if dims[1] is None:
-            assert dims[0] is not None
-            return F.linear(x, weight), dims[0]
-        weights = weight.movedim(dims[1], 0)
-        inputs = x.expand(info.batch_size, *x.shape) if dims[0] is None else x.movedim(dims[0], 0)
-        out: Tensor = _StackedLinear.apply(inputs, weights)
-        return out, 0
-
-
-class _StackedLinear(torch.autograd.Function):
-    """The products x Wᵀ of all participants: `[K, B, in]` and `[K, out, in]` to `[K, B, out]`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.bmm(x, weight.transpose(1, 2))
-
-    @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
-        return (
-            torch.bmm(grad, weight) if needs_x else None,
-            torch.bmm(grad.transpose(1, 2), x) if needs_weight else None,
-        )
+        return grad @ weight if needs_x else None, grad.t() @ x if needs_weight else None
 
 
 class StackedBatches:
@@ -185,8 +138,6 @@ class StackedBatches:
         self.fit = runs[0].fit
         device = runs[0].device
         self.counts = [run.count for run in runs]
-        if isinstance(self.fit.data, SampledBatches):
-            return
         lengths = torch.tensor([len(b) for run in runs for b in run.indices])
         # Shape [steps of all participants, largest batch].
         table = pad_sequence([b for run in runs for b in run.indices], batch_first=True)
@@ -211,8 +162,6 @@ class StackedBatches:
 
     def batch_sizes(self, step: int, active: int) -> list[int]:
         """Return the batch sizes of the first `active` participants in a step."""
-        if isinstance(self.fit.data, SampledBatches):
-            return [self.fit.data.size] * active
         return [sizes[step] for sizes in self._sizes[:active]]
 
     def members(self, who: Tensor | slice) -> Sequence[int]:
@@ -239,19 +188,16 @@ class StackedBatches:
         """
         members = self.members(who)
         weight = None
-        if isinstance(self.fit.data, SampledBatches):
-            columns = _stack([self.runs[i].sampled_batch(step) for i in members])
-        else:
-            table_rows = self._starts[who] + step
-            longest = max(sizes)
-            rows = self._table[table_rows, :longest]
-            offset_rows = rows + self._offsets[who, None]
-            columns = {
-                name: all_rows[rows if shared else offset_rows]
-                for name, (all_rows, shared) in self._columns.items()
-            }
-            if min(sizes) < longest:
-                weight = self._weights[table_rows, :longest]
+        table_rows = self._starts[who] + step
+        longest = max(sizes)
+        rows = self._table[table_rows, :longest]
+        offset_rows = rows + self._offsets[who, None]
+        columns = {
+            name: all_rows[rows if shared else offset_rows]
+            for name, (all_rows, shared) in self._columns.items()
+        }
+        if min(sizes) < longest:
+            weight = self._weights[table_rows, :longest]
         if self.fit.augment is not None:
             for j, (i, size) in enumerate(zip(members, sizes, strict=True)):
                 columns["x"][j, :size] = self.runs[i].augment_batch(columns["x"][j, :size], step)
@@ -286,28 +232,37 @@ def fit_stacked(work: FitWork, templates: Templates) -> list[FitReport | Diverge
 
     Raises:
         RuntimeError: If `torch.vmap` does not support the models or the objective. In this case,
-            the models and states of the participants are not changed, but the random streams have
-            advanced.
+            the participants are not changed.
     """
     batches = [Batches(participant, fit, templates.memory) for participant, fit in work]
     order = sorted(range(len(work)), key=lambda i: -batches[i].count)
-    stack = _StackedFits([work[i] for i in order], [batches[i] for i in order], templates)
-    with refused_draws():
-        stack.run()
-    results = dict(zip(order, stack.finish(), strict=True))
+    try:
+        stack = _StackedFits([work[i] for i in order], [batches[i] for i in order], templates)
+        with strict_vmap():
+            stack.run()
+        results = dict(zip(order, stack.finish(), strict=True))
+    except RuntimeError:
+        for participant, fit in work:
+            participant.stream_uses[fit.label] -= 1
+        raise
     return [results[i] for i in range(len(work))]
 
 
 @contextmanager
-def refused_draws() -> Iterator[None]:
-    """Raise RuntimeError if the `with` block draws from the generators of NumPy or Python.
+def strict_vmap() -> Iterator[None]:
+    """Raise RuntimeError if `torch.vmap` is slow or gives other results in the `with` block.
 
-    Such numbers would be equal for all stacked participants. Draws from the generator of PyTorch
-    raise an error under `torch.vmap`.
+    If an operation has no batching rule, `torch.vmap` loops over the participants, which is slower
+    than the serial backend. Draws from the generators of NumPy or Python would be equal for all
+    participants. Draws from the generator of PyTorch raise an error under `torch.vmap`.
     """
-    with keyed_generators(0, brief=True):
+    with warnings.catch_warnings(), keyed_generators(0, brief=True):
+        warnings.filterwarnings("error", message="There is a performance drop")
         before = generator_hash()
-        yield
+        try:
+            yield
+        except UserWarning as warning:
+            raise RuntimeError(str(warning)) from warning
         if generator_hash() != before:
             raise RuntimeError("the model or the loss draws from the generators of NumPy or Python")
 
@@ -354,14 +309,13 @@ class _StackedFits:
         self.tensors: dict[str, dict[str, Tensor]] = {}
         for slot, template in self.templates.items():
             template.module.train(slot in fit.train)
-            models = [participant.models[slot] for participant, _ in work]
-            self.tensors[slot] = {
-                n: templates.memory.stack([m[n] for m in models]).to(mine)
-                for n, mine in template.tensors.items()
-            }
-        self.trained = [
-            (s, n) for s, t in self.templates.items() for n in t.parameters if is_trained(fit, s, n)
-        ]
+            self.tensors[slot] = template.stack([p.models[slot] for p, _ in work])
+        self.trained = {
+            f"{s}:{n}": (s, n)
+            for s, template in self.templates.items()
+            for n in template.parameters
+            if is_trained(fit, s, n)
+        }
         # Padding would change the outputs for other rows, so only equal sizes are stacked.
         self.equal_sizes = fit.objective.needs_whole_batches or any(
             mixes_rows(first.arch[slot], slot in fit.train) for slot in self.templates
@@ -371,122 +325,83 @@ class _StackedFits:
         context, self.context_dims = stack_trees([f.context for _, f in work])
         self.context = move_to_device(templates.memory, context)
         self.drift = {
-            (s, n): templates.memory.stack([f.drift[s][n] for _, f in work]).to(self.tensors[s][n])
-            for s, n in self.trained
+            key: templates.memory.stack([f.drift[s][n] for _, f in work]).to(self.tensors[s][n])
+            for key, (s, n) in self.trained.items()
             if n in fit.drift.get(s, {})
         }
         self.totals = torch.zeros(len(work), device=self.device)
-        self.kept: list[OptimizerSnapshot] = [{} for _ in work]
-        self.leaves: TrainableTensors = {}
-        # Tensors of all participants that are still training, including the leaf tensors.
+        # Tensors of the participants that are still training, and the trained ones among them.
         self.active_tensors: dict[str, dict[str, Tensor]] = {}
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.leaves: TrainableTensors = {}
+        self.optimizer: torch.optim.Optimizer
 
     def run(self) -> None:
         """Compute all steps of all fits."""
-        active = 0
         fit = self.fit
+        active = 0
         for step in range(self.batches.counts[0]):
             remaining = sum(count > step for count in self.batches.counts)
             if remaining != active:
-                self._narrow(remaining, active)
+                self._narrow(remaining)
                 active = remaining
-            assert self.optimizer is not None
-            if fit.anneal:
-                scale_learning_rates(
-                    self.optimizer, 0.5 * (1 + math.cos(math.pi * step / self.batches.counts[0]))
-                )
             self._gradients(step, active)
             if fit.optimizer.clip_norm:
                 self._clip(fit.optimizer.clip_norm)
             self.optimizer.step()
             if self.drift:
-                moved = [self.leaves[f"{s}:{n}"].detach() for s, n in self.drift]
+                moved = [self.leaves[key].detach() for key in self.drift]
                 torch._foreach_add_(
                     moved, [d[:active] for d in self.drift.values()], alpha=-fit.optimizer.lr
                 )
-        self._keep(0, active, self.optimizer, self.leaves)
 
-    def _narrow(self, active: int, before: int) -> None:
+    def _narrow(self, active: int) -> None:
         """Restrict training to the first `active` participants, without copying tensors."""
-        old = self.optimizer
-        leaves = self.leaves
-        self.leaves = {
-            f"{s}:{n}": self.tensors[s][n][:active].detach().requires_grad_()
-            for s, n in self.trained
+        old = self.leaves
+        self.active_tensors = {
+            s: {n: t[:active].detach() for n, t in own.items()} for s, own in self.tensors.items()
         }
-        self.active_tensors = self._with_leaves(
-            self.leaves,
-            {s: {n: t[:active] for n, t in own.items()} for s, own in self.tensors.items()},
-        )
-        self.optimizer = make_optimizer(self.fit.optimizer, self.leaves)
-        if old is not None:
-            self._keep(active, before, old, leaves)
-            for key, leaf in leaves.items():
-                if leaf in old.state:
-                    self.optimizer.state[self.leaves[key]] = {
-                        n: v[:active] if isinstance(v, Tensor) and v.ndim else v
-                        for n, v in old.state[leaf].items()
-                    }
-        elif self.fit.keep:
-            saved = [p.state.get("optimizers", {}).get(self.fit.keep, {}) for p, _ in self.work]
-            restore_optimizer(self.optimizer, self.leaves, stack_optimizer_states(saved))
+        self.leaves = {
+            key: self.active_tensors[s][n].requires_grad_() for key, (s, n) in self.trained.items()
+        }
+        optimizer = make_optimizer(self.fit.optimizer, self.leaves)
+        for key, leaf in old.items():
+            if leaf in self.optimizer.state:
+                optimizer.state[self.leaves[key]] = {
+                    n: v[:active] if isinstance(v, Tensor) and v.ndim else v
+                    for n, v in self.optimizer.state[leaf].items()
+                }
+        self.optimizer = optimizer
 
     def _gradients(self, step: int, active: int) -> None:
         """Set the gradients of the leaf tensors, and add the losses to the totals."""
+        for leaf in self.leaves.values():
+            leaf.grad = None
         sizes = self.batches.batch_sizes(step, active)
         if not self.equal_sizes or len(set(sizes)) == 1:
-            for leaf in self.leaves.values():
-                leaf.grad = None
             self._backward(step, slice(0, active), sizes, self.active_tensors)
             return
-        parts: list[tuple[Tensor, TrainableTensors]] = []
         for size in sorted(set(sizes)):
             who = torch.tensor([i for i, s in enumerate(sizes) if s == size], device=self.device)
-            tensors = {s: {n: t[who] for n, t in own.items()} for s, own in self.tensors.items()}
-            leaves = {f"{s}:{n}": tensors[s][n].requires_grad_() for s, n in self.trained}
+            tensors = {
+                s: {n: t.index_select(0, who) for n, t in own.items()}
+                for s, own in self.active_tensors.items()
+            }
             self._backward(step, who, [size] * len(who), tensors)
-            parts.append((who, leaves))
-            # Indexing has copied the buffers, so their new values are written back.
+            # The selection has copied the buffers, so their new values are written back.
             for s in self.fit.train:
-                for n, t in self.tensors[s].items():
-                    if n not in self.templates[s].parameters:
-                        t[who] = tensors[s][n]
-        for key, leaf in self.leaves.items():
-            leaf.grad = None
-            grads = [(who, leaves[key].grad) for who, leaves in parts]
-            if all(grad is not None for _, grad in grads):
-                leaf.grad = torch.empty_like(leaf)
-                for who, grad in grads:
-                    assert grad is not None
-                    leaf.grad[who] = grad
-
-    @staticmethod
-    def _with_leaves(
-        leaves: TrainableTensors, tensors: dict[str, dict[str, Tensor]]
-    ) -> dict[str, dict[str, Tensor]]:
-        for key, leaf in leaves.items():
-            slot, name = split_name(key)
-            tensors[slot][name] = leaf
-        return tensors
+                for n in tensors[s].keys() - self.templates[s].parameters.keys():
+                    self.tensors[s][n][who] = tensors[s][n]
 
     def _backward(
         self, step: int, who: Tensor | slice, sizes: Sequence[int], tensors: Mapping[str, Any]
     ) -> None:
         """Compute the losses of the selected participants and the gradients of leaf tensors."""
         columns, weight = self.batches.batch_at(step, who, sizes)
-        participant_idx = None
         if self.has_dropout:
             self.dropout.seed(self.batches.dropout_keys(step, who), self.fit.batch_size)
-            participant_idx = torch.arange(len(sizes), device=self.device)
+        participant_idx = torch.arange(len(sizes), device=self.device)
         context = select_participants(self.context, self.context_dims, who)
-        dims = (
-            0,
-            0,
-            None if participant_idx is None else 0,
-            self.context_dims,
-            None if weight is None else 0,
-        )
+        dims = (0, 0, 0, self.context_dims, None if weight is None else 0)
         losses = vmap(self._loss, dims, randomness="error")(
             tensors, columns, participant_idx, context, weight
         )
@@ -497,7 +412,7 @@ class _StackedFits:
         self,
         tensors: Mapping[str, Mapping[str, Tensor]],
         columns: Mapping[str, Tensor],
-        participant_idx: Tensor | None,
+        participant_idx: Tensor,
         context: Mapping[str, Any],
         weight: Tensor | None,
     ) -> Tensor:
@@ -507,10 +422,7 @@ class _StackedFits:
         )
         batch = Batch(columns)
         batch.weight = weight
-        dropout = (
-            nullcontext() if participant_idx is None else self.dropout.stacked(participant_idx)
-        )
-        with StackedOps(), dropout:
+        with StackedOps(), self.dropout.stacked(participant_idx):
             return self.fit.objective.total_loss(nets, batch, context)
 
     def _clip(self, norm: float) -> None:
@@ -521,25 +433,9 @@ class _StackedFits:
         for g in grads:
             g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
 
-    def _keep(
-        self,
-        begin: int,
-        end: int,
-        optimizer: torch.optim.Optimizer | None,
-        leaves: TrainableTensors,
-    ) -> None:
-        """Store the optimizer states of participants `begin` to `end - 1`, which have finished."""
-        if self.fit.keep and optimizer is not None:
-            state = snapshot_optimizer(optimizer, leaves, self.storage_device)
-            for i in range(begin, end):
-                self.kept[i] = {
-                    k: {n: (v[i].clone() if v.ndim else v.clone()) for n, v in s.items()}
-                    for k, s in state.items()
-                }
-
     def finish(self) -> list[FitReport | DivergedError]:
         """Update the participants and return the results in the order of the work."""
-        trained = [self.tensors[s][n] for s, n in self.trained]
+        trained = [self.tensors[s][n] for s, n in self.trained.values()]
         norms = [torch.linalg.vector_norm(t.reshape(len(t), -1), dim=1) for t in trained]
         finite = torch.stack([self.totals.to(norms[0]), *norms]).isfinite().all(0).tolist()
         totals = self.totals.tolist()
@@ -562,7 +458,5 @@ class _StackedFits:
                 results.append(divergence_error(fit, totals[i] / steps))
                 continue
             participant.models.update(models[i])
-            if fit.keep:
-                participant.state.setdefault("optimizers", {})[fit.keep] = self.kept[i]
             results.append(FitReport(steps, self.batches.runs[i].examples, totals[i] / steps))
         return results

@@ -35,7 +35,7 @@ from hetero_fl.engine.vectorized_training import (
     TRIAL_RATE,
     StackedOps,
     check_trial,
-    refused_draws,
+    strict_vmap,
     trial_value,
 )
 from hetero_fl.privacy.accounting import PrivacyCharge
@@ -243,7 +243,7 @@ def _check_stacking(
     before = [p.detach().clone() for p in parameters]
     try:
         # Draws of the trial must not change those of the fit.
-        with keyed_generators(0, parameters[0].device), refused_draws():
+        with keyed_generators(0, parameters[0].device), strict_vmap():
             for p in parameters:
                 p.data.copy_(trial_value(p.data))
             each = _gradients_vectorized(state, rows[1], extra, keys[:2])

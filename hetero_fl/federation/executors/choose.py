@@ -7,6 +7,7 @@ resumed run uses the choice of the original run. See docs/explanation/limits.md.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,14 +20,12 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import runs_user_code
 from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.core.participant import ClientInfo
-from hetero_fl.engine.device_memory import CACHE_SHARE, DeviceMemory, MemoryPlan, free_bytes
+from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.templates import (
-    FLOPS_PER_SECOND,
+    Templates,
     describe_model,
     example_flops,
     is_recurrent,
-    measure_step,
     training_flops,
 )
 from hetero_fl.engine.vectorized import make_backend
@@ -48,8 +47,16 @@ from hetero_fl.utils.environment import (
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.extras import check_extra
 from hetero_fl.utils.text import pluralize
+from model_zoo.generators import keyed_generators
+from model_zoo.shapes import make_shape
 
 LAUNCH = "torchrun --nproc-per-node 3 scripts/train.py --config FILE runtime.executor=torchrun"
+# Assumed floating-point operations per second of one core, to convert estimates to seconds.
+FLOPS_PER_SECOND = 2e10
+# Seconds after which no further step is timed.
+MEASURED_SECONDS = 0.1
+# If the first step takes at least this number of seconds, no second step is timed.
+SLOW_STEP = 0.5
 # Approximate seconds until worker processes have started.
 START_SECONDS = 4.5
 # Estimates from the number of operations are wrong by up to this factor, in either direction.
@@ -71,7 +78,8 @@ MAX_THREADS = 4
 MIN_VECTORIZED_CLIENTS = 8
 SMALL_STEP = 2e7
 SMALL_MODEL = 1_000_000
-# Maximum number of clients processed together, to limit the use of memory.
+# Maximum number of clients processed together. Groups that do not fit into the memory of a device
+# are halved (see `VectorizedBackend`).
 MAX_CHUNK = 128
 # Minimum number of chunks into which a group of clients is divided for workers.
 MIN_CHUNKS = 8
@@ -284,6 +292,43 @@ class RunLoad:
         )
 
 
+def measure_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
+    """Measure the duration of a training step on the CPU.
+
+    A step consists of a forward pass, a backward pass and an SGD update on examples of zeros.
+
+    Args:
+        arch: The architecture.
+        batch_size: Number of examples per step.
+        threads: Number of CPU threads.
+
+    Returns:
+        Duration in seconds. This is the minimum over several steps except the first step. For a
+        slow model, only the first step is measured.
+    """
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    templates = Templates(DeviceMemory(CPU))
+    template = templates(arch)
+    template.set_mode(training=True)
+    _, channels, size, _ = arch.size_arguments
+    x = make_shape(channels, size, arch.vocabulary).zeros(batch_size)
+    optimizer = torch.optim.SGD(template.module.parameters(), lr=0.0, fused=True)
+    seconds: list[float] = []
+    try:
+        with keyed_generators(0):
+            while sum(seconds) < MEASURED_SECONDS or (len(seconds) == 1 and seconds[0] < SLOW_STEP):
+                started = time.perf_counter()
+                templates.dropout.seed([len(seconds)], batch_size)
+                optimizer.zero_grad()
+                template.module(x).logits.sum().backward()
+                optimizer.step()
+                seconds.append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads_before)
+    return min(seconds[1:] or seconds)
+
+
 def choose_executor(
     config: Config, federation: FederationSpec, measure: bool = True
 ) -> ExecutorChoice:
@@ -320,12 +365,13 @@ def choose_executor(
         executor, executor_reason = _select_executor(
             load, group, device, available, threads_per_process
         )
-    chunk, chunk_reason = _choose_chunk(runtime, federation, device, executor)
+    default_chunk = MAX_CHUNK if executor == "batched" else 1
+    chunk = 1 if executor == "serial" else runtime.chunk or default_chunk
     together = min(chunk, _largest_group(federation, load.cohort)) if executor == "batched" else 1
     threads, server_threads, thread_reason = _choose_threads(
         runtime, load, together, executor, available
     )
-    reasons = [f"{executor} executor: {executor_reason}", thread_reason, *chunk_reason]
+    reasons = [f"{executor} executor: {executor_reason}", thread_reason]
     workers = 1
     if executor not in IN_PROCESS:
         workers, worker_reason = worker_count(
@@ -371,21 +417,6 @@ def _measure_if_undecided(
     is_large = load.step >= LARGE_STEP
     threads = threads_per_process or (min(MAX_THREADS, available) if is_large else 1)
     return load.measure(federation, threads)
-
-
-def _choose_chunk(
-    config: RuntimeConfig, federation: FederationSpec, device: torch.device, executor: str
-) -> tuple[int, list[str]]:
-    """Return the number of clients processed together, and a list of reasons for the number.
-
-    The list is empty unless the number is determined from the memory of the device.
-    """
-    if executor == "serial":
-        return 1, []
-    if executor == "batched" and config.chunk is None and device.type == "cuda":
-        chunk, reason = _chunk_for_device(federation, device)
-        return chunk, [reason]
-    return config.chunk or (MAX_CHUNK if executor == "batched" else 1), []
 
 
 def _select_executor(
@@ -482,25 +513,6 @@ def _num_worth_vectorizing(federation: FederationSpec, cohort: int, device: torc
     members = max(groups.values(), default=0) * (cohort / population)
     fewest = MIN_VECTORIZED_CLIENTS if device.type == "cpu" else 2
     return int(members) if members >= fewest and 2 * groups.total() > population else 0
-
-
-def plan_memory(client_info: ClientInfo) -> MemoryPlan:
-    """Estimate the memory that the local training of a client needs."""
-    settings = client_info.settings
-    return MemoryPlan.estimate(client_info.models, settings.optimizer, settings.batch_size)
-
-
-def _chunk_for_device(federation: FederationSpec, device: torch.device) -> tuple[int, str]:
-    """Return the number of clients that are processed together on a device, and the reason."""
-    client_infos = federation.client_infos
-    largest = max(plan_memory(client_infos[p.first]).total for p in client_infos.profiles)
-    # The rest of the device's memory is used for cached copies of tensors.
-    free = (1 - CACHE_SHARE) * free_bytes(device)
-    chunk = min(MAX_CHUNK, max(1, int(free // largest)))
-    return chunk, (
-        f"{pluralize(chunk, 'client')} at a time: a client needs up to {largest / 1e6:,.0f} MB "
-        f"of the {free / 1e6:,.0f} MB available on {device}"
-    )
 
 
 def _largest_group(federation: FederationSpec, cohort: int) -> int:

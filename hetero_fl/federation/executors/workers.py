@@ -36,7 +36,7 @@ from hetero_fl.engine.driver import (
     DivergedError,
     translate_user_errors,
 )
-from hetero_fl.engine.templates import TaskCosts
+from hetero_fl.engine.templates import training_flops
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.client_runtime import ClientEvaluation, ClientRuntime
 from hetero_fl.federation.executors.base import Executor, client_chunks, drain, in_order
@@ -593,6 +593,34 @@ def _count_deaths(job: WorkerJob, deaths: Counter[str]) -> None:
 def _needs_state(kind: str, request: Message) -> bool:
     """Return whether a task needs private state. Exchanges before training do not."""
     return kind == "read" or request.kind == "train"
+
+
+# Assumed floating-point operations per second of one core.
+FLOPS_PER_SECOND = 2e10
+
+
+class TaskCosts:
+    """Estimated or measured duration of each client's task, the local training in one round.
+
+    Args:
+        client_infos: Information on each client, keyed by client id.
+    """
+
+    def __init__(self, client_infos: Mapping[str, ClientInfo]) -> None:
+        self._client_infos = client_infos
+        self._measured: dict[str, float] = {}
+
+    def cost_of(self, client_id: str) -> float:
+        """Return the duration of a client's task in seconds.
+
+        This is the last measured duration, or an estimate if no duration has been recorded.
+        """
+        measured = self._measured.get(client_id)
+        return measured or training_flops(self._client_infos[client_id]) / FLOPS_PER_SECOND
+
+    def update(self, seconds: Mapping[str, float]) -> None:
+        """Record measured durations in seconds, keyed by client id."""
+        self._measured.update(seconds)
 
 
 class ChunkQueue:

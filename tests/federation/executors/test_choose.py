@@ -16,17 +16,19 @@ from torch import nn
 
 from hetero_fl.cli import main
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.engine import templates
 from hetero_fl.engine.templates import (
-    FLOPS_PER_SECOND,
     example_flops,
-    measure_step,
     prefers_channels_last,
 )
 from hetero_fl.experiment import prepare, run
 from hetero_fl.experiment.runner import choose_for_nodes
 from hetero_fl.federation.executors import choose as module
-from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor
+from hetero_fl.federation.executors.choose import (
+    FLOPS_PER_SECOND,
+    ExecutorChoice,
+    choose_executor,
+    measure_step,
+)
 from hetero_fl.utils import extras
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
@@ -190,8 +192,8 @@ def test_steps_are_timed_if_the_estimate_is_inconclusive(
 
 
 def test_slow_step_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates, "SLOW_STEP", 0.0)
-    monkeypatch.setattr(templates, "MEASURED_SECONDS", 1e-9)
+    monkeypatch.setattr(module, "SLOW_STEP", 0.0)
+    monkeypatch.setattr(module, "MEASURED_SECONDS", 1e-9)
     steps = []
     plain = torch.optim.SGD.step
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(plain(self)))

@@ -25,7 +25,6 @@ import yaml
 
 from hetero_fl.communication.protocol import Message
 from hetero_fl.core.payload import Item, Payload, loss_from_report
-from hetero_fl.engine.templates import TaskCosts
 from hetero_fl.experiment import run
 from hetero_fl.federation.executors import processes, workers
 from hetero_fl.federation.executors.processes import (
@@ -37,6 +36,7 @@ from hetero_fl.federation.executors.processes import (
 from hetero_fl.federation.executors.workers import (
     JobResult,
     RemoteTracebackError,
+    TaskCosts,
     Worker,
     WorkerJob,
     WorkerSetup,

@@ -192,6 +192,27 @@ def federation_of_loops(method: str) -> Config:
     )
 
 
+def compared_executors(method: str, count: int, defaults: Config, steps: int) -> dict[str, Config]:
+    """Return configurations of a federation with the serial executor and with two workers.
+
+    Args:
+        method: Name of the method.
+        count: Number of clients.
+        defaults: Settings of the clients.
+        steps: Number of local steps.
+    """
+    runtimes = {"serial": SERIAL.runtime, "two workers": TWO_WORKERS.runtime}
+    return {
+        f"{method}, {name}": federation(
+            method,
+            data={"split": {"validation": 0.0, "test": 0.25}, "test_limit": 50},
+            clients={"count": count, "defaults": {**defaults, "steps": steps}},
+            runtime=runtime,
+        )
+        for name, runtime in runtimes.items()
+    }
+
+
 def executors(
     name: str,
     images: Images,
@@ -279,6 +300,17 @@ CASES = [
         {("serial", LOOP): 1.05, ("two workers", LOOP): 0.82},
         Images(200, *COLOR),
         runs_with=(CPU, AGAINST),
+    ),
+    Case(
+        "executors",
+        {
+            **compared_executors("fedavg", 24, {"model": "cnn_bn_small", "batch_size": 32}, 10),
+            # Models of 8 MB, which are the private state.
+            **compared_executors("fd", 12, {"model": "fedavg_cnn"}, 5),
+        },
+        {"hetero_fl": Framework()},
+        images=Images(1_200, *COLOR),
+        runs_with=(AGAINST,),
     ),
     Case(
         "every_method",

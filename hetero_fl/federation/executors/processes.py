@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import itertools
-import multiprocessing
+import multiprocessing.util
 import os
 import pickle
 import signal
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from typing import Any, ClassVar
 
@@ -100,7 +102,7 @@ class ProcessPool(WorkerPool):
 
     @override
     def restart(self) -> None:
-        self._executor.shutdown()
+        self.close()
         statuses = [process.exitcode or 0 for process in self._processes]
         if UNGUARDED in statuses:
             raise UserError(ADVICE)
@@ -113,12 +115,12 @@ class ProcessPool(WorkerPool):
 
     @override
     def close(self) -> None:
-        for process in self._processes:
-            process.kill()
-        self._executor.shutdown(cancel_futures=True)
+        self._stop()
 
     def _start(self) -> None:
         context = worker_context(__name__)
+        # Workers put their sockets into this folder, which this process removes at its end.
+        multiprocessing.util.get_temp_dir()
         indices: SimpleQueue[int] = context.SimpleQueue()
         others = multiprocessing.active_children()
         self._executor = ProcessPoolExecutor(
@@ -129,6 +131,8 @@ class ProcessPool(WorkerPool):
             for _ in range(self._num_workers):
                 self._executor.submit(os.getpid)
         self._processes = [p for p in multiprocessing.active_children() if p not in others]
+        # Also called when this pool is no longer used, and at the end of this process.
+        self._stop = weakref.finalize(self, stop, self._executor, self._processes)
         for index in range(self._num_workers):
             indices.put(index)
 
@@ -153,6 +157,13 @@ class ProcessPool(WorkerPool):
 
     def _copy_broadcast(self, content: bytes) -> tuple[int, Tensor | None]:
         return next(self._numbers), copy_to_shared_memory([content], None)
+
+
+def stop(executor: ProcessPoolExecutor, processes: Iterable[BaseProcess]) -> None:
+    """End the worker processes of an executor, even if they are busy."""
+    for process in processes:
+        process.kill()
+    executor.shutdown(cancel_futures=True)
 
 
 class WorkerProcess:

@@ -192,27 +192,6 @@ def federation_of_loops(method: str) -> Config:
     )
 
 
-def compared_executors(method: str, count: int, defaults: Config, steps: int) -> dict[str, Config]:
-    """Return configurations of a federation with the serial executor and with two workers.
-
-    Args:
-        method: Name of the method.
-        count: Number of clients.
-        defaults: Settings of the clients.
-        steps: Number of local steps.
-    """
-    runtimes = {"serial": SERIAL.runtime, "two workers": TWO_WORKERS.runtime}
-    return {
-        f"{method}, {name}": federation(
-            method,
-            data={"split": {"validation": 0.0, "test": 0.25}, "test_limit": 50},
-            clients={"count": count, "defaults": {**defaults, "steps": steps}},
-            runtime=runtime,
-        )
-        for name, runtime in runtimes.items()
-    }
-
-
 def executors(
     name: str,
     images: Images,
@@ -304,9 +283,18 @@ CASES = [
     Case(
         "executors",
         {
-            **compared_executors("fedavg", 24, {"model": "cnn_bn_small", "batch_size": 32}, 10),
-            # Models of 8 MB, which are the private state.
-            **compared_executors("fd", 12, {"model": "fedavg_cnn"}, 5),
+            f"{method}, {name}": federation(
+                method,
+                data={"split": {"validation": 0.0, "test": 0.25}, "test_limit": 50},
+                clients={"count": clients, "defaults": defaults},
+                runtime=contender.runtime,
+            )
+            for method, clients, defaults in (
+                ("fedavg", 24, {"model": "cnn_bn_small", "batch_size": 32, "steps": 10}),
+                # Models of 8 MB, which are the private state.
+                ("fd", 12, {"model": "fedavg_cnn", "steps": 10}),
+            )
+            for name, contender in (("serial", SERIAL), ("two workers", TWO_WORKERS))
         },
         {"hetero_fl": Framework()},
         images=Images(1_200, *COLOR),

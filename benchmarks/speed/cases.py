@@ -292,7 +292,7 @@ CASES = [
             for method, clients, defaults in (
                 ("fedavg", 24, {"model": "cnn_bn_small", "batch_size": 32, "steps": 10}),
                 # Models of 8 MB, which are the private state.
-                ("fd", 12, {"model": "fedavg_cnn", "steps": 10}),
+                ("fd", 12, {"model": "fedavg_cnn"}),
             )
             for name, contender in (("serial", SERIAL), ("two workers", TWO_WORKERS))
         },

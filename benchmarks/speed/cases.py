@@ -281,6 +281,26 @@ CASES = [
         runs_with=(CPU, AGAINST),
     ),
     Case(
+        "executors",
+        {
+            f"{method}, {name}": federation(
+                method,
+                data={"split": {"validation": 0.0, "test": 0.25}, "test_limit": 50},
+                clients={"count": clients, "defaults": defaults},
+                runtime=contender.runtime,
+            )
+            for method, clients, defaults in (
+                ("fedavg", 24, {"model": "cnn_bn_small", "batch_size": 32, "steps": 10}),
+                # Models of 8 MB, which are the private state.
+                ("fd", 12, {"model": "fedavg_cnn"}),
+            )
+            for name, contender in (("serial", SERIAL), ("two workers", TWO_WORKERS))
+        },
+        {"hetero_fl": Framework()},
+        images=Images(1_200, *COLOR),
+        runs_with=(AGAINST,),
+    ),
+    Case(
         "every_method",
         {method: small_federation(method) for method in METHODS},
         {"serial": SERIAL},

@@ -64,7 +64,7 @@ from hetero_fl.deployment.validation import read_data_info
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data, prepare
 from hetero_fl.federation.client_runtime import ClientEvaluation
-from hetero_fl.federation.executors.workers import (
+from hetero_fl.federation.executors.worker import (
     JobResult,
     RemoteTracebackError,
     Worker,
@@ -375,7 +375,6 @@ class Node:
         self.left: str | None = None
         # Messages are handled one at a time, because the same message may arrive twice.
         self._lock = threading.Lock()
-        self._jobs = 0
 
     def handle(self, envelope: Envelope) -> Envelope:
         """Answer a message of the server.
@@ -601,8 +600,11 @@ class Node:
         private: dict[str, bytes | None] = (
             {client: storage.load_state(base)} if request.kind == TRAIN else {}
         )
-        job = self._worker_job(
-            "answer", request, private, notes={} if notes is None else {client: notes}
+        job = WorkerJob(
+            "answer",
+            {client: request},
+            private,
+            notes={} if notes is None else {client: notes},
         )
         done = _run_job(joined, job, request.kind)
         if client in done.notes:
@@ -635,11 +637,11 @@ class Node:
         self, joined: ParticipatingRun, request: Message, base: str, details: bool, task: str
     ) -> Envelope:
         """Evaluate the site's model and return the results that the site discloses."""
-        job = self._worker_job(
-            "read", request, {self.site.client: joined.storage.load_state(base)}, details
-        )
+        client = self.site.client
+        state = joined.storage.load_state(base)
+        job = WorkerJob("read", {client: request}, {client: state}, details)
         done = _run_job(joined, job, "evaluation")
-        evaluation = done.evaluations[self.site.client]
+        evaluation = done.evaluations[client]
         # After the last round, the site stores its model even if it does not disclose the model.
         if evaluation.model:
             joined.storage.write(MODEL_FILE, evaluation.model)
@@ -667,20 +669,6 @@ class Node:
             evaluation
             if tells.details
             else replace(evaluation, confusion={}, calibration={}, forecast={})
-        )
-
-    def _worker_job(
-        self,
-        kind: Any,
-        request: Message,
-        private: dict[str, bytes | None],
-        details: bool = False,
-        notes: dict[str, bytes] | None = None,
-    ) -> WorkerJob:
-        self._jobs += 1
-        client = self.site.client
-        return WorkerJob(
-            self._jobs, kind, [[client]], {client: request}, private, details, notes or {}
         )
 
     def _current_run(self, envelope: Envelope) -> ParticipatingRun:

@@ -27,7 +27,7 @@ PIECE = 64  # bytes of a tensor that are looked for
 
 def pieces(node: Node) -> list[bytes]:
     """Return bytes from the middle of each private tensor of a node's state and rows."""
-    private: PrivateState = node.joined.worker.store.get(node.site.client)
+    private: PrivateState = node.joined.worker.runtime.store.get(node.site.client)
     rows = node.joined.data.client_rows[node.site.client]["train"].copy_rows()
     found = []
     for tensor in filter(torch.is_tensor, tree_leaves([private.models, private.state, rows.x])):

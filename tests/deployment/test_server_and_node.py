@@ -32,7 +32,7 @@ from hetero_fl.deployment.site import LoggedNode
 from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.experiment import run
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.federation.executors.workers import Worker
+from hetero_fl.federation.executors.worker import Worker
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.deployments import SITES, Federation, small
 from tests.support.federations import changed, config
@@ -164,13 +164,13 @@ def test_exception_at_a_node_is_a_failure_with_a_traceback_in_its_log(tmp_path: 
 def test_warnings_of_a_node_are_issued_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = Worker._run_chunk
+    train = Worker._run_tasks
 
     def warn(*arguments: Any) -> None:
         warnings.warn("few rows", UserWarning, stacklevel=1)
         train(*arguments)
 
-    monkeypatch.setattr(Worker, "_run_chunk", warn)
+    monkeypatch.setattr(Worker, "_run_tasks", warn)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         Federation(tmp_path).serve(small(rounds=2))

@@ -22,7 +22,7 @@ from hetero_fl.core.payload import PayloadError
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.experiment import prepare, run
 from hetero_fl.experiment.runner import open_session
-from hetero_fl.federation.executors.workers import WorkerSetup
+from hetero_fl.federation.executors.worker import WorkerSetup
 from hetero_fl.federation.summed_uploads import hidden_server
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import RunFailedError, UserError

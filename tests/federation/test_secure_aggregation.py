@@ -17,7 +17,7 @@ from hetero_fl.core.payload import PayloadError
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.federation import client_runtime
 from hetero_fl.federation.executors import processes
-from hetero_fl.federation.executors.workers import WorkerJob
+from hetero_fl.federation.executors.worker import WorkerJob
 from hetero_fl.federation.simulation.faults import FaultOutcome, Faults
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import RunFailedError, UserError

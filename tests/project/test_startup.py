@@ -27,7 +27,7 @@ HEAVY = {
 }
 STARTS = {
     "a worker process": (
-        "import hetero_fl.federation.executors.workers, hetero_fl.federation.executors.processes",
+        "import hetero_fl.federation.executors.processes",
         HEAVY,
     ),
     "the help": (

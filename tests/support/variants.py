@@ -12,7 +12,8 @@ import torch
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.executors.workers import WorkerExecutor, WorkerSetup
+from hetero_fl.federation.executors.pool import PooledExecutor
+from hetero_fl.federation.executors.worker import WorkerSetup
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.serialization import decode, encode
@@ -98,7 +99,7 @@ def _maker(
         if pool is not None:
             backend = make_backend(DeviceMemory(torch.device("cpu")))
             infos = prepared.federation.client_infos
-            trainer.executor = WorkerExecutor(pool, infos, store, backend)
+            trainer.executor = PooledExecutor(pool, infos, store, backend)
             trainer.backend = backend
         return trainer
 

@@ -5,38 +5,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from multiprocessing.connection import Connection
-from multiprocessing.reduction import ForkingPickler
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from hetero_fl.communication.protocol import Message
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.executors import processes
 from hetero_fl.federation.executors.base import Executor, InProcessExecutor
-from hetero_fl.federation.executors.processes import SharedMemoryConnection
-from hetero_fl.federation.executors.workers import (
-    JOBS_PER_WORKER,
-    JobResult,
-    Worker,
-    WorkerExecutor,
-    WorkerJob,
-    WorkerPool,
-    WorkerSetup,
-)
+from hetero_fl.federation.executors.pool import PooledExecutor, WorkerPool
+from hetero_fl.federation.executors.processes import ProcessPool
+from hetero_fl.federation.executors.worker import JobResult, Worker, WorkerJob, WorkerSetup
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
-from hetero_fl.utils.processes import exit_with_parent
 from hetero_fl.utils.serialization import encode
 from tests.support.federations import MIXED, broadcasts, config
 
@@ -75,14 +63,14 @@ def rounds_on(
     else:
         pool.size = size
         backend = make_backend(DeviceMemory(torch.device("cpu")))
-        executor = WorkerExecutor(pool, setup.federation.client_infos, StateStore(), backend)
+        executor = PooledExecutor(pool, setup.federation.client_infos, StateStore(), backend)
     return SynchronousTrainer(setup.algorithm, setup.federation, executor, cohort)
 
 
 def first_job(setup: WorkerSetup) -> WorkerJob:
     """Return a client's task of the first round."""
     (client, body), *_ = broadcasts(rounds_on(setup, None), ["site_1"]).items()
-    return WorkerJob(0, "answer", [[client]], {client: Message("train", body)}, {})
+    return WorkerJob("answer", {client: Message("train", body)}, {})
 
 
 def has_checksums(done: JobResult) -> bool:
@@ -122,63 +110,36 @@ def figures(out: Path) -> list[dict[str, Any]]:
 
 
 class LocalWorkerPool:
-    """Workers in this process, whose results come in a known order.
-
-    Results of the first worker come first, or those of the last one if `turned` is set.
-    """
+    """Workers in this process, which run jobs in turn."""
 
     def __init__(self, setup: WorkerSetup, size: int) -> None:
-        self.size, self.turned = size, False
-        self.workers = [Worker(setup, i) for i in range(size)]
-        self.jobs: dict[int, list[WorkerJob]] = {}
-        # Number of jobs that were sent to a busy worker.
-        self.waited = 0
+        self.size = size
+        self.jobs: list[WorkerJob] = []
+        self._workers = [Worker(setup, i) for i in range(size)]
 
-    def send(self, worker: int, job: WorkerJob) -> None:
-        self.waited += worker in self.jobs
-        self.jobs.setdefault(worker, []).append(job)
-        assert len(self.jobs[worker]) <= JOBS_PER_WORKER
+    def submit(self, job: WorkerJob) -> Future[JobResult]:
+        future: Future[JobResult] = Future()
+        future.set_result(self._workers[len(self.jobs) % self.size].run_job(job))
+        self.jobs.append(job)
+        return future
 
-    def receive(self) -> tuple[int, JobResult | None]:
-        worker = (max if self.turned else min)(self.jobs)
-        result = self.workers[worker].run_job(self.jobs[worker].pop(0))
-        if not self.jobs[worker]:
-            del self.jobs[worker]
-        return worker, result
+    def result(self, future: Future[JobResult]) -> JobResult:
+        return future.result()
+
+    def restart(self) -> None:
+        """Do nothing: there are no processes."""
 
     def close(self) -> None:
         """Do nothing: there are no processes."""
 
 
-class SharedProcessPool(processes.ProcessPool):
-    """Processes that are started once and reused by several runs."""
+class SharedProcessPool(ProcessPool):
+    """Processes that are replaced for each of several runs."""
 
     def take(self, setup: WorkerSetup) -> None:
-        """Make the workers use the setup of another run."""
-        setup.federation.data.share_memory()
-        for _, carrier in self._workers:
-            carrier.send(bytes(ForkingPickler.dumps(setup)))
-        for _, carrier in self._workers:
-            assert carrier.receive() == "ready"
-
-
-def run_reusable_worker(
-    connection: Connection, setup: WorkerSetup, index: int, environ: object
-) -> None:
-    """Run a worker that accepts a new setup, sent as bytes."""
-    exit_with_parent()
-    worker, carrier = (
-        Worker(setup, index),
-        SharedMemoryConnection(connection, received_strings=processes.BROADCASTS),
-    )
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            got = carrier.receive()
-            if isinstance(got, bytes):
-                worker = Worker(pickle.loads(got), index)
-                carrier.send("ready")
-            else:
-                carrier.send(worker.run_job(got))
+        """Start the workers of another run."""
+        self.close()
+        super().__init__(setup, self._num_workers)
 
 
 def running_processes() -> Iterator[tuple[int, list[bytes], dict[bytes, bytes]]]:
@@ -248,10 +209,7 @@ def start_session(
 
 @contextlib.contextmanager
 def shared_process_pool(setup: WorkerSetup, size: int) -> Iterator[SharedProcessPool]:
-    """Start that many processes once for many tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "run_worker", run_reusable_worker)
-        pool = SharedProcessPool(setup, size)
+    """Return so many processes for several runs."""
+    pool = SharedProcessPool(setup, size)
     yield pool
-    pool.size = size
     pool.close()

@@ -32,9 +32,10 @@ from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.executors.base import Executor, InProcessExecutor
+from hetero_fl.federation.executors.pool import PooledExecutor, WorkerPool
 from hetero_fl.federation.executors.processes import ProcessPool
 from hetero_fl.federation.executors.torchrun import TorchrunPool, num_ranks
-from hetero_fl.federation.executors.workers import WorkerExecutor, WorkerPool, WorkerSetup
+from hetero_fl.federation.executors.worker import WorkerSetup
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.summed_uploads import make_protocol
@@ -558,8 +559,8 @@ def make_executor(
         algorithm: The method.
         federation: The federation.
         store: Store of the clients' private states. If None, a new store in memory is created.
-        log: Function that is called with a message about each limitation of the backend. By
-            default, messages are ignored.
+        log: Function that is called with a message about each limitation of the backend, and when
+            worker processes are replaced. By default, messages are ignored.
     """
     torch.set_num_threads(choice.server_threads)
     device = torch.device(choice.device)
@@ -598,5 +599,5 @@ def make_executor(
     elif choice.executor == "torchrun":
         pool = TorchrunPool(setup)
     else:
-        pool = ProcessPool(setup, choice.workers)
-    return WorkerExecutor(pool, federation.client_infos, store, backend, choice.chunk)
+        pool = ProcessPool(setup, choice.workers, log)
+    return PooledExecutor(pool, federation.client_infos, store, backend, choice.chunk)

@@ -13,12 +13,13 @@ import signal
 import socket
 import tempfile
 import threading
-import time
 import warnings
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
+from concurrent.futures import BrokenExecutor, Future
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import ray
@@ -26,18 +27,12 @@ import torch
 from ray.util.serialization import deregister_serializer, register_serializer
 from typing_extensions import override
 
-from hetero_fl.federation.executors.workers import (
-    JobResult,
-    Worker,
-    WorkerJob,
-    WorkerPool,
-    WorkerSetup,
-)
+from hetero_fl.federation.executors.pool import WorkerPool
+from hetero_fl.federation.executors.worker import JobResult, Worker, WorkerJob, WorkerSetup
 from hetero_fl.utils.errors import RunFailedError, UserError
 
-# Maximum time in seconds until a cluster has started a worker, and time between two checks.
+# Maximum time in seconds until a cluster has started all workers.
 START_TIMEOUT = 600.0
-CHECK_INTERVAL = 10.0
 # Maximum time in seconds until the head of a cluster answers.
 CONNECT_TIMEOUT = 10.0
 
@@ -48,6 +43,9 @@ class RayActorPool(WorkerPool):
     Args:
         setup: Setup of the workers.
         size: Number of workers.
+
+    Raises:
+        RunFailedError: If the cluster does not start all workers within the time limit.
     """
 
     def __init__(self, setup: WorkerSetup, size: int) -> None:
@@ -57,63 +55,69 @@ class RayActorPool(WorkerPool):
         self._stack = ExitStack()
         self._stack.enter_context(connect(None, size * setup.threads))
         self._setup = _store_setup(setup)
-        # Tasks of each worker in order. `receive` waits for the first task of each worker, because
-        # the result of a later task may arrive earlier if the result is small.
-        self._tasks: list[deque[Any]] = [deque() for _ in range(size)]
-        self._workers = [self._start(i, setup.threads) for i in range(size)]
+        self._actors: dict[int, Any] = {}
+        # Worker of each job, and workers that have died.
+        self._workers: WeakKeyDictionary[Future[JobResult], int] = WeakKeyDictionary()
+        self._dead: set[int] = set()
+        self._start(range(size), setup.threads)
 
     @override
-    def send(self, worker: int, job: WorkerJob) -> None:
-        self._tasks[worker].append(self._workers[worker][0].run_job.remote(job))
+    def submit(self, job: WorkerJob) -> Future[JobResult]:
+        loads = Counter(worker for future, worker in self._workers.items() if not future.done())
+        worker = min(range(self.size), key=lambda index: loads[index])
+        future: Future[JobResult] = self._actors[worker].run_job.remote(job).future()
+        self._workers[future] = worker
+        return future
 
     @override
-    def receive(self) -> tuple[int, JobResult | None]:
-        first = {tasks[0]: worker for worker, tasks in enumerate(self._tasks) if tasks}
-        while not (ended := ray.wait(list(first), timeout=CHECK_INTERVAL)[0]):
-            self._check_room()
-        worker = first[ended[0]]
-        self._tasks[worker].popleft()
+    def result(self, future: Future[JobResult]) -> JobResult:
         try:
-            return worker, ray.get(ended[0])
+            return future.result()
         except ray.exceptions.RayTaskError as error:
             # Exceptions of jobs are part of their results; this one was raised outside of a job.
             raise RunFailedError(f"a worker failed: {_describe(error.cause)}") from error
         except ray.exceptions.RayError as error:
             if getattr(error, "actor_init_failed", False):
                 raise RunFailedError(f"a worker cannot start: {_describe(error)}") from error
-            ray.kill(self._workers[worker][0])
-            self._tasks[worker].clear()
-            # Reserve no CPU, because the remaining nodes may have none left.
-            self._workers[worker] = self._start(worker, 0)
-            return worker, None
+            self._dead.add(self._workers[future])
+            raise BrokenExecutor from error
+
+    @override
+    def restart(self) -> None:
+        for worker in self._dead:
+            ray.kill(self._actors[worker])
+        # Reserve no CPU, because the remaining nodes may have none left.
+        self._start(self._dead, 0)
+        self._dead = set()
 
     @override
     def close(self) -> None:
-        for actor, _, _ in self._workers:
+        for actor in self._actors.values():
             ray.kill(actor)
-        self._workers.clear()
+        self._actors.clear()
         self._stack.close()
 
-    def _start(self, index: int, cpus: int) -> tuple[Any, Any, float]:
-        """Return a new actor, a future that is ready when the actor has started, and the time."""
+    def _start(self, workers: Collection[int], cpus: int) -> None:
+        """Start an actor for each worker, and wait until the actors have started.
+
+        Raises:
+            RunFailedError: If the cluster has not started an actor within the time limit.
+        """
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / self.size) if self._gpu else 0.0
         actor_class: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")(
             RayActor
         )
-        actor = actor_class.remote(self._setup, index)
-        return actor, actor.is_ready.remote(), time.monotonic()
-
-    def _check_room(self) -> None:
-        """Raise RunFailedError if the cluster has not started an actor within the time limit."""
-        for worker, (_, ready, since) in enumerate(self._workers):
-            if not self._tasks[worker]:
-                continue
-            if time.monotonic() - since > START_TIMEOUT and not ray.wait([ready], timeout=0)[0]:
-                needs = f"{self._threads} CPUs" + (" and a GPU" if self._gpu else "")
-                raise RunFailedError(
-                    f"the cluster had no resources for worker {worker} ({needs}) "
-                    f"within {START_TIMEOUT:.0f} s"
-                )
+        started = {}
+        for worker in workers:
+            self._actors[worker] = actor_class.remote(self._setup, worker)
+            started[self._actors[worker].is_ready.remote()] = worker
+        _, waiting = ray.wait(list(started), num_returns=len(started), timeout=START_TIMEOUT)
+        if waiting:
+            needs = f"{self._threads} CPUs" + (" and a GPU" if self._gpu else "")
+            raise RunFailedError(
+                f"the cluster had no resources for worker {started[waiting[0]]} ({needs}) "
+                f"within {START_TIMEOUT:.0f} s"
+            )
 
 
 class RayActor:

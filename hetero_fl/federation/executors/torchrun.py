@@ -1,8 +1,8 @@
 """Workers as torchrun ranks: rank 0 runs the command, and the other ranks run jobs.
 
 Jobs are sent with the gloo backend of torch.distributed, because NCCL can send only tensors on a
-GPU. Rank 0 waits for each other rank in a separate thread, so that the main thread still receives
-Ctrl-C. When a rank dies, torchrun ends all ranks.
+GPU. Rank 0 waits for results in threads, so that the main thread still receives Ctrl-C. When a rank
+dies, torchrun ends all ranks.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import queue
 import signal
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -19,26 +19,16 @@ from typing import Any
 import torch.distributed as dist
 from typing_extensions import override
 
-from hetero_fl.federation.executors.workers import (
-    JobResult,
-    Worker,
-    WorkerJob,
-    WorkerPool,
-    WorkerSetup,
-    run_jobs,
-)
+from hetero_fl.federation.executors.pool import WorkerPool
+from hetero_fl.federation.executors.worker import JobResult, Worker, WorkerJob, WorkerSetup
 from hetero_fl.utils.errors import RunFailedError
 
 # Ranks wait for each other without a time limit, because torchrun detects ranks that have died.
 NO_TIMEOUT = timedelta(days=20)
 # Maximum time until all ranks are connected.
 START_TIMEOUT = timedelta(minutes=10)
-# Seconds to wait for the end of the other ranks.
-EXIT_SECONDS = 10.0
 # Object that is sent instead of a job at the end of the run.
 END = None
-# Threads of rank 0 that wait for results.
-_listeners: list[threading.Thread] = []
 
 
 def num_ranks() -> int:
@@ -78,8 +68,6 @@ def run_as_ranks(lead: Callable[[], int]) -> int:
             # A rank that has already ended raises RuntimeError.
             with suppress(RuntimeError):
                 dist.send_object_list([END], dst=other)
-        for listener in _listeners:
-            listener.join(EXIT_SECONDS)
         dist.destroy_process_group()
 
 
@@ -94,43 +82,42 @@ class TorchrunPool(WorkerPool):
 
     def __init__(self, setup: WorkerSetup) -> None:
         self.size = dist.get_world_size() - 1
-        self._results: queue.SimpleQueue[tuple[int, JobResult | None]] = queue.SimpleQueue()
-        for worker in range(self.size):
-            dist.send_object_list([setup], dst=worker + 1)
-            _listeners.append(threading.Thread(target=self._listen, args=(worker,), daemon=True))
-            _listeners[-1].start()
+        self._threads = ThreadPoolExecutor(self.size)
+        self._idle_ranks: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for rank in range(1, self.size + 1):
+            dist.send_object_list([setup], dst=rank)
+            self._idle_ranks.put(rank)
 
     @override
-    def send(self, worker: int, job: WorkerJob) -> None:
-        # A rank that has ended is reported by `receive`.
-        with suppress(RuntimeError):
-            dist.send_object_list([job], dst=worker + 1)
+    def submit(self, job: WorkerJob) -> Future[JobResult]:
+        return self._threads.submit(self._exchange, job)
 
     @override
-    def receive(self) -> tuple[int, JobResult | None]:
-        worker, result = self._results.get()
-        if result is None:
-            raise RunFailedError(
-                f"rank {worker + 1} exited and torchrun stopped all ranks; "
-                "run the same command again to resume"
-            )
-        return worker, result
+    def result(self, future: Future[JobResult]) -> JobResult:
+        return future.result()
+
+    @override
+    def restart(self) -> None:
+        """Do nothing, because torchrun ends all ranks if one ends."""
 
     @override
     def close(self) -> None:
-        """Do nothing, because the ranks end with the command."""
+        """Wait for the end of running jobs. The ranks end with the command."""
+        self._threads.shutdown(cancel_futures=True)
 
-    def _listen(self, worker: int) -> None:
-        result: JobResult | None
-        while True:
-            try:
-                result = _receive_object(worker + 1)
-            except Exception:
-                # The rank has ended, or its message cannot be read.
-                result = None
-            self._results.put((worker, result))
-            if result is None:
-                return
+    def _exchange(self, job: WorkerJob) -> JobResult:
+        """Send a job to an idle rank, and wait for the result."""
+        rank = self._idle_ranks.get()
+        try:
+            dist.send_object_list([job], dst=rank)
+            result: JobResult = _receive_object(rank)
+        except RuntimeError as error:
+            raise RunFailedError(
+                f"rank {rank} exited and torchrun stopped all ranks; "
+                "run the same command again to resume"
+            ) from error
+        self._idle_ranks.put(rank)
+        return result
 
 
 def _receive_object(source: int) -> Any:
@@ -140,24 +127,12 @@ def _receive_object(source: int) -> Any:
 
 
 def _serve_rank_zero() -> None:
-    """Run jobs until rank 0 ends. If rank 0 is killed, this process also ends during a job."""
+    """Run jobs until rank 0 ends."""
     setup = _receive_object(0)
     if setup is END:
         return
     worker = Worker(setup, int(os.environ.get("LOCAL_RANK", "0")))
-    run_jobs(worker, _receive_job, _send_result)
-
-
-def _receive_job() -> Any:
-    """Wait for the next job and return the job. If there are no more jobs, end this process."""
-    try:
-        job = _receive_object(0)
-    except RuntimeError:
-        os._exit(1)
-    if job is END:
-        os._exit(0)
-    return job
-
-
-def _send_result(result: JobResult) -> None:
-    dist.send_object_list([result.with_checksums()], dst=0)
+    # If rank 0 has ended, torchrun reports the failure.
+    with suppress(RuntimeError):
+        while (job := _receive_object(0)) is not END:
+            dist.send_object_list([worker.run_job(job).with_checksums()], dst=0)

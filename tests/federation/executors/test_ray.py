@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from ray.cluster_utils import Cluster
 
 from hetero_fl.experiment import run
 from hetero_fl.federation.executors.ray import RayActor, RayActorPool, _store_setup
-from hetero_fl.federation.executors.workers import WorkerJob, WorkerSetup
+from hetero_fl.federation.executors.worker import JobResult, WorkerJob, WorkerSetup
 from hetero_fl.utils.errors import UserError
 
 # Ray emits warnings that this project cannot avoid.
@@ -77,41 +78,42 @@ def expected(setup: WorkerSetup) -> dict[str, Any]:
 
 def ask(pool: RayActorPool, worker: int, what: Any) -> Any:
     """Call a function in a worker's process."""
-    return ray.get(pool._workers[worker][0].__ray_call__.remote(lambda actor: what()))
+    return ray.get(pool._actors[worker].__ray_call__.remote(lambda actor: what()))
 
 
 def node_id() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def act_on_send(
+def act_on_submit(
     pool: RayActorPool,
     monkeypatch: pytest.MonkeyPatch,
     mine: Callable[[int], bool],
     pids: list[int],
     act: Callable[[], object],
 ) -> list[int]:
-    """Act once, when a worker that is `mine` is sent a job of a later round."""
-    send, done = pool.send, list[int]()
+    """Act once, when the worker that is `mine` is sent a job of a later round, and kill it."""
+    submit, done = pool.submit, list[int]()
+    (chosen,) = filter(mine, range(pool.size))
 
-    def watched(worker: int, job: WorkerJob) -> None:
-        if (
-            {request.round_idx for request in job.requests.values()} != {1}
-            or done
-            or not mine(worker)
-        ):
-            send(worker, job)
-            return
-        done.append(worker)
+    def watched(job: WorkerJob) -> Future[JobResult]:
+        rounds = {request.round_idx for request in job.requests.values()}
+        if rounds != {1} or done:
+            return submit(job)
         # Otherwise the worker might answer first.
-        os.kill(pids[worker], signal.SIGSTOP)
-        send(worker, job)
+        os.kill(pids[chosen], signal.SIGSTOP)
+        future = submit(job)
+        if pool._workers[future] != chosen:
+            os.kill(pids[chosen], signal.SIGCONT)
+            return future
+        done.append(chosen)
         act()
         # The process may have ended with its node.
         with suppress(ProcessLookupError):
-            os.kill(pids[worker], signal.SIGKILL)
+            os.kill(pids[chosen], signal.SIGKILL)
+        return future
 
-    monkeypatch.setattr(pool, "send", watched)
+    monkeypatch.setattr(pool, "submit", watched)
     return done
 
 
@@ -145,7 +147,7 @@ def test_killed_worker_and_lost_node_change_nothing(
     assert set(homes) == {cluster.head_node.node_id, second.node_id}
 
     with monkeypatch.context() as patch:
-        killed = act_on_send(
+        killed = act_on_submit(
             pool, patch, lambda worker: homes[worker] != second.node_id, pids, lambda: None
         )
         assert outcome(rounds_on(setup, pool, 2)) == expected
@@ -160,7 +162,7 @@ def test_killed_worker_and_lost_node_change_nothing(
             )
         )
 
-    lost = act_on_send(
+    lost = act_on_submit(
         pool, monkeypatch, lambda worker: homes[worker] == second.node_id, pids, kill_node
     )
     assert outcome(rounds_on(setup, pool, 2)) == expected

@@ -9,12 +9,11 @@ import os
 import pickle
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
-from multiprocessing.connection import Connection
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -26,17 +25,12 @@ import yaml
 from hetero_fl.communication.protocol import Message
 from hetero_fl.core.payload import Item, Payload, loss_from_report
 from hetero_fl.experiment import run
-from hetero_fl.federation.executors import processes, workers
-from hetero_fl.federation.executors.processes import (
-    LONG,
-    ProcessPool,
-    SharedMemoryBlock,
-    SharedMemoryConnection,
-)
-from hetero_fl.federation.executors.workers import (
+from hetero_fl.federation.executors import pool as pool_module
+from hetero_fl.federation.executors.pool import MAX_AHEAD, JobQueue
+from hetero_fl.federation.executors.processes import LONG, ProcessPool, pack, unpack
+from hetero_fl.federation.executors.worker import (
     JobResult,
     RemoteTracebackError,
-    TaskCosts,
     Worker,
     WorkerJob,
     WorkerSetup,
@@ -106,23 +100,23 @@ def test_workers_in_any_number_and_order_match_one_process(
     for size in range(1, most + 1):
         assert outcome(rounds_on(setup, pool, size)) == expected
     for salt in range(2):
-        shuffled = lambda self, client, s=salt: (  # noqa: E731
-            hashlib.sha256(f"{s}{client}".encode()).digest()[0] / 255
+        shuffled = lambda info, s=salt: (  # noqa: E731
+            hashlib.sha256(f"{s}{info.client_id}".encode()).digest()[0] / 255
         )
-        monkeypatch.setattr(TaskCosts, "cost_of", shuffled)
+        monkeypatch.setattr(pool_module, "training_flops", shuffled)
         assert outcome(rounds_on(setup, pool, most)) == expected
 
 
 def test_warnings_of_workers_are_issued_once(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = setup_of(config("fedavg", "mlp", clients=3, rounds=2))
     pool = LocalWorkerPool(setup, 2)
-    train = Worker._run_chunk
+    train = Worker._run_tasks
 
-    def warn(self: Worker, job: WorkerJob, chunk: list[str], result: JobResult) -> None:
+    def warn(self: Worker, job: WorkerJob, result: JobResult) -> None:
         warnings.warn("few rows", MissingRowsWarning, stacklevel=1)
-        train(self, job, chunk, result)
+        train(self, job, result)
 
-    monkeypatch.setattr(Worker, "_run_chunk", warn)
+    monkeypatch.setattr(Worker, "_run_tasks", warn)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         outcome(rounds_on(setup, pool, 2))
@@ -135,7 +129,7 @@ def test_warnings_cross_process_boundaries() -> None:
     with record_warnings() as recorded:
         warnings.warn("few rows", MissingRowsWarning, stacklevel=1)
 
-    sent = pickle.loads(pickle.dumps(JobResult(1, warnings=recorded)))
+    sent = pickle.loads(pickle.dumps(JobResult(warnings=recorded)))
 
     assert sent.warnings == recorded
 
@@ -147,35 +141,38 @@ def test_clients_of_a_chunk_have_separate_requests() -> None:
         client: Message("train", body, attempt=attempt)
         for attempt, (client, body) in enumerate(bodies.items())
     }
-    losses = []
-    for chunks in ([[*requests]], [[client] for client in requests]):
-        replies = Worker(setup, 0).run_job(WorkerJob(0, "answer", chunks, requests, {})).replies
-        losses.append(
-            {
-                client: loss_from_report(Payload.decode(reply.body).report)
-                for client, reply in replies.items()
-                if isinstance(reply, Message)
-            }
-        )
+    worker = Worker(setup, 0)
+    jobs = [requests], [{client: request} for client, request in requests.items()]
+    losses = [
+        {
+            client: loss_from_report(Payload.decode(reply.body).report)
+            for each in parts
+            for client, reply in worker.run_job(WorkerJob("answer", each, {})).replies.items()
+            if isinstance(reply, Message)
+        }
+        for parts in jobs
+    ]
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def kill_workers(pool: Any, monkeypatch: pytest.MonkeyPatch, which: Any) -> list[int]:
-    """Kill workers that were sent a job matched by `which`; return their process ids."""
-    send, killed = pool.send, []
+def kill_workers(pool: ProcessPool, monkeypatch: pytest.MonkeyPatch, which: Any) -> list[WorkerJob]:
+    """Kill the workers before they run a job matched by `which`; return such jobs."""
+    submit = pool.submit
+    killed: list[WorkerJob] = []
 
-    def send_and_kill(worker: int, job: WorkerJob) -> None:
-        process = pool._workers[worker][0]
+    def submit_and_kill(job: WorkerJob) -> Any:
         if not which(job):
-            send(worker, job)
-            return
-        killed.append(process.pid)
-        # Otherwise the worker might answer before it is killed.
-        os.kill(process.pid, signal.SIGSTOP)
-        send(worker, job)
-        os.kill(process.pid, signal.SIGKILL)
+            return submit(job)
+        killed.append(job)
+        # Otherwise the workers might answer before they are killed.
+        for process in pool._processes:
+            os.kill(process.pid or 0, signal.SIGSTOP)
+        future = submit(job)
+        for process in pool._processes:
+            process.kill()
+        return future
 
-    monkeypatch.setattr(pool, "send", send_and_kill)
+    monkeypatch.setattr(pool, "submit", submit_and_kill)
     return killed
 
 
@@ -185,48 +182,23 @@ def test_killed_worker_and_diverging_client_change_nothing(
     setup, pool = fedper
     expected = outcome(rounds_on(setup, None))
     assert any("wild" in record["failed"] for record in expected["records"])
-    killed = kill_workers(pool, monkeypatch, lambda job: job.number in (2, 5))
-    assert outcome(rounds_on(setup, pool, 2)) == expected and len(killed) == 2
+    numbers = itertools.count()
+    killed = kill_workers(pool, monkeypatch, lambda job: next(numbers) in (2, 8))
+    lines = record_calls(monkeypatch, pool, "_log", lambda line: line)
+
+    assert outcome(rounds_on(setup, pool, 2)) == expected
+
+    assert len(killed) == 2
+    assert lines == ["a worker process was killed; its tasks start again in a new process"] * 2
 
 
-def test_dead_idle_worker_is_replaced(
-    fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dead_idle_worker_is_replaced(fedper: tuple[WorkerSetup, ProcessPool]) -> None:
     setup, pool = fedper
     expected = outcome(rounds_on(setup, None), 1)
-    rounds = rounds_on(setup, pool, 2)
-    rounds.executor.pool.size = 1  # type: ignore[attr-defined]  # The second gets no jobs.
-    os.kill(pool._workers[1][0].pid or 0, signal.SIGKILL)
-    pool._workers[1][0].join()
-    assert outcome(rounds, 1) == expected
+    pool._processes[1].kill()
+    wait([pool._processes[1].sentinel])
 
-
-def test_interrupted_worker_is_replaced_before_its_next_result_is_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # Every second result is large; the others' block of memory is too small for it.
-    models = [{"name": "mlp", "hidden": [8]}, {"name": "mlp", "hidden": [400]}]
-    groups = [{"name": "calm", "count": 8, "model": models}]
-    monkeypatch.setattr(TaskCosts, "cost_of", lambda self, client: 10.0 - int(client[-1]))
-    setup = setup_of(config("fedper", rounds=3, clients__groups=groups))
-    pool = ProcessPool(setup, 1)
-    rounds = rounds_on(setup, pool, cohort=8)
-    plain, calls = SharedMemoryConnection.receive, itertools.count(1)
-
-    def receive(self: SharedMemoryConnection) -> Any:
-        if next(calls) == 3:
-            self.connection.recv()
-            assert self.connection.poll(PATIENCE)
-            # Until the next message is complete.
-            time.sleep(0.2)
-            raise KeyboardInterrupt
-        return plain(self)
-
-    monkeypatch.setattr(SharedMemoryConnection, "receive", receive)
-    with pytest.raises(KeyboardInterrupt):
-        rounds.run_round()
-    assert outcome(rounds, 1) == outcome(rounds_on(setup, None, cohort=8), 1)
-    pool.close()
+    assert outcome(rounds_on(setup, pool, 2), 1) == expected
 
 
 def test_missing_shared_memory_for_data_fails_in_one_line(
@@ -244,53 +216,55 @@ def test_missing_shared_memory_for_data_fails_in_one_line(
         ProcessPool(setup_of("fedavg"), 2)
 
 
-@each_case("num_states", [0.5, 1.5, 2.5, 3.5])
-def test_worker_keeps_dropped_state_for_waiting_job(
-    num_states: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    groups = [{"name": "calm", "count": 8, "model": {"name": "mlp", "hidden": [8]}}]
-    setup = setup_of(config("fedper", rounds=3, clients__groups=groups))
-    expected = outcome(single := rounds_on(setup, None, cohort=8))
-    size = single.store.num_bytes("calm_1")
-    monkeypatch.setattr(workers, "MAX_HELD_STATE_BYTES", int(num_states * size))
-    pool = LocalWorkerPool(setup, 2)
-    assert outcome(rounds_on(setup, pool, 2, cohort=8)) == expected
-    assert pool.waited
-    for worker in pool.workers:
-        assert worker.store.cached_bytes <= (num_states + 1) * size
-
-
-@each_case("count", [4, 8])
-def test_abandoned_task_has_no_effect(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Repeat a round that failed in the middle; its pending results are not used."""
-    groups = [{"name": "calm", "count": count, "model": {"name": "mlp", "hidden": [8]}}]
-    setup = setup_of(config("fedper", rounds=3, clients__groups=groups))
-    expected = outcome(rounds_on(setup, None, cohort=count))
-    # Not the measured seconds, by which the failing client might come last.
-    monkeypatch.setattr(TaskCosts, "cost_of", lambda self, client: 1.0)
-    pool = LocalWorkerPool(setup, 2)
-    rounds = rounds_on(setup, pool, 2, cohort=count)
-    first, receive, refused = rounds.run_round(), rounds.decode_upload, list[Any]()
-
-    def fail_once(client: Any, *rest: Any) -> Any:
-        if not refused:
-            refused.append(client)
-            raise RunFailedError("on purpose")
-        return receive(client, *rest)
-
-    rounds.decode_upload, up, down = fail_once, rounds.traffic.up, rounds.traffic.down  # type: ignore[method-assign]
+def test_abandoned_tasks_have_no_effect(fedper: tuple[WorkerSetup, ProcessPool]) -> None:
+    """Repeat a round that failed in the middle; the results of its other tasks are not used."""
+    setup, pool = fedper
+    expected = outcome(rounds_on(setup, None))
+    rounds = rounds_on(setup, pool, 2)
+    first = rounds.run_round()
+    decode = rounds.decode_upload
+    rounds.decode_upload = Mock(side_effect=RunFailedError("on purpose"))  # type: ignore[method-assign]
     with pytest.raises(RunFailedError, match="on purpose"):
         rounds.run_round()
-    # Workers are busy with clients of the failed round, which come first in the next one.
-    at_work = {client for jobs in pool.jobs.values() for job in jobs for client in job.clients}
-    assert at_work
-    monkeypatch.setattr(TaskCosts, "cost_of", lambda self, client: 1.0 + (client in at_work))
-    pool.turned = True
-    rounds.store.discard()
-    rounds.traffic.up, rounds.traffic.down = up, down
+    rounds.decode_upload = decode  # type: ignore[method-assign]
+
     again = outcome(rounds, 2)
+
     again["records"].insert(0, {k: v for k, v in first.items() if k != "seconds"})
     assert again == expected
+
+
+class ListPool(LocalWorkerPool):
+    """Pool whose results are the jobs themselves."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.jobs = []
+
+    def submit(self, job: Any) -> Future[Any]:
+        self.jobs.append(job)
+        future: Future[Any] = Future()
+        future.set_result(job)
+        return future
+
+
+def test_expensive_tasks_of_a_small_cohort_start_first() -> None:
+    pool = ListPool(2)
+    chunks = [[str(i)] for i in range(6)]
+    queue = JobQueue(pool, chunks, [1.0, 3.0, 2.0, 1.0, 5.0, 4.0], lambda chunk: chunk[0])  # type: ignore[arg-type,return-value]
+
+    assert [queue.result(chunk) for chunk in chunks] == list("012345")
+    assert "".join(map(str, pool.jobs)) == "451203"
+
+
+def test_few_results_of_a_large_cohort_wait_in_memory() -> None:
+    pool = ListPool(2)
+    chunks = [[str(i)] for i in range(100)]
+    queue = JobQueue(pool, chunks, list(range(100)), lambda chunk: chunk[0])  # type: ignore[arg-type,return-value]
+
+    for requested, chunk in enumerate(chunks):
+        assert str(queue.result(chunk)) == chunk[0]
+        assert len(pool.jobs) - requested <= MAX_AHEAD * pool.size
 
 
 def test_three_worker_deaths_on_one_client_end_the_run(
@@ -299,10 +273,10 @@ def test_three_worker_deaths_on_one_client_end_the_run(
     setup, pool = fedper
     rounds = rounds_on(setup, pool, 2)
     client = rounds.sample_cohort(0)[0]
-    killed = kill_workers(pool, monkeypatch, lambda job: client in job.clients)
+    killed = kill_workers(pool, monkeypatch, lambda job: client in job.requests)
     with pytest.raises(
         RunFailedError,
-        match=rf"^{client}: 3 workers died during its tasks; if they ran out of memory, reduce "
+        match=rf"^{client}: 3 workers died during the same task; if they ran out of memory, reduce "
         r"runtime\.workers or runtime\.chunk$",
     ):
         rounds.run_round()
@@ -310,11 +284,7 @@ def test_three_worker_deaths_on_one_client_end_the_run(
 
 
 @pytest.mark.parametrize("method", ["Fails", "Exits", "Leaves"])
-def test_exception_in_worker_is_reported_in_one_line(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Otherwise a slow process would be killed.
-    monkeypatch.setattr(processes, "EXIT_SECONDS", PATIENCE)
+def test_exception_in_worker_is_reported_in_one_line(method: str, tmp_path: Path) -> None:
     source = config(f"python:tests.support.failing_methods:{method}", "mlp")
     source["runtime"] |= {"executor": "processes", "workers": 1 if method == "Leaves" else 2}
     before = multiprocessing.active_children()
@@ -365,112 +335,82 @@ def test_stopped_run_leaves_no_process(end: signal.Signals, when: str, tmp_path:
         assert output.splitlines()[-1].startswith("interrupted; to resume:")
 
 
-def ends(remembered: int = 2) -> tuple[SharedMemoryConnection, SharedMemoryConnection]:
-    one, other = multiprocessing.Pipe()
-    return SharedMemoryConnection(one, sent_strings=remembered), SharedMemoryConnection(
-        other, received_strings=remembered
-    )
-
-
-def transfer(message: Any, sender: SharedMemoryConnection, receiver: SharedMemoryConnection) -> Any:
-    """Send a message and return what arrives; receive concurrently, because pipes are small."""
-    with ThreadPoolExecutor(1) as pool:
-        received = pool.submit(receiver.receive)
-        sender.send(message)
-        return received.result(timeout=PATIENCE)
-
-
 def test_messages_arrive_complete() -> None:
-    one, other = ends()
     long, longer = bytes(range(256)) * (LONG // 256), b"x" * (3 * LONG + 1)
+    block = None
     for message in (
         {"a": long, "b": [longer, b"short", long], "c": "text"},
         [longer],
         b"",
         [b"y" * LONG, long],
     ):
-        assert transfer(message, one, other) == message
-        back = [message, len(message)]
-        # Through the shared memory of the other end.
-        assert transfer(back, other, one) == back
+        parcel = pack(message, block)
+        received = unpack(parcel)
+        block = parcel.block
+        # The memory of a message is used for the next one.
+        if block is not None:
+            block.fill_(0)
+
+        assert received == message
 
 
-def test_reused_memory_does_not_change_received_strings() -> None:
-    one, other = ends(remembered=0)
-    kept = []
-    for byte in b"abc":
-        kept.append(transfer(bytes([byte]) * LONG, one, other))
-    assert [string[:1] + string[-1:] for string in kept] == [b"aa", b"bb", b"cc"]
+def test_short_messages_need_no_shared_memory() -> None:
+    parcel = pack({"a": b"x" * 100, "b": torch.ones(10)}, None)
+
+    assert parcel.block is None and parcel.sizes == [40]
+    assert torch.equal(unpack(parcel)["b"], torch.ones(10))
 
 
-def test_two_messages_may_be_sent_before_one_is_read() -> None:
-    one, other = ends(remembered=0)
-    for _ in range(3):
-        first, second = b"a" * LONG, b"b" * LONG
-        one.send(first)
-        one.send(second)
-        assert (other.receive(), other.receive()) == (first, second)
-
-
-def test_known_strings_are_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, other = ends()
-    first, second, third = (bytes([b]) * (LONG + b) for b in b"abc")
-    filled = record_calls(monkeypatch, SharedMemoryBlock, "fill", lambda _, strings: len(strings))
-    got = []
-    for string in (first, second, first, second, third, second, first, third):
-        got.append(transfer([string, string], one, other))
-    assert [g[0] for g in got] == [first, second, first, second, third, second, first, third]
-    # Both ends forget the oldest of two strings.
-    assert filled == [1, 1, 0, 0, 1, 0, 1, 0]
-    assert len(one._sent.strings) == len(other._received.strings) == 2
-    equal = bytes(bytearray(third))
-    # An equal string, but a different object.
-    assert transfer(equal, one, other) == third and filled[-1] == 1
-
-
-def test_strings_without_room_in_shared_memory_use_the_pipe(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    one, other = ends(remembered=1)
-    small, large, larger = (
-        byte * size for byte, size in ((b"s", LONG), (b"l", 2 * LONG), (b"m", 3 * LONG))
-    )
-
-    def full(tensor: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
-
-    for room, strings in (
-        (True, [small]),
-        (False, [large, larger]),
-        (False, [larger, small]),
-        (True, [large]),
-    ):
-        if not room:
-            monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-        assert transfer(strings, one, other) == strings
-        monkeypatch.undo()
-
-
-def test_payload_tensors_arrive_as_writable_copies(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    one, other = ends(remembered=0)
-    # Both ends.
-    sizes = record_calls(monkeypatch, Connection, "_send_bytes", lambda _, data: len(data))
+def test_payload_tensors_arrive_as_writable_copies() -> None:
     model = {
-        "weight": torch.randn(300, 200),
+        "weight": torch.randn(300, 300),
         "strided": torch.randn(50, 40).T,
         "count": torch.tensor(7),
         "mask": torch.tensor([True, False]),
         "empty": torch.zeros(0, 3),
     }
     sent = Payload({"model": Item(model, torch.rand(3), "params")}, {"loss": "1.5"})
+    parcel = pack(Message("upload", sent), None)
 
-    got = transfer(Message("upload", sent), one, other).content
-    transfer(Message("upload", Payload({"model": torch.zeros(70_000)})), one, other)
+    received = unpack(parcel).content
 
-    assert sum(sizes) < LONG
-    assert got.encode() == sent.encode()
+    assert parcel.block is not None and len(parcel.pickled) < LONG / 10
+    parcel.block.fill_(0)
+    assert received.encode() == sent.encode()
     # A writable copy.
-    got["model"]["weight"].add_(1)
-    assert torch.equal(got["model"]["strided"], model["strided"])
+    received["model"]["weight"].add_(1)
+    assert torch.equal(received["model"]["strided"], model["strided"])
+
+
+def test_messages_without_room_in_shared_memory_use_the_pipe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    full = RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+    message = [b"a" * LONG, torch.arange(LONG)]
+    small = pack(b"b" * LONG, None).block
+    assert small is not None
+    monkeypatch.setattr(torch.Tensor, "share_memory_", Mock(side_effect=full))
+
+    for block in (None, small):
+        parcel = pack(message, block)
+        assert parcel.block is None
+        received = unpack(parcel)
+        assert received[0] == message[0] and torch.equal(received[1], message[1])  # type: ignore[arg-type]
+
+
+def test_workers_copy_a_broadcast_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train five clients on the same model, which is long."""
+    large = {"name": "mlp", "hidden": [1200]}
+    setup = setup_of(config("fedavg", large, clients=5, rounds=3))
+    expected = outcome(rounds_on(setup, None, cohort=5), 2)
+    pool = ProcessPool(setup, 2)
+    copied = record_calls(monkeypatch, pool, "_copy_broadcast", lambda content: content)
+
+    try:
+        assert outcome(rounds_on(setup, pool, 2, cohort=5), 2) == expected
+    finally:
+        pool.close()
+
+    # In two rounds and an evaluation.
+    assert len(copied) == 3
+    assert all(len(content) >= LONG for content in copied)

@@ -62,7 +62,15 @@ def step_count(n: int, fit: Fit) -> int:
         n: Number of rows.
         fit: The fit, which specifies the batch size and the number of epochs or steps.
     """
-    return fit.epochs * len(_batch_sizes(n, fit)) if fit.steps is None else max(1, fit.steps)
+    if fit.steps is not None:
+        return max(1, fit.steps)
+    size = min(fit.batch_size, n)
+    num_batches = -(-n // size)
+    # `_batch_sizes` adds a single row to the batch before it. A client may claim any number of
+    # rows, so no list of their batches is created here.
+    if num_batches > 1 and n - (num_batches - 1) * size == 1:
+        num_batches -= 1
+    return fit.epochs * num_batches
 
 
 def _batch_sizes(n: int, fit: Fit) -> list[int]:

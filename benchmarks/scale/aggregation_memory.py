@@ -19,8 +19,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from typing_extensions import override
 
 from benchmarks.common import arguments, parsed, rounds_of
 from hetero_fl.communication.protocol import Message
@@ -28,7 +30,8 @@ from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.data import make_images
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.federation.executors.base import ALL_REPLIES, Arrival, Executor, Until
+from hetero_fl.federation.trainer import Trainer
 
 WORKERS = 2
 TARGETS = {"serial": 3.0, "processes": 3.0 + 4 * WORKERS}
@@ -53,23 +56,28 @@ def configuration(cohort: int) -> dict[str, object]:
     }
 
 
-class Arrivals:
+class CopyingExecutor(Executor):
     """An executor without computation, in which every upload is a copy of the same bytes."""
 
-    def __init__(self, rounds: SynchronousTrainer) -> None:
+    def __init__(self, rounds: Trainer) -> None:
         (arch,) = {card.arch for card in rounds.federation.client_infos.values()}
         model = Item(floating_tensors(rounds.federation.initial_tensors(arch)), 2.0, "params")
         self.upload = Payload({"model": model}, {"loss": "1.0"}).encode()
-        self.store = rounds.store
-        self.performer = rounds.backend
+        super().__init__(rounds.store, rounds.backend)
 
+    @override
     def run(
-        self, clients: Sequence[str], request: Callable[[str], Message]
-    ) -> Iterator[tuple[str, Message]]:
+        self, clients: Sequence[str], request: Callable[[str], Message], until: Until = ALL_REPLIES
+    ) -> Iterator[Arrival]:
         """Yield each client with an upload, after the request for the client was created."""
         for client in clients:
             assert request(client).body
-            yield client, Message("upload", self.upload[:1] + self.upload[1:])
+            yield Arrival(client, Message("upload", self.upload[:1] + self.upload[1:]))
+
+    @override
+    def evaluate(self, *args: Any) -> Iterator[Any]:
+        """Raise an error, because nothing is evaluated."""
+        raise NotImplementedError
 
 
 def measured(executor: str, cohort: int) -> None:
@@ -79,7 +87,7 @@ def measured(executor: str, cohort: int) -> None:
     prepared = prepare(configuration(cohort), dataset=dataset)
     rounds = rounds_of(prepared, executor=executor, workers=WORKERS, threads=1)
     if executor == "serial":
-        rounds.executor = Arrivals(rounds)  # type: ignore[assignment]
+        rounds.executor = CopyingExecutor(rounds)
     size = sum(t.nbytes for t in next(iter(rounds.server.models.values())).values())
     rounds.per_round = 2
     rounds.run_round()

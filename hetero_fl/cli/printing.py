@@ -27,7 +27,7 @@ from hetero_fl.experiment import PreparedRun
 from hetero_fl.federation.cost import DryRun, expected_cost
 from hetero_fl.federation.executors.choose import choose_executor, plan_memory
 from hetero_fl.federation.federation import NUM_REPRESENTATIVE
-from hetero_fl.federation.simulation.schedule import SimulationEnvironment
+from hetero_fl.federation.simulation.conditions import is_simulated
 from hetero_fl.federation.upload_contents import upload_contents
 from hetero_fl.reporting.comparison.result import Comparison
 from hetero_fl.reporting.formatting import format_bytes
@@ -72,14 +72,12 @@ def print_check(prepared: PreparedRun) -> None:
     parameters = {
         profile.arch: _num_parameters(profile.arch) for profile in federation.client_infos.profiles
     }
-    environment = SimulationEnvironment.from_config(federation, config)
     is_async = config.runtime.mode == "async"
+    cohort = config.clients.per_round
+    if not is_async:
+        cohort = config.cohort.num_sampled(cohort, len(federation.client_infos))
     cost = expected_cost(
-        prepared.method,
-        federation,
-        config.rounds,
-        config.clients.per_round if is_async else environment.num_sampled,
-        config.evaluation.every,
+        prepared.method, federation, config.rounds, cohort, config.evaluation.every
     )
 
     def describe(client_id: str) -> tuple[str, ...]:
@@ -102,7 +100,7 @@ def print_check(prepared: PreparedRun) -> None:
     text = render(
         "expected_cost.txt",
         # A simulation repeats failed tasks and counts duplicate uploads.
-        is_bound=is_upper_bound and not is_async and not environment.simulated,
+        is_bound=is_upper_bound and not is_simulated(federation, config),
         is_async=is_async,
         rounds=config.rounds,
         up=cost.up.total(),

@@ -50,7 +50,7 @@ def test_documented_method_runs_by_name_and_by_reference(tmp_path: Path) -> None
 
 def test_documented_method_sends_median_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = rounds_of(config("median_teacher", MIXED, rounds=1), num_rounds=0)
-    seen = record_results(monkeypatch, rounds, "decode_upload")
+    seen = record_results(monkeypatch, rounds.link, "decode_upload")
     rounds.run_round()
     expected = np.median([p["logits"].numpy() for p in seen], axis=0)
     assert np.allclose(rounds.server.state["teacher"], expected, atol=1e-6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from hetero_fl.config.simulation import FaultsConfig
@@ -11,6 +10,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
 from hetero_fl.federation.executors.base import Executor
 from hetero_fl.federation.simulation.devices import TaskTimes, Timing
+from hetero_fl.federation.simulation.executor import SimulatedExecutor
 from hetero_fl.federation.simulation.faults import FaultOutcome
 from tests.support.federations import MIXED, changed, config
 
@@ -49,8 +49,9 @@ class ScriptedTiming(Timing):
         self.seconds = seconds
 
     def task_times(
-        self, client_id: str, down_bytes: int, up_bytes: int, at: float, task: int
+        self, client_id: str, down_bytes: int, up_bytes: int, at: float, task: int | None
     ) -> TaskTimes:
+        assert task is not None
         return TaskTimes(at, at, at, at + self.seconds(client_id, task))
 
 
@@ -73,10 +74,13 @@ def session(
     """Return a new run, optionally with another executor, task durations or fault outcomes."""
     run = prepare(run_config).make_trainer()
     assert isinstance(run, AsynchronousTrainer)
+    assert isinstance(run.executor, SimulatedExecutor)
     if executor is not None:
-        run.executor, run.store, run.backend = executor, executor.store, executor.backend
+        run.executor.inner = executor
+        run.executor.store = executor.store
+        run.executor.backend = executor.backend
     if seconds is not None:
-        run.environment = replace(run.environment, timing=ScriptedTiming(seconds))
+        run.executor.timing = ScriptedTiming(seconds)
     if fates is not None:
-        run.environment = replace(run.environment, faults=ScriptedFaults(fates))  # type: ignore[arg-type]
+        run.executor.faults = ScriptedFaults(fates)  # type: ignore[assignment]
     return run

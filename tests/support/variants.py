@@ -14,7 +14,7 @@ from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.workers import WorkerExecutor, WorkerSetup
 from hetero_fl.federation.state_store import StateStore
-from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.federation.trainer import Trainer
 from hetero_fl.utils.serialization import decode, encode
 from tests.support.federations import state_of
 from tests.support.workers import SharedProcessPool
@@ -87,19 +87,18 @@ def outcome(
 
 def _maker(
     source: dict[str, Any], pool: SharedProcessPool | None
-) -> Callable[[StateStore], FederatedTrainer]:
+) -> Callable[[StateStore], Trainer]:
     """Return a function that creates the trainer of a run, with its state in a store."""
     prepared = prepare(source)
     if pool is not None:
         pool.take(WorkerSetup(prepared.method, prepared.federation, 1, ("cpu",)))
 
-    def make(store: StateStore) -> FederatedTrainer:
+    def make(store: StateStore) -> Trainer:
         trainer = prepared.make_trainer(store=store)
         if pool is not None:
             backend = make_backend(DeviceMemory(torch.device("cpu")))
             infos = prepared.federation.client_infos
             trainer.executor = WorkerExecutor(pool, infos, store, backend)
-            trainer.backend = backend
         return trainer
 
     return make

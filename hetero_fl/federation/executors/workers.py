@@ -39,7 +39,16 @@ from hetero_fl.engine.driver import (
 from hetero_fl.engine.templates import TaskCosts
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.client_runtime import ClientEvaluation, ClientRuntime
-from hetero_fl.federation.executors.base import Executor, client_chunks, drain, in_order
+from hetero_fl.federation.executors.base import (
+    ALL_REPLIES,
+    Arrival,
+    Executor,
+    Until,
+    arrivals,
+    client_chunks,
+    drain,
+    in_order,
+)
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.summed_uploads import make_protocol
@@ -390,10 +399,9 @@ class WorkerExecutor(Executor):
         backend: Backend,
         chunk: int = 1,
     ) -> None:
+        super().__init__(store, backend)
         self.pool = pool
         self.client_infos = client_infos
-        self.store = store
-        self.backend = backend
         self.chunk = chunk
         self.costs = TaskCosts(client_infos)
         # Worker that has the private state of a client, and stamp of the state, keyed by client id.
@@ -406,10 +414,11 @@ class WorkerExecutor(Executor):
 
     @override
     def run(
-        self, clients: Sequence[str], request: Callable[[str], Message]
-    ) -> Iterator[tuple[str, Reply]]:
+        self, clients: Sequence[str], request: Callable[[str], Message], until: Until = ALL_REPLIES
+    ) -> Iterator[Arrival]:
         results = self._run_tasks("answer", clients, request)
-        return in_order(clients, (pair for result in results for pair in drain(result.replies)))
+        replies = in_order(clients, (pair for result in results for pair in drain(result.replies)))
+        return arrivals(replies)
 
     @override
     def evaluate(

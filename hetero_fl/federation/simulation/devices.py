@@ -204,7 +204,7 @@ class Timing:
         return factor * operations(self.federation.client_infos[client_id]) / device.speed
 
     def task_times(
-        self, client_id: str, down_bytes: int, up_bytes: int, at: float, task: int
+        self, client_id: str, down_bytes: int, up_bytes: int, at: float, task: int | None
     ) -> TaskTimes:
         """Return the times of a task's stages.
 
@@ -214,9 +214,10 @@ class Timing:
             up_bytes: Size of the upload in bytes.
             at: Time of the assignment in seconds.
             task: Number of the task, which seeds the random factor of the duration
-                (`Device.jitter`).
+                (`Device.jitter`). If None, the client does not train.
         """
         device = self.devices.device(client_id)
         received = device.finish_time(at, down_bytes / device.down)
-        trained = device.finish_time(received, self.training_seconds(client_id, task))
+        training = 0.0 if task is None else self.training_seconds(client_id, task)
+        trained = device.finish_time(received, training)
         return TaskTimes(at, received, trained, device.finish_time(trained, up_bytes / device.up))

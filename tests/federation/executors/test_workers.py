@@ -270,7 +270,7 @@ def test_abandoned_task_has_no_effect(count: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(TaskCosts, "cost_of", lambda self, client: 1.0)
     pool = LocalWorkerPool(setup, 2)
     rounds = rounds_on(setup, pool, 2, cohort=count)
-    first, receive, refused = rounds.run_round(), rounds.decode_upload, list[Any]()
+    first, receive, refused = rounds.run_round(), rounds.link.decode_upload, list[Any]()
 
     def fail_once(client: Any, *rest: Any) -> Any:
         if not refused:
@@ -278,7 +278,7 @@ def test_abandoned_task_has_no_effect(count: int, monkeypatch: pytest.MonkeyPatc
             raise RunFailedError("on purpose")
         return receive(client, *rest)
 
-    rounds.decode_upload, up, down = fail_once, rounds.traffic.up, rounds.traffic.down  # type: ignore[method-assign]
+    rounds.link.decode_upload, up, down = fail_once, rounds.traffic.up, rounds.traffic.down  # type: ignore[method-assign]
     with pytest.raises(RunFailedError, match="on purpose"):
         rounds.run_round()
     # Workers are busy with clients of the failed round, which come first in the next one.

@@ -8,11 +8,12 @@ FedBuff (Nguyen et al. 2022).
 from __future__ import annotations
 
 import time
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from typing_extensions import override
 
@@ -64,65 +65,16 @@ class ClientTask:
         return Message("train", self.broadcast, self.version, self.attempt)
 
 
-class TasksInFlight:
-    """The tasks in flight. Each client has at most one task.
+def idle_position(busy: Sequence[int], rank: int) -> int:
+    """Return the position of an idle client in the list of all clients.
 
-    The cost of an operation grows with the number of tasks in flight, not with the number of
-    clients.
+    The cost grows with the number of busy clients, not with the number of all clients.
+
+    Args:
+        busy: Positions of the busy clients, sorted.
+        rank: Position of the client in the list of idle clients, starting at 0.
     """
-
-    def __init__(self) -> None:
-        self._tasks: dict[str, ClientTask] = {}
-        # Positions of the clients with a task, sorted.
-        self._busy: list[int] = []
-
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    def __contains__(self, client: str) -> bool:
-        return client in self._tasks
-
-    def add(self, task: ClientTask) -> None:
-        """Add a task of a client that has no task in flight."""
-        self._tasks[task.client] = task
-        insort(self._busy, task.position)
-
-    def remove(self, client: str) -> ClientTask:
-        """Remove and return the task of a client."""
-        task = self._tasks.pop(client)
-        del self._busy[bisect_left(self._busy, task.position)]
-        return task
-
-    def idle_position(self, rank: int) -> int:
-        """Return the position of an idle client in the list of all clients.
-
-        Args:
-            rank: Position of the client in the list of idle clients, starting at 0.
-        """
-        return rank + bisect_right(range(len(self._busy)), rank, key=lambda i: self._busy[i] - i)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint. A broadcast that tasks share is stored only once."""
-        broadcasts: dict[bytes, int] = {}
-        rows = []
-        for t in self._tasks.values():
-            broadcast_idx = broadcasts.setdefault(t.broadcast, len(broadcasts))
-            rows.append(
-                [t.number, t.client, t.position, t.version, t.attempt, t.start, broadcast_idx]
-            )
-        return {
-            "tasks": rows,
-            "broadcasts": {str(idx): as_tensor(body) for body, idx in broadcasts.items()},
-        }
-
-
-def tasks_from_state_dict(state: dict[str, Any]) -> list[ClientTask]:
-    """Return the tasks in the return value of `TasksInFlight.state_dict`, in order."""
-    broadcasts = {int(idx): as_bytes(body) for idx, body in state["broadcasts"].items()}
-    return [
-        ClientTask(number, client, position, version, attempt, start, broadcasts[idx])
-        for number, client, position, version, attempt, start, idx in state["tasks"]
-    ]
+    return rank + bisect_right(range(len(busy)), rank, key=lambda i: busy[i] - i)
 
 
 @dataclass
@@ -138,24 +90,6 @@ class BufferEvents(RoundEvents):
     cohort: list[str] = field(default_factory=list)
     staleness: Counter[int] = field(default_factory=Counter)
     tasks: list[list[Any]] = field(default_factory=list)
-
-    def add_task(self, arrival: Arrival, outcome: Literal["arrived", "failed"]) -> None:
-        """Record the end of a task."""
-        self.tasks.append([arrival.client, arrival.start, arrival.end, outcome])
-
-
-class TaskFailedError(Exception):
-    """Raised when a task produces no usable upload.
-
-    Args:
-        reason: Description of the failure.
-        cause: "fault" for a random or network fault, "client" for a failure that would recur, such
-            as divergence.
-    """
-
-    def __init__(self, reason: str, cause: Literal["fault", "client"]) -> None:
-        super().__init__(reason)
-        self.cause = cause
 
 
 class AsynchronousTrainer(Trainer):
@@ -180,7 +114,7 @@ class AsynchronousTrainer(Trainer):
 
     Attributes:
         version: Number of aggregations so far.
-        in_flight: The tasks in flight.
+        in_flight: The task in flight of each busy client, keyed by client id.
     """
 
     keeps_requests = True
@@ -195,7 +129,7 @@ class AsynchronousTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **options)
         self.version = 0
-        self.in_flight = TasksInFlight()
+        self.in_flight: dict[str, ClientTask] = {}
         self.ids = self.federation.client_infos.clients.ids
         self.num_concurrent = min(self.per_round or len(self.ids), len(self.ids))
         policy = self.algorithm.needs.asynchronous or AsyncPolicy()
@@ -230,18 +164,14 @@ class AsynchronousTrainer(Trainer):
         with self.rollback_on_error():
             while len(events.cohort) < self.num_concurrent:
                 arrival = self._next_arrival()
-                self._finish_task(self.in_flight.remove(arrival.client), arrival, events)
+                self._finish_task(self.in_flight.pop(arrival.client), arrival, events)
         self.completed += 1
-        record = {
-            "round": self.completed,
-            **events.record(events.cohort),
+        record = self._record(events, events.cohort, before, started)
+        record |= {
             str(self.executor.clock): {"start": start, "end": self.executor.now},
             **task_record(events.tasks),
             "version": self.version,
             "staleness": {str(age): count for age, count in sorted(events.staleness.items())},
-            **self._traffic_since(before),
-            "seconds": {"training": time.perf_counter() - started, "evaluation": 0.0},
-            **self.executor.record(),
         }
         if self._server_diverged:
             record["diverged"] = self._server_diverged
@@ -256,7 +186,7 @@ class AsynchronousTrainer(Trainer):
                 self._assign_tasks()
             if (arrival := self.executor.next_arrival()) is not None:
                 return arrival
-            if not len(self.in_flight) and self.executor.now - idle_since > MAX_WAIT:
+            if not self.in_flight and self.executor.now - idle_since > MAX_WAIT:
                 raise RunFailedError(
                     f"round {self.completed + 1}: no client connected for {MAX_WAIT / 3600:g} hours"
                 )
@@ -269,9 +199,10 @@ class AsynchronousTrainer(Trainer):
         """
         available = self.executor.available()
         if available is None:
-            return len(self.ids) - len(self.in_flight), self.in_flight.idle_position
-        idle = {client for client in available if client not in self.in_flight}
-        if not len(self.in_flight) and not idle - self._unresponsive:
+            busy = sorted(task.position for task in self.in_flight.values())
+            return len(self.ids) - len(busy), partial(idle_position, busy)
+        idle = set(available) - self.in_flight.keys()
+        if not self.in_flight and not idle - self._unresponsive:
             # Clients that did not reply are sampled again if no other clients are available.
             self._unresponsive.clear()
         idle -= self._unresponsive
@@ -305,7 +236,7 @@ class AsynchronousTrainer(Trainer):
         return ClientTask(number, client, position, self.version, attempt, self.executor.now, body)
 
     def _start(self, task: ClientTask) -> None:
-        self.in_flight.add(task)
+        self.in_flight[task.client] = task
         self.executor.start(task.client, task.request, task.number, task.start)
 
     def _finish_task(self, task: ClientTask, arrival: Arrival, events: BufferEvents) -> None:
@@ -315,32 +246,69 @@ class AsynchronousTrainer(Trainer):
             RunFailedError: If too many consecutive tasks have failed, or if training diverged and
                 `runtime.divergence` is "stop".
         """
-        try:
-            payload = self._receive_upload(task, arrival)
-        except TaskFailedError as error:
-            self.store.discard_client(task.client)
-            events.failed[task.client] = str(error)
-            events.add_task(arrival, "failed")
-            self._count_failure(task, error)
+        self.check_divergence(arrival)
+        self.count_traffic(up=arrival.unused_bytes)
+        reply = arrival.reply
+        row = [task.client, arrival.start, arrival.end]
+        if not isinstance(reply, Message):
+            if isinstance(reply, ClientAbsentError):
+                self._unresponsive.add(task.client)
+            events.tasks.append([*row, "failed"])
+            self._fail(task, events, str(reply), is_fault=not isinstance(reply, DivergedError))
             return
+        self.count_traffic(up=reply.size)
+        if not reply.is_intact:
+            events.tasks.append([*row, "failed"])
+            self._fail(task, events, DAMAGED, is_fault=True)
+            return
+        try:
+            payload = self._decode(task, reply)
+        except PayloadError as error:
+            events.tasks.append([*row, "failed"])
+            self._fail(task, events, f"upload refused: {error}", is_fault=False)
+            return
+        events.tasks.append([*row, "arrived"])
+        self._accept(task, payload, events)
+
+    def _decode(self, task: ClientTask, reply: Message) -> Payload:
+        """Return the upload in a reply.
+
+        Raises:
+            PayloadError: If the upload is malformed.
+        """
+        received = self.link.channel.decode_broadcast(task.version, task.broadcast)
+        client_info = self.federation.client_infos[task.client]
+        content = TrainExchange([task.client]).accept(task.client, reply)
+        return self.link.decode_upload(client_info, content, received, task.version, task.attempt)
+
+    def _accept(self, task: ClientTask, payload: Payload, events: BufferEvents) -> None:
+        """Buffer an upload, commit the client's private state, and aggregate a full buffer."""
         staleness = self.version - task.version
         self.store.commit([task.client])
         self._num_failed.clear()
         events.cohort.append(task.client)
-        events.add_task(arrival, "arrived")
         events.add_report(task.client, payload)
         events.staleness[staleness] += 1
         self._buffer.append((task.client, payload, self.staleness.weight(staleness)))
         if len(self._buffer) >= self.buffer_size:
             self._aggregate()
 
-    def _count_failure(self, task: ClientTask, error: TaskFailedError) -> None:
-        """Count a failed task.
+    def _fail(self, task: ClientTask, events: BufferEvents, reason: str, *, is_fault: bool) -> None:
+        """Record the failure of a task, and discard the client's new private state.
+
+        Args:
+            task: The task.
+            events: What happened in the round.
+            reason: Description of the failure.
+            is_fault: Whether the cause is a random or network fault. Other failures, such as
+                divergence, would recur.
 
         Raises:
             RunFailedError: If too many consecutive tasks have failed.
         """
-        self._num_failed[error.cause] += 1
+        self.store.discard_client(task.client)
+        events.failed[task.client] = reason
+        self._num_failed["fault" if is_fault else "client"] += 1
         if (
             self._num_failed["client"] >= self.num_concurrent
             or self._num_failed["fault"] >= MAX_CONSECUTIVE_FAULTS * self.num_concurrent
@@ -348,36 +316,8 @@ class AsynchronousTrainer(Trainer):
             num_tasks = sum(self._num_failed.values())
             raise RunFailedError(
                 f"round {self.completed + 1}: no usable upload from {num_tasks} tasks; "
-                f"{task.client}: {error}"
-            ) from None
-
-    def _receive_upload(self, task: ClientTask, arrival: Arrival) -> Payload:
-        """Return the decoded upload of a task.
-
-        Raises:
-            TaskFailedError: If no upload arrives, or if the upload is damaged or malformed.
-            RunFailedError: If training diverged and `runtime.divergence` is "stop".
-        """
-        reply = arrival.reply
-        self.count_traffic(up=arrival.unused_bytes)
-        if not isinstance(reply, Message):
-            self.check_divergence(arrival)
-            if isinstance(reply, ClientAbsentError):
-                self._unresponsive.add(task.client)
-            diverged = isinstance(reply, DivergedError)
-            raise TaskFailedError(str(reply), "client" if diverged else "fault")
-        self.count_traffic(up=reply.size)
-        if not reply.is_intact:
-            raise TaskFailedError(DAMAGED, "fault")
-        received = self.link.channel.decode_broadcast(task.version, task.broadcast)
-        client_info = self.federation.client_infos[task.client]
-        try:
-            content = TrainExchange([task.client]).accept(task.client, reply)
-            return self.link.decode_upload(
-                client_info, content, received, task.version, task.attempt
+                f"{task.client}: {reason}"
             )
-        except PayloadError as error:
-            raise TaskFailedError(f"upload refused: {error}", "client") from None
 
     def _aggregate(self) -> None:
         """Aggregate the buffered uploads. The version is incremented unless training diverges."""
@@ -400,6 +340,12 @@ class AsynchronousTrainer(Trainer):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        # A broadcast that tasks share is stored only once.
+        broadcasts = list(dict.fromkeys(task.broadcast for task in self.in_flight.values()))
+        tasks = [
+            [*astuple(task)[:-1], broadcasts.index(task.broadcast)]
+            for task in self.in_flight.values()
+        ]
         return super().state_dict() | {
             "count": [self.version, self.num_tasks, self._num_samples],
             "asked": dict(self._attempts),
@@ -408,7 +354,7 @@ class AsynchronousTrainer(Trainer):
                 [client, as_tensor(payload.encode()), weight]
                 for client, payload, weight in self._buffer
             ],
-            "in_flight": self.in_flight.state_dict(),
+            "in_flight": {"tasks": tasks, "broadcasts": [as_tensor(body) for body in broadcasts]},
         }
 
     @override
@@ -423,6 +369,9 @@ class AsynchronousTrainer(Trainer):
             (client, Payload.decode(as_bytes(body)).to(device), weight)
             for client, body, weight in state["buffer"]
         ]
-        self.in_flight = TasksInFlight()
-        for task in tasks_from_state_dict(state["in_flight"]):
+        self.in_flight.clear()
+        broadcasts = [as_bytes(body) for body in state["in_flight"]["broadcasts"]]
+        for row in state["in_flight"]["tasks"]:
+            number, client, position, version, attempt, start, idx = row
+            task = ClientTask(number, client, position, version, attempt, start, broadcasts[idx])
             self._start(task)

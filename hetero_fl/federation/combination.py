@@ -6,7 +6,6 @@ attacks, sums that the server cannot take apart, and a server that clients compu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from typing_extensions import override
@@ -18,11 +17,10 @@ from hetero_fl.communication.secure_aggregation.protocol import SecureAggregatio
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Payload
 from hetero_fl.engine.driver import Backend, DivergedError, run_plan
-from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.server_link import ServerLink
 from hetero_fl.federation.summed_uploads.derived_setup import uploads_from_sum
 from hetero_fl.federation.summed_uploads.hidden_server import SealedLink
-from hetero_fl.privacy.server_side import ServerPrivacy, SumNoise
+from hetero_fl.privacy.server_side import SumNoise
 from hetero_fl.robustness.attacks import MaliciousClients
 from hetero_fl.robustness.robust_means import AggregationRules
 
@@ -39,7 +37,6 @@ class RoundUploads:
         link: The server's link to the clients.
         round_idx: Index of the round, from 0.
         rules: Robust aggregation rules. If None, items are averaged.
-        privacy: Noise that is added to every sum. If None, no noise is added.
 
     Attributes:
         magnitudes: Largest norm of a tensor in each upload, keyed by client id.
@@ -52,15 +49,13 @@ class RoundUploads:
         link: ServerLink,
         round_idx: int,
         rules: AggregationRules | None = None,
-        privacy: ServerPrivacy | None = None,
     ) -> None:
         self.link = link
         self.round_idx = round_idx
         self.rules = rules
-        self.privacy = privacy
         self.noise: SumNoise | None = None
-        if privacy is not None:
-            self.noise = privacy.sum_noise(link.received_by, round_idx)
+        if link.privacy is not None:
+            self.noise = link.privacy.sum_noise(link.received_by, round_idx)
         self.uploads = Uploads(
             specs=link.expectations.specs,
             common=link.federation.common,
@@ -98,12 +93,12 @@ class RoundUploads:
         """
         server = self.link.server
         run_plan(server, self.link.algorithm.aggregate(server, self.uploads), backend)
-        if self.privacy is not None:
-            self.privacy.adapt_bounds(self.uploads)
+        if self.link.privacy is not None:
+            self.link.privacy.adapt_bounds(self.uploads)
 
     def describe_largest(self) -> str:
         """Return the continuation of a message with the largest upload, or "" if it is private."""
-        if not self.magnitudes or self.privacy is not None:
+        if not self.magnitudes or self.link.privacy is not None:
             return ""
         client = max(self.magnitudes, key=lambda c: self.magnitudes[c])
         largest = f"{self.magnitudes[client]:.3g}"
@@ -198,61 +193,34 @@ class SealedUploads(RoundUploads):
 
 
 class Combination:
-    """Combination of the uploads of all rounds of a run, as its configuration requires.
+    """How the uploads of each round of a run are combined, as its configuration requires.
 
     Args:
-        federation: The federation.
         protocol: Protocol by which uploads reach the server.
         link: The server's link to the clients.
-        per_round: Number of clients in a round. If None, all clients participate.
-
-    Attributes:
-        privacy: Noise on sums and clipping bounds at the server, or None if there is no noise.
     """
 
-    def __init__(
-        self,
-        federation: FederationSpec,
-        protocol: RoundProtocol,
-        link: ServerLink,
-        per_round: int | None,
-    ) -> None:
-        self.federation = federation
-        self.protocol = protocol
-        self.link = link
-        self.privacy = ServerPrivacy.from_federation(
-            link.expectations.privacy, federation, link.expectations.expected_items, per_round
-        )
-        if self.privacy is not None:
-            link.extend = self.privacy.add_bounds
+    def __init__(self, protocol: RoundProtocol, link: ServerLink) -> None:
+        self._protocol = protocol
+        self._link = link
+        config = link.federation.aggregation
+        self._rules_config = None if config.is_plain_mean else config
 
     def begin_round(self, round_idx: int) -> RoundUploads:
         """Return the uploads of a round, to which no upload has been added."""
-        arguments = (self.link, round_idx, self._make_rules(), self.privacy)
-        if isinstance(self.protocol, SecureAggregation):
-            return SummedUploads(self.protocol, *arguments)
-        if self.link.hides_server:
-            return SealedUploads(*arguments)
-        if self.federation.malicious is not None:
-            return AttackedUploads(self.federation.malicious, *arguments)
-        return RoundUploads(*arguments)
-
-    def _make_rules(self) -> AggregationRules | None:
-        """Return the aggregation rules of a round, or None for the plain mean."""
-        if self.federation.aggregation.is_plain_mean:
-            return None
-        return AggregationRules(
-            self.federation.aggregation,
-            self.federation.task,
-            self.link.received_model,
-            self.link.expectations.trained_names,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
-        return {} if self.privacy is None else dict(self.privacy.state_dict())
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state from the return value of `state_dict`."""
-        if self.privacy is not None:
-            self.privacy.load_state_dict(state)
+        link = self._link
+        if isinstance(self._protocol, SecureAggregation):
+            return SummedUploads(self._protocol, link, round_idx)
+        if link.hides_server:
+            return SealedUploads(link, round_idx)
+        rules = None
+        if self._rules_config is not None:
+            rules = AggregationRules(
+                self._rules_config,
+                link.federation.task,
+                link.received_model,
+                link.expectations.trained_names,
+            )
+        if link.federation.malicious is not None:
+            return AttackedUploads(link.federation.malicious, link, round_idx, rules)
+        return RoundUploads(link, round_idx, rules)

@@ -44,21 +44,6 @@ class RoundEvents:
         if logged := logged_from_report(payload.report):
             self.logged[client_id] = logged
 
-    def record(self, cohort: Sequence[str]) -> dict[str, Any]:
-        """Return entries of the round's record.
-
-        Args:
-            cohort: Ids of the clients in the round.
-        """
-        entries: dict[str, Any] = {
-            "cohort": list(cohort),
-            "failed": self.failed,
-            "train_loss": self.losses,
-        }
-        if self.logged:
-            entries["logged"] = self.logged
-        return entries
-
 
 def task_record(tasks: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """Return the entries `counts` and `tasks` of a round's record.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from hetero_fl.algorithms import Algorithm
@@ -14,6 +14,7 @@ from hetero_fl.core.payload import Payload, check_size, check_upload
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec, as_sender
+from hetero_fl.privacy.server_side import ServerPrivacy
 
 
 class ServerLink:
@@ -24,12 +25,13 @@ class ServerLink:
         federation: The federation.
         server: The server, in its present state and round.
         expectations: Names, shapes and dtypes of the items of uploads.
+        per_round: Number of clients in a round. If None, all clients participate.
         skips_encoding: Whether payloads are passed to clients in this process without encoding.
             Ignored if broadcasts are compressed.
 
     Attributes:
         channel: Encoder and decoder of messages.
-        extend: Function that adds reports to a payload before it is sent.
+        privacy: Noise on sums and clipping bounds at the server, or None if there is no noise.
         hides_server: Whether the server cannot read its own models and state.
     """
 
@@ -41,6 +43,8 @@ class ServerLink:
         federation: FederationSpec,
         server: Participant,
         expectations: ExpectedUploads,
+        *,
+        per_round: int | None = None,
         skips_encoding: bool = False,
     ) -> None:
         self.algorithm = algorithm
@@ -49,7 +53,9 @@ class ServerLink:
         self.expectations = expectations
         self.channel = FederationLinks(algorithm, federation)
         self.skips_encoding = skips_encoding
-        self.extend: Callable[[Payload], Payload] = lambda payload: payload
+        self.privacy = ServerPrivacy.from_federation(
+            expectations.privacy, federation, expectations.expected_items, per_round
+        )
         self.clear()
 
     def clear(self) -> None:
@@ -64,7 +70,8 @@ class ServerLink:
         seeded with the client id.
         """
         sender = as_sender(self.server, client_info.client_id)
-        return self.extend(call_broadcast(self.algorithm, sender, client_info))
+        payload = call_broadcast(self.algorithm, sender, client_info)
+        return payload if self.privacy is None else self.privacy.add_bounds(payload)
 
     def content(self, payload: Payload) -> Content:
         """Return the message with a broadcast.
@@ -136,8 +143,9 @@ class ServerLink:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        return {}
+        return {} if self.privacy is None else {"bounds": self.privacy.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state from the return value of `state_dict`."""
-        return
+        if self.privacy is not None:
+            self.privacy.load_state_dict(state["bounds"])

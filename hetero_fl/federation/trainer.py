@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,7 @@ from hetero_fl.federation.evaluation import (
 )
 from hetero_fl.federation.executors.base import Arrival, Executor, Until
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.round import UploadCollector, task_record
+from hetero_fl.federation.round import RoundEvents, UploadCollector, task_record
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.summed_uploads import link_class, make_protocol
 from hetero_fl.utils.errors import RoundAbandonedError, RunFailedError
@@ -73,6 +73,7 @@ class Trainer:
         link: The server's link to the clients. Broadcasts of user-defined methods are always
             encoded, because such methods may modify received tensors in place.
         combination: How uploads are combined.
+        num_sampled: Number of clients that are sampled for a round.
         traffic: Bytes sent so far.
         completed: Number of completed rounds.
     """
@@ -113,9 +114,15 @@ class Trainer:
         )
         expectations = ExpectedUploads(algorithm, federation)
         self.link = link_class(self.protocol)(
-            algorithm, self.federation, self.server, expectations, skips_encoding
+            algorithm,
+            self.federation,
+            self.server,
+            expectations,
+            per_round=per_round,
+            skips_encoding=skips_encoding,
         )
-        self.combination = Combination(self.federation, self.protocol, self.link, per_round)
+        self.combination = Combination(self.protocol, self.link)
+        self.num_sampled = self.policy.num_sampled(per_round, len(federation.client_infos))
 
     @property
     def store(self) -> StateStore:
@@ -145,61 +152,78 @@ class Trainer:
         started = time.perf_counter()
         start = self.executor.now
         before = replace(self.traffic)
-        diverged = ""
         with self.rollback_on_error():
             self._set_round_context(self.round_idx)
             cohort = self.sample_cohort(self.round_idx)
             uploads = self.combination.begin_round(self.round_idx)
             collector = UploadCollector(cohort, self.protocol, self.link, uploads, self.store)
-            self._collect(collector)
-            self.count_traffic(collector.events.up_bytes, collector.events.down_bytes)
+            try:
+                for exchange in collector.exchanges():
+                    request = partial(collector.request, exchange)
+                    until = Until(self.policy.deadline, self.per_round, exchange.waits_for_nodes)
+                    for arrival in self.executor.run(exchange.clients, request, until):
+                        self.check_divergence(arrival)
+                        collector.add(exchange, arrival)
+                        # Free the upload before the next client trains.
+                        del arrival
+            except RoundAbandonedError as error:
+                collector.abandon(error)
+                if not self._skips_rounds:
+                    raise
             end = self.executor.now
-            is_sufficient = collector.is_sufficient(self.policy.least)
-            if is_sufficient:
-                diverged = self.update_server(uploads)
-            elif not self._skips_rounds:
-                raise collector.shortage(self.policy.least)
-            if diverged or not is_sufficient:
-                self.store.discard()
-            self.store.commit()
+            self.count_traffic(collector.events.up_bytes, collector.events.down_bytes)
+            outcome = self._finish_round(collector)
         self.completed += 1
-        record = {
-            "round": self.completed,
-            **collector.events.record(cohort),
-            **self._traffic_since(before),
-            **uploads.record(),
-            "seconds": {"training": time.perf_counter() - started, "evaluation": 0.0},
-        }
+        record = self._record(collector.events, cohort, before, started)
+        record |= uploads.record()
         if self.executor.clock is not None:
             record[self.executor.clock] = {"start": start, "end": end}
             record |= task_record(collector.tasks(end))
-        record |= self.executor.record()
-        if diverged or not is_sufficient:
-            record["skipped"] = True
-        if diverged:
-            record["diverged"] = diverged
-        return record
+        return record | outcome
 
-    def _collect(self, collector: UploadCollector) -> None:
-        """Send the broadcast to the cohort and collect the uploads.
+    def _finish_round(self, collector: UploadCollector) -> dict[str, Any]:
+        """Update the server, and commit the private states if the round has an effect.
+
+        Returns:
+            Entries of the round's record which say that the round has no effect.
 
         Raises:
-            RunFailedError: If the protocol abandons the round and the policy requires a failure, or
-                if a client diverges and the run is configured to stop.
+            RunFailedError: If there are too few usable uploads and the policy requires a failure.
         """
-        try:
-            for exchange in collector.exchanges():
-                request = partial(collector.request, exchange)
-                until = Until(self.policy.deadline, self.per_round, exchange.waits_for_nodes)
-                for arrival in self.executor.run(exchange.clients, request, until):
-                    self.check_divergence(arrival)
-                    collector.add(exchange, arrival)
-                    # Free the upload before the next client trains.
-                    del arrival
-        except RoundAbandonedError as error:
+        if not collector.is_sufficient(self.policy.least):
             if not self._skips_rounds:
-                raise
-            collector.abandon(error)
+                raise collector.shortage(self.policy.least)
+            self.store.discard()
+            return {"skipped": True}
+        if diverged := self.update_server(collector.uploads):
+            self.store.discard()
+            return {"skipped": True, "diverged": diverged}
+        self.store.commit()
+        return {}
+
+    def _record(
+        self, events: RoundEvents, cohort: Sequence[str], before: Traffic, started: float
+    ) -> Record:
+        """Return entries of the record of the round that has just been completed.
+
+        Args:
+            events: What happened in the round.
+            cohort: Ids of the clients in the round.
+            before: The traffic before the round.
+            started: Value of `time.perf_counter` at the start of the round.
+        """
+        record: Record = {
+            "round": self.completed,
+            "cohort": list(cohort),
+            "failed": events.failed,
+            "train_loss": events.losses,
+        }
+        if events.logged:
+            record["logged"] = events.logged
+        record["up_bytes"] = self.traffic.up - before.up
+        record["down_bytes"] = self.traffic.down - before.down
+        record["seconds"] = {"training": time.perf_counter() - started, "evaluation": 0.0}
+        return record | self.executor.record()
 
     def sample_cohort(self, round_idx: int) -> list[str]:
         """Sample the clients of a round.
@@ -207,7 +231,7 @@ class Trainer:
         Returns:
             Client ids in natural order. If `per_round` is None, the ids of all available clients.
         """
-        count = self.policy.num_sampled(self.per_round, len(self.federation.client_infos))
+        count = self.num_sampled
         available = None
         if self.policy.sampling == "available":
             least = min_clients(self.policy, self.federation)
@@ -260,13 +284,6 @@ class Trainer:
             self.traffic.up += up
             self.traffic.down += down
 
-    def _traffic_since(self, before: Traffic) -> dict[str, int]:
-        """Return the bytes of a round, for its record."""
-        return {
-            "up_bytes": self.traffic.up - before.up,
-            "down_bytes": self.traffic.down - before.down,
-        }
-
     def check_divergence(self, arrival: Arrival) -> None:
         """Check whether a client's training diverged.
 
@@ -298,14 +315,14 @@ class Trainer:
         models = copy(self.server.models)
         state = copy(self.server.state)
         arch = dict(self.server.arch)
-        bounds = self.combination.state_dict()
+        link = self.link.state_dict()
         try:
             uploads.update_server(self.backend)
         except DivergedError as error:
             self.server.models = models
             self.server.state = state
             self.server.arch = arch
-            self.combination.load_state_dict(bounds)
+            self.link.load_state_dict(link)
             self.num_diverged += 1
             return self._describe_divergence(error, uploads)
         self.num_diverged = 0
@@ -415,12 +432,10 @@ class Trainer:
             "completed": self.completed,
             "server": {"models": self.server.models, "state": self.server.state},
             "traffic": {"up": self.traffic.up, "down": self.traffic.down},
-            "bounds": self.combination.state_dict(),
+            "link": self.link.state_dict(),
         }
         if self.executor.clock is not None:
             state["now"] = self.executor.now
-        if broadcasts := self.link.state_dict():
-            state["broadcasts"] = broadcasts
         if self.num_diverged:
             state["diverged"] = self.num_diverged
         return state
@@ -437,7 +452,6 @@ class Trainer:
         self.server.models = to_storage(models)
         self.server.state = to_storage(state["server"]["state"])
         self.traffic = Traffic(**{name: int(count) for name, count in state["traffic"].items()})
-        self.combination.load_state_dict(state["bounds"])
         self.executor.resume(state.get("now", 0.0))
-        self.link.load_state_dict(state.get("broadcasts", {}))
+        self.link.load_state_dict(state["link"])
         self.link.clear()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from hetero_fl.federation.asynchronous import AsynchronousTrainer, ClientTask, TasksInFlight
+from hetero_fl.federation.asynchronous import AsynchronousTrainer, idle_position
 from hetero_fl.federation.combination import RoundUploads
 from hetero_fl.federation.simulation.faults import FaultOutcome
 from hetero_fl.utils.errors import RunFailedError
@@ -287,18 +287,8 @@ def test_delayed_upload_equals_slow_client(
         assert one["server"] == after(slow, {}, channel)[1]["server"]
 
 
-@given(st.lists(st.integers(0, 30), max_size=40), st.data())
-def test_idle_clients_are_ranked(places: list[int], data: st.DataObject) -> None:
-    in_flight = TasksInFlight()
-    busy = set[int]()
-    for number, place in enumerate(places):
-        if place in busy:
-            assert in_flight.remove(f"c{place}").position == place
-        else:
-            in_flight.add(ClientTask(number, f"c{place}", place, 0, 0, 0.0, b""))
-        busy ^= {place}
-        idle = [p for p in range(31) if p not in busy]
-        if idle:
-            rank = data.draw(st.integers(0, len(idle) - 1))
-            assert in_flight.idle_position(rank) == idle[rank]
-    assert len(in_flight) == len(busy)
+@given(st.sets(st.integers(0, 30)))
+def test_idle_clients_are_ranked(busy: set[int]) -> None:
+    idle = [position for position in range(31) if position not in busy]
+
+    assert [idle_position(sorted(busy), rank) for rank in range(len(idle))] == idle

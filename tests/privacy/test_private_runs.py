@@ -322,7 +322,7 @@ def test_adaptive_clip_converges_to_quantile_and_is_checkpointed() -> None:
         "adaptive_clip": {"noise": 1e-2, "lr": 1.0},
     }
     rounds = rounds_of(private("fedavg", privacy, rounds=12), num_rounds=12)
-    bound = 100.0 * rounds.combination.privacy.factors["model"]
+    bound = 100.0 * rounds.link.privacy.factors["model"]
     # Updates of one epoch have norms of about one.
     assert 0.01 < bound < 5
     again = rounds_of(private("fedavg", privacy, rounds=12), num_rounds=6)
@@ -331,7 +331,7 @@ def test_adaptive_clip_converges_to_quantile_and_is_checkpointed() -> None:
     later.load_state_dict(again.state_dict())
     for _ in range(6):
         later.run_round()
-    assert later.combination.privacy.factors == rounds.combination.privacy.factors
+    assert later.link.privacy.factors == rounds.combination.privacy.factors
     assert all(same_bits(t, later.server.models[s]) for s, t in rounds.server.models.items())
 
 

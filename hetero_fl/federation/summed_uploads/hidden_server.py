@@ -192,8 +192,9 @@ class SealedLink(ServerLink):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"sealed": as_tensor(self.state)}
+        return super().state_dict() | {"sealed": as_tensor(self.state)}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
         self.state = as_bytes(state["sealed"])

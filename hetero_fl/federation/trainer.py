@@ -232,12 +232,12 @@ class Trainer:
             Client ids in natural order. If `per_round` is None, the ids of all available clients.
         """
         count = self.num_sampled
-        available = None
-        if self.policy.sampling == "available":
-            least = min_clients(self.policy, self.federation)
-            available = self.executor.wait_for_clients(round_idx, count, least)
-        if available is None:
+        if self.policy.sampling != "available":
             return self.federation.sample_cohort(count, round_idx)
+        least = min_clients(self.policy, self.federation)
+        available = self.executor.wait_for_clients(round_idx, count, least)
+        if available is None:
+            available = self.federation.client_infos.clients.ids
         if len(available) > count:
             key = (self.federation.seed, round_idx, "available")
             available = [available[i] for i in sample_numbers(len(available), count, *key)]

@@ -9,7 +9,7 @@ from hetero_fl.config.simulation import FaultsConfig
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
 from hetero_fl.federation.executors.base import Executor
-from hetero_fl.federation.simulation.devices import TaskTimes, Timing
+from hetero_fl.federation.simulation.devices import Devices, TaskTimes
 from hetero_fl.federation.simulation.executor import SimulatedExecutor
 from hetero_fl.federation.simulation.faults import FaultOutcome
 from tests.support.federations import MIXED, changed, config
@@ -42,7 +42,7 @@ def source(method: str = "hybrid", **changes: Any) -> dict[str, Any]:
     return changed(run_config, **changes)
 
 
-class ScriptedTiming(Timing):
+class ScriptedDevices(Devices):
     """Task durations given by a function of client and task."""
 
     def __init__(self, seconds: Callable[[str, int], float]) -> None:
@@ -52,7 +52,7 @@ class ScriptedTiming(Timing):
         self, client_id: str, down_bytes: int, up_bytes: int, at: float, task: int | None
     ) -> TaskTimes:
         assert task is not None
-        return TaskTimes(at, at, at, at + self.seconds(client_id, task))
+        return TaskTimes(at, at, at + self.seconds(client_id, task))
 
 
 class ScriptedFaults:
@@ -80,7 +80,7 @@ def session(
         run.executor.store = executor.store
         run.executor.backend = executor.backend
     if seconds is not None:
-        run.executor.timing = ScriptedTiming(seconds)
+        run.executor.devices = ScriptedDevices(seconds)
     if fates is not None:
         run.executor.faults = ScriptedFaults(fates)  # type: ignore[assignment]
     return run

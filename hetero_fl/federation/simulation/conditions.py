@@ -7,7 +7,7 @@ from itertools import islice
 from hetero_fl.config.schema import Config
 from hetero_fl.config.simulation import CohortConfig, DeviceConfig, FaultsConfig
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.simulation.devices import Devices, Timing
+from hetero_fl.federation.simulation.devices import Devices
 
 # Maximum number of clients for which a deadline is checked.
 MAX_CHECKED = 1000
@@ -77,9 +77,8 @@ def _unreachable_deadline(devices: Devices, policy: CohortConfig) -> list[str]:
     """Return a list with a message if no client can finish training before the deadline."""
     if policy.deadline is None:
         return []
-    timing = Timing(devices)
     shortest = min(
-        timing.training_seconds(client_id, 0)
+        devices.training_seconds(client_id, 0)
         for client_id in islice(devices.federation.client_infos, MAX_CHECKED)
     )
     if shortest <= policy.deadline:

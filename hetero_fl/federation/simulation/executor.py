@@ -26,7 +26,7 @@ from hetero_fl.federation.executors.base import (
     Until,
 )
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.simulation.devices import Devices, Timing, uniform
+from hetero_fl.federation.simulation.devices import Devices, uniform
 from hetero_fl.federation.simulation.faults import NO_FAULT, FaultOutcome, Faults, flip_bytes
 from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.utils.caching import IdentityCache
@@ -86,7 +86,7 @@ class SimulatedExecutor(TimedExecutor):
         config: The configuration with the devices and faults.
 
     Attributes:
-        timing: Durations of tasks.
+        devices: Devices of the clients.
         faults: Faults of tasks.
     """
 
@@ -99,9 +99,8 @@ class SimulatedExecutor(TimedExecutor):
         self.inner = inner
         self.accepts_unencoded = inner.accepts_unencoded
         self.federation = federation
-        devices = Devices(federation, config.devices)
-        self.timing = Timing(devices)
-        self.faults = Faults(config.faults, devices)
+        self.devices = Devices(federation, config.devices)
+        self.faults = Faults(config.faults, self.devices)
         self._protocol = make_protocol(algorithm, federation)
         self._channel = FederationLinks(algorithm, federation)
         self._upload_sizes = UploadSizes(
@@ -175,7 +174,7 @@ class SimulatedExecutor(TimedExecutor):
         if not is_training and fault.kind != "before":
             fault = NO_FAULT
         up_bytes = self._reply_size(client, request, cohort)
-        stages = self.timing.task_times(
+        stages = self.devices.task_times(
             client, request.size, up_bytes, start, number if is_training else None
         )
         # The server observes the loss of an upload at the expected time of arrival or, if there is
@@ -301,7 +300,7 @@ class SimulatedExecutor(TimedExecutor):
         for wait in range(MAX_WAITS):
             key = (self.federation.seed, round_idx, "online", wait)
             positions = sample_numbers(len(ids), num_candidates, *key)
-            devices = {ids[i]: self.timing.devices.device(ids[i]) for i in positions}
+            devices = {ids[i]: self.devices.device(ids[i]) for i in positions}
             online = [c for c, candidate in devices.items() if candidate.next_online(now) == now]
             if len(online) >= least:
                 self.now = now

@@ -18,7 +18,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.channel import UploadSizes
 from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.simulation.devices import Device, Devices, Timing
+from hetero_fl.federation.simulation.devices import Device, Devices
 from hetero_fl.federation.simulation.faults import Faults, flip_bytes
 from hetero_fl.federation.trainer import Trainer
 from hetero_fl.utils.errors import RunFailedError, UserError
@@ -111,14 +111,14 @@ def test_work_progresses_only_while_online() -> None:
 
 def test_task_durations_follow_bandwidth_and_speed() -> None:
     spec = federation()
-    timing = Timing(devices(spec, speed=1e6, up=10, down=100))
+    timed = devices(spec, speed=1e6, up=10, down=100)
     seconds = training_flops(spec.client_infos["site_1"]) / 1e6
-    assert timing.task_times("site_1", 500, 30, at=7.0, task=0).arrived == pytest.approx(
+    assert timed.task_times("site_1", 500, 30, at=7.0, task=0).arrived == pytest.approx(
         7 + 5 + seconds + 3
     )
-    shaky = Timing(devices(spec, speed=1e6, jitter=0.3))
+    shaky = devices(spec, speed=1e6, jitter=0.3)
     assert shaky.training_seconds("site_1", 0) != shaky.training_seconds("site_1", 1)
-    assert Timing(devices(spec)).task_times("site_1", 500, 30, at=7.0, task=0).arrived == 7
+    assert devices(spec).task_times("site_1", 500, 30, at=7.0, task=0).arrived == 7
 
 
 def test_faults_are_drawn_by_client_and_task() -> None:
@@ -425,8 +425,7 @@ def test_round_starts_when_enough_clients_are_online() -> None:
     rounds, records = run_rounds(source)
     assert all(record["counts"]["invited"] >= 2 for record in records)
     seen = [
-        rounds.executor.timing.devices.device(client_id)
-        for client_id in rounds.federation.client_infos
+        rounds.executor.devices.device(client_id) for client_id in rounds.federation.client_infos
     ]
     # Sometimes they are fewer.
     assert any(sum(d.next_online(10.0 * k) == 10.0 * k for d in seen) < 2 for k in range(24))
@@ -461,12 +460,12 @@ def test_only_online_clients_are_sampled() -> None:
     for record in records:
         start = record["tasks"][0][1]
         assert all(
-            rounds.executor.timing.devices.device(client_id).next_online(start) == start
+            rounds.executor.devices.device(client_id).next_online(start) == start
             for client_id in record["cohort"]
         )
     uniform = rounds_of({**source, "cohort": {}}, num_rounds=0)
     starts = [
-        uniform.executor.timing.devices.device(client_id).next_online(0.0)
+        uniform.executor.devices.device(client_id).next_online(0.0)
         for client_id in uniform.sample_cohort(0)
     ]
     # Sampled anyway: their tasks wait.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 
+from hetero_fl.aggregation import Uploads
+from hetero_fl.federation.combination import RoundUploads
 from tests.support.asynchronous_runs import session
+from tests.support.calls import record_calls
 from tests.support.federations import config
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -41,7 +43,7 @@ def test_tensors_shared_by_architectures_stay_equal() -> None:
             assert not torch.equal(start[0][name], one[name])
 
 
-def test_heterofl_weights_widths_by_rows_and_staleness() -> None:
+def test_heterofl_weights_widths_by_rows_and_staleness(monkeypatch: pytest.MonkeyPatch) -> None:
     models = [{"name": "mlp", "hidden": [hidden]} for hidden in (16, 8, 8)]
     algorithm = {"name": "heterofl", "model": models[0], "weighting": "samples"}
     wide_config = config("heterofl", models, clients=3, algorithm=algorithm)
@@ -52,14 +54,18 @@ def test_heterofl_weights_widths_by_rows_and_staleness() -> None:
     }
     run = session(wide_config, seconds=lambda client_id, _: SECONDS[client_id])
     combined = []
-    combine = run._aggregate_uploads
+    added = record_calls(monkeypatch, Uploads, "add", lambda _, upload: upload)
+    update = run.update_server
 
-    def seeing(sent: list[Any]) -> None:
+    def seeing(uploads: RoundUploads) -> str:
         before = next(iter(run.server.models.values()))
-        combine(sent)
+        sent = list(added)
+        diverged = update(uploads)
         combined.append((before, sent, next(iter(run.server.models.values()))))
+        added.clear()
+        return diverged
 
-    run._aggregate_uploads = seeing  # type: ignore[method-assign]
+    monkeypatch.setattr(run, "update_server", seeing)
     for _ in range(2):
         run.run_round()
     name, stale = "backbone.1.bias", 0

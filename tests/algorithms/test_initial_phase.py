@@ -37,7 +37,7 @@ def federation(
 def watched(rounds: Trainer) -> Counter[str]:
     """Count how often each client starts a fit of each label, as in `site_1: initial private`."""
     seen: Counter[str] = Counter()
-    rounds.executor.runtime.listener = lambda line: seen.update([line])  # type: ignore[attr-defined]
+    rounds.executor.set_listener(lambda line: seen.update([line]))
     return seen
 
 

@@ -85,7 +85,7 @@ def test_default_hooks_exchange_the_model_of_another_slot() -> None:
     own = rounds_of(config(f"python:{__name__}:SharedCopy", models, clients=4))
     fedavg = rounds_of(config("fedavg", models, clients=4))
 
-    broadcast = own.broadcast(own.federation.client_infos["site_1"])
+    broadcast = own.link.broadcast(own.federation.client_infos["site_1"])
     assert list(broadcast.items_by_name) == ["copy"]
     assert own.server.models.keys() == fedavg.server.models.keys()
     for group, model in fedavg.server.models.items():

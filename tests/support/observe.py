@@ -18,6 +18,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.client_runtime import BroadcastCache
 from hetero_fl.federation.cost import ExpectedCost, expected_cost
 from hetero_fl.federation.evaluation import add_evaluation
+from hetero_fl.federation.executors.base import InProcessExecutor
 from hetero_fl.federation.trainer import Trainer
 from hetero_fl.utils.serialization import encode
 
@@ -61,7 +62,9 @@ def observe(source: Mapping[str, Any], chunk: int = 1) -> Facts:
     prepared = prepare(dict(source))
     settings = prepared.config
     trainer = prepared.make_trainer()
-    trainer.executor.chunk = chunk  # type: ignore[attr-defined]  # of a run in this process
+    computing = getattr(trainer.executor, "inner", trainer.executor)
+    assert isinstance(computing, InProcessExecutor)
+    computing.chunk = chunk
     cost = expected_cost(
         prepared.method, prepared.federation, settings.rounds, settings.clients.per_round
     )

@@ -13,6 +13,7 @@ from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.workers import WorkerExecutor, WorkerSetup
+from hetero_fl.federation.simulation.executor import SimulatedExecutor
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.trainer import Trainer
 from hetero_fl.utils.serialization import decode, encode
@@ -98,7 +99,12 @@ def _maker(
         if pool is not None:
             backend = make_backend(DeviceMemory(torch.device("cpu")))
             infos = prepared.federation.client_infos
-            trainer.executor = WorkerExecutor(pool, infos, store, backend)
+            workers = WorkerExecutor(pool, infos, store, backend)
+            if isinstance(trainer.executor, SimulatedExecutor):
+                trainer.executor.inner = workers
+                trainer.executor.backend = backend
+            else:
+                trainer.executor = workers
         return trainer
 
     return make

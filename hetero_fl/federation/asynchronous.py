@@ -249,25 +249,21 @@ class AsynchronousTrainer(Trainer):
         self.check_divergence(arrival)
         self.count_traffic(up=arrival.unused_bytes)
         reply = arrival.reply
-        row = [task.client, arrival.start, arrival.end]
         if not isinstance(reply, Message):
             if isinstance(reply, ClientAbsentError):
                 self._unresponsive.add(task.client)
-            events.tasks.append([*row, "failed"])
-            self._fail(task, events, str(reply), is_fault=not isinstance(reply, DivergedError))
+            self._fail(arrival, events, str(reply), is_fault=not isinstance(reply, DivergedError))
             return
         self.count_traffic(up=reply.size)
         if not reply.is_intact:
-            events.tasks.append([*row, "failed"])
-            self._fail(task, events, DAMAGED, is_fault=True)
+            self._fail(arrival, events, DAMAGED, is_fault=True)
             return
         try:
             payload = self._decode(task, reply)
         except PayloadError as error:
-            events.tasks.append([*row, "failed"])
-            self._fail(task, events, f"upload refused: {error}", is_fault=False)
+            self._fail(arrival, events, f"upload refused: {error}", is_fault=False)
             return
-        events.tasks.append([*row, "arrived"])
+        events.tasks.append([task.client, arrival.start, arrival.end, "arrived"])
         self._accept(task, payload, events)
 
     def _decode(self, task: ClientTask, reply: Message) -> Payload:
@@ -293,11 +289,11 @@ class AsynchronousTrainer(Trainer):
         if len(self._buffer) >= self.buffer_size:
             self._aggregate()
 
-    def _fail(self, task: ClientTask, events: BufferEvents, reason: str, *, is_fault: bool) -> None:
+    def _fail(self, arrival: Arrival, events: BufferEvents, reason: str, *, is_fault: bool) -> None:
         """Record the failure of a task, and discard the client's new private state.
 
         Args:
-            task: The task.
+            arrival: The end of the task.
             events: What happened in the round.
             reason: Description of the failure.
             is_fault: Whether the cause is a random or network fault. Other failures, such as
@@ -306,8 +302,9 @@ class AsynchronousTrainer(Trainer):
         Raises:
             RunFailedError: If too many consecutive tasks have failed.
         """
-        self.store.discard_client(task.client)
-        events.failed[task.client] = reason
+        self.store.discard_client(arrival.client)
+        events.failed[arrival.client] = reason
+        events.tasks.append([arrival.client, arrival.start, arrival.end, "failed"])
         self._num_failed["fault" if is_fault else "client"] += 1
         if (
             self._num_failed["client"] >= self.num_concurrent
@@ -316,7 +313,7 @@ class AsynchronousTrainer(Trainer):
             num_tasks = sum(self._num_failed.values())
             raise RunFailedError(
                 f"round {self.completed + 1}: no usable upload from {num_tasks} tasks; "
-                f"{task.client}: {reason}"
+                f"{arrival.client}: {reason}"
             )
 
     def _aggregate(self) -> None:

@@ -19,10 +19,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from typing_extensions import override
 
 from benchmarks.common import arguments, parsed, rounds_of
 from hetero_fl.communication.protocol import Message
@@ -30,7 +28,7 @@ from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.data import make_images
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.executors.base import ALL_REPLIES, Arrival, Executor, Until
+from hetero_fl.federation.executors.base import ALL_REPLIES, Arrival, InProcessExecutor, Until
 from hetero_fl.federation.trainer import Trainer
 
 WORKERS = 2
@@ -56,16 +54,15 @@ def configuration(cohort: int) -> dict[str, object]:
     }
 
 
-class CopyingExecutor(Executor):
+class CopyingExecutor(InProcessExecutor):
     """An executor without computation, in which every upload is a copy of the same bytes."""
 
     def __init__(self, rounds: Trainer) -> None:
         (arch,) = {card.arch for card in rounds.federation.client_infos.values()}
         model = Item(floating_tensors(rounds.federation.initial_tensors(arch)), 2.0, "params")
         self.upload = Payload({"model": model}, {"loss": "1.0"}).encode()
-        super().__init__(rounds.store, rounds.backend)
+        super().__init__(rounds.executor.runtime)  # type: ignore[attr-defined]
 
-    @override
     def run(
         self, clients: Sequence[str], request: Callable[[str], Message], until: Until = ALL_REPLIES
     ) -> Iterator[Arrival]:
@@ -73,11 +70,6 @@ class CopyingExecutor(Executor):
         for client in clients:
             assert request(client).body
             yield Arrival(client, Message("upload", self.upload[:1] + self.upload[1:]))
-
-    @override
-    def evaluate(self, *args: Any) -> Iterator[Any]:
-        """Raise an error, because nothing is evaluated."""
-        raise NotImplementedError
 
 
 def measured(executor: str, cohort: int) -> None:
@@ -89,9 +81,9 @@ def measured(executor: str, cohort: int) -> None:
     if executor == "serial":
         rounds.executor = CopyingExecutor(rounds)
     size = sum(t.nbytes for t in next(iter(rounds.server.models.values())).values())
-    rounds.per_round = 2
+    rounds.num_sampled = 2
     rounds.run_round()
-    rounds.per_round = None
+    rounds.num_sampled = cohort
     before = status("VmRSS")
     # Reset the recorded peak.
     Path("/proc/self/clear_refs").write_text("5")

@@ -73,11 +73,12 @@ def print_check(prepared: PreparedRun) -> None:
         profile.arch: _num_parameters(profile.arch) for profile in federation.client_infos.profiles
     }
     is_async = config.runtime.mode == "async"
-    cohort = config.clients.per_round
-    if not is_async:
-        cohort = config.cohort.num_sampled(cohort, len(federation.client_infos))
     cost = expected_cost(
-        prepared.method, federation, config.rounds, cohort, config.evaluation.every
+        prepared.method,
+        federation,
+        config.rounds,
+        config.clients.per_round if is_async else federation.cohort,
+        config.evaluation.every,
     )
 
     def describe(client_id: str) -> tuple[str, ...]:

@@ -7,10 +7,7 @@ import math
 import pytest
 import torch
 
-from hetero_fl.aggregation import Uploads
-from hetero_fl.federation.combination import RoundUploads
-from tests.support.asynchronous_runs import session
-from tests.support.calls import record_calls
+from tests.support.asynchronous_runs import record_updates, session
 from tests.support.federations import config
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -53,19 +50,7 @@ def test_heterofl_weights_widths_by_rows_and_staleness(monkeypatch: pytest.Monke
         "staleness": {"kind": "polynomial", "a": 1.0},
     }
     run = session(wide_config, seconds=lambda client_id, _: SECONDS[client_id])
-    combined = []
-    added = record_calls(monkeypatch, Uploads, "add", lambda _, upload: upload)
-    update = run.update_server
-
-    def seeing(uploads: RoundUploads) -> str:
-        before = next(iter(run.server.models.values()))
-        sent = list(added)
-        diverged = update(uploads)
-        combined.append((before, sent, next(iter(run.server.models.values()))))
-        added.clear()
-        return diverged
-
-    monkeypatch.setattr(run, "update_server", seeing)
+    combined = record_updates(run, monkeypatch)
     for _ in range(2):
         run.run_round()
     name, stale = "backbone.1.bias", 0

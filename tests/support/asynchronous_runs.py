@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
+
+from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.config.simulation import FaultsConfig
+from hetero_fl.core.model_spec import Tensors
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
+from hetero_fl.federation.combination import RoundUploads
 from hetero_fl.federation.executors.base import Executor
 from hetero_fl.federation.simulation.devices import Devices, TaskTimes
 from hetero_fl.federation.simulation.executor import SimulatedExecutor
 from hetero_fl.federation.simulation.faults import FaultOutcome
+from tests.support.calls import record_calls
 from tests.support.federations import MIXED, changed, config
 
 FAULTS = {
@@ -84,3 +90,23 @@ def session(
     if fates is not None:
         run.executor.faults = ScriptedFaults(fates)  # type: ignore[assignment]
     return run
+
+
+def record_updates(
+    run: AsynchronousTrainer, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[Tensors, list[Upload], Tensors]]:
+    """Record a model of the server before and after each aggregation, and the uploads."""
+    updates: list[tuple[Tensors, list[Upload], Tensors]] = []
+    added = record_calls(monkeypatch, Uploads, "add", lambda _, upload: upload)
+    update_server = run.update_server
+
+    def update(uploads: RoundUploads) -> str:
+        before = next(iter(run.server.models.values()))
+        sent = list(added)
+        diverged = update_server(uploads)
+        updates.append((before, sent, next(iter(run.server.models.values()))))
+        added.clear()
+        return diverged
+
+    monkeypatch.setattr(run, "update_server", update)
+    return updates

@@ -28,7 +28,8 @@ from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.data import make_images
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.federation.executors.base import ALL_REPLIES, Arrival, InProcessExecutor, Until
+from hetero_fl.federation.trainer import Trainer
 
 WORKERS = 2
 TARGETS = {"serial": 3.0, "processes": 3.0 + 4 * WORKERS}
@@ -53,23 +54,22 @@ def configuration(cohort: int) -> dict[str, object]:
     }
 
 
-class Arrivals:
+class CopyingExecutor(InProcessExecutor):
     """An executor without computation, in which every upload is a copy of the same bytes."""
 
-    def __init__(self, rounds: SynchronousTrainer) -> None:
+    def __init__(self, rounds: Trainer) -> None:
         (arch,) = {card.arch for card in rounds.federation.client_infos.values()}
         model = Item(floating_tensors(rounds.federation.initial_tensors(arch)), 2.0, "params")
         self.upload = Payload({"model": model}, {"loss": "1.0"}).encode()
-        self.store = rounds.store
-        self.performer = rounds.backend
+        super().__init__(rounds.executor.runtime)  # type: ignore[attr-defined]
 
     def run(
-        self, clients: Sequence[str], request: Callable[[str], Message]
-    ) -> Iterator[tuple[str, Message]]:
+        self, clients: Sequence[str], request: Callable[[str], Message], until: Until = ALL_REPLIES
+    ) -> Iterator[Arrival]:
         """Yield each client with an upload, after the request for the client was created."""
         for client in clients:
             assert request(client).body
-            yield client, Message("upload", self.upload[:1] + self.upload[1:])
+            yield Arrival(client, Message("upload", self.upload[:1] + self.upload[1:]))
 
 
 def measured(executor: str, cohort: int) -> None:
@@ -79,11 +79,11 @@ def measured(executor: str, cohort: int) -> None:
     prepared = prepare(configuration(cohort), dataset=dataset)
     rounds = rounds_of(prepared, executor=executor, workers=WORKERS, threads=1)
     if executor == "serial":
-        rounds.executor = Arrivals(rounds)  # type: ignore[assignment]
+        rounds.executor = CopyingExecutor(rounds)
     size = sum(t.nbytes for t in next(iter(rounds.server.models.values())).values())
-    rounds.per_round = 2
+    rounds.num_sampled = 2
     rounds.run_round()
-    rounds.per_round = None
+    rounds.num_sampled = cohort
     before = status("VmRSS")
     # Reset the recorded peak.
     Path("/proc/self/clear_refs").write_text("5")

@@ -22,8 +22,8 @@ from benchmarks.common import add_quick
 from hetero_fl.communication.homomorphic.messages import unseal_state
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.summed_uploads.hidden_server import SealedBroadcasts, decode_state
-from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.federation.summed_uploads.hidden_server import SealedLink, decode_state
+from hetero_fl.federation.trainer import Trainer
 
 MODELS = {"CNN": "cnn_bn_medium", "ResNet-18": "resnet18"}
 CHANNELS: dict[str, dict[str, Any]] = {
@@ -76,12 +76,12 @@ def measure_round(model: str, clients: int, channel: dict[str, Any]) -> Figures:
     return Figures(record["up_bytes"] / clients, record["down_bytes"] / clients, seconds, models)
 
 
-def server_models(trainer: FederatedTrainer) -> Tensors:
+def server_models(trainer: Trainer) -> Tensors:
     """Return the tensors of the server's model, decrypted with the clients' key if necessary."""
     models = trainer.server.models
-    if isinstance(trainer.broadcasts, SealedBroadcasts):
+    if isinstance(trainer.link, SealedLink):
         runtime = trainer.executor.runtime  # type: ignore[attr-defined]
-        state = unseal_state(trainer.broadcasts.state, runtime.federation.shared_key)
+        state = unseal_state(trainer.link.state, runtime.federation.shared_key)
         models, _ = decode_state(state)
     (tensors,) = models.values()
     return tensors

@@ -24,7 +24,7 @@ from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.experiment import PreparedRun
 from hetero_fl.federation.cost import expected_cost, upload_contents
 from hetero_fl.federation.executors.choose import choose_executor
-from hetero_fl.federation.simulation.schedule import SimulationEnvironment
+from hetero_fl.federation.simulation.conditions import is_simulated
 from hetero_fl.reporting.comparison.result import Comparison
 from hetero_fl.reporting.formatting import format_bytes
 from hetero_fl.reporting.rendering import render
@@ -65,13 +65,12 @@ def print_check(prepared: PreparedRun) -> None:
     parameters = {
         profile.arch: _num_parameters(profile.arch) for profile in federation.client_infos.profiles
     }
-    environment = SimulationEnvironment.from_config(federation, config)
     is_async = config.runtime.mode == "async"
     cost = expected_cost(
         prepared.method,
         federation,
         config.rounds,
-        config.clients.per_round if is_async else environment.num_sampled,
+        config.clients.per_round if is_async else federation.cohort,
         config.evaluation.every,
     )
 
@@ -95,7 +94,7 @@ def print_check(prepared: PreparedRun) -> None:
     text = render(
         "expected_cost.txt",
         # A simulation repeats failed tasks and counts duplicate uploads.
-        is_bound=is_upper_bound and not is_async and not environment.simulated,
+        is_bound=is_upper_bound and not is_simulated(federation, config),
         is_async=is_async,
         rounds=config.rounds,
         up=cost.up.total(),

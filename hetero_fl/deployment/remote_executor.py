@@ -7,10 +7,12 @@ contain only the names of the states. The rest of a run is the same as in a simu
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 from typing_extensions import override
 
@@ -29,7 +31,15 @@ from hetero_fl.deployment.validation import read_evaluation, read_state_name
 from hetero_fl.engine.driver import Backend, DivergedError
 from hetero_fl.federation.checkpoint import KEPT_CHECKPOINTS
 from hetero_fl.federation.client_runtime import ClientEvaluation
-from hetero_fl.federation.executors.base import ClientAbsentError, RemoteExecutor, in_order
+from hetero_fl.federation.executors.base import (
+    ALL_REPLIES,
+    Arrival,
+    ClientAbsentError,
+    ClientLateError,
+    TimedExecutor,
+    Until,
+    in_order,
+)
 from hetero_fl.federation.state_store import PrivateState, StateStore
 from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.utils.errors import RunFailedError, one_line
@@ -40,10 +50,18 @@ from hetero_fl.utils.serialization import as_tensor
 STATE_KEY = "at"
 # Number of attempts at a task if the node restarts or loses its state.
 MAX_ATTEMPTS = 3
+# Kinds of replies that contain an upload.
+UPLOADS = ("upload", "train")
+# Seconds for which the server waits for connected clients, and between two checks.
+MAX_WAIT = 2 * 86400.0
+POLL_INTERVAL = 1.0
 
 
-class NodeExecutor(RemoteExecutor):
+class NodeExecutor(TimedExecutor):
     """Executor that sends tasks to nodes.
+
+    The time of the run is measured. The time between a crash and the resumption of the run does not
+    count.
 
     Args:
         handshake: The completed handshake with the nodes.
@@ -54,7 +72,7 @@ class NodeExecutor(RemoteExecutor):
             server waits for disconnected nodes.
     """
 
-    accepts_unencoded = False
+    clock = "wall"
 
     def __init__(
         self,
@@ -65,44 +83,75 @@ class NodeExecutor(RemoteExecutor):
         *,
         required: int = 1,
     ) -> None:
+        super().__init__(store, backend)
         self.handshake = handshake
         self.connections = handshake.connections
-        self.store = store
-        self.backend = backend
         self.deadline = deadline
         self.required = required
         federation = handshake.prepared.federation
         protocol = make_protocol(handshake.prepared.method, federation)
         self._is_repeatable = not protocol.has_one_time_requests
         self._listener: Callable[[str], None] | None = None
+        self._started = time.monotonic()
         self._dispatched = Conversations(self.connections)
-        # Clients that lost their private state since the last `pop_reset_clients`.
+        # Start of each task in flight in seconds, keyed by client id.
+        self._starts: dict[str, float] = {}
+        # Clients that lost their private state since the last `record`.
         self._reset_clients: list[str] = []
         # Names of the clients' states in each checkpoint, newest last.
         self._checkpoint_states: deque[dict[str, str]] = deque(maxlen=KEPT_CHECKPOINTS)
 
-    @override
-    def run(
-        self, clients: Sequence[str], request: Callable[[str], Message]
-    ) -> Iterator[tuple[str, Reply]]:
-        return in_order(clients, self.as_completed(clients, request))
+    @property
+    def now(self) -> float:
+        """Time since the start of the run in seconds."""
+        return time.monotonic() - self._started
+
+    @now.setter
+    def now(self, seconds: float) -> None:
+        self._started = time.monotonic() - seconds
 
     @override
-    def as_completed(
-        self, clients: Sequence[str], request: Callable[[str], Message], *, waits: bool = True
+    def run(
+        self, clients: Sequence[str], request: Callable[[str], Message], until: Until = ALL_REPLIES
+    ) -> Iterator[Arrival]:
+        start = self.now
+        ends: dict[str, float] = {}
+        for client, reply in in_order(clients, self._replies(clients, request, until, ends)):
+            yield Arrival(client, reply, start, ends.get(client, math.inf))
+            # Free the upload before the next one arrives.
+            del reply
+
+    def _replies(
+        self,
+        clients: Sequence[str],
+        request: Callable[[str], Message],
+        until: Until,
+        ends: dict[str, float],
     ) -> Iterator[tuple[str, Reply]]:
+        """Yield replies until enough uploads have arrived, then an error for each late client.
+
+        The time of each arrival is added to `ends`. The deadline of a conversation takes that of
+        `until` into account.
+        """
         # Nodes must recognize a repeated task, so that they do not train or add noise twice. The
         # secrets of secure aggregation are valid for one sum only, so its tasks are always unique.
         nonce = "" if self._is_repeatable else secrets.token_hex(16)
         conversations = {
             client: self._task_conversation(client, request, nonce) for client in clients
         }
-        required = self.required if waits else 0
-        answers = self.connections.converse(conversations, self.deadline, required)
-        for client, answer in answers:
-            yield client, self._parse_reply(client, answer)
+        required = self.required if until.waits_for_nodes else 0
+        num_uploads = 0
+        for client, answer in self.connections.converse(conversations, self.deadline, required):
+            ends[client] = self.now
+            reply = self._parse_reply(client, answer)
+            num_uploads += isinstance(reply, Message) and reply.kind in UPLOADS
+            yield client, reply
             # The answer may contain a model; free it before the next answer arrives.
-            del answer
+            del answer, reply
+            if num_uploads == until.uploads:
+                break
+        for client in [client for client in clients if client not in ends]:
+            yield client, ClientLateError("the round has ended")
 
     @override
     def evaluate(
@@ -127,27 +176,47 @@ class NodeExecutor(RemoteExecutor):
         self._listener = listener
 
     @override
-    def close(self) -> None:
-        """Do nothing, because the caller closes the connections."""
-
-    @override
-    def connected_clients(self) -> Collection[str]:
+    def available(self) -> Collection[str]:
         self.connections.refresh()
         return self.connections.node_of.keys()
 
     @override
-    def dispatch(self, client: str, make_request: Callable[[str], Message]) -> None:
-        self._dispatched.add(
-            client, self._task_conversation(client, make_request, ""), self.deadline
-        )
+    def wait_for_clients(self, round_idx: int, count: int, least: int) -> Sequence[str]:
+        deadline = time.monotonic() + MAX_WAIT
+        while len(clients := natural_order(self.available())) < least:
+            if time.monotonic() > deadline:
+                raise RunFailedError(
+                    f"round {round_idx + 1}: {len(clients)} of at least {least} "
+                    f"clients connected within {MAX_WAIT / 3600:g} hours"
+                )
+            time.sleep(POLL_INTERVAL)
+        return clients
+
+    @property
+    @override
+    def has_arrival(self) -> bool:
+        return False
 
     @override
-    def next_reply(self, wait: float) -> tuple[str, Reply] | None:
-        finished = self._dispatched.next_finished(wait)
-        return None if finished is None else (finished[0], self._parse_reply(*finished))
+    def start(self, client: str, request: Message, number: int, start: float | None = None) -> None:
+        self._starts[client] = self.now if start is None else start
+        conversation = self._task_conversation(client, lambda _client: request, "")
+        self._dispatched.add(client, conversation, self.deadline)
 
     @override
-    def send_states(self, states: Mapping[str, PrivateState]) -> None:
+    def next_arrival(self) -> Arrival | None:
+        if not len(self._dispatched):
+            time.sleep(POLL_INTERVAL)
+            return None
+        finished = self._dispatched.next_finished(POLL_INTERVAL)
+        if finished is None:
+            return None
+        client, answer = finished
+        reply = self._parse_reply(client, answer)
+        return Arrival(client, reply, self._starts.pop(client), self.now)
+
+    @override
+    def load_states(self, states: Mapping[str, PrivateState]) -> None:
         conversations = {
             client: self._state_conversation(client, private) for client, private in states.items()
         }
@@ -164,18 +233,21 @@ class NodeExecutor(RemoteExecutor):
                     state={STATE_KEY: read_state_name(head_value(answer.head, "state", str))}
                 ),
             )
+        self.store.commit()
 
     @override
     def on_checkpoint(self) -> None:
+        """Have nodes keep their present private states, to which the run may be reset."""
         self._checkpoint_states.append(
             {client: self._committed_state_name(client) for client in self.store.clients()}
         )
 
     @override
-    def pop_reset_clients(self) -> list[str]:
-        clients = self._reset_clients
+    def record(self) -> dict[str, Any]:
+        """Return the clients that have lost their private state since the previous call, if any."""
+        clients = natural_order(dict.fromkeys(self._reset_clients))
         self._reset_clients = []
-        return natural_order(dict.fromkeys(clients))
+        return {"reset": clients} if clients else {}
 
     def _task_conversation(
         self, client: str, make_request: Callable[[str], Message], nonce: str

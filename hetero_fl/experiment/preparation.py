@@ -39,16 +39,14 @@ from hetero_fl.experiment.privacy_budget import PrivacyBudget
 from hetero_fl.experiment.starting_models import StartingTensors, starting_tensors
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
 from hetero_fl.federation.checkpoint import checkpoint_files
-from hetero_fl.federation.executors.base import RemoteExecutor
+from hetero_fl.federation.executors.base import Executor, TimedExecutor
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, make_executor
 from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.real_time import RemoteAsynchronousTrainer, RemoteSynchronousTrainer
-from hetero_fl.federation.simulation.rounds import ScheduledTrainer, SimulatedTrainer
-from hetero_fl.federation.simulation.schedule import SimulationEnvironment
+from hetero_fl.federation.simulation.conditions import is_simulated, simulation_notes
+from hetero_fl.federation.simulation.executor import SimulatedExecutor
 from hetero_fl.federation.state_store import StateStore
-from hetero_fl.federation.synchronous import SynchronousTrainer
-from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.federation.trainer import Trainer
 from hetero_fl.privacy.accounting import opacus_accountants
 from hetero_fl.privacy.server_side import ServerPrivacy
 from hetero_fl.utils.code_permission import CodePermission, find_references, hash_modules
@@ -60,7 +58,7 @@ from model_zoo.generators import own_generators
 from model_zoo.registry import is_user_defined
 
 ExecutorFactory = Callable[
-    ["PreparedRun", ExecutorChoice, StateStore], tuple[RemoteExecutor, FederationSpec]
+    ["PreparedRun", ExecutorChoice, StateStore], tuple[TimedExecutor, FederationSpec]
 ]
 """Type of functions that create an executor for clients on other machines.
 
@@ -122,7 +120,7 @@ class PreparedRun:
         store: StateStore | None = None,
         log: Callable[[str], None] = lambda _line: None,
         executor_factory: ExecutorFactory | None = None,
-    ) -> FederatedTrainer:
+    ) -> Trainer:
         """Create the trainer that runs the rounds.
 
         The caller must close the trainer's executor after use.
@@ -139,35 +137,27 @@ class PreparedRun:
             machine or on other machines.
         """
         choice = choice or choose_executor(self.config, self.federation)
-        clients = self.config.clients
-        remote: RemoteExecutor | None = None
+        config = self.config
         federation = self.federation
+        executor: Executor
         if executor_factory is not None:
-            remote, federation = executor_factory(self, choice, store or StateStore())
-        executor = remote or make_executor(
-            choice, self.method, self._client_federation(store), store, log
-        )
-        stop = self.config.runtime.divergence == "stop"
+            executor, federation = executor_factory(self, choice, store or StateStore())
+        else:
+            clients = self._client_federation(store)
+            executor = make_executor(choice, self.method, clients, store, log)
         try:
-            connected = remote.connected_clients if remote is not None else None
-            environment = SimulationEnvironment.from_config(federation, self.config, connected)
-            runtime = self.config.runtime
-            arguments = (self.method, federation, executor, clients.per_round, stop)
-            if runtime.mode == "async":
-                trainer_type = AsynchronousTrainer if remote is None else RemoteAsynchronousTrainer
-                return trainer_type(
+            if is_simulated(federation, config):
+                executor = SimulatedExecutor(executor, self.method, federation, config)
+            stop = config.runtime.divergence == "stop"
+            arguments = (self.method, federation, executor, config.clients.per_round, stop)
+            if config.runtime.mode == "async":
+                return AsynchronousTrainer(
                     *arguments,
-                    environment=environment,
-                    buffer=runtime.buffer,
-                    staleness=runtime.staleness,
+                    policy=config.cohort,
+                    buffer=config.runtime.buffer,
+                    staleness=config.runtime.staleness,
                 )
-            if remote is not None:
-                return RemoteSynchronousTrainer(*arguments, environment=environment)
-            if environment.simulated:
-                return SimulatedTrainer(*arguments, environment=environment)
-            if environment.policy.sampling == "uniform":
-                return SynchronousTrainer(*arguments, policy=environment.policy)
-            return ScheduledTrainer(*arguments, environment=environment)
+            return Trainer(*arguments, policy=config.cohort)
         except BaseException:
             executor.close()
             raise
@@ -322,7 +312,7 @@ def prepare(
     notes += compatibility_notes(LATER_NOTES, facts)
     notes += check_user_code(federation)
     choose_device(config.runtime.device)
-    notes += SimulationEnvironment.from_config(federation, config).notes()
+    notes += simulation_notes(federation, config)
     start = starting_tensors(config.init_from, federation, permission)
     return PreparedRun(
         config,

@@ -11,9 +11,10 @@ from hetero_fl.config import Config
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.experiment.preparation import ExecutorFactory, PreparedRun
 from hetero_fl.federation.checkpoint import Checkpoints
+from hetero_fl.federation.evaluation import EvaluationResult, Record, add_evaluation, server_tensors
 from hetero_fl.federation.executors.choose import ExecutorChoice
 from hetero_fl.federation.state_store import StateStore
-from hetero_fl.federation.trainer import EvaluationResult, FederatedTrainer, Record, add_evaluation
+from hetero_fl.federation.trainer import Trainer
 from hetero_fl.reporting.integrity import check_resumable, identity
 from hetero_fl.reporting.loggers import RunLoggers, make_loggers
 from hetero_fl.reporting.progress import Progress
@@ -135,7 +136,7 @@ class RunSession:
         if saved["run"]["completed"] < self._num_planned():
             saved = self._reopen_directory(saved)
         self.trainer.load_state_dict(saved["run"])
-        self.trainer.on_checkpoint()
+        self.trainer.executor.on_checkpoint()
         return saved
 
     def _reopen_directory(self, saved: dict[str, Any]) -> dict[str, Any]:
@@ -342,9 +343,7 @@ def _read_history(directory: RunDirectory) -> list[Record]:
     return directory.metrics() if (directory.path / "metrics.jsonl").exists() else []
 
 
-def _evaluate(
-    trainer: FederatedTrainer, record: Record, directory: RunDirectory | None
-) -> EvaluationResult:
+def _evaluate(trainer: Trainer, record: Record, directory: RunDirectory | None) -> EvaluationResult:
     """Evaluate the current models and add the result to the record of the round.
 
     Args:
@@ -384,7 +383,7 @@ def write_presentation(config: Config, directory: RunDirectory, log: Callable[[s
 
 
 def evaluate_models(
-    trainer: FederatedTrainer, save: Callable[[str, bytes], None], counts_traffic: bool = True
+    trainer: Trainer, save: Callable[[str, bytes], None], counts_traffic: bool = True
 ) -> EvaluationResult:
     """Evaluate the models with all details for the report.
 
@@ -405,7 +404,7 @@ def evaluate_models(
         preprocess = asdict(federation.preprocessing_of(slot))
         layout = federation.data.layout
         model = SavedModel(
-            trainer.server_tensors(slot),
+            server_tensors(slot, server, federation, trainer.backend),
             server.arch[slot],
             preprocess,
             federation.task,
@@ -418,7 +417,7 @@ def evaluate_models(
 
 
 def _evaluate_fully(
-    trainer: FederatedTrainer, directory: RunDirectory, counts_traffic: bool = True
+    trainer: Trainer, directory: RunDirectory, counts_traffic: bool = True
 ) -> EvaluationResult:
     """Evaluate the models with all details for the report, and write each evaluated model."""
 

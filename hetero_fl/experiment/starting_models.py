@@ -11,7 +11,7 @@ from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.state_store import PrivateState
-from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.federation.trainer import Trainer
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import UserError
@@ -45,14 +45,14 @@ class StartingTensors:
     server: Mapping[str, Tensors] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def load_into(self, trainer: FederatedTrainer) -> None:
+    def load_into(self, trainer: Trainer) -> None:
         """Set the models of clients and server to these tensors.
 
         Raises:
             UserError: If the method changed a model so that the tensors no longer fit.
         """
         states = {c: PrivateState({"model": tensors}) for c, tensors in self.clients.items()}
-        trainer.load_client_states(states)
+        trainer.executor.load_states(states)
         for slot, tensors in self.server.items():
             if slot in trainer.server.models:
                 own = trainer.server.models[slot]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 
-from tests.support.asynchronous_runs import session
+from tests.support.asynchronous_runs import record_updates, session
 from tests.support.federations import config
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -41,7 +40,7 @@ def test_tensors_shared_by_architectures_stay_equal() -> None:
             assert not torch.equal(start[0][name], one[name])
 
 
-def test_heterofl_weights_widths_by_rows_and_staleness() -> None:
+def test_heterofl_weights_widths_by_rows_and_staleness(monkeypatch: pytest.MonkeyPatch) -> None:
     models = [{"name": "mlp", "hidden": [hidden]} for hidden in (16, 8, 8)]
     algorithm = {"name": "heterofl", "model": models[0], "weighting": "samples"}
     wide_config = config("heterofl", models, clients=3, algorithm=algorithm)
@@ -51,15 +50,7 @@ def test_heterofl_weights_widths_by_rows_and_staleness() -> None:
         "staleness": {"kind": "polynomial", "a": 1.0},
     }
     run = session(wide_config, seconds=lambda client_id, _: SECONDS[client_id])
-    combined = []
-    combine = run._aggregate_uploads
-
-    def seeing(sent: list[Any]) -> None:
-        before = next(iter(run.server.models.values()))
-        combine(sent)
-        combined.append((before, sent, next(iter(run.server.models.values()))))
-
-    run._aggregate_uploads = seeing  # type: ignore[method-assign]
+    combined = record_updates(run, monkeypatch)
     for _ in range(2):
         run.run_round()
     name, stale = "backbone.1.bias", 0

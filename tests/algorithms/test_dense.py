@@ -69,7 +69,7 @@ def test_models_are_uploaded_once_and_training_is_local_before(
     source = {**federation(), "rounds": 3}
     source["clients"]["overrides"] = [{"match": "site_3", "shares": ["backbone"]}]
     rounds = rounds_of(source, num_rounds=0)
-    received = record_results(monkeypatch, rounds, "decode_upload")
+    received = record_results(monkeypatch, rounds.link, "decode_upload")
     for _ in range(3):
         rounds.run_round()
 

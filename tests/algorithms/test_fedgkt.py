@@ -30,7 +30,7 @@ def test_uploads_per_row_require_permission(monkeypatch: pytest.MonkeyPatch) -> 
         {"match": "site_2", "shares": ["parameters", "predictions", "statistics"]}
     ]
     rounds = rounds_of(source, num_rounds=0)
-    received = record_results(monkeypatch, rounds, "decode_upload")
+    received = record_results(monkeypatch, rounds.link, "decode_upload")
     rounds.run_round()
     assert [len(payload) for payload in received] == [3, 0, 3]
     infos = rounds.federation.client_infos
@@ -44,7 +44,7 @@ def test_uploads_per_row_require_permission(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_missing_rows_are_refused() -> None:
     rounds = rounds_of(federation("mlp"), num_rounds=0)
-    receive = rounds.decode_upload
+    receive = rounds.link.decode_upload
 
     def short(client: Any, data: bytes, requests: Any, index: int) -> Payload:
         if client.client_id == "site_1":
@@ -52,7 +52,7 @@ def test_missing_rows_are_refused() -> None:
             data = Payload({n: payload[n][1:] for n in payload}, payload.report).encode()
         return receive(client, data, requests, index)
 
-    rounds.decode_upload = short  # type: ignore[method-assign]
+    rounds.link.decode_upload = short  # type: ignore[method-assign]
     assert list(rounds.run_round()["failed"]) == ["site_1"]
 
 

@@ -155,7 +155,7 @@ def test_documented_method_runs_by_name_and_by_reference(tmp_path: Path) -> None
 
 def test_documented_method_sends_median_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = rounds_of(config("median_teacher", MIXED, rounds=1), num_rounds=0)
-    seen = record_results(monkeypatch, rounds, "decode_upload")
+    seen = record_results(monkeypatch, rounds.link, "decode_upload")
     rounds.run_round()
     expected = np.median([p["logits"].numpy() for p in seen], axis=0)
     assert np.allclose(rounds.server.state["teacher"], expected, atol=1e-6)
@@ -191,7 +191,7 @@ def test_default_hooks_exchange_the_model_of_another_slot() -> None:
     own = rounds_of(config(f"python:{__name__}:SharedCopy", models, clients=4))
     fedavg = rounds_of(config("fedavg", models, clients=4))
 
-    broadcast = own.broadcast(own.federation.client_infos["site_1"])
+    broadcast = own.link.broadcast(own.federation.client_infos["site_1"])
     assert list(broadcast.items_by_name) == ["copy"]
     assert own.server.models.keys() == fedavg.server.models.keys()
     for group, model in fedavg.server.models.items():

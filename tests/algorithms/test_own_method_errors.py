@@ -49,6 +49,6 @@ def test_traceback_is_logged_and_exit_status_is_one(
 
 def test_internal_error_is_not_translated() -> None:
     rounds = rounds_of(config("fedavg", "mlp"), num_rounds=0)
-    rounds.store = None  # type: ignore[assignment]
+    rounds.executor.store = None  # type: ignore[assignment]
     with pytest.raises(AttributeError):
         rounds.run_round()

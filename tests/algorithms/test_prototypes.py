@@ -72,7 +72,7 @@ def test_clients_without_shared_statistics_send_nothing(
     source = config(method, MIXED)
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters", "predictions"]}]
     rounds = rounds_of(source, num_rounds=0)
-    received = record_results(monkeypatch, rounds, "decode_upload")
+    received = record_results(monkeypatch, rounds.link, "decode_upload")
 
     rounds.run_round()
 

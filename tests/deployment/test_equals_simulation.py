@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from hetero_fl.algorithms import Centralized
+from hetero_fl.deployment import remote_executor
 from hetero_fl.deployment.config import DisclosureConfig, SiteConfig, load_site_config
 from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.deployment.node import Node
@@ -20,7 +21,7 @@ from hetero_fl.deployment.server import run_federation
 from hetero_fl.experiment import run
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.session import _evaluate
-from hetero_fl.federation import asynchronous, real_time
+from hetero_fl.federation import asynchronous
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.asynchronous_runs import session
@@ -272,7 +273,7 @@ def test_refusing_nodes_are_asked_a_limited_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Node, "_run_task", Mock(side_effect=RequestRefusedError("not today")))
-    monkeypatch.setattr(real_time, "POLL_INTERVAL", 0.01)
+    monkeypatch.setattr(remote_executor, "POLL_INTERVAL", 0.01)
     monkeypatch.setattr(asynchronous, "MAX_CONSECUTIVE_FAULTS", 3)
     with pytest.raises(
         RunFailedError, match=r"round 1: no usable upload from 9 tasks; site_\d: not today$"
@@ -281,13 +282,9 @@ def test_refusing_nodes_are_asked_a_limited_time(
 
 
 def test_empty_slot_does_not_block_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(real_time, "POLL_INTERVAL", 0.01)
-    monkeypatch.setattr(real_time, "MAX_WAIT", 0.1)
-    monkeypatch.setattr(
-        real_time.RemoteAsynchronousTrainer,
-        "_idle_clients",
-        lambda self: (0, self.queue.idle_position),
-    )
+    monkeypatch.setattr(remote_executor, "POLL_INTERVAL", 0.01)
+    monkeypatch.setattr(asynchronous, "MAX_WAIT", 0.1)
+    monkeypatch.setattr(remote_executor.NodeExecutor, "available", lambda self: [])
     with pytest.raises(RunFailedError, match="round 1: no client connected for"):
         federation(source(), Sites(CLIENTS, tmp_path / "sites"), tmp_path / "deployed")
 

@@ -19,10 +19,10 @@ from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.base import client_chunks
 from hetero_fl.federation.state_store import PrivateState
-from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.federation.trainer import Trainer
 from tests.support.calls import record_calls
 from tests.support.cases import each_case
-from tests.support.federations import MIXED, config, rounds_of
+from tests.support.federations import MIXED, config, rounds_of, set_method
 
 CPU = torch.device("cpu")
 
@@ -123,9 +123,9 @@ SEEN: list[tuple[str, float]] = []
 def test_random_draws_of_broadcasts_are_keyed_by_client() -> None:
     rounds = rounds_of(config("fedavg", "mlp"), num_rounds=0)
     SEEN.clear()
-    rounds.algorithm = rounds.expectations.algorithm = Noisy()
+    set_method(rounds, Noisy())
     for client_info in rounds.federation.client_infos.values():
-        rounds.broadcast(client_info)
+        rounds.link.broadcast(client_info)
     rounds.run_round()
     drawn: dict[str, set[float]] = {}
     for client, value in SEEN:
@@ -143,12 +143,12 @@ class Failing(FedAvg):
 
 
 def test_failed_round_clears_the_cache() -> None:
-    rounds: SynchronousTrainer = rounds_of(config("fedper", "mlp"), num_rounds=1)
+    rounds: Trainer = rounds_of(config("fedper", "mlp"), num_rounds=1)
     tree, kept = (
         rounds.state_dict(),
         {client_id: rounds.store.stamp(client_id) for client_id in rounds.federation.client_infos},
     )
-    rounds.algorithm = rounds.expectations.algorithm = Failing()
+    set_method(rounds, Failing())
     with pytest.raises(Exception, match="no"):
         rounds.run_round()
     rounds.store.commit()

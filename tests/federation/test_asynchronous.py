@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from hetero_fl.federation.asynchronous import AsynchronousTrainer, ClientTask, TaskQueue
-from hetero_fl.federation.simulation.faults import NO_FAULT, FaultOutcome
+from hetero_fl.federation.asynchronous import AsynchronousTrainer, idle_position
+from hetero_fl.federation.combination import RoundUploads
+from hetero_fl.federation.simulation.faults import FaultOutcome
 from hetero_fl.utils.errors import RunFailedError
 from tests.support.asynchronous_runs import session, source
 from tests.support.calls import record_calls
 from tests.support.cases import each_case
-from tests.support.federations import MIXED, SUMMING, TOP, config, rounds_of, state_of
+from tests.support.federations import MIXED, SUMMING, TOP, config, rounds_of, runtime_of, state_of
 
 PACE = {"site_1": 1.0, "site_2": 1.3, "site_3": 2.9, "site_4": 7.1}
 
@@ -42,7 +43,11 @@ def test_equal_task_times_match_synchronous_run(method: str) -> None:
     )
     records = [pace.run_round() for _ in range(3)]
     assert bits(pace) == bits(waits)
-    assert (pace.version, pace.now, records[1]["simulated"]) == (3, 9.0, {"start": 3.0, "end": 6.0})
+    assert (pace.version, pace.executor.now, records[1]["simulated"]) == (
+        3,
+        9.0,
+        {"start": 3.0, "end": 6.0},
+    )
     assert all(record["staleness"] == {"0": cohort or 4} for record in records)
 
 
@@ -66,7 +71,9 @@ def test_tasks_that_fail_before_upload_are_not_computed(monkeypatch: pytest.Monk
         3: FaultOutcome("lost"),
     }
     run = session(config("fedavg", clients=4, runtime={"threads": 1, "mode": "async"}), fates=fates)
-    calls = record_calls(monkeypatch, run.executor, "run", lambda clients, request: len(clients))
+    calls = record_calls(
+        monkeypatch, run.executor.inner, "run", lambda clients, request: len(clients)
+    )
     record = run.run_round()
     assert sorted(record["failed"]) == sorted(PACE) and sum(calls) == 4
     assert record["counts"] == {"invited": 8, "arrived": 4, "failed": 4, "late": 0}
@@ -88,12 +95,15 @@ def test_resume_within_a_version_samples_the_same_clients() -> None:
     assert without_seconds(resumed) == without_seconds(records[1:])
 
 
-def test_uploads_of_a_version_are_combined_in_the_order_of_client_ids() -> None:
+def test_uploads_of_a_version_are_combined_in_the_order_of_client_ids(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     runtime = {"threads": 1, "mode": "async", "buffer": 4}
     run_config = config("fedavg", "mlp", clients=4, runtime=runtime)
     run = session(run_config, seconds=lambda client_id, task: 10 - int(client_id[-1]))
-    combined: list[str] = []
-    run._aggregate_uploads = lambda sent: combined.extend(u.client for u in sent)  # type: ignore[method-assign]
+    combined = record_calls(
+        monkeypatch, RoundUploads, "add", lambda uploads, info, *rest: info.client_id
+    )
 
     record = run.run_round()
 
@@ -136,7 +146,7 @@ def test_tasks_of_one_version_draw_separate_compression(monkeypatch: pytest.Monk
     run_config = config("fedavg", "mlp", 3, channel={"compress": [{"quantize": 4}]})
     run_config["runtime"] = {"threads": 1, "mode": "async", "buffer": 6}
     run = session(run_config, seconds=lambda client_id, _: PACE[client_id])
-    compressor = run.executor.runtime.links.up  # type: ignore[attr-defined]
+    compressor = runtime_of(run).links.up
     keys = record_calls(monkeypatch, compressor, "compress", lambda payload, key, *rest: key)
     records = [run.run_round() for _ in range(2)]
     assert not any(record["failed"] for record in records) and run.version == 1
@@ -193,8 +203,8 @@ def test_state_follows_accepted_uploads() -> None:
     assert before == state_of(plain)
     seen = []
     end = lost._finish_task
-    lost._finish_task = lambda task, tally: (
-        end(task, tally),
+    lost._finish_task = lambda task, *rest: (
+        end(task, *rest),
         seen.append((task.number, state_of(lost))),
     )[0]  # type: ignore[method-assign,func-returns-value]
     lost.run_round()
@@ -237,7 +247,7 @@ def after(
     )
     counts = [run.run_round()["counts"] for _ in range(2)]
     assert all(c["invited"] == c["arrived"] + c["failed"] + c["late"] for c in counts)
-    return run, {**state_of(run), "now": run.now}
+    return run, {**state_of(run), "now": run.executor.now}
 
 
 @pytest.mark.slow
@@ -277,23 +287,8 @@ def test_delayed_upload_equals_slow_client(
         assert one["server"] == after(slow, {}, channel)[1]["server"]
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.floats(0, 5)), max_size=40), st.data())
-def test_events_are_ordered_by_end_and_idle_clients_ranked(
-    tasks: list[tuple[int, float]], data: st.DataObject
-) -> None:
-    queue, flight, number = TaskQueue(), dict[int, tuple[float, int]](), 0
-    for place, ends in tasks:
-        if place in flight:
-            ends_first = min(flight.values())
-            popped = queue.pop()
-            assert (popped.end, popped.number) == ends_first
-            flight = {p: e for p, e in flight.items() if e != ends_first}
-        if place not in flight:
-            queue.push(ClientTask(number, f"c{place}", place, 0, 0, 0.0, ends, b"", 0, NO_FAULT))
-            flight[place] = (ends, number)
-            number += 1
-        idle = [p for p in range(31) if p not in flight]
-        if idle:
-            rank = data.draw(st.integers(0, len(idle) - 1))
-            assert queue.idle_position(rank) == idle[rank]
-    assert len(queue) == len(flight)
+@given(st.sets(st.integers(0, 30)))
+def test_idle_clients_are_ranked(busy: set[int]) -> None:
+    idle = [position for position in range(31) if position not in busy]
+
+    assert [idle_position(sorted(busy), rank) for rank in range(len(idle))] == idle

@@ -24,7 +24,7 @@ from hetero_fl.experiment import prepare, run
 from hetero_fl.experiment.runner import open_session
 from hetero_fl.federation.executors.worker import WorkerSetup
 from hetero_fl.federation.summed_uploads import hidden_server
-from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.federation.trainer import Trainer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.federation.test_cost import estimate_and_count
 from tests.federation.test_secure_aggregation import failing
@@ -95,16 +95,16 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare(encrypted("fedavg"))
 
 
-def recorded_bytes(trainer: SynchronousTrainer, monkeypatch: pytest.MonkeyPatch) -> list[Message]:
+def recorded_bytes(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[Message]:
     """Record all replies that the server receives."""
     seen: list[Message] = []
     carry_out = trainer.executor.run
 
     def watched(*arguments: Any) -> Iterator[Any]:
-        for client_id, reply in carry_out(*arguments):
-            if isinstance(reply, Message):
-                seen.append(reply)
-            yield client_id, reply
+        for arrival in carry_out(*arguments):
+            if isinstance(arrival.reply, Message):
+                seen.append(arrival.reply)
+            yield arrival
 
     monkeypatch.setattr(trainer.executor, "run", watched)
     return seen
@@ -123,7 +123,7 @@ def test_server_has_neither_key_nor_models(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(PayloadError, match="does not have the shared key"):
         _ = trainer.protocol.key  # type: ignore[attr-defined]
     assert [m.kind for m in seen] == ["train"] * 4 + ["aggregate"]
-    received = b"".join(m.body for m in seen) + trainer.broadcasts.state  # type: ignore[attr-defined]
+    received = b"".join(m.body for m in seen) + trainer.link.state  # type: ignore[attr-defined]
     for secret in (key.seal, key.secret[100:200], key.secret[-100:]):
         assert secret not in received
     assert len(vectors) == 4
@@ -137,9 +137,9 @@ def test_server_has_neither_key_nor_models(monkeypatch: pytest.MonkeyPatch) -> N
         for tensor in tensors_of_slot.values():
             if tensor.numel() > 3:
                 assert tensor.numpy().tobytes()[:16] not in received
-    assert trainer.broadcasts.state[:1] == SEALED  # type: ignore[attr-defined]
+    assert trainer.link.state[:1] == SEALED  # type: ignore[attr-defined]
     with pytest.raises(PayloadError, match="cannot be decrypted"):
-        unseal_state(trainer.broadcasts.state, SharedKey.generate())  # type: ignore[attr-defined]
+        unseal_state(trainer.link.state, SharedKey.generate())  # type: ignore[attr-defined]
 
 
 def test_evaluation_uses_decrypted_models() -> None:
@@ -180,19 +180,19 @@ def test_next_client_decrypts_if_one_refuses(monkeypatch: pytest.MonkeyPatch) ->
 
     assert len(asked) == 3 and record["failed"] == {}
     assert record["train_loss"] == {}
-    assert trainer.broadcasts.state  # type: ignore[attr-defined]
+    assert trainer.link.state  # type: ignore[attr-defined]
 
 
 def test_failed_aggregation_keeps_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = rounds_of(encrypted("fedavg", "mlp", rounds=5), num_rounds=1)
-    before = trainer.broadcasts.state  # type: ignore[attr-defined]
+    before = trainer.link.state  # type: ignore[attr-defined]
 
     failing_sum = Mock(side_effect=DivergedError("its loss is nan"))
     monkeypatch.setattr(hidden_server.HiddenServer, "aggregate", failing_sum)
     record = trainer.run_round()
 
     assert record["skipped"] and "its loss is nan" in record["diverged"]
-    assert trainer.broadcasts.state == before  # type: ignore[attr-defined]
+    assert trainer.link.state == before  # type: ignore[attr-defined]
 
     failing_sum.side_effect = PayloadError("no memory left")
     with pytest.raises(
@@ -200,7 +200,7 @@ def test_failed_aggregation_keeps_the_state(monkeypatch: pytest.MonkeyPatch) -> 
         match=r"round 3: none of 4 clients decrypted the sum \(site_\d: .*no memory left\)",
     ):
         trainer.run_round()
-    assert trainer.broadcasts.state == before  # type: ignore[attr-defined]
+    assert trainer.link.state == before  # type: ignore[attr-defined]
 
 
 def test_out_of_range_values_are_reported() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from hetero_fl.engine.driver import DivergedError
 from hetero_fl.federation import client_runtime
 from hetero_fl.federation.executors import processes
 from hetero_fl.federation.executors.worker import WorkerJob
+from hetero_fl.federation.simulation.executor import SimulatedExecutor
 from hetero_fl.federation.simulation.faults import FaultOutcome, Faults
-from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.federation.trainer import Trainer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.federation.executors.test_workers import kill_workers
 from tests.federation.simulation.test_simulated_rounds import arithmetic
@@ -123,7 +123,7 @@ def test_reports_contain_only_mean_losses(
             ask()
 
 
-def failing(rounds: SynchronousTrainer, who: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def failing(rounds: Trainer, who: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the training of some clients diverge."""
     carry_out = client_runtime.run_plans
 
@@ -270,23 +270,23 @@ class ScriptedFaults(Faults):
 
 def with_faults(
     fates: Mapping[str, FaultOutcome], **changes: Any
-) -> tuple[SynchronousTrainer, dict[str, list[str]]]:
+) -> tuple[Trainer, dict[str, list[str]]]:
     """Return a new run of six clients and their future answers."""
     run_config: dict[str, Any] = {"devices": CLOCK, "cohort": {"deadline": 60}, **changes}
     rounds = rounds_of(
         secure("hybrid", MIXED, 6, algorithm__heads="keep", **run_config), num_rounds=0
     )
-    rounds.environment = replace(
-        rounds.environment, faults=ScriptedFaults(rounds.environment.faults, fates)
-    )
-    kinds, answer = defaultdict[str, list[str]](list), rounds.executor.run
+    executor = rounds.executor
+    assert isinstance(executor, SimulatedExecutor)
+    executor.faults = ScriptedFaults(executor.faults, fates)
+    kinds, answer = defaultdict[str, list[str]](list), executor.inner.run
 
     def watched(clients: Any, request: Any) -> Any:
         for client in clients:
             kinds[client].append(request(client).kind)
         return answer(clients, request)
 
-    rounds.executor.run = watched  # type: ignore[method-assign]
+    executor.inner.run = watched  # type: ignore[method-assign]
     return rounds, kinds
 
 
@@ -307,7 +307,7 @@ def test_each_fault_occurs_in_its_exchange(what: str) -> None:
     plain, _ = with_faults({})
     if what != "twice":
         uninvited = [c for c in rounds.federation.client_infos if c != "site_2"]
-        plain.sampler.sample = lambda *a: (uninvited, 0.0)  # type: ignore[method-assign,misc]
+        plain.sample_cohort = lambda *a: uninvited  # type: ignore[method-assign,misc]
     plain.run_round()
     # The other masks cancel, and the client's training is discarded.
     assert largest_difference(rounds, plain) < 2e-5

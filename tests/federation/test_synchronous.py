@@ -22,7 +22,7 @@ from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Fit, Plan
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.federation.trainer import Trainer
 from hetero_fl.reporting.summary import Patience
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.ordering import natural_order
@@ -83,9 +83,7 @@ def test_diverging_client_is_dropped_and_empty_round_fails() -> None:
         wild.run_round()
 
 
-def diverging(
-    rounds: FederatedTrainer, turns: Collection[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def diverging(rounds: Trainer, turns: Collection[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let server training diverge at these turns (from 0), after it changed all state."""
     aggregate, turn = type(rounds.algorithm).aggregate, itertools.count()
 
@@ -124,9 +122,9 @@ def test_diverging_server_training_changes_nothing(
     assert "diverged" not in rounds.run_round() and rounds.num_diverged == 0
 
 
-def loud(rounds: FederatedTrainer, client: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def loud(rounds: Trainer, client: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Multiply the uploads of a client by a thousand."""
-    uploaded = rounds.decode_upload
+    uploaded = rounds.link.decode_upload
 
     def louder(client_info: ClientInfo, *args: Any) -> Payload:
         payload = uploaded(client_info, *args)
@@ -134,7 +132,7 @@ def loud(rounds: FederatedTrainer, client: str, monkeypatch: pytest.MonkeyPatch)
             Payload.decode(scaled(payload).encode()) if client_info.client_id == client else payload
         )
 
-    monkeypatch.setattr(rounds, "decode_upload", louder)
+    monkeypatch.setattr(rounds.link, "decode_upload", louder)
 
 
 def scaled(payload: Payload) -> Payload:
@@ -241,7 +239,7 @@ def test_label_counts_stay_local_without_shared_statistics(
     algorithm = {"name": "fedmd", "teacher": "contrast"}
     source = config("fedmd", algorithm=algorithm, clients__defaults=shares)
     rounds = rounds_of(source, num_rounds=0)
-    seen = record_results(monkeypatch, rounds, "decode_upload")
+    seen = record_results(monkeypatch, rounds.link, "decode_upload")
     rounds.run_round()
     for payload in seen:
         weight = payload.item("logits").weight
@@ -355,7 +353,6 @@ OPTIONAL = (
     "communication/secure_aggregation/",
     "federation/simulation/",
     "federation/asynchronous.py",
-    "federation/real_time.py",
     "deployment/",
 )
 
@@ -382,7 +379,7 @@ def entered_modules(source: dict[str, Any]) -> set[str]:
 def test_plain_round_calls_no_optional_feature(method: str) -> None:
     entered = entered_modules(config(method, rounds=2))
 
-    assert "federation/synchronous.py" in entered
+    assert "federation/round.py" in entered
     assert not [module for module in entered if module.startswith(OPTIONAL)]
 
 
@@ -399,7 +396,7 @@ def test_plain_round_calls_no_optional_feature(method: str) -> None:
         ),
         ({"channel": {"secure_sum": {}}}, "communication/secure_aggregation/protocol.py"),
         ({"channel": {"compress": [{"topk": 0.1}]}}, "communication/compression.py"),
-        ({"devices": {"speed": 100.0}}, "federation/simulation/rounds.py"),
+        ({"devices": {"speed": 100.0}}, "federation/simulation/executor.py"),
     ],
 )
 def test_enabled_feature_is_called(section: dict[str, Any], module: str) -> None:

@@ -19,7 +19,7 @@ from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.cost import UploadContent, _group_tensors, expected_cost, upload_contents
-from hetero_fl.federation.executors.base import InProcessExecutor
+from hetero_fl.federation.executors.base import Arrival, InProcessExecutor
 from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import encode
@@ -103,7 +103,7 @@ def test_residual_survives_absence_and_refused_uploads() -> None:
         )
         (lost, *others), receive = (
             rounds.sample_cohort(rounds.completed),
-            rounds.decode_upload,
+            rounds.link.decode_upload,
         )
 
         def refusing(
@@ -111,9 +111,9 @@ def test_residual_survives_absence_and_refused_uploads() -> None:
         ) -> Payload:
             return receive(client, data[:-1] if client.client_id == lost else data, *rest)
 
-        rounds.decode_upload = refusing  # type: ignore[method-assign]
+        rounds.link.decode_upload = refusing  # type: ignore[method-assign]
         assert set(rounds.run_round()["failed"]) == {lost}
-        rounds.decode_upload = receive  # type: ignore[method-assign]
+        rounds.link.decode_upload = receive  # type: ignore[method-assign]
         after = kept_by(rounds)
         for client in (*absent, lost):
             assert (before[client] is None) == (after[client] is None)
@@ -128,9 +128,9 @@ def test_clients_of_a_group_receive_the_same_broadcast() -> None:
     assert len(set(bodies.values())) == 2
     for client, body in bodies.items():
         client_info = rounds.federation.client_infos[client]
-        got = rounds.links.decode_broadcast(0, body)["model"]
-        received = rounds.links.simulate_broadcast(
-            0, rounds.broadcast(client_info), rounds.server.arch.values()
+        got = rounds.link.channel.decode_broadcast(0, body)["model"]
+        received = rounds.link.channel.simulate_broadcast(
+            0, rounds.link.broadcast(client_info), rounds.server.arch.values()
         )["model"]
         assert same_bits(got, received)
         weight = next(n for n, t in got.items() if t.ndim > 1)
@@ -155,15 +155,15 @@ def test_uploads_are_freed_after_aggregation_step(monkeypatch: pytest.MonkeyPatc
     rounds = rounds_of(config(models="mlp", clients=5), num_rounds=0)
     answer, made = rounds.executor.run, list[int]()
 
-    def tracked(clients: list[str], request: Any) -> Iterator[tuple[str, Any]]:
+    def tracked(clients: list[str], request: Any, until: Any) -> Iterator[Arrival]:
         for client in clients:
             made.append(len(alive))
-            ((_, reply),) = answer([client], request)
-            body = Body(reply.body)
+            (arrival,) = answer([client], request)
+            body = Body(arrival.reply.body)
             alive.append(id(body))
-            replies = [Message(reply.kind, body)]
-            del body, reply
-            yield client, replies.pop()
+            replies = [Message(arrival.reply.kind, body)]
+            del body, arrival
+            yield Arrival(client, replies.pop())
 
     monkeypatch.setattr(rounds.executor, "run", tracked)
     added = record_calls(monkeypatch, Uploads, "add", lambda *_: len(alive))
@@ -193,7 +193,7 @@ def test_passed_payload_equals_its_bytes(method: str, monkeypatch: pytest.Monkey
         monkeypatch.setattr(InProcessExecutor, "accepts_unencoded", skips_encoding)
         trainer = rounds_of(source, num_rounds=0)
         runtime = trainer.executor.runtime  # type: ignore[attr-defined]
-        assert runtime.skips_encoding and trainer.skips_encoding == skips_encoding
+        assert runtime.skips_encoding and trainer.link.skips_encoding == skips_encoding
         runtime.skips_encoding = skips_encoding
         records.append([trainer.run_round() for _ in range(2)])
         for record in records[-1]:
@@ -234,6 +234,7 @@ def test_messages_are_encoded_only_if_needed() -> None:
         def watched(
             clients: Sequence[str],
             request: Callable[[str], Message],
+            until: Any,
             run: Any = run,
             kinds: set[tuple[type, type]] = kinds,
         ) -> Any:
@@ -243,9 +244,9 @@ def test_messages_are_encoded_only_if_needed() -> None:
                 sent[client_id] = request(client_id)
                 return sent[client_id]
 
-            for client_id, reply in run(clients, watched_request):
-                kinds.add((type(sent[client_id].content), type(reply.content)))
-                yield client_id, reply
+            for arrival in run(clients, watched_request):
+                kinds.add((type(sent[arrival.client].content), type(arrival.reply.content)))
+                yield arrival
 
         trainer.executor.run = watched  # type: ignore[method-assign]
         assert not trainer.run_round()["failed"]

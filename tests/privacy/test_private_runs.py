@@ -322,16 +322,16 @@ def test_adaptive_clip_converges_to_quantile_and_is_checkpointed() -> None:
         "adaptive_clip": {"noise": 1e-2, "lr": 1.0},
     }
     rounds = rounds_of(private("fedavg", privacy, rounds=12), num_rounds=12)
-    bound = 100.0 * rounds.privacy.factors["model"]
+    bound = 100.0 * rounds.link.privacy.factors["model"]
     # Updates of one epoch have norms of about one.
     assert 0.01 < bound < 5
     again = rounds_of(private("fedavg", privacy, rounds=12), num_rounds=6)
     later = rounds_of(private("fedavg", privacy, rounds=12), num_rounds=0)
-    later.store = later.executor.store = again.store
+    later.executor.store = again.store
     later.load_state_dict(again.state_dict())
     for _ in range(6):
         later.run_round()
-    assert later.privacy.factors == rounds.privacy.factors
+    assert later.link.privacy.factors == rounds.link.privacy.factors
     assert all(same_bits(t, later.server.models[s]) for s, t in rounds.server.models.items())
 
 
@@ -339,7 +339,7 @@ def test_adaptive_clip_splits_the_noise_budget() -> None:
     """Noise on sum and counts together costs as much as `noise_multiplier` alone."""
     privacy = {**CLIENT, "noise_multiplier": 0.8, "adaptive_clip": {"noise": 0.6}}
 
-    sums = rounds_of(private("fedavg", privacy), num_rounds=0).privacy
+    sums = rounds_of(private("fedavg", privacy), num_rounds=0).link.privacy
 
     # Counts change by 1/2.
     spent = sums.update_noise_multiplier() ** -2 + (2 * 0.6) ** -2

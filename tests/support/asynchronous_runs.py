@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
+import pytest
+
+from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.config.simulation import FaultsConfig
+from hetero_fl.core.model_spec import Tensors
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
+from hetero_fl.federation.combination import RoundUploads
 from hetero_fl.federation.executors.base import Executor
-from hetero_fl.federation.simulation.devices import TaskTimes, Timing
+from hetero_fl.federation.simulation.devices import Devices, TaskTimes
+from hetero_fl.federation.simulation.executor import SimulatedExecutor
 from hetero_fl.federation.simulation.faults import FaultOutcome
+from tests.support.calls import record_calls
 from tests.support.federations import MIXED, changed, config
 
 FAULTS = {
@@ -42,16 +48,17 @@ def source(method: str = "hybrid", **changes: Any) -> dict[str, Any]:
     return changed(run_config, **changes)
 
 
-class ScriptedTiming(Timing):
+class ScriptedDevices(Devices):
     """Task durations given by a function of client and task."""
 
     def __init__(self, seconds: Callable[[str, int], float]) -> None:
         self.seconds = seconds
 
     def task_times(
-        self, client_id: str, down_bytes: int, up_bytes: int, at: float, task: int
+        self, client_id: str, down_bytes: int, up_bytes: int, at: float, task: int | None
     ) -> TaskTimes:
-        return TaskTimes(at, at, at, at + self.seconds(client_id, task))
+        assert task is not None
+        return TaskTimes(at, at, at + self.seconds(client_id, task))
 
 
 class ScriptedFaults:
@@ -73,10 +80,33 @@ def session(
     """Return a new run, optionally with another executor, task durations or fault outcomes."""
     run = prepare(run_config).make_trainer()
     assert isinstance(run, AsynchronousTrainer)
+    assert isinstance(run.executor, SimulatedExecutor)
     if executor is not None:
-        run.executor, run.store, run.backend = executor, executor.store, executor.backend
+        run.executor.inner = executor
+        run.executor.store = executor.store
+        run.executor.backend = executor.backend
     if seconds is not None:
-        run.environment = replace(run.environment, timing=ScriptedTiming(seconds))
+        run.executor.devices = ScriptedDevices(seconds)
     if fates is not None:
-        run.environment = replace(run.environment, faults=ScriptedFaults(fates))  # type: ignore[arg-type]
+        run.executor.faults = ScriptedFaults(fates)  # type: ignore[assignment]
     return run
+
+
+def record_updates(
+    run: AsynchronousTrainer, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[Tensors, list[Upload], Tensors]]:
+    """Record a model of the server before and after each aggregation, and the uploads."""
+    updates: list[tuple[Tensors, list[Upload], Tensors]] = []
+    added = record_calls(monkeypatch, Uploads, "add", lambda _, upload: upload)
+    update_server = run.update_server
+
+    def update(uploads: RoundUploads) -> str:
+        before = next(iter(run.server.models.values()))
+        sent = list(added)
+        diverged = update_server(uploads)
+        updates.append((before, sent, next(iter(run.server.models.values()))))
+        added.clear()
+        return diverged
+
+    monkeypatch.setattr(run, "update_server", update)
+    return updates

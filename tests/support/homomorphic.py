@@ -8,9 +8,9 @@ from typing import Any
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.communication.homomorphic.messages import unseal_state
 from hetero_fl.core.participant import Participant
-from hetero_fl.federation.summed_uploads.hidden_server import HiddenServer, SealedBroadcasts
-from hetero_fl.federation.trainer import FederatedTrainer
-from tests.support.federations import MIXED, config
+from hetero_fl.federation.summed_uploads.hidden_server import HiddenServer, SealedLink
+from hetero_fl.federation.trainer import Trainer
+from tests.support.federations import MIXED, config, runtime_of
 
 
 @cache
@@ -24,11 +24,11 @@ def encrypted(method: str, models: Any = MIXED, clients: int = 4, **changes: Any
     return config(method, models, clients, **{"channel__homomorphic": {}, **changes})
 
 
-def unsealed_server(trainer: FederatedTrainer, key: SharedKey | None = None) -> Participant:
+def unsealed_server(trainer: Trainer, key: SharedKey | None = None) -> Participant:
     """Return the server in the state that clients decrypt."""
     if key is None:
-        key = trainer.executor.runtime.federation.shared_key  # type: ignore[attr-defined]
+        key = runtime_of(trainer).federation.shared_key
         assert key is not None
-    assert isinstance(trainer.broadcasts, SealedBroadcasts)
-    state = unseal_state(trainer.broadcasts.state, key)
+    assert isinstance(trainer.link, SealedLink)
+    state = unseal_state(trainer.link.state, key)
     return HiddenServer(trainer.algorithm, trainer.federation)._server(state, trainer.completed)

@@ -17,7 +17,9 @@ from hetero_fl.core.payload import Payload
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.client_runtime import BroadcastCache
 from hetero_fl.federation.cost import ExpectedCost, expected_cost
-from hetero_fl.federation.trainer import FederatedTrainer, add_evaluation
+from hetero_fl.federation.evaluation import add_evaluation
+from hetero_fl.federation.executors.base import InProcessExecutor
+from hetero_fl.federation.trainer import Trainer
 from hetero_fl.utils.serialization import encode
 
 
@@ -35,7 +37,7 @@ class Facts:
         trainer: The trainer after the last round.
     """
 
-    trainer: FederatedTrainer
+    trainer: Trainer
     cost: ExpectedCost
     records: list[dict[str, Any]] = field(default_factory=list)
     uploaded: int = 0
@@ -60,7 +62,9 @@ def observe(source: Mapping[str, Any], chunk: int = 1) -> Facts:
     prepared = prepare(dict(source))
     settings = prepared.config
     trainer = prepared.make_trainer()
-    trainer.executor.chunk = chunk  # type: ignore[attr-defined]  # of a run in this process
+    computing = getattr(trainer.executor, "inner", trainer.executor)
+    assert isinstance(computing, InProcessExecutor)
+    computing.chunk = chunk
     cost = expected_cost(
         prepared.method, prepared.federation, settings.rounds, settings.clients.per_round
     )
@@ -82,7 +86,7 @@ def observe(source: Mapping[str, Any], chunk: int = 1) -> Facts:
 def _watched(facts: Facts) -> Iterator[None]:
     """Count the bytes of uploads, and compare broadcasts that clients share at the end."""
     shared: list[tuple[str, Tensor, Tensor]] = []
-    decode, get = facts.trainer.decode_upload, BroadcastCache.get
+    decode, get = facts.trainer.link.decode_upload, BroadcastCache.get
 
     def decode_upload(client: Any, content: Any, *rest: Any) -> Payload:
         facts.uploaded += content_size(content)
@@ -98,7 +102,7 @@ def _watched(facts: Facts) -> Iterator[None]:
         return received
 
     with (
-        mock.patch.object(facts.trainer, "decode_upload", decode_upload),
+        mock.patch.object(facts.trainer.link, "decode_upload", decode_upload),
         mock.patch.object(BroadcastCache, "get", get_broadcast),
     ):
         yield

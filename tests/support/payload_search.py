@@ -13,7 +13,9 @@ import pytest
 from hetero_fl.core.payload import Payload
 from hetero_fl.experiment import PreparedRun
 from hetero_fl.federation.client_runtime import ClientRuntime
-from hetero_fl.federation.trainer import FederatedTrainer, add_evaluation
+from hetero_fl.federation.evaluation import add_evaluation
+from hetero_fl.federation.server_link import ServerLink
+from hetero_fl.federation.trainer import Trainer
 from tests.support.calls import record_results
 
 
@@ -62,7 +64,7 @@ def tapped() -> Iterator[list[bytes]]:
     with pytest.MonkeyPatch.context() as patch:
         payloads = record_results(patch, Payload, "encode")
         encoded = property(lambda self: False, lambda self, value: None)
-        for kind in (ClientRuntime, FederatedTrainer):
+        for kind in (ClientRuntime, ServerLink):
             patch.setattr(kind, "skips_encoding", encoded, raising=False)
         yield payloads
 
@@ -109,9 +111,7 @@ def search_run(
     return Found(of_rows, of_tensors, different)
 
 
-def private_tensors(
-    trainer: FederatedTrainer, is_private: Callable[[str], bool]
-) -> list[np.ndarray]:
+def private_tensors(trainer: Trainer, is_private: Callable[[str], bool]) -> list[np.ndarray]:
     """Return all current private tensors, of the server and the clients."""
     models = [dict(tensors) for tensors in trainer.server.models.values()]
     for client_id, info in trainer.federation.client_infos.items():

@@ -14,8 +14,9 @@ from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.pool import PooledExecutor
 from hetero_fl.federation.executors.worker import WorkerSetup
+from hetero_fl.federation.simulation.executor import SimulatedExecutor
 from hetero_fl.federation.state_store import StateStore
-from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.federation.trainer import Trainer
 from hetero_fl.utils.serialization import decode, encode
 from tests.support.federations import state_of
 from tests.support.workers import SharedProcessPool
@@ -88,19 +89,23 @@ def outcome(
 
 def _maker(
     source: dict[str, Any], pool: SharedProcessPool | None
-) -> Callable[[StateStore], FederatedTrainer]:
+) -> Callable[[StateStore], Trainer]:
     """Return a function that creates the trainer of a run, with its state in a store."""
     prepared = prepare(source)
     if pool is not None:
         pool.take(WorkerSetup(prepared.method, prepared.federation, 1, ("cpu",)))
 
-    def make(store: StateStore) -> FederatedTrainer:
+    def make(store: StateStore) -> Trainer:
         trainer = prepared.make_trainer(store=store)
         if pool is not None:
             backend = make_backend(DeviceMemory(torch.device("cpu")))
             infos = prepared.federation.client_infos
-            trainer.executor = PooledExecutor(pool, infos, store, backend)
-            trainer.backend = backend
+            workers = PooledExecutor(pool, infos, store, backend)
+            if isinstance(trainer.executor, SimulatedExecutor):
+                trainer.executor.inner = workers
+                trainer.executor.backend = backend
+            else:
+                trainer.executor = workers
         return trainer
 
     return make

@@ -20,7 +20,7 @@ from typing import Any
 from hetero_fl.core.shipped_objects import pack_objects, unpack_objects
 from hetero_fl.core.task import Task
 from hetero_fl.experiment.runner import run
-from hetero_fl.federation.trainer import Record
+from hetero_fl.federation.evaluation import Record
 from hetero_fl.reporting.formatting import format_duration, format_final_evaluation
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run

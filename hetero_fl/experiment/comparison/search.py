@@ -31,7 +31,7 @@ from hetero_fl.experiment.comparison.jobs import (
 from hetero_fl.experiment.comparison.search_space import Budget, Choices, Range
 from hetero_fl.experiment.configuration import describe_changes
 from hetero_fl.experiment.runner import run
-from hetero_fl.federation.trainer import Record
+from hetero_fl.federation.evaluation import Record
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run_directory import METRICS, RunDirectory
 from hetero_fl.reporting.summary import mean_validation_score

@@ -1,4 +1,7 @@
-"""Interface of executors, which run the tasks of clients, and an executor in this process.
+"""Base classes of executors, which run the tasks of clients, and an executor in this process.
+
+The clock of a run belongs to its executor: in this process it stands still, in a simulation it
+advances with the tasks, and with clients on other machines it is a stopwatch.
 
 A chunk consists of clients that are processed together. Chunks depend only on client ids and
 architectures. Results are therefore bit-identical for any number of workers and any duration of
@@ -7,8 +10,10 @@ tasks.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 from typing_extensions import override
 
@@ -34,8 +39,51 @@ class ClientLateError(ClientAbsentError):
     """Raised when a client has not replied in time."""
 
 
-class Executor(Protocol):
-    """Interface of executors, which run the tasks of clients.
+@dataclass(frozen=True)
+class Arrival:
+    """End of a client's task as the server observes it, in seconds on the clock of the run.
+
+    Attributes:
+        client: Id of the client.
+        reply: The reply. A `NoUploadError` if the client did not reply.
+        start: Time at which the client was asked.
+        end: Time at which the reply arrived or the task failed. Infinite if unknown.
+        unused_bytes: Bytes that the client sent besides the reply, such as a repeated upload.
+    """
+
+    client: str
+    reply: Reply
+    start: float = 0.0
+    end: float = 0.0
+    unused_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Until:
+    """When the server stops waiting for replies. Clients that have not replied are late.
+
+    Attributes:
+        deadline: Seconds for which the server waits. None if there is no deadline.
+        uploads: Number of uploads after which the server stops waiting. None if it waits for all.
+        waits_for_nodes: Whether to wait for disconnected clients if too few are left.
+    """
+
+    deadline: float | None = None
+    uploads: int | None = None
+    waits_for_nodes: bool = True
+
+
+ALL_REPLIES = Until()
+
+
+class Executor(ABC):
+    """Base class of executors, which run the tasks of clients and own the clock of a run.
+
+    In this process, tasks take no time that counts.
+
+    Args:
+        store: Store of the clients' private states.
+        backend: Backend in this process, which computes the server's plans.
 
     Attributes:
         store: Store of the clients' private states. The new state of a client is staged before the
@@ -43,28 +91,36 @@ class Executor(Protocol):
         backend: Backend in this process, which computes the server's plans.
         accepts_unencoded: Whether requests may contain broadcasts that are not encoded, because
             clients run in this process.
+        clock: Kind of the clock, which is the key of the times in the record of a round. None if
+            tasks take no time.
+        now: Time since the start of the run in seconds.
     """
 
-    store: StateStore
-    backend: Backend
-    accepts_unencoded: bool
+    accepts_unencoded = False
+    clock: Literal["simulated", "wall"] | None = None
+    now = 0.0
 
+    def __init__(self, store: StateStore, backend: Backend) -> None:
+        self.store = store
+        self.backend = backend
+
+    @abstractmethod
     def run(
-        self, clients: Sequence[str], request: Callable[[str], Message]
-    ) -> Iterator[tuple[str, Reply]]:
+        self, clients: Sequence[str], request: Callable[[str], Message], until: Until = ALL_REPLIES
+    ) -> Iterator[Arrival]:
         """Send a request to each client, and yield the replies in the order of `clients`.
-
-        Clients that do not reply are omitted.
 
         Args:
             clients: Client ids.
             request: Function that returns the request to a client id. The function is called again
                 if a request is sent again.
+            until: When to stop waiting. Ignored by executors without a clock.
 
         Yields:
-            Pairs of client id and reply.
+            The arrivals. The reply of a late client is a `ClientLateError`.
         """
 
+    @abstractmethod
     def evaluate(
         self,
         clients: Sequence[str],
@@ -88,61 +144,28 @@ class Executor(Protocol):
             DivergedError: If training for deployment diverges.
         """
 
-    def set_listener(self, listener: Callable[[str], None] | None) -> None:
-        """Set a function that is called with a message when a task begins.
+    def wait_for_clients(self, round_idx: int, count: int, least: int) -> Sequence[str] | None:
+        """Wait until clients for a round are available, and return their ids.
 
         Args:
-            listener: The function. If None, no function is called.
-        """
-
-    def close(self) -> None:
-        """Release all resources. The executor cannot be used afterwards."""
-
-
-class RemoteExecutor(Executor, Protocol):
-    """Interface of executors whose clients are on other machines.
-
-    Clients may connect and disconnect at any time.
-    """
-
-    def as_completed(
-        self, clients: Sequence[str], request: Callable[[str], Message], *, waits: bool = True
-    ) -> Iterator[tuple[str, Reply]]:
-        """Send a request to each client, and yield the replies in the order of arrival.
-
-        Args:
-            clients: Client ids.
-            request: Function that returns the request to a client id.
-            waits: Whether to wait for disconnected clients if too few clients are left.
-
-        Yields:
-            Pairs of client id and reply.
-        """
-
-    def connected_clients(self) -> Collection[str]:
-        """Return the ids of the clients that are connected now."""
-
-    def dispatch(self, client: str, make_request: Callable[[str], Message]) -> None:
-        """Start the task of a client without waiting for the reply.
-
-        Args:
-            client: The client.
-            make_request: Function that returns the request to a client id. The function is called
-                again if the client has lost its private state.
-        """
-
-    def next_reply(self, wait: float) -> tuple[str, Reply] | None:
-        """Return the next reply to a dispatched request.
-
-        Args:
-            wait: Maximum waiting time in seconds.
+            round_idx: Index of the round, from 0.
+            count: Number of clients that are sampled.
+            least: Minimum number of available clients.
 
         Returns:
-            The client id and the reply, or None if no reply arrives in time.
-        """
+            The ids of available clients, or None if all clients are available.
 
-    def send_states(self, states: Mapping[str, PrivateState]) -> None:
-        """Send initial private states to clients, and stage these states.
+        Raises:
+            RunFailedError: If too few clients are available for a long time.
+        """
+        return None
+
+    def record(self) -> dict[str, Any]:
+        """Return further entries of a round's record, which are returned only once."""
+        return {}
+
+    def load_states(self, states: Mapping[str, PrivateState]) -> None:
+        """Set the initial private states of clients.
 
         Args:
             states: Private states, keyed by client id.
@@ -150,12 +173,61 @@ class RemoteExecutor(Executor, Protocol):
         Raises:
             RunFailedError: If a client cannot be reached.
         """
+        for client_id, state in states.items():
+            self.store.stage(client_id, state)
+        self.store.commit()
 
     def on_checkpoint(self) -> None:
-        """Instruct clients to keep their present private states, to which the run may be reset."""
+        """Handle a checkpoint that has been written or loaded."""
+        return
 
-    def pop_reset_clients(self) -> list[str]:
-        """Return the ids of clients that have lost their private state since the previous call."""
+    def resume(self, now: float) -> None:
+        """Continue a run at a time in seconds, without tasks in flight."""
+        self.now = now
+
+    def set_listener(self, listener: Callable[[str], None] | None) -> None:
+        """Set a function that is called with a message when a task begins.
+
+        Args:
+            listener: The function. If None, no function is called.
+        """
+        return
+
+    def close(self) -> None:
+        """Release all resources. The executor cannot be used afterwards."""
+        return
+
+
+class TimedExecutor(Executor):
+    """Base class of executors with a clock, whose tasks may be in flight at the same time."""
+
+    @property
+    @abstractmethod
+    def has_arrival(self) -> bool:
+        """Whether a task has ended by now that `next_arrival` has not returned."""
+
+    @abstractmethod
+    def start(self, client: str, request: Message, number: int, start: float | None = None) -> None:
+        """Start the task of a client without waiting for the reply.
+
+        Args:
+            client: The client.
+            request: The request.
+            number: Number of the task in the run.
+            start: Time at which the task was started before the run was resumed. If None, now.
+        """
+
+    @abstractmethod
+    def next_arrival(self) -> Arrival | None:
+        """Wait for the next end of a task in flight.
+
+        Returns:
+            The arrival, or None if no task ended within a short time.
+        """
+
+    def available(self) -> Collection[str] | None:
+        """Return the ids of the clients that can be asked now, or None for all clients."""
+        return None
 
 
 class InProcessExecutor(Executor):
@@ -169,21 +241,20 @@ class InProcessExecutor(Executor):
     accepts_unencoded = True
 
     def __init__(self, runtime: ClientRuntime, chunk: int = 1) -> None:
+        super().__init__(runtime.store, runtime.backend)
         self.runtime = runtime
         self.chunk = chunk
-        self.store = runtime.store
-        self.backend = runtime.backend
 
     @override
     def run(
-        self, clients: Sequence[str], request: Callable[[str], Message]
-    ) -> Iterator[tuple[str, Reply]]:
+        self, clients: Sequence[str], request: Callable[[str], Message], until: Until = ALL_REPLIES
+    ) -> Iterator[Arrival]:
         try:
             if self.chunk == 1:
                 for client_id in clients:
-                    yield from drain(self.runtime.run({client_id: request(client_id)}))
+                    yield from arrivals(drain(self.runtime.run({client_id: request(client_id)})))
             else:
-                yield from in_order(clients, self._run_chunks(clients, request))
+                yield from arrivals(in_order(clients, self._run_chunks(clients, request)))
         finally:
             # Free memory before the server aggregates.
             self.runtime.clear_caches()
@@ -216,9 +287,13 @@ class InProcessExecutor(Executor):
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
         self.runtime.listener = listener
 
-    @override
-    def close(self) -> None:
-        pass
+
+def arrivals(replies: Iterable[tuple[str, Reply]]) -> Iterator[Arrival]:
+    """Yield the arrival of each pair of client id and reply, without times."""
+    for client, reply in replies:
+        yield Arrival(client, reply)
+        # Free the upload before the next client trains.
+        del reply
 
 
 def drain(replies: dict[str, T]) -> Iterator[tuple[str, T]]:

@@ -9,12 +9,21 @@ from typing import Any, Literal, Protocol
 
 from typing_extensions import override
 
-from hetero_fl.communication.protocol import Content, Message, Reply
+from hetero_fl.communication.protocol import Content, Message
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.engine.driver import Backend
 from hetero_fl.engine.templates import training_flops
 from hetero_fl.federation.client_runtime import ClientEvaluation
-from hetero_fl.federation.executors.base import Executor, client_chunks, drain, in_order
+from hetero_fl.federation.executors.base import (
+    ALL_REPLIES,
+    Arrival,
+    Executor,
+    Until,
+    arrivals,
+    client_chunks,
+    drain,
+    in_order,
+)
 from hetero_fl.federation.executors.worker import JobResult, RemoteTracebackError, WorkerJob
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.utils.errors import RunFailedError
@@ -91,20 +100,20 @@ class PooledExecutor(Executor):
         backend: Backend,
         chunk: int = 1,
     ) -> None:
+        super().__init__(store, backend)
         self.pool = pool
         self.client_infos = client_infos
-        self.store = store
-        self.backend = backend
         self.chunk = chunk
         self._warned: set[RecordedWarning] = set()
         self._listener: Callable[[str], None] | None = None
 
     @override
     def run(
-        self, clients: Sequence[str], request: Callable[[str], Message]
-    ) -> Iterator[tuple[str, Reply]]:
+        self, clients: Sequence[str], request: Callable[[str], Message], until: Until = ALL_REPLIES
+    ) -> Iterator[Arrival]:
         results = self._run_jobs("answer", clients, request)
-        return in_order(clients, (pair for result in results for pair in drain(result.replies)))
+        replies = in_order(clients, (pair for result in results for pair in drain(result.replies)))
+        return arrivals(replies)
 
     @override
     def evaluate(

@@ -95,10 +95,27 @@ class Device:
             midnight += self.day
 
 
-class Devices:
-    """Simulated devices of all clients, which are computed on request.
+@dataclass(frozen=True)
+class TaskTimes:
+    """Times of the stages of a task, in simulated seconds.
 
-    The settings of a client take precedence over the configuration of devices.
+    Attributes:
+        received: Time at which the client has received the broadcast.
+        trained: Time at which the client has finished training.
+        arrived: Time at which the upload arrives at the server, unless a fault prevents it.
+    """
+
+    received: float
+    trained: float
+    arrived: float
+
+
+class Devices:
+    """Simulated devices of all clients, which are computed on request, and durations of tasks.
+
+    The settings of a client take precedence over the configuration of devices. A task takes
+    `down_bytes / down + operations / speed + up_bytes / up` seconds, where `operations` is the
+    number of floating-point operations. The time in which the client is offline is added.
 
     Args:
         federation: The federation.
@@ -134,6 +151,37 @@ class Devices:
             online = _online_hours(hours, uniform(seed, "device", client_id, "phase"))
         return Device(**values, online=online, day=day)
 
+    def training_seconds(self, client_id: str, task: int) -> float:
+        """Return the duration of a client's local training in seconds, without offline time.
+
+        Args:
+            client_id: The client.
+            task: Number of the task, which seeds the random factor of the duration
+                (`Device.jitter`).
+        """
+        device = self.device(client_id)
+        factor = log_normal(1.0, device.jitter, self.federation.seed, "jitter", client_id, task)
+        return factor * operations(self.federation.client_infos[client_id]) / device.speed
+
+    def task_times(
+        self, client_id: str, down_bytes: int, up_bytes: int, at: float, task: int | None
+    ) -> TaskTimes:
+        """Return the times of a task's stages.
+
+        Args:
+            client_id: The client.
+            down_bytes: Size of the broadcast in bytes.
+            up_bytes: Size of the upload in bytes.
+            at: Time of the assignment in seconds.
+            task: Number of the task, which seeds the random factor of the duration
+                (`Device.jitter`). If None, the client does not train.
+        """
+        device = self.device(client_id)
+        received = device.finish_time(at, down_bytes / device.down)
+        training = 0.0 if task is None else self.training_seconds(client_id, task)
+        trained = device.finish_time(received, training)
+        return TaskTimes(received, trained, device.finish_time(trained, up_bytes / device.up))
+
     def timing_of_profiles(self) -> Iterator[tuple[str, bool, bool]]:
         """Yield the timing of each client profile.
 
@@ -157,66 +205,3 @@ def _online_hours(hours: AvailabilityConfig, random_phase: float) -> Spans:
     start = (random_phase if hours.phase is None else hours.phase) * hours.day
     end = start + hours.share * hours.day
     return ((start, end),) if end <= hours.day else ((0.0, end - hours.day), (start, hours.day))
-
-
-@dataclass(frozen=True)
-class TaskTimes:
-    """Times of the stages of a task, in simulated seconds.
-
-    Attributes:
-        sampled: Time at which the client is sampled.
-        received: Time at which the client has received the broadcast.
-        trained: Time at which the client has finished training.
-        arrived: Time at which the upload arrives at the server, unless a fault prevents it.
-    """
-
-    sampled: float
-    received: float
-    trained: float
-    arrived: float
-
-
-class Timing:
-    """Durations of tasks, which depend on the devices and the sizes of messages.
-
-    A task takes `down_bytes / down + operations / speed + up_bytes / up` seconds, where
-    `operations` is the number of floating-point operations. The time in which the client is offline
-    is added.
-
-    Args:
-        devices: Devices of the clients.
-    """
-
-    def __init__(self, devices: Devices) -> None:
-        self.devices = devices
-        self.federation = devices.federation
-
-    def training_seconds(self, client_id: str, task: int) -> float:
-        """Return the duration of a client's local training in seconds, without offline time.
-
-        Args:
-            client_id: The client.
-            task: Number of the task, which seeds the random factor of the duration
-                (`Device.jitter`).
-        """
-        device = self.devices.device(client_id)
-        factor = log_normal(1.0, device.jitter, self.federation.seed, "jitter", client_id, task)
-        return factor * operations(self.federation.client_infos[client_id]) / device.speed
-
-    def task_times(
-        self, client_id: str, down_bytes: int, up_bytes: int, at: float, task: int
-    ) -> TaskTimes:
-        """Return the times of a task's stages.
-
-        Args:
-            client_id: The client.
-            down_bytes: Size of the broadcast in bytes.
-            up_bytes: Size of the upload in bytes.
-            at: Time of the assignment in seconds.
-            task: Number of the task, which seeds the random factor of the duration
-                (`Device.jitter`).
-        """
-        device = self.devices.device(client_id)
-        received = device.finish_time(at, down_bytes / device.down)
-        trained = device.finish_time(received, self.training_seconds(client_id, task))
-        return TaskTimes(at, received, trained, device.finish_time(trained, up_bytes / device.up))

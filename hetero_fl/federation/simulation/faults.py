@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from hetero_fl.communication.protocol import Message
 from hetero_fl.config.simulation import FaultsConfig
-from hetero_fl.federation.executors.base import Reply
 from hetero_fl.federation.simulation.devices import Devices, uniform
 from hetero_fl.utils.seeding import Key, stream_key
 
@@ -97,44 +94,6 @@ class Faults:
                     completed_share=share,
                 )
         return NO_FAULT
-
-
-def inject_faults(
-    replies: Iterator[tuple[str, Reply]], outcomes: Mapping[str, FaultOutcome], *parts: Key
-) -> Iterator[tuple[str, Reply]]:
-    """Corrupt or duplicate replies as determined by the faults of the tasks.
-
-    Args:
-        replies: Pairs of client id and reply.
-        outcomes: Fault of each client's task, keyed by client id.
-        *parts: Values that seed the random draws.
-
-    Yields:
-        Pairs of client id and reply, in the order in which the replies arrive. All other replies do
-        not change.
-    """
-    for client, reply in replies:
-        kind = outcomes[client].kind
-        delivered = reply
-        if isinstance(reply, Message) and kind == "corrupted":
-            body = flip_bytes(reply.body, *parts, client)
-            delivered = replace(reply.with_checksum(), content=body)
-        yield client, delivered
-        if kind == "twice":
-            yield client, delivered
-        # Free the upload before the next client trains.
-        del reply, delivered
-
-
-def drop_duplicates(replies: Iterator[tuple[str, Reply]]) -> Iterator[tuple[str, Reply]]:
-    """Yield the first reply of each client, as pairs of client id and reply."""
-    answered: set[str] = set()
-    for client, reply in replies:
-        if client not in answered:
-            answered.add(client)
-            yield client, reply
-        # Free the upload before the next client trains.
-        del reply
 
 
 def flip_bytes(body: bytes, *parts: Key) -> bytes:

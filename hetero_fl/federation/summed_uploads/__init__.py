@@ -7,8 +7,9 @@ from hetero_fl.communication.homomorphic.protocol import HomomorphicEncryption
 from hetero_fl.communication.protocol import DirectProtocol, RoundProtocol
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
 from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.federation.server_link import ServerLink
 from hetero_fl.federation.summed_uploads.derived_setup import DerivedSetup
-from hetero_fl.federation.summed_uploads.hidden_server import HiddenServer
+from hetero_fl.federation.summed_uploads.hidden_server import HiddenServer, SealedLink
 
 
 def make_protocol(algorithm: Algorithm, federation: FederationSpec) -> RoundProtocol:
@@ -31,3 +32,8 @@ def make_protocol(algorithm: Algorithm, federation: FederationSpec) -> RoundProt
             federation.shared_key,
         )
     return DirectProtocol()
+
+
+def link_class(protocol: RoundProtocol) -> type[ServerLink]:
+    """Return the class of the server's link, which depends on whether the server can read it."""
+    return SealedLink if protocol.hides_server else ServerLink

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,12 +20,12 @@ from hetero_fl.communication.homomorphic.protocol import (
 )
 from hetero_fl.communication.protocol import EncodeCache
 from hetero_fl.communication.vector_layout import VectorLayout
-from hetero_fl.core.model_spec import ModelSpec, Tensors
+from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import SUM_KINDS, Payload, PayloadError
 from hetero_fl.engine.driver import run_plan
-from hetero_fl.federation.broadcasts import Broadcasts
 from hetero_fl.federation.federation import FederationSpec, as_sender
+from hetero_fl.federation.server_link import ServerLink
 from hetero_fl.federation.summed_uploads.derived_setup import DerivedSetup, uploads_from_sum
 from hetero_fl.utils.serialization import (
     CodecError,
@@ -161,28 +161,20 @@ class HiddenServer(DerivedSetup, ServerReplica):
         return self._last[2]
 
 
-class SealedBroadcasts(Broadcasts):
-    """Broadcasts of a server that cannot read its own state, all of which are the state.
-
-    Args:
-        server: The server in its initial state, which is sent until the first aggregation.
+class SealedLink(ServerLink):
+    """Link of a server that cannot read its own state, which is the message of all broadcasts.
 
     Attributes:
         state: Message with the state, which only clients can read. Empty before the first
             aggregation.
     """
 
-    def __init__(self, server: Participant) -> None:
-        self.server = server
-        self.state = b""
-        self._initial = b""
-
-    def replace(self, state: bytes) -> None:
-        """Set the state to the result of an aggregation."""
-        self.state = state
+    hides_server = True
+    state = b""
 
     @override
-    def begin(self, round_idx: int, archs: Iterable[ModelSpec]) -> None:
+    def clear(self) -> None:
+        super().clear()
         # The initial state may be set after the construction of the trainer.
         self._initial = b""
 
@@ -200,8 +192,9 @@ class SealedBroadcasts(Broadcasts):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"sealed": as_tensor(self.state)}
+        return super().state_dict() | {"sealed": as_tensor(self.state)}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
         self.state = as_bytes(state["sealed"])

@@ -26,7 +26,7 @@ from hetero_fl.experiment.onboarding.joining_clients import (
 from hetero_fl.experiment.onboarding.report import defined_metrics, draw_join, is_clearly_better
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.utils.errors import UserError
-from tests.support.federations import broadcasts, config, rounds_of, same_bits
+from tests.support.federations import broadcasts, config, rounds_of, same_bits, set_method
 
 Folder = Path
 STARTS = {"scratch", "backbone", "teacher", "both"}
@@ -147,9 +147,7 @@ def test_join_writes_results_page_and_models(data_folder: Folder, tmp_path: Fold
 
 def test_joining_client_receives_once_then_trains_locally(data_folder: Folder) -> None:
     local, joining = (rounds_of(config("local"), num_rounds=0) for _ in range(2))
-    joining.algorithm = joining.executor.runtime.algorithm = joining.expectations.algorithm = (
-        JoiningClient()
-    )  # type: ignore[attr-defined]
+    set_method(joining, JoiningClient())
     for rounds in (local, joining):
         rounds.run_round()
     for client_id in local.federation.client_infos:

@@ -222,11 +222,11 @@ def test_abandoned_tasks_have_no_effect(fedper: tuple[WorkerSetup, ProcessPool])
     expected = outcome(rounds_on(setup, None))
     rounds = rounds_on(setup, pool, 2)
     first = rounds.run_round()
-    decode = rounds.decode_upload
-    rounds.decode_upload = Mock(side_effect=RunFailedError("on purpose"))  # type: ignore[method-assign]
+    decode = rounds.link.decode_upload
+    rounds.link.decode_upload = Mock(side_effect=RunFailedError("on purpose"))  # type: ignore[method-assign]
     with pytest.raises(RunFailedError, match="on purpose"):
         rounds.run_round()
-    rounds.decode_upload = decode  # type: ignore[method-assign]
+    rounds.link.decode_upload = decode  # type: ignore[method-assign]
 
     again = outcome(rounds, 2)
 

@@ -15,11 +15,11 @@ from hetero_fl.communication.compressor import UNSENT
 from hetero_fl.config.simulation import DevicesConfig, FaultsConfig
 from hetero_fl.engine.templates import training_flops
 from hetero_fl.experiment import prepare
+from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.simulation.devices import Device, Devices, Timing
+from hetero_fl.federation.simulation.devices import Device, Devices
 from hetero_fl.federation.simulation.faults import Faults, flip_bytes
-from hetero_fl.federation.synchronous import SynchronousTrainer
-from hetero_fl.federation.trainer import Record
+from hetero_fl.federation.trainer import Trainer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.asynchronous_runs import FAULTS
 from tests.support.cases import each_case
@@ -110,14 +110,14 @@ def test_work_progresses_only_while_online() -> None:
 
 def test_task_durations_follow_bandwidth_and_speed() -> None:
     spec = federation()
-    timing = Timing(devices(spec, speed=1e6, up=10, down=100))
+    timed = devices(spec, speed=1e6, up=10, down=100)
     seconds = training_flops(spec.client_infos["site_1"]) / 1e6
-    assert timing.task_times("site_1", 500, 30, at=7.0, task=0).arrived == pytest.approx(
+    assert timed.task_times("site_1", 500, 30, at=7.0, task=0).arrived == pytest.approx(
         7 + 5 + seconds + 3
     )
-    shaky = Timing(devices(spec, speed=1e6, jitter=0.3))
+    shaky = devices(spec, speed=1e6, jitter=0.3)
     assert shaky.training_seconds("site_1", 0) != shaky.training_seconds("site_1", 1)
-    assert Timing(devices(spec)).task_times("site_1", 500, 30, at=7.0, task=0).arrived == 7
+    assert devices(spec).task_times("site_1", 500, 30, at=7.0, task=0).arrived == 7
 
 
 def test_faults_are_drawn_by_client_and_task() -> None:
@@ -180,7 +180,7 @@ SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": {"median": 1e5, "sigma": 0
 MANY = {"kind": "iid", "min_size": 10}
 
 
-def run_rounds(source: dict[str, Any]) -> tuple[SynchronousTrainer, list[Record]]:
+def run_rounds(source: dict[str, Any]) -> tuple[Trainer, list[Record]]:
     rounds = rounds_of(source, num_rounds=0)
     return rounds, [rounds.run_round() for _ in range(source["rounds"])]
 
@@ -214,8 +214,9 @@ def test_devices_change_only_simulated_time(method: str) -> None:
 
 def test_transfer_time_follows_traffic() -> None:
     rounds = rounds_of(config("fedavg", "mlp", 2), num_rounds=0)
+    link = rounds.link
     expected = [
-        rounds.expectations.expected_size(client_info, rounds.broadcast(client_info), 0)
+        link.expectations.expected_size(client_info, link.broadcast(client_info), 0)
         for client_info in rounds.federation.client_infos.values()
     ]
     assert abs(rounds.run_round()["up_bytes"] - sum(expected)) <= 8
@@ -285,7 +286,7 @@ def test_runs_with_failures_complete_and_counts_add_up(chance: float, too_few: s
         failed = {
             client_id
             for client_id in record["cohort"]
-            if rounds.environment.faults.outcome(client_id, record["round"] - 1).is_failure
+            if rounds.executor.faults.outcome(client_id, record["round"] - 1).is_failure
         }
         assert record["counts"]["failed"] == len(failed) and set(record["failed"]) == failed
         assert record.get("skipped", False) == (len(failed) == 4)
@@ -301,7 +302,7 @@ def test_all_faults_together_add_up_and_are_not_aggregated() -> None:
     for record in records:
         arithmetic(record)
         fates = {
-            client_id: rounds.environment.faults.outcome(client_id, record["round"] - 1).kind
+            client_id: rounds.executor.faults.outcome(client_id, record["round"] - 1).kind
             for client_id in record["cohort"]
         }
         arrived = {client for client, _, _, what in record["tasks"] if what == "arrived"}
@@ -378,7 +379,7 @@ def test_checksum_detects_every_flipped_byte(
         changes.append(body[:-4] + bytes([body[-4] ^ 1]) + body[-3:])
         return changes[-1]
 
-    monkeypatch.setattr("hetero_fl.federation.simulation.faults.flip_bytes", last_bit)
+    monkeypatch.setattr("hetero_fl.federation.simulation.executor.flip_bytes", last_bit)
     record = rounds.run_round()
     assert 0 < len(changes) == record["counts"]["failed"]
     assert all("checksum mismatch" in reason for reason in record["failed"].values())
@@ -423,7 +424,7 @@ def test_round_starts_when_enough_clients_are_online() -> None:
     rounds, records = run_rounds(source)
     assert all(record["counts"]["invited"] >= 2 for record in records)
     seen = [
-        rounds.environment.devices.device(client_id) for client_id in rounds.federation.client_infos
+        rounds.executor.devices.device(client_id) for client_id in rounds.federation.client_infos
     ]
     # Sometimes they are fewer.
     assert any(sum(d.next_online(10.0 * k) == 10.0 * k for d in seen) < 2 for k in range(24))
@@ -458,16 +459,21 @@ def test_only_online_clients_are_sampled() -> None:
     for record in records:
         start = record["tasks"][0][1]
         assert all(
-            rounds.environment.devices.device(client_id).next_online(start) == start
+            rounds.executor.devices.device(client_id).next_online(start) == start
             for client_id in record["cohort"]
         )
     uniform = rounds_of({**source, "cohort": {}}, num_rounds=0)
     starts = [
-        uniform.environment.devices.device(client_id).next_online(0.0)
+        uniform.executor.devices.device(client_id).next_online(0.0)
         for client_id in uniform.sample_cohort(0)
     ]
     # Sampled anyway: their tasks wait.
     assert any(start > 0 for start in starts)
+
+
+def sampled_at_start(rounds: Trainer, round_idx: int) -> list[str]:
+    rounds.executor.now = 0.0
+    return rounds.sample_cohort(round_idx)
 
 
 def test_round_waits_for_the_secure_sum_threshold() -> None:
@@ -483,6 +489,6 @@ def test_round_waits_for_the_secure_sum_threshold() -> None:
             **changes,
         )
         rounds = rounds_of(source, num_rounds=0)
-        return min(len(rounds.sampler.sample(round_idx, 0.0)[0]) for round_idx in range(6))
+        return min(len(sampled_at_start(rounds, round_idx)) for round_idx in range(6))
 
     assert online() < 4 <= online(channel={"secure_sum": {"threshold": 4}})

@@ -1,0 +1,239 @@
+"""The uploads of a round as the server collects them, and the record of what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hetero_fl.communication.protocol import Content, Exchange, Message, RoundProtocol
+from hetero_fl.core.payload import Payload, PayloadError, logged_from_report, loss_from_report
+from hetero_fl.federation.combination import RoundUploads
+from hetero_fl.federation.executors.base import Arrival, ClientLateError
+from hetero_fl.federation.server_link import ServerLink
+from hetero_fl.federation.state_store import StateStore
+from hetero_fl.utils.errors import RunFailedError
+from hetero_fl.utils.text import pluralize
+
+DAMAGED = "upload refused: checksum mismatch"
+
+
+@dataclass
+class RoundEvents:
+    """What happened in a round, for the line of the round in `metrics.jsonl`.
+
+    Attributes:
+        failed: Reasons why clients sent no usable upload, keyed by client id.
+        losses: Training loss, keyed by client id. If the clients reveal only their sum, the only
+            entry is "mean".
+        logged: Values that clients logged, keyed by client id and name.
+        up_bytes: Bytes sent by clients.
+        down_bytes: Bytes sent to clients.
+    """
+
+    failed: dict[str, str] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    logged: dict[str, dict[str, float]] = field(default_factory=dict)
+    up_bytes: int = 0
+    down_bytes: int = 0
+
+    def add_report(self, client_id: str, payload: Payload) -> None:
+        """Record the training loss and the logged values in the report of an upload."""
+        if (loss := loss_from_report(payload.report)) is not None:
+            self.losses[client_id] = loss
+        if logged := logged_from_report(payload.report):
+            self.logged[client_id] = logged
+
+
+def task_record(tasks: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Return the entries `counts` and `tasks` of a round's record.
+
+    The count "invited" is the sum of the others.
+
+    Args:
+        tasks: A list `[client, start, end, outcome]` for each task, with times in seconds.
+    """
+    outcomes = [outcome for *_, outcome in tasks]
+    counts = {outcome: outcomes.count(outcome) for outcome in ("arrived", "failed", "late")}
+    return {"counts": {"invited": len(tasks), **counts}, "tasks": tasks}
+
+
+class UploadCollector:
+    """Collector of the replies of one cohort.
+
+    Args:
+        cohort: Ids of the clients in the round, in order.
+        protocol: Protocol by which uploads reach the server.
+        link: The server's link to the clients.
+        uploads: The uploads, to which none has been added.
+        store: Store of the clients' private states.
+
+    Attributes:
+        events: What happened in the round.
+        late: Ids of clients that had not replied when the round ended.
+    """
+
+    def __init__(
+        self,
+        cohort: Sequence[str],
+        protocol: RoundProtocol,
+        link: ServerLink,
+        uploads: RoundUploads,
+        store: StateStore,
+    ) -> None:
+        self.cohort = cohort
+        self.protocol = protocol
+        self.link = link
+        self.uploads = uploads
+        self.store = store
+        self.round_idx = uploads.round_idx
+        self.events = RoundEvents()
+        self.late: list[str] = []
+        # Bytes sent to clients, keyed by kind of the exchange and client id.
+        self._sent_bytes: dict[tuple[str, str], int] = {}
+        # Broadcasts to clients that have not replied, keyed by client id.
+        self._sent: dict[str, Payload] = {}
+        # Start and end of each client's tasks in seconds, keyed by client id.
+        self._times: dict[str, tuple[float, float]] = {}
+
+    def exchanges(self) -> Iterator[Exchange]:
+        """Yield the exchanges of the round, and complete the uploads after the last one.
+
+        The replies to an exchange must be added before the next exchange is requested. There is no
+        exchange if the cohort is empty.
+
+        Raises:
+            RoundAbandonedError: If too few clients are left for the protocol.
+        """
+        if not self.cohort:
+            return
+        result = yield from self.protocol.exchanges(self.cohort, self.round_idx)
+        self.uploads.finish(result)
+        if result is not None:
+            self._record_dropouts(result.clients, result.dropouts)
+        if self.uploads.mean_loss is not None:
+            self.events.losses = {"mean": self.uploads.mean_loss}
+
+    def request(self, exchange: Exchange, client_id: str) -> Message:
+        """Return the request to a client, and count the traffic.
+
+        If a request is repeated, only the last request counts.
+        """
+        message = exchange.request(client_id, self._broadcast_to)
+        key = (exchange.kind, client_id)
+        self.events.down_bytes += message.size - self._sent_bytes.get(key, 0)
+        self._sent_bytes[key] = message.size
+        return replace(message, round_idx=self.round_idx)
+
+    def add(self, exchange: Exchange, arrival: Arrival) -> None:
+        """Add the reply of a client. Replies must be added in the order of the cohort.
+
+        Args:
+            exchange: The exchange that requested the reply.
+            arrival: The reply.
+        """
+        client_id = arrival.client
+        reply = arrival.reply
+        start, _ = self._times.get(client_id, (arrival.start, arrival.end))
+        self._times[client_id] = (start, arrival.end)
+        self.events.up_bytes += arrival.unused_bytes
+        if isinstance(reply, Message):
+            self.events.up_bytes += reply.size
+            self._add_message(exchange, client_id, reply)
+        elif isinstance(reply, ClientLateError):
+            self.late.append(client_id)
+            self._sent.pop(client_id, None)
+        else:
+            self.fail(client_id, str(reply))
+
+    def _add_message(self, exchange: Exchange, client_id: str, reply: Message) -> None:
+        if not reply.is_intact:
+            self.refuse(client_id, DAMAGED)
+            return
+        try:
+            if (content := exchange.accept(client_id, reply)) is not None:
+                self._add_upload(client_id, content)
+        except PayloadError as error:
+            self.refuse(client_id, f"upload refused: {error}")
+
+    def _add_upload(self, client_id: str, content: Content) -> None:
+        client_info = self.link.federation.client_infos[client_id]
+        received = self.link.received(self._sent.pop(client_id))
+        payload = self.link.decode_upload(client_info, content, received, self.round_idx)
+        self.events.add_report(client_id, payload)
+        self.uploads.add(client_info, payload)
+
+    def fail(self, client_id: str, reason: str) -> None:
+        """Record that a client sent no usable upload, and the reason."""
+        self.events.failed[client_id] = reason
+        self._sent.pop(client_id, None)
+
+    def refuse(self, client_id: str, reason: str) -> None:
+        """Record that a client's upload cannot be used, and discard the new private state."""
+        self.fail(client_id, reason)
+        self.store.discard_client(client_id)
+
+    def _record_dropouts(self, summed: Sequence[str], dropouts: dict[str, str]) -> None:
+        """Record the clients whose uploads are not in a sum.
+
+        Args:
+            summed: Ids of the clients whose uploads are in the sum. They may have dropped out
+                afterwards.
+            dropouts: Reasons why other uploads are not in the sum, keyed by client id.
+        """
+        for client_id in summed:
+            self.events.failed.pop(client_id, None)
+        self.late = [client_id for client_id in self.late if client_id not in summed]
+        for client_id, reason in dropouts.items():
+            if client_id in self.events.failed or client_id in self.late:
+                self.store.discard_client(client_id)
+            else:
+                self.refuse(client_id, f"upload refused: {reason}")
+
+    def abandon(self, reason: object) -> None:
+        """Record that the protocol abandoned the round for all clients that did not fail before."""
+        for client_id in self.cohort:
+            if client_id not in self.events.failed and client_id not in self.late:
+                self.fail(client_id, f"the round was abandoned: {reason}")
+
+    def is_sufficient(self, least: int) -> bool:
+        """Return whether at least `least` uploads arrived.
+
+        The result is always True for an empty cohort, which can be sampled with
+        `privacy.poisson_cohorts`. In this case, the aggregated sum consists of noise only.
+        """
+        return not self.cohort or len(self.uploads) >= least
+
+    def shortage(self, least: int) -> RunFailedError:
+        """Return an error that describes why fewer than `least` uploads arrived."""
+        found = f"{len(self.uploads)} of at least {least} usable uploads"
+        line = f"round {self.round_idx + 1}: {found if least > 1 else 'no usable upload'}"
+        line += f" from {pluralize(len(self.cohort), 'client')}"
+        if self.events.failed:
+            client_id, reason = next(iter(self.events.failed.items()))
+            line += f"; {client_id}: {reason}"
+        elif self.late:
+            line += f"; {len(self.late)} of them late"
+        return RunFailedError(line)
+
+    def _broadcast_to(self, client_id: str) -> Content:
+        payload = self.link.broadcast(self.link.federation.client_infos[client_id])
+        self._sent[client_id] = payload
+        return self.link.content(payload)
+
+    def tasks(self, end: float) -> list[list[Any]]:
+        """Return a list `[client, start, end, outcome]` for each task, with times in seconds.
+
+        Args:
+            end: Time at which the round ended, in seconds.
+        """
+        rows: list[list[Any]] = []
+        for client_id in self.cohort:
+            outcome = "arrived"
+            if client_id in self.events.failed:
+                outcome = "failed"
+            elif client_id in self.late:
+                outcome = "late"
+            start, finished = self._times.get(client_id, (end, end))
+            rows.append([client_id, start, min(finished, end), outcome])
+        return rows

@@ -19,6 +19,7 @@ from hetero_fl.config.clients import AugmentConfig, ClientSettings, Models, Prep
 from hetero_fl.config.data import DEFAULT_ROOT, SourceConfig
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.load import read_config_file
+from hetero_fl.data import check_source
 from hetero_fl.data.registry import HUB_PREFIX
 from hetero_fl.deployment.transport import MESSAGE_BYTES
 from hetero_fl.utils.code_permission import (
@@ -257,3 +258,21 @@ def _with_absolute_path(source: SourceConfig, folder: Path) -> SourceConfig:
         if reference and (absolute.exists() or reference.startswith((".", "~"))):
             return source.model_copy(update={"name": f"{HUB_PREFIX}{absolute}"})
     return source
+
+
+def check_site_data(path: Path, site: SiteConfig) -> None:
+    """Check that a site's data can be loaded.
+
+    Args:
+        path: Path of the site file, for error messages.
+        site: Configuration of the site.
+
+    Raises:
+        UserError: If the data cannot be loaded.
+    """
+    if site.data is None:
+        return
+    try:
+        check_source(site.data)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

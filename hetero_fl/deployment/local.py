@@ -19,14 +19,13 @@ from typing import Any
 
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.config import Config, expand_population
-from hetero_fl.deployment.config import SiteConfig
+from hetero_fl.deployment.config import SiteConfig, check_site_data
 from hetero_fl.deployment.flower.worker_socket import receive, send
-from hetero_fl.deployment.monitoring import EventLog
+from hetero_fl.deployment.monitoring import EventLog, LoggedNode
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_keys import load_node_key, make_node_key
 from hetero_fl.deployment.policy import named_sources, source_tree
 from hetero_fl.deployment.server import check_deployable, run_federation
-from hetero_fl.deployment.site import LoggedNode, check_site_data
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import SHARED_KEY_FILE

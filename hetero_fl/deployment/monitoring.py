@@ -1,4 +1,4 @@
-"""Log, status file and HTTP metrics of a server."""
+"""Log and status file of a server, and the log of the tasks of a site."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from hetero_fl.config.schema import STATISTIC_SUFFIXES
 from hetero_fl.deployment.messages import versions
+from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.transport import Envelope
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.processes import is_process_running
 from hetero_fl.utils.serialization import check_entries, write_atomically
@@ -71,6 +73,38 @@ class EventLog:
             return
         with self._writing:
             print(line, file=self._stream or sys.stderr, flush=True)
+
+
+class LoggedNode:
+    """Wrapper around a node that logs each task.
+
+    Args:
+        node: Node that answers the messages.
+        log: Log with a line for each task.
+    """
+
+    def __init__(self, node: Node, log: EventLog) -> None:
+        self._node = node
+        self._log = log
+
+    def handle(self, envelope: Envelope) -> Envelope:
+        """Answer a message (see `Node.handle`) and log the task if the message contains one."""
+        start = time.monotonic()
+        answer = self._node.handle(envelope)
+        if envelope.head.get("ask") == "do":
+            self._log_task(envelope, answer, time.monotonic() - start)
+        return answer
+
+    def _log_task(self, request: Envelope, answer: Envelope, seconds: float) -> None:
+        what = one_line(request.head.get("what"), 20)
+        run = one_line(request.head.get("run", ""), 64)
+        round_idx = request.head.get("round")
+        # An evaluation after a round has the index of the next round.
+        number = round_idx + (what != "read") if isinstance(round_idx, int) else 0
+        sizes = {"bytes_in": len(request.body), "bytes_out": len(answer.body)}
+        line = f"round {number}: {what}: {answer.head.get('ask')!s} in {seconds:.2f} s"
+        line += f", {sizes['bytes_in']:,} bytes received, {sizes['bytes_out']:,} bytes sent"
+        self._log(line, run=run, round=number, task=what, seconds=float(f"{seconds:.3f}"), **sizes)
 
 
 # Name of the status file in the run directory.

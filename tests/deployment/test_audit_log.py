@@ -275,7 +275,7 @@ def test_node_audit_names_a_line_of_another_form(
 ) -> None:
     path = foreign(tmp_path / "audit.jsonl", entry)
 
-    assert main(["node", "--audit", str(path)]) == 2
+    assert main(["audit-log", str(path)]) == 2
 
     error = capsys.readouterr().err
     assert f"line 2: {next(iter(entry.keys() - {'outcome'}), 'outcome')}: " in error
@@ -286,7 +286,7 @@ def test_node_audit_escapes_texts(tmp_path: Path, capsys: pytest.CaptureFixture[
     texts = dict.fromkeys(("time", "outcome", "run", "ask", "what"), "\x1b[2J\n\ud800")
     path = foreign(tmp_path / "audit.jsonl", {**texts, "kinds": ["\x1b"], "round": 1})
 
-    assert main(["node", "--audit", str(path)]) == 0
+    assert main(["audit-log", str(path)]) == 0
 
     printed = capsys.readouterr().out
     assert "\x1b" not in printed and printed.count("\\ud800") >= 4
@@ -430,17 +430,10 @@ def test_node_audit_checks_signatures_with_the_public_key(
     path, key = tmp_path / "state" / "audit.jsonl", make_node_key(tmp_path / "key")
     log = AuditLog(path, key)
     log.append(**ABOUT)
-    requests = [
-        "node",
-        "--audit",
-        str(path),
-        "--key",
-        str(tmp_path / "key.pub"),
-        "--head",
-        log.head,
-    ]
+    key_options = ["--key", str(tmp_path / "key.pub"), "--head", log.head]
+    requests = ["audit-log", str(path), *key_options]
     assert main(requests) == 0 and f"head: {log.head}" in capsys.readouterr().out
-    assert main(requests[:3]) == 0 and "signatures were not checked" in capsys.readouterr().out
+    assert main(requests[:2]) == 0 and "signatures were not checked" in capsys.readouterr().out
 
     path.write_bytes(path.read_bytes() + forged(path))
 
@@ -459,9 +452,9 @@ def test_node_audit_refuses_unknown_head(
     head: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(written(tmp_path / "audit.jsonl", 2))
-    assert main(["node", "--audit", path, "--head", f"0:{INITIAL_HASH}"]) == 0
+    assert main(["audit-log", path, "--head", f"0:{INITIAL_HASH}"]) == 0
 
-    assert main(["node", "--audit", path, "--head", head]) == 2
+    assert main(["audit-log", path, "--head", head]) == 2
 
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -508,17 +508,14 @@ SITES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_site_file_does_not_grant_permission(
-    trap: str, capsys: pytest.CaptureFixture[str], subtests: pytest.Subtests
-) -> None:
-    server = {"address": "127.0.0.1:1", "key": "key"}
+def test_site_file_does_not_grant_permission(trap: str, subtests: pytest.Subtests) -> None:
     for key, site in SITES.items():
         with subtests.test(key=key):
-            settings = {"client": "site_1", "server": server, **filled(site, trap)}
-            file = written(settings, f"{key}.yaml")
-            line = refused_line(["node", "--site", file], capsys)
-            assert line.startswith(f"{file}: {key}: '{trap}")
-            assert line.endswith(LINE.partition("}'")[2])
+            file = written({"client": "site_1", **filled(site, trap)}, f"{key}.yaml")
+            with pytest.raises(UserError) as caught:
+                load_site_config(file)
+            assert str(caught.value).startswith(f"{file}: {key}: '{trap}")
+            assert str(caught.value).endswith(LINE.partition("}'")[2])
     assert not Path("imported").exists()
     for key in SITES:
         assert load_site_config(f"{key}.yaml", allow_code=True)[0].client == "site_1"

@@ -14,12 +14,11 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from hetero_fl.deployment.config import load_site_config
+from hetero_fl.deployment.config import check_site_data, load_site_config
 from hetero_fl.deployment.flower.worker_socket import LISTENING, listen, receive, send
-from hetero_fl.deployment.monitoring import EventLog
+from hetero_fl.deployment.monitoring import EventLog, LoggedNode
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_keys import load_node_key
-from hetero_fl.deployment.site import LoggedNode, check_site_data
 from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.processes import is_process_running

@@ -19,10 +19,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from hetero_fl import run
-from hetero_fl.federation.checkpoint import read_checkpoint
 from tests.support import asynchronous_runs, server_crash
 from tests.support.federations import MIXED, TOP, config, stop_after
 from tests.support.nodes import LONG, Point, Sites, federation, patient_nodes, same
+from tests.support.run_directories import files_of_newest
 from tests.support.workers import figures, models
 
 pytestmark = pytest.mark.slow
@@ -180,15 +180,6 @@ def blank(at: float) -> Callable[[bytes], bytes]:
 DAMAGE = st.one_of(
     st.builds(flip, PLACE, st.integers(0, 7)), st.builds(cut, PLACE), st.builds(blank, PLACE)
 )
-
-
-def files_of_newest(folder: Path) -> list[Path]:
-    """Return the files that only the newest checkpoint has: its name, head, tree and states."""
-    *_, previous, newest = sorted(folder.glob("*.ckpt"))
-    head = newest.read_text()
-    shared = read_checkpoint(previous).head.names()
-    names = {head, *read_checkpoint(newest).head.names()} - shared
-    return [newest, *(folder / "blobs" / name[:2] / name for name in sorted(names))]
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))

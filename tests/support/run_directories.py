@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hetero_fl.core.metrics import summarize_clients
+from hetero_fl.federation.checkpoint import read_checkpoint
 from hetero_fl.reporting.report import write_report
 from hetero_fl.reporting.run_directory import RunDirectory
 
@@ -314,3 +315,12 @@ def _write_details(
 def report_page(run: Path) -> str:
     """Write the report of a run directory and return the page."""
     return write_report(run).read_text(encoding="utf-8")
+
+
+def files_of_newest(folder: Path) -> list[Path]:
+    """Return the files that only the newest checkpoint has: its name, head, tree and states."""
+    *_, previous, newest = sorted(folder.glob("*.ckpt"))
+    head = newest.read_text()
+    shared = read_checkpoint(previous).head.names()
+    names = {head, *read_checkpoint(newest).head.names()} - shared
+    return [newest, *(folder / "blobs" / name[:2] / name for name in sorted(names))]

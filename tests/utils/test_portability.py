@@ -16,10 +16,10 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from hetero_fl.deployment.flower.commands import check_flower
 
 from hetero_fl.cli import _is_closed, main
 from hetero_fl.deployment.flower import worker_socket
+from hetero_fl.deployment.flower.app import check_flower
 from hetero_fl.utils import environment, processes
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import write_atomically

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -22,11 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.record import MEASUREMENTS, archivable_commit  # noqa: E402
+from benchmarks.robustness.attacks import table as attack_tables  # noqa: E402
 from benchmarks.science import published  # noqa: E402
 from benchmarks.science.benchmark_tables import archive_table  # noqa: E402
 from benchmarks.science.comparison_tables import (  # noqa: E402
     TABLES as COMPARISON_TABLES,
-    attack_tables,
     comparison_table,
 )
 from benchmarks.science.replication_runs import jobs_of, read_record  # noqa: E402
@@ -81,18 +82,15 @@ def archive(folders: Sequence[Path], commit: str, name: str = "", client_metric:
     rules: list[Row] = []
     for row in rows:
         # The name of the run directory is not archived.
-        directory = RunDirectory.open(row.pop("folder") / "runs" / row.pop("run", ""))
-        summary = directory.summary()
-        if "attacks" in summary:
-            row["backdoor_success"] = summary["attacks"]["success"]
+        directory_of_run = row.pop("folder") / "runs" / row.pop("run", "")
         if client_metric:
-            for client in summary["clients"]:
+            directory = RunDirectory.open(directory_of_run)
+            for client in directory.summary()["clients"]:
                 key = f"personal_last_{client_metric}:{client['id']}"
                 row[key] = client["personal"][client_metric]
             if row["algorithm"] == rows[0]["algorithm"]:
                 rules += _rules(directory.details(), row, client_metric)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    rows = [{key: row.get(key, "") for key in columns} for row in [*rules, *rows]]
+    rows = [{key: row.get(key, "") for key in rows[0]} for row in [*rules, *rows]]
     path = ARCHIVE / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -176,9 +174,10 @@ def htfllib(name: str) -> str:
     return markdown_table(columns, rows, alignment)
 
 
-def attacks(name: str) -> str:
-    """Format the tables of an archived comparison of rules under attacks."""
-    return attack_tables(archived(f"comparisons/{name}"))
+def attacks(_: str) -> str:
+    """Format the tables of the archived attacks."""
+    path = MEASUREMENTS / "attacks.jsonl"
+    return attack_tables([json.loads(line) for line in path.read_text("utf-8").splitlines()])
 
 
 def comparison(name: str) -> str:

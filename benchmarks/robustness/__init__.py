@@ -1,1 +1,1 @@
-"""Robustness of real deployments."""
+"""Robustness of real deployments, and robustness against malicious clients."""

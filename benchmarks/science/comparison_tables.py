@@ -21,10 +21,6 @@ from hetero_fl.reporting.rendering import markdown_table
 
 Row = Mapping[str, Any]
 
-# Settings of an archived run that name the aggregation rules, and column with the shown score.
-RULE_KEYS = ("rule", "predictions")
-ATTACKED_SCORE = "global_last_accuracy"
-
 
 @dataclass(frozen=True)
 class ComparisonTable:
@@ -134,51 +130,3 @@ def _megabytes(rows: Sequence[Row]) -> str:
         return MISSING
     mean = statistics.mean(row["up_bytes"] + row["down_bytes"] for row in rows) / 1e6
     return format_significant(mean, 3) if mean else "0"
-
-
-def attack_tables(rows: Sequence[Row]) -> str:
-    """Format one Markdown table for each method, with attacks as rows and rules as columns.
-
-    A cell contains the mean accuracy on the global test and, for backdoors, the fraction of
-    triggered images that are misclassified as the target. The best rule of a row is bold.
-
-    Args:
-        rows: Archived runs. Settings in their labels name the attack and the rules.
-    """
-    found: dict[str, dict[tuple[str, str], list[Row]]] = {}
-    for row in rows:
-        method, attack, rule = _attack_and_rule(row["algorithm"])
-        found.setdefault(method, {}).setdefault((attack, rule), []).append(row)
-    return "\n\n".join(_attack_table(method, runs) for method, runs in found.items())
-
-
-def _attack_and_rule(label: str) -> tuple[str, str, str]:
-    """Return the method, the attack and the aggregation rules that a label names."""
-    method, *settings = label.split(":")
-    values = dict(setting.split("=", 1) for setting in settings)
-    rules = [values[f"aggregation.{key}"] for key in RULE_KEYS if f"aggregation.{key}" in values]
-    return method, values.get("attacks.name", "none"), " and ".join(rules) or "mean"
-
-
-def _attack_table(method: str, runs: Mapping[tuple[str, str], Sequence[Row]]) -> str:
-    rules = list(dict.fromkeys(rule for _, rule in runs))
-    lines = []
-    for attack in dict.fromkeys(attack for attack, _ in runs):
-        cells = {
-            rule: f"{100 * statistics.mean(row[ATTACKED_SCORE] for row in found):.1f}"
-            for rule in rules
-            if (found := runs.get((attack, rule)))
-        }
-        best = max(cells.values(), key=float)
-        line = [attack]
-        for rule in rules:
-            text = f"**{cells[rule]}**" if cells.get(rule) == best else cells.get(rule, MISSING)
-            line.append(text + _triggered_share(runs.get((attack, rule), ())))
-        lines.append(line)
-    alignment = ["left", *["right"] * len(rules)]
-    return markdown_table([algorithm_name(method), *rules], lines, alignment)
-
-
-def _triggered_share(runs: Sequence[Row]) -> str:
-    shares = [row["backdoor_success"] for row in runs if row["backdoor_success"] is not None]
-    return f" ({100 * statistics.mean(shares):.0f}% of triggers)" if shares else ""

@@ -8,7 +8,6 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +15,6 @@ from benchmarks import record
 from benchmarks.science.benchmark_tables import archive_table
 from benchmarks.science.comparison_tables import (
     ComparisonTable,
-    attack_tables,
     comparison_table,
 )
 from benchmarks.science.published import TABLES
@@ -197,7 +195,7 @@ def test_result_tables_archive_keeps_every_run_and_adds_the_commit(
     ]
     for run in runs:
         run.write_text("config.yaml", "name: medical_hetero\nruntime: {threads: 1}\n")
-    rows = [{**comparison_row(run.summary()), "run": run.path.name} for run in runs]
+    rows = [comparison_row(run.summary()) for run in runs]
     write_comparison(out, rows, title="t", note="", task=Task("multiclass", 2))
 
     result_tables.archive([out], "0123abc")
@@ -207,7 +205,7 @@ def test_result_tables_archive_keeps_every_run_and_adds_the_commit(
     assert [(row["threads"], row["commit"]) for row in kept] == [(1, "0123abc")] * 2
     assert result_tables.archived("two_folders") == [*kept, *kept]
     for row, result in zip(kept, rows, strict=True):
-        assert {key: row.get(key) for key in result} == {**result, "clients": None, "run": None}
+        assert {key: row.get(key) for key in result} == {**result, "clients": None}
 
 
 def test_comparison_table_marks_the_best_method_but_no_bound() -> None:
@@ -308,32 +306,3 @@ def test_archive_of_runs_of_an_unknown_commit_is_refused(
 
     with pytest.raises(SystemExit, match=r"^commit '01234567' is not in the history"):
         result_tables.main()
-
-
-def test_attack_tables_have_a_row_for_each_attack_and_a_column_for_each_rule() -> None:
-    def run(label: str, accuracy: float, success: float | None = None) -> dict[str, Any]:
-        scores = {"global_last_accuracy": accuracy, "backdoor_success": success}
-        return {"algorithm": label, **scores}
-
-    median = "fedavg:aggregation.rule=median"
-    backdoor = "attacks.name=backdoor:attacks.share=0.2"
-    rows = [
-        run("fedavg", 0.8),
-        run("fedavg", 0.9),
-        run(median, 0.84),
-        run(f"fedavg:{backdoor}", 0.8, 0.97),
-        run(f"{median}:{backdoor}", 0.82, 0.06),
-        run("fedavg:attacks.name=gaussian", 0.1),
-        run("hybrid:aggregation.rule=median:aggregation.predictions=agreement", 0.7),
-    ]
-
-    of_fedavg, of_hybrid = attack_tables(rows).split("\n\n")
-
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in of_fedavg.splitlines()]
-    assert lines[0] == ["FedAvg", "mean", "median"]
-    assert lines[2:] == [
-        ["none", "**85.0**", "84.0"],
-        ["backdoor", "80.0 (97% of triggers)", "**82.0** (6% of triggers)"],
-        ["gaussian", "**10.0**", "–"],
-    ]
-    assert "median and agreement" in of_hybrid

@@ -66,7 +66,7 @@ class ProxyTraining(Algorithm):
     Example:
         >>> from hetero_fl.algorithms import ProxyTraining
         >>> sorted(ProxyTraining.downloads), ProxyTraining.needs.proxy_set
-        (['drawn', 'teacher'], 'required')
+        (['proxy_indices', 'teacher'], 'required')
     """
 
     needs = Needs(proxy_set="required", shared_model=True)

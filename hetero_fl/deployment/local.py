@@ -33,7 +33,7 @@ from hetero_fl.experiment.runner import Callback, default_out
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import SITES, check_vacant, lock_folder
 from hetero_fl.utils.code_permission import CodePermission, find_references
-from hetero_fl.utils.errors import RunFailedError, UserError
+from hetero_fl.utils.errors import RunFailedError, UserError, echo
 from hetero_fl.utils.processes import (
     adopt_environment,
     exit_with_parent,
@@ -259,7 +259,7 @@ def _run_site(site: SiteConfig, connection: Connection, environ: Mapping[str, st
     try:
         _answer_messages(site, connection)
     except (RunFailedError, UserError) as error:
-        print(error, flush=True)
+        echo(error)
     except BaseException:
         traceback.print_exc()
     # Other threads may still run.

@@ -84,7 +84,7 @@ def test_documented_common_model_is_averaged_over_all_architectures(
     documented: Callable[[str, str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounds = rounds_of(config(documented("companion", "Companion"), MIXED), num_rounds=0)
-    seen = record_results(monkeypatch, rounds, "decode_upload")
+    seen = record_results(monkeypatch, rounds.link, "decode_upload")
 
     record = rounds.run_round()
 
@@ -97,7 +97,7 @@ def test_documented_common_model_is_averaged_over_all_architectures(
     assert all(set(payload) == {"common"} for payload in seen)
     for scores in record["logged"].values():
         assert set(scores) == {"model balanced_accuracy", "common balanced_accuracy"}
-    received = rounds.broadcast(rounds.federation.client_infos["site_2"])
+    received = rounds.link.broadcast(rounds.federation.client_infos["site_2"])
     assert same_bits(received["common"], rounds.server.models["common"])
 
 

@@ -515,7 +515,7 @@ def test_site_file_does_not_grant_permission(trap: str, subtests: pytest.Subtest
             with pytest.raises(UserError) as caught:
                 load_site_config(file)
             assert str(caught.value).startswith(f"{file}: {key}: '{trap}")
-            assert str(caught.value).endswith(LINE.partition("}'")[2])
+            assert str(caught.value).endswith("names code; pass allow_code=True to run it")
     assert not Path("imported").exists()
     for key in SITES:
         assert load_site_config(f"{key}.yaml", allow_code=True)[0].client == "site_1"

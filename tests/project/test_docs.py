@@ -51,7 +51,7 @@ LONG = {  # run elsewhere: here they are parsed
 }
 OF_A_FEDERATION: dict[str, Callable[[Any], object]] = {
     "site.yaml": load_site_config,
-    "nodes.yaml": read_config_file,
+    "nodes.yaml": lambda name: read_config_file(Path(name)),
 }
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -79,7 +79,7 @@ def idle_position(busy: Sequence[int], rank: int) -> int:
 
 @dataclass
 class BufferEvents(RoundEvents):
-    """What happened in an asynchronous round, for the line of the round in `metrics.jsonl`.
+    """Events of an asynchronous round, for the line of the round in `metrics.jsonl`.
 
     Attributes:
         cohort: Ids of the clients whose uploads were accepted, in the order of arrival.

@@ -193,7 +193,7 @@ class SealedUploads(RoundUploads):
 
 
 class Combination:
-    """How the uploads of each round of a run are combined, as its configuration requires.
+    """Combination of the uploads of each round, as the configuration of the run requires.
 
     Args:
         protocol: Protocol by which uploads reach the server.

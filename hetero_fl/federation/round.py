@@ -20,7 +20,7 @@ DAMAGED = "upload refused: checksum mismatch"
 
 @dataclass
 class RoundEvents:
-    """What happened in a round, for the line of the round in `metrics.jsonl`.
+    """Events of a round, for the line of the round in `metrics.jsonl`.
 
     Attributes:
         failed: Reasons why clients sent no usable upload, keyed by client id.

@@ -2,7 +2,7 @@
 
 An upload consists of items (see `hetero_fl.core.payload.Item`). Uploads are added in the order of
 client ids. Items that are declared with `use="each"` are stored individually. The combiner of an
-item computes weighted means, unless a robust rule (`hetero_fl.robustness.robust_means`) or secure
+item computes weighted means, unless a robust rule (`hetero_fl.aggregation.robust_means`) or secure
 aggregation replaces the means. Client-level privacy adds noise (`hetero_fl.privacy.server_side`).
 """
 

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.means import discount_upload
+from hetero_fl.aggregation.robust_means import AggregationRules
 from hetero_fl.communication.protocol import AggregatedUploads, RoundProtocol, SealedAggregate
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
 from hetero_fl.core.participant import ClientInfo
@@ -22,7 +23,6 @@ from hetero_fl.federation.summed_uploads.derived_setup import uploads_from_sum
 from hetero_fl.federation.summed_uploads.hidden_server import SealedLink
 from hetero_fl.privacy.server_side import SumNoise
 from hetero_fl.robustness.attacks import MaliciousClients
-from hetero_fl.robustness.robust_means import AggregationRules
 
 # Result of the exchanges of a round. None if the server reads each upload.
 RoundResult: TypeAlias = AggregatedUploads | SealedAggregate | None

@@ -19,8 +19,13 @@ from hetero_fl.core.participant import ClientInfo, Columns
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.stored_rows import require_tensor, targets
 from hetero_fl.core.task import Task
-from hetero_fl.robustness.robust_means import ReferenceTensors, TrainedNames
-from hetero_fl.robustness.rules import PredictionRule, RobustRule, Rule
+from hetero_fl.robustness.rules import (
+    PredictionRule,
+    ReferenceTensors,
+    RobustRule,
+    Rule,
+    TrainedNames,
+)
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.ordering import natural_order

@@ -7,7 +7,7 @@ The rules do not weight clients by the number of training rows. In a configurati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -16,7 +16,13 @@ from typing_extensions import override
 
 from hetero_fl.config.robustness import AggregationConfig
 from hetero_fl.core.model_spec import Tensors
+from hetero_fl.core.participant import ClientInfo
 from hetero_fl.utils.registry import Registry
+
+# Returns the tensors that a client received in the named item, or {} if there are none.
+ReferenceTensors = Callable[[ClientInfo, str], Tensors]
+# Returns the names of the parameters of the model in an item.
+TrainedNames = Callable[[ClientInfo, str], frozenset[str]]
 
 
 class UploadBlock:

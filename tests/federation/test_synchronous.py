@@ -392,7 +392,7 @@ def test_plain_round_calls_no_optional_feature(method: str) -> None:
         ),
         (
             {"aggregation": {"rule": "median", "malicious": 1}},
-            "robustness/robust_means.py",
+            "aggregation/robust_means.py",
         ),
         ({"channel": {"secure_sum": {}}}, "communication/secure_aggregation/protocol.py"),
         ({"channel": {"compress": [{"topk": 0.1}]}}, "communication/compression.py"),

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hetero_fl.aggregation import Upload, Uploads
+from hetero_fl.aggregation.robust_means import AggregationRules
 from hetero_fl.config.robustness import PREDICTIONS, RULES, AggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.task import Task
-from hetero_fl.robustness.robust_means import AggregationRules
 from tests.support.cases import each_case
 from tests.support.federations import MIXED, config, rounds_of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hetero_fl.aggregation.robust_means import PARAMETERS
 from hetero_fl.algorithms.base import is_user_method
 from hetero_fl.algorithms.proxy_distillation import InitialPhase
 from hetero_fl.config.communication import num_fraction_bits
@@ -10,7 +11,6 @@ from hetero_fl.experiment.compatibility.rule import CompatibilityRule, check_rul
 from hetero_fl.experiment.compatibility.run_facts import RunFacts
 from hetero_fl.experiment.compatibility.user_code import check_user_method
 from hetero_fl.robustness.attacks import import_user_classes
-from hetero_fl.robustness.robust_means import PARAMETERS
 from hetero_fl.robustness.rules import prediction_rule
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import pluralize

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from hetero_fl.aggregation import Upload
+from hetero_fl.aggregation.robust_means import AggregationRules, RobustCombiner
 from hetero_fl.algorithms.distillation import ProxyDistillation, predicts_without_prior
 from hetero_fl.algorithms.hybrid import FedDF
 from hetero_fl.algorithms.round_parts import permitted_part
@@ -31,7 +32,6 @@ from hetero_fl.engine.driver import run_plan, translate_user_errors
 from hetero_fl.experiment.compatibility.config_facts import ROBUST_KEYS, first
 from hetero_fl.experiment.compatibility.upload_facts import UploadFacts
 from hetero_fl.federation.simulation.devices import Devices
-from hetero_fl.robustness.robust_means import AggregationRules, RobustCombiner
 from hetero_fl.robustness.rules import PredictionRule, Rule, prediction_rule, rule
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX

@@ -6,7 +6,7 @@ An upload consists of named items (`Item`), such as parameters or predictions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,16 +17,19 @@ from hetero_fl.aggregation.means import Mean
 from hetero_fl.aggregation.uploads import SINGLE, MeanCombiner, Means, Upload
 from hetero_fl.config.robustness import AggregationConfig
 from hetero_fl.core.model_spec import Owner, Tensors
-from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import ItemSpec, Payload
 from hetero_fl.core.task import Task
-from hetero_fl.robustness.rules import Rule, UploadBlock, prediction_rule, rule, trimmed_mean
+from hetero_fl.robustness.rules import (
+    ReferenceTensors,
+    Rule,
+    TrainedNames,
+    UploadBlock,
+    prediction_rule,
+    rule,
+    trimmed_mean,
+)
 
 PARAMETERS = ("params", "update")
-# Returns the tensors that a client received in the named item, or {} if there are none.
-ReferenceTensors = Callable[[ClientInfo, str], Tensors]
-# Returns the names of the parameters of the model in an item.
-TrainedNames = Callable[[ClientInfo, str], frozenset[str]]
 
 
 @dataclass

@@ -8,48 +8,43 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from hetero_fl.config.schema import STATISTIC_SUFFIXES
+from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.messages import versions
 from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.node_keys import load_node_key
 from hetero_fl.deployment.transport import Envelope
+from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.processes import is_process_running
 from hetero_fl.utils.serialization import check_entries, write_atomically
-
-if TYPE_CHECKING:
-    pass
 
 # Maximum number of characters of a log message.
 MAX_MESSAGE_CHARS = 2000
 
 
 class EventLog:
-    """Thread-safe log of the events of a server or node.
+    """Log of the events of a server or node.
 
     Args:
         line_format: "text", or "json" for one object per line with `time` (UTC), `message` and
             fields such as `run`, `round` and `client`.
         stream: Output stream. If None, stderr is used.
-        **fields: Fields that are added to all JSON lines. Fields that are None are left out.
-
-    Attributes:
-        quiet: Whether output is suppressed.
+        **fields: Fields that are added to all JSON lines.
     """
 
     def __init__(
         self, line_format: str = "text", stream: TextIO | None = None, **fields: Any
     ) -> None:
         self.line_format = line_format
-        self.fields = {name: value for name, value in fields.items() if value is not None}
+        self.fields = fields
         self._stream = stream
-        self._writing = threading.Lock()
-        self.quiet = False
 
     def __call__(self, line: str, **fields: Any) -> None:
         """Log an event.
@@ -59,20 +54,16 @@ class EventLog:
             **fields: Additional fields of a JSON line. Fields that are None are left out.
         """
         line = one_line(line, MAX_MESSAGE_CHARS)
+        now = datetime.now(timezone.utc)
         if self.line_format == "json":
-            now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-            known = {
-                name: value
-                for name, value in {**self.fields, **fields}.items()
-                if value is not None
-            }
-            line = json.dumps({"time": now, "message": line, **known})
+            known = {n: v for n, v in {**self.fields, **fields}.items() if v is not None}
+            line = json.dumps(
+                {"time": now.isoformat(timespec="milliseconds"), "message": line, **known}
+            )
         else:
-            line = f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}"
-        if self.quiet:
-            return
-        with self._writing:
-            print(line, file=self._stream or sys.stderr, flush=True)
+            line = f"{now.astimezone():%Y-%m-%d %H:%M:%S}  {line}"
+        # In one call, because other threads write, too.
+        print(f"{line}\n", end="", file=self._stream or sys.stderr, flush=True)
 
 
 class LoggedNode:
@@ -85,7 +76,7 @@ class LoggedNode:
 
     def __init__(self, node: Node, log: EventLog) -> None:
         self._node = node
-        self._log = log
+        self.log = log
 
     def handle(self, envelope: Envelope) -> Envelope:
         """Answer a message (see `Node.handle`) and log the task if the message contains one."""
@@ -104,7 +95,27 @@ class LoggedNode:
         sizes = {"bytes_in": len(request.body), "bytes_out": len(answer.body)}
         line = f"round {number}: {what}: {answer.head.get('ask')!s} in {seconds:.2f} s"
         line += f", {sizes['bytes_in']:,} bytes received, {sizes['bytes_out']:,} bytes sent"
-        self._log(line, run=run, round=number, task=what, seconds=float(f"{seconds:.3f}"), **sizes)
+        self.log(line, run=run, round=number, task=what, seconds=round(seconds, 3), **sizes)
+
+
+@contextmanager
+def open_node(site: SiteConfig, folder: Path) -> Iterator[LoggedNode]:
+    """Lock the folder of a site, and yield its node.
+
+    Args:
+        site: Configuration of the site.
+        folder: Folder of the site.
+
+    Raises:
+        UserError: If the private key is invalid, another process uses the folder, or the audit log
+            was changed.
+    """
+    key = None if site.key is None else load_node_key(Path(site.key))
+    log = EventLog(site.logs, client=site.client)
+    with lock_folder(folder) as notes:
+        for line in notes:
+            log(line)
+        yield LoggedNode(Node(site, folder, log, key), log)
 
 
 # Name of the status file in the run directory.

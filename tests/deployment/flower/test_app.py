@@ -134,8 +134,7 @@ import os
 from pathlib import Path
 
 from flwr.app import Message
-from hetero_fl.deployment.flower.client_app import app as honest, handle_query
-from hetero_fl.deployment.flower.grid import BODY, from_message, to_content
+from hetero_fl.deployment.flower.client_app import BODY, from_message, handle_query, to_content
 from hetero_fl.deployment.transport import Envelope
 from flwr.clientapp import ClientApp
 

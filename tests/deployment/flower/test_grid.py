@@ -22,16 +22,15 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 import hetero_fl
 from hetero_fl.deployment.config import SiteConfig
-from hetero_fl.deployment.flower import grid as grid_module, server_app
-from hetero_fl.deployment.flower.client_app import handle_query
-from hetero_fl.deployment.flower.grid import (
+from hetero_fl.deployment.flower import server_app
+from hetero_fl.deployment.flower.client_app import (
     SMALL_BODY_BYTES,
-    GridTransport,
     from_message,
+    handle_query,
     to_content,
 )
-from hetero_fl.deployment.flower.server_app import run_in_app
-from hetero_fl.deployment.flower.worker_socket import WorkerError, forward, socket_path
+from hetero_fl.deployment.flower.server_app import GridTransport, run_in_app
+from hetero_fl.deployment.flower.worker import WorkerError, forward, socket_path
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_keys import make_node_key, public_bytes
 from hetero_fl.deployment.transport import Envelope, Handle, UnreadableAnswer
@@ -162,7 +161,7 @@ def test_unknown_nodes_and_failed_client_app_have_no_answer(
 def test_restarted_node_is_another_node(
     grid: Any, transport: GridTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grid_module, "NODES_SECONDS", 0.0)
+    monkeypatch.setattr(server_app, "NODES_SECONDS", 0.0)
     first = grid.join(echo)
     other = grid.join(echo)
     before = list(transport.nodes())
@@ -237,7 +236,7 @@ def test_answers_are_kept_until_pulled(grid: Any, transport: GridTransport, node
 def test_late_answer_of_a_lost_node_is_collected(
     grid: Any, transport: GridTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grid_module, "NODES_SECONDS", 0.0)
+    monkeypatch.setattr(server_app, "NODES_SECONDS", 0.0)
     delay = grid.join(echo)
     grid.join(echo)
     absent, remaining = transport.nodes()
@@ -319,7 +318,6 @@ def test_nodes_file_binds_clients_to_keys(
 @each_case(
     ("settings", "line"),
     [
-        ({"dedline": 3}, "run-config: unknown key 'dedline'; did you mean 'deadline'"),
         ({"logs": "jsn"}, "run-config: logs: expected text or json, got 'jsn'"),
         ({"wait": "soon"}, "run-config: wait: expected float, got 'soon'"),
         ({"resume": 1}, "run-config: resume: expected bool, got 1"),

@@ -6,10 +6,10 @@ import json
 import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
@@ -135,12 +135,8 @@ class RunStatus:
 
     def __init__(self, path: Path, clients: Collection[str]) -> None:
         self._path = path
-        self._changing = threading.RLock()
         self._present: Callable[[], Collection[str]] = tuple
         self._logs: Callable[[], Mapping[str, str]] = dict
-        # For each client, whether it is connected and the time of the last change.
-        self._nodes: dict[str, tuple[bool, float | None]] = dict.fromkeys(clients, (False, None))
-        self._events: list[dict[str, Any]] = []
         self._tree: dict[str, Any] = {
             "phase": "waiting",
             "run": None,
@@ -157,18 +153,20 @@ class RunStatus:
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "versions": versions(),
+            # For each client, whether it is connected and the time of the last change.
+            "nodes": {client: {"here": False, "since": None} for client in sorted(clients)},
+            "events": [],
         }
 
     def update(self, **known: Any) -> None:
         """Update entries of the status.
 
         Args:
-            **known: New values of entries such as `phase` (waiting, running, stopping, done,
-                interrupted or failed), `run` and `name`.
+            **known: New values of entries such as `phase` (waiting, running, done, interrupted or
+                failed), `run` and `name`.
         """
-        with self._changing:
-            self._tree |= known
-            self._write()
+        self._tree |= known
+        self._write()
 
     def set_presence_source(self, present: Callable[[], Collection[str]]) -> None:
         """Set the function that returns the ids of the connected clients."""
@@ -180,9 +178,8 @@ class RunStatus:
 
     def add_event(self, line: str) -> None:
         """Add a line to the recent events, of which the last 20 are kept."""
-        with self._changing:
-            self._events = [*self._events, {"time": time.time(), "message": line}][-MAX_EVENTS:]
-            self._write()
+        event = {"time": time.time(), "message": line}
+        self.update(events=[*self._tree["events"], event][-MAX_EVENTS:])
 
     def add_record(self, record: Mapping[str, Any]) -> None:
         """Add the record of a completed round to the status.
@@ -192,47 +189,39 @@ class RunStatus:
         Args:
             record: Record in the format of a line of `metrics.jsonl`.
         """
-        with self._changing:
-            tree = self._tree
-            # A resumed run repeats rounds after the last checkpoint.
-            if record["round"] <= tree["round"]:
-                return
-            tree["round"] = record["round"]
-            for name in ("up_bytes", "down_bytes"):
-                tree[name] += record[name]
-            tree["failures"] += len(record["failed"])
-            tree["seconds"] = sum(record["seconds"].values())
-            tree["epsilon"] = (
-                record["privacy"]["epsilon"] if "privacy" in record else tree["epsilon"]
-            )
-            for name in SCORE_KEYS:
-                if scores := record.get(name):
-                    tree[name] = {
-                        m: v for m, v in scores.items() if not m.endswith(STATISTIC_SUFFIXES)
-                    }
-            self._write()
+        tree = self._tree
+        # A resumed run repeats rounds after the last checkpoint.
+        if record["round"] <= tree["round"]:
+            return
+        scores = {
+            name: {m: v for m, v in record[name].items() if not m.endswith(STATISTIC_SUFFIXES)}
+            for name in SCORE_KEYS
+            if record.get(name)
+        }
+        self.update(
+            round=record["round"],
+            up_bytes=tree["up_bytes"] + record["up_bytes"],
+            down_bytes=tree["down_bytes"] + record["down_bytes"],
+            failures=tree["failures"] + len(record["failed"]),
+            seconds=sum(record["seconds"].values()),
+            epsilon=record.get("privacy", tree)["epsilon"],
+            **scores,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the status as plain values.
 
         Times are in seconds since the epoch. The entry `seconds` is the duration of the last round.
         """
-        with self._changing:
-            now = time.time()
-            present = set(self._present())
-            for client, (here, _) in self._nodes.items():
-                if here != (client in present):
-                    self._nodes[client] = not here, now
-            logs = self._logs()
-            nodes = {
-                client: {
-                    "here": here,
-                    "since": since,
-                    **({"log": logs[client]} if client in logs else {}),
-                }
-                for client, (here, since) in sorted(self._nodes.items())
-            }
-            return {**self._tree, "nodes": nodes, "events": self._events, "updated": now}
+        now = time.time()
+        present = self._present()
+        logs = self._logs()
+        for client, node in self._tree["nodes"].items():
+            if node["here"] != (client in present):
+                node |= {"here": client in present, "since": now}
+            if client in logs:
+                node["log"] = logs[client]
+        return {**deepcopy(self._tree), "updated": now}
 
     def _write(self) -> None:
         # Before the configuration is written, the run directory does not exist.
@@ -256,20 +245,13 @@ def read_status(folder: Path) -> dict[str, Any]:
     check_entries(folder)
     try:
         tree = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
-        if tree["phase"] not in ("done", "failed", "interrupted") and not _is_process_alive(tree):
-            tree["phase"] = "gone"
+        has_ended = tree["phase"] in ("done", "failed", "interrupted")
+        # The process is assumed to run on other machines.
+        if not has_ended and tree["host"] == socket.gethostname():
+            tree["phase"] = tree["phase"] if is_process_running(int(tree["pid"])) else "gone"
     except FileNotFoundError:
         what = f"{STATUS_FILE} not found" if folder.is_dir() else "folder not found"
-        raise UserError(
-            f"{folder}: {what}; expected a run directory of a server, or the address of its metrics"
-        ) from None
+        raise UserError(f"{folder}: {what}; expected the run directory of a federation") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / STATUS_FILE}: cannot be read ({error})") from None
     return dict(tree)
-
-
-def _is_process_alive(tree: Mapping[str, Any]) -> bool:
-    """Return whether the server process is running, which is assumed on other machines."""
-    if tree["host"] != socket.gethostname():
-        return True
-    return is_process_running(int(tree["pid"]))

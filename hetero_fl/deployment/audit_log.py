@@ -149,7 +149,8 @@ class AuditLog:
         entries, head = _read(self.path, public, self.head)
         length = _content(self.path).rfind(b"\n") + 1
         if self.path.exists() and self.path.stat().st_size > length:
-            # Remove the incomplete line of a killed process, whose answer was never sent.
+            # Remove the incomplete line of a killed process or a full disk. Its answer was never
+            # sent.
             os.truncate(self.path, length)
         self._count = len(entries)
         self._last = head.partition(":")[2]
@@ -157,17 +158,12 @@ class AuditLog:
         return entries
 
     def _write(self, line: bytes) -> None:
-        """Append a line and flush the log to disk, or remove the partial line if this fails."""
+        """Append a line and flush the log to disk. If this fails, part of the line may remain."""
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        before = os.fstat(handle).st_size
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            os.truncate(self.path, before)
-            raise
+        with os.fdopen(handle, "wb") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def verify(

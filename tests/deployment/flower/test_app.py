@@ -5,9 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
@@ -18,7 +16,6 @@ import yaml
 import hetero_fl
 from hetero_fl.cli import main
 from hetero_fl.deployment.audit_log import verify
-from hetero_fl.deployment.flower import app
 from hetero_fl.deployment.flower.app import PACKAGE, write_app
 from hetero_fl.deployment.node_keys import load_public_key
 from hetero_fl.utils.errors import UserError
@@ -32,20 +29,6 @@ needs_key_tools = pytest.mark.skipif(
     reason="openssl or OpenSSH is not installed",
 )
 TELLS = {"labels": True, "details": True, "model": True}
-
-
-def test_version_of_flower_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found in ("1.41.0", "1.57.2", "1.41.dev3"):
-        monkeypatch.setattr(app, "version", Mock(return_value=found))
-        app.check_flower()
-    for found in ("1.40.9", "0.42.0", "2.0.0"):
-        monkeypatch.setattr(app, "version", Mock(return_value=found))
-        with pytest.raises(UserError) as caught:
-            app.check_flower()
-        assert f"flwr: expected version >= 1.41 and < 2, got {found}; run" in str(caught.value)
-    monkeypatch.setattr(app, "version", Mock(side_effect=PackageNotFoundError))
-    with pytest.raises(UserError, match="flwr: not installed"):
-        app.check_flower()
 
 
 def test_app_can_be_built_by_flower(tmp_path: Path) -> None:

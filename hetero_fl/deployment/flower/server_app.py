@@ -7,7 +7,8 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, Future, wait as wait_for_answers
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -147,23 +148,20 @@ def _load_keys(file: Path) -> dict[str, bytes]:
     }
 
 
-@dataclass
+@dataclass(frozen=True)
 class SentMessage:
     """Message that was sent to a node.
 
     Args:
         node: Number of the node.
         expires: Time of the monotonic clock at which the message and its answer expire.
-        is_polled: Whether a thread pulls the answer.
-        is_answered: Whether there is an answer, or there will be none.
-        answer: The answer, None if there is none, or the error with which the transport failed.
+        answer: The answer, which a thread pulls as soon as `GridTransport.pull` is called, or None
+            if there is none.
     """
 
     node: int
     expires: float
-    is_polled: bool = False
-    is_answered: bool = False
-    answer: Envelope | RunFailedError | None = None
+    answer: Future[Envelope | None] = field(default_factory=Future)
 
 
 class GridTransport:
@@ -185,7 +183,6 @@ class GridTransport:
         self._known: dict[tuple[int, str], int] = {}
         # Messages whose answers have not been returned, keyed by message ID.
         self._sent: dict[str, SentMessage] = {}
-        self._arrived = threading.Condition()
 
     def nodes(self) -> Mapping[int, bytes]:
         """Return the public keys of the connected nodes in PEM format, keyed by node number.
@@ -205,6 +202,8 @@ class GridTransport:
             present[identity] = number
             keys[number] = getattr(info, "public_key", b"")
         self._known = present
+        # Threads of lost messages go on, so that Flower deletes answers that arrive later.
+        self._sent = {n: m for n, m in self._sent.items() if m.node in keys or m.answer.done()}
         return keys
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
@@ -237,19 +236,18 @@ class GridTransport:
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """Return the answers that have arrived (see `Transport.pull`)."""
         deadline = time.monotonic() + wait
-        next_check = time.monotonic() + NODES_SECONDS
-        self._start_pollers(numbers)
+        self._start_threads(numbers)
         while True:
-            answers = {number: self._take_answer(number) for number in self._answered(numbers)}
-            remaining = deadline - time.monotonic()
+            pending = {n: self._sent[n].answer for n in numbers if n in self._sent}
+            answers: dict[str, Envelope | None] = {n: None for n in numbers if n not in pending}
+            remaining = max(0.0, deadline - time.monotonic())
+            seconds = 0.0 if answers else min(remaining, NODES_SECONDS)
+            wait_for_answers(pending.values(), seconds, FIRST_COMPLETED)
+            for number in [n for n, answer in pending.items() if answer.done()]:
+                answers[number] = self._sent.pop(number).answer.result()
             if answers or remaining <= 0 or not numbers:
                 return answers
-            with self._arrived:
-                if not self._answered(numbers):
-                    self._arrived.wait(min(remaining, NODES_SECONDS))
-            if time.monotonic() >= next_check:
-                self._end_lost_messages()
-                next_check = time.monotonic() + NODES_SECONDS
+            self.nodes()
 
     def close(self) -> None:
         """Discard all messages.
@@ -258,68 +256,43 @@ class GridTransport:
         """
         self._sent.clear()
 
-    def _start_pollers(self, numbers: Collection[str]) -> None:
+    def _start_threads(self, numbers: Collection[str]) -> None:
         """Start threads for new messages, and forget expired messages that nobody waits for."""
         now = time.monotonic()
         for number, message in list(self._sent.items()):
-            if not message.is_polled:
-                message.is_polled = True
+            if not message.answer.running() and not message.answer.done():
+                message.answer.set_running_or_notify_cancel()
                 threading.Thread(target=self._poll, args=(number, message), daemon=True).start()
             if message.expires < now and number not in numbers:
-                del self._sent[number]
-
-    def _answered(self, numbers: Collection[str]) -> list[str]:
-        """Return the messages that have an answer or will never have one."""
-        return [n for n in numbers if n not in self._sent or self._sent[n].is_answered]
-
-    def _take_answer(self, number: str) -> Envelope | None:
-        message = self._sent.pop(number, None)
-        answer = None if message is None else message.answer
-        if isinstance(answer, RunFailedError):
-            raise answer
-        return answer
-
-    def _end_lost_messages(self) -> None:
-        """End the wait for the answers of nodes that have disconnected or restarted.
-
-        Their threads go on, so that Flower deletes answers that arrive later.
-        """
-        present = self.nodes()
-        for number, message in list(self._sent.items()):
-            if message.node not in present and not message.is_answered:
                 del self._sent[number]
 
     def _poll(self, number: str, message: SentMessage) -> None:
         """Pull an answer in a thread until it arrives or the message expires."""
         pause = MIN_PAUSE
-        while True:
-            answers: list[Envelope | RunFailedError | None]
-            try:
-                answers = [from_message(each) for each in self._grid.pull_messages([number])]
-            except BaseException as error:
-                answers = [self._explain(error)]
-            if answers or time.monotonic() >= message.expires:
-                break
-            time.sleep(pause)
-            pause = min(pause * PAUSE_GROWTH, MAX_PAUSE)
-        with self._arrived:
-            message.answer = answers[0] if answers else None
-            message.is_answered = True
-            self._arrived.notify_all()
+        try:
+            while not (found := list(self._grid.pull_messages([number]))):
+                if time.monotonic() >= message.expires:
+                    break
+                time.sleep(pause)
+                pause = min(pause * PAUSE_GROWTH, MAX_PAUSE)
+            message.answer.set_result(from_message(found[0]) if found else None)
+        except BaseException as error:
+            self._set_failure(message, error)
 
-    def _explain(self, error: BaseException) -> Envelope | RunFailedError:
-        """Return the result of a pull that failed.
+    def _set_failure(self, message: SentMessage, error: BaseException) -> None:
+        """Set the answer to a message whose pull failed.
 
         If the SuperLink still responds, the node sent an answer that cannot be decoded.
         """
-        if not isinstance(error, Exception):
-            return _failure(error)
         try:
-            list(self._grid.get_nodes())
-        except BaseException:
-            return _failure(error)
-        reason = one_line(f"{type(error).__name__}: {error}")
-        return UnreadableAnswer.with_reason(reason)
+            if isinstance(error, Exception):
+                list(self._grid.get_nodes())
+                reason = one_line(f"{type(error).__name__}: {error}")
+                message.answer.set_result(UnreadableAnswer.with_reason(reason))
+                return
+        except BaseException as failure:
+            error = failure
+        message.answer.set_exception(_failure(error))
 
 
 def _failure(error: BaseException) -> RunFailedError:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,9 +20,10 @@ from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.flower.app import PACKAGE, write_app
 from hetero_fl.deployment.node_keys import load_public_key
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.federations import config
 from tests.support.flower_federation import MAKE_KEYS, FlowerFederation, worker_processes
-from tests.support.nodes import until
+from tests.support.nodes import models, until
 
 CLIENTS = ("site_1", "site_2", "site_3")
 needs_key_tools = pytest.mark.skipif(
@@ -45,21 +47,24 @@ def test_app_can_be_built_by_flower(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stdout + built.stderr
 
 
-def test_app_does_not_overwrite_files(tmp_path: Path) -> None:
+@each_case(
+    ("changes", "names", "message"),
+    [
+        ({}, ["notes.txt"], "app: already exists; choose a new folder"),
+        ({"attacks": {"fraction": 0.34, "kind": "noise"}}, [], "attacks"),
+    ],
+)
+def test_refused_app_writes_nothing(
+    changes: dict[str, Any], names: list[str], message: str, tmp_path: Path
+) -> None:
     (tmp_path / "app").mkdir()
-    (tmp_path / "app" / "notes.txt").write_text("mine")
+    for name in names:
+        (tmp_path / "app" / name).write_text("mine")
 
-    with pytest.raises(UserError, match="app: already exists; choose a new folder"):
-        write_app(tmp_path / "app", config("fedmd"))
+    with pytest.raises(UserError, match=message):
+        write_app(tmp_path / "app", config("fedavg", **changes))
 
-    assert [path.name for path in (tmp_path / "app").iterdir()] == ["notes.txt"]
-
-
-def test_app_refuses_simulation_settings(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="attacks"):
-        write_app(tmp_path / "app", config("fedavg", attacks={"fraction": 0.34, "kind": "noise"}))
-
-    assert not (tmp_path / "app").exists()
+    assert [path.name for path in (tmp_path / "app").iterdir()] == names
 
 
 @pytest.mark.slow
@@ -83,11 +88,7 @@ def test_flwr_run_with_tls_and_keys_equals_simulation(tmp_path: Path) -> None:
 
     until(lambda: not worker_processes(files))
     simulated = hetero_fl.run(source, out=tmp_path / "simulated")
-    models = sorted(path.name for path in (simulated.path / "models").glob("*.safetensors"))
-    assert models
-    for name in models:
-        expected = (simulated.path / "models" / name).read_bytes()
-        assert (tmp_path / "run" / "models" / name).read_bytes() == expected
+    assert models(hetero_fl.Run(tmp_path / "run")) == models(simulated) and models(simulated)
     for client in CLIENTS:
         folder = tmp_path / "federation" / client / "state"
         assert verify(folder / "audit.jsonl", load_public_key(keys / client / "key.pub"))

@@ -56,27 +56,27 @@ _Charge = create_model(
     steps=(_Count, ...),
     once=(str, ...),
 )
-_Line = create_model(
-    "_Line",
-    __config__=_STRICT,
-    n=(_Count, ...),
-    time=(str, ...),
-    out=(_Count, ...),
-    outcome=(str, ...),
-    before=(str, ...),
-    code=(str, ""),
-    run=(str, ""),
-    ask=(str, ""),
-    what=(str, ""),
-    task=(str, ""),
+# Types and defaults of the fields of a line.
+_FIELDS: dict[str, Any] = {
+    "n": (_Count, ...),
+    "time": (str, ...),
+    "in": (_Count, ...),
+    "out": (_Count, ...),
+    "outcome": (str, ...),
+    "before": (str, ...),
+    "code": (str, ""),
+    "run": (str, ""),
+    "ask": (str, ""),
+    "what": (str, ""),
+    "task": (str, ""),
     # Digest of a task.
-    asked=(Annotated[str, Field(pattern="^([0-9a-f]{2})*$")], ""),
+    "asked": (Annotated[str, Field(pattern="^([0-9a-f]{2})*$")], ""),
     # A server may have asked for a negative round.
-    round=(Annotated[int, Field(gt=-(2**64), lt=2**64)], 0),
-    kinds=(list[str], []),
-    spent=(list[_Charge], []),
-    **{"in": (_Count, ...)},  # type: ignore[arg-type]
-)
+    "round": (Annotated[int, Field(gt=-(2**64), lt=2**64)], 0),
+    "kinds": (list[str], []),
+    "spent": (list[_Charge], []),
+}
+_Line = create_model("_Line", __config__=_STRICT, **_FIELDS)
 
 
 class AuditLog:
@@ -95,6 +95,7 @@ class AuditLog:
         self._key = key
         self._count = 0
         self._last = INITIAL_HASH
+        self._identity: tuple[int, int, int] | None = None
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._load()
 

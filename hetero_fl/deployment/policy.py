@@ -10,12 +10,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from hetero_fl.algorithms.round_parts import describe_unshared
+from hetero_fl.algorithms.round_parts import common_part, describe_unshared, permitted_part
 from hetero_fl.communication.protocol import Message
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
@@ -263,15 +263,9 @@ def _format_number(number: float) -> str:
 
 def _is_allowed(share: str, allowed: Sequence[str]) -> bool:
     """Return whether a share is contained in the allowed shares."""
-    if share in allowed:
-        return True
-    part = "backbone." if share == "backbone" else share
-    wider = [
-        "backbone." if a == "backbone" else a for a in allowed if a == "backbone" or a.endswith(".")
-    ]
-    return part.endswith(".") and (
-        "parameters" in allowed or any(part.startswith(w) for w in wider)
-    )
+    part = permitted_part([share])
+    is_contained = common_part(part, permitted_part(allowed)) == part
+    return share in allowed or (bool(part) and is_contained)
 
 
 def task_digest(kind: str, request: Message, base: str) -> bytes:
@@ -407,16 +401,19 @@ class Policy:
         self.task = TaskUsage(is_training, is_repeated=digest in self.usage.answered)
         if not is_training or self.task.is_repeated:
             return
+        # The messages of a round differ after a restart of the server.
+        tasks_per_round = MAX_TASKS_PER_ROUND if self.protocol.has_one_time_requests else 1
+        max_tasks = self._max_versions * tasks_per_round
         trained = len(self.usage.trained) + 1
         check_limit("training tasks of this run", trained, "rounds", self.allows.rounds)
-        if trained > self._max_tasks:
+        if trained > max_tasks:
             raise RequestRefusedError(
-                f"training tasks of this run: must be <= {self._max_tasks} (the rounds of the "
+                f"training tasks of this run: must be <= {max_tasks} (the rounds of the "
                 f"configuration times tasks per round), got {trained}",
                 "policy: rounds",
             )
 
-    @cached_property
+    @property
     def _max_versions(self) -> int:
         """Maximum number of models that the server sends for training."""
         config = self.prepared.config
@@ -425,13 +422,6 @@ class Policy:
         # Each accepted upload may be an aggregation.
         num_concurrent = config.clients.per_round or len(self.prepared.federation.client_infos)
         return config.rounds * num_concurrent
-
-    @property
-    def _max_tasks(self) -> int:
-        """Maximum number of training tasks of a client in the run."""
-        # The messages of a round differ after a restart of the server.
-        tasks_per_round = MAX_TASKS_PER_ROUND if self.protocol.has_one_time_requests else 1
-        return self._max_versions * tasks_per_round
 
     def guard(self, backend: Backend, clients: Iterable[Participant]) -> Backend:
         """Wrap the backend of a task, so that each step is counted and charged before it runs.

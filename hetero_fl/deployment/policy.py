@@ -288,6 +288,7 @@ def task_digest(kind: str, request: Message, base: str) -> bytes:
     return hashlib.sha256(repr(content).encode()).digest()
 
 
+@dataclass(frozen=True)
 class PolicyBackend:
     """Backend that reviews each step before another backend computes the step.
 
@@ -297,20 +298,19 @@ class PolicyBackend:
             step.
     """
 
-    def __init__(self, backend: Backend, review: Callable[[Participant, Step], None]) -> None:
-        self._backend = backend
-        self._review = review
+    backend: Backend
+    review: Callable[[Participant, Step], None]
 
     @property
     def templates(self) -> Templates:
         """Model templates of the wrapped backend."""
-        return self._backend.templates
+        return self.backend.templates
 
     def run(self, work: Work) -> list[Any]:
         """Review all steps, and return their results in the order of `work`."""
         for participant, step in work:
-            self._review(participant, step)
-        return self._backend.run(work)
+            self.review(participant, step)
+        return self.backend.run(work)
 
 
 @dataclass

@@ -361,15 +361,20 @@ def test_recorded_head_detects_truncation(tmp_path: Path) -> None:
         verify(log.path, KEY.public_key(), later)
 
 
-def test_node_stops_once_its_log_is_damaged(tmp_path: Path) -> None:
+@each_case("content", ["junk\n", ""])
+def test_node_stops_once_its_log_is_edited_or_cut(content: str, tmp_path: Path) -> None:
     node = Node(SiteConfig(client="site_2"), tmp_path)
     assert node.handle(Envelope({"ask": "hello"})).head["ask"] == "here"
-    (tmp_path / "audit.jsonl").write_text("junk\n")
+    (tmp_path / "audit.jsonl").write_text(content)
 
-    with pytest.raises(UserError, match="line 1"):
-        node.handle(Envelope({"ask": "hello"}))
+    for act in (
+        lambda: node.handle(Envelope({"ask": "hello"})),
+        lambda: Node(SiteConfig(client="site_2"), tmp_path),
+    ):
+        with pytest.raises(UserError, match="line 1"):
+            act()
 
-    assert (tmp_path / "audit.jsonl").read_text() == "junk\n"
+    assert (tmp_path / "audit.jsonl").read_text() == content
 
 
 @each_case("name", ["run", "ask", "number", "round"])

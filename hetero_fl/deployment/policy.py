@@ -436,9 +436,10 @@ class Policy:
         task = self.task
         privacy = self.prepared.federation.privacy
         is_noisy = task.is_training and privacy is not None and privacy.unit == "record"
+        # Private rows are hidden from the plan, and others would be copied to the device.
+        participant = replace(participant, data=self._columns)
         if privacy is not None and is_noisy and is_private(step):
-            # Private rows are hidden from the plan.
-            charge = step_charge(replace(participant, data=self._columns), step, privacy)
+            charge = step_charge(participant, step, privacy)
             task.charges.append(charge)
             if isinstance(step, Fit):
                 task.steps += charge.steps

@@ -285,14 +285,14 @@ class GridTransport:
         If the SuperLink still responds, the node sent an answer that cannot be decoded.
         """
         try:
-            if isinstance(error, Exception):
-                list(self._grid.get_nodes())
-                reason = one_line(f"{type(error).__name__}: {error}")
-                message.answer.set_result(UnreadableAnswer.with_reason(reason))
-                return
+            if not isinstance(error, Exception):
+                raise error
+            list(self._grid.get_nodes())
         except BaseException as failure:
-            error = failure
-        message.answer.set_exception(_failure(error))
+            message.answer.set_exception(_failure(failure))
+        else:
+            reason = one_line(f"{type(error).__name__}: {error}")
+            message.answer.set_result(UnreadableAnswer.with_reason(reason))
 
 
 def _failure(error: BaseException) -> RunFailedError:

@@ -1,8 +1,8 @@
 """Tamper-evident audit log of a site, and the privacy and traffic usage computed from the log.
 
 Each answered message is one JSON line that contains the SHA-256 hash of the previous line and is
-signed with the node's key. A `.head` file contains the number of lines and the hash of the last
-line, so that a truncated log is detected.
+signed with the node's key. A line and its hash form a head, `N:HASH`. The newest head is kept in a
+file next to the log, so that a log that was cut is noticed.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import (
@@ -24,22 +25,18 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
     EllipticCurvePublicKey,
 )
 from cryptography.hazmat.primitives.hashes import SHA384
-from filelock import FileLock
+from pydantic import ConfigDict, Field, NonNegativeFloat, ValidationError, create_model
 
 from hetero_fl.utils.errors import ArgumentError, UserError, one_line, printable
+from hetero_fl.utils.serialization import write_atomically
 
 # Hash before the first line.
 INITIAL_HASH = "0" * 64
-# Size of the head file in bytes. The size is fixed, so that a single write replaces the content.
-HEAD_BYTES = 96
+HEAD_PATTERN = re.compile(r"(\d{1,18})[: ]([0-9a-f]{64})")
 # Prefix of the signed bytes, so that signatures of other data are not valid for a line.
 SIGNATURE_CONTEXT = b"hetero_fl audit line\n"
-# Separator between the content of a line and its signature in hexadecimal digits.
-SIGNATURE_FIELD = b', "signature": "'
 # Maximum number of characters of a string in a line.
 MAX_STRING_CHARS = 500
-# Maximum number of digits of a line number.
-MAX_NUMBER_DIGITS = 18
 # Maximum number of list entries in a line.
 MAX_LIST_ENTRIES = 32
 # Outcome of a task that was already answered.
@@ -49,31 +46,41 @@ TASK_NAMES = {"read": "evaluate"}
 
 Entry = dict[str, Any]
 
-# Fields of a line and their types.
-FIELDS: dict[str, type] = {
-    "n": int,
-    "time": str,
-    "in": int,
-    "out": int,
-    "outcome": str,
-    "code": str,
-    "before": str,
-    "run": str,
-    "ask": str,
-    "what": str,
-    "task": str,
-    "asked": str,
-    "round": int,
-    "kinds": list,
-    "spent": list,
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+_Count = Annotated[int, Field(ge=0, lt=2**64)]
+_Charge = create_model(
+    "_Charge",
+    __config__=_STRICT,
+    noise=(NonNegativeFloat, ...),
+    rate=(NonNegativeFloat, ...),
+    steps=(_Count, ...),
+    once=(str, ...),
+)
+# Types and defaults of the fields of a line.
+_FIELDS: dict[str, Any] = {
+    "n": (_Count, ...),
+    "time": (str, ...),
+    "in": (_Count, ...),
+    "out": (_Count, ...),
+    "outcome": (str, ...),
+    "before": (str, ...),
+    "code": (str, ""),
+    "run": (str, ""),
+    "ask": (str, ""),
+    "what": (str, ""),
+    "task": (str, ""),
+    # Digest of a task.
+    "asked": (Annotated[str, Field(pattern="^([0-9a-f]{2})*$")], ""),
+    # A server may have asked for a negative round.
+    "round": (Annotated[int, Field(gt=-(2**64), lt=2**64)], 0),
+    "kinds": (list[str], []),
+    "spent": (list[_Charge], []),
 }
-REQUIRED = ("n", "time", "in", "out", "outcome", "before")
-# Fields of each entry of `spent`.
-CHARGE: dict[str, type] = {"noise": float, "rate": float, "steps": int}
+_Line = create_model("_Line", __config__=_STRICT, **_FIELDS)
 
 
 class AuditLog:
-    """Append-only audit log of a node.
+    """Append-only audit log of a node. The log has one writer at a time.
 
     Args:
         path: Path of the log. The folder is created if it does not exist.
@@ -88,11 +95,9 @@ class AuditLog:
         self._key = key
         self._count = 0
         self._last = INITIAL_HASH
-        self._stamp: tuple[int, int, int] | None = None
+        self._identity: tuple[int, int, int] | None = None
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with self._lock():
-            self._catch_up()
-            self._set_head()
+        self._load()
 
     def append(self, **fields: Any) -> Entry:
         """Append a line about a message and flush the log to disk.
@@ -105,30 +110,25 @@ class AuditLog:
 
         Raises:
             OSError: If the line cannot be written.
-            UserError: If known lines were changed, or if another process appended lines that are
-                not signed with the key.
+            UserError: If the log was changed.
         """
-        with self._lock():
-            if (
-                _head(self.path) != (self._count, self._last)
-                or _file_identity(self.path) != self._stamp
-            ):
-                self._read_new_lines()
-            short = {name: _shorten_value(value) for name, value in fields.items()}
-            entry: Entry = {
-                "n": self._count + 1,
-                "time": _format_time(time.time()),
-                **short,
-                "before": self._last,
-            }
-            line = (
-                self._sign(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()) + b"\n"
-            )
-            self._write(line)
-            self._count = self._count + 1
-            self._last = _hash(line)
-            self._stamp = _file_identity(self.path)
-            self._set_head()
+        if _file_identity(self.path) != self._identity:
+            self._load()
+        short = {name: _shorten_value(value) for name, value in fields.items()}
+        entry: Entry = {
+            "n": self._count + 1,
+            "time": _format_time(time.time()),
+            **short,
+            "before": self._last,
+        }
+        if self._key is not None:
+            entry["signature"] = self._key.sign(_signed_bytes(entry), ECDSA(SHA384())).hex()
+        line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        self._write(line)
+        self._count += 1
+        self._last = _hash(line)
+        self._identity = _file_identity(self.path)
+        write_atomically(_head_path(self.path), self.head.encode(), private=True)
         return entry
 
     def entries(self) -> list[Entry]:
@@ -137,60 +137,34 @@ class AuditLog:
         Raises:
             UserError: If the log was changed.
         """
-        return _read(self.path, self._public)[0]
+        return self._load()
 
     @property
     def head(self) -> str:
         """Number of lines and hash of the last line, in the format `N:HASH`."""
         return f"{self._count}:{self._last}"
 
-    @property
-    def _public(self) -> EllipticCurvePublicKey | None:
-        return None if self._key is None else self._key.public_key()
-
-    def _read_new_lines(self) -> None:
-        """Read the lines that another process of this site appended.
-
-        Each new line must be signed, and the known lines must be unchanged.
-        """
-        self._catch_up(f"{self._count}:{self._last}", since=self._count)
-
-    def _catch_up(self, known_head: str | None = None, since: int | None = None) -> None:
-        _, self._count, self._last = _read(self.path, self._public, known_head, since)
-        length = _complete_length(self.path)
+    def _load(self) -> list[Entry]:
+        """Verify the log, which must contain the lines that this process knows."""
+        public = None if self._key is None else self._key.public_key()
+        entries, head = _read(self.path, public, self.head)
+        length = _content(self.path).rfind(b"\n") + 1
         if self.path.exists() and self.path.stat().st_size > length:
-            # Remove the incomplete line of a killed process, whose answer was never sent.
+            # Remove the incomplete line of a killed process or a full disk. Its answer was never
+            # sent.
             os.truncate(self.path, length)
-        self._stamp = _file_identity(self.path)
+        self._count = len(entries)
+        self._last = head.partition(":")[2]
+        self._identity = _file_identity(self.path)
+        return entries
 
     def _write(self, line: bytes) -> None:
-        """Append a line and flush the log to disk, or remove the partial line if this fails."""
+        """Append a line and flush the log to disk. If this fails, part of the line may remain."""
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        before = os.fstat(handle).st_size
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            os.truncate(self.path, before)
-            raise
-
-    def _sign(self, line: bytes) -> bytes:
-        if self._key is None:
-            return line
-        signature = self._key.sign(SIGNATURE_CONTEXT + line, ECDSA(SHA384()))
-        return line[:-1] + SIGNATURE_FIELD + signature.hex().encode() + b'"}'
-
-    def _lock(self) -> FileLock:
-        return FileLock(self.path.with_name(f".{self.path.name}.lock"), mode=0o600)
-
-    def _set_head(self) -> None:
-        # The file is not flushed to disk. After a power failure it may describe fewer lines than
-        # the log has, but never more.
-        handle = os.open(_head_of(self.path), os.O_WRONLY | os.O_CREAT, 0o600)
         with os.fdopen(handle, "wb") as file:
-            file.write(f"{self._count} {self._last}".ljust(HEAD_BYTES - 1).encode() + b"\n")
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def verify(
@@ -209,7 +183,7 @@ def verify(
             with the key. The message names the line.
     """
     # Unlike Path.exists, os.path.exists accepts names that are too long.
-    if not os.path.exists(path) and not os.path.exists(_head_of(path)):
+    if not os.path.exists(path):
         raise UserError(f"{path}: not found; the log of a node is audit.jsonl in the site's folder")
     return _read(path, key, head)[0]
 
@@ -223,7 +197,7 @@ def verified_head(path: Path) -> str:
     Raises:
         UserError: If the log was changed.
     """
-    return ":".join(map(str, _read(path)[1:]))
+    return _read(path)[1]
 
 
 def format_entries(entries: Iterable[Entry]) -> list[str]:
@@ -305,36 +279,27 @@ def traffic_totals(entries: Iterable[Entry], run: str | None = None) -> TrafficT
 
 
 def _read(
-    path: Path,
-    key: EllipticCurvePublicKey | None = None,
-    known_head: str | None = None,
-    since: int | None = None,
-) -> tuple[list[Entry], int, str]:
+    path: Path, key: EllipticCurvePublicKey | None = None, known_head: str | None = None
+) -> tuple[list[Entry], str]:
     """Read and verify a log.
 
-    A process that was killed may leave lines that the head does not include, and an incomplete last
-    line.
+    The incomplete last line of a killed process is left out.
 
     Args:
         path: Path of the log.
         key: Public key of the site. If None, signatures are not checked.
-        known_head: Earlier head, `N:HASH`, which the log must contain.
-        since: Number of a line after which every line must be signed. If None, only the last line
-            must be signed, because this signature covers all earlier lines.
+        known_head: Earlier head, `N:HASH`, which the log must contain, in addition to the head next
+            to the log.
 
     Returns:
-        The entries, the number of lines, and the hash of the last line.
+        The entries and the head.
 
     Raises:
         UserError: If the log was changed.
     """
-    lines = _bytes(path).splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-    count, head = _head(path)
+    lines = _content(path).split(b"\n")[:-1]
     entries: list[Entry] = []
-    hashes: list[str] = []
-    last = INITIAL_HASH
+    hashes = [INITIAL_HASH]
     for number, line in enumerate(lines, 1):
         entry = _entry(line, f"{path}: line {number}")
         if entry["n"] != number:
@@ -342,22 +307,18 @@ def _read(
                 f"{path}: line {number}: expected number {number}, got {entry['n']}; "
                 "a line was removed or moved"
             )
-        if entry["before"] != last:
+        if entry["before"] != hashes[-1]:
             raise UserError(f"{path}: line {max(1, number - 1)}: changed after it was written")
         entries.append(entry)
-        last = _hash(line)
-        if number == count and last != head:
-            raise UserError(f"{path}: line {number}: changed after it was written")
-        hashes.append(last)
-    if len(lines) < count:
-        what = f"expected {count} lines, got {len(lines)}"
-        raise UserError(f"{path}: line {len(lines) + 1}: {what}; the log was truncated")
-    if key is not None:
-        for number in range(len(lines) if since is None else since + 1, len(lines) + 1):
-            _check_signature(path, lines, number, key)
-    if known_head is not None:
-        _check_known_head(path, hashes, known_head)
-    return entries, len(lines), last
+        hashes.append(_hash(line + b"\n"))
+    stored_head = _content(_head_path(path)).decode(errors="replace").strip()
+    for head in (stored_head, known_head):
+        if head:
+            _check_head(path, hashes, head)
+    # The signature of the last line covers all earlier lines.
+    if key is not None and entries:
+        _check_signature(path, entries[-1], key)
+    return entries, f"{len(entries)}:{hashes[-1]}"
 
 
 def _entry(line: bytes, where: str) -> Entry:
@@ -367,82 +328,54 @@ def _entry(line: bytes, where: str) -> Entry:
         UserError: If a field is missing or has a wrong type.
     """
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        entry = None
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: expected a JSON object; the line was changed")
-    for name, kind in FIELDS.items():
-        if not _has_type(entry.get(name), kind) and (name in entry or name in REQUIRED):
-            found = one_line(entry[name], 60) if name in entry else "no value"
-            raise UserError(
-                f"{where}: {name}: expected {kind.__name__}, got {found}; the line was changed"
-            )
-    if not all(isinstance(kind, str) for kind in entry.get("kinds", [])):
-        raise UserError(f"{where}: kinds: expected a list of strings; the line was changed")
-    for charge in entry.get("spent", []):
-        if not isinstance(charge, dict) or not all(
-            _has_type(charge.get(name), kind) for name, kind in CHARGE.items()
-        ):
-            raise UserError(
-                f"{where}: spent: expected {', '.join(CHARGE)}, got {one_line(charge, 60)}; "
-                "the line was changed"
-            )
+        _Line.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        name = ": ".join(str(part) for part in (*first["loc"], first["msg"]))
+        raise UserError(f"{where}: {name}; the line was changed") from None
+    entry: Entry = json.loads(line)
     return entry
 
 
-def _has_type(value: Any, kind: type) -> bool:
-    """Return whether a value is of type `kind` and, if it is an integer, fits into 64 bits."""
-    if isinstance(value, bool):
-        return False
-    if isinstance(value, int):
-        return kind in (int, float) and value.bit_length() <= 64
-    return isinstance(value, kind)
-
-
-def _check_signature(
-    path: Path, lines: list[bytes], number: int, key: EllipticCurvePublicKey
-) -> None:
-    """Check the signature of line `number`, counted from 1.
-
-    Raises:
-        UserError: If the line is not signed with the key.
-    """
-    if number == 0:
-        return
-    line, _, rest = lines[number - 1].rpartition(SIGNATURE_FIELD)
+def _check_signature(path: Path, entry: Entry, key: EllipticCurvePublicKey) -> None:
     try:
-        # `bytes.fromhex` also accepts upper-case digits and spaces, which would change the hash of
-        # the line but not the signature.
-        digits = rest.decode().removesuffix('"}\n')
-        signature = bytes.fromhex(digits)
-        if signature.hex() != digits:
-            raise ValueError("expected lower-case hexadecimal digits")
-        key.verify(signature, SIGNATURE_CONTEXT + line + b"}", ECDSA(SHA384()))
+        signature = bytes.fromhex(str(entry.get("signature")))
+        key.verify(signature, _signed_bytes(entry), ECDSA(SHA384()))
     except (InvalidSignature, ValueError):
-        raise UserError(f"{path}: line {number}: not signed with this site's key") from None
+        raise UserError(f"{path}: line {entry['n']}: not signed with this site's key") from None
 
 
-def _check_known_head(path: Path, hashes: list[str], known_head: str) -> None:
+def _signed_bytes(entry: Entry) -> bytes:
+    """Return the bytes of an entry that its signature covers."""
+    content = {name: value for name, value in entry.items() if name != "signature"}
+    return SIGNATURE_CONTEXT + json.dumps(content, ensure_ascii=False).encode()
+
+
+def _check_head(path: Path, hashes: list[str], head: str) -> None:
     """Check that a log contains an earlier head.
+
+    Args:
+        path: Path of the log.
+        hashes: The hash before the first line, and the hash of each line.
+        head: The earlier head.
 
     Raises:
         UserError: If the log does not contain the head, or the head is malformed.
     """
-    number, _, found = known_head.partition(":")
-    if not number.isdecimal() or len(number) > MAX_NUMBER_DIGITS or len(found) != len(INITIAL_HASH):
+    match = HEAD_PATTERN.fullmatch(head)
+    if match is None:
         raise ArgumentError(
-            f"head: expected N:HASH as printed by `hetero-fl audit-log`, "
-            f"got '{one_line(known_head, 90)}'"
+            f"{path}: head: expected N:HASH as printed by `hetero-fl audit-log`, "
+            f"got '{one_line(head, 90)}'"
         )
-    if int(number) > len(hashes):
+    number = int(match[1])
+    if number >= len(hashes):
         raise UserError(
-            f"{path}: expected at least {number} lines, got {len(hashes)}; the log was truncated"
+            f"{path}: line {len(hashes)}: expected at least {number} lines, "
+            f"got {len(hashes) - 1}; the log was truncated"
         )
-    if [INITIAL_HASH, *hashes][int(number)] != found:
-        raise UserError(
-            f"{path}: line {number}: differs from the given head; the log was rewritten"
-        )
+    if hashes[number] != match[2]:
+        raise UserError(f"{path}: line {number}: differs from a known head; the log was rewritten")
 
 
 def _shorten_value(value: Any) -> Any:
@@ -454,28 +387,7 @@ def _shorten_value(value: Any) -> Any:
     return value
 
 
-def _head(path: Path) -> tuple[int, str]:
-    head = _head_of(path)
-    try:
-        count, last = head.read_text(encoding="ascii").split()
-        if count.isdecimal() and len(last) == len(INITIAL_HASH):
-            return int(count), last
-    except FileNotFoundError:
-        if not path.exists() or path.stat().st_size == 0:
-            return 0, INITIAL_HASH
-        raise UserError(
-            f"{path}: {head.name} not found, which contains the number of lines; restore it"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{head}: cannot be read ({error.strerror})") from None
-    except ValueError:
-        pass
-    raise UserError(
-        f"{path}: {head.name}: expected a number of lines and a hash; the file was changed"
-    )
-
-
-def _head_of(path: Path) -> Path:
+def _head_path(path: Path) -> Path:
     return path.with_name(path.name + ".head")
 
 
@@ -488,8 +400,8 @@ def _file_identity(path: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _bytes(path: Path) -> bytes:
-    """Return the content of a log, or empty bytes if the file does not exist.
+def _content(path: Path) -> bytes:
+    """Return the content of a file, or empty bytes if the file does not exist.
 
     Raises:
         UserError: If the file cannot be read.
@@ -500,11 +412,6 @@ def _bytes(path: Path) -> bytes:
         return b""
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _complete_length(path: Path) -> int:
-    """Return the number of bytes up to the end of the last complete line."""
-    return _bytes(path).rfind(b"\n") + 1
 
 
 def _hash(line: bytes) -> str:
@@ -546,7 +453,7 @@ class SiteUsage:
     trained: set[bytes] = field(default_factory=set)
     tasks: OrderedDict[str, bytes] = field(default_factory=OrderedDict)
     one_time_charges: set[str] = field(default_factory=set)
-    steps: dict[tuple[float, float], int] = field(default_factory=dict)
+    steps: Counter[tuple[float, float]] = field(default_factory=Counter)
 
     @classmethod
     def from_log(cls, entries: Iterable[Entry], run: str) -> SiteUsage:
@@ -562,29 +469,15 @@ class SiteUsage:
         return usage
 
     def add_entry(self, entry: Entry) -> None:
-        """Update the usage with an entry of the log.
-
-        Raises:
-            UserError: If the entry of a task lacks a field, or its digest is not hexadecimal.
-        """
-        charges = entry.get("spent", ())
-        is_task = entry.get("run") == self.run and "asked" in entry and entry["outcome"] != REPEATED
-        if is_task:
-            try:
-                digest = bytes.fromhex(entry["asked"])
-                task = entry["task"]
-                one_time = {charge["once"] for charge in charges} - {""}
-            except (KeyError, ValueError, TypeError):
-                raise UserError(
-                    f"audit log: line {entry['n']}: expected task, asked in hexadecimal digits and "
-                    "spent with once; the line was changed"
-                ) from None
+        """Update the usage with an entry of the log."""
         self.sent += entry["out"]
-        self.steps = add_steps(self.steps, charges)
-        if not is_task:
+        charges = entry.get("spent", ())
+        self.steps += count_steps(charges)
+        if entry.get("run") != self.run or "asked" not in entry or entry["outcome"] == REPEATED:
             return
-        self.one_time_charges |= one_time
-        self.tasks[task] = digest
+        self.one_time_charges |= {charge["once"] for charge in charges} - {""}
+        digest = bytes.fromhex(entry["asked"])
+        self.tasks[entry.get("task", "")] = digest
         if len(self.tasks) > MAX_KNOWN_TASKS:
             self.tasks.popitem(last=False)
         if entry["outcome"] in ANSWERED:
@@ -601,21 +494,17 @@ class SiteUsage:
         Returns:
             Sorted tuples (noise multiplier, sampling rate, number of steps).
         """
-        total = add_steps(self.steps, charges)
+        total = self.steps + count_steps(charges)
         return tuple(sorted((*mechanism, count) for mechanism, count in total.items()))
 
 
-def add_steps(
-    steps: Mapping[tuple[float, float], int], charges: Iterable[Mapping[str, Any]]
-) -> dict[tuple[float, float], int]:
-    """Return the number of steps of each privacy mechanism after additional charges.
+def count_steps(charges: Iterable[Mapping[str, Any]]) -> Counter[tuple[float, float]]:
+    """Return the number of steps of charges, keyed by (noise multiplier, sampling rate).
 
     Args:
-        steps: Number of steps so far, keyed by (noise multiplier, sampling rate).
-        charges: Additional charges, as in entries of the log.
+        charges: Charges as in entries of the log.
     """
-    total = dict(steps)
+    steps: Counter[tuple[float, float]] = Counter()
     for charge in charges:
-        mechanism = (float(charge["noise"]), float(charge["rate"]))
-        total[mechanism] = total.get(mechanism, 0) + int(charge["steps"])
-    return total
+        steps[float(charge["noise"]), float(charge["rate"])] += int(charge["steps"])
+    return steps

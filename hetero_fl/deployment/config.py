@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -227,36 +228,34 @@ def load_site_config(
         ClientSettings.model_validate(site.settings(), context={ALLOW_CODE: True})
     except ValidationError as error:
         raise UserError(f"{path}: {describe_error(error, raw, SiteConfig)}") from None
-    if site.data is not None:
-        site = site.model_copy(update={"data": _with_absolute_path(site.data, path.parent)})
-    for name in ("encrypt", "shared_key", "key"):
-        if (file := getattr(site, name)) is not None:
-            site = site.model_copy(update={name: str((path.parent / file).resolve())})
+    folder = path.parent
+    files = {name: getattr(site, name) for name in ("encrypt", "shared_key", "key")}
+    absolute: dict[str, Any] = {
+        name: _absolute(file, folder) for name, file in files.items() if file is not None
+    }
     if site.allows.keys is not None:
-        keys = {
-            name: str((path.parent / file).resolve()) for name, file in site.allows.keys.items()
-        }
-        allows = site.allows.model_copy(update={"keys": keys})
-        site = site.model_copy(update={"allows": allows})
-    return site, (path.parent / site.folder).resolve()
+        keys = {client: _absolute(file, folder) for client, file in site.allows.keys.items()}
+        absolute["allows"] = site.allows.model_copy(update={"keys": keys})
+    if site.data is not None:
+        absolute["data"] = _with_absolute_path(site.data, folder)
+    return site.model_copy(update=absolute), Path(_absolute(site.folder, folder))
+
+
+def _absolute(file: str, folder: Path) -> str:
+    """Return the absolute path of a file, whose path may be relative to `folder`."""
+    return str((folder / Path(file).expanduser()).resolve())
 
 
 def _with_absolute_path(source: SourceConfig, folder: Path) -> SourceConfig:
-    """Return a source whose path, or folder after `hf:`, is absolute.
-
-    Args:
-        source: The source.
-        folder: Folder of the site file, which relative paths start from.
-    """
+    """Return a source whose path, or folder after `hf:`, is absolute."""
     if source.path is not None:
-        absolute = (folder / Path(source.path).expanduser()).resolve()
-        return source.model_copy(update={"path": str(absolute)})
-    if source.name.startswith(HUB_PREFIX):
-        reference = source.name.removeprefix(HUB_PREFIX)
-        absolute = (folder / Path(reference).expanduser()).resolve()
-        # Names of the hub look like relative paths.
-        if reference and (absolute.exists() or reference.startswith((".", "~"))):
-            return source.model_copy(update={"name": f"{HUB_PREFIX}{absolute}"})
+        return source.model_copy(update={"path": _absolute(source.path, folder)})
+    reference = source.name.removeprefix(HUB_PREFIX)
+    absolute = _absolute(reference, folder)
+    # Names of the hub look like relative paths.
+    is_folder = reference.startswith((".", "~")) or os.path.exists(absolute)
+    if source.name.startswith(HUB_PREFIX) and reference and is_folder:
+        return source.model_copy(update={"name": f"{HUB_PREFIX}{absolute}"})
     return source
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.config import Config, expand_population
 from hetero_fl.deployment.config import SiteConfig, check_site_data
-from hetero_fl.deployment.flower.worker_socket import receive, send
+from hetero_fl.deployment.flower.worker import receive, send
 from hetero_fl.deployment.monitoring import EventLog, LoggedNode
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_keys import load_node_key, make_node_key

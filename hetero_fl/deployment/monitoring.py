@@ -6,50 +6,45 @@ import json
 import os
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from copy import deepcopy
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from hetero_fl.config.schema import STATISTIC_SUFFIXES
+from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.messages import versions
 from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.node_keys import load_node_key
 from hetero_fl.deployment.transport import Envelope
+from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.processes import is_process_running
 from hetero_fl.utils.serialization import check_entries, write_atomically
-
-if TYPE_CHECKING:
-    pass
 
 # Maximum number of characters of a log message.
 MAX_MESSAGE_CHARS = 2000
 
 
 class EventLog:
-    """Thread-safe log of the events of a server or node.
+    """Log of the events of a server or node.
 
     Args:
         line_format: "text", or "json" for one object per line with `time` (UTC), `message` and
             fields such as `run`, `round` and `client`.
         stream: Output stream. If None, stderr is used.
-        **fields: Fields that are added to all JSON lines. Fields that are None are left out.
-
-    Attributes:
-        quiet: Whether output is suppressed.
+        **fields: Fields that are added to all JSON lines.
     """
 
     def __init__(
         self, line_format: str = "text", stream: TextIO | None = None, **fields: Any
     ) -> None:
         self.line_format = line_format
-        self.fields = {name: value for name, value in fields.items() if value is not None}
+        self.fields = fields
         self._stream = stream
-        self._writing = threading.Lock()
-        self.quiet = False
 
     def __call__(self, line: str, **fields: Any) -> None:
         """Log an event.
@@ -59,20 +54,16 @@ class EventLog:
             **fields: Additional fields of a JSON line. Fields that are None are left out.
         """
         line = one_line(line, MAX_MESSAGE_CHARS)
+        now = datetime.now(timezone.utc)
         if self.line_format == "json":
-            now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-            known = {
-                name: value
-                for name, value in {**self.fields, **fields}.items()
-                if value is not None
-            }
-            line = json.dumps({"time": now, "message": line, **known})
+            known = {n: v for n, v in {**self.fields, **fields}.items() if v is not None}
+            line = json.dumps(
+                {"time": now.isoformat(timespec="milliseconds"), "message": line, **known}
+            )
         else:
-            line = f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}"
-        if self.quiet:
-            return
-        with self._writing:
-            print(line, file=self._stream or sys.stderr, flush=True)
+            line = f"{now.astimezone():%Y-%m-%d %H:%M:%S}  {line}"
+        # In one call, because other threads write, too.
+        print(f"{line}\n", end="", file=self._stream or sys.stderr, flush=True)
 
 
 class LoggedNode:
@@ -85,7 +76,7 @@ class LoggedNode:
 
     def __init__(self, node: Node, log: EventLog) -> None:
         self._node = node
-        self._log = log
+        self.log = log
 
     def handle(self, envelope: Envelope) -> Envelope:
         """Answer a message (see `Node.handle`) and log the task if the message contains one."""
@@ -104,7 +95,27 @@ class LoggedNode:
         sizes = {"bytes_in": len(request.body), "bytes_out": len(answer.body)}
         line = f"round {number}: {what}: {answer.head.get('ask')!s} in {seconds:.2f} s"
         line += f", {sizes['bytes_in']:,} bytes received, {sizes['bytes_out']:,} bytes sent"
-        self._log(line, run=run, round=number, task=what, seconds=float(f"{seconds:.3f}"), **sizes)
+        self.log(line, run=run, round=number, task=what, seconds=round(seconds, 3), **sizes)
+
+
+@contextmanager
+def open_node(site: SiteConfig, folder: Path) -> Iterator[LoggedNode]:
+    """Lock the folder of a site, and yield its node.
+
+    Args:
+        site: Configuration of the site.
+        folder: Folder of the site.
+
+    Raises:
+        UserError: If the private key is invalid, another process uses the folder, or the audit log
+            was changed.
+    """
+    key = None if site.key is None else load_node_key(Path(site.key))
+    log = EventLog(site.logs, client=site.client)
+    with lock_folder(folder) as notes:
+        for line in notes:
+            log(line)
+        yield LoggedNode(Node(site, folder, log, key), log)
 
 
 # Name of the status file in the run directory.
@@ -124,12 +135,8 @@ class RunStatus:
 
     def __init__(self, path: Path, clients: Collection[str]) -> None:
         self._path = path
-        self._changing = threading.RLock()
         self._present: Callable[[], Collection[str]] = tuple
         self._logs: Callable[[], Mapping[str, str]] = dict
-        # For each client, whether it is connected and the time of the last change.
-        self._nodes: dict[str, tuple[bool, float | None]] = dict.fromkeys(clients, (False, None))
-        self._events: list[dict[str, Any]] = []
         self._tree: dict[str, Any] = {
             "phase": "waiting",
             "run": None,
@@ -146,18 +153,20 @@ class RunStatus:
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "versions": versions(),
+            # For each client, whether it is connected and the time of the last change.
+            "nodes": {client: {"here": False, "since": None} for client in sorted(clients)},
+            "events": [],
         }
 
     def update(self, **known: Any) -> None:
         """Update entries of the status.
 
         Args:
-            **known: New values of entries such as `phase` (waiting, running, stopping, done,
-                interrupted or failed), `run` and `name`.
+            **known: New values of entries such as `phase` (waiting, running, done, interrupted or
+                failed), `run` and `name`.
         """
-        with self._changing:
-            self._tree |= known
-            self._write()
+        self._tree |= known
+        self._write()
 
     def set_presence_source(self, present: Callable[[], Collection[str]]) -> None:
         """Set the function that returns the ids of the connected clients."""
@@ -169,9 +178,8 @@ class RunStatus:
 
     def add_event(self, line: str) -> None:
         """Add a line to the recent events, of which the last 20 are kept."""
-        with self._changing:
-            self._events = [*self._events, {"time": time.time(), "message": line}][-MAX_EVENTS:]
-            self._write()
+        event = {"time": time.time(), "message": line}
+        self.update(events=[*self._tree["events"], event][-MAX_EVENTS:])
 
     def add_record(self, record: Mapping[str, Any]) -> None:
         """Add the record of a completed round to the status.
@@ -181,47 +189,39 @@ class RunStatus:
         Args:
             record: Record in the format of a line of `metrics.jsonl`.
         """
-        with self._changing:
-            tree = self._tree
-            # A resumed run repeats rounds after the last checkpoint.
-            if record["round"] <= tree["round"]:
-                return
-            tree["round"] = record["round"]
-            for name in ("up_bytes", "down_bytes"):
-                tree[name] += record[name]
-            tree["failures"] += len(record["failed"])
-            tree["seconds"] = sum(record["seconds"].values())
-            tree["epsilon"] = (
-                record["privacy"]["epsilon"] if "privacy" in record else tree["epsilon"]
-            )
-            for name in SCORE_KEYS:
-                if scores := record.get(name):
-                    tree[name] = {
-                        m: v for m, v in scores.items() if not m.endswith(STATISTIC_SUFFIXES)
-                    }
-            self._write()
+        tree = self._tree
+        # A resumed run repeats rounds after the last checkpoint.
+        if record["round"] <= tree["round"]:
+            return
+        scores = {
+            name: {m: v for m, v in record[name].items() if not m.endswith(STATISTIC_SUFFIXES)}
+            for name in SCORE_KEYS
+            if record.get(name)
+        }
+        self.update(
+            round=record["round"],
+            up_bytes=tree["up_bytes"] + record["up_bytes"],
+            down_bytes=tree["down_bytes"] + record["down_bytes"],
+            failures=tree["failures"] + len(record["failed"]),
+            seconds=sum(record["seconds"].values()),
+            epsilon=record.get("privacy", tree)["epsilon"],
+            **scores,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the status as plain values.
 
         Times are in seconds since the epoch. The entry `seconds` is the duration of the last round.
         """
-        with self._changing:
-            now = time.time()
-            present = set(self._present())
-            for client, (here, _) in self._nodes.items():
-                if here != (client in present):
-                    self._nodes[client] = not here, now
-            logs = self._logs()
-            nodes = {
-                client: {
-                    "here": here,
-                    "since": since,
-                    **({"log": logs[client]} if client in logs else {}),
-                }
-                for client, (here, since) in sorted(self._nodes.items())
-            }
-            return {**self._tree, "nodes": nodes, "events": self._events, "updated": now}
+        now = time.time()
+        present = self._present()
+        logs = self._logs()
+        for client, node in self._tree["nodes"].items():
+            if node["here"] != (client in present):
+                node |= {"here": client in present, "since": now}
+            if client in logs:
+                node["log"] = logs[client]
+        return {**deepcopy(self._tree), "updated": now}
 
     def _write(self) -> None:
         # Before the configuration is written, the run directory does not exist.
@@ -245,20 +245,13 @@ def read_status(folder: Path) -> dict[str, Any]:
     check_entries(folder)
     try:
         tree = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
-        if tree["phase"] not in ("done", "failed", "interrupted") and not _is_process_alive(tree):
-            tree["phase"] = "gone"
+        has_ended = tree["phase"] in ("done", "failed", "interrupted")
+        # The process is assumed to run on other machines.
+        if not has_ended and tree["host"] == socket.gethostname():
+            tree["phase"] = tree["phase"] if is_process_running(int(tree["pid"])) else "gone"
     except FileNotFoundError:
         what = f"{STATUS_FILE} not found" if folder.is_dir() else "folder not found"
-        raise UserError(
-            f"{folder}: {what}; expected a run directory of a server, or the address of its metrics"
-        ) from None
+        raise UserError(f"{folder}: {what}; expected the run directory of a federation") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / STATUS_FILE}: cannot be read ({error})") from None
     return dict(tree)
-
-
-def _is_process_alive(tree: Mapping[str, Any]) -> bool:
-    """Return whether the server process is running, which is assumed on other machines."""
-    if tree["host"] != socket.gethostname():
-        return True
-    return is_process_running(int(tree["pid"]))

@@ -186,6 +186,7 @@ class ParticipatingRun:
         self.worker = Worker(setup, 0)
         self.policy = Policy(site, prepared, self.usage)
         self.worker.runtime.review_upload = review_upload
+        self.worker.runtime.guard = self.policy.guard
         self.is_prepared = True
         return fingerprint
 
@@ -313,12 +314,13 @@ def _run_job(joined: ParticipatingRun, job: WorkerJob, what: str) -> JobResult:
         what: Description of the job for error messages.
 
     Raises:
-        RequestRefusedError: If the request is malformed.
+        RequestRefusedError: If the request is malformed or exceeds a limit of the site.
         UserError: If the site does not share an item of the upload, or its data cannot be used.
         RunFailedError: If the job failed with another exception.
     """
     done = joined.worker.run_job(job)
     issue_warnings(done.warnings, joined.warned)
+    joined.policy.check_refusal()
     if isinstance(done.error, PayloadError):
         raise RequestRefusedError(f"{what}: {done.error}")
     if isinstance(done.error, UserError):
@@ -558,12 +560,14 @@ class Node:
             raise RequestRefusedError(f"task {task[:12]}: was sent before with different content")
         if digest in usage.answered:
             self._line["outcome"] = REPEATED
-        if spent := joined.policy.check(kind, request, digest):
-            self._line["spent"] = spent
+        joined.policy.start_task(kind, request, digest)
         if (stored := storage.read("answer")) is not None:
             known = decode(stored, FORM)
             if known["head"]["task"] == task:
                 self._line["kinds"] = ["what was answered before"]
+                if digest not in usage.answered:
+                    joined.policy.check_budget(known["spent"])
+                    self._line["spent"] = known["spent"]
                 body = as_bytes(known["body"])
                 joined.policy.check_size(len(body), upload=True)
                 return Envelope(known["head"], body)
@@ -573,7 +577,10 @@ class Node:
         names = [name for name in str(head.get("spare", "")).split(",") if name]
         protected = [check_file_name(name) for name in names][:MAX_STATES]
         answer = self._answer_request(joined, request, base, task, protected)
-        storage.write("answer", encode({"head": answer.head, "body": as_tensor(answer.body)}, FORM))
+        spent = joined.policy.task.spent
+        kept = {"head": answer.head, "body": as_tensor(answer.body), "spent": spent}
+        storage.write("answer", encode(kept, FORM))
+        self._line |= {"spent": spent} if spent else {}
         return answer
 
     def _answer_request(
@@ -613,6 +620,7 @@ class Node:
             storage.drop("notes")
         reply = done.replies[client]
         if isinstance(reply, NoUploadError):
+            joined.policy.charge_outcome()
             self.log(f"failed: {one_line(reply)}")
             return message(
                 "failed", why=str(reply) if self.site.tells.errors else "failed", task=task

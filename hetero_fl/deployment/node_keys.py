@@ -5,7 +5,6 @@ Flower's tools accept this format.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -40,9 +39,8 @@ def make_node_key(path: Path) -> EllipticCurvePrivateKey:
         raise UserError(f"{path}: already exists; choose another name or delete it")
     key = generate_private_key(SECP384R1())
     openssh = serialization.PrivateFormat.OpenSSH
-    _write_secret(
-        path, key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
-    )
+    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
+    write_atomically(path, private, private=True)
     public = key.public_key().public_bytes(
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
@@ -57,18 +55,17 @@ def public_bytes(key: PublicKey) -> bytes:
     )
 
 
-def load_node_key(path: Path, whose: str = "a node's") -> EllipticCurvePrivateKey:
+def load_node_key(path: Path) -> EllipticCurvePrivateKey:
     """Load the private key of a node.
 
     Args:
         path: Path of the key in PEM or OpenSSH format.
-        whose: Owner of the key, for error messages.
 
     Raises:
         UserError: If the file cannot be read or is not a private key, the key has a passphrase,
             Flower does not support the key, or other users can read the file.
     """
-    data = _read(path, f"{whose} private key")
+    data = _read(path, "a node's private key")
     if b"PRIVATE" not in data and data.startswith((b"ecdsa-", b"ssh-", b"-----BEGIN PUBLIC")):
         raise UserError(
             f"{path}: expected a private key, got the public key; use the file without .pub"
@@ -120,9 +117,3 @@ def _read(path: Path, what: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {what} cannot be read ({error.strerror})") from None
-
-
-def _write_secret(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)

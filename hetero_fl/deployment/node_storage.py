@@ -34,7 +34,10 @@ def load_or_create_key(path: Path) -> bytes:
         UserError: If the file cannot be read, is not a key or can be read by other users.
     """
     if not path.exists():
-        _create_key(path)
+        new_folders = [folder for folder in path.parents if not folder.exists()]
+        write_atomically(path, secrets.token_bytes(KEY_LENGTH), private=True)
+        for folder in new_folders:
+            sync_folder(folder.parent)
     try:
         key = path.read_bytes()
     except OSError as error:
@@ -43,19 +46,6 @@ def load_or_create_key(path: Path) -> bytes:
         raise UserError(f"{path}: expected a key of 32 bytes, got {len(key)} bytes")
     check_private(path)
     return key
-
-
-def _create_key(path: Path) -> None:
-    """Write a new key and flush the file and all new folders to disk."""
-    new_folders = [folder for folder in path.parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(secrets.token_bytes(KEY_LENGTH))
-        file.flush()
-        os.fsync(file.fileno())
-    for folder in (path.parent, *(new.parent for new in new_folders)):
-        sync_folder(folder)
 
 
 class NodeStorage:

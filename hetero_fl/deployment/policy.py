@@ -1,8 +1,7 @@
-"""Permissions of a site, checked before a task runs and before data leave the site.
+"""Permissions of a site, checked while a task runs and before data leave the site.
 
-The limits are defined in the site file. Before a task runs, a dry run of the method's plan computes
-the number of training steps and the privacy charges. Each item of an upload is checked again before
-the upload is encoded.
+The limits are defined in the site file. While a task runs, each step is counted and charged before
+it is computed. Each item of an upload is checked before the upload is encoded.
 """
 
 from __future__ import annotations
@@ -10,35 +9,34 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from typing_extensions import override
+from torch import Tensor
 
-from hetero_fl.algorithms.round_parts import describe_unshared
-from hetero_fl.communication.protocol import Message, encoded
+from hetero_fl.algorithms.round_parts import common_part, describe_unshared, permitted_part
+from hetero_fl.communication.protocol import Message
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.config.describe import result_relevant
-from hetero_fl.config.privacy import PrivacyConfig
+from hetero_fl.core.participant import Columns, Participant
 from hetero_fl.core.payload import Payload
-from hetero_fl.core.plan import Fit, SampledBatches
+from hetero_fl.core.plan import Fit, SampledBatches, Step
 from hetero_fl.data.registry import is_shipped
 from hetero_fl.deployment.audit_log import TRAIN, SiteUsage
-from hetero_fl.deployment.config import AllowsConfig, BudgetConfig, SiteConfig
+from hetero_fl.deployment.config import AllowsConfig, SiteConfig
 from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.engine.batches import step_count
-from hetero_fl.engine.driver import Work, run_plan
+from hetero_fl.engine.driver import Backend, Work
+from hetero_fl.engine.templates import Templates
 from hetero_fl.experiment.preparation import PreparedRun
-from hetero_fl.federation.channel import FederationLinks
-from hetero_fl.federation.expected import DryRunBackend, ExpectedUploads
 from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.privacy.accounting import PrivacyCharge, epsilon_of_mechanisms
-from hetero_fl.privacy.client_side import WITHIN_CLIP
-from hetero_fl.privacy.dp_sgd import is_private, sampling_plan
+from hetero_fl.privacy.client_side import WITHIN_CLIP, ClientPrivacy
+from hetero_fl.privacy.dp_sgd import is_private, step_charge
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError, suggest_or_list
 
@@ -265,15 +263,9 @@ def _format_number(number: float) -> str:
 
 def _is_allowed(share: str, allowed: Sequence[str]) -> bool:
     """Return whether a share is contained in the allowed shares."""
-    if share in allowed:
-        return True
-    part = "backbone." if share == "backbone" else share
-    wider = [
-        "backbone." if a == "backbone" else a for a in allowed if a == "backbone" or a.endswith(".")
-    ]
-    return part.endswith(".") and (
-        "parameters" in allowed or any(part.startswith(w) for w in wider)
-    )
+    part = permitted_part([share])
+    is_contained = common_part(part, permitted_part(allowed)) == part
+    return share in allowed or (bool(part) and is_contained)
 
 
 def task_digest(kind: str, request: Message, base: str) -> bytes:
@@ -296,40 +288,60 @@ def task_digest(kind: str, request: Message, base: str) -> bytes:
     return hashlib.sha256(repr(content).encode()).digest()
 
 
-class StepCountingBackend(DryRunBackend):
-    """Backend that counts the training steps and epochs of a plan without training.
+@dataclass(frozen=True)
+class PolicyBackend:
+    """Backend that reviews each step before another backend computes the step.
 
-    Attributes:
-        steps: Number of optimizer steps so far.
-        epochs: Number of passes over the rows so far.
-        privacy: Privacy settings if the steps on private rows sample these rows, otherwise None.
+    Args:
+        backend: Backend that computes the steps.
+        review: Function that counts a step of a participant. It raises an exception to refuse the
+            step.
     """
 
-    steps = 0
-    epochs = 0.0
-    privacy: PrivacyConfig | None = None
+    backend: Backend
+    review: Callable[[Participant, Step], None]
 
-    @override
+    @property
+    def templates(self) -> Templates:
+        """Model templates of the wrapped backend."""
+        return self.backend.templates
+
     def run(self, work: Work) -> list[Any]:
+        """Review all steps, and return their results in the order of `work`."""
         for participant, step in work:
-            if isinstance(step, Fit):
-                if isinstance(step.data, SampledBatches):
-                    self.steps += step_count(step.data.size, step)
-                    continue
-                rows = len(next(iter(step.data.columns(participant).values())))
-                if self.privacy is not None and is_private(step):
-                    rate, count = sampling_plan(rows, step, rate=self.privacy.sample_rate)
-                    self.steps += count
-                    self.epochs += count * rate
-                    continue
-                count = step_count(rows, step)
-                self.steps += count
-                self.epochs += (
-                    step.epochs
-                    if step.steps is None
-                    else step.steps * step.batch_size / max(1, rows)
-                )
-        return super().run(work)
+            self.review(participant, step)
+        return self.backend.run(work)
+
+
+@dataclass
+class TaskUsage:
+    """What a task has used so far.
+
+    Args:
+        is_training: Whether the task is training.
+        is_repeated: Whether the task was answered before. The answer is identical and costs
+            nothing.
+
+    Attributes:
+        steps: Number of optimizer steps.
+        epochs: Number of passes over the rows.
+        charges: Privacy charges of the steps.
+        reads_counts: Whether the plan has read the label counts.
+        has_outcome: Whether the task has an upload, or has failed, which reveals as much.
+        spent: Charges of the task as entries of the audit log, without one-time charges that have
+            already been made.
+        refusal: The error with which the policy has refused the task, or None.
+    """
+
+    is_training: bool = False
+    is_repeated: bool = False
+    steps: int = 0
+    epochs: float = 0.0
+    charges: list[PrivacyCharge] = field(default_factory=list)
+    reads_counts: bool = False
+    has_outcome: bool = False
+    spent: list[dict[str, Any]] = field(default_factory=list)
+    refusal: RequestRefusedError | None = None
 
 
 @dataclass
@@ -340,6 +352,9 @@ class Policy:
         site: Configuration of the site.
         prepared: The prepared run.
         usage: Completed tasks, and privacy and traffic usage of the site.
+
+    Attributes:
+        task: Usage of the current task.
     """
 
     site: SiteConfig
@@ -352,11 +367,12 @@ class Policy:
         federation = self.prepared.federation
         self.specs = method.uploads
         self.client_info = federation.client_infos[self.site.client]
-        self.links = FederationLinks(method, federation)
         self.protocol = make_protocol(method, federation)
+        self.privacy = ClientPrivacy.from_federation(method, federation)
         self.summed = federation.channel.summed if method.uploads else ""
+        self.task = TaskUsage()
 
-    def check(self, kind: str, request: Message, digest: bytes) -> list[dict[str, Any]]:
+    def start_task(self, kind: str, request: Message, digest: bytes) -> None:
         """Check a task before it runs.
 
         Args:
@@ -364,12 +380,8 @@ class Policy:
             request: Request of the server.
             digest: Digest of the task from `task_digest`.
 
-        Returns:
-            Privacy charges of the task as entries of the audit log. The list is empty for
-            evaluations, for repeated tasks and without a privacy budget.
-
         Raises:
-            RequestRefusedError: If the site does not allow the task.
+            RequestRefusedError: If the task is not part of the run.
         """
         rounds = self.prepared.config.rounds
         # The evaluation after the last round has the index of the next round.
@@ -380,57 +392,28 @@ class Policy:
                 "not part of this run",
                 "policy: rounds",
             )
-        if kind == "read":
-            self._check_length(lambda: self._dry_run_evaluation(request))
-            return []
         kinds = self.protocol.requests
-        if request.kind not in kinds:
+        if kind != "read" and request.kind not in kinds:
             raise RequestRefusedError(
                 f"request: unknown kind '{request.kind[:20]}'; choose from {', '.join(kinds)}"
             )
-        # The answer to a repeated task is identical, so it is not charged again.
-        if request.kind != TRAIN or digest in self.usage.trained:
-            return []
+        is_training = kind != "read" and request.kind == TRAIN
+        self.task = TaskUsage(is_training, is_repeated=digest in self.usage.answered)
+        if not is_training or self.task.is_repeated:
+            return
+        # The messages of a round differ after a restart of the server.
+        tasks_per_round = MAX_TASKS_PER_ROUND if self.protocol.has_one_time_requests else 1
+        max_tasks = self._max_versions * tasks_per_round
         trained = len(self.usage.trained) + 1
         check_limit("training tasks of this run", trained, "rounds", self.allows.rounds)
-        if trained > self._max_tasks:
+        if trained > max_tasks:
             raise RequestRefusedError(
-                f"training tasks of this run: must be <= {self._max_tasks} (the rounds of the "
+                f"training tasks of this run: must be <= {max_tasks} (the rounds of the "
                 f"configuration times tasks per round), got {trained}",
                 "policy: rounds",
             )
-        charges: list[PrivacyCharge] = []
-        self._check_length(lambda: charges.extend(self._dry_run_training(request)))
-        return (
-            [] if self.allows.privacy is None else self._check_budget(charges, self.allows.privacy)
-        )
 
-    def _check_length(self, dry_run: Callable[[], object]) -> None:
-        """Check the number of training steps and epochs of a task if the site limits them.
-
-        Args:
-            dry_run: Function that runs the plan of the task on the step counter.
-
-        Raises:
-            RequestRefusedError: If a limit is exceeded or the dry run fails.
-        """
-        allows = self.allows
-        counter = self._step_counter
-        if allows.privacy is None and allows.epochs is None and allows.steps is None:
-            return
-        counter.steps = 0
-        counter.epochs = 0.0
-        try:
-            dry_run()
-        # A malformed broadcast can raise any exception in a plan.
-        except Exception as error:
-            raise RequestRefusedError(
-                f"broadcast: cannot be processed ({type(error).__name__}: {error})"
-            ) from None
-        check_limit("epochs of this task", round(counter.epochs, 3), "epochs", allows.epochs)
-        check_limit("steps of this task", counter.steps, "steps", allows.steps)
-
-    @cached_property
+    @property
     def _max_versions(self) -> int:
         """Maximum number of models that the server sends for training."""
         config = self.prepared.config
@@ -440,57 +423,81 @@ class Policy:
         num_concurrent = config.clients.per_round or len(self.prepared.federation.client_infos)
         return config.rounds * num_concurrent
 
-    @cached_property
-    def _max_tasks(self) -> int:
-        """Maximum number of training tasks of a client in the run."""
-        # The messages of a round differ after a restart of the server.
-        tasks_per_round = MAX_TASKS_PER_ROUND if self.protocol.has_one_time_requests else 1
-        return self._max_versions * tasks_per_round
+    def guard(self, backend: Backend, clients: Iterable[Participant]) -> Backend:
+        """Wrap the backend of a task, so that each step is counted and charged before it runs.
 
-    @cached_property
-    def _step_counter(self) -> StepCountingBackend:
-        return StepCountingBackend()
+        The functions of the clients that return label counts are wrapped as well.
+        """
+        for client in clients:
+            client.label_counts = partial(self._charge_counts, client.label_counts)
+        return PolicyBackend(backend, self._charge_step)
 
-    @cached_property
-    def _expectations(self) -> ExpectedUploads:
-        expectations = ExpectedUploads(self.prepared.method, self.prepared.federation)
-        expectations.backend = self._step_counter
-        return expectations
-
-    def _read_broadcast(self, request: Message) -> Payload:
-        body = encoded(self.protocol.broadcast_in(self.site.client, request))
-        return self.links.decode_broadcast(request.round_idx, body)
-
-    def _dry_run_training(self, request: Message) -> tuple[PrivacyCharge, ...]:
-        """Dry-run a training task and return its privacy charges."""
+    def _charge_step(self, participant: Participant, step: Step) -> None:
+        task = self.task
         privacy = self.prepared.federation.privacy
-        is_sampled = privacy is not None and privacy.unit == "record"
-        self._step_counter.privacy = privacy if is_sampled else None
-        received = self._read_broadcast(request)
-        return self._expectations.dry_run_upload(self.client_info, received, request.round_idx)[1]
+        is_noisy = task.is_training and privacy is not None and privacy.unit == "record"
+        # Private rows are hidden from the plan, and others would be copied to the device.
+        participant = replace(participant, data=self._columns)
+        if privacy is not None and is_noisy and is_private(step):
+            charge = step_charge(participant, step, privacy)
+            task.charges.append(charge)
+            if isinstance(step, Fit):
+                task.steps += charge.steps
+                task.epochs += charge.steps * charge.rate
+        elif isinstance(step, Fit):
+            steps, epochs = _fit_length(participant, step)
+            task.steps += steps
+            task.epochs += epochs
+        self._enforce()
 
-    def _dry_run_evaluation(self, request: Message) -> None:
-        """Dry-run the plans that prepare the model for evaluation."""
-        self._step_counter.privacy = None
-        client = self._expectations.placeholder_client(self.client_info, request.round_idx)
-        received = self._read_broadcast(request)
-        for hook in (self.prepared.method.deploy, self.prepared.method.personalize):
-            run_plan(client, hook(client, received), self._step_counter)
+    def _columns(self, name: str, preprocess: Any) -> Columns:
+        view = preprocess or self.client_info.preprocess
+        return self.prepared.federation.data.columns(self.site.client, name, view)
 
-    def _check_budget(
-        self, charges: Iterable[PrivacyCharge], budget: BudgetConfig
-    ) -> list[dict[str, Any]]:
-        """Check the privacy budget and return the charges of a task as entries of the audit log.
+    def _charge_counts(self, label_counts: Callable[[], Tensor]) -> Tensor:
+        self.task.reads_counts = True
+        self._enforce()
+        return label_counts()
 
-        One-time charges that have already been made are omitted.
+    def charge_outcome(self) -> None:
+        """Charge an upload, or the failure of the task.
 
         Raises:
-            RequestRefusedError: If the budget would be exceeded.
+            RequestRefusedError: If the privacy budget would be exceeded.
+        """
+        self.task.has_outcome = True
+        self._enforce()
+
+    def _enforce(self) -> None:
+        """Check the limits with all that the task has used so far."""
+        task = self.task
+        try:
+            # A user-defined plan may catch exceptions.
+            self.check_refusal()
+            check_limit("epochs of this task", round(task.epochs, 3), "epochs", self.allows.epochs)
+            check_limit("steps of this task", task.steps, "steps", self.allows.steps)
+            if self.privacy is not None and task.is_training and not task.is_repeated:
+                charges = self.privacy.charges(task.charges, task.reads_counts, task.has_outcome)
+                task.spent = self._due_charges(charges)
+                self.check_budget(task.spent)
+        except RequestRefusedError as error:
+            task.refusal = error
+            raise
+
+    def check_refusal(self) -> None:
+        """Raise the error with which the policy has refused the current task, if any."""
+        if self.task.refusal is not None:
+            raise self.task.refusal
+
+    def _due_charges(self, charges: Iterable[PrivacyCharge]) -> list[dict[str, Any]]:
+        """Return charges as entries of the audit log, without charges that have been made.
+
+        Only noise that the site adds itself counts.
         """
         privacy = self.prepared.federation.privacy
-        # `check_config` refuses configurations without privacy.
-        assert privacy is not None
-        due = [
+        if privacy is None or privacy.unit == "client":
+            return []
+        return [
             {
                 "noise": c.scale * privacy.known_noise_multiplier,
                 "rate": c.rate,
@@ -500,23 +507,36 @@ class Policy:
             for c in charges
             if c.once not in self.usage.one_time_charges
         ]
-        spent = self.usage.with_charges(due)
-        found = epsilon_of_mechanisms(spent, budget.delta, "rdp")
+
+    def check_budget(self, spent: Iterable[Mapping[str, Any]]) -> None:
+        """Check the privacy budget of the site over all runs.
+
+        Args:
+            spent: Charges of a task as entries of the audit log.
+
+        Raises:
+            RequestRefusedError: If the budget would be exceeded.
+        """
+        budget = self.allows.privacy
+        if budget is None:
+            return
+        total = self.usage.with_charges(spent)
+        found = epsilon_of_mechanisms(total, budget.delta, "rdp")
         # PRV accounting is tighter but slower (about half a second).
         if found > budget.epsilon:
-            found = epsilon_of_mechanisms(spent, budget.delta, "prv")
+            found = epsilon_of_mechanisms(total, budget.delta, "prv")
         if found > budget.epsilon:
             raise RequestRefusedError(
                 f"ε at δ={budget.delta:g} after this task: must be <= {budget.epsilon:g} "
                 f"(this site's allows.privacy.epsilon), got {found:.4g}",
                 POLICY_PRIVACY,
             )
-        return due
 
     def check_upload(self, payload: Payload) -> None:
-        """Check an upload before it is encoded.
+        """Check and charge an upload before it is encoded.
 
         Raises:
+            RequestRefusedError: If the privacy budget would be exceeded.
             UserError: If the upload contains an item that the method does not declare or that the
                 site does not share.
         """
@@ -535,6 +555,8 @@ class Policy:
             raise UserError(
                 f"shares: {unshared}; this site's shares are {', '.join(shares) or '[]'}"
             )
+        if items:
+            self.charge_outcome()
 
     def check_size(self, size: int, upload: bool) -> None:
         """Check the size of an answer.
@@ -560,3 +582,12 @@ class Policy:
         items = [f"{name}: {payload.item(name).kind}" for name in payload]
         kinds = items + (["training loss"] if payload.report else [])
         return [f"{SUMMED[self.summed]} {', '.join(kinds)}"] if self.summed else kinds
+
+
+def _fit_length(participant: Participant, fit: Fit) -> tuple[int, float]:
+    """Return the number of steps of a fit, and the number of passes over the rows."""
+    if isinstance(fit.data, SampledBatches):
+        return step_count(fit.data.size, fit), 0.0
+    num_rows = max(1, len(next(iter(fit.data.columns(participant).values()))))
+    epochs = fit.epochs if fit.steps is None else fit.steps * fit.batch_size / num_rows
+    return step_count(num_rows, fit), epochs

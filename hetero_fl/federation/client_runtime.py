@@ -7,7 +7,7 @@ simulations and on the nodes of a deployment.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -234,6 +234,8 @@ class ClientRuntime:
         review_upload: Function that is called with the client id and the upload before the upload
             is encoded. The function may raise an exception to prevent the upload. If None, no
             function is called.
+        guard: Function that wraps the backend of the given clients, for example to refuse steps. If
+            None, backends are not wrapped.
     """
 
     def __init__(
@@ -262,6 +264,7 @@ class ClientRuntime:
         self.privacy = ClientPrivacy.from_federation(algorithm, federation)
         self.listener: Callable[[str], None] | None = None
         self.review_upload: Callable[[str, Payload], None] | None = None
+        self.guard: Callable[[Backend, Iterable[Participant]], Backend] | None = None
         # CPU copies and scores of tensors that several clients share.
         self._host_copies: IdentityCache[Tensor] = IdentityCache(MAX_SHARED)
         self._shared_scores: IdentityCache[Scores] = IdentityCache(MAX_SHARED)
@@ -321,6 +324,8 @@ class ClientRuntime:
         backend = self.backend
         if self.privacy is not None:
             backend = self.privacy.make_backend(clients.values(), backend)
+        if self.guard is not None:
+            backend = self.guard(backend, clients.values())
         # A user-defined hook may read rows when it is called, not only when its plan runs.
         plans = [
             (client, self.algorithm.train(client, received[client_id]))
@@ -597,7 +602,10 @@ class ClientRuntime:
     def _run(
         self, plans: Mapping[str, Plan[Any]], clients: Mapping[str, Participant]
     ) -> dict[str, Any]:
-        outcomes = run_plans([(clients[c], plan) for c, plan in plans.items()], self.backend)
+        backend = self.backend
+        if self.guard is not None:
+            backend = self.guard(backend, clients.values())
+        outcomes = run_plans([(clients[c], plan) for c, plan in plans.items()], backend)
         return {c: outcome.result() for c, outcome in zip(plans, outcomes, strict=True)}
 
     def _report_progress(self, client: str, label: str) -> None:

@@ -59,7 +59,6 @@ def without_flower(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.update(loaded)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="another message: Flower needs Python 3.11")
 def test_missing_flower_names_the_extra(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], without_flower: None
 ) -> None:

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from hetero_fl.core.payload import Item, Payload
-from hetero_fl.deployment.audit_log import SiteUsage, verify
+from hetero_fl.deployment import audit_log
+from hetero_fl.deployment.audit_log import AuditLog, SiteUsage, verify
 from hetero_fl.deployment.config import SiteConfig, load_site_config
 from hetero_fl.deployment.messages import RequestRefusedError, decode_body, message
-from hetero_fl.deployment.node import begin_run
+from hetero_fl.deployment.node import Node, begin_run
 from hetero_fl.deployment.policy import run_fingerprint
+from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.privacy.accounting import epsilon_of_mechanisms, gaussian_epsilon
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import encode
@@ -23,6 +25,7 @@ from tests.support.deployments import SITES, Federation, small
 from tests.support.image_folders import make_image_folder
 from tests.support.mistaken_files import check_terms
 from tests.support.node_session import NodeSession
+from tests.support.nodes import NodeEndedError
 
 SECURE = {"channel__secure_sum": {"threshold": 2}}
 RECORD = {"privacy": {"noise_multiplier": 1.0, "unit": "record"}}
@@ -236,18 +239,67 @@ def test_privacy_budget_spans_runs_and_restarts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_site_accounting_matches_the_server(tmp_path: Path) -> None:
-    changes = {
-        "privacy": {"noise_multiplier": 1.5, "unit": "record", "accountant": "rdp"},
-        "rounds": 2,
-    }
+@each_case(
+    ("method", "changes"),
+    [
+        ("fedavg", {"privacy": {**RECORD["privacy"], "sample_rate": 0.1}}),
+        # It reads the label counts, which are charged once.
+        ("fedlc", RECORD),
+        ("fedproto", RECORD),
+        ("fedmd", LOCAL),
+    ],
+)
+def test_site_accounting_matches_the_server(
+    method: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
     site = {"allows": {"privacy": {"epsilon": 1e6}}}
-    run = Federation(tmp_path, dict.fromkeys(SITES, site)).serve(small(**changes))
+    privacy = {**changes["privacy"], "accountant": "rdp"}
+    run = Federation(tmp_path, dict.fromkeys(SITES, site)).serve(small(method, privacy=privacy))
     found = []
     for site_id in SITES:
         account = SiteUsage.from_log(verify(tmp_path / site_id / "audit.jsonl"), "")
         found.append(epsilon_of_mechanisms(account.with_charges(()), 1e-5, "rdp"))
     assert max(found) == pytest.approx(run.metrics[-1]["privacy"]["epsilon"])
+
+
+@each_case(
+    "error", [OSError(30, "Read-only file system"), NodeEndedError("killed before the line")]
+)
+def test_answer_that_was_not_logged_is_charged_once_when_it_leaves(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site trains, fails before the line is on disk, and is restarted with its clock set back."""
+    site = {"allows": {"privacy": {"epsilon": 1e6}}}
+    federation = Federation(tmp_path, dict.fromkeys(SITES, site))
+    nodes = [federation.nodes["site_1"]]
+    write = AuditLog._write
+
+    def fail(log: AuditLog, line: bytes) -> None:
+        if b'"spent"' in line:
+            raise error
+        write(log, line)
+
+    def restart(_: Handle) -> Handle:
+        def handle(envelope: Envelope) -> Envelope:
+            if envelope.head.get("what") != "train" or len(nodes) > 1:
+                return nodes[-1].handle(envelope)
+            with monkeypatch.context() as patch, pytest.raises((RunFailedError, NodeEndedError)):
+                patch.setattr(AuditLog, "_write", fail)
+                nodes[-1].handle(envelope)
+            nodes.append(Node(nodes[0].site, nodes[0].folder))
+            monkeypatch.setattr(audit_log.time, "time", lambda: 1e9)
+            return nodes[-1].handle(envelope)
+
+        return handle
+
+    run = federation.serve(small(**LOCAL), {"site_1": restart})
+
+    assert not any(record["failed"] for record in run.metrics)
+    entries = verify(tmp_path / "site_1" / "audit.jsonl")
+    first = next(entry for entry in entries if entry.get("spent"))
+    assert first["kinds"] == ["what was answered before"]
+    account = SiteUsage.from_log(entries, "").with_charges(())
+    assert epsilon_of_mechanisms(account, 1e-5) == run.metrics[-1]["privacy"]["epsilon"]
 
 
 # A server that deviates from the agreed task
@@ -318,6 +370,18 @@ def test_malformed_broadcast_is_refused(session: NodeSession, body: bytes) -> No
     assert answer.head["ask"] == "refused"
 
 
+def test_repeated_training_costs_nothing(tmp_path: Path) -> None:
+    """The answer has the same noise, although the site computes it again."""
+    session = NodeSession(tmp_path, {"allows": BUDGET}, rounds=1, **LOCAL)
+
+    first = session.repeat("train", task="a" * 64)
+    second = session.repeat("train", task="b" * 64)
+
+    assert first.body == second.body
+    lines = [line for line in session.node.audit_log.entries() if line.get("what") == "train"]
+    assert [bool(line.get("spent")) for line in lines] == [True, False, False]
+
+
 def test_loggers_run_at_the_server_only(session: NodeSession) -> None:
     config = decode_body(session.requests["terms"])["config"]
 
@@ -357,30 +421,30 @@ def test_malformed_configuration_is_refused(session: NodeSession, config: Any) -
     )
 
 
-def test_client_list_with_other_clients_is_refused(session: NodeSession) -> None:
-    tree = decode_body(session.requests["roster"])
-    tree["told"]["site_2"]["rows"]["train"] += 1
-    assert session.refusal_reason("roster", body=message("roster", tree).body).startswith(
-        "fingerprint: the method, seed, clients or models at this site differ"
-    )
-
-
 def test_other_public_sets_of_same_name_are_refused() -> None:
     """Another proxy set gives other gradients under the same noise."""
     marks = {run_fingerprint(small(), rows, public) for rows in "ab" for public in "cd"}
     assert len(marks) == 4
 
 
-def test_other_client_list_of_same_name_is_refused(session: NodeSession) -> None:
+@each_case(
+    ("rows", "expected"),
+    [
+        ("train", "fingerprint: the method, seed, clients or models at this site differ"),
+        # No part of the fingerprint, which the server could make fit anyway.
+        ("test", "data reports: the reports of the clients changed since this site joined the run"),
+    ],
+)
+def test_other_client_list_of_same_name_is_refused(
+    session: NodeSession, rows: str, expected: str
+) -> None:
     """The noise scale depends on all clients' rows; two scales of the same noise reveal it."""
     tree = decode_body(session.requests["roster"])
-    # no part of the fingerprint, which the server could make fit anyway
-    tree["told"]["site_2"]["rows"]["test"] += 1
+    tree["told"]["site_2"]["rows"][rows] += 1
+
     text = session.refusal_reason("roster", body=message("roster", tree).body)
-    assert text == (
-        "data reports: the reports of the clients changed since this site joined the run; "
-        "start a new run"
-    )
+
+    assert text.startswith(expected)
     assert session.repeat("roster").head["ask"] == "ready"
 
 

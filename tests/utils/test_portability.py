@@ -18,8 +18,8 @@ from unittest.mock import Mock
 import pytest
 
 from hetero_fl.cli import _is_closed, main
-from hetero_fl.deployment.flower import worker_socket
 from hetero_fl.deployment.flower.app import check_flower
+from hetero_fl.deployment.flower.worker import WorkerError, socket_path
 from hetero_fl.utils import environment, processes
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import write_atomically
@@ -130,8 +130,8 @@ def test_deployment_without_fork_or_unix_sockets_is_one_line(
         UserError, match=r"^deployments need fork and Unix sockets, which .* Linux$"
     ):
         check_flower()
-    with pytest.raises(worker_socket.WorkerError, match="need Unix sockets"):
-        worker_socket.socket_path(Path("site.yaml"))
+    with pytest.raises(WorkerError, match="need Unix sockets"):
+        socket_path(Path("site.yaml"))
 
 
 def test_output_replaces_characters_that_cannot_be_encoded(

@@ -1,29 +1,41 @@
-"""ServerApp that trains over Flower's grid."""
+"""ServerApp that trains over Flower's grid, and the transport over the grid."""
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Collection, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait as wait_for_answers
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context
+from flwr.app import Context, Message, MessageType
 from flwr.serverapp import Grid, ServerApp
 
 from hetero_fl.config import Config
 from hetero_fl.config.load import read_config_file
 from hetero_fl.deployment.flower.app import RUN_CONFIG
-from hetero_fl.deployment.flower.grid import GridTransport
+from hetero_fl.deployment.flower.client_app import from_message, to_content
 from hetero_fl.deployment.monitoring import EventLog
 from hetero_fl.deployment.node_keys import load_public_key, public_bytes
 from hetero_fl.deployment.server import run_federation
+from hetero_fl.deployment.transport import Envelope, UnreadableAnswer
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.runner import default_out
 from hetero_fl.reporting.run import Run
-from hetero_fl.utils.errors import RunFailedError, UserError, suggest_or_list
+from hetero_fl.utils.errors import RunFailedError, UserError, one_line
 
 # Share of the available memory that the process of the ServerApp may use.
 MEMORY_SHARE = 0.8
+# Bounds and growth of the interval in seconds at which an answer is polled.
+MIN_PAUSE = 0.05
+MAX_PAUSE = 0.5
+PAUSE_GROWTH = 1.15
+# Seconds between checks of the connected nodes while answers are pending.
+NODES_SECONDS = 2.0
 
 
 def make_server_app(config: Path) -> ServerApp:
@@ -116,14 +128,13 @@ def limit_memory() -> None:
 
 
 def _read_settings(run_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Validate Flower's run configuration and add defaults."""
-    for key, value in run_config.items():
-        if key not in RUN_CONFIG:
-            raise UserError(f"run-config: unknown key '{key}'{suggest_or_list(key, RUN_CONFIG)}")
-        kind = type(RUN_CONFIG[key])
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise UserError(f"run-config: {key}: expected {kind.__name__}, got {value!r}")
-    return {**RUN_CONFIG, **run_config}
+    """Check the types of Flower's run configuration, and add defaults."""
+    settings = {**RUN_CONFIG, **run_config}
+    for key, default in RUN_CONFIG.items():
+        kind = type(default)
+        if type(settings[key]) is not kind and not (kind is float and type(settings[key]) is int):
+            raise UserError(f"run-config: {key}: expected {kind.__name__}, got {settings[key]!r}")
+    return settings
 
 
 def _load_keys(file: Path) -> dict[str, bytes]:
@@ -135,3 +146,160 @@ def _load_keys(file: Path) -> dict[str, bytes]:
     return {
         client: public_bytes(load_public_key(file.parent / path)) for client, path in raw.items()
     }
+
+
+@dataclass(frozen=True)
+class SentMessage:
+    """Message that was sent to a node.
+
+    Args:
+        node: Number of the node.
+        expires: Time of the monotonic clock at which the message and its answer expire.
+        answer: The answer, which a thread pulls as soon as `GridTransport.pull` is called, or None
+            if there is none.
+    """
+
+    node: int
+    expires: float
+    answer: Future[Envelope | None] = field(default_factory=Future)
+
+
+class GridTransport:
+    """Transport over the grid of a running ServerApp.
+
+    A node that restarts keeps its Flower ID but loses the messages that it has received, so the
+    node gets a new number. Each answer is pulled in a thread of its own, because Flower blocks
+    while a node is sending an answer and returns each answer only once, even if the answer cannot
+    be decoded.
+
+    Args:
+        grid: The grid that Flower passes to the ServerApp.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._numbers = itertools.count(1)
+        # Node numbers, keyed by (Flower ID, time of activation).
+        self._known: dict[tuple[int, str], int] = {}
+        # Messages whose answers have not been returned, keyed by message ID.
+        self._sent: dict[str, SentMessage] = {}
+
+    def nodes(self) -> Mapping[int, bytes]:
+        """Return the public keys of the connected nodes in PEM format, keyed by node number.
+
+        Raises:
+            RunFailedError: If the SuperLink does not respond or Flower has stopped the run.
+        """
+        try:
+            found = list(self._grid.get_nodes())
+        except BaseException as error:
+            raise _failure(error) from None
+        present: dict[tuple[int, str], int] = {}
+        keys: dict[int, bytes] = {}
+        for info in found:
+            identity = (info.node_id, getattr(info, "last_activated_at", ""))
+            number = self._known.get(identity) or next(self._numbers)
+            present[identity] = number
+            keys[number] = getattr(info, "public_key", b"")
+        self._known = present
+        # Threads of lost messages go on, so that Flower deletes answers that arrive later.
+        self._sent = {n: m for n, m in self._sent.items() if m.node in keys or m.answer.done()}
+        return keys
+
+    def push(self, node: int, envelope: Envelope, within: float) -> str:
+        """Send a message to a node and return the ID of the message.
+
+        If the node is not connected, the message is not sent, and its answer is None.
+
+        Args:
+            node: Number of the node.
+            envelope: Message to send.
+            within: Seconds after which the message and its answer expire.
+
+        Raises:
+            RunFailedError: If the SuperLink does not respond or Flower has stopped the run.
+        """
+        flower_ids = {number: flower_id for (flower_id, _), number in self._known.items()}
+        sent: list[str] = []
+        if node in flower_ids:
+            content = to_content(envelope)
+            message = Message(content, flower_ids[node], MessageType.QUERY, ttl=within)
+            try:
+                sent = list(self._grid.push_messages([message]))
+            except BaseException as error:
+                raise _failure(error) from None
+        if not sent or not sent[0]:
+            return f"lost-{next(self._numbers)}"
+        self._sent[sent[0]] = SentMessage(node, time.monotonic() + within)
+        return sent[0]
+
+    def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
+        """Return the answers that have arrived (see `Transport.pull`)."""
+        deadline = time.monotonic() + wait
+        self._start_threads(numbers)
+        while True:
+            pending = {n: self._sent[n].answer for n in numbers if n in self._sent}
+            answers: dict[str, Envelope | None] = {n: None for n in numbers if n not in pending}
+            remaining = max(0.0, deadline - time.monotonic())
+            seconds = 0.0 if answers else min(remaining, NODES_SECONDS)
+            wait_for_answers(pending.values(), seconds, FIRST_COMPLETED)
+            for number in [n for n, answer in pending.items() if answer.done()]:
+                answers[number] = self._sent.pop(number).answer.result()
+            if answers or remaining <= 0 or not numbers:
+                return answers
+            self.nodes()
+
+    def close(self) -> None:
+        """Discard all messages.
+
+        The grid stays open, because Flower closes it.
+        """
+        self._sent.clear()
+
+    def _start_threads(self, numbers: Collection[str]) -> None:
+        """Start threads for new messages, and forget expired messages that nobody waits for."""
+        now = time.monotonic()
+        for number, message in list(self._sent.items()):
+            if not message.answer.running() and not message.answer.done():
+                message.answer.set_running_or_notify_cancel()
+                threading.Thread(target=self._poll, args=(number, message), daemon=True).start()
+            if message.expires < now and number not in numbers:
+                del self._sent[number]
+
+    def _poll(self, number: str, message: SentMessage) -> None:
+        """Pull an answer in a thread until it arrives or the message expires."""
+        pause = MIN_PAUSE
+        try:
+            while not (found := list(self._grid.pull_messages([number]))):
+                if time.monotonic() >= message.expires:
+                    break
+                time.sleep(pause)
+                pause = min(pause * PAUSE_GROWTH, MAX_PAUSE)
+            message.answer.set_result(from_message(found[0]) if found else None)
+        except BaseException as error:
+            self._set_failure(message, error)
+
+    def _set_failure(self, message: SentMessage, error: BaseException) -> None:
+        """Set the answer to a message whose pull failed.
+
+        If the SuperLink still responds, the node sent an answer that cannot be decoded.
+        """
+        try:
+            if not isinstance(error, Exception):
+                raise error
+            list(self._grid.get_nodes())
+        except BaseException as failure:
+            message.answer.set_exception(_failure(failure))
+        else:
+            reason = one_line(f"{type(error).__name__}: {error}")
+            message.answer.set_result(UnreadableAnswer.with_reason(reason))
+
+
+def _failure(error: BaseException) -> RunFailedError:
+    """Convert an error of Flower to a RunFailedError, or raise it again if it is an interrupt."""
+    # This class is not public and not a subclass of Exception.
+    if type(error).__name__ == "RunNotRunningException":
+        return RunFailedError("Flower has stopped the run")
+    if not isinstance(error, Exception):
+        raise error
+    return RunFailedError(f"Flower's SuperLink does not answer ({one_line(error)})")

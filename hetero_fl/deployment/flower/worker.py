@@ -1,32 +1,120 @@
 """Worker process of a site, which answers messages and keeps models and data in memory.
 
-`worker_socket.py` starts the worker at the first message.
+A process that forwards a message starts the worker if it is not running. To start quickly, it
+imports only the standard library and filelock.
 """
 
 from __future__ import annotations
 
-import argparse
+import hashlib
 import os
-import select
+import subprocess
 import sys
+import tempfile
 import threading
 import time
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 
-from hetero_fl.deployment.config import check_site_data, load_site_config
-from hetero_fl.deployment.flower.worker_socket import LISTENING, listen, receive, send
-from hetero_fl.deployment.monitoring import EventLog, LoggedNode
-from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.node_keys import load_node_key
-from hetero_fl.reporting.run_directory import lock_folder
-from hetero_fl.utils.errors import RunFailedError, UserError
-from hetero_fl.utils.processes import is_process_running
+from filelock import FileLock
 
-# Seconds between checks for a request to stop.
-POLL_SECONDS = 0.2
+from hetero_fl.deployment.transport import Envelope
+
+# Line that a worker prints when its socket is ready.
+LISTENING = "listening"
+# Number of messages that wait while the worker answers another one.
+BACKLOG = 64
+# Maximum length of the path of a Unix socket in bytes that all systems accept.
+MAX_PATH_BYTES = 100
 # Seconds between checks that the parent process is running.
 PARENT_SECONDS = 0.5
+
+
+class WorkerError(Exception):
+    """Raised if the worker of a site cannot be started.
+
+    The message is one line.
+    """
+
+
+def forward(envelope: Envelope, site: Path, allow_code: bool = False) -> Envelope:
+    """Send a message to a site's worker, which is started if needed, and return the answer.
+
+    Args:
+        envelope: Message to send.
+        site: Path of the site file, which identifies the worker.
+        allow_code: Whether a newly started worker may run the code that the site file references.
+
+    Raises:
+        WorkerError: If the worker cannot be started.
+        EOFError, OSError: If the worker ends before it answers.
+    """
+    address = socket_path(site)
+    # The lock ensures that two simultaneous messages start only one worker.
+    with FileLock(address.with_suffix(".lock")):
+        try:
+            connection = Client(str(address))
+        except (FileNotFoundError, ConnectionRefusedError):
+            _start_worker(site, address, allow_code)
+            connection = Client(str(address))
+    with connection:
+        send(connection, envelope)
+        return receive(connection)
+
+
+def send(connection: Connection, envelope: Envelope) -> None:
+    """Write a message to a connection between two processes of this package and user."""
+    connection.send(envelope.head)
+    # Unlike a pickled body, this is not copied.
+    connection.send_bytes(envelope.body)
+
+
+def receive(connection: Connection) -> Envelope:
+    """Read a message that `send` wrote to a connection."""
+    head = connection.recv()
+    return Envelope(head, connection.recv_bytes())
+
+
+def socket_path(site: Path) -> Path:
+    """Return the path of a site's socket, in a folder that only this user can access.
+
+    Raises:
+        WorkerError: If the folder belongs to another user or other users can access it, the path is
+            too long, or the system has no Unix sockets.
+    """
+    if not hasattr(os, "getuid"):
+        raise WorkerError("sites need Unix sockets, which this system does not have")
+    folder = Path(tempfile.gettempdir()) / f"hetero_fl-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise WorkerError(f"{folder}: belongs to another user, or others can enter it")
+    path = folder / hashlib.sha256(os.fsencode(site.resolve())).hexdigest()[:32]
+    if len(os.fsencode(path)) > MAX_PATH_BYTES:
+        raise WorkerError(f"{folder}: too long for Unix sockets; set TMPDIR to a shorter path")
+    return path
+
+
+def _start_worker(site: Path, address: Path, allow_code: bool) -> None:
+    """Start a site's worker and wait until its socket is ready.
+
+    The worker ends when the parent of this process ends. Flower's SuperNode starts and stops this
+    parent process.
+    """
+    arguments = [str(site), str(address), str(os.getppid()), "allow-code" if allow_code else ""]
+    process = subprocess.Popen(
+        # With -P, modules are not searched in the working directory.
+        [sys.executable, "-P", "-m", __name__, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        line = process.stdout.readline().decode(errors="replace").strip()
+    threading.Thread(target=process.wait, daemon=True).start()
+    if line != LISTENING:
+        raise WorkerError(line or "its worker ended before it was ready; see the SuperNode's log")
 
 
 def run_worker(path: Path, address: Path, parent: int, allow_code: bool = False) -> None:
@@ -43,61 +131,31 @@ def run_worker(path: Path, address: Path, parent: int, allow_code: bool = False)
     Raises:
         UserError: If the site file or a file that it names is invalid.
     """
-    site, folder = load_site_config(path, allow_code)
-    check_site_data(path, site)
-    key = None if site.key is None else load_node_key(Path(site.key))
     import torch._dynamo  # noqa: F401 optimizers load it at their first step
 
-    log = EventLog(site.logs, client=site.client)
-    with lock_folder(folder) as notes:
-        for line in notes:
-            log(line)
-        node = LoggedNode(Node(site, folder, log, key), log)
-        with WorkerListener(address, node, log) as worker:
-            threading.Thread(target=_end_with, args=(parent, address), daemon=True).start()
-            print(LISTENING, flush=True)
-            os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-            while True:
-                worker.serve(POLL_SECONDS)
+    from hetero_fl.deployment.config import check_site_data, load_site_config
+    from hetero_fl.deployment.monitoring import open_node
 
-
-class WorkerListener:
-    """Context manager for the socket at which a site receives messages.
-
-    Args:
-        address: Path of the socket.
-        node: Node that answers the messages.
-        log: Log with a line for each answer that could not be sent.
-    """
-
-    def __init__(self, address: Path, node: LoggedNode, log: EventLog) -> None:
-        self._address = address
-        self._node = node
-        self._log = log
-        # A process that was killed may have left a socket.
-        address.unlink(missing_ok=True)
-        self._listener = listen(address)
-
-    def __enter__(self) -> WorkerListener:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.close()
-        self._address.unlink(missing_ok=True)
-
-    def serve(self, seconds: float) -> None:
-        """Answer a message if one arrives within the given number of seconds."""
-        if not select.select([self._listener], [], [], seconds)[0]:
-            return
-        with Connection(self._listener.accept()[0].detach()) as connection:
-            try:
-                send(connection, self._node.handle(receive(connection)))
-            except (EOFError, OSError) as error:
-                self._log(f"an answer could not be sent to Flower ({error}); it is stored")
+    site, folder = load_site_config(path, allow_code)
+    check_site_data(path, site)
+    # A process that was killed may have left its socket.
+    address.unlink(missing_ok=True)
+    with open_node(site, folder) as node, Listener(str(address), backlog=BACKLOG) as listener:
+        threading.Thread(target=_end_with, args=(parent, address), daemon=True).start()
+        print(LISTENING, flush=True)
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        while True:
+            with listener.accept() as connection:
+                try:
+                    send(connection, node.handle(receive(connection)))
+                except (EOFError, OSError) as error:
+                    node.log(f"an answer could not be sent to Flower ({error}); it is stored")
 
 
 def _end_with(parent: int, address: Path) -> None:
     """End this process when the process `parent` ends, because all answers are stored on disk."""
+    from hetero_fl.utils.processes import is_process_running
+
     while is_process_running(parent):
         time.sleep(PARENT_SECONDS)
     address.unlink(missing_ok=True)
@@ -105,15 +163,12 @@ def _end_with(parent: int, address: Path) -> None:
 
 
 def main() -> int:
-    """Run the worker process that `worker_socket.py` starts, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("site", type=Path)
-    parser.add_argument("socket", type=Path)
-    parser.add_argument("parent", type=int)
-    parser.add_argument("--allow-code", action="store_true")
-    arguments = parser.parse_args()
+    """Run the worker process that `forward` starts, and return the exit code."""
+    from hetero_fl.utils.errors import RunFailedError, UserError
+
+    site, address, parent, allow_code = sys.argv[1:]
     try:
-        run_worker(arguments.site, arguments.socket, arguments.parent, arguments.allow_code)
+        run_worker(Path(site), Path(address), int(parent), bool(allow_code))
     except (RunFailedError, UserError) as error:
         print(error, flush=True)
         return 2

@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from unittest.mock import Mock
+from typing import Any
 
 import pytest
 
@@ -18,13 +17,13 @@ import yaml
 import hetero_fl
 from hetero_fl.cli import main
 from hetero_fl.deployment.audit_log import verify
-from hetero_fl.deployment.flower import app
 from hetero_fl.deployment.flower.app import PACKAGE, write_app
 from hetero_fl.deployment.node_keys import load_public_key
 from hetero_fl.utils.errors import UserError
+from tests.support.cases import each_case
 from tests.support.federations import config
 from tests.support.flower_federation import MAKE_KEYS, FlowerFederation, worker_processes
-from tests.support.nodes import until
+from tests.support.nodes import models, until
 
 CLIENTS = ("site_1", "site_2", "site_3")
 needs_key_tools = pytest.mark.skipif(
@@ -32,20 +31,6 @@ needs_key_tools = pytest.mark.skipif(
     reason="openssl or OpenSSH is not installed",
 )
 TELLS = {"labels": True, "details": True, "model": True}
-
-
-def test_version_of_flower_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found in ("1.41.0", "1.57.2", "1.41.dev3"):
-        monkeypatch.setattr(app, "version", Mock(return_value=found))
-        app.check_flower()
-    for found in ("1.40.9", "0.42.0", "2.0.0"):
-        monkeypatch.setattr(app, "version", Mock(return_value=found))
-        with pytest.raises(UserError) as caught:
-            app.check_flower()
-        assert f"flwr: expected version >= 1.41 and < 2, got {found}; run" in str(caught.value)
-    monkeypatch.setattr(app, "version", Mock(side_effect=PackageNotFoundError))
-    with pytest.raises(UserError, match="flwr: not installed"):
-        app.check_flower()
 
 
 def test_app_can_be_built_by_flower(tmp_path: Path) -> None:
@@ -62,21 +47,24 @@ def test_app_can_be_built_by_flower(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stdout + built.stderr
 
 
-def test_app_does_not_overwrite_files(tmp_path: Path) -> None:
+@each_case(
+    ("changes", "names", "message"),
+    [
+        ({}, ["notes.txt"], "app: already exists; choose a new folder"),
+        ({"attacks": {"fraction": 0.34, "kind": "noise"}}, [], "attacks"),
+    ],
+)
+def test_refused_app_writes_nothing(
+    changes: dict[str, Any], names: list[str], message: str, tmp_path: Path
+) -> None:
     (tmp_path / "app").mkdir()
-    (tmp_path / "app" / "notes.txt").write_text("mine")
+    for name in names:
+        (tmp_path / "app" / name).write_text("mine")
 
-    with pytest.raises(UserError, match="app: already exists; choose a new folder"):
-        write_app(tmp_path / "app", config("fedmd"))
+    with pytest.raises(UserError, match=message):
+        write_app(tmp_path / "app", config("fedavg", **changes))
 
-    assert [path.name for path in (tmp_path / "app").iterdir()] == ["notes.txt"]
-
-
-def test_app_refuses_simulation_settings(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="attacks"):
-        write_app(tmp_path / "app", config("fedavg", attacks={"fraction": 0.34, "kind": "noise"}))
-
-    assert not (tmp_path / "app").exists()
+    assert [path.name for path in (tmp_path / "app").iterdir()] == names
 
 
 @pytest.mark.slow
@@ -100,11 +88,7 @@ def test_flwr_run_with_tls_and_keys_equals_simulation(tmp_path: Path) -> None:
 
     until(lambda: not worker_processes(files))
     simulated = hetero_fl.run(source, out=tmp_path / "simulated")
-    models = sorted(path.name for path in (simulated.path / "models").glob("*.safetensors"))
-    assert models
-    for name in models:
-        expected = (simulated.path / "models" / name).read_bytes()
-        assert (tmp_path / "run" / "models" / name).read_bytes() == expected
+    assert models(hetero_fl.Run(tmp_path / "run")) == models(simulated) and models(simulated)
     for client in CLIENTS:
         folder = tmp_path / "federation" / client / "state"
         assert verify(folder / "audit.jsonl", load_public_key(keys / client / "key.pub"))
@@ -134,8 +118,7 @@ import os
 from pathlib import Path
 
 from flwr.app import Message
-from hetero_fl.deployment.flower.client_app import app as honest, handle_query
-from hetero_fl.deployment.flower.grid import BODY, from_message, to_content
+from hetero_fl.deployment.flower.client_app import BODY, from_message, handle_query, to_content
 from hetero_fl.deployment.transport import Envelope
 from flwr.clientapp import ClientApp
 

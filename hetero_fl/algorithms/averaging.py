@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,18 +22,17 @@ from hetero_fl.algorithms.round_parts import (
     average_models,
     download_part,
     local_fit,
-    shareable_tensors,
     shared_part,
     upload_model,
 )
 from hetero_fl.config.base import OptimizerConfig
-from hetero_fl.core.model_spec import Tensors
+from hetero_fl.core.model_spec import Owner, Tensors, owners_of
 from hetero_fl.core.objectives import Batch, Context, ModelViews, Proximal, Supervised
 from hetero_fl.core.participant import (
     ClientDirectory,
     ClientInfo,
-    ClientProfile,
     Participant,
+    floating_tensors,
     scheduled_optimizer,
     select_part,
 )
@@ -203,25 +203,25 @@ class FedNova(FedAvg):
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
-        arch = client.arch["model"]
-        part = shared_part(self, client.settings)
-        start = shareable_tensors(self, arch, client.models["model"], part)
         # With `share_every`, the state accumulates over several rounds until the upload.
+        start = floating_tensors(client.models["model"])
         since = client.state.setdefault("since", {"start": start, PATH: 0.0})
         yield from self.local_training(client, received)
-        items = upload_model(self, client)
+        items = upload_model(self, client, self.weight_of(client))
         if not items:
             return items
         del client.state["since"]
-        end = items["model"].values
-        names = arch.parameter_names
+        model = items["model"]
+        names = client.arch["model"].parameter_names
         paths = {
             n: torch.tensor(since[PATH] if n in names else 1.0, dtype=t.dtype)
-            for n, t in end.items()
+            for n, t in model.values.items()
         }
-        change = {n: (t - since["start"][n]).div_(paths[n]) for n, t in end.items()}
-        weight = self.weight_of(client)
-        return {"model": Item(change, weight, "update"), PATH: Item(paths, weight, "params")}
+        change = {n: (t - since["start"][n]).div_(paths[n]) for n, t in model.values.items()}
+        return {
+            "model": replace(model, values=change, kind="update"),
+            PATH: replace(model, values=paths),
+        }
 
     @override
     def local_training(self, client: Participant, received: Payload) -> Plan[None]:
@@ -403,9 +403,9 @@ class Scaffold(FedAvg):
         other = [p for p in clients.profiles if p.settings.optimizer.name != "sgd"]
         if not other:
             return self, []
-        sgd = f"sgd (lr {self.sgd_lr:g}, momentum {self.sgd_momentum:g})"
         note = (
-            f"scaffold trains {clients.format_clients(other)} with {sgd}, not their own optimizer"
+            f"scaffold trains {clients.format_clients(other)} with sgd (lr {self.sgd_lr:g}, "
+            f"momentum {self.sgd_momentum:g}), not their own optimizer"
         )
         return self, [note]
 
@@ -509,32 +509,20 @@ class Scaffold(FedAvg):
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         yield from super().aggregate(server, uploads)
         sent = uploads.counts_by_group(CONTROL)
+        num_owners = self.num_owners(server)
         for group, mean in uploads.mean_by_group(CONTROL).items():
             control = server.state[CONTROL][group]
+            owners = owners_of(mean, group, server.common)
             for name, change in mean.items():
-                share = sent[group][name] / self.num_owners(server, group, name)
+                share = sent[group][name] / num_owners[owners[name]]
                 control[name] = (share * change).add_(control[name])
-        yield from ()
 
-    def num_owners(self, server: Participant, group: str, name: str) -> int:
-        """Return the number of clients whose uploads of a tensor are averaged for a group.
-
-        Args:
-            server: The server.
-            group: Identifier of the architecture group.
-            name: Name of the tensor.
-        """
-        models = server.models
-        common = bool(server.common) and name.startswith(server.common)
-
-        def is_owner(profile: ClientProfile) -> bool:
-            part = shared_part(self, profile.settings)
-            if part is not None and not name.startswith(part):
-                return False
-            other = profile.arch.spec_id
-            same = common and name in models[other]
-            return other == group or (
-                same and models[other][name].shape == models[group][name].shape
-            )
-
-        return sum(profile.count for profile in server.peers.profiles if is_owner(profile))
+    def num_owners(self, server: Participant) -> Counter[Owner]:
+        """Return the number of clients whose uploads of a tensor are averaged, for each tensor."""
+        counts: Counter[Owner] = Counter()
+        for profile in server.peers.profiles:
+            group = profile.arch.spec_id
+            shared = select_part(server.models[group], shared_part(self, profile.settings))
+            for owner in owners_of(shared, group, server.common).values():
+                counts[owner] += profile.count
+        return counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from pydantic import Field
@@ -15,10 +16,7 @@ from hetero_fl.algorithms.prediction import add_log_prior, adjust_to_labels, sub
 from hetero_fl.algorithms.prototypes import require_linear_head, require_sent_state
 from hetero_fl.algorithms.round_parts import (
     Items,
-    augmentation,
-    load_objective,
     local_fit,
-    objective_context,
 )
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import Supervised
@@ -27,10 +25,9 @@ from hetero_fl.core.participant import (
     ClientInfo,
     Participant,
     floating_tensors,
-    scheduled_optimizer,
 )
 from hetero_fl.core.payload import Item, ItemSpec, Payload
-from hetero_fl.core.plan import Fit, Plan, Predict, Rows
+from hetero_fl.core.plan import Plan, Predict, Rows
 from hetero_fl.core.stored_rows import targets
 from hetero_fl.utils.ordering import natural_key, natural_order
 
@@ -115,9 +112,8 @@ class Ensemble(Local):
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        members = dict(server.state.get("members", {}))
-        members.update({u.client: u.payload["member"] for u in uploads.containing("member")})
-        server.state["members"] = members
+        sent = {u.client: u.payload["member"] for u in uploads.containing("member")}
+        server.state["members"] = {**server.state.get("members", {}), **sent}
         yield from ()
 
     @override
@@ -215,24 +211,13 @@ class Centralized(Algorithm):
         peers = server.peers
         references = [self._reference(server, profile.arch) for profile in peers.profiles]
         for slot, reference in {each.arch.spec_id: each for each in references}.items():
-            settings = reference.settings
             rows = Rows("pooled", preprocess=reference.preprocess)
-            counts = server.counts
-            if server.task.kind == "multiclass":
-                labels = targets(rows.columns(server))
-                counts = torch.bincount(labels, minlength=server.task.outputs)
-            yield Fit(
-                {slot: None},
-                load_objective(
-                    settings.objective, server.task, Supervised(server.task.kind, slot=slot)
-                ),
+            label_counts = partial(count_labels, server, rows)
+            yield local_fit(
+                replace(server, settings=reference.settings, label_counts=label_counts),
+                Supervised(server.task.kind, slot=slot),
                 rows,
-                context=objective_context(server.task, counts, settings),
-                augment=augmentation(settings),
-                epochs=settings.epochs,
-                steps=settings.steps,
-                batch_size=settings.batch_size,
-                optimizer=scheduled_optimizer(settings.optimizer, server.round_context),
+                train={slot: None},
                 stream_id=min(
                     profile.first
                     for profile in peers.profiles
@@ -263,3 +248,8 @@ class Centralized(Algorithm):
             return peers[peers.main_profile.first]
         first = [p.first for p in peers.profiles if p.arch.spec_id == arch.spec_id]
         return peers[min(first, key=natural_key)]
+
+
+def count_labels(server: Participant, rows: Rows) -> Tensor:
+    """Return the number of rows per class, shape `[C]`."""
+    return torch.bincount(targets(rows.columns(server)), minlength=server.task.outputs)

@@ -15,11 +15,9 @@ Need = tuple[str, ...]
 # Sections of a docstring that follow its paragraphs.
 SECTIONS = ("Args", "Attributes", "References", "Example")
 
-ALL_CLIENTS = "all in one place"
 PROXY = "proxy set"
 SHARED_ARCHITECTURES = "shared architectures"
 SINGLE_UPLOADS = "single uploads"
-LABELED_PROXY = "labeled proxy set"
 SHARES = {
     "parameters": "parameters",
     "predictions": "predictions",
@@ -56,13 +54,13 @@ def describe_needs(method: Algorithm) -> list[Need]:
     Each requirement is a tuple of alternatives, of which one suffices.
     """
     needs = method.needs
-    found: list[Need] = [(ALL_CLIENTS,)] if needs.all_clients else []
+    found: list[Need] = [("all in one place",)] if needs.all_clients else []
     if needs.proxy_set == "optional" and needs.one_architecture:
         found.append((PROXY, SHARED_ARCHITECTURES))
     elif needs.proxy_set == "required":
         found.append((PROXY,))
     elif needs.proxy_set == "labeled":
-        found.append((LABELED_PROXY,))
+        found.append(("labeled proxy set",))
     elif needs.one_architecture:
         found.append((SHARED_ARCHITECTURES,))
     found += [(need,) for need in needs.also]

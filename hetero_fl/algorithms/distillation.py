@@ -7,7 +7,7 @@ teacher, and create distillation steps.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -222,7 +222,12 @@ class ProxyTraining(Algorithm):
             slot: Slot of the trained model, whose inputs are those of the client's own model.
             objective: Objective to minimize, which uses the columns `public_x` and
                 `public_teacher`. If None, `ProxyReplay`.
+
+        Returns:
+            The step, which is local training alone if there is no teacher or `weight` is 0.
         """
+        if weight == 0 or (teacher is None and TEACHER not in received):
+            return local_fit(client, train={slot: None})
         examples = Rows("proxy", self.teacher_rows(client, received)).columns(client)["x"]
         logits = received[TEACHER] if teacher is None else teacher
 
@@ -269,6 +274,40 @@ class ProxyTraining(Algorithm):
         )
 
 
+class ProxyPredictions(ProxyTraining):
+    """Base class of methods whose clients upload predictions on the round's proxy rows.
+
+    Attributes:
+        predictions: Declaration of the item with predictions, keyed by the name of the item.
+    """
+
+    predictions: ClassVar[Mapping[str, ItemSpec]] = {}
+
+    @override
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        items: Items = yield from super().train(client, received)
+        return {**items, **(yield from self.upload_predictions(client))}
+
+    def upload_predictions(self, client: Participant) -> Plan[Items]:
+        """Predict the round's proxy rows and return the client's upload.
+
+        The upload is empty if the client does not share predictions in this round.
+        """
+        if not may_share(client, "predictions"):
+            return {}
+        logits = yield from self.predict_proxy(client, self.proxy_indices(client))
+        (name,) = self.predictions
+        return {name: self.weighted_predictions(client, logits), **self.label_counts(client)}
+
+    def weighted_predictions(self, client: Participant, logits: Tensor) -> Item:
+        """Return an item with a client's predictions and their weight in the teacher."""
+        raise TypeError(f"{type(self).__name__} does not define weighted_predictions")
+
+    def label_counts(self, client: Participant) -> Items:
+        """Return the client's label counts as an item, if the teacher depends on them."""
+        return {}
+
+
 COUNTS = "counts"
 # Degree to which a teacher is aligned with label frequencies.
 Alignment = Annotated[float, Field(ge=0, le=1)]
@@ -295,7 +334,7 @@ def predicts_without_prior(settings: ClientSettings) -> bool:
 LABELS = "labels"
 
 
-class ProxyDistillation(ProxyTraining):
+class ProxyDistillation(ProxyPredictions):
     """Base class of methods whose teacher is the consensus of clients' predictions.
 
     The teacher is the weighted mean of the clients' logits. The setting `teacher` selects the
@@ -326,6 +365,10 @@ class ProxyDistillation(ProxyTraining):
         ['counts', 'logits']
     """
 
+    predictions = {
+        "logits": ItemSpec("rows", private=True, share="predictions", prediction_type="logits")
+    }
+
     teacher: TeacherKind = Field(
         "mean",
         description="weight of clients' predictions: equal, by samples, by contrast of each class, "
@@ -347,39 +390,22 @@ class ProxyDistillation(ProxyTraining):
     @override
     def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # depends on settings
         """Declarations of the predictions, and of label counts if the teacher is aligned."""
-        logits = ItemSpec("rows", private=True, share="predictions", prediction_type="logits")
-        return {"logits": logits, **self.label_counts_spec()}
-
-    def label_counts_spec(self) -> Mapping[str, ItemSpec]:
-        """Return the declaration of label counts.
-
-        The mapping is empty if the teacher is not aligned.
-        """
-        spec = ItemSpec("counts", private=True, share="statistics")
-        return {COUNTS: spec} if self.align else {}
-
-    def upload_predictions(self, client: Participant) -> Plan[Items]:
-        """Predict the round's proxy rows and return the client's upload.
-
-        The upload is empty if the client does not share predictions in this round.
-        """
-        if not may_share(client, "predictions"):
-            return {}
-        logits = yield from self.predict_proxy(client, self.proxy_indices(client))
-        return {"logits": self.weighted_predictions(client, logits), **self.label_counts(client)}
+        counts = ItemSpec("counts", private=True, share="statistics")
+        return {**self.predictions, COUNTS: counts} if self.align else self.predictions
 
     def averages_logarithms(self, task: Task) -> bool:
         """Return whether the teacher is the contrast-weighted mean of log-probabilities."""
         return self.teacher == "contrast" and task.kind == "multiclass"
 
+    @override
     def weighted_predictions(self, client: Participant, logits: Tensor) -> Item:
-        """Return an item with a client's predictions and their weight in the teacher."""
         # Read label counts only if they are used, because reading them may spend privacy budget.
         counts = None
         if self.averages_logarithms(client.task) and "statistics" in client.settings.shares:
             counts = client.counts
         return proxy_predictions(client.task, self.teacher, logits, counts, client.num_rows)
 
+    @override
     def label_counts(self, client: Participant) -> Items:
         """Return the client's label counts as an item.
 
@@ -391,18 +417,27 @@ class ProxyDistillation(ProxyTraining):
             return {}
         return {COUNTS: Item(client.counts, kind="counts")}
 
-    def update_teacher(self, server: Participant, uploads: Uploads) -> Tensor | None:
-        """Compute, store and return the teacher, the weighted mean of the uploaded logits.
+    @override
+    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
+        yield from super().aggregate(server, uploads)
+        (name,) = self.predictions
+        mean = uploads.mean(name)
+        if mean is not None:
+            teacher = self.teacher_from_mean(server, uploads, mean)
+            self.store_teacher(server, teacher=teacher)
+            yield from self.distill_at_server(server, uploads, teacher)
 
-        Returns:
-            Logits of shape `[D, C]`, or None if no client uploaded logits.
+    def distill_at_server(
+        self, server: Participant, uploads: Uploads, teacher: Tensor
+    ) -> Plan[None]:
+        """Distill the round's teacher into models of the server, by default into the student.
+
+        Args:
+            server: The server.
+            uploads: Uploads of the round.
+            teacher: Logits of the round's proxy rows, shape `[D, C]`.
         """
-        mean = uploads.mean("logits")
-        if mean is None:
-            return None
-        teacher = self.teacher_from_mean(server, uploads, mean)
-        self.store_teacher(server, teacher=teacher)
-        return teacher
+        yield from self.train_student(server, teacher)
 
     def teacher_from_mean(self, server: Participant, uploads: Uploads, mean: Tensor) -> Tensor:
         """Return the teacher, the aligned and sharpened mean.

@@ -129,23 +129,13 @@ class Hybrid(ProxyDistillation, FedAvg):
             yield self.distill(client, received, self.digest_epochs)
 
     @override
-    def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        items = yield from super().train(client, received)
-        return {**items, **(yield from self.upload_predictions(client))}
-
-    @override
     def local_training(self, client: Participant, received: Payload) -> Plan[None]:
-        if TEACHER in received and self.replay_weight:
-            yield self.proxy_replay(client, received, self.replay_weight)
-        else:
-            yield local_fit(client)
+        yield self.proxy_replay(client, received, self.replay_weight)
 
     @override
-    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        yield from super().aggregate(server, uploads)
-        teacher = self.update_teacher(server, uploads)
-        if teacher is None:
-            return
+    def distill_at_server(
+        self, server: Participant, uploads: Uploads, teacher: Tensor
+    ) -> Plan[None]:
         if self.distill_at != "client":
             rounds = self.distill_rounds
             is_early = rounds is None or server.round_context.round_idx < rounds
@@ -156,7 +146,7 @@ class Hybrid(ProxyDistillation, FedAvg):
                 self.distill_epochs if is_early else 0,
                 statistics=self.distilled_statistics,
             )
-        yield from self.train_student(server, teacher)
+        yield from super().distill_at_server(server, uploads, teacher)
 
 
 @register_algorithm("feddf")
@@ -203,14 +193,12 @@ class FedDF(ProxyDistillation, FedAvg):
     distilled_statistics: DistilledStatistics = "proxy"
 
     @override
-    def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        items: Items = yield from super().train(client, received)
+    def upload_predictions(self, client: Participant) -> Plan[Items]:
         if upload_part(self, client.settings, client.round_context.round_idx) is not None:
-            items |= yield from self.upload_predictions(client)
-        elif client.has_proxy and self.needs_counts(client):
-            # The server predicts with the model of each client that has the proxy set.
-            items[COUNTS] = Item(client.counts, kind="counts")
-        return items
+            return (yield from super().upload_predictions(client))
+        # The server predicts with the model of each client that has the proxy set.
+        needs_counts = client.has_proxy and self.needs_counts(client)
+        return {COUNTS: Item(client.counts, kind="counts")} if needs_counts else {}
 
     def needs_counts(self, client: Participant) -> bool:
         """Return whether the server needs a client's label counts, and the client shares them.
@@ -247,7 +235,7 @@ class FedDF(ProxyDistillation, FedAvg):
             for u, z in zip(teachers, logits, strict=True)
         }
         predictions |= {u.client: u.payload.item("logits") for u in uploads.containing("logits")}
-        yield from super().aggregate(server, uploads)
+        yield from FedAvg.aggregate(self, server, uploads)
         mean = uploads.consensus("logits", predictions)
         if mean is not None:
             teacher = self.teacher_from_mean(server, uploads, mean)
@@ -364,9 +352,5 @@ class JoiningClient(ProxyTraining):
             yield self.distill(client, received, self.digest_epochs)
         elif BACKBONE in received and self.probe:
             yield local_fit(client, train={"model": HEAD}, label="head")
-        weight = self.replay_weight
-        if TEACHER in received and weight > 0:
-            yield self.proxy_replay(client, received, weight)
-        else:
-            yield local_fit(client)
+        yield self.proxy_replay(client, received, self.replay_weight)
         return {}

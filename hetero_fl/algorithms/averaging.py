@@ -235,8 +235,7 @@ class FedNova(FedAvg):
             model = server.models[group]
             names = server.arch[group].parameter_names
             scale = {n: paths[group][n] * (self.server_lr if n in names else 1.0) for n in mean}
-            updated = {n: model[n] + scale[n] * change for n, change in mean.items()}
-            server.models[group] = {**model, **updated}
+            server.load(group, {n: model[n] + scale[n] * change for n, change in mean.items()})
         # This also updates groups without a client in the cohort.
         tie_common_tensors(server.models, server.common, paths)
         yield from ()

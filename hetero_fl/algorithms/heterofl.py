@@ -18,7 +18,7 @@ from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.averaging import FedAvg
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
 from hetero_fl.algorithms.prediction import adjust_to_labels
-from hetero_fl.algorithms.round_parts import Items, SharedPart, local_fit, upload_model
+from hetero_fl.algorithms.round_parts import Items, SharedPart, local_fit
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import Masked
@@ -60,46 +60,6 @@ def choose_model(client_infos: ClientDirectory) -> ModelConfig:
     }
     wide = max(family_sizes, key=lambda arch: (family_sizes[arch], num_parameters(arch)))
     return ModelConfig(name=wide.name, feature_dim=wide.feature_dim, **dict(wide.options))
-
-
-def check_widths(model: ModelConfig, client_infos: ClientDirectory) -> None:
-    """Check that a model can be narrowed, and that a client has its full width.
-
-    Args:
-        model: The wide model.
-        client_infos: All clients.
-
-    Raises:
-        UserError: If the model does not suit the clients.
-    """
-    if not can_narrow(model.name):
-        raise UserError(
-            f"algorithm.model: {model.name} has no narrower copies; choose mlp, tabular, a cnn or "
-            "a resnet"
-        )
-    widest = max(derive_width(profile.arch, model) for profile in client_infos.profiles)
-    if widest < 1:
-        raise UserError(
-            f"algorithm.model: at least one client must have the full width of {model.name}, the "
-            f"widest has {widest:g}; choose a narrower model"
-        )
-
-
-def describe_widths(model: ModelConfig, client_infos: ClientDirectory) -> list[str]:
-    """Describe the wide model and the width of each client in one line.
-
-    Args:
-        model: The wide model.
-        client_infos: All clients.
-    """
-    profiles = defaultdict(list)
-    for profile in client_infos.profiles:
-        profiles[derive_width(profile.arch, model)].append(profile)
-    parts = [
-        f"width {w:g} for {client_infos.format_clients(profiles[w], 4)}"
-        for w in sorted(profiles, reverse=True)
-    ]
-    return [f"algorithm.model is {model.name} and replaces clients' models: {'; '.join(parts)}"]
 
 
 def derive_width(arch: ModelSpec, model: ModelConfig | None) -> float:
@@ -248,21 +208,34 @@ class HeteroFL(FedAvg):
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         model = self.model or choose_model(clients)
-        check_widths(model, clients)
+        if not can_narrow(model.name):
+            raise UserError(
+                f"algorithm.model: {model.name} has no narrower copies; choose mlp, tabular, a "
+                "cnn or a resnet"
+            )
+        by_width = defaultdict(list)
+        for profile in clients.profiles:
+            by_width[derive_width(profile.arch, model)].append(profile)
+        if max(by_width) < 1:
+            raise UserError(
+                f"algorithm.model: at least one client must have the full width of {model.name}, "
+                f"the widest has {max(by_width):g}; choose a narrower model"
+            )
         shapes = sorted({profile.arch.input_shape for profile in clients.profiles})
         if self.masked and len(shapes) > 1:
             raise UserError(
                 f"algorithm.masked: examples must have the same shape for all clients, got {shapes}"
             )
-        return self.model_copy(update={"model": model}), describe_widths(model, clients)
-
-    def wide_model(self, arch: ModelSpec) -> ModelSpec:
-        """Return the wide model with the input shape and outputs of a client's architecture."""
-        return wide_model(self.model, arch)
+        widths = [
+            f"width {width:g} for {clients.format_clients(profiles, 4)}"
+            for width, profiles in sorted(by_width.items(), reverse=True)
+        ]
+        note = f"algorithm.model is {model.name} and replaces clients' models: {'; '.join(widths)}"
+        return self.model_copy(update={"model": model}), [note]
 
     @override
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
-        wide = self.wide_model(client.arch)
+        wide = wide_model(self.model, client.arch)
         width = derive_width(client.arch, self.model)
         if width == 1:
             return {"model": wide}
@@ -273,7 +246,7 @@ class HeteroFL(FedAvg):
 
     @override
     def setup(self, server: Participant) -> None:
-        models = [self.wide_model(profile.arch) for profile in server.peers.profiles]
+        models = [wide_model(self.model, profile.arch) for profile in server.peers.profiles]
         server.arch = {arch.spec_id: arch for arch in models}
         server.models = {
             group: server.arch[group].initial_tensors(server.round_context.seed)
@@ -290,9 +263,15 @@ class HeteroFL(FedAvg):
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        yield from self.deploy(client, received)
-        yield from self.local_training(client, received)
-        return self.upload_slice(client)
+        items: Items = yield from super().train(client, received)
+        if not items or not self.uses_mask(client) or HEAD[0] not in items["model"].values:
+            return items
+        model = dict(items["model"].values)
+        width = wide_model(self.model, client.arch["model"]).shapes[HEAD[0]][1]
+        weight = self.weight_of(client) * self.present_classes(client)
+        values, weight = pack_head(model.pop(HEAD[0]), model.pop(HEAD[1]), width, weight)
+        head = Item(values, weight, "params")
+        return {"model": replace(items["model"], values=model), "head": head}
 
     @override
     def local_training(self, client: Participant, received: Payload) -> Plan[None]:
@@ -316,21 +295,6 @@ class HeteroFL(FedAvg):
         if "statistics" not in client.settings.shares:
             return ones
         return (client.counts > 0).to(ones)
-
-    def upload_slice(self, client: Participant) -> Items:
-        """Return the upload of the client's slice.
-
-        If the mask applies, the head is a separate item.
-        """
-        items = upload_model(self, client, self.weight_of(client))
-        if not items or not self.uses_mask(client) or HEAD[0] not in items["model"].values:
-            return items
-        model = dict(items["model"].values)
-        width = self.wide_model(client.arch["model"]).shapes[HEAD[0]][1]
-        weight = self.weight_of(client) * self.present_classes(client)
-        values, weight = pack_head(model.pop(HEAD[0]), model.pop(HEAD[1]), width, weight)
-        head = Item(values, weight, "params")
-        return {"model": replace(items["model"], values=model), "head": head}
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:

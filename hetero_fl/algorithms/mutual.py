@@ -151,8 +151,7 @@ class MenteeTraining(Algorithm):
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
-        mutual = self.objective(client.task)
-        objective = replace(mutual, shape=client.arch[MENTEE].input_shape)
+        objective = replace(self.objective(client.task), shape=client.arch[MENTEE].input_shape)
         yield local_fit(client, objective, train=self.trained)
         return upload_model(self, client)
 
@@ -284,18 +283,15 @@ class FedKD(MenteeTraining):
 
         The share changes linearly from `energy_start` to `energy_end` over the run.
         """
-        done = participant.round_context.round_idx / max(
-            1, participant.round_context.num_rounds - 1
-        )
-        return self.energy_start + (self.energy_end - self.energy_start) * min(1.0, done)
+        context = participant.round_context
+        done = min(1.0, context.round_idx / max(1, context.num_rounds - 1))
+        return self.energy_start + (self.energy_end - self.energy_start) * done
 
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         method, notes = super().configure(clients)
-        return method, [
-            *notes,
-            "ranks of updates depend on the training; `--check` counts updates of full rank",
-        ]
+        note = "ranks of updates depend on the training; `--check` counts updates of full rank"
+        return method, [*notes, note]
 
     @override
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
@@ -354,7 +350,7 @@ class FedKD(MenteeTraining):
             if download_part(self, u.client_info.settings, round_idx, MENTEE) != ()
         ]
         server.state["held"] = {**server.state.get("held", {}), **dict.fromkeys(updated, version)}
-        restored = (_restore_update(u, mentee) for u in uploads.containing(MENTEE))
+        restored = [_restore_update(u, mentee) for u in uploads.containing(MENTEE)]
         specs = {MENTEE: ItemSpec("update", across_architectures=True)}
         mean = uploads.with_uploads(restored, specs).mean_by_group(MENTEE).get("")
         if mean:
@@ -444,6 +440,7 @@ def _restore_update(upload: Upload, like: Tensors) -> Upload:
 # Slot of the projection of the concatenated features of both models. The projection stays at the
 # client.
 PROJECTION = "projection"
+FEATURE_DIM = "algorithm.mentee.feature_dim"
 
 
 @register_algorithm("fedmrl")
@@ -494,23 +491,19 @@ class FedMRL(MenteeTraining):
         for profile in clients.profiles:
             require_linear_head(profile.first, profile.arch)
         narrowest = min(clients.profiles, key=lambda p: p.arch.feature_width)
-        client_id = narrowest.first
         smallest = narrowest.arch.feature_width
         width = method.mentee_model(narrowest.arch).feature_width
         if width < smallest:
             return method, notes
         if method.mentee.feature_dim or smallest < 2:
-            is_set = method.mentee.feature_dim is not None
-            key = "algorithm.mentee.feature_dim" if is_set else f"clients: '{client_id}': model"
+            is_unset = method.mentee.feature_dim is None
+            key = f"clients: '{narrowest.first}': model" if is_unset else FEATURE_DIM
             raise UserError(
-                f"{key}: the mentee's feature width must be smaller than that of {client_id}, got "
-                f"{width} and {smallest}"
+                f"{key}: the mentee's feature width must be smaller than that of "
+                f"{narrowest.first}, got {width} and {smallest}"
             )
         mentee = method.mentee.model_copy(update={"feature_dim": smallest // 2})
-        note = (
-            f"algorithm.mentee.feature_dim is {smallest // 2}, half of the feature width of "
-            f"{client_id}"
-        )
+        note = f"{FEATURE_DIM} is {smallest // 2}, half of the feature width of {narrowest.first}"
         return method.model_copy(update={"mentee": mentee}), [*notes, note]
 
     @override

@@ -210,16 +210,13 @@ class FedProto(CommonFeatureWidth):
 
     @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
-        client.state.update({name: received[name] for name in received})
+        client.state.update(received)
         yield from ()
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        if "prototypes" in received:
-            pull = PrototypePull(client.task.kind, weight=self.weight)
-            yield local_fit(client, pull, context={name: received[name] for name in received})
-        else:
-            yield local_fit(client)
+        pull = PrototypePull(client.task.kind, weight=self.weight) if received else None
+        yield local_fit(client, pull, context=received)
         return (yield from upload_class_features(client))
 
     @override
@@ -542,14 +539,10 @@ class FD(Algorithm):
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        if "teacher" in received:
-            objective = ClassTeacherDistillation(
-                client.task.kind, weight=self.weight, temperature=self.temperature
-            )
-            context = {name: received[name] for name in ("teacher", "known")}
-            yield local_fit(client, objective, context=context)
-        else:
-            yield local_fit(client)
+        loss = ClassTeacherDistillation(
+            client.task.kind, weight=self.weight, temperature=self.temperature
+        )
+        yield local_fit(client, loss if received else None, context=received)
         if not may_share(client, "statistics"):
             return {}
         return {"class_logits": (yield from self.class_statistics(client))}

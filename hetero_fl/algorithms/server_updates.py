@@ -356,17 +356,13 @@ class FedBuff(StalenessWeighted):
         shares = mean_weights(uploads, "model")
         for group, mean in uploads.mean_by_group("model").items():
             model = server.models[group]
-            updated = {
-                n: model[n] + self.server_lr * shares[group][n] * change
-                for n, change in mean.items()
-            }
-            server.models[group] = {**model, **updated}
+            rates = {n: self.server_lr * share for n, share in shares[group].items()}
+            server.load(group, {n: model[n] + rates[n] * change for n, change in mean.items()})
         tie_common_tensors(server.models, server.common, shares)
         shares = mean_weights(uploads, BUFFERS)
         for group, mean in uploads.mean_by_group(BUFFERS).items():
             model = server.models[group]
-            mixed = {n: model[n].lerp(tensor, shares[group][n]) for n, tensor in mean.items()}
-            server.models[group] = {**model, **mixed}
+            server.load(group, {n: model[n].lerp(t, shares[group][n]) for n, t in mean.items()})
         tie_common_tensors(server.models, server.common, shares)
         yield from ()
 

@@ -16,6 +16,7 @@ from hetero_fl.algorithms.prediction import add_log_prior, adjust_to_labels, sub
 from hetero_fl.algorithms.prototypes import require_linear_head, require_sent_state
 from hetero_fl.algorithms.round_parts import (
     Items,
+    add_model,
     local_fit,
 )
 from hetero_fl.core.model_spec import ModelSpec
@@ -123,8 +124,7 @@ class Ensemble(Local):
     @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         for client_id in natural_order(received):
-            client.arch[MEMBER + client_id] = client.peers[client_id].arch
-            client.models[MEMBER + client_id] = received[client_id]
+            add_model(client, MEMBER + client_id, client.peers[client_id].arch, received[client_id])
         yield from ()
 
     @override
@@ -227,8 +227,8 @@ class Centralized(Algorithm):
 
     @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
-        client.arch["pooled"] = self._reference(client, client.arch["model"]).arch
-        client.models["pooled"] = received["model"]
+        reference = self._reference(client, client.arch["model"])
+        add_model(client, "pooled", reference.arch, received["model"])
         yield from ()
 
     @override

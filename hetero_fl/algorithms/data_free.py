@@ -167,10 +167,9 @@ class Dense(Algorithm):
         shape = reference.arch.input_shape
         teachers = {f"teacher {u.client}": preprocessing_of(u.client_info) for u in sent}
         for slot, u in zip(teachers, sent, strict=True):
-            server.arch[slot] = u.client_info.arch
-            server.models[slot] = {**server.models[u.group], **u.payload["model"]}
-        server.arch[STUDENT] = reference.arch
-        server.models[STUDENT] = server.models[reference.arch.spec_id]
+            tensors = {**server.models[u.group], **u.payload["model"]}
+            add_model(server, slot, u.client_info.arch, tensors)
+        add_model(server, STUDENT, reference.arch, server.models[reference.arch.spec_id])
         add_model(server, GENERATOR, self.generator(shape))
         synthesis = Synthesis(
             shape,
@@ -266,8 +265,7 @@ class Dense(Algorithm):
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         yield from super().deploy(client, received)
         if STUDENT in received:
-            client.arch[STUDENT] = self.reference_client(client).arch
-            client.models[STUDENT] = received[STUDENT]
+            add_model(client, STUDENT, self.reference_client(client).arch, received[STUDENT])
 
     @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
@@ -328,8 +326,6 @@ class FedGen(CommonHead, FedAvg):
     """
 
     title = "FedGen"
-    # The generator creates features, so clients do not upload theirs.
-    features_leave = False
     uploads = {
         "model": ItemSpec("params", use="each"),
         "counts": ItemSpec("counts", use="each", private=True, share="statistics"),
@@ -396,11 +392,8 @@ class FedGen(CommonHead, FedAvg):
     @override
     def local_training(self, client: Participant, received: Payload) -> Plan[None]:
         if GENERATOR in received:
-            arch = client.arch[GENERATOR] = self.generator(client.task.outputs)
-            client.models[GENERATOR] = {
-                **arch.initial_tensors(client.round_context.seed),
-                **received[GENERATOR],
-            }
+            add_model(client, GENERATOR, self.generator(client.task.outputs))
+            client.load(GENERATOR, received[GENERATOR])
             yield self.fit_with_generator(client, received["labels"])
             # The next broadcast contains a new generator.
             del client.models[GENERATOR]

@@ -6,8 +6,8 @@ teacher, and create distillation steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -311,13 +311,6 @@ class ProxyPredictions(ProxyTraining):
 COUNTS = "counts"
 # Degree to which a teacher is aligned with label frequencies.
 Alignment = Annotated[float, Field(ge=0, le=1)]
-DistilledStatistics = Annotated[
-    Literal["proxy", "clients"],
-    Field(
-        description="BatchNorm statistics of a distilled model; `proxy`: from the proxy rows; "
-        "`clients`: the mean of the clients' statistics, for proxy rows of another distribution"
-    ),
-]
 
 
 def predicted_probabilities(task: Task, logits: Tensor) -> Tensor:
@@ -419,13 +412,19 @@ class ProxyDistillation(ProxyPredictions):
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
+        # The models that sent predictions are those before the round's aggregation.
+        mean = yield from self.mean_predictions(server, uploads)
         yield from super().aggregate(server, uploads)
-        (name,) = self.predictions
-        mean = uploads.mean(name)
         if mean is not None:
             teacher = self.teacher_from_mean(server, uploads, mean)
             self.store_teacher(server, teacher=teacher)
             yield from self.distill_at_server(server, uploads, teacher)
+
+    def mean_predictions(self, server: Participant, uploads: Uploads) -> Plan[Tensor | None]:
+        """Return the weighted mean of the predictions `[D, C]`, or None if there are none."""
+        yield from ()
+        (name,) = self.predictions
+        return uploads.mean(name)
 
     def distill_at_server(
         self, server: Participant, uploads: Uploads, teacher: Tensor
@@ -485,47 +484,3 @@ class ProxyDistillation(ProxyPredictions):
         # These settings are equal for all clients, as `hetero_fl.experiment.compatibility` checks.
         balanced = predicts_without_prior(server.peers.main_profile.settings)
         return align_to_labels(teacher, log_q, self.align, balanced)
-
-    def distill_into_groups(
-        self,
-        server: Participant,
-        teacher: Tensor,
-        senders: Iterable[ClientInfo],
-        epochs: int,
-        *,
-        statistics: DistilledStatistics,
-    ) -> Plan[None]:
-        """Distill this round's teacher into the server's model of each architecture group.
-
-        Args:
-            server: The server.
-            teacher: Logits of the round's proxy rows, shape `[D, C]`.
-            senders: Clients that uploaded a model. Models of groups without such a client are not
-                changed.
-            epochs: Number of epochs. If 0, only the BatchNorm statistics are computed, on all proxy
-                rows.
-            statistics: Source of the models' BatchNorm statistics. With `proxy`, the statistics of
-                the proxy rows are kept. With `clients`, the mean of the clients' statistics is
-                restored.
-        """
-        # The client with the first id in string order determines the preprocessing of its group.
-        preprocess = {
-            c.arch.spec_id: c.preprocess
-            for c in sorted(senders, key=lambda c: c.client_id, reverse=True)
-        }
-        averages = {group: server.models[group] for group in preprocess}
-        if epochs:
-            yield [
-                self.server_fit(server, group, teacher, epochs, preprocess[group])
-                for group in sorted(preprocess)
-            ]
-        elif statistics == "proxy":
-            for group, view in preprocess.items():
-                server.models[group] = yield from recalibrated_tensors(
-                    server, group, proxy_sample(server, view)
-                )
-        if statistics == "clients":
-            for group, average in averages.items():
-                buffers = average.keys() - server.arch[group].parameter_names
-                of_clients = {name: average[name] for name in buffers}
-                server.models[group] = {**server.models[group], **of_clients}

@@ -62,26 +62,18 @@ def choose_model(client_infos: ClientDirectory) -> ModelConfig:
     return ModelConfig(name=wide.name, feature_dim=wide.feature_dim, **dict(wide.options))
 
 
-def derive_width(arch: ModelSpec, model: ModelConfig | None) -> float:
+def derive_width(arch: ModelSpec, wide: ModelSpec) -> float:
     """Return the width of a client with this architecture, relative to the wide model.
 
     If the architecture is not a narrower copy of the wide model, the width is the power of two from
     1/16 to 1 that is nearest to the square root of the ratio of both numbers of parameters. The
     number of parameters grows with the square of the width.
     """
-    wide = wide_model(model, arch)
     width = _relative_width(arch, wide)
     if width is not None:
         return width
     level = round(math.log2(num_parameters(arch) / num_parameters(wide)) / 2)
     return max(MIN_WIDTH, 2.0 ** min(0, level))
-
-
-def wide_model(model: ModelConfig | None, arch: ModelSpec) -> ModelSpec:
-    """Return the wide model with the input shape and outputs of a client's architecture."""
-    assert model is not None, "configure sets the model"
-    sizes = (arch.outputs, arch.input_shape, model.feature_dim)
-    return ModelSpec.from_config(model.name, *sizes, model.options, vocabulary=arch.vocabulary)
 
 
 def num_parameters(arch: ModelSpec) -> int:
@@ -213,9 +205,11 @@ class HeteroFL(FedAvg):
                 f"algorithm.model: {model.name} has no narrower copies; choose mlp, tabular, a "
                 "cnn or a resnet"
             )
+        method = self.model_copy(update={"model": model})
         by_width = defaultdict(list)
         for profile in clients.profiles:
-            by_width[derive_width(profile.arch, model)].append(profile)
+            width = derive_width(profile.arch, method.wide_model(profile.arch))
+            by_width[width].append(profile)
         if max(by_width) < 1:
             raise UserError(
                 f"algorithm.model: at least one client must have the full width of {model.name}, "
@@ -231,12 +225,19 @@ class HeteroFL(FedAvg):
             for width, profiles in sorted(by_width.items(), reverse=True)
         ]
         note = f"algorithm.model is {model.name} and replaces clients' models: {'; '.join(widths)}"
-        return self.model_copy(update={"model": model}), [note]
+        return method, [note]
+
+    def wide_model(self, arch: ModelSpec) -> ModelSpec:
+        """Return the wide model with the input shape and outputs of a client's architecture."""
+        assert self.model is not None, "configure sets the model"
+        sizes = (arch.outputs, arch.input_shape, self.model.feature_dim)
+        options = self.model.options
+        return ModelSpec.from_config(self.model.name, *sizes, options, vocabulary=arch.vocabulary)
 
     @override
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
-        wide = wide_model(self.model, client.arch)
-        width = derive_width(client.arch, self.model)
+        wide = self.wide_model(client.arch)
+        width = derive_width(client.arch, wide)
         if width == 1:
             return {"model": wide}
         name, options = narrow_options(wide.name, dict(wide.options), width, self.scaler)
@@ -246,7 +247,7 @@ class HeteroFL(FedAvg):
 
     @override
     def setup(self, server: Participant) -> None:
-        models = [wide_model(self.model, profile.arch) for profile in server.peers.profiles]
+        models = [self.wide_model(profile.arch) for profile in server.peers.profiles]
         server.arch = {arch.spec_id: arch for arch in models}
         server.models = {
             group: server.arch[group].initial_tensors(server.round_context.seed)
@@ -267,7 +268,7 @@ class HeteroFL(FedAvg):
         if not items or not self.uses_mask(client) or HEAD[0] not in items["model"].values:
             return items
         model = dict(items["model"].values)
-        width = wide_model(self.model, client.arch["model"]).shapes[HEAD[0]][1]
+        width = self.wide_model(client.arch["model"]).shapes[HEAD[0]][1]
         weight = self.weight_of(client) * self.present_classes(client)
         values, weight = pack_head(model.pop(HEAD[0]), model.pop(HEAD[1]), width, weight)
         head = Item(values, weight, "params")

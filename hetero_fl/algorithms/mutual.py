@@ -164,9 +164,8 @@ class MenteeTraining(Algorithm):
 
     @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
-        if personal:
-            return (yield from super().predict(client, rows, personal))
-        logits = yield Predict(MENTEE, model_rows(client, MENTEE, rows))
+        slot = "model" if personal else MENTEE
+        logits = yield Predict(slot, model_rows(client, slot, rows))
         return adjust_to_labels(self, client, logits, personal)
 
 

@@ -278,7 +278,5 @@ class Ditto(FedAvg):
 
     @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
-        if not personal:
-            return (yield from super().predict(client, rows, personal))
-        logits = yield Predict(PERSONAL, rows)
+        logits = yield Predict(PERSONAL if personal else "model", rows)
         return adjust_to_labels(self, client, logits, personal)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -34,13 +34,9 @@ class CommonFeatureWidth(Algorithm):
     The values of class statistics for C classes and d features have 4·C·(d + 1) bytes per client
     and round; the encoding adds names and shapes, about 500 bytes per message. These statistics are
     computed from private rows and require `statistics` in `shares`.
-
-    Attributes:
-        features_leave: Whether clients upload features, either per row or as class means.
     """
 
     needs = Needs(one_architecture=True, also=("one feature width",), shared_model=True)
-    features_leave: ClassVar[bool] = True
 
     feature_dim: PositiveInt | None = Field(
         None,
@@ -54,7 +50,7 @@ class CommonFeatureWidth(Algorithm):
             widths[profile.arch.feature_width] += profile.count
         # Of equally frequent widths, take the largest.
         width = self.feature_dim or max(widths, key=lambda w: (widths[w], w))
-        if self.features_leave:
+        if "features" in self.uploads:
             for profile in clients.profiles:
                 require_features(profile.first, profile.arch, width)
         method = self.model_copy(update={"feature_dim": width})

@@ -377,16 +377,20 @@ def upload_model(
     return items
 
 
-def add_model(server: Participant, slot: str, arch: ModelSpec) -> None:
-    """Add a model with the initial tensors of the run to the server.
+def add_model(
+    participant: Participant, slot: str, arch: ModelSpec, tensors: Tensors | None = None
+) -> None:
+    """Add a model to a participant.
 
     Args:
-        server: The server.
+        participant: The client or the server.
         slot: Slot of the model.
         arch: Architecture of the model.
+        tensors: Tensors of the model. If None, the initial tensors of the run are used.
     """
-    server.arch[slot] = arch
-    server.models[slot] = arch.initial_tensors(server.round_context.seed)
+    seed = participant.round_context.seed
+    participant.arch[slot] = arch
+    participant.models[slot] = arch.initial_tensors(seed) if tensors is None else tensors
 
 
 def average_models(

@@ -172,8 +172,7 @@ class FedGKT(CommonFeatureWidth):
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         yield from super().deploy(client, received)
         if LARGE in received:
-            client.arch[LARGE] = self.large_model_spec(client.task.outputs)
-            client.models[LARGE] = received[LARGE]
+            add_model(client, LARGE, self.large_model_spec(client.task.outputs), received[LARGE])
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:

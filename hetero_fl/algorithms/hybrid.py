@@ -223,7 +223,7 @@ class FedDF(GroupDistillation):
         COUNTS: ItemSpec("counts", use="each", private=True, share="statistics"),
     }
 
-    downloads = FedAvg.downloads
+    downloads = {**FedAvg.downloads}
 
     distill_epochs: PositiveInt = 2
 

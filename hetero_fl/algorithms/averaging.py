@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -206,7 +205,8 @@ class FedNova(FedAvg):
         # With `share_every`, the state accumulates over several rounds until the upload.
         start = floating_tensors(client.models["model"])
         since = client.state.setdefault("since", {"start": start, PATH: 0.0})
-        yield from self.local_training(client, received)
+        report: FitReport = yield local_fit(client)
+        since[PATH] += accumulated_steps(report.steps, client.optimizer)
         items = upload_model(self, client, self.weight_of(client))
         if not items:
             return items
@@ -222,11 +222,6 @@ class FedNova(FedAvg):
             "model": replace(model, values=change, kind="update"),
             PATH: replace(model, values=paths),
         }
-
-    @override
-    def local_training(self, client: Participant, received: Payload) -> Plan[None]:
-        report: FitReport = yield local_fit(client)
-        client.state["since"][PATH] += accumulated_steps(report.steps, client.optimizer)
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
@@ -448,61 +443,37 @@ class Scaffold(FedAvg):
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
-        # Without a received control variate there is no correction.
+        names = client.arch["model"].parameter_names
+        shared = select_part(client.models["model"], shared_part(self, client.settings))
+        start = {n: x for n, x in shared.items() if n in names}
+        own: Tensors = client.state.get(CONTROL) or {
+            n: torch.zeros_like(x) for n, x in start.items()
+        }
+        # With `share_every`, this state is kept over several rounds until the upload. Without a
+        # received control variate there is no correction.
         if CONTROL in received or "since" not in client.state:
-            client.state["since"] = {
-                CONTROL: received.get(CONTROL, self.own_control(client)),
-                "start": self.shared_parameters(client),
-                "path": 0.0,
-            }
-        yield from self.local_training(client, received)
-        items = upload_model(self, client, self.weight_of(client))
-        if items:
-            own = self.own_control(client)
-            client.state[CONTROL] = self.updated_control(client)
-            change = {n: c - own[n] for n, c in client.state[CONTROL].items()}
-            items[CONTROL] = Item(change, self.weight_of(client), "update")
-            del client.state["since"]
-        return items
-
-    @override
-    def local_training(self, client: Participant, received: Payload) -> Plan[None]:
-        optimizer = self.optimizer(client)
-        own = self.own_control(client)
-        # With `share_every`, this state is kept over several rounds until the upload.
+            control = received.get(CONTROL, own)
+            client.state["since"] = {CONTROL: control, "start": start, "path": 0.0}
         since = client.state["since"]
-        drift = {n: c - own[n] for n, c in since[CONTROL].items()}
-        rates = self.relative_rates(client, drift)
-        drift = {n: d if rates[n] == 1 else d.mul_(rates[n]) for n, d in drift.items()}
+        optimizer = self.optimizer(client)
+        # The engine scales the correction of the head by the learning rate of the other tensors.
+        head_rate = (optimizer.head_lr or optimizer.lr) / optimizer.lr
+        rates = {n: head_rate if n.startswith("head.") else 1.0 for n in start}
+        drift = {n: (c - own[n]).mul_(rates[n]) for n, c in since[CONTROL].items()}
         report: FitReport = yield local_fit(client, optimizer=optimizer, drift={"model": drift})
         since["path"] += report.steps * optimizer.lr
-
-    def shared_parameters(self, client: Participant) -> Tensors:
-        """Return the parameters of a client's model that the client shares."""
-        part = select_part(client.models["model"], shared_part(self, client.settings))
-        return {n: t for n, t in part.items() if n in client.arch["model"].parameter_names}
-
-    def own_control(self, client: Participant) -> Tensors:
-        """Return the control variate c_k of a client, which is initially 0."""
-        shared = self.shared_parameters(client)
-        return client.state.get(CONTROL) or {n: torch.zeros_like(t) for n, t in shared.items()}
-
-    def updated_control(self, client: Participant) -> Tensors:
-        """Return c_k⁺ = c_k − c + (x − y)/(Kη), where the model was x and now is y."""
-        since = client.state["since"]
-        own = self.own_control(client)
-        end = client.models["model"]
-        rates = self.relative_rates(client, since["start"])
-        gradient = {
-            n: (x - end[n]).div_(since["path"] * rates[n]) for n, x in since["start"].items()
-        }
-        return {n: (own[n] - since[CONTROL][n]).add_(g) for n, g in gradient.items()}
-
-    def relative_rates(self, client: Participant, names: Iterable[str]) -> dict[str, float]:
-        """Return the learning rate of each tensor, relative to `lr`, by which the engine scales."""
-        optimizer = self.optimizer(client)
-        head_rate = (optimizer.head_lr or optimizer.lr) / optimizer.lr
-        return {n: head_rate if n.startswith("head.") else 1.0 for n in names}
+        items = upload_model(self, client, self.weight_of(client))
+        if items:
+            end = client.models["model"]
+            gradient = {
+                n: (x - end[n]).div_(since["path"] * rates[n]) for n, x in since["start"].items()
+            }
+            control = {n: (own[n] - since[CONTROL][n]).add_(g) for n, g in gradient.items()}
+            change = {n: c - own[n] for n, c in control.items()}
+            items[CONTROL] = Item(change, self.weight_of(client), "update")
+            client.state[CONTROL] = control
+            del client.state["since"]
+        return items
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:

@@ -275,13 +275,7 @@ class ProxyTraining(Algorithm):
 
 
 class ProxyPredictions(ProxyTraining):
-    """Base class of methods whose clients upload predictions on the round's proxy rows.
-
-    Attributes:
-        predictions: Declaration of the item with predictions, keyed by the name of the item.
-    """
-
-    predictions: ClassVar[Mapping[str, ItemSpec]] = {}
+    """Base class of methods whose clients upload predictions on the round's proxy rows."""
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
@@ -296,16 +290,11 @@ class ProxyPredictions(ProxyTraining):
         if not may_share(client, "predictions"):
             return {}
         logits = yield from self.predict_proxy(client, self.proxy_indices(client))
-        (name,) = self.predictions
-        return {name: self.weighted_predictions(client, logits), **self.label_counts(client)}
+        return self.prediction_items(client, logits)
 
-    def weighted_predictions(self, client: Participant, logits: Tensor) -> Item:
-        """Return an item with a client's predictions and their weight in the teacher."""
-        raise TypeError(f"{type(self).__name__} does not define weighted_predictions")
-
-    def label_counts(self, client: Participant) -> Items:
-        """Return the client's label counts as an item, if the teacher depends on them."""
-        return {}
+    def prediction_items(self, client: Participant, logits: Tensor) -> Items:
+        """Return the upload, given the logits of the client's model, shape `[D, C]`."""
+        raise TypeError(f"{type(self).__name__} does not define prediction_items")
 
 
 COUNTS = "counts"
@@ -352,13 +341,16 @@ class ProxyDistillation(ProxyPredictions):
     `statistics`, in multiclass tasks only. For other clients, `contrast` assumes balanced classes.
     Label counts are private data and receive noise under `privacy`.
 
+    Attributes:
+        predictions: Declaration of the item with predictions, keyed by the name of the item.
+
     Example:
         >>> from hetero_fl.algorithms import ProxyDistillation
         >>> sorted(ProxyDistillation(align=0.5).uploads)
         ['counts', 'logits']
     """
 
-    predictions = {
+    predictions: ClassVar[Mapping[str, ItemSpec]] = {
         "logits": ItemSpec("rows", private=True, share="predictions", prediction_type="logits")
     }
 
@@ -391,14 +383,18 @@ class ProxyDistillation(ProxyPredictions):
         return self.teacher == "contrast" and task.kind == "multiclass"
 
     @override
+    def prediction_items(self, client: Participant, logits: Tensor) -> Items:
+        (name,) = self.predictions
+        return {name: self.weighted_predictions(client, logits), **self.label_counts(client)}
+
     def weighted_predictions(self, client: Participant, logits: Tensor) -> Item:
+        """Return an item with a client's predictions and their weight in the teacher."""
         # Read label counts only if they are used, because reading them may spend privacy budget.
         counts = None
         if self.averages_logarithms(client.task) and "statistics" in client.settings.shares:
             counts = client.counts
         return proxy_predictions(client.task, self.teacher, logits, counts, client.num_rows)
 
-    @override
     def label_counts(self, client: Participant) -> Items:
         """Return the client's label counts as an item.
 

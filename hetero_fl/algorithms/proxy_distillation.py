@@ -277,8 +277,7 @@ class KTpFL(InitialPhase):
     title = "KT-pFL"
     evaluated_when = "after distillation of the newest mixture, as deployed with the next broadcast"
     shared = ()
-    predictions = {"predictions": ItemSpec("rows", use="each", private=True, share="predictions")}
-    uploads = predictions
+    uploads = {"predictions": ItemSpec("rows", use="each", private=True, share="predictions")}
     downloads = {
         **InitialPhase.downloads,
         TEACHER: ItemSpec(
@@ -341,8 +340,8 @@ class KTpFL(InitialPhase):
             yield self.distill(client, received, self.digest_epochs)
 
     @override
-    def weighted_predictions(self, client: Participant, logits: Tensor) -> Item:
-        return Item((logits / self.temperature).softmax(-1))
+    def prediction_items(self, client: Participant, logits: Tensor) -> Items:
+        return {"predictions": (logits / self.temperature).softmax(-1)}
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:

@@ -55,14 +55,11 @@ def describe_needs(method: Algorithm) -> list[Need]:
     """
     needs = method.needs
     found: list[Need] = [("all in one place",)] if needs.all_clients else []
-    if needs.proxy_set == "optional" and needs.one_architecture:
-        found.append((PROXY, SHARED_ARCHITECTURES))
-    elif needs.proxy_set == "required":
-        found.append((PROXY,))
-    elif needs.proxy_set == "labeled":
-        found.append(("labeled proxy set",))
+    if needs.has_required_proxy:
+        found.append(("labeled proxy set" if needs.proxy_set == "labeled" else PROXY,))
     elif needs.one_architecture:
-        found.append((SHARED_ARCHITECTURES,))
+        alternatives = (PROXY,) if needs.proxy_set == "optional" else ()
+        found.append((*alternatives, SHARED_ARCHITECTURES))
     found += [(need,) for need in needs.also]
     if any(spec.use == "each" for spec in method.uploads.values()):
         found.append((SINGLE_UPLOADS,))

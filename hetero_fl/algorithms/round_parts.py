@@ -118,8 +118,6 @@ def common_part(a: Part, b: Part) -> Part:
         return b
     if b is None:
         return a
-    if not a or not b:
-        return ()
     prefixes = {p for p in a if p.startswith(b)} | {p for p in b if p.startswith(a)}
     return tuple(sorted(prefixes))
 

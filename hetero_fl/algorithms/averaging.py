@@ -395,13 +395,11 @@ class Scaffold(FedAvg):
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         other = [p for p in clients.profiles if p.settings.optimizer.name != "sgd"]
-        if not other:
-            return self, []
         note = (
             f"scaffold trains {clients.format_clients(other)} with sgd (lr {self.sgd_lr:g}, "
             f"momentum {self.sgd_momentum:g}), not their own optimizer"
         )
-        return self, [note]
+        return self, [note] if other else []
 
     def optimizer(self, client: Participant) -> OptimizerConfig:
         """Return the SGD configuration with which a client trains in this round.

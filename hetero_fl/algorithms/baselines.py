@@ -107,14 +107,13 @@ class Ensemble(Local):
         yield local_fit(client)
         tensors = floating_tensors(client.models["model"])
         if client.settings.prior_correction:
-            bias = tensors["head.bias"]
-            tensors["head.bias"] = subtract_log_prior(client, bias)
+            tensors["head.bias"] = subtract_log_prior(client, tensors["head.bias"])
         return {"member": Item(tensors, float(client.num_rows), "params")}
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        sent = {u.client: u.payload["member"] for u in uploads.containing("member")}
-        server.state["members"] = {**server.state.get("members", {}), **sent}
+        members = server.state.setdefault("members", {})
+        members.update({u.client: u.payload["member"] for u in uploads.containing("member")})
         yield from ()
 
     @override

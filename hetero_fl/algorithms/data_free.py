@@ -391,22 +391,11 @@ class FedGen(CommonHead, FedAvg):
 
     @override
     def local_training(self, client: Participant, received: Payload) -> Plan[None]:
-        if GENERATOR in received:
-            add_model(client, GENERATOR, self.generator(client.task.outputs))
-            client.load(GENERATOR, received[GENERATOR])
-            yield self.fit_with_generator(client, received["labels"])
-            # The next broadcast contains a new generator.
-            del client.models[GENERATOR]
-        else:
-            yield local_fit(client)
-
-    def fit_with_generator(self, client: Participant, labels: Tensor) -> Fit:
-        """Create the `Fit` step of local training with additional batches of generated features.
-
-        Args:
-            client: The client.
-            labels: Label counts of the round's clients, shape `[C]`.
-        """
+        if GENERATOR not in received:
+            yield from super().local_training(client, received)
+            return
+        add_model(client, GENERATOR, self.generator(client.task.outputs))
+        client.load(GENERATOR, received[GENERATOR])
         fade = self.decay**client.round_context.round_idx
         objective = GeneratedFeatures(
             client.task.kind,
@@ -414,7 +403,8 @@ class FedGen(CommonHead, FedAvg):
             latent_weight=self.latent_weight * fade,
             generator=GENERATOR,
         )
-        batches = {"fake": SampledBatches(self.sample_inputs(labels), self.generator_batch_size)}
+        draw = self.sample_inputs(received["labels"])
+        batches = {"fake": SampledBatches(draw, self.generator_batch_size)}
         if self.latent_weight:
             # A last batch with a single example is merged into the previous one, so a batch may
             # have one more example.
@@ -422,10 +412,15 @@ class FedGen(CommonHead, FedAvg):
             batches["noise"] = SampledBatches(
                 lambda g, size: {"x": torch.randn(size, self.noise_dim, generator=g)}, size
             )
-        context = {"one_hot": torch.eye(client.task.outputs)}
-        return local_fit(
-            client, objective, context=context, frozen=(GENERATOR,), extra_batches=batches
+        yield local_fit(
+            client,
+            objective,
+            context={"one_hot": torch.eye(client.task.outputs)},
+            frozen=(GENERATOR,),
+            extra_batches=batches,
         )
+        # The next broadcast contains a new generator.
+        del client.models[GENERATOR]
 
     def sample_inputs(self, labels: Tensor) -> Callable[[torch.Generator, int], Tensors]:
         """Return a function that samples inputs of the generator: one-hot classes and noise.

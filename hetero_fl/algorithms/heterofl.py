@@ -299,17 +299,15 @@ class HeteroFL(FedAvg):
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        # Dictionaries serve as ordered sets here.
-        families: dict[str, dict[str, None]] = {}
-        for sender in uploads.senders("model"):
-            families.setdefault(sender.arch.family_id, {})[sender.arch.spec_id] = None
+        family_of = {c.arch.spec_id: c.arch.family_id for c in uploads.senders("model")}
         # The maximum is the weight of the tensors that all clients of a group share.
         weights = {g: max(w.values()) for g, w in uploads.weights_by_group("model").items()}
         means = uploads.mean_by_group("model")
         head = uploads.mean("head")
-        for family, groups in families.items():
+        for family in dict.fromkeys(family_of.values()):
             model = server.models[family]
-            mean = leading_slice_means(model, [(means[group], weights[group]) for group in groups])
+            members = [(means[g], weights[g]) for g in family_of if family_of[g] == family]
+            mean = leading_slice_means(model, members)
             if head is not None:
                 mean |= unpack_head(model, head, uploads.total("head")[1])
             server.models[family] = interpolate_model(

@@ -342,13 +342,11 @@ class FedKD(MenteeTraining):
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         mentee = server.models[MENTEE]
         version = server.state.get("version", 0)
+        held = server.state.setdefault("held", {})
         round_idx = server.round_context.round_idx
-        updated = [
-            u.client
-            for u in uploads.each
-            if download_part(self, u.client_info.settings, round_idx, MENTEE) != ()
-        ]
-        server.state["held"] = {**server.state.get("held", {}), **dict.fromkeys(updated, version)}
+        for u in uploads.each:
+            if download_part(self, u.client_info.settings, round_idx, MENTEE) != ():
+                held[u.client] = version
         restored = [_restore_update(u, mentee) for u in uploads.containing(MENTEE)]
         specs = {MENTEE: ItemSpec("update", across_architectures=True)}
         mean = uploads.with_uploads(restored, specs).mean_by_group(MENTEE).get("")

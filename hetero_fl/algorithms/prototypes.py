@@ -55,10 +55,9 @@ class CommonFeatureWidth(Algorithm):
                 require_features(profile.first, profile.arch, width)
         method = self.model_copy(update={"feature_dim": width})
         other = [p for p in clients.profiles if p.arch.feature_width != width]
-        if not other:
-            return method, []
         names = clients.format_clients(other)
-        return method, [f"algorithm.feature_dim is {width}; the models of {names} get a projection"]
+        note = f"algorithm.feature_dim is {width}; the models of {names} get a projection"
+        return method, [note] if other else []
 
     @override
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
@@ -233,9 +232,9 @@ class FedProto(CommonFeatureWidth):
             return (yield from super().predict(client, rows, personal))
         features = yield Predict("model", rows, readout="features")
         known = client.state["known"]
-        own = known * (client.counts > 0).to(known.dtype)
-        if self.inference == "own" and personal and bool(own.any()):
-            known = own
+        if self.inference == "own" and personal:
+            own = known * (client.counts > 0).to(known.dtype)
+            known = own if bool(own.any()) else known
         return prototype_logits(features, client.state["prototypes"], known)
 
 
@@ -339,7 +338,6 @@ class FedTGP(FedProto):
             return
         means, has = client_class_means(items)
         seen = has.any(0)
-        one_hot = torch.eye(server.task.outputs)
         yield Fit(
             {VECTORS: ("head.weight",), PROTOTYPES: None},
             AdaptiveMargin(PROTOTYPES, VECTORS),
@@ -349,7 +347,7 @@ class FedTGP(FedProto):
             optimizer=OptimizerConfig(name="sgd", lr=self.server_lr),
             context={
                 "margin": largest_center_distance(means, has).clamp(max=self.margin),
-                "one_hot": one_hot,
+                "one_hot": torch.eye(server.task.outputs),
             },
             label=PROTOTYPES,
         )

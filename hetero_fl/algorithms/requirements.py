@@ -111,12 +111,8 @@ def method_references(method_class: type[Algorithm]) -> list[str]:
 
 def method_summary(method_class: type[Algorithm]) -> str:
     """Return the first sentence of a method's docstring, or an empty string without a docstring."""
-    summary, stop, rest = method_paragraphs(method_class)[0].partition(". ")
     # The period of an abbreviation, as in `et al. 2017`, does not end the sentence.
-    while stop and not rest[:1].isupper():
-        part, stop, rest = rest.partition(". ")
-        summary = f"{summary}. {part}"
-    return summary + ("." if stop else "")
+    return re.split(r"(?<=\.) (?=[A-Z])", method_paragraphs(method_class)[0], maxsplit=1)[0]
 
 
 def declared_properties(kind: type[Algorithm]) -> Iterator[str]:

@@ -316,11 +316,9 @@ class FedBuff(StalenessWeighted):
         if self.buffer is not None:
             return self, []
         size = max(1, min(PAPER_BUFFER_SIZE, len(clients) // 2))
-        method = self.model_copy(update={"buffer": size})
-        if size == PAPER_BUFFER_SIZE:
-            return method, []
         note = f"algorithm.buffer is {size}: half of the clients (paper: {PAPER_BUFFER_SIZE})"
-        return method, [note]
+        notes = [] if size == PAPER_BUFFER_SIZE else [note]
+        return self.model_copy(update={"buffer": size}), notes
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:

@@ -208,8 +208,8 @@ class FedGKT(CommonFeatureWidth):
             label="server",
         )
         predictions = yield [Predict(LARGE, TensorRows({"x": u.payload["features"]})) for u in sent]
-        logits = dict(zip((u.client for u in sent), predictions, strict=True))
-        server.state["logits"] = {**server.state.get("logits", {}), **logits}
+        logits = server.state.setdefault("logits", {})
+        logits.update(zip((u.client for u in sent), predictions, strict=True))
 
     @staticmethod
     def log_prior_of(server: Participant, upload: Upload) -> Tensor:

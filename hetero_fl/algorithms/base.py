@@ -317,7 +317,7 @@ class Algorithm(Settings):
         shares_whole_model = any(
             shared_part(self, profile.settings) is None for profile in profiles
         )
-        groups = {profile.arch.family_id for profile in profiles}
+        groups = server.models.keys() & {profile.arch.family_id for profile in profiles}
         if not shares_whole_model or len(groups) != 1:
             return None
         (slot,) = groups

@@ -224,9 +224,10 @@ class ProxyTraining(Algorithm):
                 `public_teacher`. If None, `ProxyReplay`.
 
         Returns:
-            The step, which is local training alone if there is no teacher or `weight` is 0.
+            The step, which is local training alone if there is no teacher or its weight is 0.
         """
-        if weight == 0 or (teacher is None and TEACHER not in received):
+        has_teacher = teacher is not None or TEACHER in received
+        if not has_teacher or (objective is None and weight == 0):
             return local_fit(client, train={slot: None})
         examples = Rows("proxy", self.teacher_rows(client, received)).columns(client)["x"]
         logits = received[TEACHER] if teacher is None else teacher
@@ -390,9 +391,9 @@ class ProxyDistillation(ProxyPredictions):
     def weighted_predictions(self, client: Participant, logits: Tensor) -> Item:
         """Return an item with a client's predictions and their weight in the teacher."""
         # Read label counts only if they are used, because reading them may spend privacy budget.
-        counts = None
-        if self.averages_logarithms(client.task) and "statistics" in client.settings.shares:
-            counts = client.counts
+        uses_counts = self.averages_logarithms(client.task)
+        shares_counts = "statistics" in client.settings.shares
+        counts = client.counts if uses_counts and shares_counts else None
         return proxy_predictions(client.task, self.teacher, logits, counts, client.num_rows)
 
     def label_counts(self, client: Participant) -> Items:

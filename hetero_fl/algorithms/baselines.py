@@ -13,7 +13,7 @@ from typing_extensions import override
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
 from hetero_fl.algorithms.prediction import add_log_prior, adjust_to_labels, subtract_log_prior
-from hetero_fl.algorithms.prototypes import require_linear_head, require_sent_state
+from hetero_fl.algorithms.prototypes import require_linear_heads, require_sent_state
 from hetero_fl.algorithms.round_parts import (
     Items,
     add_model,
@@ -98,8 +98,7 @@ class Ensemble(Local):
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         for profile in clients.profiles:
             require_sent_state(f"clients: '{profile.first}': model", profile.arch)
-            if profile.settings.prior_correction:
-                require_linear_head(profile.first, profile.arch)
+        require_linear_heads(p for p in clients.profiles if p.settings.prior_correction)
         return super().configure(clients)
 
     @override

@@ -16,7 +16,7 @@ from typing_extensions import override
 from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
 from hetero_fl.algorithms.prediction import adjust_to_labels, model_rows
-from hetero_fl.algorithms.prototypes import require_linear_head
+from hetero_fl.algorithms.prototypes import require_linear_heads
 from hetero_fl.algorithms.round_parts import (
     Items,
     download_part,
@@ -347,7 +347,7 @@ class FedKD(MenteeTraining):
         for u in uploads.each:
             if download_part(self, u.client_info.settings, round_idx, MENTEE) != ():
                 held[u.client] = version
-        restored = [_restore_update(u, mentee) for u in uploads.containing(MENTEE)]
+        restored = (_restore_update(u, mentee) for u in uploads.containing(MENTEE))
         specs = {MENTEE: ItemSpec("update", across_architectures=True)}
         mean = uploads.with_uploads(restored, specs).mean_by_group(MENTEE).get("")
         if mean:
@@ -485,8 +485,7 @@ class FedMRL(MenteeTraining):
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         method, notes = super().configure(clients)
         assert isinstance(method, FedMRL) and method.mentee is not None
-        for profile in clients.profiles:
-            require_linear_head(profile.first, profile.arch)
+        require_linear_heads(clients.profiles)
         narrowest = min(clients.profiles, key=lambda p: p.arch.feature_width)
         smallest = narrowest.arch.feature_width
         width = method.mentee_model(narrowest.arch).feature_width

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -20,7 +20,7 @@ from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.generative_objectives import AdaptiveMargin
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import ClassTeacherDistillation, PrototypePull, Supervised
-from hetero_fl.core.participant import ClientDirectory, ClientInfo, Participant
+from hetero_fl.core.participant import ClientDirectory, ClientInfo, ClientProfile, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import ClassSums, Fit, Plan, Predict, Rows, TensorRows
 from hetero_fl.utils.errors import UserError
@@ -76,8 +76,7 @@ class CommonHead(CommonFeatureWidth):
 
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
-        for profile in clients.profiles:
-            require_linear_head(profile.first, profile.arch)
+        require_linear_heads(clients.profiles)
         return super().configure(clients)
 
 
@@ -102,15 +101,16 @@ def require_features(client_id: str, arch: ModelSpec, width: int) -> None:
         )
 
 
-def require_linear_head(client_id: str, arch: ModelSpec) -> None:
-    """Raise UserError if the head of a model is not a linear layer with a bias."""
-    head = sorted(n for n in arch.parameter_names if n.startswith("head."))
-    if head != ["head.bias", "head.weight"]:
-        found = ", ".join(head) or "no parameters"
-        raise UserError(
-            f"clients: '{client_id}': model: this method needs a linear head with a bias, got "
-            f"{found}"
-        )
+def require_linear_heads(profiles: Iterable[ClientProfile]) -> None:
+    """Raise UserError if the head of a client's model is not a linear layer with a bias."""
+    for profile in profiles:
+        head = sorted(n for n in profile.arch.parameter_names if n.startswith("head."))
+        if head != ["head.bias", "head.weight"]:
+            found = ", ".join(head) or "no parameters"
+            raise UserError(
+                f"clients: '{profile.first}': model: this method needs a linear head with a bias, "
+                f"got {found}"
+            )
 
 
 def require_sent_state(key: str, arch: ModelSpec) -> None:

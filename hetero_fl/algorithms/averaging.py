@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,18 +21,17 @@ from hetero_fl.algorithms.round_parts import (
     average_models,
     download_part,
     local_fit,
-    shareable_tensors,
     shared_part,
     upload_model,
 )
 from hetero_fl.config.base import OptimizerConfig
-from hetero_fl.core.model_spec import Tensors
+from hetero_fl.core.model_spec import Owner, Tensors, owners_of
 from hetero_fl.core.objectives import Batch, Context, ModelViews, Proximal, Supervised
 from hetero_fl.core.participant import (
     ClientDirectory,
     ClientInfo,
-    ClientProfile,
     Participant,
+    floating_tensors,
     scheduled_optimizer,
     select_part,
 )
@@ -203,30 +202,26 @@ class FedNova(FedAvg):
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
-        arch = client.arch["model"]
-        part = shared_part(self, client.settings)
-        start = shareable_tensors(self, arch, client.models["model"], part)
         # With `share_every`, the state accumulates over several rounds until the upload.
+        start = floating_tensors(client.models["model"])
         since = client.state.setdefault("since", {"start": start, PATH: 0.0})
-        yield from self.local_training(client, received)
-        items = upload_model(self, client)
+        report: FitReport = yield local_fit(client)
+        since[PATH] += accumulated_steps(report.steps, client.optimizer)
+        items = upload_model(self, client, self.weight_of(client))
         if not items:
             return items
         del client.state["since"]
-        end = items["model"].values
-        names = arch.parameter_names
+        model = items["model"]
+        names = client.arch["model"].parameter_names
         paths = {
             n: torch.tensor(since[PATH] if n in names else 1.0, dtype=t.dtype)
-            for n, t in end.items()
+            for n, t in model.values.items()
         }
-        change = {n: (t - since["start"][n]).div_(paths[n]) for n, t in end.items()}
-        weight = self.weight_of(client)
-        return {"model": Item(change, weight, "update"), PATH: Item(paths, weight, "params")}
-
-    @override
-    def local_training(self, client: Participant, received: Payload) -> Plan[None]:
-        report: FitReport = yield local_fit(client)
-        client.state["since"][PATH] += accumulated_steps(report.steps, client.optimizer)
+        change = {n: (t - since["start"][n]).div_(paths[n]) for n, t in model.values.items()}
+        return {
+            "model": replace(model, values=change, kind="update"),
+            PATH: replace(model, values=paths),
+        }
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
@@ -235,8 +230,7 @@ class FedNova(FedAvg):
             model = server.models[group]
             names = server.arch[group].parameter_names
             scale = {n: paths[group][n] * (self.server_lr if n in names else 1.0) for n in mean}
-            updated = {n: model[n] + scale[n] * change for n, change in mean.items()}
-            server.models[group] = {**model, **updated}
+            server.load(group, {n: model[n] + scale[n] * change for n, change in mean.items()})
         # This also updates groups without a client in the cohort.
         tie_common_tensors(server.models, server.common, paths)
         yield from ()
@@ -401,13 +395,11 @@ class Scaffold(FedAvg):
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         other = [p for p in clients.profiles if p.settings.optimizer.name != "sgd"]
-        if not other:
-            return self, []
-        sgd = f"sgd (lr {self.sgd_lr:g}, momentum {self.sgd_momentum:g})"
         note = (
-            f"scaffold trains {clients.format_clients(other)} with {sgd}, not their own optimizer"
+            f"scaffold trains {clients.format_clients(other)} with sgd (lr {self.sgd_lr:g}, "
+            f"momentum {self.sgd_momentum:g}), not their own optimizer"
         )
-        return self, [note]
+        return self, [note] if other else []
 
     def optimizer(self, client: Participant) -> OptimizerConfig:
         """Return the SGD configuration with which a client trains in this round.
@@ -449,92 +441,56 @@ class Scaffold(FedAvg):
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
-        # Without a received control variate there is no correction.
+        names = client.arch["model"].parameter_names
+        shared = select_part(client.models["model"], shared_part(self, client.settings))
+        start = {n: x for n, x in shared.items() if n in names}
+        own: Tensors = client.state.get(CONTROL) or {
+            n: torch.zeros_like(x) for n, x in start.items()
+        }
+        # With `share_every`, this state is kept over several rounds until the upload. Without a
+        # received control variate there is no correction.
         if CONTROL in received or "since" not in client.state:
-            client.state["since"] = {
-                CONTROL: received.get(CONTROL, self.own_control(client)),
-                "start": self.shared_parameters(client),
-                "path": 0.0,
-            }
-        yield from self.local_training(client, received)
-        items = upload_model(self, client, self.weight_of(client))
-        if items:
-            own = self.own_control(client)
-            client.state[CONTROL] = self.updated_control(client)
-            change = {n: c - own[n] for n, c in client.state[CONTROL].items()}
-            items[CONTROL] = Item(change, self.weight_of(client), "update")
-            del client.state["since"]
-        return items
-
-    @override
-    def local_training(self, client: Participant, received: Payload) -> Plan[None]:
-        optimizer = self.optimizer(client)
-        own = self.own_control(client)
-        # With `share_every`, this state is kept over several rounds until the upload.
+            control = received.get(CONTROL, own)
+            client.state["since"] = {CONTROL: control, "start": start, "path": 0.0}
         since = client.state["since"]
-        drift = {n: c - own[n] for n, c in since[CONTROL].items()}
-        rates = self.relative_rates(client, drift)
-        drift = {n: d if rates[n] == 1 else d.mul_(rates[n]) for n, d in drift.items()}
+        optimizer = self.optimizer(client)
+        # The engine scales the correction of the head by the learning rate of the other tensors.
+        head_rate = (optimizer.head_lr or optimizer.lr) / optimizer.lr
+        rates = {n: head_rate if n.startswith("head.") else 1.0 for n in start}
+        drift = {n: (c - own[n]).mul_(rates[n]) for n, c in since[CONTROL].items()}
         report: FitReport = yield local_fit(client, optimizer=optimizer, drift={"model": drift})
         since["path"] += report.steps * optimizer.lr
-
-    def shared_parameters(self, client: Participant) -> Tensors:
-        """Return the parameters of a client's model that the client shares."""
-        part = select_part(client.models["model"], shared_part(self, client.settings))
-        return {n: t for n, t in part.items() if n in client.arch["model"].parameter_names}
-
-    def own_control(self, client: Participant) -> Tensors:
-        """Return the control variate c_k of a client, which is initially 0."""
-        shared = self.shared_parameters(client)
-        return client.state.get(CONTROL) or {n: torch.zeros_like(t) for n, t in shared.items()}
-
-    def updated_control(self, client: Participant) -> Tensors:
-        """Return c_k⁺ = c_k − c + (x − y)/(Kη), where the model was x and now is y."""
-        since = client.state["since"]
-        own = self.own_control(client)
-        end = client.models["model"]
-        rates = self.relative_rates(client, since["start"])
-        gradient = {
-            n: (x - end[n]).div_(since["path"] * rates[n]) for n, x in since["start"].items()
-        }
-        return {n: (own[n] - since[CONTROL][n]).add_(g) for n, g in gradient.items()}
-
-    def relative_rates(self, client: Participant, names: Iterable[str]) -> dict[str, float]:
-        """Return the learning rate of each tensor, relative to `lr`, by which the engine scales."""
-        optimizer = self.optimizer(client)
-        head_rate = (optimizer.head_lr or optimizer.lr) / optimizer.lr
-        return {n: head_rate if n.startswith("head.") else 1.0 for n in names}
+        items = upload_model(self, client, self.weight_of(client))
+        if items:
+            end = client.models["model"]
+            gradient = {
+                n: (x - end[n]).div_(since["path"] * rates[n]) for n, x in since["start"].items()
+            }
+            control = {n: (own[n] - since[CONTROL][n]).add_(g) for n, g in gradient.items()}
+            change = {n: c - own[n] for n, c in control.items()}
+            items[CONTROL] = Item(change, self.weight_of(client), "update")
+            client.state[CONTROL] = control
+            del client.state["since"]
+        return items
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         yield from super().aggregate(server, uploads)
         sent = uploads.counts_by_group(CONTROL)
+        num_owners = self.num_owners(server)
         for group, mean in uploads.mean_by_group(CONTROL).items():
             control = server.state[CONTROL][group]
+            owners = owners_of(mean, group, server.common)
             for name, change in mean.items():
-                share = sent[group][name] / self.num_owners(server, group, name)
+                share = sent[group][name] / num_owners[owners[name]]
                 control[name] = (share * change).add_(control[name])
-        yield from ()
 
-    def num_owners(self, server: Participant, group: str, name: str) -> int:
-        """Return the number of clients whose uploads of a tensor are averaged for a group.
-
-        Args:
-            server: The server.
-            group: Identifier of the architecture group.
-            name: Name of the tensor.
-        """
-        models = server.models
-        common = bool(server.common) and name.startswith(server.common)
-
-        def is_owner(profile: ClientProfile) -> bool:
-            part = shared_part(self, profile.settings)
-            if part is not None and not name.startswith(part):
-                return False
-            other = profile.arch.spec_id
-            same = common and name in models[other]
-            return other == group or (
-                same and models[other][name].shape == models[group][name].shape
-            )
-
-        return sum(profile.count for profile in server.peers.profiles if is_owner(profile))
+    def num_owners(self, server: Participant) -> Counter[Owner]:
+        """Return the number of clients whose uploads of a tensor are averaged, for each tensor."""
+        counts: Counter[Owner] = Counter()
+        for profile in server.peers.profiles:
+            group = profile.arch.spec_id
+            shared = select_part(server.models[group], shared_part(self, profile.settings))
+            for owner in owners_of(shared, group, server.common).values():
+                counts[owner] += profile.count
+        return counts

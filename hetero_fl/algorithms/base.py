@@ -317,9 +317,10 @@ class Algorithm(Settings):
         shares_whole_model = any(
             shared_part(self, profile.settings) is None for profile in profiles
         )
-        if not shares_whole_model or len(server.models) != 1:
+        groups = server.models.keys() & {profile.arch.family_id for profile in profiles}
+        if not shares_whole_model or len(groups) != 1:
             return None
-        (slot,) = server.models
+        (slot,) = groups
         arch = server.arch[slot]
         # Whether a model writes tensors is found out by running it, so only if necessary.
         is_complete = not arch.local_names or arch.local_names.isdisjoint(arch.written_names)
@@ -355,7 +356,7 @@ def check_bases(method: type[Algorithm]) -> None:
     for name in (*method.model_fields, *dict.fromkeys(hooks)):
         if name.startswith("_") or name in DESCRIPTIONS:
             continue
-        owners = [base for base in methods if _defines(base, name)]
+        owners = [base for base in methods if name in vars(base) or name in get_annotations(base)]
         used = next(owner for owner in owners if not _calls_super(owner, name))
         replaced = [owner for owner in owners[owners.index(used) :] if not issubclass(used, owner)]
         if not replaced or method in owners:
@@ -367,11 +368,6 @@ def check_bases(method: type[Algorithm]) -> None:
             f"{method.__name__}: the {sort} '{name}' of {first.__name__} replaces that of "
             f"{second.__name__}; define it in {method.__name__}"
         )
-
-
-def _defines(base: type, name: str) -> bool:
-    """Return whether a class itself defines a hook or setting."""
-    return name in vars(base) or name in get_annotations(base)
 
 
 def _calls_super(owner: type, name: str) -> bool:

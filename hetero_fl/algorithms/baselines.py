@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from pydantic import Field
@@ -12,13 +13,11 @@ from typing_extensions import override
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
 from hetero_fl.algorithms.prediction import add_log_prior, adjust_to_labels, subtract_log_prior
-from hetero_fl.algorithms.prototypes import require_linear_head, require_sent_state
+from hetero_fl.algorithms.prototypes import require_linear_heads, require_sent_state
 from hetero_fl.algorithms.round_parts import (
     Items,
-    augmentation,
-    load_objective,
+    add_model,
     local_fit,
-    objective_context,
 )
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import Supervised
@@ -27,10 +26,9 @@ from hetero_fl.core.participant import (
     ClientInfo,
     Participant,
     floating_tensors,
-    scheduled_optimizer,
 )
 from hetero_fl.core.payload import Item, ItemSpec, Payload
-from hetero_fl.core.plan import Fit, Plan, Predict, Rows
+from hetero_fl.core.plan import Plan, Predict, Rows
 from hetero_fl.core.stored_rows import targets
 from hetero_fl.utils.ordering import natural_key, natural_order
 
@@ -100,8 +98,7 @@ class Ensemble(Local):
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         for profile in clients.profiles:
             require_sent_state(f"clients: '{profile.first}': model", profile.arch)
-            if profile.settings.prior_correction:
-                require_linear_head(profile.first, profile.arch)
+        require_linear_heads(p for p in clients.profiles if p.settings.prior_correction)
         return super().configure(clients)
 
     @override
@@ -109,15 +106,13 @@ class Ensemble(Local):
         yield local_fit(client)
         tensors = floating_tensors(client.models["model"])
         if client.settings.prior_correction:
-            bias = tensors["head.bias"]
-            tensors["head.bias"] = subtract_log_prior(client, bias)
+            tensors["head.bias"] = subtract_log_prior(client, tensors["head.bias"])
         return {"member": Item(tensors, float(client.num_rows), "params")}
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        members = dict(server.state.get("members", {}))
+        members = server.state.setdefault("members", {})
         members.update({u.client: u.payload["member"] for u in uploads.containing("member")})
-        server.state["members"] = members
         yield from ()
 
     @override
@@ -127,8 +122,7 @@ class Ensemble(Local):
     @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         for client_id in natural_order(received):
-            client.arch[MEMBER + client_id] = client.peers[client_id].arch
-            client.models[MEMBER + client_id] = received[client_id]
+            add_model(client, MEMBER + client_id, client.peers[client_id].arch, received[client_id])
         yield from ()
 
     @override
@@ -215,24 +209,13 @@ class Centralized(Algorithm):
         peers = server.peers
         references = [self._reference(server, profile.arch) for profile in peers.profiles]
         for slot, reference in {each.arch.spec_id: each for each in references}.items():
-            settings = reference.settings
             rows = Rows("pooled", preprocess=reference.preprocess)
-            counts = server.counts
-            if server.task.kind == "multiclass":
-                labels = targets(rows.columns(server))
-                counts = torch.bincount(labels, minlength=server.task.outputs)
-            yield Fit(
-                {slot: None},
-                load_objective(
-                    settings.objective, server.task, Supervised(server.task.kind, slot=slot)
-                ),
+            label_counts = partial(count_labels, server, rows)
+            yield local_fit(
+                replace(server, settings=reference.settings, label_counts=label_counts),
+                Supervised(server.task.kind, slot=slot),
                 rows,
-                context=objective_context(server.task, counts, settings),
-                augment=augmentation(settings),
-                epochs=settings.epochs,
-                steps=settings.steps,
-                batch_size=settings.batch_size,
-                optimizer=scheduled_optimizer(settings.optimizer, server.round_context),
+                train={slot: None},
                 stream_id=min(
                     profile.first
                     for profile in peers.profiles
@@ -242,8 +225,8 @@ class Centralized(Algorithm):
 
     @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
-        client.arch["pooled"] = self._reference(client, client.arch["model"]).arch
-        client.models["pooled"] = received["model"]
+        reference = self._reference(client, client.arch["model"])
+        add_model(client, "pooled", reference.arch, received["model"])
         yield from ()
 
     @override
@@ -263,3 +246,8 @@ class Centralized(Algorithm):
             return peers[peers.main_profile.first]
         first = [p.first for p in peers.profiles if p.arch.spec_id == arch.spec_id]
         return peers[min(first, key=natural_key)]
+
+
+def count_labels(server: Participant, rows: Rows) -> Tensor:
+    """Return the number of rows per class, shape `[C]`."""
+    return torch.bincount(targets(rows.columns(server)), minlength=server.task.outputs)

@@ -52,12 +52,57 @@ from hetero_fl.utils.seeding import keyed_generator
 GENERATOR = "generator"
 
 
-class DataFreeDistillation(Algorithm):
-    """Base class of methods that train a generator of examples and a student at the server.
+@register_algorithm("dense")
+class Dense(Algorithm):
+    """Upload every model once after local training and distill all models on generated examples.
 
-    The student distills the clients' models on generated examples, so no proxy set is needed.
+    Clients train alone and upload their parameters in the last round. The server then uses the
+    uploaded models as teachers and alternates between two steps (Zhang et al. 2022, Algorithm 1).
+    First, a generator minimizes CE + λ₁·BN − λ₂·KL on one batch, where BN is the distance of the
+    batch from the BatchNorm statistics of the teachers, and KL is the divergence between teachers
+    and student on the examples for which they predict different classes. Then, a student learns the
+    mean logits of the teachers on all batches generated so far.
+
+    The student has the architecture of one client. After the last round, all clients use the
+    student. Before the last round, each client uses its own model, as with `local`. A run that
+    stops early trains no student.
+
+    Use this method where clients can be reached only once and there is no proxy set. The method is
+    weak where clients have different classes or models without BatchNorm.
+
+    Deviations from the authors' code: defaults are smaller, one generator is used for all batches,
+    images are not augmented, and BN is averaged over the teachers.
+
+    References:
+        Zhang et al., "DENSE: Data-Free One-Shot Federated Learning", NeurIPS 2022.
+            https://arxiv.org/abs/2112.12371
+
+    Example:
+        >>> from hetero_fl.algorithms import Dense
+        >>> method = Dense(student="site_1", synthesis_epochs=200)
+        >>> method.needs.one_upload, method.uploads["model"].use
+        (True, 'each')
     """
 
+    title = "DENSE"
+    shared = SharedPart(received=())
+    uploads = {"model": ItemSpec("params", use="each")}
+    downloads = {STUDENT: ItemSpec("params", description="the server's student, for evaluation")}
+    needs = Needs(
+        tasks=("multiclass",),
+        one_upload=True,
+        shared_model=True,
+        unused_options=("fine_tune_epochs",),
+    )
+    evaluated_when = (
+        "own model until the last round, then the server's student, through its own preprocessing"
+    )
+
+    student: str | None = Field(
+        None,
+        description="client whose architecture and preprocessing the student has; `null`: the "
+        "first client with the most frequent architecture",
+    )
     synthesis_epochs: PositiveInt = Field(
         15, description="alternations between generator and student; 200 in the paper"
     )
@@ -79,6 +124,82 @@ class DataFreeDistillation(Algorithm):
     temperature: PositiveFloat = Field(
         4.0, description="temperature T of the softmax in the student's distillation"
     )
+
+    @override
+    def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
+        if self.student is not None and self.student not in clients:
+            suggestion = suggest_or_list(self.student, islice(clients, MAX_SEARCHED_CLIENTS))
+            raise UserError(f"algorithm.student: unknown client '{self.student}'{suggestion}")
+        student = self.student or clients.main_profile.first
+        arch = clients[student].arch
+        if arch.vocabulary:
+            raise UserError(
+                "algorithm.name: dense cannot generate tokens; choose another method for text"
+            )
+        for profile in clients.profiles:
+            require_sent_state(f"clients: '{profile.first}': model", profile.arch)
+            own = profile.arch.input_shape
+            if not is_convertible(arch.input_shape, own):
+                raise UserError(
+                    f"algorithm.student: expected a client whose example shape can be converted to "
+                    f"that of {profile.first}, {list(own)}, got {student} with "
+                    f"{list(arch.input_shape)}"
+                )
+        note = (
+            f"dense: the student is a {arch.name}, as at {student}; clients upload their models in "
+            "the last round"
+        )
+        return self.model_copy(update={"student": student}), [note]
+
+    @override
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        yield local_fit(client)
+        is_last = client.round_context.round_idx == client.round_context.num_rounds - 1
+        shares_all = shared_part(self, client.settings) is None
+        return {"model": floating_tensors(client.models["model"])} if is_last and shares_all else {}
+
+    @override
+    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
+        sent = uploads.containing("model")
+        if not sent:
+            return
+        reference = self.reference_client(server)
+        shape = reference.arch.input_shape
+        teachers = {f"teacher {u.client}": preprocessing_of(u.client_info) for u in sent}
+        for slot, u in zip(teachers, sent, strict=True):
+            tensors = {**server.models[u.group], **u.payload["model"]}
+            add_model(server, slot, u.client_info.arch, tensors)
+        add_model(server, STUDENT, reference.arch, server.models[reference.arch.spec_id])
+        add_model(server, GENERATOR, self.generator(shape))
+        synthesis = Synthesis(
+            shape,
+            tuple(teachers.items()),
+            (STUDENT, preprocessing_of(reference)),
+            self.statistics_weight,
+            self.adversarial_weight,
+        )
+        examples = []
+        logits = []
+        for _ in range(self.synthesis_epochs):
+            noise = self.sample_noise(server)
+            yield self.train_generator(synthesis, noise, (*teachers, STUDENT))
+            x = (yield Predict(GENERATOR, TensorRows(noise))).unflatten(1, shape)
+            predictions = yield [
+                Predict(slot, TensorRows({"x": preprocess_generated(x, preprocess)}))
+                for slot, preprocess in teachers.items()
+            ]
+            examples.append(preprocess_generated(x, preprocessing_of(reference)))
+            logits.append(torch.stack(predictions).mean(0))
+            yield self.train_student(server, torch.cat(examples), torch.cat(logits))
+        server.models[reference.arch.spec_id] = server.models[STUDENT]
+        for slot in (*teachers, STUDENT, GENERATOR):
+            del server.arch[slot], server.models[slot]
+        server.state = {"student": self.student}
+
+    def reference_client(self, participant: Participant) -> ClientInfo:
+        """Return the client whose architecture and preprocessing the student has."""
+        assert self.student is not None, "set by configure"
+        return participant.peers[self.student]
 
     def generator(self, shape: tuple[int, ...]) -> ModelSpec:
         """Return the specification of a generator that maps noise to examples of a shape."""
@@ -132,140 +253,6 @@ class DataFreeDistillation(Algorithm):
             label=STUDENT,
         )
 
-
-@register_algorithm("dense")
-class Dense(DataFreeDistillation):
-    """Upload every model once after local training and distill all models on generated examples.
-
-    Clients train alone and upload their parameters in the last round. The server then uses the
-    uploaded models as teachers and alternates between two steps (Zhang et al. 2022, Algorithm 1).
-    First, a generator minimizes CE + λ₁·BN − λ₂·KL on one batch, where BN is the distance of the
-    batch from the BatchNorm statistics of the teachers, and KL is the divergence between teachers
-    and student on the examples for which they predict different classes. Then, a student learns the
-    mean logits of the teachers on all batches generated so far.
-
-    The student has the architecture of one client. After the last round, all clients use the
-    student. Before the last round, each client uses its own model, as with `local`. A run that
-    stops early trains no student.
-
-    Use this method where clients can be reached only once and there is no proxy set. The method is
-    weak where clients have different classes or models without BatchNorm.
-
-    Deviations from the authors' code: defaults are smaller, one generator is used for all batches,
-    images are not augmented, and BN is averaged over the teachers.
-
-    References:
-        Zhang et al., "DENSE: Data-Free One-Shot Federated Learning", NeurIPS 2022.
-            https://arxiv.org/abs/2112.12371
-
-    Example:
-        >>> from hetero_fl.algorithms import Dense
-        >>> method = Dense(student="site_1", synthesis_epochs=200)
-        >>> method.needs.one_upload, method.uploads["model"].use
-        (True, 'each')
-    """
-
-    title = "DENSE"
-    shared = SharedPart(received=())
-    uploads = {"model": ItemSpec("params", use="each")}
-    downloads = {STUDENT: ItemSpec("params", description="the server's student, for evaluation")}
-    needs = Needs(
-        tasks=("multiclass",),
-        one_upload=True,
-        shared_model=True,
-        unused_options=("fine_tune_epochs",),
-    )
-    evaluated_when = (
-        "own model until the last round, then the server's student, through its own preprocessing"
-    )
-
-    student: str | None = Field(
-        None,
-        description="client whose architecture and preprocessing the student has; `null`: the "
-        "first client with the most frequent architecture",
-    )
-
-    @override
-    def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
-        if self.student is not None and self.student not in clients:
-            names = islice(clients, MAX_SEARCHED_CLIENTS)
-            suggestion = suggest_or_list(self.student, names)
-            raise UserError(f"algorithm.student: unknown client '{self.student}'{suggestion}")
-        student = self.student or clients.main_profile.first
-        arch = clients[student].arch
-        if arch.vocabulary:
-            raise UserError(
-                "algorithm.name: dense cannot generate tokens; choose another method for text"
-            )
-        for profile in clients.profiles:
-            require_sent_state(f"clients: '{profile.first}': model", profile.arch)
-            own = profile.arch.input_shape
-            shape = arch.input_shape
-            if not is_convertible(shape, own):
-                raise UserError(
-                    f"algorithm.student: expected a client whose example shape can be converted to "
-                    f"that of {profile.first}, {list(own)}, got {student} with {list(shape)}"
-                )
-        note = (
-            f"dense: the student is a {arch.name}, as at {student}; clients upload their models in "
-            "the last round"
-        )
-        return self.model_copy(update={"student": student}), [note]
-
-    @override
-    def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        yield local_fit(client)
-        is_last = client.round_context.round_idx == client.round_context.num_rounds - 1
-        shares_all = shared_part(self, client.settings) is None
-        return {"model": floating_tensors(client.models["model"])} if is_last and shares_all else {}
-
-    @override
-    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        sent = uploads.containing("model")
-        if not sent:
-            return
-        reference = self.reference_client(server)
-        shape = reference.arch.input_shape
-        slots = [f"teacher {u.client}" for u in sent]
-        for slot, u in zip(slots, sent, strict=True):
-            server.arch[slot] = u.client_info.arch
-            server.models[slot] = {**server.models[u.group], **u.payload["model"]}
-        server.arch[STUDENT] = reference.arch
-        server.models[STUDENT] = server.models[reference.arch.spec_id]
-        add_model(server, GENERATOR, self.generator(shape))
-        teachers = tuple(
-            zip(slots, map(preprocessing_of, (u.client_info for u in sent)), strict=True)
-        )
-        synthesis = Synthesis(
-            shape,
-            teachers,
-            (STUDENT, preprocessing_of(reference)),
-            self.statistics_weight,
-            self.adversarial_weight,
-        )
-        examples = []
-        logits = []
-        for _ in range(self.synthesis_epochs):
-            noise = self.sample_noise(server)
-            yield self.train_generator(synthesis, noise, (*slots, STUDENT))
-            x = (yield Predict(GENERATOR, TensorRows(noise))).unflatten(1, shape)
-            predictions = yield [
-                Predict(slot, TensorRows({"x": preprocess_generated(x, preprocess)}))
-                for slot, preprocess in teachers
-            ]
-            examples.append(preprocess_generated(x, preprocessing_of(reference)))
-            logits.append(torch.stack(predictions).mean(0))
-            yield self.train_student(server, torch.cat(examples), torch.cat(logits))
-        server.models[reference.arch.spec_id] = server.models[STUDENT]
-        for slot in (*slots, STUDENT, GENERATOR):
-            del server.arch[slot], server.models[slot]
-        server.state = {"student": self.student}
-
-    def reference_client(self, participant: Participant) -> ClientInfo:
-        """Return the client whose architecture and preprocessing the student has."""
-        assert self.student is not None, "set by configure"
-        return participant.peers[self.student]
-
     @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         if recipient.purpose == "train" or "student" not in server.state:
@@ -278,8 +265,7 @@ class Dense(DataFreeDistillation):
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         yield from super().deploy(client, received)
         if STUDENT in received:
-            client.arch[STUDENT] = self.reference_client(client).arch
-            client.models[STUDENT] = received[STUDENT]
+            add_model(client, STUDENT, self.reference_client(client).arch, received[STUDENT])
 
     @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
@@ -340,8 +326,6 @@ class FedGen(CommonHead, FedAvg):
     """
 
     title = "FedGen"
-    # The generator creates features, so clients do not upload theirs.
-    features_leave = False
     uploads = {
         "model": ItemSpec("params", use="each"),
         "counts": ItemSpec("counts", use="each", private=True, share="statistics"),
@@ -407,25 +391,11 @@ class FedGen(CommonHead, FedAvg):
 
     @override
     def local_training(self, client: Participant, received: Payload) -> Plan[None]:
-        if GENERATOR in received:
-            arch = client.arch[GENERATOR] = self.generator(client.task.outputs)
-            client.models[GENERATOR] = {
-                **arch.initial_tensors(client.round_context.seed),
-                **received[GENERATOR],
-            }
-            yield self.fit_with_generator(client, received["labels"])
-            # The next broadcast contains a new generator.
-            del client.models[GENERATOR]
-        else:
-            yield local_fit(client)
-
-    def fit_with_generator(self, client: Participant, labels: Tensor) -> Fit:
-        """Create the `Fit` step of local training with additional batches of generated features.
-
-        Args:
-            client: The client.
-            labels: Label counts of the round's clients, shape `[C]`.
-        """
+        if GENERATOR not in received:
+            yield from super().local_training(client, received)
+            return
+        add_model(client, GENERATOR, self.generator(client.task.outputs))
+        client.load(GENERATOR, received[GENERATOR])
         fade = self.decay**client.round_context.round_idx
         objective = GeneratedFeatures(
             client.task.kind,
@@ -433,7 +403,8 @@ class FedGen(CommonHead, FedAvg):
             latent_weight=self.latent_weight * fade,
             generator=GENERATOR,
         )
-        batches = {"fake": SampledBatches(self.sample_inputs(labels), self.generator_batch_size)}
+        draw = self.sample_inputs(received["labels"])
+        batches = {"fake": SampledBatches(draw, self.generator_batch_size)}
         if self.latent_weight:
             # A last batch with a single example is merged into the previous one, so a batch may
             # have one more example.
@@ -441,10 +412,15 @@ class FedGen(CommonHead, FedAvg):
             batches["noise"] = SampledBatches(
                 lambda g, size: {"x": torch.randn(size, self.noise_dim, generator=g)}, size
             )
-        context = {"one_hot": torch.eye(client.task.outputs)}
-        return local_fit(
-            client, objective, context=context, frozen=(GENERATOR,), extra_batches=batches
+        yield local_fit(
+            client,
+            objective,
+            context={"one_hot": torch.eye(client.task.outputs)},
+            frozen=(GENERATOR,),
+            extra_batches=batches,
         )
+        # The next broadcast contains a new generator.
+        del client.models[GENERATOR]
 
     def sample_inputs(self, labels: Tensor) -> Callable[[torch.Generator, int], Tensors]:
         """Return a function that samples inputs of the generator: one-hot classes and noise.
@@ -495,11 +471,3 @@ class FedGen(CommonHead, FedAvg):
             keep=GENERATOR,
             label=GENERATOR,
         )
-
-    @override
-    def server_model(self, server: Participant) -> str | None:
-        groups = [slot for slot in server.models if slot != GENERATOR]
-        shares_all = any(
-            shared_part(self, profile.settings) is None for profile in server.peers.profiles
-        )
-        return groups[0] if shares_all and len(groups) == 1 else None

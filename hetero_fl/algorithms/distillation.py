@@ -6,8 +6,8 @@ teacher, and create distillation steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -222,7 +222,13 @@ class ProxyTraining(Algorithm):
             slot: Slot of the trained model, whose inputs are those of the client's own model.
             objective: Objective to minimize, which uses the columns `public_x` and
                 `public_teacher`. If None, `ProxyReplay`.
+
+        Returns:
+            The step, which is local training alone if there is no teacher or its weight is 0.
         """
+        has_teacher = teacher is not None or TEACHER in received
+        if not has_teacher or (objective is None and weight == 0):
+            return local_fit(client, train={slot: None})
         examples = Rows("proxy", self.teacher_rows(client, received)).columns(client)["x"]
         logits = received[TEACHER] if teacher is None else teacher
 
@@ -269,16 +275,32 @@ class ProxyTraining(Algorithm):
         )
 
 
+class ProxyPredictions(ProxyTraining):
+    """Base class of methods whose clients upload predictions on the round's proxy rows."""
+
+    @override
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        items: Items = yield from super().train(client, received)
+        return {**items, **(yield from self.upload_predictions(client))}
+
+    def upload_predictions(self, client: Participant) -> Plan[Items]:
+        """Predict the round's proxy rows and return the client's upload.
+
+        The upload is empty if the client does not share predictions in this round.
+        """
+        if not may_share(client, "predictions"):
+            return {}
+        logits = yield from self.predict_proxy(client, self.proxy_indices(client))
+        return self.prediction_items(client, logits)
+
+    def prediction_items(self, client: Participant, logits: Tensor) -> Items:
+        """Return the upload, given the logits of the client's model, shape `[D, C]`."""
+        raise TypeError(f"{type(self).__name__} does not define prediction_items")
+
+
 COUNTS = "counts"
 # Degree to which a teacher is aligned with label frequencies.
 Alignment = Annotated[float, Field(ge=0, le=1)]
-DistilledStatistics = Annotated[
-    Literal["proxy", "clients"],
-    Field(
-        description="BatchNorm statistics of a distilled model; `proxy`: from the proxy rows; "
-        "`clients`: the mean of the clients' statistics, for proxy rows of another distribution"
-    ),
-]
 
 
 def predicted_probabilities(task: Task, logits: Tensor) -> Tensor:
@@ -295,7 +317,7 @@ def predicts_without_prior(settings: ClientSettings) -> bool:
 LABELS = "labels"
 
 
-class ProxyDistillation(ProxyTraining):
+class ProxyDistillation(ProxyPredictions):
     """Base class of methods whose teacher is the consensus of clients' predictions.
 
     The teacher is the weighted mean of the clients' logits. The setting `teacher` selects the
@@ -320,11 +342,18 @@ class ProxyDistillation(ProxyTraining):
     `statistics`, in multiclass tasks only. For other clients, `contrast` assumes balanced classes.
     Label counts are private data and receive noise under `privacy`.
 
+    Attributes:
+        predictions: Declaration of the item with predictions, keyed by the name of the item.
+
     Example:
         >>> from hetero_fl.algorithms import ProxyDistillation
         >>> sorted(ProxyDistillation(align=0.5).uploads)
         ['counts', 'logits']
     """
+
+    predictions: ClassVar[Mapping[str, ItemSpec]] = {
+        "logits": ItemSpec("rows", private=True, share="predictions", prediction_type="logits")
+    }
 
     teacher: TeacherKind = Field(
         "mean",
@@ -347,37 +376,24 @@ class ProxyDistillation(ProxyTraining):
     @override
     def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # depends on settings
         """Declarations of the predictions, and of label counts if the teacher is aligned."""
-        logits = ItemSpec("rows", private=True, share="predictions", prediction_type="logits")
-        return {"logits": logits, **self.label_counts_spec()}
-
-    def label_counts_spec(self) -> Mapping[str, ItemSpec]:
-        """Return the declaration of label counts.
-
-        The mapping is empty if the teacher is not aligned.
-        """
-        spec = ItemSpec("counts", private=True, share="statistics")
-        return {COUNTS: spec} if self.align else {}
-
-    def upload_predictions(self, client: Participant) -> Plan[Items]:
-        """Predict the round's proxy rows and return the client's upload.
-
-        The upload is empty if the client does not share predictions in this round.
-        """
-        if not may_share(client, "predictions"):
-            return {}
-        logits = yield from self.predict_proxy(client, self.proxy_indices(client))
-        return {"logits": self.weighted_predictions(client, logits), **self.label_counts(client)}
+        counts = ItemSpec("counts", private=True, share="statistics")
+        return {**self.predictions, COUNTS: counts} if self.align else self.predictions
 
     def averages_logarithms(self, task: Task) -> bool:
         """Return whether the teacher is the contrast-weighted mean of log-probabilities."""
         return self.teacher == "contrast" and task.kind == "multiclass"
 
+    @override
+    def prediction_items(self, client: Participant, logits: Tensor) -> Items:
+        (name,) = self.predictions
+        return {name: self.weighted_predictions(client, logits), **self.label_counts(client)}
+
     def weighted_predictions(self, client: Participant, logits: Tensor) -> Item:
         """Return an item with a client's predictions and their weight in the teacher."""
         # Read label counts only if they are used, because reading them may spend privacy budget.
-        counts = None
-        if self.averages_logarithms(client.task) and "statistics" in client.settings.shares:
-            counts = client.counts
+        uses_counts = self.averages_logarithms(client.task)
+        shares_counts = "statistics" in client.settings.shares
+        counts = client.counts if uses_counts and shares_counts else None
         return proxy_predictions(client.task, self.teacher, logits, counts, client.num_rows)
 
     def label_counts(self, client: Participant) -> Items:
@@ -391,18 +407,33 @@ class ProxyDistillation(ProxyTraining):
             return {}
         return {COUNTS: Item(client.counts, kind="counts")}
 
-    def update_teacher(self, server: Participant, uploads: Uploads) -> Tensor | None:
-        """Compute, store and return the teacher, the weighted mean of the uploaded logits.
+    @override
+    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
+        # The models that sent predictions are those before the round's aggregation.
+        mean = yield from self.mean_predictions(server, uploads)
+        yield from super().aggregate(server, uploads)
+        if mean is not None:
+            teacher = self.teacher_from_mean(server, uploads, mean)
+            self.store_teacher(server, teacher=teacher)
+            yield from self.distill_at_server(server, uploads, teacher)
 
-        Returns:
-            Logits of shape `[D, C]`, or None if no client uploaded logits.
+    def mean_predictions(self, server: Participant, uploads: Uploads) -> Plan[Tensor | None]:
+        """Return the weighted mean of the predictions `[D, C]`, or None if there are none."""
+        yield from ()
+        (name,) = self.predictions
+        return uploads.mean(name)
+
+    def distill_at_server(
+        self, server: Participant, uploads: Uploads, teacher: Tensor
+    ) -> Plan[None]:
+        """Distill the round's teacher into models of the server, by default into the student.
+
+        Args:
+            server: The server.
+            uploads: Uploads of the round.
+            teacher: Logits of the round's proxy rows, shape `[D, C]`.
         """
-        mean = uploads.mean("logits")
-        if mean is None:
-            return None
-        teacher = self.teacher_from_mean(server, uploads, mean)
-        self.store_teacher(server, teacher=teacher)
-        return teacher
+        yield from self.train_student(server, teacher)
 
     def teacher_from_mean(self, server: Participant, uploads: Uploads, mean: Tensor) -> Tensor:
         """Return the teacher, the aligned and sharpened mean.
@@ -450,47 +481,3 @@ class ProxyDistillation(ProxyTraining):
         # These settings are equal for all clients, as `hetero_fl.experiment.compatibility` checks.
         balanced = predicts_without_prior(server.peers.main_profile.settings)
         return align_to_labels(teacher, log_q, self.align, balanced)
-
-    def distill_into_groups(
-        self,
-        server: Participant,
-        teacher: Tensor,
-        senders: Iterable[ClientInfo],
-        epochs: int,
-        *,
-        statistics: DistilledStatistics,
-    ) -> Plan[None]:
-        """Distill this round's teacher into the server's model of each architecture group.
-
-        Args:
-            server: The server.
-            teacher: Logits of the round's proxy rows, shape `[D, C]`.
-            senders: Clients that uploaded a model. Models of groups without such a client are not
-                changed.
-            epochs: Number of epochs. If 0, only the BatchNorm statistics are computed, on all proxy
-                rows.
-            statistics: Source of the models' BatchNorm statistics. With `proxy`, the statistics of
-                the proxy rows are kept. With `clients`, the mean of the clients' statistics is
-                restored.
-        """
-        # The client with the first id in string order determines the preprocessing of its group.
-        preprocess = {
-            c.arch.spec_id: c.preprocess
-            for c in sorted(senders, key=lambda c: c.client_id, reverse=True)
-        }
-        averages = {group: server.models[group] for group in preprocess}
-        if epochs:
-            yield [
-                self.server_fit(server, group, teacher, epochs, preprocess[group])
-                for group in sorted(preprocess)
-            ]
-        elif statistics == "proxy":
-            for group, view in preprocess.items():
-                server.models[group] = yield from recalibrated_tensors(
-                    server, group, proxy_sample(server, view)
-                )
-        if statistics == "clients":
-            for group, average in averages.items():
-                buffers = average.keys() - server.arch[group].parameter_names
-                of_clients = {name: average[name] for name in buffers}
-                server.models[group] = {**server.models[group], **of_clients}

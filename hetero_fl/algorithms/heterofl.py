@@ -18,7 +18,7 @@ from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.averaging import FedAvg
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
 from hetero_fl.algorithms.prediction import adjust_to_labels
-from hetero_fl.algorithms.round_parts import Items, SharedPart, local_fit, upload_model
+from hetero_fl.algorithms.round_parts import Items, SharedPart, local_fit
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import Masked
@@ -62,66 +62,18 @@ def choose_model(client_infos: ClientDirectory) -> ModelConfig:
     return ModelConfig(name=wide.name, feature_dim=wide.feature_dim, **dict(wide.options))
 
 
-def check_widths(model: ModelConfig, client_infos: ClientDirectory) -> None:
-    """Check that a model can be narrowed, and that a client has its full width.
-
-    Args:
-        model: The wide model.
-        client_infos: All clients.
-
-    Raises:
-        UserError: If the model does not suit the clients.
-    """
-    if not can_narrow(model.name):
-        raise UserError(
-            f"algorithm.model: {model.name} has no narrower copies; choose mlp, tabular, a cnn or "
-            "a resnet"
-        )
-    widest = max(derive_width(profile.arch, model) for profile in client_infos.profiles)
-    if widest < 1:
-        raise UserError(
-            f"algorithm.model: at least one client must have the full width of {model.name}, the "
-            f"widest has {widest:g}; choose a narrower model"
-        )
-
-
-def describe_widths(model: ModelConfig, client_infos: ClientDirectory) -> list[str]:
-    """Describe the wide model and the width of each client in one line.
-
-    Args:
-        model: The wide model.
-        client_infos: All clients.
-    """
-    profiles = defaultdict(list)
-    for profile in client_infos.profiles:
-        profiles[derive_width(profile.arch, model)].append(profile)
-    parts = [
-        f"width {w:g} for {client_infos.format_clients(profiles[w], 4)}"
-        for w in sorted(profiles, reverse=True)
-    ]
-    return [f"algorithm.model is {model.name} and replaces clients' models: {'; '.join(parts)}"]
-
-
-def derive_width(arch: ModelSpec, model: ModelConfig | None) -> float:
+def derive_width(arch: ModelSpec, wide: ModelSpec) -> float:
     """Return the width of a client with this architecture, relative to the wide model.
 
     If the architecture is not a narrower copy of the wide model, the width is the power of two from
     1/16 to 1 that is nearest to the square root of the ratio of both numbers of parameters. The
     number of parameters grows with the square of the width.
     """
-    wide = wide_model(model, arch)
     width = _relative_width(arch, wide)
     if width is not None:
         return width
     level = round(math.log2(num_parameters(arch) / num_parameters(wide)) / 2)
     return max(MIN_WIDTH, 2.0 ** min(0, level))
-
-
-def wide_model(model: ModelConfig | None, arch: ModelSpec) -> ModelSpec:
-    """Return the wide model with the input shape and outputs of a client's architecture."""
-    assert model is not None, "configure sets the model"
-    sizes = (arch.outputs, arch.input_shape, model.feature_dim)
-    return ModelSpec.from_config(model.name, *sizes, model.options, vocabulary=arch.vocabulary)
 
 
 def num_parameters(arch: ModelSpec) -> int:
@@ -248,22 +200,44 @@ class HeteroFL(FedAvg):
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         model = self.model or choose_model(clients)
-        check_widths(model, clients)
+        if not can_narrow(model.name):
+            raise UserError(
+                f"algorithm.model: {model.name} has no narrower copies; choose mlp, tabular, a "
+                "cnn or a resnet"
+            )
+        method = self.model_copy(update={"model": model})
+        by_width = defaultdict(list)
+        for profile in clients.profiles:
+            width = derive_width(profile.arch, method.wide_model(profile.arch))
+            by_width[width].append(profile)
+        if max(by_width) < 1:
+            raise UserError(
+                f"algorithm.model: at least one client must have the full width of {model.name}, "
+                f"the widest has {max(by_width):g}; choose a narrower model"
+            )
         shapes = sorted({profile.arch.input_shape for profile in clients.profiles})
         if self.masked and len(shapes) > 1:
             raise UserError(
                 f"algorithm.masked: examples must have the same shape for all clients, got {shapes}"
             )
-        return self.model_copy(update={"model": model}), describe_widths(model, clients)
+        widths = [
+            f"width {width:g} for {clients.format_clients(profiles, 4)}"
+            for width, profiles in sorted(by_width.items(), reverse=True)
+        ]
+        note = f"algorithm.model is {model.name} and replaces clients' models: {'; '.join(widths)}"
+        return method, [note]
 
     def wide_model(self, arch: ModelSpec) -> ModelSpec:
         """Return the wide model with the input shape and outputs of a client's architecture."""
-        return wide_model(self.model, arch)
+        assert self.model is not None, "configure sets the model"
+        sizes = (arch.outputs, arch.input_shape, self.model.feature_dim)
+        options = self.model.options
+        return ModelSpec.from_config(self.model.name, *sizes, options, vocabulary=arch.vocabulary)
 
     @override
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
         wide = self.wide_model(client.arch)
-        width = derive_width(client.arch, self.model)
+        width = derive_width(client.arch, wide)
         if width == 1:
             return {"model": wide}
         name, options = narrow_options(wide.name, dict(wide.options), width, self.scaler)
@@ -290,9 +264,15 @@ class HeteroFL(FedAvg):
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        yield from self.deploy(client, received)
-        yield from self.local_training(client, received)
-        return self.upload_slice(client)
+        items: Items = yield from super().train(client, received)
+        if not items or not self.uses_mask(client) or HEAD[0] not in items["model"].values:
+            return items
+        model = dict(items["model"].values)
+        width = self.wide_model(client.arch["model"]).shapes[HEAD[0]][1]
+        weight = self.weight_of(client) * self.present_classes(client)
+        values, weight = pack_head(model.pop(HEAD[0]), model.pop(HEAD[1]), width, weight)
+        head = Item(values, weight, "params")
+        return {"model": replace(items["model"], values=model), "head": head}
 
     @override
     def local_training(self, client: Participant, received: Payload) -> Plan[None]:
@@ -317,34 +297,17 @@ class HeteroFL(FedAvg):
             return ones
         return (client.counts > 0).to(ones)
 
-    def upload_slice(self, client: Participant) -> Items:
-        """Return the upload of the client's slice.
-
-        If the mask applies, the head is a separate item.
-        """
-        items = upload_model(self, client, self.weight_of(client))
-        if not items or not self.uses_mask(client) or HEAD[0] not in items["model"].values:
-            return items
-        model = dict(items["model"].values)
-        width = self.wide_model(client.arch["model"]).shapes[HEAD[0]][1]
-        weight = self.weight_of(client) * self.present_classes(client)
-        values, weight = pack_head(model.pop(HEAD[0]), model.pop(HEAD[1]), width, weight)
-        head = Item(values, weight, "params")
-        return {"model": replace(items["model"], values=model), "head": head}
-
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        # Dictionaries serve as ordered sets here.
-        families: dict[str, dict[str, None]] = {}
-        for sender in uploads.senders("model"):
-            families.setdefault(sender.arch.family_id, {})[sender.arch.spec_id] = None
+        family_of = {c.arch.spec_id: c.arch.family_id for c in uploads.senders("model")}
         # The maximum is the weight of the tensors that all clients of a group share.
         weights = {g: max(w.values()) for g, w in uploads.weights_by_group("model").items()}
         means = uploads.mean_by_group("model")
         head = uploads.mean("head")
-        for family, groups in families.items():
+        for family in dict.fromkeys(family_of.values()):
             model = server.models[family]
-            mean = leading_slice_means(model, [(means[group], weights[group]) for group in groups])
+            members = [(means[g], weights[g]) for g in family_of if family_of[g] == family]
+            mean = leading_slice_means(model, members)
             if head is not None:
                 mean |= unpack_head(model, head, uploads.total("head")[1])
             server.models[family] = interpolate_model(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
@@ -17,11 +17,10 @@ from hetero_fl.algorithms.distillation import (
     COUNTS,
     TEACHER,
     Alignment,
-    DistilledStatistics,
     ProxyDistillation,
     ProxyTraining,
 )
-from hetero_fl.algorithms.prediction import proxy_sample, recalibrates
+from hetero_fl.algorithms.prediction import proxy_sample, recalibrated_tensors, recalibrates
 from hetero_fl.algorithms.round_parts import Items, SharedPart, local_fit, may_share, upload_part
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import log_prior
@@ -30,8 +29,56 @@ from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Plan, Predict, Recalibrate, Rows
 
 
+class GroupDistillation(ProxyDistillation, FedAvg):
+    """Base class of methods that distill into the average of each architecture at the server."""
+
+    distill_epochs: PositiveInt = Field(
+        3, description="epochs of distillation per round into each architecture's average"
+    )
+    distilled_statistics: Literal["proxy", "clients"] = Field(
+        "proxy",
+        description="BatchNorm statistics of a distilled model; `proxy`: from the proxy rows; "
+        "`clients`: the mean of the clients' statistics, for proxy rows of another distribution",
+    )
+
+    def distill_into_groups(
+        self, server: Participant, teacher: Tensor, senders: Iterable[ClientInfo], epochs: int
+    ) -> Plan[None]:
+        """Distill this round's teacher into the server's model of each architecture group.
+
+        Args:
+            server: The server.
+            teacher: Logits of the round's proxy rows, shape `[D, C]`.
+            senders: Clients that uploaded a model. Models of groups without such a client are not
+                changed.
+            epochs: Number of epochs. If 0, only the BatchNorm statistics are computed, on all proxy
+                rows.
+        """
+        # The client with the first id in string order determines the preprocessing of its group.
+        preprocess = {
+            c.arch.spec_id: c.preprocess
+            for c in sorted(senders, key=lambda c: c.client_id, reverse=True)
+        }
+        averages = {group: server.models[group] for group in preprocess}
+        if epochs:
+            yield [
+                self.server_fit(server, group, teacher, epochs, preprocess[group])
+                for group in sorted(preprocess)
+            ]
+        elif self.distilled_statistics == "proxy":
+            for group, view in preprocess.items():
+                server.models[group] = yield from recalibrated_tensors(
+                    server, group, proxy_sample(server, view)
+                )
+        if self.distilled_statistics == "clients":
+            for group, average in averages.items():
+                buffers = average.keys() - server.arch[group].parameter_names
+                of_clients = {name: average[name] for name in buffers}
+                server.models[group] = {**server.models[group], **of_clients}
+
+
 @register_algorithm("hybrid")
-class Hybrid(ProxyDistillation, FedAvg):
+class Hybrid(GroupDistillation):
     """Average shared parameters and distill the consensus of all clients on a public proxy set.
 
     The server averages each tensor over the clients that share the tensor and distills the
@@ -82,15 +129,11 @@ class Hybrid(ProxyDistillation, FedAvg):
     replay_weight: NonNegativeFloat = Field(
         0.5, description="weight of the teacher on proxy rows in local training; 0 disables it"
     )
-    distill_epochs: PositiveInt = Field(
-        3, description="epochs of distillation per round into each architecture's average"
-    )
     distill_rounds: PositiveInt | None = Field(
         None,
         description="number of rounds at the start in which the server distills; later, it only "
         "recomputes BatchNorm statistics on proxy rows; `null`: all",
     )
-    distilled_statistics: DistilledStatistics = "proxy"
     digest_epochs: PositiveInt = Field(
         1, description="epochs of distillation at the client after each broadcast"
     )
@@ -129,38 +172,23 @@ class Hybrid(ProxyDistillation, FedAvg):
             yield self.distill(client, received, self.digest_epochs)
 
     @override
-    def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        items = yield from super().train(client, received)
-        return {**items, **(yield from self.upload_predictions(client))}
-
-    @override
     def local_training(self, client: Participant, received: Payload) -> Plan[None]:
-        if TEACHER in received and self.replay_weight:
-            yield self.proxy_replay(client, received, self.replay_weight)
-        else:
-            yield local_fit(client)
+        yield self.proxy_replay(client, received, self.replay_weight)
 
     @override
-    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        yield from super().aggregate(server, uploads)
-        teacher = self.update_teacher(server, uploads)
-        if teacher is None:
-            return
+    def distill_at_server(
+        self, server: Participant, uploads: Uploads, teacher: Tensor
+    ) -> Plan[None]:
         if self.distill_at != "client":
             rounds = self.distill_rounds
             is_early = rounds is None or server.round_context.round_idx < rounds
-            yield from self.distill_into_groups(
-                server,
-                teacher,
-                uploads.senders("model"),
-                self.distill_epochs if is_early else 0,
-                statistics=self.distilled_statistics,
-            )
-        yield from self.train_student(server, teacher)
+            epochs = self.distill_epochs if is_early else 0
+            yield from self.distill_into_groups(server, teacher, uploads.senders("model"), epochs)
+        yield from super().distill_at_server(server, uploads, teacher)
 
 
 @register_algorithm("feddf")
-class FedDF(ProxyDistillation, FedAvg):
+class FedDF(GroupDistillation):
     """Average models per architecture, then distill the ensemble of all clients into each average.
 
     The teacher is the mean of all clients' logits on the proxy set. The server distills the teacher
@@ -197,20 +225,15 @@ class FedDF(ProxyDistillation, FedAvg):
 
     downloads = {**FedAvg.downloads}
 
-    distill_epochs: PositiveInt = Field(
-        2, description="epochs of distillation per round into each architecture's average"
-    )
-    distilled_statistics: DistilledStatistics = "proxy"
+    distill_epochs: PositiveInt = 2
 
     @override
-    def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        items: Items = yield from super().train(client, received)
+    def upload_predictions(self, client: Participant) -> Plan[Items]:
         if upload_part(self, client.settings, client.round_context.round_idx) is not None:
-            items |= yield from self.upload_predictions(client)
-        elif client.has_proxy and self.needs_counts(client):
-            # The server predicts with the model of each client that has the proxy set.
-            items[COUNTS] = Item(client.counts, kind="counts")
-        return items
+            return (yield from super().upload_predictions(client))
+        # The server predicts with the model of each client that has the proxy set.
+        needs_counts = client.has_proxy and self.needs_counts(client)
+        return {COUNTS: Item(client.counts, kind="counts")} if needs_counts else {}
 
     def needs_counts(self, client: Participant) -> bool:
         """Return whether the server needs a client's label counts, and the client shares them.
@@ -222,7 +245,7 @@ class FedDF(ProxyDistillation, FedAvg):
         return bool(uses_counts) and is_multiclass and may_share(client, "statistics")
 
     @override
-    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
+    def mean_predictions(self, server: Participant, uploads: Uploads) -> Plan[Tensor | None]:
         round_idx = server.round_context.round_idx
         teachers = [
             u
@@ -247,15 +270,15 @@ class FedDF(ProxyDistillation, FedAvg):
             for u, z in zip(teachers, logits, strict=True)
         }
         predictions |= {u.client: u.payload.item("logits") for u in uploads.containing("logits")}
-        yield from super().aggregate(server, uploads)
-        mean = uploads.consensus("logits", predictions)
-        if mean is not None:
-            teacher = self.teacher_from_mean(server, uploads, mean)
-            senders = uploads.senders("model")
-            yield from self.distill_into_groups(
-                server, teacher, senders, self.distill_epochs, statistics=self.distilled_statistics
-            )
-            yield from self.train_student(server, teacher)
+        return uploads.consensus("logits", predictions)
+
+    @override
+    def distill_at_server(
+        self, server: Participant, uploads: Uploads, teacher: Tensor
+    ) -> Plan[None]:
+        senders = uploads.senders("model")
+        yield from self.distill_into_groups(server, teacher, senders, self.distill_epochs)
+        yield from super().distill_at_server(server, uploads, teacher)
 
     def received_models(
         self, server: Participant, teachers: list[Upload]
@@ -364,9 +387,5 @@ class JoiningClient(ProxyTraining):
             yield self.distill(client, received, self.digest_epochs)
         elif BACKBONE in received and self.probe:
             yield local_fit(client, train={"model": HEAD}, label="head")
-        weight = self.replay_weight
-        if TEACHER in received and weight > 0:
-            yield self.proxy_replay(client, received, weight)
-        else:
-            yield local_fit(client)
+        yield self.proxy_replay(client, received, self.replay_weight)
         return {}

@@ -16,7 +16,7 @@ from typing_extensions import override
 from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
 from hetero_fl.algorithms.prediction import adjust_to_labels, model_rows
-from hetero_fl.algorithms.prototypes import require_linear_head
+from hetero_fl.algorithms.prototypes import require_linear_heads
 from hetero_fl.algorithms.round_parts import (
     Items,
     download_part,
@@ -151,8 +151,7 @@ class MenteeTraining(Algorithm):
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
-        mutual = self.objective(client.task)
-        objective = replace(mutual, shape=client.arch[MENTEE].input_shape)
+        objective = replace(self.objective(client.task), shape=client.arch[MENTEE].input_shape)
         yield local_fit(client, objective, train=self.trained)
         return upload_model(self, client)
 
@@ -165,9 +164,8 @@ class MenteeTraining(Algorithm):
 
     @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
-        if personal:
-            return (yield from super().predict(client, rows, personal))
-        logits = yield Predict(MENTEE, model_rows(client, MENTEE, rows))
+        slot = "model" if personal else MENTEE
+        logits = yield Predict(slot, model_rows(client, slot, rows))
         return adjust_to_labels(self, client, logits, personal)
 
 
@@ -284,18 +282,15 @@ class FedKD(MenteeTraining):
 
         The share changes linearly from `energy_start` to `energy_end` over the run.
         """
-        done = participant.round_context.round_idx / max(
-            1, participant.round_context.num_rounds - 1
-        )
-        return self.energy_start + (self.energy_end - self.energy_start) * min(1.0, done)
+        context = participant.round_context
+        done = min(1.0, context.round_idx / max(1, context.num_rounds - 1))
+        return self.energy_start + (self.energy_end - self.energy_start) * done
 
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         method, notes = super().configure(clients)
-        return method, [
-            *notes,
-            "ranks of updates depend on the training; `--check` counts updates of full rank",
-        ]
+        note = "ranks of updates depend on the training; `--check` counts updates of full rank"
+        return method, [*notes, note]
 
     @override
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
@@ -347,13 +342,11 @@ class FedKD(MenteeTraining):
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         mentee = server.models[MENTEE]
         version = server.state.get("version", 0)
+        held = server.state.setdefault("held", {})
         round_idx = server.round_context.round_idx
-        updated = [
-            u.client
-            for u in uploads.each
-            if download_part(self, u.client_info.settings, round_idx, MENTEE) != ()
-        ]
-        server.state["held"] = {**server.state.get("held", {}), **dict.fromkeys(updated, version)}
+        for u in uploads.each:
+            if download_part(self, u.client_info.settings, round_idx, MENTEE) != ():
+                held[u.client] = version
         restored = (_restore_update(u, mentee) for u in uploads.containing(MENTEE))
         specs = {MENTEE: ItemSpec("update", across_architectures=True)}
         mean = uploads.with_uploads(restored, specs).mean_by_group(MENTEE).get("")
@@ -444,6 +437,7 @@ def _restore_update(upload: Upload, like: Tensors) -> Upload:
 # Slot of the projection of the concatenated features of both models. The projection stays at the
 # client.
 PROJECTION = "projection"
+FEATURE_DIM = "algorithm.mentee.feature_dim"
 
 
 @register_algorithm("fedmrl")
@@ -491,26 +485,21 @@ class FedMRL(MenteeTraining):
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         method, notes = super().configure(clients)
         assert isinstance(method, FedMRL) and method.mentee is not None
-        for profile in clients.profiles:
-            require_linear_head(profile.first, profile.arch)
+        require_linear_heads(clients.profiles)
         narrowest = min(clients.profiles, key=lambda p: p.arch.feature_width)
-        client_id = narrowest.first
         smallest = narrowest.arch.feature_width
         width = method.mentee_model(narrowest.arch).feature_width
         if width < smallest:
             return method, notes
         if method.mentee.feature_dim or smallest < 2:
-            is_set = method.mentee.feature_dim is not None
-            key = "algorithm.mentee.feature_dim" if is_set else f"clients: '{client_id}': model"
+            is_unset = method.mentee.feature_dim is None
+            key = f"clients: '{narrowest.first}': model" if is_unset else FEATURE_DIM
             raise UserError(
-                f"{key}: the mentee's feature width must be smaller than that of {client_id}, got "
-                f"{width} and {smallest}"
+                f"{key}: the mentee's feature width must be smaller than that of "
+                f"{narrowest.first}, got {width} and {smallest}"
             )
         mentee = method.mentee.model_copy(update={"feature_dim": smallest // 2})
-        note = (
-            f"algorithm.mentee.feature_dim is {smallest // 2}, half of the feature width of "
-            f"{client_id}"
-        )
+        note = f"{FEATURE_DIM} is {smallest // 2}, half of the feature width of {narrowest.first}"
         return method.model_copy(update={"mentee": mentee}), [*notes, note]
 
     @override

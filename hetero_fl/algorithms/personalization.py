@@ -149,8 +149,7 @@ class FedRep(FedPer):
 
     @override
     def local_training(self, client: Participant, received: Payload) -> Plan[None]:
-        epochs: dict[str, Any] = {} if self.head_epochs is None else {"epochs": self.head_epochs}
-        yield from fit_part(client, HEAD, label="head", **epochs)
+        yield from fit_part(client, HEAD, label="head", epochs=self.head_epochs)
         yield from fit_part(client, BODY, epochs=self.body_epochs)
 
 
@@ -198,11 +197,11 @@ class FedBABU(FedPer):
 
     @override
     def personalize(self, client: Participant, received: Payload) -> Plan[None]:
-        part = None if self.finetune == "all" else HEAD
-        label = "personalise"  # style: ok (label of a random stream)
         epochs = client.settings.fine_tune_epochs
         if epochs:
-            yield local_fit(client, train={"model": part}, epochs=epochs, label=label)
+            train = {"model": None if self.finetune == "all" else HEAD}
+            label = "personalise"  # style: ok (label of a random stream)
+            yield local_fit(client, train=train, epochs=epochs, label=label)
 
     @override
     def server_model(self, server: Participant) -> str | None:
@@ -267,19 +266,17 @@ class Ditto(FedAvg):
     @override
     def local_training(self, client: Participant, received: Payload) -> Plan[None]:
         objective = Proximal(client.task.kind, PERSONAL, mu=self.weight)
-        context = {"anchor": client.models["model"]}
-        epochs: dict[str, Any] = (
-            {} if self.personal_epochs is None else {"epochs": self.personal_epochs}
-        )
-        train = {PERSONAL: None}
         personal = local_fit(
-            client, objective, context=context, train=train, label=PERSONAL, **epochs
+            client,
+            objective,
+            epochs=self.personal_epochs,
+            context={"anchor": client.models["model"]},
+            train={PERSONAL: None},
+            label=PERSONAL,
         )
         yield [local_fit(client), personal]
 
     @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
-        if not personal:
-            return (yield from super().predict(client, rows, personal))
-        logits = yield Predict(PERSONAL, rows)
+        logits = yield Predict(PERSONAL if personal else "model", rows)
         return adjust_to_labels(self, client, logits, personal)

@@ -32,13 +32,6 @@ if TYPE_CHECKING:
     from hetero_fl.algorithms.base import Algorithm
 
 
-def uses_local_prior(settings: ClientSettings) -> bool:
-    """Return whether the log class prior is added to the logits of a client's own rows."""
-    if settings.local_prior is None:
-        return bool(settings.logit_adjustment)
-    return settings.local_prior
-
-
 def add_log_prior(client: Participant, logits: Tensor) -> Tensor:
     """Add the client's log class prior to logits, if the client's settings require it.
 
@@ -57,7 +50,9 @@ def add_log_prior(client: Participant, logits: Tensor) -> Tensor:
         >>> add_log_prior(client, torch.zeros(1, 2)).exp()
         tensor([[0.7500, 0.2500]])
     """
-    prior = _log_prior_if(client, uses_local_prior(client.settings))
+    settings = client.settings
+    is_used = settings.logit_adjustment if settings.local_prior is None else settings.local_prior
+    prior = _log_prior_if(client, bool(is_used))
     return logits if prior is None else logits + prior
 
 
@@ -249,13 +244,12 @@ def recalibrated_models(
         personal: Whether the models predict the client's own rows. If True, the statistics are
             computed on `local_sample`, otherwise on the proxy set.
     """
-    predicting = predicting_models(method, client, personal)
     # The saved model may differ from the models that predict this test set.
     used = dict([inference_model(method, client)])
-    used |= {prediction.slot: preprocess for prediction, preprocess in predicting}
+    used |= {step.slot: view for step, view in predicting_models(method, client, personal)}
+    sample = local_sample if personal else proxy_sample
     models = dict(client.models)
     for slot, preprocess in used.items():
-        sample = local_sample if personal else proxy_sample
         x = sample(client, preprocess).columns(client)["x"]
         data = TensorRows({"x": reshape_rows(x, client.arch[slot].input_shape)})
         models[slot] = yield from recalibrated_tensors(client, slot, data)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -20,7 +20,7 @@ from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.generative_objectives import AdaptiveMargin
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import ClassTeacherDistillation, PrototypePull, Supervised
-from hetero_fl.core.participant import ClientDirectory, ClientInfo, Participant
+from hetero_fl.core.participant import ClientDirectory, ClientInfo, ClientProfile, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import ClassSums, Fit, Plan, Predict, Rows, TensorRows
 from hetero_fl.utils.errors import UserError
@@ -34,13 +34,9 @@ class CommonFeatureWidth(Algorithm):
     The values of class statistics for C classes and d features have 4·C·(d + 1) bytes per client
     and round; the encoding adds names and shapes, about 500 bytes per message. These statistics are
     computed from private rows and require `statistics` in `shares`.
-
-    Attributes:
-        features_leave: Whether clients upload features, either per row or as class means.
     """
 
     needs = Needs(one_architecture=True, also=("one feature width",), shared_model=True)
-    features_leave: ClassVar[bool] = True
 
     feature_dim: PositiveInt | None = Field(
         None,
@@ -54,15 +50,14 @@ class CommonFeatureWidth(Algorithm):
             widths[profile.arch.feature_width] += profile.count
         # Of equally frequent widths, take the largest.
         width = self.feature_dim or max(widths, key=lambda w: (widths[w], w))
-        if self.features_leave:
+        if "features" in self.uploads:
             for profile in clients.profiles:
                 require_features(profile.first, profile.arch, width)
         method = self.model_copy(update={"feature_dim": width})
         other = [p for p in clients.profiles if p.arch.feature_width != width]
-        if not other:
-            return method, []
         names = clients.format_clients(other)
-        return method, [f"algorithm.feature_dim is {width}; the models of {names} get a projection"]
+        note = f"algorithm.feature_dim is {width}; the models of {names} get a projection"
+        return method, [note] if other else []
 
     @override
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
@@ -81,8 +76,7 @@ class CommonHead(CommonFeatureWidth):
 
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
-        for profile in clients.profiles:
-            require_linear_head(profile.first, profile.arch)
+        require_linear_heads(clients.profiles)
         return super().configure(clients)
 
 
@@ -107,15 +101,16 @@ def require_features(client_id: str, arch: ModelSpec, width: int) -> None:
         )
 
 
-def require_linear_head(client_id: str, arch: ModelSpec) -> None:
-    """Raise UserError if the head of a model is not a linear layer with a bias."""
-    head = sorted(n for n in arch.parameter_names if n.startswith("head."))
-    if head != ["head.bias", "head.weight"]:
-        found = ", ".join(head) or "no parameters"
-        raise UserError(
-            f"clients: '{client_id}': model: this method needs a linear head with a bias, got "
-            f"{found}"
-        )
+def require_linear_heads(profiles: Iterable[ClientProfile]) -> None:
+    """Raise UserError if the head of a client's model is not a linear layer with a bias."""
+    for profile in profiles:
+        head = sorted(n for n in profile.arch.parameter_names if n.startswith("head."))
+        if head != ["head.bias", "head.weight"]:
+            found = ", ".join(head) or "no parameters"
+            raise UserError(
+                f"clients: '{profile.first}': model: this method needs a linear head with a bias, "
+                f"got {found}"
+            )
 
 
 def require_sent_state(key: str, arch: ModelSpec) -> None:
@@ -210,16 +205,13 @@ class FedProto(CommonFeatureWidth):
 
     @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
-        client.state.update({name: received[name] for name in received})
+        client.state.update(received)
         yield from ()
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        if "prototypes" in received:
-            pull = PrototypePull(client.task.kind, weight=self.weight)
-            yield local_fit(client, pull, context={name: received[name] for name in received})
-        else:
-            yield local_fit(client)
+        pull = PrototypePull(client.task.kind, weight=self.weight) if received else None
+        yield local_fit(client, pull, context=received)
         return (yield from upload_class_features(client))
 
     @override
@@ -240,9 +232,9 @@ class FedProto(CommonFeatureWidth):
             return (yield from super().predict(client, rows, personal))
         features = yield Predict("model", rows, readout="features")
         known = client.state["known"]
-        own = known * (client.counts > 0).to(known.dtype)
-        if self.inference == "own" and personal and bool(own.any()):
-            known = own
+        if self.inference == "own" and personal:
+            own = known * (client.counts > 0).to(known.dtype)
+            known = own if bool(own.any()) else known
         return prototype_logits(features, client.state["prototypes"], known)
 
 
@@ -346,7 +338,6 @@ class FedTGP(FedProto):
             return
         means, has = client_class_means(items)
         seen = has.any(0)
-        one_hot = torch.eye(server.task.outputs)
         yield Fit(
             {VECTORS: ("head.weight",), PROTOTYPES: None},
             AdaptiveMargin(PROTOTYPES, VECTORS),
@@ -356,7 +347,7 @@ class FedTGP(FedProto):
             optimizer=OptimizerConfig(name="sgd", lr=self.server_lr),
             context={
                 "margin": largest_center_distance(means, has).clamp(max=self.margin),
-                "one_hot": one_hot,
+                "one_hot": torch.eye(server.task.outputs),
             },
             label=PROTOTYPES,
         )
@@ -542,14 +533,10 @@ class FD(Algorithm):
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        if "teacher" in received:
-            objective = ClassTeacherDistillation(
-                client.task.kind, weight=self.weight, temperature=self.temperature
-            )
-            context = {name: received[name] for name in ("teacher", "known")}
-            yield local_fit(client, objective, context=context)
-        else:
-            yield local_fit(client)
+        loss = ClassTeacherDistillation(
+            client.task.kind, weight=self.weight, temperature=self.temperature
+        )
+        yield local_fit(client, loss if received else None, context=received)
         if not may_share(client, "statistics"):
             return {}
         return {"class_logits": (yield from self.class_statistics(client))}

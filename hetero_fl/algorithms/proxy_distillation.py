@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -24,22 +23,21 @@ from hetero_fl.algorithms.base import Needs, register_algorithm
 from hetero_fl.algorithms.distillation import (
     TEACHER,
     ProxyDistillation,
-    ProxyTraining,
+    ProxyPredictions,
     predicted_probabilities,
 )
-from hetero_fl.algorithms.round_parts import Items, load_objective, local_fit, may_share
+from hetero_fl.algorithms.round_parts import Items, load_objective, local_fit
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import MIN_PROBABILITY, Coefficients, TeacherDistillation
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Fit, Plan, Rows, TensorRows
-from hetero_fl.core.task import Task
 
 DONE = "initial_phase"
 
 
-class InitialPhase(ProxyTraining):
+class InitialPhase(ProxyPredictions):
     """Base class of methods with an initial training phase before a client's first round.
 
     In its first round, a client trains on the labeled proxy set (FedMD only) and then on its own
@@ -58,31 +56,16 @@ class InitialPhase(ProxyTraining):
         25, description="initial phase: epochs on the client's own rows"
     )
 
-    def initial_training(self, client: Participant, public_epochs: int = 0) -> Plan[None]:
-        """Run the initial phase of a client, unless the phase is disabled or has been completed.
+    @override
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        if self.initial_phase and DONE not in client.state:
+            yield from self.initial_training(client)
+            client.state[DONE] = True
+        return (yield from super().train(client, received))
 
-        The loss on proxy rows uses neither logit adjustment nor class weights, because both depend
-        on the client's own rows.
-
-        Args:
-            client: The client.
-            public_epochs: Epochs on the labeled proxy set. If 0, the client trains on its own rows
-                only.
-        """
-        if not self.initial_phase or DONE in client.state:
-            return
-        if public_epochs and client.has_proxy:
-            yield Fit(
-                {"model": None},
-                load_objective(client.settings.objective, client.task),
-                Rows("proxy"),
-                epochs=public_epochs,
-                batch_size=self.proxy_batch_size,
-                optimizer=client.optimizer,
-                label="initial public",
-            )
+    def initial_training(self, client: Participant) -> Plan[None]:
+        """Run the initial phase of a client, by default on the client's own rows only."""
         yield local_fit(client, epochs=self.initial_private_epochs, label="initial private")
-        client.state[DONE] = True
 
 
 @register_algorithm("fedmd")
@@ -154,19 +137,26 @@ class FedMD(InitialPhase, ProxyDistillation):
         return self.teacher_for(server, recipient) if recipient.purpose == "train" else {}
 
     @override
-    def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        yield from self.initial_training(client, self.initial_public_epochs)
+    def deploy(self, client: Participant, received: Payload) -> Plan[None]:
+        yield from super().deploy(client, received)
         if TEACHER in received:
             loss = TeacherDistillation(client.task.kind, self.temperature, self.distance)
             yield self.distill(client, received, self.digest_epochs, objective=loss)
-        yield local_fit(client)
-        return (yield from self.upload_predictions(client))
 
     @override
-    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        teacher = self.update_teacher(server, uploads)
-        if teacher is not None:
-            yield from self.train_student(server, teacher)
+    def initial_training(self, client: Participant) -> Plan[None]:
+        if self.initial_public_epochs and client.has_proxy:
+            # Logit adjustment and class weights depend on the client's own rows.
+            yield Fit(
+                {"model": None},
+                load_objective(client.settings.objective, client.task),
+                Rows("proxy"),
+                epochs=self.initial_public_epochs,
+                batch_size=self.proxy_batch_size,
+                optimizer=client.optimizer,
+                label="initial public",
+            )
+        yield from super().initial_training(client)
 
 
 @register_algorithm("ds_fl")
@@ -198,14 +188,7 @@ class DSFL(ProxyDistillation):
     title = "DS-FL"
     _renamed = {"distil_epochs": "distill_epochs"}
     shared = ()
-    downloads = {
-        **ProxyDistillation.downloads,
-        TEACHER: ItemSpec(
-            "rows",
-            share="predictions",
-            description="sharpened mean probabilities of the round's proxy rows, `[D, C]`",
-        ),
-    }
+    predictions = {"probabilities": ItemSpec("rows", private=True, share="predictions")}
     needs = Needs(proxy_set="required", tasks=("multiclass", "multilabel"), shared_model=True)
     evaluated_when = (
         "after distillation of the newest consensus, as deployed with the next broadcast"
@@ -227,13 +210,6 @@ class DSFL(ProxyDistillation):
     )
     sharpen: Sharpening = "era"
 
-    @property
-    @override
-    def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # depends on settings
-        """Declarations of the probabilities, and of label counts if the teacher is aligned."""
-        spec = ItemSpec("rows", private=True, share="predictions")
-        return {"probabilities": spec, **self.label_counts_spec()}
-
     @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         return self.teacher_for(server, recipient)
@@ -245,53 +221,21 @@ class DSFL(ProxyDistillation):
             yield self.distill(client, received, self.distill_epochs)
 
     @override
-    def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        yield from self.deploy(client, received)
-        yield local_fit(client)
-        if not may_share(client, "predictions"):
-            return {}
-        logits = yield from self.predict_proxy(client, self.proxy_indices(client))
-        weighted = self.weighted_probabilities(client, logits)
-        return {"probabilities": weighted, **self.label_counts(client)}
-
-    def weighted_probabilities(self, client: Participant, logits: Tensor) -> Item:
-        """Return an item with a client's (log) probabilities and their weight in the teacher."""
+    def weighted_predictions(self, client: Participant, logits: Tensor) -> Item:
         p = predicted_probabilities(client.task, logits)
         if self.averages_logarithms(client.task):
             p = p.log().clamp(min=MIN_LOG_PROBABILITY)
-        return replace(self.weighted_predictions(client, logits), values=p)
+        return replace(super().weighted_predictions(client, logits), values=p)
 
     @override
-    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        mean = uploads.mean("probabilities")
-        if mean is None:
-            return
-        teacher = self.sharpened_teacher(server.task, self.align_mean(server, uploads, mean))
-        self.store_teacher(server, teacher=teacher)
-        yield from self.train_student(server, teacher)
-
-    def align_mean(self, server: Participant, uploads: Uploads, mean: Tensor) -> Tensor:
-        """Align the mean prediction with the label frequencies, before sharpening.
-
-        The mean is returned unchanged if `align` is 0 or the task is not multiclass.
-
-        Args:
-            server: The server.
-            uploads: Uploads of the round.
-            mean: Mean of the uploaded (log) probabilities, shape `[D, C]`.
-        """
-        if not self.align or server.task.kind != "multiclass":
-            return mean
+    def teacher_from_mean(self, server: Participant, uploads: Uploads, mean: Tensor) -> Tensor:
+        p = mean
         if self.averages_logarithms(server.task):
-            return self.align_teacher(server, uploads, mean)
-        logits = mean.clamp(min=MIN_PROBABILITY).log()
-        return self.align_teacher(server, uploads, logits).softmax(-1)
-
-    def sharpened_teacher(self, task: Task, mean: Tensor) -> Tensor:
-        """Sharpen the mean of the (log) probabilities and return the teacher's logits."""
-        return self.sharpened_logits(
-            task, mean.softmax(-1) if self.averages_logarithms(task) else mean
-        )
+            p = self.align_teacher(server, uploads, mean).softmax(-1)
+        elif self.align and server.task.kind == "multiclass":
+            logits = mean.clamp(min=MIN_PROBABILITY).log()
+            p = self.align_teacher(server, uploads, logits).softmax(-1)
+        return self.sharpened_logits(server.task, p)
 
 
 # Slot of a linear layer with bias 0. Column k of the weight contains the coefficients of client k.
@@ -360,26 +304,19 @@ class KTpFL(InitialPhase):
     )
 
     @staticmethod
-    def coefficient_indices(server: Participant, client_ids: list[str]) -> Tensor:
-        """Return the indices of clients in the matrix of coefficients, int64 `[K]`."""
-        index = {client_id: i for i, client_id in enumerate(server.state["seen"])}
-        return torch.tensor([index[client_id] for client_id in client_ids])
+    def coefficients(server: Participant, client_id: str, others: list[str]) -> list[float]:
+        """Return a client's coefficients of other clients' predictions, which start at 1/N."""
+        learned = server.state.get("coefficients", {}).get(client_id, {})
+        return [learned.get(other, 1 / len(server.peers)) for other in others]
 
     @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        state = server.state
-        if "senders" not in state or not recipient.has_proxy:
+        if "senders" not in server.state or not recipient.has_proxy:
             return {}
-        weights = state["predictions"].new_ones(len(state["senders"]))
-        if recipient.client_id in state["seen"]:
-            weights = state["coefficients"][
-                self.coefficient_indices(server, [recipient.client_id]),
-                self.coefficient_indices(server, state["senders"]),
-            ]
-        return {
-            **self.teacher_for(server, recipient),
-            TEACHER: self.mixed_teacher(normalize_rows(weights), state["predictions"]),
-        }
+        p = server.state["predictions"]
+        weights = self.coefficients(server, recipient.client_id, server.state["senders"])
+        teacher = self.mixed_teacher(normalize_rows(p.new_tensor(weights)), p)
+        return {**self.teacher_for(server, recipient), TEACHER: teacher}
 
     def mixed_teacher(self, weights: Tensor, p: Tensor) -> Tensor:
         """Return the logits of a teacher whose softened prediction is a mixture of predictions.
@@ -403,13 +340,7 @@ class KTpFL(InitialPhase):
             yield self.distill(client, received, self.digest_epochs)
 
     @override
-    def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        yield from self.initial_training(client)
-        yield from self.deploy(client, received)
-        yield local_fit(client)
-        if not may_share(client, "predictions"):
-            return {}
-        logits = yield from self.predict_proxy(client, self.proxy_indices(client))
+    def prediction_items(self, client: Participant, logits: Tensor) -> Items:
         return {"predictions": (logits / self.temperature).softmax(-1)}
 
     @override
@@ -419,39 +350,18 @@ class KTpFL(InitialPhase):
             return
         p = torch.stack([u.payload["predictions"] for u in sent])
         client_ids = [u.client for u in sent]
-        c = self.extend_coefficients(server, client_ids, p)
-        indices = self.coefficient_indices(server, client_ids)
-        among = c[indices][:, indices]
+        c = p.new_tensor(
+            [self.coefficients(server, client_id, client_ids) for client_id in client_ids]
+        )
         if self.coefficient_steps:
-            learned = yield from self.update_coefficients(server, normalize_rows(among), p)
-            c[indices[:, None], indices] = learned * among.sum(1, keepdim=True)
-        self.store_teacher(server, coefficients=c, predictions=p, senders=client_ids)
+            learned = yield from self.update_coefficients(server, normalize_rows(c), p)
+            c = learned * c.sum(1, keepdim=True)
+        known = server.state.setdefault("coefficients", {})
+        for client_id, row in zip(client_ids, c.tolist(), strict=True):
+            known.setdefault(client_id, {}).update(zip(client_ids, row, strict=True))
+        self.store_teacher(server, predictions=p, senders=client_ids)
         uniform = p.new_full((len(client_ids),), 1 / len(client_ids))
         yield from self.train_student(server, self.mixed_teacher(uniform, p))
-
-    @staticmethod
-    def extend_coefficients(server: Participant, client_ids: list[str], p: Tensor) -> Tensor:
-        """Add clients to the clients seen so far and return the extended matrix of coefficients.
-
-        The coefficients of new clients are 1/N, where N is the number of all clients.
-
-        Args:
-            server: The server.
-            client_ids: Participants of the round.
-            p: Predictions of the participants, which determine the device and dtype of the result.
-
-        Returns:
-            Coefficients of the S clients seen so far, shape `[S, S]`.
-        """
-        previous = server.state.get("coefficients")
-        seen = server.state.get("seen", [])
-        known = set(seen)
-        seen = [*seen, *(client_id for client_id in client_ids if client_id not in known)]
-        server.state["seen"] = seen
-        c = p.new_full((len(seen), len(seen)), 1 / len(server.peers))
-        if previous is not None:
-            c[: len(previous), : len(previous)] = previous
-        return c
 
     def update_coefficients(self, server: Participant, mix: Tensor, p: Tensor) -> Plan[Tensor]:
         """Take this round's gradient steps on the coefficients.

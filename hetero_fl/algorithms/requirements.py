@@ -15,11 +15,9 @@ Need = tuple[str, ...]
 # Sections of a docstring that follow its paragraphs.
 SECTIONS = ("Args", "Attributes", "References", "Example")
 
-ALL_CLIENTS = "all in one place"
 PROXY = "proxy set"
 SHARED_ARCHITECTURES = "shared architectures"
 SINGLE_UPLOADS = "single uploads"
-LABELED_PROXY = "labeled proxy set"
 SHARES = {
     "parameters": "parameters",
     "predictions": "predictions",
@@ -56,15 +54,12 @@ def describe_needs(method: Algorithm) -> list[Need]:
     Each requirement is a tuple of alternatives, of which one suffices.
     """
     needs = method.needs
-    found: list[Need] = [(ALL_CLIENTS,)] if needs.all_clients else []
-    if needs.proxy_set == "optional" and needs.one_architecture:
-        found.append((PROXY, SHARED_ARCHITECTURES))
-    elif needs.proxy_set == "required":
-        found.append((PROXY,))
-    elif needs.proxy_set == "labeled":
-        found.append((LABELED_PROXY,))
+    found: list[Need] = [("all in one place",)] if needs.all_clients else []
+    if needs.has_required_proxy:
+        found.append(("labeled proxy set" if needs.proxy_set == "labeled" else PROXY,))
     elif needs.one_architecture:
-        found.append((SHARED_ARCHITECTURES,))
+        alternatives = (PROXY,) if needs.proxy_set == "optional" else ()
+        found.append((*alternatives, SHARED_ARCHITECTURES))
     found += [(need,) for need in needs.also]
     if any(spec.use == "each" for spec in method.uploads.values()):
         found.append((SINGLE_UPLOADS,))
@@ -116,12 +111,8 @@ def method_references(method_class: type[Algorithm]) -> list[str]:
 
 def method_summary(method_class: type[Algorithm]) -> str:
     """Return the first sentence of a method's docstring, or an empty string without a docstring."""
-    summary, stop, rest = method_paragraphs(method_class)[0].partition(". ")
     # The period of an abbreviation, as in `et al. 2017`, does not end the sentence.
-    while stop and not rest[:1].isupper():
-        part, stop, rest = rest.partition(". ")
-        summary = f"{summary}. {part}"
-    return summary + ("." if stop else "")
+    return re.split(r"(?<=\.) (?=[A-Z])", method_paragraphs(method_class)[0], maxsplit=1)[0]
 
 
 def declared_properties(kind: type[Algorithm]) -> Iterator[str]:

@@ -118,8 +118,6 @@ def common_part(a: Part, b: Part) -> Part:
         return b
     if b is None:
         return a
-    if not a or not b:
-        return ()
     prefixes = {p for p in a if p.startswith(b)} | {p for p in b if p.startswith(a)}
     return tuple(sorted(prefixes))
 
@@ -377,16 +375,20 @@ def upload_model(
     return items
 
 
-def add_model(server: Participant, slot: str, arch: ModelSpec) -> None:
-    """Add a model with the initial tensors of the run to the server.
+def add_model(
+    participant: Participant, slot: str, arch: ModelSpec, tensors: Tensors | None = None
+) -> None:
+    """Add a model to a participant.
 
     Args:
-        server: The server.
+        participant: The client or the server.
         slot: Slot of the model.
         arch: Architecture of the model.
+        tensors: Tensors of the model. If None, the initial tensors of the run are used.
     """
-    server.arch[slot] = arch
-    server.models[slot] = arch.initial_tensors(server.round_context.seed)
+    seed = participant.round_context.seed
+    participant.arch[slot] = arch
+    participant.models[slot] = arch.initial_tensors(seed) if tensors is None else tensors
 
 
 def average_models(
@@ -453,6 +455,7 @@ def local_fit(
     objective: Objective | None = None,
     data: Rows | None = None,
     *,
+    epochs: int | None = None,
     context: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Fit:
@@ -465,8 +468,9 @@ def local_fit(
         objective: Objective to minimize, in which the client's setting `objective` replaces the
             supervised loss. If None, this setting is minimized itself.
         data: Rows to train on. If None, the client's training rows are used.
+        epochs: Number of epochs. If None, the client's setting `epochs` or `steps` is used.
         context: Tensors that the objective needs in addition to the batch.
-        **changes: Values of other fields of `Fit`, such as `train`, `epochs` or `label`.
+        **changes: Values of other fields of `Fit`, such as `train` or `label`.
 
     Returns:
         The step, to be yielded by the method's plan.
@@ -487,24 +491,20 @@ def local_fit(
     settings = client.settings
     objective = load_objective(settings.objective, client.task, objective)
     data = data or Rows()
+    is_supervised = isinstance(objective, Supervised)
+    augments = data.name in ("train", "pooled") and settings.augment != AugmentConfig()
     fields: dict[str, Any] = {
         "train": {"model": None},
+        "epochs": settings.epochs if epochs is None else epochs,
+        "steps": settings.steps if epochs is None else None,
         "batch_size": settings.batch_size,
         "optimizer": client.optimizer,
+        "augment": settings.augment if augments else None,
     }
-    if "epochs" not in changes:
-        fields |= {"epochs": settings.epochs, "steps": settings.steps}
-    if data.name == "train":
-        fields["augment"] = augmentation(settings)
-    # Read the label counts only if they are used, because reading them may spend privacy budget.
-    extra = {}
-    is_weighted = bool(settings.logit_adjustment) or settings.class_weights is not None
-    if is_weighted and client.task.kind == "multiclass" and isinstance(objective, Supervised):
-        extra = objective_context(client.task, client.counts, settings)
     return Fit(
         objective=objective,
         data=data,
-        context={**extra, **(context or {})},
+        context={**(supervised_context(client) if is_supervised else {}), **(context or {})},
         **{**fields, **changes},
     )
 
@@ -540,31 +540,28 @@ def load_objective(
     return create(task.kind) if is_class else found
 
 
-def objective_context(task: Task, counts: Tensor, settings: ClientSettings) -> dict[str, Tensor]:
+def supervised_context(client: Participant) -> dict[str, Tensor]:
     """Return the tensors that the supervised loss needs in addition to the batch.
 
     Args:
-        task: The task.
-        counts: Label counts of the training rows, shape `[C]`.
-        settings: Settings of the client, of which `logit_adjustment` and `class_weights` are used.
+        client: The client, whose settings `logit_adjustment` and `class_weights` are used.
 
     Returns:
         A dictionary with the entries "log_prior" and "class_weights", each of shape `[C]`. Entries
         that the settings do not require are left out.
     """
-    context = {}
-    prior = log_prior(task, counts) if settings.logit_adjustment else None
+    settings = client.settings
+    context: dict[str, Tensor] = {}
+    if client.task.kind != "multiclass":
+        return context
+    # Read the label counts only if they are used, because reading them may spend privacy budget.
+    prior = log_prior(client.task, client.counts) if settings.logit_adjustment else None
     if prior is not None:
         context["log_prior"] = prior
     weights = settings.class_weights
-    if weights is not None and task.kind == "multiclass":
-        n = counts.to(torch.get_default_dtype())
+    if weights is not None:
+        n = client.counts.to(torch.get_default_dtype())
         w = 1 / n.clamp(min=1) if weights == "balanced" else n.new_tensor(weights)
         # Scale the weights so that their mean over the training rows is one.
         context["class_weights"] = w * n.sum() / (w * n).sum()
     return context
-
-
-def augmentation(settings: ClientSettings) -> AugmentConfig | None:
-    """Return the augmentation of training images, or None if nothing is augmented."""
-    return None if settings.augment == AugmentConfig() else settings.augment

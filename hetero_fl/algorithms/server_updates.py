@@ -104,12 +104,29 @@ class FedAvgM(ServerOptimizer):
         return {n: ahead[n] for n in mean}
 
 
-class AdaptiveServerOptimizer(ServerOptimizer):
-    """Base class of server optimizers with second moments (Reddi et al. 2021, Algorithm 2).
+@register_algorithm("fedadam")
+class FedAdam(ServerOptimizer):
+    """Apply the mean update with the Adam optimizer at the server.
 
-    The server computes m ← β₁m + (1 − β₁)Δ and θ ← θ + λ·m/(√v + τ). A subclass computes the second
-    moment v from Δ². The initial value of v is τ². As in the paper, there is no bias correction.
+    With Δ = Σ w_k θ_k − θ, the server computes m ← β₁m + (1 − β₁)Δ, v ← β₂v + (1 − β₂)Δ² and θ ← θ
+    + λ·m/(√v + τ) (Reddi et al. 2021, Algorithm 2). The initial value of v is τ². As in the paper,
+    there is no bias correction. Buffers are set to the mean, because an extrapolated variance could
+    be negative. The exchange is the same as in FedAvg.
+
+    Use this method in long runs where the updates of different parameters differ much in size. Tune
+    λ first, for example with `--grid`: λ is roughly the distance that a parameter moves per round.
+
+    References:
+        Reddi et al., "Adaptive Federated Optimization", ICLR 2021. https://arxiv.org/abs/2003.00295
+
+    Example:
+        >>> from hetero_fl.algorithms import FedAdam
+        >>> method = FedAdam(server_lr=0.1)
+        >>> method.beta1, method.beta2, method.tau
+        (0.9, 0.99, 0.001)
     """
+
+    title = "FedAdam"
 
     server_lr: PositiveFloat = Field(0.01, description="server learning rate λ")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay rate β₁ of the mean update")
@@ -139,40 +156,11 @@ class AdaptiveServerOptimizer(ServerOptimizer):
             v: Second moment before the round.
             change: Squared mean update Δ² of the round.
         """
-        raise TypeError(f"{type(self).__name__} has no second moment")
-
-
-@register_algorithm("fedadam")
-class FedAdam(AdaptiveServerOptimizer):
-    """Apply the mean update with the Adam optimizer at the server.
-
-    With Δ = Σ w_k θ_k − θ, the server computes m ← β₁m + (1 − β₁)Δ, v ← β₂v + (1 − β₂)Δ² and θ ← θ
-    + λ·m/(√v + τ) (Reddi et al. 2021, Algorithm 2). The initial value of v is τ². As in the paper,
-    there is no bias correction. Buffers are set to the mean, because an extrapolated variance could
-    be negative. The exchange is the same as in FedAvg.
-
-    Use this method in long runs where the updates of different parameters differ much in size. Tune
-    λ first, for example with `--grid`: λ is roughly the distance that a parameter moves per round.
-
-    References:
-        Reddi et al., "Adaptive Federated Optimization", ICLR 2021. https://arxiv.org/abs/2003.00295
-
-    Example:
-        >>> from hetero_fl.algorithms import FedAdam
-        >>> method = FedAdam(server_lr=0.1)
-        >>> method.beta1, method.beta2, method.tau
-        (0.9, 0.99, 0.001)
-    """
-
-    title = "FedAdam"
-
-    @override
-    def second_moment(self, v: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         return self.beta2 * v + (1 - self.beta2) * change
 
 
 @register_algorithm("fedyogi")
-class FedYogi(AdaptiveServerOptimizer):
+class FedYogi(FedAdam):
     """Apply the mean update with the Yogi optimizer at the server.
 
     The method is FedAdam with the second moment v ← v − (1 − β₂)Δ²·sign(v − Δ²), so that one large
@@ -328,11 +316,9 @@ class FedBuff(StalenessWeighted):
         if self.buffer is not None:
             return self, []
         size = max(1, min(PAPER_BUFFER_SIZE, len(clients) // 2))
-        method = self.model_copy(update={"buffer": size})
-        if size == PAPER_BUFFER_SIZE:
-            return method, []
         note = f"algorithm.buffer is {size}: half of the clients (paper: {PAPER_BUFFER_SIZE})"
-        return method, [note]
+        notes = [] if size == PAPER_BUFFER_SIZE else [note]
+        return self.model_copy(update={"buffer": size}), notes
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
@@ -356,17 +342,13 @@ class FedBuff(StalenessWeighted):
         shares = mean_weights(uploads, "model")
         for group, mean in uploads.mean_by_group("model").items():
             model = server.models[group]
-            updated = {
-                n: model[n] + self.server_lr * shares[group][n] * change
-                for n, change in mean.items()
-            }
-            server.models[group] = {**model, **updated}
+            rates = {n: self.server_lr * share for n, share in shares[group].items()}
+            server.load(group, {n: model[n] + rates[n] * change for n, change in mean.items()})
         tie_common_tensors(server.models, server.common, shares)
         shares = mean_weights(uploads, BUFFERS)
         for group, mean in uploads.mean_by_group(BUFFERS).items():
             model = server.models[group]
-            mixed = {n: model[n].lerp(tensor, shares[group][n]) for n, tensor in mean.items()}
-            server.models[group] = {**model, **mixed}
+            server.load(group, {n: model[n].lerp(t, shares[group][n]) for n, t in mean.items()})
         tie_common_tensors(server.models, server.common, shares)
         yield from ()
 

@@ -24,11 +24,10 @@ from hetero_fl.algorithms.round_parts import (
     add_model,
     local_fit,
     may_share,
-    objective_context,
 )
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.core.objectives import SupervisedDistillation
+from hetero_fl.core.objectives import SupervisedDistillation, log_prior
 from hetero_fl.core.participant import ClientDirectory, ClientInfo, Participant, floating_tensors
 from hetero_fl.core.payload import ItemSpec, Payload
 from hetero_fl.core.plan import Fit, Plan, Predict, Rows, TensorRows
@@ -141,10 +140,8 @@ class FedGKT(CommonFeatureWidth):
             raise UserError(f"algorithm.large_model: {error}") from None
         if self.inference == "server":
             require_sent_state("algorithm.large_model", large)
-        return method, [
-            *notes,
-            "fedgkt uploads the features, logits and label of every training row to the server",
-        ]
+        note = "fedgkt uploads the features, logits and label of every training row to the server"
+        return method, [*notes, note]
 
     def large_model_spec(self, outputs: int) -> ModelSpec:
         """Return the specification of the server's model, which maps features to logits."""
@@ -175,15 +172,12 @@ class FedGKT(CommonFeatureWidth):
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         yield from super().deploy(client, received)
         if LARGE in received:
-            client.arch[LARGE] = self.large_model_spec(client.task.outputs)
-            client.models[LARGE] = received[LARGE]
+            add_model(client, LARGE, self.large_model_spec(client.task.outputs), received[LARGE])
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         if "logits" in received:
-            objective = SupervisedDistillation(
-                client.task.kind, weight=self.weight, temperature=self.temperature
-            )
+            objective = SupervisedDistillation(weight=self.weight, temperature=self.temperature)
             rows = Rows("train", extra_columns={"teacher": received["logits"]})
             yield local_fit(client, objective, rows)
         else:
@@ -205,9 +199,7 @@ class FedGKT(CommonFeatureWidth):
             table["log_prior"] = torch.cat([self.log_prior_of(server, u) for u in sent])
         yield Fit(
             {LARGE: None},
-            SupervisedDistillation(
-                server.task.kind, slot=LARGE, weight=self.weight, temperature=self.temperature
-            ),
+            SupervisedDistillation(slot=LARGE, weight=self.weight, temperature=self.temperature),
             TensorRows(table),
             epochs=self.server_epochs,
             batch_size=self.server_batch_size,
@@ -216,8 +208,8 @@ class FedGKT(CommonFeatureWidth):
             label="server",
         )
         predictions = yield [Predict(LARGE, TensorRows({"x": u.payload["features"]})) for u in sent]
-        logits = dict(zip((u.client for u in sent), predictions, strict=True))
-        server.state["logits"] = {**server.state.get("logits", {}), **logits}
+        logits = server.state.setdefault("logits", {})
+        logits.update(zip((u.client for u in sent), predictions, strict=True))
 
     @staticmethod
     def log_prior_of(server: Participant, upload: Upload) -> Tensor:
@@ -227,9 +219,10 @@ class FedGKT(CommonFeatureWidth):
         """
         labels = upload.payload["labels"]
         counts = torch.bincount(labels, minlength=server.task.outputs)
-        context = objective_context(server.task, counts, upload.client_info.settings)
-        zeros = torch.zeros(len(counts), device=counts.device)
-        return context.get("log_prior", zeros).expand(len(labels), -1)
+        prior = log_prior(server.task, counts)
+        if prior is None or not upload.client_info.settings.logit_adjustment:
+            prior = torch.zeros(len(counts), device=counts.device)
+        return prior.expand(len(labels), -1)
 
     @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.teachers import proxy_predictions
-from hetero_fl.algorithms.round_parts import local_fit, objective_context
+from hetero_fl.algorithms import local_fit
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import (
     Batch,
@@ -142,7 +142,7 @@ def test_class_weights_have_mean_one_over_training_rows() -> None:
         config("local", clients__defaults={"class_weights": "balanced"}), num_rounds=0
     )
     client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
-    weights = objective_context(client.task, client.counts, client.settings)["class_weights"]
+    weights = local_fit(client).context["class_weights"]
     y = client.data("train", None)["y"]
     assert math.isclose(weights[y].mean().item(), 1.0, abs_tol=1e-12)
     per_class = {c: weights[y][y == c].sum().item() for c in y.unique().tolist()}

@@ -65,11 +65,14 @@ def test_extreme_logits_give_no_nan() -> None:
 
 
 def test_multilabel_teacher_is_not_aligned() -> None:
-    method = register_algorithm["ds_fl"](align=1.0)
     server = run_rounds("ds_fl", 0).server
     many = replace(server, task=Task("multilabel", 10), state={LABELS: torch.arange(10.0)})
     p = torch.rand(60, 10, generator=torch.Generator().manual_seed(4))
-    assert method.align_mean(many, Uploads(specs=method.uploads), p) is p
+    plain, aligned = (
+        method.teacher_from_mean(many, Uploads(specs=method.uploads), p)
+        for method in (register_algorithm["ds_fl"](align=align) for align in (0.0, 1.0))
+    )
+    assert torch.equal(plain, aligned)
 
 
 def test_regression_teacher_is_not_sharpened() -> None:

@@ -410,7 +410,7 @@ def test_server_steps_do_not_reveal_participants(monkeypatch: pytest.MonkeyPatch
 
     rounds.run_round()
 
-    _, _, senders, *_ = distill.call_args.args
+    _, _, senders, _ = distill.call_args.args
     infos = rounds.federation.client_infos.values()
     assert {sender.arch.spec_id for sender in senders} == {info.arch.spec_id for info in infos}
 

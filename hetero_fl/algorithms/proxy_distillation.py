@@ -118,6 +118,7 @@ class FedMD(InitialPhase, ProxyDistillation):
     title = "FedMD"
     evaluated_when = "after local training, as in the paper"
     shared = ()
+    _broadcasts_means = ProxyDistillation._broadcasts_means
 
     distance: Literal["kl", "mae"] = Field(
         "kl", description="distance between a client's logits and the consensus"
@@ -198,6 +199,7 @@ class DSFL(ProxyDistillation):
     title = "DS-FL"
     _renamed = {"distil_epochs": "distill_epochs"}
     shared = ()
+    _broadcasts_means = ProxyDistillation._broadcasts_means
     downloads = {
         **ProxyDistillation.downloads,
         TEACHER: ItemSpec(

@@ -436,7 +436,7 @@ def _solve_privacy(
         expectations.privacy, federation, expectations.expected_items, config.clients.per_round
     )
     if server is not None:
-        server.check_count_noise()
+        server.update_noise_multiplier()
     return (
         config.model_copy(update={"privacy": privacy}),
         federation,

@@ -218,7 +218,7 @@ class PrivateGradients:
         if not bool(is_finite.all()):
             # Rows with infinite gradients would abort the fit, which reveals their presence.
             factor = factor.where(is_finite, 0)
-            each = {n: g.where(_broadcast_rows(is_finite, g), 0) for n, g in each.items()}
+            each = {n: g.nan_to_num(0.0, 0.0, 0.0) for n, g in each.items()}
         for name, gradients in each.items():
             if len(factor) == 1:
                 total[name].add_(gradients[0] * factor[0])
@@ -315,11 +315,6 @@ def _gradient_of_row(
     gradients = torch.autograd.grad(loss, list(state.trainable.values()), allow_unused=True)
     pairs = zip(state.trainable.items(), gradients, strict=True)
     return {name: (torch.zeros_like(p) if g is None else g)[None] for (name, p), g in pairs}
-
-
-def _broadcast_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """Reshape a tensor `[rows]` to broadcast against a tensor `[rows, …]`."""
-    return rows.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _vmap_support_key(state: FitState) -> Any:
@@ -436,20 +431,13 @@ class PrivacyBackend(PrivacyLedger):
 
     @override
     def run(self, work: Work) -> list[Any]:
-        with_data = [
-            (replace(p, data=self._data[p.participant_id]) if is_private(s) else p, s)
-            for p, s in work
-        ]
-        self._record(with_data)
-        public = [i for i, (_, step) in enumerate(work) if not is_private(step)]
-        public_results = self.backend.run([work[i] for i in public]) if public else []
-        results = dict(zip(public, public_results, strict=True))
-        for i, (participant, step) in enumerate(with_data):
-            if i not in results:
-                results[i] = self._run_private(participant, step)
-        return [results[i] for i in range(len(work))]
+        public = [(participant, step) for participant, step in work if not is_private(step)]
+        results = iter(self.backend.run(public) if public else ())
+        return [self._run_private(p, s) if is_private(s) else next(results) for p, s in work]
 
     def _run_private(self, participant: Participant, step: Step) -> Any:
+        participant = replace(participant, data=self._data[participant.participant_id])
+        self._record([(participant, step)])
         if isinstance(step, ClassSums):
             return self._class_sums(participant, step)
         assert isinstance(step, Fit)

@@ -183,20 +183,19 @@ class EncryptedUploads(RoundUploads):
         self.total = EncryptedSum(link.protocol.agreed.layout(round_idx).size)
         # Groups of clients whose tensors are part of the sum.
         self.groups: set[str] = set()
-        # First client and the name of its key.
-        self._first: tuple[str, Any] = ("", None)
+        # Name of the key of the first upload.
+        self.key_name: Any = None
 
     @override
     def add(self, client_info: ClientInfo, payload: Payload, staleness_weight: float = 1.0) -> None:
-        first, key = self._first
-        name = payload.report.get("key")
-        if first and name != key:
+        key_name = payload.report.get("key")
+        if self.key_name not in (None, key_name):
             raise PayloadError(
-                f"upload: encrypted with another key than that of {first}; copy the key file of "
-                "one client to all clients"
+                "upload: encrypted with another key than that of the first client; copy the key "
+                "file of one client to all clients"
             )
         self.total.add(payload[CIPHERTEXTS].numpy())
-        self._first = (first or client_info.client_id, name)
+        self.key_name = key_name
         self.uploads.add(Upload(client_info, Payload()))
         if self.link.protocol.agreed.upload_form(client_info.client_id, self.round_idx):
             self.groups.add(self.link.group_of(client_info))

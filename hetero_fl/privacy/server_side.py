@@ -213,23 +213,6 @@ class NoisyCombiner(Combiner):
         return Mean(start + change + noise, expected, expected)
 
 
-def teacher_from_votes(votes: Tensor, prediction_kind: str) -> Tensor:
-    """Return teacher predictions for the class with the most votes in each row.
-
-    Args:
-        votes: Noisy sum of votes, shape `[D, C]`.
-        prediction_kind: "probabilities", or "logits" to return log probabilities.
-
-    Returns:
-        Predictions, shape `[D, C]`. The class with the most votes has the probability 0.9, and the
-        other classes have equal probabilities.
-    """
-    classes = votes.shape[-1]
-    p = torch.full_like(votes, (1 - ELECTED_PROBABILITY) / max(1, classes - 1))
-    p.scatter_(-1, votes.argmax(-1, keepdim=True), ELECTED_PROBABILITY)
-    return p if prediction_kind == "probabilities" else p.log()
-
-
 # Returns items with the names, shapes and dtypes of a client's upload, given the client, the
 # broadcast to the client and the round index.
 ExpectedItems = Callable[[ClientInfo, Payload, int], Mapping[str, Item]]
@@ -329,9 +312,19 @@ class ServerPrivacy:
         return self.client.deviation(name, self.factors[name], self.update_noise_multiplier())
 
     def postprocess(self, name: str, mean: Tensor) -> Tensor:
-        """Return the teacher of the noisy votes, or other noisy means unchanged."""
+        """Return the teacher of the noisy votes, or other noisy means unchanged.
+
+        Args:
+            name: Name of the item.
+            mean: Noisy mean. Votes have the shape `[D, C]`. The class with the most votes has the
+                probability 0.9, and the other classes have equal probabilities.
+        """
         kind = self.client.specs[name].prediction_type
-        return teacher_from_votes(mean, kind) if self.config.votes and kind else mean
+        if not self.config.votes or not kind:
+            return mean
+        p = torch.full_like(mean, (1 - ELECTED_PROBABILITY) / max(1, mean.shape[-1] - 1))
+        p.scatter_(-1, mean.argmax(-1, keepdim=True), ELECTED_PROBABILITY)
+        return p if kind == "probabilities" else p.log()
 
     def count_noise(self) -> float:
         """Return σ_b, the standard deviation of the noise on the number of updates within bounds.

@@ -126,7 +126,7 @@ def test_upload_with_another_key_is_refused(tmp_path: Path) -> None:
     deployed = federation(source, sites, tmp_path / "deployed")
 
     (record,) = records(deployed)
-    assert "encrypted with another key than that of site_1" in record["failed"]["site_3"]
+    assert "encrypted with another key" in record["failed"]["site_3"]
 
 
 def test_invalid_key_files_are_refused(tmp_path: Path) -> None:

@@ -158,9 +158,9 @@ class ServerLink:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        return {} if self.privacy is None else {"bounds": self.privacy.state_dict()}
+        return {} if self.privacy is None else {"bounds": dict(self.privacy.factors)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state from the return value of `state_dict`."""
         if self.privacy is not None:
-            self.privacy.load_state_dict(state["bounds"])
+            self.privacy.factors = dict(state["bounds"])

@@ -185,7 +185,8 @@ class PrivateGradients:
         }
         bytes_per_row = sum(p.numel() * p.element_size() for p in state.trainable.values())
         size = max(1, MEMORY // max(1, bytes_per_row))
-        support_key = _vmap_support_key(state)
+        # Whether vmap supports a fit depends on the models and the objective.
+        support_key = (tuple(map(id, state.modules.values())), repr(state.fit.objective))
         for begin in range(0, count, size):
             part = {n: t[begin : begin + size] for n, t in columns.items()}
             part_keys = keys[begin : begin + size]
@@ -220,10 +221,7 @@ class PrivateGradients:
             factor = factor.where(is_finite, 0)
             each = {n: g.nan_to_num(0.0, 0.0, 0.0) for n, g in each.items()}
         for name, gradients in each.items():
-            if len(factor) == 1:
-                total[name].add_(gradients[0] * factor[0])
-            else:
-                total[name].add_(torch.tensordot(factor.to(gradients), gradients, 1))
+            total[name].add_(torch.tensordot(factor.to(gradients), gradients, 1))
 
 
 def _check_stacking(
@@ -315,11 +313,6 @@ def _gradient_of_row(
     gradients = torch.autograd.grad(loss, list(state.trainable.values()), allow_unused=True)
     pairs = zip(state.trainable.items(), gradients, strict=True)
     return {name: (torch.zeros_like(p) if g is None else g)[None] for (name, p), g in pairs}
-
-
-def _vmap_support_key(state: FitState) -> Any:
-    """Return a value that identifies the models and the objective of a fit."""
-    return tuple(map(id, state.modules.values())), repr(state.fit.objective)
 
 
 # With `privacy.unit: record`, the results of all steps on private rows are noisy: fits use DP-SGD,

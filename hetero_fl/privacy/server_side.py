@@ -372,11 +372,3 @@ class ServerPrivacy:
         shares = (total[0] / total[1] + 0.5).tolist()
         for name, share in zip(sorted(self.factors), shares, strict=True):
             self.factors[name] *= math.exp(-config.lr * (share - config.quantile))
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the factors on the clipping bounds, for a checkpoint."""
-        return dict(self.factors)
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore the factors on the clipping bounds from a checkpoint."""
-        self.factors = dict(state)

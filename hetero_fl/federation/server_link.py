@@ -64,7 +64,10 @@ class ServerLink:
 
     @property
     def server_slot(self) -> str | None:
-        """Name of the server's model for deployment. None if the server cannot read a model."""
+        """Name of the server's model that is evaluated and saved.
+
+        None if the server has no model, or cannot read its model.
+        """
         return self.algorithm.server_model(self.server)
 
     def broadcast(self, client_info: ClientInfo) -> Payload:

@@ -367,14 +367,6 @@ class Trainer:
         upload = self.link.decode_upload(client_info, reply.content, received, round_idx)
         return received, upload
 
-    @property
-    def server_slot(self) -> str | None:
-        """Name of the server's model that is evaluated and saved.
-
-        None if the server has no model, or cannot read its model.
-        """
-        return self.link.server_slot
-
     @translate_user_errors()
     def evaluate(
         self,
@@ -406,7 +398,7 @@ class Trainer:
         self.link.clear()
         if counts_traffic:
             self.count_traffic(down=result.down_bytes)
-        if (slot := self.server_slot) is not None:
+        if (slot := self.link.server_slot) is not None:
             result.server = evaluate_server(slot, self.server, self.federation, self.backend)
         return result
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 pytest.importorskip("tenseal", reason="tenseal is not installed: pip install 'hetero_fl[he]'")
 
+from hetero_fl.algorithms import FedAvg, FedMD
+from hetero_fl.algorithms.base import broadcasts_means
 from hetero_fl.communication.protocol import UPLOAD, Message
 from hetero_fl.communication.vector_layout import VectorLayout
 from hetero_fl.core.payload import Payload, PayloadError
@@ -293,3 +295,16 @@ def test_workers_match_one_process(method: str, pool: SharedProcessPool) -> None
             assert trainer.run_round()["train_loss"] == record["train_loss"]
         states = tensors_of(expected, shared_key()), tensors_of(trainer, shared_key())
         assert all(map(torch.equal, *states))
+
+
+def test_methods_with_their_own_aggregation_declare_that_they_send_means() -> None:
+    hooks = {"aggregate": lambda self, server, uploads: ()}
+
+    other = type("Other", (FedAvg,), hooks)
+    declared = type("Declared", (FedAvg,), {**hooks, "_broadcasts_means": True})
+    inherited = type("Inherited", (declared,), {})
+    same = type("Same", (FedAvg,), {})
+
+    found = [broadcasts_means(method()) for method in (other, declared, inherited, same)]
+    assert found == [False, True, True, True]
+    assert not broadcasts_means(same(server_lr=0.5)) and not broadcasts_means(FedMD(align=0.5))

@@ -156,10 +156,8 @@ class HomomorphicEncryption(DirectProtocol):
     @override
     def broadcast_size(self, round_idx: int, broadcast: int) -> int:
         # Groups of clients that upload in other rounds than others may receive an earlier sum.
-        for last in range(round_idx - 1, -1, -1):
-            if self.agreed.layout(last).slices:
-                return self.form(last, round=last).encoded_size
-        return broadcast
+        last = max((i for i in range(round_idx) if self.agreed.layout(i).slices), default=None)
+        return broadcast if last is None else self.form(last, round=last).encoded_size
 
 
 class EncryptedLink(ServerLink):

@@ -219,11 +219,10 @@ def begin_uploads(protocol: RoundProtocol, link: ServerLink, round_idx: int) -> 
         return SummedUploads(protocol, link, round_idx)
     if isinstance(link, EncryptedLink):
         return EncryptedUploads(link, round_idx)
-    config = link.federation.aggregation
     rules = None
-    if not config.is_plain_mean:
+    if link.robust is not None:
         rules = AggregationRules(
-            config,
+            link.robust,
             link.federation.task,
             link.received_model,
             link.expectations.trained_names,

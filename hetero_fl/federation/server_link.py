@@ -32,6 +32,7 @@ class ServerLink:
     Attributes:
         channel: Encoder and decoder of messages.
         specs: Declarations of the items that arrive, keyed by name.
+        robust: Settings of robust rules, or None if items are averaged.
         privacy: Noise on sums and clipping bounds at the server, or None if there is no noise.
     """
 
@@ -50,6 +51,8 @@ class ServerLink:
         self.server = server
         self.expectations = expectations
         self.specs = expectations.specs
+        aggregation = federation.aggregation
+        self.robust = None if aggregation.is_plain_mean else aggregation
         self.channel = FederationLinks(algorithm, federation)
         self.skips_encoding = skips_encoding
         self.privacy = ServerPrivacy.from_federation(

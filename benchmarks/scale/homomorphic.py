@@ -4,8 +4,9 @@
     python -m benchmarks homomorphic
     python -m benchmarks record homomorphic homomorphic
 
-Clients train one step and reply one after the other in this process on one core. In a federation,
-clients work in parallel, so a round waits for the server, one upload and the decryption. Errors are
+The round is the second one, in which clients receive the encrypted sum of the first. Clients train
+one step and reply one after the other in this process on one core, and the sum is decrypted once
+for all of them. In a federation, clients work in parallel, and each decrypts the sum. Errors are
 the largest difference from the mean of plain uploads, divided by the largest magnitude.
 """
 
@@ -19,10 +20,10 @@ from typing import Any
 import torch
 
 from benchmarks.common import add_quick
-from hetero_fl.communication.homomorphic.messages import unseal_state
+from hetero_fl.communication.protocol import Message, encoded
 from hetero_fl.core.model_spec import Tensors
+from hetero_fl.core.payload import Payload
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.summed_uploads.hidden_server import SealedLink, decode_state
 from hetero_fl.federation.trainer import Trainer
 
 MODELS = {"CNN": "cnn_bn_medium", "ResNet-18": "resnet18"}
@@ -41,7 +42,7 @@ class Figures:
         up: Bytes sent by a client, as a mean over clients.
         down: Bytes sent to a client, as a mean over clients.
         seconds: Processor time of all clients and the server.
-        models: Tensors of the server's model after the round.
+        models: Tensors of the model that clients receive after the first round.
     """
 
     up: float
@@ -51,7 +52,7 @@ class Figures:
 
 
 def measure_round(model: str, clients: int, channel: dict[str, Any]) -> Figures:
-    """Run one round of FedAvg, in which each client trains one step.
+    """Run two rounds of FedAvg, in which each client trains one step, and measure the second.
 
     Args:
         model: Model of all clients.
@@ -63,27 +64,29 @@ def measure_round(model: str, clients: int, channel: dict[str, Any]) -> Figures:
             "data": {"name": "digits", "train_limit": 100 * clients},
             "clients": {"count": clients, "defaults": {"model": model, "steps": 1}},
             "algorithm": {"name": "fedavg"},
+            "rounds": 2,
             "channel": channel,
             "runtime": {"executor": "serial", "threads": 1, "device": "cpu"},
         }
     )
     trainer = prepared.make_trainer()
+    trainer.run_round()
+    models = received_model(trainer)
     started = time.process_time()
     record = trainer.run_round()
     seconds = time.process_time() - started
-    models = server_models(trainer)
     trainer.executor.close()
     return Figures(record["up_bytes"] / clients, record["down_bytes"] / clients, seconds, models)
 
 
-def server_models(trainer: Trainer) -> Tensors:
-    """Return the tensors of the server's model, decrypted with the clients' key if necessary."""
-    models = trainer.server.models
-    if isinstance(trainer.link, SealedLink):
-        runtime = trainer.executor.runtime  # type: ignore[attr-defined]
-        state = unseal_state(trainer.link.state, runtime.federation.shared_key)
-        models, _ = decode_state(state)
-    (tensors,) = models.values()
+def received_model(trainer: Trainer) -> Tensors:
+    """Return the tensors of the model that the first client receives next."""
+    client = trainer.federation.client_infos.clients.ids[0]
+    content = trainer.link.content(trainer.link.broadcast(trainer.federation.client_infos[client]))
+    if trainer.federation.channel.homomorphic is not None:
+        protocol = trainer.executor.runtime.protocol  # type: ignore[attr-defined]
+        content = protocol.broadcast_in(client, Message("train", content, trainer.completed))
+    tensors: Tensors = Payload.decode(encoded(content))["model"]
     return tensors
 
 

@@ -74,6 +74,10 @@ class FedAvg(Algorithm):
     )
     server_lr: PositiveFloat = Field(1.0, description="server learning rate λ")
 
+    @property
+    def _broadcasts_means(self) -> bool:  # type: ignore[override]  # depends on settings
+        return self.weighting != "sum" and self.server_lr == 1
+
     def weight_of(self, client: Participant | ClientInfo) -> float:
         """Return the weight of a client in the mean.
 

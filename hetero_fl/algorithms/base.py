@@ -173,11 +173,18 @@ class Algorithm(Settings):
     needs: ClassVar[Needs] = Needs(one_architecture=True, shared_model=True)
     _renamed: ClassVar[Mapping[str, str]] = {}
     """New names of renamed settings, keyed by former name."""
+    _broadcasts_means: ClassVar[bool] = True
+    """Whether broadcasts follow from the means of the last uploads, as those of the base class.
+
+    A class that defines `broadcast` or `aggregate` sets this attribute as well, or it is False.
+    """
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         check_bases(cls)
+        if not {"broadcast", "aggregate"}.isdisjoint(vars(cls)):
+            cls._broadcasts_means = vars(cls).get("_broadcasts_means", False)
 
     @model_validator(mode="before")
     @classmethod
@@ -391,6 +398,14 @@ def runs_user_code(algorithm: Algorithm, client_infos: ClientDirectory) -> bool:
 def is_user_method(algorithm: Algorithm) -> bool:
     """Return whether a method is defined outside this package."""
     return not type(algorithm).__module__.startswith("hetero_fl.")
+
+
+def broadcasts_means(algorithm: Algorithm) -> bool:
+    """Return whether a method's broadcasts follow from the means of the last uploads alone.
+
+    The means determine them without earlier models, states of the server or training.
+    """
+    return algorithm._broadcasts_means
 
 
 def call_broadcast(algorithm: Algorithm, server: Participant, client_info: ClientInfo) -> Payload:

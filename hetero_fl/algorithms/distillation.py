@@ -373,6 +373,11 @@ class ProxyDistillation(ProxyPredictions):
     beta: PositiveFloat = Field(1.5, description="exponent β of power; 1 does not sharpen")
 
     @property
+    def _broadcasts_means(self) -> bool:  # type: ignore[override]  # depends on a setting
+        # An aligned teacher depends on the label counts of all rounds.
+        return not self.align
+
+    @property
     @override
     def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # depends on settings
         """Declarations of the predictions, and of label counts if the teacher is aligned."""

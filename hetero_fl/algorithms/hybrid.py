@@ -32,6 +32,8 @@ from hetero_fl.core.plan import Plan, Predict, Recalibrate, Rows
 class GroupDistillation(ProxyDistillation, FedAvg):
     """Base class of methods that distill into the average of each architecture at the server."""
 
+    _broadcasts_means = False
+
     distill_epochs: PositiveInt = Field(
         3, description="epochs of distillation per round into each architecture's average"
     )

@@ -171,6 +171,7 @@ class FedProto(CommonFeatureWidth):
         "with their heads)"
     )
     shared = ()
+    _broadcasts_means = True
     uploads = {"features": ItemSpec("class_sums", private=True, share="statistics")}
     downloads = {
         "prototypes": ItemSpec("rows", description="prototypes, `[C, d]`"),
@@ -503,6 +504,7 @@ class FD(Algorithm):
     title = "FD"
     evaluated_when = "after local training"
     shared = ()
+    _broadcasts_means = True
     uploads = {
         "class_logits": ItemSpec(
             "class_sums",

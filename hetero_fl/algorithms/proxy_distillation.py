@@ -101,6 +101,7 @@ class FedMD(InitialPhase, ProxyDistillation):
     title = "FedMD"
     evaluated_when = "after local training, as in the paper"
     shared = ()
+    _broadcasts_means = ProxyDistillation._broadcasts_means
 
     distance: Literal["kl", "mae"] = Field(
         "kl", description="distance between a client's logits and the consensus"
@@ -188,6 +189,7 @@ class DSFL(ProxyDistillation):
     title = "DS-FL"
     _renamed = {"distil_epochs": "distill_epochs"}
     shared = ()
+    _broadcasts_means = ProxyDistillation._broadcasts_means
     predictions = {"probabilities": ItemSpec("rows", private=True, share="predictions")}
     needs = Needs(proxy_set="required", tasks=("multiclass", "multilabel"), shared_model=True)
     evaluated_when = (

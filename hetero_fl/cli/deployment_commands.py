@@ -108,7 +108,7 @@ def flower_app(
 @click.argument("file", type=PATH, metavar="FILE", help="New file for the key.")
 def shared_key(file: Path) -> None:
     """Create the key of homomorphic encryption, which all sites share and the server never gets."""
-    from hetero_fl.communication.homomorphic.key import SharedKey
+    from hetero_fl.communication.homomorphic import SharedKey
 
     if file.exists():
         raise UserError(f"{file}: already exists; choose another file or delete it")

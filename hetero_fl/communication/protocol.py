@@ -124,23 +124,6 @@ class AggregatedUploads:
     dropouts: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass
-class SealedAggregate:
-    """New state of a server that a client computed from an encrypted sum of uploads.
-
-    Args:
-        clients: Ids of the clients whose uploads are in the sum.
-        state: The server's state, which the server cannot decrypt. Empty if training diverged.
-        diverged: Reason why training in the aggregation diverged. Empty if it did not diverge.
-        dropouts: Reasons why the uploads of other clients are not in the sum, keyed by client id.
-    """
-
-    clients: list[str]
-    state: bytes
-    diverged: str = ""
-    dropouts: dict[str, str] = field(default_factory=dict)
-
-
 # Function that returns the broadcast to the client with a given id.
 BroadcastTo = Callable[[str], Content]
 
@@ -156,14 +139,12 @@ class Exchange:
         accept: Function that processes the reply of the client with a given id. It returns the
             upload in the reply, or None if the reply contains no upload that the server may read.
             It raises PayloadError if the reply belongs to another exchange.
-        waits_for_nodes: Whether the server waits for disconnected clients if too few are left.
     """
 
     kind: str
     clients: Sequence[str]
     content: Callable[[str, BroadcastTo], Content]
     accept: Callable[[str, Message], Content | None]
-    waits_for_nodes: bool = True
 
     def request(self, client_id: str, broadcast_to: BroadcastTo) -> Message:
         """Return the request to a client.
@@ -175,7 +156,7 @@ class Exchange:
         return Message(self.kind, self.content(client_id, broadcast_to))
 
 
-Exchanges = Generator[Exchange, None, AggregatedUploads | SealedAggregate | None]
+Exchanges = Generator[Exchange, None, AggregatedUploads | None]
 
 
 @dataclass(frozen=True)
@@ -191,17 +172,6 @@ class TrainingRequest:
     reply: Callable[[Any], Message]
 
 
-@dataclass(frozen=True)
-class AggregationRequest:
-    """Request to aggregate a sum of uploads at the client.
-
-    Attributes:
-        compute: Function that computes the reply with the backend of the client.
-    """
-
-    compute: Callable[[Any], Message]
-
-
 class RoundProtocol(Interface):
     """Interface of protocols, which define the exchanges by which uploads reach the server.
 
@@ -211,15 +181,12 @@ class RoundProtocol(Interface):
         accepts_unencoded: Whether the protocol accepts broadcasts and uploads that are not encoded.
             If True, encoding can be omitted if server and clients are in the same process.
         has_one_time_requests: Whether requests refer to secrets that are valid for one sum only.
-        hides_server: Whether the server cannot read its own models and state, which clients
-            compute and decrypt.
     """
 
     setup: tuple[str, ...] = ()
     requests: tuple[str, ...] = ("train",)
     accepts_unencoded: bool = False
     has_one_time_requests: bool = False
-    hides_server: bool = False
 
     def exchanges(self, cohort: Sequence[str], round_idx: int) -> Exchanges:
         """Yield the exchanges of a round.
@@ -231,8 +198,7 @@ class RoundProtocol(Interface):
             round_idx: Index of the round.
 
         Returns:
-            The sum of the uploads if the protocol reveals only the sum, the new state of the server
-            if clients aggregate, otherwise None.
+            The sum of the uploads if the protocol reveals only the sum, otherwise None.
 
         Raises:
             RoundAbandonedError: If too few clients are left.
@@ -240,7 +206,7 @@ class RoundProtocol(Interface):
 
     def answer(
         self, client_id: str, message: Message, round_idx: int, notes: MutableMapping[str, bytes]
-    ) -> Message | TrainingRequest | AggregationRequest:
+    ) -> Message | TrainingRequest:
         """Answer a request on the client.
 
         Args:
@@ -251,7 +217,7 @@ class RoundProtocol(Interface):
                 mapping is modified in place.
 
         Returns:
-            The reply, or a request to train or to aggregate if the client must compute first.
+            The reply, or a request to train if the client must compute first.
         """
 
     def broadcast_in(self, client_id: str, message: Message) -> Content:
@@ -281,21 +247,14 @@ class RoundProtocol(Interface):
             Bytes sent to and by each client, as pairs (down, up), keyed by the kind of exchange.
         """
 
-    def aggregation_sizes(
-        self, cohort: Sequence[str], round_idx: int, before: int, after: int
-    ) -> tuple[str, tuple[int, int]] | None:
-        """Return the client that aggregates the uploads, and the sizes of its messages.
+    def broadcast_size(self, round_idx: int, broadcast: int) -> int:
+        """Return the size of the message with a broadcast in bytes.
 
         Args:
-            cohort: Ids of the clients in the round.
             round_idx: Index of the round.
-            before: Size of the message with the server's state before the aggregation, in bytes.
-            after: Size of the encoded state after the aggregation, in bytes.
-
-        Returns:
-            The client and the bytes sent to and by it. None if the server aggregates.
+            broadcast: Size of the encoded broadcast in bytes.
         """
-        return None
+        return broadcast
 
 
 class TrainExchange(Exchange):
@@ -334,7 +293,7 @@ class DirectProtocol(RoundProtocol):
     @override
     def answer(
         self, client_id: str, message: Message, round_idx: int, notes: MutableMapping[str, bytes]
-    ) -> TrainingRequest:
+    ) -> Message | TrainingRequest:
         return TrainingRequest(message.content, lambda upload: Message(UPLOAD, upload))
 
     @override

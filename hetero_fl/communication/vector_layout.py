@@ -91,15 +91,12 @@ class VectorLayout:
         common: Prefixes of the names of tensors that are averaged across architectures.
         slices: Position of each tensor.
         size: Length of the vector.
-        unit_weights: Names of items whose weights do not exceed 1. They are not divided by the
-            common unit of the weights, so that they lose no digits.
     """
 
     specs: Mapping[str, ItemSpec]
     common: Sequence[str] = ()
     slices: dict[TensorKey, VectorSlice] = field(default_factory=dict)
     size: int = 2
-    unit_weights: frozenset[str] = frozenset()
 
     @classmethod
     def from_forms(
@@ -151,9 +148,6 @@ class VectorLayout:
                 owner = "" if is_common or self.specs[name].across_architectures else group
                 yield TensorKey(name, tensor, owner, tuple(values.shape)), values, weight
 
-    def _unit(self, key: TensorKey, unit: float) -> float:
-        return 1.0 if key.item in self.unit_weights else unit
-
     def pack(self, group: str, payload: Payload, unit: float) -> np.ndarray:
         """Convert an upload to the vector that the client sends.
 
@@ -190,9 +184,8 @@ class VectorLayout:
                 values.double() if items[key.item].kind in SUM_KINDS else values.double() * weight
             )
             value_slice, weight_slice = place.parts(key)
-            own_unit = self._unit(key, unit)
-            vector[value_slice] = (term / own_unit).reshape(-1).numpy()
-            vector[weight_slice] = (weights / own_unit).reshape(-1).numpy()
+            vector[value_slice] = (term / unit).reshape(-1).numpy()
+            vector[weight_slice] = (weights / unit).reshape(-1).numpy()
         if (loss := loss_from_report(payload.report)) is not None:
             vector[-2:] = (loss, 1)
         return vector
@@ -210,8 +203,7 @@ class VectorLayout:
             both of dtype float64.
         """
         place = self.slices[key]
-        own_unit = self._unit(key, unit)
-        values, weights = (torch.from_numpy(vector[part] * own_unit) for part in place.parts(key))
+        values, weights = (torch.from_numpy(vector[part] * unit) for part in place.parts(key))
         return values.reshape(key.shape), weights.reshape(place.weight_shape)
 
     def tensor_keys(self, group: str, items: Mapping[str, Item]) -> list[TensorKey]:

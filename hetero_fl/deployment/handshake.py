@@ -78,8 +78,6 @@ class Handshake:
         run: Unique ID of the run.
         settings: Settings that the sites define, keyed by client.
         remote_info: Data reports of the nodes, keyed by client.
-        shared_key: The first client that is ready, and the name of its key of homomorphic
-            encryption, which is "" in runs without.
     """
 
     connections: Connections
@@ -88,17 +86,11 @@ class Handshake:
     run: str
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     remote_info: dict[str, RemoteDataInfo] = field(default_factory=dict)
-    shared_key: tuple[str, str] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a restarted server needs to resume the run, as plain values."""
         infos = {client: data_info_tree(info) for client, info in self.remote_info.items()}
-        return {
-            "run": self.run,
-            "settings": self.settings,
-            "told": infos,
-            "shared_key": list(self.shared_key or ()),
-        }
+        return {"run": self.run, "settings": self.settings, "told": infos}
 
     @cached_property
     def prepared(self) -> PreparedRun:
@@ -159,31 +151,8 @@ class Handshake:
         return read_data_info(tree, self.public.task.outputs, self.public.own_view(client))
 
     def request_ready(self, client: str) -> Conversation:
-        """Send all data reports to a client's node and ask the node to prepare for the run.
-
-        Raises:
-            RequestRefusedError: If the node has another key of homomorphic encryption than others.
-        """
-        answer = yield message("roster", self._client_directory, run=self.run)
-        if answer.head.get("ask") == "ready":
-            self._check_shared_key(client, str(answer.head.get("shared_key", "")))
-        return answer
-
-    def _check_shared_key(self, client: str, name: str) -> None:
-        """Check that a client's key of homomorphic encryption is that of the run.
-
-        Raises:
-            RequestRefusedError: If the key differs.
-        """
-        if self.shared_key is None:
-            self.shared_key = client, name
-        first, expected = self.shared_key
-        if name != expected:
-            reference = f"the key at {first}" if client != first else "its key at the start"
-            raise RequestRefusedError(
-                f"shared_key: differs from {reference}; use the file that the run was started with "
-                "at all sites, or start a new run"
-            )
+        """Send all data reports to a client's node and ask the node to prepare for the run."""
+        return (yield message("roster", self._client_directory, run=self.run))
 
     def prepare_restarted_node(self, client: str) -> Conversation:
         """Repeat the handshake with a node that was restarted.
@@ -243,8 +212,6 @@ def perform_handshake(
     if state is not None:
         for client, tree in state["told"].items():
             handshake.remote_info[client] = handshake.receive_data_info(client, tree)
-        if key := state.get("shared_key"):
-            handshake.shared_key = (key[0], key[1])
     present = [client for client in clients if client not in missing]
     reports = {client: partial(handshake.request_data_info, client) for client in present}
     _converse_with_all(connections, reports, "told")

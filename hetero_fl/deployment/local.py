@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from hetero_fl.communication.homomorphic.key import SharedKey
+from hetero_fl.communication.homomorphic import SharedKey
 from hetero_fl.config import Config, expand_population
 from hetero_fl.deployment.config import SiteConfig, check_site_data
 from hetero_fl.deployment.flower.worker import receive, send

@@ -13,7 +13,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-from hetero_fl.communication.homomorphic.key import SharedKey
+from hetero_fl.communication.homomorphic import SharedKey
 from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation.crypto import SiteKeys
 from hetero_fl.config import Config, expand_population
@@ -120,12 +120,6 @@ class ParticipatingRun:
     policy: Policy = field(init=False)
     is_prepared: bool = field(default=False, init=False)
     warned: set[RecordedWarning] = field(default_factory=set, init=False)
-
-    @property
-    def shared_key_name(self) -> str:
-        """Name of the key of homomorphic encryption, which does not reveal the key, or ""."""
-        key = self.worker.runtime.federation.shared_key
-        return key.name.hex() if key is not None else ""
 
     def prepare(
         self,
@@ -506,8 +500,7 @@ class Node:
                 "the site's file has no data: training on a part of the server's data "
                 f"({joined.data.name})"
             )
-        shared_key = joined.shared_key_name
-        return message("ready", fingerprint=fingerprint, shared_key=shared_key)
+        return message("ready", fingerprint=fingerprint)
 
     def _end_run(self, envelope: Envelope) -> Envelope:
         self.left = one_line(envelope.head.get("why", ""))

@@ -139,9 +139,10 @@ class NodeExecutor(TimedExecutor):
         conversations = {
             client: self._task_conversation(client, request, nonce) for client in clients
         }
-        required = self.required if until.waits_for_nodes else 0
         num_uploads = 0
-        for client, answer in self.connections.converse(conversations, self.deadline, required):
+        for client, answer in self.connections.converse(
+            conversations, self.deadline, self.required
+        ):
             ends[client] = self.now
             reply = self._parse_reply(client, answer)
             num_uploads += isinstance(reply, Message) and reply.kind in UPLOADS

@@ -10,8 +10,7 @@ from typing import Any
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.algorithms.round_parts import shared_parts
-from hetero_fl.communication.homomorphic.ckks import check_tenseal
-from hetero_fl.communication.homomorphic.key import SharedKey
+from hetero_fl.communication.homomorphic import SharedKey, check_tenseal
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.base import record_deprecations
 from hetero_fl.config.load import Overrides, override_list, override_values
@@ -174,9 +173,10 @@ class PreparedRun:
             return self.federation
         if store is None or store.folder is None:
             return replace(self.federation, shared_key=SharedKey.generate())
-        is_new = not checkpoint_files(store.folder)
-        key = SharedKey.load_or_create(store.folder / SHARED_KEY_FILE, is_new)
-        return replace(self.federation, shared_key=key)
+        path = store.folder / SHARED_KEY_FILE
+        if not checkpoint_files(store.folder) and not path.exists():
+            SharedKey.generate().save(path)
+        return replace(self.federation, shared_key=SharedKey.load(path))
 
 
 def load_federated_data(
@@ -436,7 +436,7 @@ def _solve_privacy(
         expectations.privacy, federation, expectations.expected_items, config.clients.per_round
     )
     if server is not None:
-        server.check_count_noise()
+        server.update_noise_multiplier()
     return (
         config.model_copy(update={"privacy": privacy}),
         federation,

@@ -397,7 +397,7 @@ def evaluate_models(
         RunFailedError: If a model cannot be evaluated.
     """
     result = trainer.evaluate(details=True, save=save, counts_traffic=counts_traffic)
-    slot = trainer.server_slot
+    slot = trainer.link.server_slot
     if slot is not None:
         federation = trainer.federation
         server = trainer.server

@@ -22,6 +22,7 @@ from hetero_fl.communication.protocol import Message, TrainExchange, encoded
 from hetero_fl.config.base import StalenessConfig
 from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.engine.driver import DivergedError
+from hetero_fl.federation.combination import begin_uploads
 from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.executors.base import Arrival, ClientAbsentError, TimedExecutor
 from hetero_fl.federation.round import DAMAGED, RoundEvents, task_record
@@ -319,7 +320,7 @@ class AsynchronousTrainer(Trainer):
     def _aggregate(self) -> None:
         """Aggregate the buffered uploads. The version is incremented unless training diverges."""
         self._set_round_context(self.version)
-        uploads = self.combination.begin_round(self.version)
+        uploads = begin_uploads(self.protocol, self.link, self.version)
         for client, payload, weight in sorted(self._buffer, key=lambda e: natural_key(e[0])):
             uploads.add(self.federation.client_infos[client], payload, weight)
         diverged = self.update_server(uploads)

@@ -24,7 +24,6 @@ from hetero_fl.algorithms.prediction import (
 )
 from hetero_fl.algorithms.round_parts import Items, kept_state
 from hetero_fl.communication.protocol import (
-    AggregationRequest,
     Content,
     Message,
     Reply,
@@ -288,8 +287,6 @@ class ClientRuntime:
             answer = self.protocol.answer(client_id, request, request.round_idx, self.store.notes)
             if isinstance(answer, Message):
                 replies[client_id] = answer
-            elif isinstance(answer, AggregationRequest):
-                replies[client_id] = answer.compute(self.backend)
             else:
                 training[client_id] = answer
         clients: dict[str, Participant] = {}

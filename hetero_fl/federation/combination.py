@@ -1,31 +1,30 @@
 """Combination of the uploads of a round, and the update of the server with the result.
 
 The round itself knows only `RoundUploads`. Its subclasses add what an option changes: simulated
-attacks, sums that the server cannot take apart, and a server that clients compute.
+attacks, and sums that the server cannot take apart or cannot read.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
+import torch
 from typing_extensions import override
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.means import discount_upload
 from hetero_fl.aggregation.robust_means import AggregationRules
-from hetero_fl.communication.protocol import AggregatedUploads, RoundProtocol, SealedAggregate
+from hetero_fl.communication.homomorphic import EncryptedSum
+from hetero_fl.communication.protocol import AggregatedUploads, RoundProtocol
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
 from hetero_fl.core.participant import ClientInfo
-from hetero_fl.core.payload import Payload
-from hetero_fl.engine.driver import Backend, DivergedError, run_plan
+from hetero_fl.core.payload import Payload, PayloadError
+from hetero_fl.engine.driver import Backend, run_plan
 from hetero_fl.federation.server_link import ServerLink
 from hetero_fl.federation.summed_uploads.derived_setup import uploads_from_sum
-from hetero_fl.federation.summed_uploads.hidden_server import SealedLink
+from hetero_fl.federation.summed_uploads.encryption import CIPHERTEXTS, EncryptedLink
 from hetero_fl.privacy.server_side import SumNoise
 from hetero_fl.robustness.attacks import MaliciousClients
-
-# Result of the exchanges of a round. None if the server reads each upload.
-RoundResult: TypeAlias = AggregatedUploads | SealedAggregate | None
 
 
 class RoundUploads:
@@ -81,7 +80,7 @@ class RoundUploads:
         discounted = discount_upload(payload, staleness_weight)
         self.uploads.add(Upload(client_info, discounted, staleness_weight))
 
-    def finish(self, result: RoundResult) -> None:
+    def finish(self, result: AggregatedUploads | None) -> None:
         """Complete the uploads after the last exchange of the round."""
         return
 
@@ -137,7 +136,7 @@ class AttackedUploads(RoundUploads):
         self._held[client_id] = (client_info, payload)
 
     @override
-    def finish(self, result: RoundResult) -> None:
+    def finish(self, result: AggregatedUploads | None) -> None:
         """Replace the uploads of malicious clients by the attack, and add all stored uploads."""
         poisoned = self.attacks.poison(
             {client_id: self._held[client_id] for client_id in self.malicious},
@@ -160,7 +159,7 @@ class SummedUploads(RoundUploads):
         self.protocol = protocol
 
     @override
-    def finish(self, result: RoundResult) -> None:
+    def finish(self, result: AggregatedUploads | None) -> None:
         assert isinstance(result, AggregatedUploads)
         expected_items = self.link.expectations.expected_items
         forms = []
@@ -174,53 +173,60 @@ class SummedUploads(RoundUploads):
         )
 
 
-class SealedUploads(RoundUploads):
-    """Uploads that a client sums and aggregates, because the server cannot read them."""
+class EncryptedUploads(RoundUploads):
+    """Uploads of which the server adds the ciphertexts, without reading them."""
+
+    link: EncryptedLink
+
+    def __init__(self, link: EncryptedLink, round_idx: int) -> None:
+        super().__init__(link, round_idx)
+        self.total = EncryptedSum(link.protocol.agreed.layout(round_idx).size)
+        # Groups of clients whose tensors are part of the sum.
+        self.groups: set[str] = set()
+        # Name of the key of the first upload.
+        self.key_name: Any = None
 
     @override
-    def finish(self, result: RoundResult) -> None:
-        assert isinstance(result, SealedAggregate)
-        self.result = result
-        client_infos = self.link.federation.client_infos
-        self.uploads = Uploads(Upload(client_infos[c], Payload()) for c in result.clients)
+    def add(self, client_info: ClientInfo, payload: Payload, staleness_weight: float = 1.0) -> None:
+        key_name = payload.report.get("key")
+        if self.key_name not in (None, key_name):
+            raise PayloadError(
+                "upload: encrypted with another key than that of the first client; copy the key "
+                "file of one client to all clients"
+            )
+        self.total.add(payload[CIPHERTEXTS].numpy())
+        self.key_name = key_name
+        self.uploads.add(Upload(client_info, Payload()))
+        if self.link.protocol.agreed.upload_form(client_info.client_id, self.round_idx):
+            self.groups.add(self.link.group_of(client_info))
 
     @override
     def update_server(self, backend: Backend) -> None:
-        if self.result.diverged:
-            raise DivergedError(self.result.diverged)
-        assert isinstance(self.link, SealedLink)
-        self.link.state = self.result.state
+        rows = torch.from_numpy(self.total.rows())
+        message = Payload({CIPHERTEXTS: rows}, {"round": self.round_idx})
+        self.link.sums.update(dict.fromkeys(self.groups, message))
 
 
-class Combination:
-    """Combination of the uploads of each round, as the configuration of the run requires.
+def begin_uploads(protocol: RoundProtocol, link: ServerLink, round_idx: int) -> RoundUploads:
+    """Return the uploads of a round, to which no upload has been added.
 
     Args:
         protocol: Protocol by which uploads reach the server.
         link: The server's link to the clients.
+        round_idx: Index of the round, from 0.
     """
-
-    def __init__(self, protocol: RoundProtocol, link: ServerLink) -> None:
-        self._protocol = protocol
-        self._link = link
-        config = link.federation.aggregation
-        self._rules_config = None if config.is_plain_mean else config
-
-    def begin_round(self, round_idx: int) -> RoundUploads:
-        """Return the uploads of a round, to which no upload has been added."""
-        link = self._link
-        if isinstance(self._protocol, SecureAggregation):
-            return SummedUploads(self._protocol, link, round_idx)
-        if link.hides_server:
-            return SealedUploads(link, round_idx)
-        rules = None
-        if self._rules_config is not None:
-            rules = AggregationRules(
-                self._rules_config,
-                link.federation.task,
-                link.received_model,
-                link.expectations.trained_names,
-            )
-        if link.federation.malicious is not None:
-            return AttackedUploads(link.federation.malicious, link, round_idx, rules)
-        return RoundUploads(link, round_idx, rules)
+    if isinstance(protocol, SecureAggregation):
+        return SummedUploads(protocol, link, round_idx)
+    if isinstance(link, EncryptedLink):
+        return EncryptedUploads(link, round_idx)
+    rules = None
+    if link.robust is not None:
+        rules = AggregationRules(
+            link.robust,
+            link.federation.task,
+            link.received_model,
+            link.expectations.trained_names,
+        )
+    if link.federation.malicious is not None:
+        return AttackedUploads(link.federation.malicious, link, round_idx, rules)
+    return RoundUploads(link, round_idx, rules)

@@ -13,14 +13,12 @@ from torch import Tensor
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast
-from hetero_fl.communication.homomorphic.protocol import aggregation_order
 from hetero_fl.communication.protocol import EncodeCache, total_bytes
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.engine.driver import run_plan, translate_user_errors
 from hetero_fl.federation.expected import ExpectedUploads, first_broadcasts, payload_structure
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.summed_uploads import make_protocol
-from hetero_fl.federation.summed_uploads.hidden_server import state_message_size, state_size
 from hetero_fl.privacy.accounting import PrivacyCharge
 
 # Key of a phase (see `DryRun.phase`).
@@ -70,19 +68,6 @@ class ClientCost(NamedTuple):
     up: int
     charges: tuple[PrivacyCharge, ...] = ()
     operations: int = 0
-
-
-class AggregationCost(NamedTuple):
-    """Cost of the aggregation of a round.
-
-    Attributes:
-        operations: Floating-point operations at the server.
-        decryption: Cost of the client that decrypts the sum of the uploads, or None if no client
-            decrypts it.
-    """
-
-    operations: int
-    decryption: ClientCost | None
 
 
 @translate_user_errors()
@@ -148,11 +133,7 @@ def _add_training(cost: ExpectedCost, run: DryRun, cohorts: Mapping[int, list[st
         cost.add(client_id, run.client_cost(client_id, min(cohorts)), count)
     for round_idx, cohort in cohorts.items():
         if cohort:
-            aggregation = run.aggregate(cohort, round_idx)
-            cost.server_operations += aggregation.operations
-            if aggregation.decryption is not None:
-                client_id = next(aggregation_order(cohort, round_idx))
-                cost.add(client_id, aggregation.decryption)
+            cost.server_operations += run.aggregate(cohort, round_idx)
 
 
 class DryRun:
@@ -171,7 +152,7 @@ class DryRun:
         self.protocol = make_protocol(algorithm, federation)
         algorithm.setup(self.server)
         self._client_costs: dict[Any, ClientCost] = {}
-        self._aggregations: dict[Phase, AggregationCost] = {}
+        self._aggregations: dict[Phase, int] = {}
         # Clients usually receive the same tensors, and the size of a broadcast is not random.
         self._encoded_size = EncodeCache(self._measure_broadcast)
 
@@ -207,8 +188,10 @@ class DryRun:
             self._client_costs[key] = ClientCost(*total_bytes(sizes.values()), charges, operations)
         return self._client_costs[key]
 
-    def aggregate(self, cohort: list[str], round_idx: int) -> AggregationCost:
+    def aggregate(self, cohort: list[str], round_idx: int) -> int:
         """Run the aggregation of a round, unless a round of the same phase has been aggregated.
+
+        The number of floating-point operations is returned.
 
         Args:
             cohort: Ids of the clients in the round, at least one.
@@ -224,15 +207,8 @@ class DryRun:
                 uploads.add(Upload(client_info, Payload(dict(items))))
             backend = self.expected.backend
             operations = backend.operations
-            state_bytes = self._broadcast_size(Payload())
             run_plan(self.server, self.algorithm.aggregate(self.server, uploads), backend)
-            decryption = self.protocol.aggregation_sizes(
-                cohort, round_idx, state_bytes, state_size(self.server)
-            )
-            self._aggregations[phase] = AggregationCost(
-                backend.operations - operations,
-                None if decryption is None else ClientCost(*decryption[1]),
-            )
+            self._aggregations[phase] = backend.operations - operations
         return self._aggregations[phase]
 
     def evaluation_bytes(self, client_id: str, round_idx: int) -> int:
@@ -248,10 +224,9 @@ class DryRun:
         return self.phase(round_idx)
 
     def _broadcast_size(self, broadcast: Payload) -> int:
-        """Return the number of bytes of a broadcast, or of the state of a hidden server."""
-        if self.protocol.hides_server:
-            return state_message_size(self.server, is_sealed=bool(self._aggregations))
-        return self._encoded_size(broadcast)
+        """Return the number of bytes of the message with a broadcast."""
+        round_idx = self.server.round_context.round_idx
+        return self.protocol.broadcast_size(round_idx, self._encoded_size(broadcast))
 
     def _measure_broadcast(self, broadcast: Payload) -> int:
         if self.expected.links.down is None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.communication.homomorphic.key import SharedKey
+from hetero_fl.communication.homomorphic import SharedKey
 from hetero_fl.communication.secure_aggregation.crypto import SiteKeys
 from hetero_fl.config.clients import ClientSettings, ModelConfig
 from hetero_fl.config.communication import ChannelConfig

@@ -10,7 +10,7 @@ from hetero_fl.algorithms.base import call_broadcast
 from hetero_fl.communication.protocol import Content, EncodeCache
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo, Participant
-from hetero_fl.core.payload import Payload, check_size, check_upload
+from hetero_fl.core.payload import Item, Payload, check_size, check_upload
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec, as_sender
@@ -31,11 +31,10 @@ class ServerLink:
 
     Attributes:
         channel: Encoder and decoder of messages.
+        specs: Declarations of the items that arrive, keyed by name.
+        robust: Settings of robust rules, or None if items are averaged.
         privacy: Noise on sums and clipping bounds at the server, or None if there is no noise.
-        hides_server: Whether the server cannot read its own models and state.
     """
-
-    hides_server = False
 
     def __init__(
         self,
@@ -51,6 +50,9 @@ class ServerLink:
         self.federation = federation
         self.server = server
         self.expectations = expectations
+        self.specs = expectations.specs
+        aggregation = federation.aggregation
+        self.robust = None if aggregation.is_plain_mean else aggregation
         self.channel = FederationLinks(algorithm, federation)
         self.skips_encoding = skips_encoding
         self.privacy = ServerPrivacy.from_federation(
@@ -62,6 +64,14 @@ class ServerLink:
         """Drop messages that are outdated because the server has changed."""
         self._contents: EncodeCache[Content] = EncodeCache(self._encode)
         self._decoded = EncodeCache(self._simulate)
+
+    @property
+    def server_slot(self) -> str | None:
+        """Name of the server's model that is evaluated and saved.
+
+        None if the server has no model, or cannot read its model.
+        """
+        return self.algorithm.server_model(self.server)
 
     def broadcast(self, client_info: ClientInfo) -> Payload:
         """Return the payload of the server's broadcast to a client.
@@ -108,6 +118,18 @@ class ServerLink:
             return {}
         return item.values
 
+    def expected_items(
+        self, client_info: ClientInfo, received: Payload, round_idx: int
+    ) -> Mapping[str, Item]:
+        """Return the items that arrive in a client's upload, with placeholder values.
+
+        Args:
+            client_info: The sender.
+            received: The broadcast on which the client trained.
+            round_idx: Index of the round, from 0.
+        """
+        return self.expectations.expected_items(client_info, received, round_idx)
+
     def decode_upload(
         self,
         client_info: ClientInfo,
@@ -128,24 +150,23 @@ class ServerLink:
         Raises:
             PayloadError: If the upload is malformed or does not have the expected structure.
         """
-        expected = self.expectations.expected_items(client_info, received, round_idx)
-        specs = self.expectations.specs
+        expected = self.expected_items(client_info, received, round_idx)
         if isinstance(content, Payload):
             payload = Payload.from_untrusted(content.tree())
         else:
-            check_size(len(content), specs, expected)
+            check_size(len(content), self.specs, expected)
             payload = self.channel.decode_upload(
                 client_info, round_idx, content, expected, received, attempt=attempt
             )
         payload = payload.to(self.federation.memory.storage_device)
-        check_upload(payload, specs, expected, client_info.num_rows)
+        check_upload(payload, self.specs, expected, client_info.num_rows)
         return payload
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        return {} if self.privacy is None else {"bounds": self.privacy.state_dict()}
+        return {} if self.privacy is None else {"bounds": dict(self.privacy.factors)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state from the return value of `state_dict`."""
         if self.privacy is not None:
-            self.privacy.load_state_dict(state["bounds"])
+            self.privacy.factors = dict(state["bounds"])

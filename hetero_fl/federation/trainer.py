@@ -18,7 +18,7 @@ from hetero_fl.core.participant import copy_containers, copy_tree
 from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.engine.driver import Backend, DivergedError, translate_user_errors
 from hetero_fl.federation.checkpoint import Checkpoints
-from hetero_fl.federation.combination import Combination, RoundUploads
+from hetero_fl.federation.combination import RoundUploads, begin_uploads
 from hetero_fl.federation.evaluation import (
     EvaluationResult,
     Record,
@@ -30,7 +30,7 @@ from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.round import RoundEvents, UploadCollector, task_record
 from hetero_fl.federation.state_store import StateStore
-from hetero_fl.federation.summed_uploads import link_class, make_protocol
+from hetero_fl.federation.summed_uploads import make_link, make_protocol
 from hetero_fl.utils.errors import RoundAbandonedError, RunFailedError
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import sample_numbers
@@ -72,7 +72,6 @@ class Trainer:
             on a request after the server has changed.
         link: The server's link to the clients. Broadcasts of user-defined methods are always
             encoded, because such methods may modify received tensors in place.
-        combination: How uploads are combined.
         num_sampled: Number of clients that are sampled for a round.
         traffic: Bytes sent so far.
         completed: Number of completed rounds.
@@ -113,7 +112,8 @@ class Trainer:
             and not runs_user_code(algorithm, federation.client_infos)
         )
         expectations = ExpectedUploads(algorithm, federation)
-        self.link = link_class(self.protocol)(
+        self.link = make_link(
+            self.protocol,
             algorithm,
             self.federation,
             self.server,
@@ -121,7 +121,6 @@ class Trainer:
             per_round=per_round,
             skips_encoding=skips_encoding,
         )
-        self.combination = Combination(self.protocol, self.link)
         self.num_sampled = self.policy.num_sampled(per_round, len(federation.client_infos))
 
     @property
@@ -155,12 +154,12 @@ class Trainer:
         with self.rollback_on_error():
             self._set_round_context(self.round_idx)
             cohort = self.sample_cohort(self.round_idx)
-            uploads = self.combination.begin_round(self.round_idx)
+            uploads = begin_uploads(self.protocol, self.link, self.round_idx)
             collector = UploadCollector(cohort, self.protocol, self.link, uploads, self.store)
             try:
                 for exchange in collector.exchanges():
                     request = partial(collector.request, exchange)
-                    until = Until(self.policy.deadline, self.per_round, exchange.waits_for_nodes)
+                    until = Until(self.policy.deadline, self.per_round)
                     for arrival in self.executor.run(exchange.clients, request, until):
                         self.check_divergence(arrival)
                         collector.add(exchange, arrival)
@@ -368,16 +367,6 @@ class Trainer:
         upload = self.link.decode_upload(client_info, reply.content, received, round_idx)
         return received, upload
 
-    @property
-    def server_slot(self) -> str | None:
-        """Name of the server's model that is evaluated and saved.
-
-        None if the server has no model, or cannot read its model.
-        """
-        if self.link.hides_server:
-            return None
-        return self.algorithm.server_model(self.server)
-
     @translate_user_errors()
     def evaluate(
         self,
@@ -409,7 +398,7 @@ class Trainer:
         self.link.clear()
         if counts_traffic:
             self.count_traffic(down=result.down_bytes)
-        if (slot := self.server_slot) is not None:
+        if (slot := self.link.server_slot) is not None:
             result.server = evaluate_server(slot, self.server, self.federation, self.backend)
         return result
 

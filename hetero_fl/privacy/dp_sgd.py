@@ -185,7 +185,8 @@ class PrivateGradients:
         }
         bytes_per_row = sum(p.numel() * p.element_size() for p in state.trainable.values())
         size = max(1, MEMORY // max(1, bytes_per_row))
-        support_key = _vmap_support_key(state)
+        # Whether vmap supports a fit depends on the models and the objective.
+        support_key = (tuple(map(id, state.modules.values())), repr(state.fit.objective))
         for begin in range(0, count, size):
             part = {n: t[begin : begin + size] for n, t in columns.items()}
             part_keys = keys[begin : begin + size]
@@ -218,12 +219,9 @@ class PrivateGradients:
         if not bool(is_finite.all()):
             # Rows with infinite gradients would abort the fit, which reveals their presence.
             factor = factor.where(is_finite, 0)
-            each = {n: g.where(_broadcast_rows(is_finite, g), 0) for n, g in each.items()}
+            each = {n: g.nan_to_num(0.0, 0.0, 0.0) for n, g in each.items()}
         for name, gradients in each.items():
-            if len(factor) == 1:
-                total[name].add_(gradients[0] * factor[0])
-            else:
-                total[name].add_(torch.tensordot(factor.to(gradients), gradients, 1))
+            total[name].add_(torch.tensordot(factor.to(gradients), gradients, 1))
 
 
 def _check_stacking(
@@ -315,16 +313,6 @@ def _gradient_of_row(
     gradients = torch.autograd.grad(loss, list(state.trainable.values()), allow_unused=True)
     pairs = zip(state.trainable.items(), gradients, strict=True)
     return {name: (torch.zeros_like(p) if g is None else g)[None] for (name, p), g in pairs}
-
-
-def _broadcast_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """Reshape a tensor `[rows]` to broadcast against a tensor `[rows, …]`."""
-    return rows.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _vmap_support_key(state: FitState) -> Any:
-    """Return a value that identifies the models and the objective of a fit."""
-    return tuple(map(id, state.modules.values())), repr(state.fit.objective)
 
 
 # With `privacy.unit: record`, the results of all steps on private rows are noisy: fits use DP-SGD,
@@ -436,20 +424,13 @@ class PrivacyBackend(PrivacyLedger):
 
     @override
     def run(self, work: Work) -> list[Any]:
-        with_data = [
-            (replace(p, data=self._data[p.participant_id]) if is_private(s) else p, s)
-            for p, s in work
-        ]
-        self._record(with_data)
-        public = [i for i, (_, step) in enumerate(work) if not is_private(step)]
-        public_results = self.backend.run([work[i] for i in public]) if public else []
-        results = dict(zip(public, public_results, strict=True))
-        for i, (participant, step) in enumerate(with_data):
-            if i not in results:
-                results[i] = self._run_private(participant, step)
-        return [results[i] for i in range(len(work))]
+        public = [(participant, step) for participant, step in work if not is_private(step)]
+        results = iter(self.backend.run(public) if public else ())
+        return [self._run_private(p, s) if is_private(s) else next(results) for p, s in work]
 
     def _run_private(self, participant: Participant, step: Step) -> Any:
+        participant = replace(participant, data=self._data[participant.participant_id])
+        self._record([(participant, step)])
         if isinstance(step, ClassSums):
             return self._class_sums(participant, step)
         assert isinstance(step, Fit)

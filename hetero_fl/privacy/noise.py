@@ -25,9 +25,6 @@ from typing_extensions import override
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.utils.seeding import Key, keyed_generator
 
-# Quantity of random numbers that are generated at a time. A block of this size (half a megabyte)
-# fits in the CPU cache.
-BLOCK = 2**16
 # Spacing of uniform numbers in [0, 1) with 53 bits.
 UNIFORM_SPACING = 2.0**-53
 
@@ -143,8 +140,8 @@ class SecretNoiseSource(NoiseSource):
 class SecretNoiseStream(NoiseStream):
     """Stream of random numbers from an AES-256-CTR keystream.
 
-    Each number uses 53 of 64 bits. Gaussian numbers are computed in float64 with the transform
-    of Box and Muller (1958).
+    Each number uses 53 of 64 bits. Gaussian numbers are computed in float64 by inversion of the
+    distribution function.
 
     Args:
         key: 256-bit key.
@@ -155,24 +152,15 @@ class SecretNoiseStream(NoiseStream):
 
     @override
     def normal(self, like: Tensor, deviation: float) -> Tensor:
-        noise = torch.from_numpy(self._normal(like.numel()) * deviation)
+        # Neither 0 nor 1, whose quantiles are infinite.
+        probabilities = (self._words(like.numel()) + 0.5) * UNIFORM_SPACING
+        limited = torch.from_numpy(probabilities).clamp_(max=1 - UNIFORM_SPACING)
+        noise = torch.special.ndtri(limited) * deviation
         return noise.reshape(like.shape).to(like.dtype).to(like.device)
 
     @override
     def uniform(self, count: int) -> Tensor:
         return torch.from_numpy(self._words(count) * UNIFORM_SPACING)
-
-    def _normal(self, count: int) -> np.ndarray:
-        blocks = [self._block(min(BLOCK, count - start)) for start in range(0, count, BLOCK)]
-        return np.concatenate([np.empty(0), *blocks])
-
-    def _block(self, count: int) -> np.ndarray:
-        half = (count + 1) // 2
-        words = self._words(2 * half)
-        # Adding 0.5 avoids the logarithm of 0.
-        radius = np.sqrt(-2 * np.log((words[:half] + 0.5) * UNIFORM_SPACING))
-        angle = words[half:] * (2 * math.pi * UNIFORM_SPACING)
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
     def _words(self, count: int) -> np.ndarray:
         """Return random integers below 2^53 as float64."""

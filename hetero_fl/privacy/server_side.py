@@ -8,7 +8,7 @@ An upload consists of named items (`Item`). Clients of one kind have equal setti
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +20,7 @@ from hetero_fl.aggregation.means import Mean
 from hetero_fl.aggregation.uploads import (
     SINGLE,
     Combiner,
+    MeanCombiner,
     Means,
     Upload,
     Uploads,
@@ -42,55 +43,22 @@ ELECTED_PROBABILITY = 0.9
 
 
 @dataclass
-class SharedTensor:
-    """Tensor that several clients may send.
-
-    Args:
-        starts: Values to which clients add their updates, keyed by kind of client.
-        expected: Expected number of clients that send the tensor.
-        weight: Zeros in the shape of the weights, or None if the weights are scalars.
-    """
-
-    starts: dict[str, Tensor] = field(default_factory=dict)
-    expected: float = 0.0
-    weight: Tensor | None = None
-
-    @property
-    def example(self) -> Tensor:
-        """Tensor with the shape, dtype and device of the shared tensor."""
-        return next(iter(self.starts.values()))
-
-    def mean_start(self, senders_by_kind: Mapping[str, int]) -> Tensor:
-        """Return the mean of `starts` over the clients that sent the tensor.
-
-        Args:
-            senders_by_kind: Number of clients of each kind that sent the item.
-        """
-        if all(
-            start is self.example or torch.equal(start, self.example)
-            for start in self.starts.values()
-        ):
-            return self.example
-        count = sum(senders_by_kind.get(kind, 0) for kind in self.starts)
-        return torch.stack(
-            [start * (senders_by_kind.get(kind, 0) / count) for kind, start in self.starts.items()]
-        ).sum(0)
-
-
-@dataclass
 class ExpectedItem:
     """Item that clients may send in a round.
 
-    Args:
-        senders: One client of each kind that may send the item, keyed by kind.
-        tensors: Tensors that clients may send, keyed by owner.
-        groups: Owner of each tensor and a kind of client that may send it, keyed by architecture
-            group and tensor name.
+    Attributes:
+        references: Values to which clients add their updates, as an upload of one client of each
+            kind, keyed by kind.
+        starts: Owner of each tensor and its value at the first kind of client that may send it,
+            keyed by architecture group and tensor name.
+        expected: Expected number of clients that send a tensor, keyed by owner.
+        weight: Zeros in the shape of the weights, or None if the weights are scalars.
     """
 
-    senders: dict[str, ClientInfo] = field(default_factory=dict)
-    tensors: dict[Owner, SharedTensor] = field(default_factory=dict)
-    groups: dict[str, dict[str, tuple[Owner, str]]] = field(default_factory=dict)
+    references: dict[str, Upload] = field(default_factory=dict)
+    starts: dict[str, dict[str, tuple[Owner, Tensor]]] = field(default_factory=dict)
+    expected: dict[Owner, float] = field(default_factory=dict)
+    weight: Tensor | None = None
 
 
 class SumNoise:
@@ -101,12 +69,15 @@ class SumNoise:
     Args:
         privacy: Client-level privacy of the run.
         round_idx: Index of the round.
+
+    Attributes:
+        items: Items that clients may send, keyed by name.
     """
 
     def __init__(self, privacy: ServerPrivacy, round_idx: int) -> None:
         self.privacy = privacy
         self.round_idx = round_idx
-        self._items: dict[str, ExpectedItem] = {}
+        self.items: dict[str, ExpectedItem] = defaultdict(ExpectedItem)
 
     def expect(self, name: str, like: Item, received: Item | None, client_info: ClientInfo) -> None:
         """Register an item that clients of one kind may send.
@@ -119,9 +90,7 @@ class SumNoise:
             client_info: One client of this kind.
         """
         federation = self.privacy.federation
-        kind = self.kind(client_info)
-        item = self.item(name)
-        item.senders[kind] = client_info
+        item = self.items[name]
         spec = self.privacy.client.specs[name]
         group, owners = owners_of_item(like, client_info.arch.spec_id, spec, federation.common)
         starts = (
@@ -129,18 +98,14 @@ class SumNoise:
             if isinstance(like.values, Tensor)
             else reference_tensors(like, received)
         )
+        reference = Payload({name: replace(like.with_tensors(starts), weight=1.0)})
+        item.references[self.kind(client_info)] = Upload(client_info, reference)
+        if isinstance(like.weight, Tensor):
+            item.weight = torch.zeros_like(like.weight)
+        count = federation.client_infos.profile(client_info.client_id).count
         for tensor, owner in owners.items():
-            shared = item.tensors.setdefault(owner, SharedTensor())
-            shared.starts[kind] = starts[tensor]
-            count = federation.client_infos.profile(client_info.client_id).count
-            shared.expected += count * self.privacy.share
-            if isinstance(like.weight, Tensor):
-                shared.weight = torch.zeros_like(like.weight)
-            item.groups.setdefault(group, {}).setdefault(tensor, (owner, kind))
-
-    def item(self, name: str) -> ExpectedItem:
-        """Return the tensors that clients may send in an item."""
-        return self._items.setdefault(name, ExpectedItem())
+            item.expected[owner] = item.expected.get(owner, 0.0) + count * self.privacy.share
+            item.starts.setdefault(group, {}).setdefault(tensor, (owner, starts[tensor]))
 
     def combiner(self, name: str, exact: Combiner) -> NoisyCombiner:
         """Create a combiner that adds noise to the means of the combiner `exact`."""
@@ -148,7 +113,7 @@ class SumNoise:
 
     def senders(self, name: str) -> list[ClientInfo]:
         """Return one client of each kind that may send the item `name`."""
-        return list(self.item(name).senders.values())
+        return [upload.client_info for upload in self.items[name].references.values()]
 
     def kind(self, client_info: ClientInfo) -> str:
         """Return the kind of a client, the id of the first client with equal settings."""
@@ -195,80 +160,57 @@ class NoisyCombiner(Combiner):
         self.name = name
         self._exact = exact
         self._noise = noise
-        # Number of clients of each kind that sent the item.
-        self._senders: Counter[str] = Counter()
+        self._item = noise.items[name]
+        privacy = noise.privacy
+        # Means of the values that the senders received.
+        self._received = MeanCombiner(name, privacy.client.specs[name], privacy.federation.common)
 
     @override
     def add(self, upload: Upload) -> None:
-        self._senders[self._noise.kind(upload.client_info)] += 1
+        self._received.add(self._item.references[self._noise.kind(upload.client_info)])
         self._exact.add(upload)
 
     @override
     def means(self) -> Means:
-        item = self._noise.item(self.name)
         exact = self._exact.means()
-        if SINGLE in item.tensors:
-            return {"": {"": self._noisy_sum(item.tensors[SINGLE], exact.get("", {}).get(""))}}
-        by_owner = {
-            owner: exact[group][tensor]
-            for group, owners in item.groups.items()
-            for tensor, (owner, _) in owners.items()
-            if tensor in exact.get(group, {})
+        if SINGLE in self._item.expected:
+            return {"": {"": self._noisy_sum(exact.get("", {}).get(""))}}
+        received = self._received.means()
+        changes: dict[Owner, Tensor] = {}
+        for group, named in exact.items():
+            for tensor, mean in named.items():
+                owner, _ = self._item.starts[group][tensor]
+                share = float(mean.weight) / self._item.expected[owner]
+                changes[owner] = (mean.value - received[group][tensor].value) * share
+        return {
+            group: {
+                tensor: self._noisy_mean(owner, start, changes.get(owner))
+                for tensor, (owner, start) in named_starts.items()
+            }
+            for group, named_starts in self._item.starts.items()
         }
-        changes = {owner: self._change(owner, by_owner.get(owner)) for owner in item.tensors}
-        means: Means = {}
-        for group, owners in item.groups.items():
-            means[group] = {}
-            for tensor, (owner, kind) in owners.items():
-                change, noise = changes[owner]
-                shared = item.tensors[owner]
-                value = shared.starts[kind] + change + noise
-                means[group][tensor] = Mean(value, shared.expected, shared.expected)
-        return means
 
-    def _noisy_sum(self, shared: SharedTensor, exact: Mean | None) -> Mean:
+    def _noisy_sum(self, exact: Mean | None) -> Mean:
         """Add noise to the sum of a single tensor and, for class sums, to the counts of rows."""
-        if exact is None:
-            total = shared.example
-            weight = shared.weight
-        else:
+        _, total = self._item.starts[""][""]
+        weight = self._item.weight
+        expected = self._item.expected[SINGLE]
+        if exact is not None:
             total, weight = exact.totals()
         total = total + self._noise.normal(total, self.name, "values")
-        if shared.weight is None or weight is None:
-            weight = torch.tensor(shared.expected, dtype=total.dtype)
+        if self._item.weight is None or weight is None:
+            weight = torch.tensor(expected, dtype=total.dtype)
         else:
             weight = (weight + self._noise.normal(weight, self.name, "weight")).clamp(min=0)
-        mean = Mean.from_total(total, weight, shared.expected)
+        mean = Mean.from_total(total, weight, expected)
         return replace(mean, value=self._noise.privacy.postprocess(self.name, mean.value))
 
-    def _change(self, owner: Owner, exact: Mean | None) -> tuple[Tensor, Tensor]:
-        """Return the mean update of a tensor and the noise on it."""
-        shared = self._noise.item(self.name).tensors[owner]
-        change = torch.zeros_like(shared.example)
-        if exact is not None:
-            share = float(exact.weight) / shared.expected
-            change = (exact.value - shared.mean_start(self._senders)) * share
-        noise = self._noise.normal(
-            change.to(shared.example.dtype), self.name, *map(str, owner), divisor=shared.expected
-        )
-        return change, noise
-
-
-def teacher_from_votes(votes: Tensor, prediction_kind: str) -> Tensor:
-    """Return teacher predictions for the class with the most votes in each row.
-
-    Args:
-        votes: Noisy sum of votes, shape `[D, C]`.
-        prediction_kind: "probabilities", or "logits" to return log probabilities.
-
-    Returns:
-        Predictions, shape `[D, C]`. The class with the most votes has the probability 0.9, and the
-        other classes have equal probabilities.
-    """
-    classes = votes.shape[-1]
-    p = torch.full_like(votes, (1 - ELECTED_PROBABILITY) / max(1, classes - 1))
-    p.scatter_(-1, votes.argmax(-1, keepdim=True), ELECTED_PROBABILITY)
-    return p if prediction_kind == "probabilities" else p.log()
+    def _noisy_mean(self, owner: Owner, start: Tensor, change: Tensor | None) -> Mean:
+        """Add the mean update of a tensor and noise to a received value."""
+        expected = self._item.expected[owner]
+        change = torch.zeros_like(start) if change is None else change
+        noise = self._noise.normal(change, self.name, *map(str, owner), divisor=expected)
+        return Mean(start + change + noise, expected, expected)
 
 
 # Returns items with the names, shapes and dtypes of a client's upload, given the client, the
@@ -370,26 +312,19 @@ class ServerPrivacy:
         return self.client.deviation(name, self.factors[name], self.update_noise_multiplier())
 
     def postprocess(self, name: str, mean: Tensor) -> Tensor:
-        """Return the teacher of the noisy votes, or other noisy means unchanged."""
-        kind = self.client.specs[name].prediction_type
-        return teacher_from_votes(mean, kind) if self.config.votes and kind else mean
+        """Return the teacher of the noisy votes, or other noisy means unchanged.
 
-    def check_count_noise(self) -> None:
-        """Check that adaptive clipping does not use the whole privacy budget.
-
-        Raises:
-            UserError: If releasing the number of updates within bounds leaves no budget for the
-                updates.
+        Args:
+            name: Name of the item.
+            mean: Noisy mean. Votes have the shape `[D, C]`. The class with the most votes has the
+                probability 0.9, and the other classes have equal probabilities.
         """
-        privacy = self.config
-        if privacy.adaptive_clip is None:
-            return
-        multiplier = privacy.known_noise_multiplier
-        if (sigma := self.count_noise()) * 2 <= multiplier:
-            raise UserError(
-                f"privacy.adaptive_clip.noise: must be > {multiplier / 2:.3g}, half of the noise "
-                f"multiplier, got {sigma:g}"
-            )
+        kind = self.client.specs[name].prediction_type
+        if not self.config.votes or not kind:
+            return mean
+        p = torch.full_like(mean, (1 - ELECTED_PROBABILITY) / max(1, mean.shape[-1] - 1))
+        p.scatter_(-1, mean.argmax(-1, keepdim=True), ELECTED_PROBABILITY)
+        return p if kind == "probabilities" else p.log()
 
     def count_noise(self) -> float:
         """Return σ_b, the standard deviation of the noise on the number of updates within bounds.
@@ -406,11 +341,21 @@ class ServerPrivacy:
         With adaptive clipping, this is z_Δ = (z⁻² − (2σ_b)⁻²)^(−½) (Andrew et al. 2021, theorem 1),
         because the number of updates within bounds uses a part of the privacy budget. Otherwise,
         this is the noise multiplier z of the run.
+
+        Raises:
+            UserError: If releasing the number of updates within bounds leaves no budget for the
+                updates.
         """
         multiplier = self.config.known_noise_multiplier
         if self.config.adaptive_clip is None:
             return multiplier
-        return float((multiplier**-2 - (2 * self.count_noise()) ** -2) ** -0.5)
+        sigma = self.count_noise()
+        if sigma * 2 <= multiplier:
+            raise UserError(
+                f"privacy.adaptive_clip.noise: must be > {multiplier / 2:.3g}, half of the noise "
+                f"multiplier, got {sigma:g}"
+            )
+        return float((multiplier**-2 - (2 * sigma) ** -2) ** -0.5)
 
     def adapt_bounds(self, uploads: Uploads) -> None:
         """Adapt the clipping bounds to the norms of the updates in a round.
@@ -427,11 +372,3 @@ class ServerPrivacy:
         shares = (total[0] / total[1] + 0.5).tolist()
         for name, share in zip(sorted(self.factors), shares, strict=True):
             self.factors[name] *= math.exp(-config.lr * (share - config.quantile))
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the factors on the clipping bounds, for a checkpoint."""
-        return dict(self.factors)
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore the factors on the clipping bounds from a checkpoint."""
-        self.factors = dict(state)

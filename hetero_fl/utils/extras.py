@@ -23,7 +23,7 @@ EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
     "opacus": "privacy",
-    "tenseal": "privacy",
+    "tenseal": "he",
     "flwr": "flower",
 }
 

@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, given, settings
 from hetero_fl.communication import named_arrays
 from hetero_fl.communication.compression import build_stages
 from hetero_fl.communication.compressor import Compressor
-from hetero_fl.communication.homomorphic import messages as encrypted_messages
 from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation.client import REPLIES, REQUESTS
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregationRound
@@ -125,8 +124,6 @@ def test_compressed_message_of_any_tensors_is_read_or_refused(
             for kinds in (
                 REQUESTS,
                 REPLIES,
-                encrypted_messages.REQUESTS,
-                encrypted_messages.REPLIES,
             )
             for fields in kinds.values()
         ]

@@ -179,7 +179,7 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     "low_threshold": secure(threshold=2),
     "large_range": secure(range=1e19),
     "many_fraction_bits": secure(fraction_bits=45),
-    "homomorphic_sum_of_single_uploads": encrypted("kt_pfl"),
+    "homomorphic_server_step": encrypted("fedavgm"),
     "homomorphic_compression": encrypted(channel__compress=[{"quantize": 8}]),
     "homomorphic_server_model": encrypted("fedmd", server__model="linear"),
     "large_homomorphic_range": encrypted(channel__homomorphic={"range": 1e14}),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hetero_fl.communication.homomorphic.key import SharedKey
+from hetero_fl.communication.homomorphic import SharedKey
+from hetero_fl.communication.protocol import Message, encoded
+from hetero_fl.core.payload import Payload
+from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.federation.trainer import Trainer
-from tests.support.federations import MIXED, config
+from tests.support.federations import MIXED, config, runtime_of
 
 
 def secure(method: str, models: Any = MIXED, clients: int = 4, **changes: Any) -> dict[str, Any]:
@@ -18,16 +22,32 @@ def secure(method: str, models: Any = MIXED, clients: int = 4, **changes: Any) -
     return config(method, models, clients, **{"channel__secure_sum": {}, **changes})
 
 
-def tensors_of(trainer: Trainer, key: SharedKey | None = None) -> list[Tensor]:
-    """Return the tensors of the server, which may be encrypted, and of the clients."""
-    server = trainer.server
-    if trainer.protocol.hides_server:
-        # TenSEAL is optional.
-        from tests.support.homomorphic import unsealed_server
+def received_broadcasts(trainer: Trainer, key: SharedKey | None = None) -> dict[str, Payload]:
+    """Return the next broadcast as each client reads it, which may decrypt a sum.
 
-        server = unsealed_server(trainer, key)
+    Args:
+        trainer: The run.
+        key: Key of the clients. If None, the key of the clients in this process.
+    """
+    federation = trainer.federation
+    if federation.channel.homomorphic is not None:
+        key = key or runtime_of(trainer).federation.shared_key
+    protocol = make_protocol(trainer.algorithm, replace(federation, shared_key=key))
+    trainer._set_round_context(trainer.round_idx)
+    broadcasts = {}
+    for client, info in federation.client_infos.items():
+        content = trainer.link.content(trainer.link.broadcast(info))
+        if federation.channel.homomorphic is not None:
+            content = protocol.broadcast_in(client, Message("train", content, trainer.round_idx))
+        broadcasts[client] = Payload.decode(encoded(content))
+    return broadcasts
+
+
+def tensors_of(trainer: Trainer, key: SharedKey | None = None) -> list[Tensor]:
+    """Return the tensors that clients receive next, and those of their private states."""
+    received = received_broadcasts(trainer, key).values()
     clients = [trainer.store.get(client) for client in trainer.federation.client_infos]
-    trees = [server.models, server.state, [(p.models, p.state) for p in clients]]
+    trees = [[dict(payload) for payload in received], [(p.models, p.state) for p in clients]]
     return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor)]
 
 

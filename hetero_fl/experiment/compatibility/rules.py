@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hetero_fl.aggregation.robust_means import PARAMETERS
-from hetero_fl.algorithms.base import is_user_method
+from hetero_fl.algorithms.base import broadcasts_means, is_user_method
 from hetero_fl.algorithms.proxy_distillation import InitialPhase
 from hetero_fl.config.communication import num_fraction_bits
 from hetero_fl.experiment.compatibility.config_facts import first
@@ -242,12 +242,12 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "would exceed 64-bit integers",
     ),
     # Homomorphic encryption
-    "homomorphic_sum_of_single_uploads": CompatibilityRule(
+    "homomorphic_server_step": CompatibilityRule(
         ("algorithm.name", "channel.homomorphic"),
-        lambda run: run.homomorphic and run.items_used_singly(),
-        "algorithm.name={run.name} cannot be combined with channel.homomorphic, which adds "
-        "encrypted uploads, because it needs single uploads ({found}); choose hybrid, fedmd, "
-        "fedavg or fedproto, or remove channel.homomorphic",
+        lambda run: run.homomorphic and not broadcasts_means(run.algorithm),
+        "algorithm.name={run.name} cannot be combined with channel.homomorphic here, because its "
+        "broadcasts are not the means of the last uploads; choose fedavg with server_lr=1 and "
+        "without weighting=sum, fedmd with align=0, fd or fedproto, or remove channel.homomorphic",
     ),
     "homomorphic_compression": CompatibilityRule(
         ("channel.compress", "channel.homomorphic"),

@@ -65,12 +65,10 @@ class Until:
     Attributes:
         deadline: Seconds for which the server waits. None if there is no deadline.
         uploads: Number of uploads after which the server stops waiting. None if it waits for all.
-        waits_for_nodes: Whether to wait for disconnected clients if too few are left.
     """
 
     deadline: float | None = None
     uploads: int | None = None
-    waits_for_nodes: bool = True
 
 
 ALL_REPLIES = Until()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.communication.homomorphic.protocol import HomomorphicEncryption
 from hetero_fl.communication.protocol import DirectProtocol, RoundProtocol
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.server_link import ServerLink
 from hetero_fl.federation.summed_uploads.derived_setup import DerivedSetup
-from hetero_fl.federation.summed_uploads.hidden_server import HiddenServer, SealedLink
+from hetero_fl.federation.summed_uploads.encryption import EncryptedLink, HomomorphicEncryption
 
 
 def make_protocol(algorithm: Algorithm, federation: FederationSpec) -> RoundProtocol:
@@ -25,15 +26,18 @@ def make_protocol(algorithm: Algorithm, federation: FederationSpec) -> RoundProt
         setup = DerivedSetup(algorithm, federation)
         return SecureAggregation(channel.secure_sum, federation.cohort, setup, federation.site_keys)
     if channel.homomorphic is not None:
-        return HomomorphicEncryption(
-            channel.homomorphic,
-            federation.cohort,
-            HiddenServer(algorithm, federation),
-            federation.shared_key,
-        )
+        return HomomorphicEncryption(algorithm, federation)
     return DirectProtocol()
 
 
-def link_class(protocol: RoundProtocol) -> type[ServerLink]:
-    """Return the class of the server's link, which depends on whether the server can read it."""
-    return SealedLink if protocol.hides_server else ServerLink
+def make_link(protocol: RoundProtocol, *args: Any, **options: Any) -> ServerLink:
+    """Create the server's link to the clients, which depends on whether the server can read it.
+
+    Args:
+        protocol: The protocol by which uploads reach the server.
+        *args: Arguments of `ServerLink`.
+        **options: Arguments of `ServerLink`.
+    """
+    if isinstance(protocol, HomomorphicEncryption):
+        return EncryptedLink(protocol, *args, **options)
+    return ServerLink(*args, **options)

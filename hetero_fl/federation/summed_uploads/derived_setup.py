@@ -61,14 +61,17 @@ class DerivedSetup:
         """
         phase = self.expectations.round_phase(round_idx)
         if phase not in self._layouts:
-            forms = [
-                (self.aggregation_group(profile.first), self.upload_form(profile.first, round_idx))
-                for profile in self.federation.client_infos.profiles
-            ]
+            forms = [(info.arch.spec_id, form) for info, form in self.upload_forms(round_idx)]
             self._layouts[phase] = VectorLayout.from_forms(
                 forms, self.expectations.specs, self.federation.common
             )
         return self._layouts[phase]
+
+    def upload_forms(self, round_idx: int) -> list[tuple[ClientInfo, Mapping[str, Item]]]:
+        """Return the first client of each profile, paired with the expected items of its upload."""
+        clients = [profile.first for profile in self.federation.client_infos.profiles]
+        infos = self.federation.client_infos
+        return [(infos[client], self.upload_form(client, round_idx)) for client in clients]
 
     def upload_form(self, client: str, round_idx: int) -> Mapping[str, Item]:
         """Return the expected items of a client's upload in a round, with placeholder values.

@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-pytest.importorskip("tenseal", reason="tenseal is not installed: pip install 'hetero_fl[privacy]'")
+pytest.importorskip("tenseal", reason="tenseal is not installed: pip install 'hetero_fl[he]'")
 
 import tenseal
 
-from hetero_fl.communication.homomorphic import ckks
+from hetero_fl.communication import homomorphic
+from hetero_fl.communication.homomorphic import SLOTS, EncryptedSum, SharedKey, ciphertext_shape
 from hetero_fl.communication.vector_layout import FixedPoint, weight_unit
 from hetero_fl.config.communication import HomomorphicConfig
 from hetero_fl.core.payload import PayloadError
 from tests.support.cases import each_case
 from tests.support.homomorphic import shared_key
 
-LENGTH = ckks.SLOTS + 5
+LENGTH = SLOTS + 5
 
 
 def words(values: list[int]) -> np.ndarray:
@@ -28,10 +29,10 @@ def words(values: list[int]) -> np.ndarray:
 
 def encrypted_sum(vectors: list[list[int]], noise_bits: int) -> list[int]:
     """Return the decrypted sum of encrypted vectors."""
-    total = ckks.EncryptedSum(len(vectors[0]))
+    total = EncryptedSum(len(vectors[0]))
     for vector in vectors:
-        total.add(ckks.encrypt(shared_key().context, words(vector), noise_bits))
-    decrypted = ckks.decrypt(shared_key().context, total.rows(), len(vectors[0]), noise_bits)
+        total.add(shared_key().encrypt(words(vector), noise_bits))
+    decrypted = shared_key().decrypt(total.rows(), len(vectors[0]), noise_bits)
     return [int(x) for x in decrypted.view(np.int64)]
 
 
@@ -67,14 +68,12 @@ def test_sums_equal_plain_sums_to_a_millionth(values: list[float], magnitude: fl
     config = HomomorphicConfig()
     fixed = FixedPoint.from_config(config, 3, "channel.homomorphic")
     vectors = np.array(values)[:, None] / 1024 * 10.0**magnitude
-    total = ckks.EncryptedSum(1)
+    total = EncryptedSum(1)
     for vector in vectors:
         encoded = fixed.encode(vector)
-        total.add(ckks.encrypt(shared_key().context, encoded, config.num_noise_bits(3)))
+        total.add(shared_key().encrypt(encoded, config.num_noise_bits(3)))
 
-    decrypted = fixed.decode(
-        ckks.decrypt(shared_key().context, total.rows(), 1, config.num_noise_bits(3))
-    )
+    decrypted = fixed.decode(shared_key().decrypt(total.rows(), 1, config.num_noise_bits(3)))
 
     bound = 3 * 2.0 ** -(fixed.bits + 1)
     assert abs(decrypted[0] - vectors.sum()) <= bound + 1e-12 * abs(vectors).max()
@@ -99,8 +98,8 @@ def test_error_of_a_mean_over_small_clients_has_the_documented_bound() -> None:
 
 def test_noise_has_the_documented_deviation() -> None:
     context = shared_key().context
-    zeros = np.zeros(20 * ckks.SLOTS, np.uint64)
-    rows = ckks.encrypt(context, zeros, 0)
+    zeros = np.zeros(20 * SLOTS, np.uint64)
+    rows = shared_key().encrypt(zeros, 0)
     noise = np.concatenate([tenseal.ckks_vector_from(context, r.tobytes()).decrypt() for r in rows])
 
     assert noise.std() == pytest.approx(147, rel=0.1)
@@ -108,37 +107,37 @@ def test_noise_has_the_documented_deviation() -> None:
 
 
 def test_equal_vectors_have_different_ciphertexts_of_equal_length() -> None:
-    zeros = [ckks.encrypt(shared_key().context, words([0]), 14) for _ in range(2)]
-    large = ckks.encrypt(shared_key().context, words([2**40]), 14)
+    zeros = [shared_key().encrypt(words([0]), 14) for _ in range(2)]
+    large = shared_key().encrypt(words([2**40]), 14)
 
     assert not np.array_equal(*zeros)
-    assert zeros[0].shape == large.shape == (1, ckks.ciphertext_length())
+    assert zeros[0].shape == large.shape == ciphertext_shape(1)
 
 
 def test_server_has_no_key() -> None:
-    total = ckks.EncryptedSum(1)
-    total.add(ckks.encrypt(shared_key().context, words([7]), 14))
+    context = homomorphic._load(homomorphic.public_context())
+    total = EncryptedSum(1)
+    total.add(shared_key().encrypt(words([7]), 14))
 
     for kind in ("secret_key", "galois_keys", "relin_keys"):
-        has_key = getattr(total.context, f"has_{kind}")
+        has_key = getattr(context, f"has_{kind}")
         assert not has_key()
-    assert not total.context.is_private()
-    ciphertext = tenseal.ckks_vector_from(total.context, total.rows()[0].tobytes())
+    assert not context.is_private()
+    ciphertext = tenseal.ckks_vector_from(context, total.rows()[0].tobytes())
     with pytest.raises(ValueError, match="doesn't hold a secret_key"):
         ciphertext.decrypt()
     # The same context with the key can decrypt, so that the checks above are meaningful.
     assert shared_key().context.has_secret_key() and shared_key().context.is_private()
-    assert len(ckks.public_context()) < 200 < len(shared_key().secret)
+    assert len(homomorphic.public_context()) < 200 < len(shared_key().secret)
 
 
 @each_case("clients", [1, 3, 1000])
 def test_another_key_decrypts_nothing(clients: int) -> None:
     noise_bits = HomomorphicConfig().num_noise_bits(clients)
-    rows = ckks.encrypt(shared_key().context, words([1234] * ckks.SLOTS), noise_bits)
-    other = ckks.load_context(ckks.new_context())
+    rows = shared_key().encrypt(words([1234] * SLOTS), noise_bits)
 
     with pytest.raises(PayloadError, match="cannot be decrypted with this key"):
-        ckks.decrypt(other, rows, ckks.SLOTS, noise_bits)
+        SharedKey.generate().decrypt(rows, SLOTS, noise_bits)
 
 
 @each_case(
@@ -154,19 +153,19 @@ def test_another_key_decrypts_nothing(clients: int) -> None:
 )
 def test_malformed_ciphertexts_leave_the_sum_unchanged(change: object) -> None:
     assert callable(change)
-    rows = ckks.encrypt(shared_key().context, words([5]), 14)
-    total = ckks.EncryptedSum(1)
+    rows = shared_key().encrypt(words([5]), 14)
+    total = EncryptedSum(1)
     total.add(rows)
 
     with pytest.raises(PayloadError, match="ciphertext"):
         total.add(change(rows))
 
-    assert ckks.decrypt(shared_key().context, total.rows(), 1, 14).tolist() == [5]
+    assert shared_key().decrypt(total.rows(), 1, 14).tolist() == [5]
 
 
 def test_ciphertexts_with_another_scale_are_refused() -> None:
-    total = ckks.EncryptedSum(1)
-    total.add(ckks.encrypt(shared_key().context, words([5]), 14))
+    total = EncryptedSum(1)
+    total.add(shared_key().encrypt(words([5]), 14))
 
     with pytest.raises(PayloadError, match="ciphertext"):
-        total.add(ckks.encrypt(shared_key().context, words([5]), 10))
+        total.add(shared_key().encrypt(words([5]), 10))

@@ -1,1 +1,0 @@
-"""Homomorphic encryption of uploads: the server adds ciphertexts that it cannot decrypt."""

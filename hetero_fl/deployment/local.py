@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait as wait_for_connections
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -128,15 +128,17 @@ def _make_sites(config: Config, folder: Path) -> list[SiteConfig]:
 
 @dataclass(frozen=True)
 class SiteProcess:
-    """Process of a site, and the pipe to this process."""
+    """Process of a site, and the messages that it has not read."""
 
     site: SiteConfig
     process: BaseProcess
-    connection: Connection
+    inbox: queue.SimpleQueue[tuple[str, Envelope, float]]
 
 
 class PipeTransport:
     """Transport over pipes to one process per site. Processes that were killed are restarted.
+
+    A thread per process sends one message at a time and receives the answer.
 
     Args:
         sites: Configurations of the sites.
@@ -148,8 +150,9 @@ class PipeTransport:
         self._message_numbers = itertools.count(1)
         # Running processes, keyed by node number.
         self._processes: dict[int, SiteProcess] = {}
-        # Node number and expiry time of each message whose answer was not read.
+        # Node number and expiry time of each message whose answer was not returned.
         self._open: dict[str, tuple[int, float]] = {}
+        self._arrived: queue.SimpleQueue[tuple[str, Envelope]] = queue.SimpleQueue()
         self._answers: dict[str, Envelope | None] = {}
         for site in sites:
             self._start(site)
@@ -166,44 +169,50 @@ class PipeTransport:
                 continue
             if exit_code >= 0:
                 raise RunFailedError(_last_output(running.site))
-            self._forget(node)
+            del self._processes[node]
+            # A message to a process that has ended ends the thread.
+            running.inbox.put(("", Envelope(), float("inf")))
             self._start(running.site)
         return dict.fromkeys(self._processes, b"")
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
         """Send a message to a site, and return the number of the message."""
         number = str(next(self._message_numbers))
+        end = time.monotonic() + within
+        self._open[number] = (node, end)
         if node in self._processes:
-            connection = self._processes[node].connection
-            with suppress(OSError):
-                connection.send_bytes(number.encode())
-                send(connection, envelope)
-                self._open[number] = (node, time.monotonic() + within)
+            self._processes[node].inbox.put((number, envelope, end))
         return number
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """Return the answers that have arrived (see `Transport.pull`)."""
         deadline = time.monotonic() + wait
-        self._discard_expired(numbers)
         while True:
-            lost = [number for number in numbers if number not in self._open]
-            arrived = [number for number in numbers if number in self._answers]
-            remaining = deadline - time.monotonic()
-            if lost or arrived or remaining <= 0 or not numbers:
+            for number in numbers:
+                if self._open[number][0] not in self._processes:
+                    self._answers.setdefault(number, None)
+            found = [number for number in numbers if number in self._answers]
+            if found:
                 break
-            self._receive(remaining)
-        answers: dict[str, Envelope | None] = dict.fromkeys(lost)
-        for number in arrived:
+            try:
+                number, answer = self._arrived.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                break
+            if number in self._open:
+                self._answers[number] = answer
+        now = time.monotonic()
+        expired = [n for n, (_, end) in self._open.items() if end < now and n not in numbers]
+        for number in expired:
+            self._answers.pop(number, None)
+        for number in [*expired, *found]:
             del self._open[number]
-            answers[number] = self._answers.pop(number)
-        return answers
+        return {number: self._answers.pop(number) for number in found}
 
     def close(self) -> None:
         """Stop all processes."""
         for running in self._processes.values():
             running.process.kill()
             running.process.join()
-            running.connection.close()
         self._processes.clear()
 
     def _start(self, site: SiteConfig) -> None:
@@ -214,39 +223,25 @@ class PipeTransport:
         with ignore_interrupts_in_children():
             process.start()
         its_end.close()
-        self._processes[next(self._node_numbers)] = SiteProcess(site, process, connection)
+        inbox: queue.SimpleQueue[tuple[str, Envelope, float]] = queue.SimpleQueue()
+        threading.Thread(
+            target=self._exchange_messages, args=(connection, inbox), daemon=True
+        ).start()
+        self._processes[next(self._node_numbers)] = SiteProcess(site, process, inbox)
 
-    def _receive(self, seconds: float) -> None:
-        """Wait up to `seconds` for answers, and read one answer of each site that has sent one."""
-        nodes = {running.connection: node for node, running in self._processes.items()}
-        for connection in wait_for_connections(list(nodes), seconds):
-            assert isinstance(connection, Connection)
-            try:
-                number = connection.recv_bytes().decode()
-                answer = receive(connection)
-            except (EOFError, OSError):
-                # The process has ended. `nodes` restarts it.
-                self._lose_messages(nodes[connection])
-                time.sleep(min(seconds, 0.05))
-                continue
-            if number in self._open:
-                self._answers[number] = answer
-
-    def _forget(self, node: int) -> None:
-        self._lose_messages(node)
-        self._processes.pop(node).connection.close()
-
-    def _lose_messages(self, node: int) -> None:
-        """Set the answers of the messages that a site did not answer to None."""
-        for number, (receiver, _) in self._open.items():
-            if receiver == node:
-                self._answers.setdefault(number, None)
-
-    def _discard_expired(self, numbers: Collection[str]) -> None:
-        now = time.monotonic()
-        for number in [n for n, (_, end) in self._open.items() if end < now and n not in numbers]:
-            del self._open[number]
-            self._answers.pop(number, None)
+    def _exchange_messages(
+        self, connection: Connection, inbox: queue.SimpleQueue[tuple[str, Envelope, float]]
+    ) -> None:
+        """Forward messages to a process until it ends. `nodes` restarts the process."""
+        with connection, suppress(EOFError, OSError):
+            while True:
+                number, envelope, end = inbox.get()
+                if end < time.monotonic():
+                    continue
+                send(connection, envelope)
+                self._arrived.put((number, receive(connection)))
+                # Free the message, which may contain a model.
+                del envelope
 
 
 def _run_site(site: SiteConfig, connection: Connection, environ: Mapping[str, str]) -> None:
@@ -275,26 +270,8 @@ def _answer_messages(site: SiteConfig, connection: Connection) -> None:
         for line in notes:
             log(line)
         node = LoggedNode(Node(site, folder, log, load_node_key(folder / KEY)), log)
-        requests: queue.SimpleQueue[tuple[bytes, Envelope]] = queue.SimpleQueue()
-        # A thread reads the messages, so that the server never waits until a task is finished.
-        reader = threading.Thread(target=_read_messages, args=(connection, requests), daemon=True)
-        reader.start()
         while True:
-            number, envelope = requests.get()
-            answer = node.handle(envelope)
-            connection.send_bytes(number)
-            send(connection, answer)
-            # Free the answer, which may contain a model.
-            del answer, envelope
-
-
-def _read_messages(
-    connection: Connection, requests: queue.SimpleQueue[tuple[bytes, Envelope]]
-) -> None:
-    with suppress(EOFError, OSError):
-        while True:
-            number = connection.recv_bytes()
-            requests.put((number, receive(connection)))
+            send(connection, node.handle(receive(connection)))
 
 
 def _last_output(site: SiteConfig) -> str:

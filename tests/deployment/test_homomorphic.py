@@ -14,14 +14,22 @@ from hetero_fl.communication.homomorphic.messages import REPLIES, REQUESTS
 from hetero_fl.communication.named_arrays import decode_arrays
 from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.config import AllowsConfig, SiteConfig
-from hetero_fl.deployment.handshake import Handshake
 from hetero_fl.deployment.messages import RequestRefusedError
+from hetero_fl.deployment.sites import Sites as ServerSites
 from hetero_fl.experiment import run
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.cases import each_case
 from tests.support.federations import same_bits
 from tests.support.homomorphic import encrypted, shared_key
-from tests.support.nodes import ALL, RecordingTransport, Sites, federation, records
+from tests.support.nodes import (
+    ALL,
+    EventLines,
+    LossyTransport,
+    RecordingTransport,
+    Sites,
+    federation,
+    records,
+)
 
 CLIENTS = ["site_1", "site_2", "site_3"]
 CONFIG = encrypted("fedadam", "mlp", 3, rounds=2)
@@ -157,12 +165,13 @@ def test_run_with_different_keys_is_refused(wrong: str, tmp_path: Path) -> None:
 
 
 def test_key_is_compared_with_that_at_the_start_of_the_run() -> None:
-    handshake = Handshake(None, None, None, "run", shared_key=("site_2", "aa"))  # type: ignore[arg-type]
+    sites = ServerSites(LossyTransport(), CLIENTS, EventLines())
+    sites.shared_key = ("site_2", "aa")
 
-    handshake._check_shared_key("site_1", "aa")
+    sites._check_shared_key("site_1", "aa")
     for client, reference in (("site_1", "the key at site_2"), ("site_2", "its key at the start")):
         with pytest.raises(RequestRefusedError, match=f"shared_key: differs from {reference}; use"):
-            handshake._check_shared_key(client, "bb")
+            sites._check_shared_key(client, "bb")
 
 
 def test_invalid_key_files_are_refused(tmp_path: Path) -> None:

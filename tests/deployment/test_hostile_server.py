@@ -35,6 +35,8 @@ from tests.support.node_session import NodeSession
 from tests.support.nodes import LONG
 from tests.support.recording import RecordingTransport
 
+JOIN = {"reports": {}, "fingerprint": "", "threads": 1, "state": as_tensor(b"x")}
+
 
 def terms(source: Any, run: str = "r", public: tuple[str, Any] = ("", None)) -> Envelope:
     tree = {"config": source, "public": public[0], "pack": public[1]}
@@ -83,8 +85,7 @@ def check_marked_site(case: int, folder: Path, public_sets: list[tuple[Any, Any]
     answers = [
         seen.ask(node, message("hello")),
         seen.ask(node, terms(source, public=public)),
-        seen.ask(node, message("roster", {"told": {}, "fingerprint": "", "threads": 1}, run="r")),
-        seen.ask(node, message("keep", {"state": as_tensor(b"x")}, run="r")),
+        seen.ask(node, message("join", JOIN, run="r")),
         seen.ask(node, Envelope({"ask": "do", "run": "r", "task": "t", "kind": "read"})),
     ]
     loopback.close()

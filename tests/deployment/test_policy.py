@@ -13,7 +13,7 @@ from hetero_fl.core.payload import Item, Payload
 from hetero_fl.deployment.audit_log import SiteUsage, verify
 from hetero_fl.deployment.config import SiteConfig, load_site_config
 from hetero_fl.deployment.messages import RequestRefusedError, decode_body, message
-from hetero_fl.deployment.node import begin_run
+from hetero_fl.deployment.participation import begin_run
 from hetero_fl.deployment.policy import run_fingerprint
 from hetero_fl.privacy.accounting import epsilon_of_mechanisms, gaussian_epsilon
 from hetero_fl.utils.errors import RunFailedError, UserError
@@ -140,7 +140,8 @@ def test_refused_terms_are_shown_and_logged(tmp_path: Path) -> None:
     ):
         federation.serve(small())
     assert f"refused: {line}" in federation.log_lines
-    assert verify(tmp_path / "site_2" / "audit.jsonl")[-1]["outcome"] == f"refused: {line}"
+    outcomes = [entry["outcome"] for entry in verify(tmp_path / "site_2" / "audit.jsonl")]
+    assert outcomes == ["here", f"refused: {line}", "left"]
     assert not (tmp_path / "run").exists()
 
 
@@ -289,8 +290,8 @@ def test_expired_task_is_refused(session: NodeSession) -> None:
             {"round": 1, "again": 1},
             "training tasks of this run: must be <= 2 (this site's allows.rounds), got 3",
         ),
-        ({"round": "1"}, "'do': round: expected int, got '1'"),
-        ({"kind": "other"}, "kind: expected answer or read, got 'other'"),
+        ({"round": "1"}, "'do': round: expected an integer, got '1'"),
+        ({"kind": "other"}, "kind: expected 'answer' or 'read', got 'other'"),
         # Under another name, training would be neither limited nor charged.
         ({"what": "keys"}, "request: unknown kind 'keys'; choose from train"),
         ({"what": "read"}, "request: unknown kind 'read'; choose from train"),
@@ -298,7 +299,7 @@ def test_expired_task_is_refused(session: NodeSession) -> None:
         ({"what": "Train"}, "request: unknown kind 'Train'; choose from train"),
         (
             {"task": "../../etc/passwd"},
-            "expected at most 64 letters and digits, got '../../etc/passwd'",
+            "'do': task: must match ^[A-Za-z0-9]{1,64}$, got '../../etc/passwd'",
         ),
     ],
 )
@@ -339,7 +340,7 @@ def test_other_configuration_of_same_name_is_refused(session: NodeSession) -> No
     tree["config"]["runtime"]["workers"] = 7
     tree["config"]["output"]["loggers"] = [{"kind": "csv"}]
     assert session.repeat("terms", body=message("terms", tree).body).head["ask"] == "told"
-    assert session.repeat("roster").head["ask"] == "ready"
+    assert session.repeat("join").head["ask"] == "ready"
 
 
 @each_case(
@@ -358,9 +359,9 @@ def test_malformed_configuration_is_refused(session: NodeSession, config: Any) -
 
 
 def test_client_list_with_other_clients_is_refused(session: NodeSession) -> None:
-    tree = decode_body(session.requests["roster"])
-    tree["told"]["site_2"]["rows"]["train"] += 1
-    assert session.refusal_reason("roster", body=message("roster", tree).body).startswith(
+    tree = decode_body(session.requests["join"])
+    tree["reports"]["site_2"]["rows"]["train"] += 1
+    assert session.refusal_reason("join", body=message("join", tree).body).startswith(
         "fingerprint: the method, seed, clients or models at this site differ"
     )
 
@@ -373,15 +374,15 @@ def test_other_public_sets_of_same_name_are_refused() -> None:
 
 def test_other_client_list_of_same_name_is_refused(session: NodeSession) -> None:
     """The noise scale depends on all clients' rows; two scales of the same noise reveal it."""
-    tree = decode_body(session.requests["roster"])
+    tree = decode_body(session.requests["join"])
     # no part of the fingerprint, which the server could make fit anyway
-    tree["told"]["site_2"]["rows"]["test"] += 1
-    text = session.refusal_reason("roster", body=message("roster", tree).body)
+    tree["reports"]["site_2"]["rows"]["test"] += 1
+    text = session.refusal_reason("join", body=message("join", tree).body)
     assert text == (
         "data reports: the reports of the clients changed since this site joined the run; "
         "start a new run"
     )
-    assert session.repeat("roster").head["ask"] == "ready"
+    assert session.repeat("join").head["ask"] == "ready"
 
 
 def test_unshared_items_are_never_sent(session: NodeSession) -> None:

@@ -186,7 +186,7 @@ def test_exception_while_a_node_prepares_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "hetero_fl.deployment.node.load_federated_data",
+        "hetero_fl.deployment.participation.load_federated_data",
         Mock(side_effect=RuntimeError("CUDA error: no kernel image is available")),
     )
     federation = Federation(tmp_path)
@@ -236,7 +236,7 @@ def test_node_answers_task_with_invalid_round(sites: Sites) -> None:
     answer = sites.nodes[0].handle(
         Envelope({"ask": "do", "run": "r", "round": "first", "what": "\x1b[2J"})
     )
-    assert answer.head["ask"] == "unready" and "\\x1b[2J: unready" in sites.lines[-1]
+    assert answer.head["ask"] == "refused" and "\\x1b[2J: refused" in sites.lines[-1]
 
 
 def test_run_stopped_by_flower_is_interrupted(tmp_path: Path) -> None:

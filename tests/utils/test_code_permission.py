@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 import hetero_fl
 from hetero_fl.cli import main
 from hetero_fl.deployment.config import SiteConfig, load_site_config
-from hetero_fl.deployment.handshake import perform_handshake
 from hetero_fl.deployment.messages import RequestRefusedError
-from hetero_fl.deployment.node import begin_run
+from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.participation import begin_run
+from hetero_fl.deployment.sites import Sites
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.methods import describe_methods, method_class
 from hetero_fl.reporting.run import Run
@@ -32,6 +33,8 @@ from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
 from tests.support.federations import changed, config
+from tests.support.loopback import LoopbackTransport
+from tests.support.nodes import EventLines
 
 TRAP = """
 import pathlib
@@ -538,14 +541,10 @@ def test_node_runs_only_code_that_its_site_allows(trap: str) -> None:
 
 
 def test_saved_node_settings_name_no_code(trap: str) -> None:
-    class Nobody:
-        reports: dict[str, object] = {}
-
-        def wait_for_clients(self, wait: float) -> list[str]:
-            return ["site_2"]
-
-    known = {"run": "a", "settings": {"site_2": {"model": f"{trap}Net"}}, "told": {}}
-    connections: Any = Nobody()
+    known = {"run": "a", "settings": {"site_2": {"model": f"{trap}Net"}}, "reports": {}}
+    transport = LoopbackTransport()
+    transport.join(Node(SiteConfig(client="site_1"), Path("state")).handle)
+    sites = Sites(transport, ["site_1", "site_2"], EventLines())
     with pytest.raises(UserError, match=r"clients\.overrides\.0\.model: .* names code"):
-        perform_handshake(load_config(config("local", "mlp", 2)), connections, 0.0, known)
+        sites.join(load_config(config("local", "mlp", 2)), 1.0, known)
     assert not Path("imported").exists()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
-import queue
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait as wait_for_futures
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -128,17 +127,16 @@ def _make_sites(config: Config, folder: Path) -> list[SiteConfig]:
 
 @dataclass(frozen=True)
 class SiteProcess:
-    """Process of a site, and the messages that it has not read."""
+    """Process of a site, and the thread that exchanges messages with it, one at a time."""
 
     site: SiteConfig
     process: BaseProcess
-    inbox: queue.SimpleQueue[tuple[str, Envelope, float]]
+    connection: Connection
+    thread: ThreadPoolExecutor
 
 
 class PipeTransport:
     """Transport over pipes to one process per site. Processes that were killed are restarted.
-
-    A thread per process sends one message at a time and receives the answer.
 
     Args:
         sites: Configurations of the sites.
@@ -146,14 +144,11 @@ class PipeTransport:
 
     def __init__(self, sites: Sequence[SiteConfig]) -> None:
         self._context = worker_context(__name__)
-        self._node_numbers = itertools.count(1)
-        self._message_numbers = itertools.count(1)
+        self._numbers = itertools.count(1)
         # Running processes, keyed by node number.
         self._processes: dict[int, SiteProcess] = {}
-        # Node number and expiry time of each message whose answer was not returned.
-        self._open: dict[str, tuple[int, float]] = {}
-        self._arrived: queue.SimpleQueue[tuple[str, Envelope]] = queue.SimpleQueue()
-        self._answers: dict[str, Envelope | None] = {}
+        # Answer and expiry time of each message.
+        self._answers: dict[str, tuple[Future[Envelope | None], float]] = {}
         for site in sites:
             self._start(site)
 
@@ -169,50 +164,40 @@ class PipeTransport:
                 continue
             if exit_code >= 0:
                 raise RunFailedError(_last_output(running.site))
-            del self._processes[node]
-            # A message to a process that has ended ends the thread.
-            running.inbox.put(("", Envelope(), float("inf")))
+            self._processes.pop(node).thread.shutdown(wait=False)
             self._start(running.site)
         return dict.fromkeys(self._processes, b"")
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
         """Send a message to a site, and return the number of the message."""
-        number = str(next(self._message_numbers))
+        number = str(next(self._numbers))
         end = time.monotonic() + within
-        self._open[number] = (node, end)
-        if node in self._processes:
-            self._processes[node].inbox.put((number, envelope, end))
+        running = self._processes.get(node)
+        if running is None:
+            answer: Future[Envelope | None] = Future()
+            answer.set_result(None)
+        else:
+            answer = running.thread.submit(_exchange, running.connection, envelope, end)
+        self._answers[number] = (answer, end)
         return number
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """Return the answers that have arrived (see `Transport.pull`)."""
-        deadline = time.monotonic() + wait
-        while True:
-            for number in numbers:
-                if self._open[number][0] not in self._processes:
-                    self._answers.setdefault(number, None)
-            found = [number for number in numbers if number in self._answers]
-            if found:
-                break
-            try:
-                number, answer = self._arrived.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                break
-            if number in self._open:
-                self._answers[number] = answer
+        answers = {self._answers[number][0]: number for number in numbers}
+        done = wait_for_futures(answers, wait, FIRST_COMPLETED).done
+        found = {answers[answer]: answer.result() for answer in done}
         now = time.monotonic()
-        expired = [n for n, (_, end) in self._open.items() if end < now and n not in numbers]
-        for number in expired:
-            self._answers.pop(number, None)
-        for number in [*expired, *found]:
-            del self._open[number]
-        return {number: self._answers.pop(number) for number in found}
+        expired = [n for n, (_, end) in self._answers.items() if end < now and n not in numbers]
+        for number in [*found, *expired]:
+            del self._answers[number]
+        return found
 
     def close(self) -> None:
         """Stop all processes."""
         for running in self._processes.values():
             running.process.kill()
             running.process.join()
+            running.thread.shutdown()
         self._processes.clear()
 
     def _start(self, site: SiteConfig) -> None:
@@ -223,25 +208,19 @@ class PipeTransport:
         with ignore_interrupts_in_children():
             process.start()
         its_end.close()
-        inbox: queue.SimpleQueue[tuple[str, Envelope, float]] = queue.SimpleQueue()
-        threading.Thread(
-            target=self._exchange_messages, args=(connection, inbox), daemon=True
-        ).start()
-        self._processes[next(self._node_numbers)] = SiteProcess(site, process, inbox)
+        thread = ThreadPoolExecutor(1)
+        self._processes[next(self._numbers)] = SiteProcess(site, process, connection, thread)
 
-    def _exchange_messages(
-        self, connection: Connection, inbox: queue.SimpleQueue[tuple[str, Envelope, float]]
-    ) -> None:
-        """Forward messages to a process until it ends. `nodes` restarts the process."""
-        with connection, suppress(EOFError, OSError):
-            while True:
-                number, envelope, end = inbox.get()
-                if end < time.monotonic():
-                    continue
-                send(connection, envelope)
-                self._arrived.put((number, receive(connection)))
-                # Free the message, which may contain a model.
-                del envelope
+
+def _exchange(connection: Connection, envelope: Envelope, end: float) -> Envelope | None:
+    """Return a site's answer, or None if its process has ended or the message has expired."""
+    if end < time.monotonic():
+        return None
+    try:
+        send(connection, envelope)
+        return receive(connection)
+    except (EOFError, OSError):
+        return None
 
 
 def _run_site(site: SiteConfig, connection: Connection, environ: Mapping[str, str]) -> None:
@@ -270,8 +249,9 @@ def _answer_messages(site: SiteConfig, connection: Connection) -> None:
         for line in notes:
             log(line)
         node = LoggedNode(Node(site, folder, log, load_node_key(folder / KEY)), log)
-        while True:
-            send(connection, node.handle(receive(connection)))
+        with suppress(EOFError):
+            while True:
+                send(connection, node.handle(receive(connection)))
 
 
 def _last_output(site: SiteConfig) -> str:

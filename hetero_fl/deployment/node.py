@@ -7,19 +7,27 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
+from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation.crypto import SiteKeys
-from hetero_fl.core.payload import Payload
+from hetero_fl.config import Config, expand_population
+from hetero_fl.config.population import Population
+from hetero_fl.core.payload import Payload, PayloadError
+from hetero_fl.data import FederatedData
+from hetero_fl.data.client_rows import RemoteDataInfo
+from hetero_fl.data.federated_data import PublicPack, describe_client_rows, restrict_to_holder
 from hetero_fl.deployment.audit_log import (
     REPEATED,
     TRAIN,
     AuditLog,
     Entry,
+    SiteUsage,
     refused_configurations,
 )
 from hetero_fl.deployment.config import SiteConfig
@@ -31,6 +39,7 @@ from hetero_fl.deployment.messages import (
     RequestRefusedError,
     RunHead,
     TaskHead,
+    Terms,
     decode_body,
     message,
     read,
@@ -39,25 +48,91 @@ from hetero_fl.deployment.messages import (
     versions,
 )
 from hetero_fl.deployment.node_keys import load_public_key
-from hetero_fl.deployment.node_storage import MAX_STATES, StateLostError, load_or_create_key
-from hetero_fl.deployment.participation import (
-    SESSION,
-    ParticipatingRun,
-    begin_run,
-    stored_session,
+from hetero_fl.deployment.node_storage import (
+    MAX_STATES,
+    NodeStorage,
+    StateLostError,
+    load_or_create_key,
 )
-from hetero_fl.deployment.policy import check_limit, task_digest
+from hetero_fl.deployment.policy import (
+    Policy,
+    check_config,
+    check_limit,
+    check_raw_config,
+    check_sources,
+    run_fingerprint,
+    task_digest,
+)
+from hetero_fl.deployment.sites import federation_fingerprint
 from hetero_fl.deployment.transport import Envelope, Head, find_violation
-from hetero_fl.deployment.validation import data_info_tree, evaluation_tree
+from hetero_fl.deployment.validation import data_info_tree, evaluation_tree, read_data_info
+from hetero_fl.experiment.configuration import load_config
+from hetero_fl.experiment.preparation import load_federated_data, prepare
 from hetero_fl.federation.client_runtime import ClientEvaluation
-from hetero_fl.federation.executors.worker import WorkerJob
+from hetero_fl.federation.executors.worker import (
+    JobResult,
+    RemoteTracebackError,
+    Worker,
+    WorkerJob,
+    WorkerSetup,
+)
 from hetero_fl.federation.state_store import PrivateState
-from hetero_fl.utils.errors import NoUploadError, RunFailedError, UserError, one_line
+from hetero_fl.privacy.noise import SecretNoiseSource
+from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.environment import choose_device
+from hetero_fl.utils.errors import (
+    NoUploadError,
+    RunFailedError,
+    UserError,
+    one_line,
+    suggest_or_list,
+)
+from hetero_fl.utils.recorded_warnings import RecordedWarning, issue_warnings
 from hetero_fl.utils.serialization import CodecError, as_bytes, as_tensor, decode, encode
 from hetero_fl.utils.text import pluralize
 
-# Name of the file in a run's folder that contains the site's model after the last round.
+# Files of a run: the digests of the configuration with the data and of the reports, which must not
+# change, what a restarted node needs to continue, and the site's model after the last round.
+TERMS = "terms"
+ROSTER = "roster"
+SESSION = "session"
 MODEL_FILE = "model.safetensors"
+
+
+@dataclass
+class ParticipatingRun:
+    """Run in which a node participates.
+
+    Args:
+        run: ID of the run.
+        terms: Decoded message with the configuration.
+        config: Configuration of the run.
+        data: Data of the site and the public sets.
+        info: Data report of the site.
+        storage: Files of the run.
+        usage: Completed tasks, and privacy and traffic usage of the site.
+        noise: Source of privacy noise.
+
+    Attributes:
+        session: ID of the server's process, once the site has joined the run. Otherwise, the value
+            is empty, and the run has no worker and no policy.
+        worker: Worker that runs the tasks.
+        policy: Limits of the site.
+        warned: Warnings of the tasks, each of which is issued once.
+    """
+
+    run: str
+    terms: dict[str, Any]
+    config: Config
+    data: FederatedData
+    info: RemoteDataInfo
+    storage: NodeStorage
+    usage: SiteUsage
+    noise: SecretNoiseSource
+    session: str = field(default="", init=False)
+    worker: Worker = field(init=False)
+    policy: Policy = field(init=False)
+    warned: set[RecordedWarning] = field(default_factory=set, init=False)
 
 
 class Node:
@@ -195,8 +270,7 @@ class Node:
         if self.joined is not None and self.joined.run == run:
             session = self.joined.session
         else:
-            stored = stored_session(self.folder, self.storage_key, run)
-            session = "" if stored is None else str(stored["session"])
+            session = (self._stored_session(run) or {}).get("session", "")
         return message(
             "here",
             {"settings": self.site.settings()},
@@ -209,10 +283,9 @@ class Node:
     def _describe_data(self, envelope: Envelope) -> Envelope:
         """Take part in a run and answer with the data report of the site."""
         run = read_head(RunHead, envelope).run
-        entries = self.audit_log.entries()
         check_limit(
             "refused configurations in 24 hours",
-            refused_configurations(entries) + 1,
+            refused_configurations(self.audit_log.entries()) + 1,
             "refusals",
             self.site.allows.refusals,
         )
@@ -233,7 +306,7 @@ class Node:
         if joined is None or joined.run != head.run:
             raise _not_joined(head.run)
         join = read_body(Join, envelope)
-        joined.prepare(self.site, head.session, join, self.site_keys, self._check_upload)
+        self._prepare(joined, head.session, join)
         state = "" if join.state is None else self._save_initial_state(joined, as_bytes(join.state))
         self.log(
             f"ready: {joined.config.name}, {joined.config.algorithm['name']}, "
@@ -244,7 +317,10 @@ class Node:
                 "the site's file has no data: training on a part of the server's data "
                 f"({joined.data.name})"
             )
-        return message("ready", state=state, shared_key=joined.shared_key_name)
+        shared_key = joined.worker.runtime.federation.shared_key
+        # The name of the key does not reveal the key.
+        name = "" if shared_key is None else shared_key.name.hex()
+        return message("ready", state=state, shared_key=name)
 
     def _save_initial_state(self, joined: ParticipatingRun, state: bytes) -> str:
         """Store an initial private state, which comes from another run of the server."""
@@ -262,15 +338,161 @@ class Node:
         self.log("disconnected by the server" + (f": {why}" if why else ""))
         return message("left")
 
-    def _begin(self, run: str, tree: object) -> ParticipatingRun:
-        return begin_run(
-            self.site,
-            self.folder,
-            self.storage_key,
-            entries=self.audit_log.entries(),
-            run=run,
-            tree=tree,
+    def _begin(self, run: str, tree: Any) -> ParticipatingRun:
+        """Take part in a run with the configuration that the server sent.
+
+        Args:
+            run: ID of the run.
+            tree: Decoded message with the configuration, see `Terms`.
+
+        Returns:
+            The run, which the site has not joined yet.
+
+        Raises:
+            RequestRefusedError: If the site does not allow the configuration, the site is not a
+                client in the configuration, or the configuration or the data changed since the site
+                joined the run.
+            UserError: If the configuration or the data is invalid.
+        """
+        site = self.site
+        client = site.client
+        terms = read(Terms, tree, "terms")
+        raw = check_raw_config(terms.config, site.allows)
+        permission = CodePermission(granted=site.allows.own_code)
+        try:
+            config = load_config(raw, allow_code=permission)
+            clients = expand_population(config.clients)
+        except UserError as error:
+            raise RequestRefusedError(error) from None
+        # What a site reads comes from its file alone; `init_from` is a folder of the server.
+        sources = config.data.model_copy(update={"root": site.root})
+        config = config.model_copy(update={"init_from": None, "data": sources})
+        if client not in clients:
+            raise RequestRefusedError(
+                f"client: '{client}' is not a client of the server's configuration"
+                f"{suggest_or_list(client, clients)}",
+                "policy: clients",
+            )
+        check_config(config, site, clients[client])
+        data = self._load_data(config, terms, clients)
+        own_view = clients[client].preprocess.normalize == "own"
+        info = describe_client_rows(data, client, own_view, site.tells.labels)
+        storage = NodeStorage(self.folder / "runs" / run, self.storage_key)
+        fingerprint = run_fingerprint(raw, info.content_hash, terms.public)
+        if (known := storage.read(TERMS)) is None:
+            storage.write(TERMS, fingerprint)
+        elif known != fingerprint:
+            raise RequestRefusedError(
+                f"run {run[:12]}: the configuration, the public sets or this site's rows changed "
+                "since the site joined the run; start a new run",
+                "data",
+            )
+        # With an unkeyed hash, an attacker who knows all rows but one could verify guesses of that
+        # row.
+        info = replace(info, content_hash=storage.digest(info.content_hash.encode()))
+        usage = SiteUsage.from_log(self.audit_log.entries(), run)
+        noise = SecretNoiseSource(storage.secret("noise"))
+        return ParticipatingRun(run, tree, config, data, info, storage, usage, noise)
+
+    def _load_data(self, config: Config, terms: Terms, clients: Population) -> FederatedData:
+        """Load the data of the site and the public sets.
+
+        Raises:
+            RequestRefusedError: If the public sets are missing or malformed, or differ from the
+                server's.
+            UserError: If the data is invalid.
+        """
+        site = self.site
+        if site.data is None:
+            check_sources(config, site.allows)
+            data = load_federated_data(config)
+            if data.public_hash() != terms.public:
+                raise RequestRefusedError(
+                    "public sets: the sets of this site differ from the server's; use the same "
+                    "files"
+                )
+            return data
+        try:
+            pack = PublicPack.decode(b"" if terms.pack is None else as_bytes(terms.pack))
+        except (CodecError, KeyError, TypeError, ValueError) as error:
+            raise RequestRefusedError(f"public sets: cannot be read ({error})") from None
+        if pack.content_hash() != terms.public:
+            raise RequestRefusedError(
+                f"public sets: expected the hash {terms.public[:12]}, got another"
+            )
+        settings = clients[site.client].model_copy(update={"data": site.data})
+        # The columns and classes come from the public sets, the label from the site's file.
+        sources = config.data.model_copy(update={"label": None, "text": None})
+        members = {**clients, site.client: settings}
+        return pack.data_of_client(site.client, sources, members, config.seed)
+
+    def _prepare(self, joined: ParticipatingRun, session: str, join: Join) -> None:
+        """Prepare for the tasks of a run.
+
+        Args:
+            joined: The run.
+            session: ID of the server's process.
+            join: Data reports of all clients, the server's fingerprint and the number of threads.
+
+        Raises:
+            RequestRefusedError: If the fingerprint differs from the server's, or the data reports
+                changed during the run.
+        """
+        site = self.site
+        config = joined.config
+        data = joined.data
+        infos = {
+            client_id: read_data_info(report, data.task.outputs, data.own_view(client_id))
+            for client_id, report in join.reports.items()
+        }
+        prepared = prepare(config, data=restrict_to_holder(data, site.client, infos))
+        if federation_fingerprint(prepared) != join.fingerprint:
+            raise RequestRefusedError(
+                "fingerprint: the method, seed, clients or models at this site differ from the "
+                "server's; use the same code and data reports at both"
+            )
+        reports_digest = hashlib.sha256(repr(sorted(infos.items())).encode()).digest()
+        if joined.storage.read(ROSTER) not in (None, reports_digest):
+            raise RequestRefusedError(
+                "data reports: the reports of the clients changed since this site joined the run; "
+                "start a new run"
+            )
+        joined.storage.write(ROSTER, reports_digest)
+        if config.channel.homomorphic is not None and site.shared_key is not None:
+            shared_key = SharedKey.load(Path(site.shared_key))
+            keyed = replace(prepared.federation, shared_key=shared_key)
+            prepared = replace(prepared, federation=keyed)
+        device = choose_device(site.device or config.runtime.device)
+        setup = WorkerSetup(
+            prepared.method,
+            replace(prepared.federation, noise=joined.noise, site_keys=self.site_keys),
+            min(join.threads, site.threads or join.threads),
+            (str(device),),
+            precision=config.runtime.precision,
+            deterministic=config.runtime.deterministic,
         )
+        joined.worker = Worker(setup, 0)
+        joined.worker.runtime.review_upload = self._check_upload
+        joined.policy = Policy(site, prepared, joined.usage)
+        known = join.model_dump(exclude={"state"})
+        content = {"session": session, "terms": joined.terms, "join": known}
+        joined.storage.write(SESSION, encode(content, FORM))
+        joined.session = session
+
+    def _stored_session(self, run: str) -> dict[str, Any] | None:
+        """Return the session, the terms and the reports with which the site has joined a run.
+
+        Returns:
+            The content of the file, or None if it is missing or damaged.
+        """
+        path = self.folder / "runs" / run
+        if not run or not path.is_dir():
+            return None
+        stored = NodeStorage(path, self.storage_key).read(SESSION)
+        try:
+            return None if stored is None else dict(decode(stored, FORM))
+        except CodecError:
+            return None
 
     def _prepared_run(self, run: str) -> ParticipatingRun:
         """Return a run whose tasks this site can answer. A restarted node reads its own files.
@@ -278,17 +500,17 @@ class Node:
         Raises:
             RequestRefusedError: If this site has not joined the run.
         """
-        if self.joined is None or self.joined.run != run:
-            stored = stored_session(self.folder, self.storage_key, run)
+        joined = self.joined
+        if joined is None or joined.run != run:
+            stored = self._stored_session(run)
             if stored is None:
                 raise _not_joined(run)
             joined = self._begin(run, stored["terms"])
-            join = read(Join, stored["join"], SESSION)
-            joined.prepare(self.site, stored["session"], join, self.site_keys, self._check_upload)
+            self._prepare(joined, stored["session"], read(Join, stored["join"], SESSION))
             self.joined = joined
-        if not self.joined.session:
+        if not joined.session:
             raise _not_joined(run)
-        return self.joined
+        return joined
 
     def _run_task(self, envelope: Envelope) -> Envelope:
         head = read_head(TaskHead, envelope)
@@ -302,7 +524,7 @@ class Node:
         usage = joined.usage
         base, private = head.base, b""
         if head.kind == "read" or head.what == TRAIN:
-            base, private = self._load_state(joined, base)
+            base, private = self._load_private(joined, base)
         # A task that starts without the state is another task, with other noise.
         digest = task_digest(head.kind, request, base)
         self._line["asked"] = digest.hex()
@@ -331,13 +553,36 @@ class Node:
         joined.storage.write("answer", encode(content, FORM))
         return answer
 
-    def _load_state(self, joined: ParticipatingRun, name: str) -> tuple[str, bytes]:
+    def _load_private(self, joined: ParticipatingRun, name: str) -> tuple[str, bytes]:
         """Load a private state, and return its name, which is empty if the state is lost."""
         try:
             return name, joined.storage.load_state(name)
         except StateLostError as error:
             self.log(str(error))
             return "", b""
+
+    def _run_job(self, joined: ParticipatingRun, job: WorkerJob, what: str) -> JobResult:
+        """Run a job and return its result, or raise the exception with which the job failed.
+
+        Args:
+            joined: The run.
+            job: The job.
+            what: Description of the job for error messages.
+
+        Raises:
+            RequestRefusedError: If the request is malformed.
+            UserError: If the site does not share an item of the upload, or its data cannot be used.
+            RunFailedError: If the job failed with another exception.
+        """
+        done = joined.worker.run_job(job)
+        issue_warnings(done.warnings, joined.warned)
+        if isinstance(done.error, PayloadError):
+            raise RequestRefusedError(f"{what}: {done.error}")
+        if isinstance(done.error, UserError):
+            raise UserError(f"{what}: {done.error}")
+        if done.error is not None:
+            raise RunFailedError(f"{what}: {done.error}") from RemoteTracebackError(done.trace)
+        return done
 
     def _answer_request(
         self,
@@ -366,7 +611,7 @@ class Node:
             {client: private} if request.kind == TRAIN else {},
             notes={} if notes is None else {client: notes},
         )
-        done = joined.run_job(job, request.kind)
+        done = self._run_job(joined, job, request.kind)
         if client in done.notes:
             storage.write("notes", done.notes[client])
         else:
@@ -403,7 +648,7 @@ class Node:
         """Evaluate the site's model and return the results that the site discloses."""
         client = self.site.client
         job = WorkerJob("read", {client: request}, {client: private}, details)
-        done = joined.run_job(job, "evaluation")
+        done = self._run_job(joined, job, "evaluation")
         evaluation = done.evaluations[client]
         # After the last round, the site stores its model even if it does not disclose the model.
         if evaluation.model:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from pydantic import ValidationError
 
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import is_reference
@@ -19,7 +18,7 @@ from hetero_fl.config import Config, expand_population
 from hetero_fl.deployment.monitoring import RunStatus
 from hetero_fl.deployment.node_storage import NodeStorage
 from hetero_fl.deployment.remote_executor import NodeExecutor
-from hetero_fl.deployment.sites import PATIENCE, EventFunction, Sites
+from hetero_fl.deployment.sites import PATIENCE, EventFunction, Sites, SitesState
 from hetero_fl.deployment.transport import MESSAGE_BYTES, Transport
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
@@ -41,7 +40,7 @@ from hetero_fl.utils.environment import use_deterministic_algorithms
 from hetero_fl.utils.errors import RunFailedError, UserError, one_line
 from hetero_fl.utils.serialization import write_atomically
 
-# File in the run directory with the result of `Sites.state_dict`.
+# File in the run directory with the result of `Sites.state`.
 IDENTITY_FILE = "federation.json"
 
 
@@ -51,7 +50,6 @@ def run_federation(
     *,
     out: Path,
     resume: bool = False,
-    overrides: Iterable[str] = (),
     wait: float = 120.0,
     deadline: float = 3600.0,
     patience: float = PATIENCE,
@@ -59,8 +57,6 @@ def run_federation(
     quiet: bool = True,
     keys: Mapping[str, bytes] | None = None,
     log: EventFunction | None = None,
-    status: RunStatus | None = None,
-    console: Console | None = None,
     message_bytes: int = MESSAGE_BYTES,
 ) -> Run:
     """Train with the connected nodes of a transport.
@@ -72,7 +68,6 @@ def run_federation(
         transport: Transport for the messages, which is closed at the end.
         out: Run directory.
         resume: Whether to continue from the newest checkpoint in `out`.
-        overrides: Changes to the configuration in the format `key.path=value`.
         wait: Seconds to wait for all clients of the configuration.
         deadline: Seconds that a node may take for a task, unless `cohort.deadline` is smaller.
         patience: Seconds to wait for a disconnected node while enough other nodes are connected.
@@ -82,8 +77,6 @@ def run_federation(
             node that claims to be the client, until that node disconnects.
         log: Function that is called for each node that connects, disconnects or is refused. If
             None, these events are not logged.
-        status: Status that is updated during the run. If None, a new status is created.
-        console: Console for progress. If None, progress is shown in the terminal.
         message_bytes: Maximum size of a node's answer in bytes.
 
     Returns:
@@ -96,13 +89,13 @@ def run_federation(
         Interrupted: If the run is interrupted after its first checkpoint.
     """
     try:
-        config = load_config(source, overrides)
+        config = load_config(source)
         check_deployable(config)
         check_method(config)
         check_loggers(config)
         is_resumed = _check_out(out, resume)
         clients = list(expand_population(config.clients))
-        status = status or RunStatus(out, clients)
+        status = RunStatus(out, clients)
         report = _make_reporter(status, log)
         sites = Sites(
             transport,
@@ -118,7 +111,7 @@ def run_federation(
             status.update(
                 name=config.name, algorithm=config.algorithm["name"], rounds=config.rounds
             )
-            prepared = sites.join(config, wait, _run_identity(out) if is_resumed else None)
+            prepared = sites.join(config, wait, _sites_state(out) if is_resumed else None)
             status.update(phase="running", run=sites.run)
             for record in _completed_rounds(out) if is_resumed else []:
                 status.add_record(record)
@@ -131,7 +124,6 @@ def run_federation(
                 callbacks=[status.add_record, *callbacks],
                 quiet=quiet,
                 executor_factory=factory,
-                console=console,
             )
     finally:
         transport.close()
@@ -183,7 +175,7 @@ def _make_executor(
     torch.set_num_threads(choice.server_threads)
     device = torch.device(choice.device)
     use_deterministic_algorithms(device, choice.deterministic)
-    write_atomically(out / IDENTITY_FILE, json.dumps(sites.state_dict()).encode())
+    write_atomically(out / IDENTITY_FILE, sites.state().model_dump_json().encode())
     memory = DeviceMemory(device, keeps_copies=False)
     backend = make_backend(memory, 1, choice.precision)
     cohort = prepared.config.cohort
@@ -238,12 +230,18 @@ def check_deployable(config: Config) -> None:
         )
 
 
-def _run_identity(out: Path) -> dict[str, Any] | None:
-    """Return the state of the sites at the start of a run, or None if nothing was trained yet."""
+def _sites_state(out: Path) -> SitesState | None:
+    """Return the state of the sites in a run, or None if nothing was trained yet.
+
+    Raises:
+        UserError: If the file is missing or invalid.
+    """
     if not checkpoint_files(out / "checkpoint"):
         return None
+    path = out / IDENTITY_FILE
     try:
-        known: dict[str, Any] = json.loads((out / IDENTITY_FILE).read_text(encoding="utf-8"))
-        return known
-    except (OSError, ValueError):
-        return None
+        return SitesState.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        raise UserError(
+            f"{path}: missing or invalid; restore the file, or start a new run"
+        ) from None

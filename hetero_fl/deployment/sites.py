@@ -25,6 +25,8 @@ from hetero_fl.data.client_rows import RemoteDataInfo
 from hetero_fl.data.federated_data import PublicPack, restrict_to_holder
 from hetero_fl.deployment.messages import (
     LOG,
+    Body,
+    FileName,
     HereHead,
     ReadyHead,
     RequestRefusedError,
@@ -120,21 +122,14 @@ class LogHeads:
             return
         kept = self.longest.setdefault(client, head)
         last = self._last.get(client, head)
+        if head != last and _lines(head) <= _lines(last):
+            self.log(
+                f"the audit log of '{client}' was truncated or rewritten: found {head} after "
+                f"{last} (kept: {kept})",
+                client=client,
+            )
         self._last[client] = head
-        if _lines(head) < _lines(last):
-            self.log(
-                f"the audit log of '{client}' has {_lines(head)} lines; "
-                f"it had {_lines(last)} (kept: {kept})",
-                client=client,
-            )
-        elif any(_lines(head) == _lines(before) and head != before for before in (last, kept)):
-            self.log(
-                f"line {_lines(head)} of the audit log of '{client}' was replaced: "
-                f"found {head} (kept: {kept})",
-                client=client,
-            )
-        if _lines(head) > _lines(kept):
-            self.longest[client] = head
+        self.longest[client] = max(kept, head, key=_lines)
 
 
 def _lines(head: str) -> int:
@@ -162,6 +157,23 @@ class Member:
     number: str = ""
     until: float = float("inf")
     has_data: bool = False
+
+
+class SitesState(Body):
+    """State that a restarted server needs to resume a run.
+
+    Attributes:
+        run: ID of the run.
+        settings: Settings that the sites define, keyed by client.
+        reports: Data reports of the nodes, keyed by client.
+        shared_key: The first client that was ready, and the name of its key of homomorphic
+            encryption.
+    """
+
+    run: FileName
+    settings: dict[str, dict[str, Any]]
+    reports: dict[str, Any]
+    shared_key: tuple[str, str] | None
 
 
 class Sites:
@@ -219,8 +231,10 @@ class Sites:
         self._disconnected: dict[str, float] = {}
         # Reason for each refusal, keyed by node number and claimed client.
         self._refusals: dict[tuple[int, str], str] = {}
-        # Decoded settings, and data report, of each client that has connected.
-        self._told_settings: dict[str, object] = {}
+        # Code that sites may name, and the maximum side length of their images.
+        self._references: Collection[str] = ()
+        self._largest_side = MAX_PIXELS
+        # Settings and data report of each client that has connected.
         self._settings: dict[str, dict[str, Any]] = {}
         self._reports: dict[str, RemoteDataInfo] = {}
         # Bodies of the second and third step, once they are known.
@@ -231,9 +245,7 @@ class Sites:
 
     # The run
 
-    def join(
-        self, config: Config, wait: float, state: Mapping[str, Any] | None = None
-    ) -> PreparedRun:
+    def join(self, config: Config, wait: float, state: SitesState | None = None) -> PreparedRun:
         """Prepare a run with the nodes of all clients.
 
         The server and every node derive the federation from the configuration and compare
@@ -242,7 +254,7 @@ class Sites:
         Args:
             config: Configuration of the run.
             wait: Seconds to wait for all clients.
-            state: Result of `state_dict` from the run to resume. In this case, a single connected
+            state: Result of `state` from the run to resume. In this case, a single connected
                 node is enough, and the other nodes may connect later. If None, a new run is
                 started, and all nodes must connect.
 
@@ -254,21 +266,23 @@ class Sites:
             RunFailedError: If a node is missing or refuses the run.
         """
         public = load_federated_data(config, absent=self.clients)
+        self._references = find_references(config.model_dump())
+        self._largest_side = _largest_side(config)
         if state is not None:
-            self.run = str(state["run"])
+            self.run = state.run
         missing = self._wait_for(lambda member: member.step != "hello", self.clients, wait)
         if missing and (state is None or len(missing) == len(self.clients)):
             raise RunFailedError(self._describe_missing(missing, wait))
-        self._settings = self._read_settings(config, {} if state is None else state["settings"])
+        if state is not None:
+            self._settings = {**state.settings, **self._settings}
         if any(self._settings.values()):
-            config = _with_client_settings(config, self._settings)
+            config = self._with_client_settings(config)
             public = load_federated_data(config, absent=self.clients)
         self._public = public
         if state is not None:
-            for client, report in state["reports"].items():
+            self.shared_key = state.shared_key
+            for client, report in state.reports.items():
                 self._reports[client] = self._read_report(client, report)
-            if key := state.get("shared_key"):
-                self.shared_key = (key[0], key[1])
         present = [client for client in self.clients if client not in missing]
         self._terms = _terms_of(config, public)
         self._finish_step("terms", present)
@@ -285,14 +299,15 @@ class Sites:
             self.log(f"{client} is not connected; continuing without it", client=client)
         return self.prepared
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state that a restarted server needs to resume the run, as plain values."""
-        return {
-            "run": self.run,
-            "settings": self._settings,
-            "reports": {client: data_info_tree(info) for client, info in self._reports.items()},
-            "shared_key": list(self.shared_key or ()),
-        }
+    def state(self) -> SitesState:
+        """Return the state that a restarted server needs to resume the run."""
+        reports = {client: data_info_tree(info) for client, info in self._reports.items()}
+        return SitesState(
+            run=self.run,
+            settings=self._settings,
+            reports=reports,
+            shared_key=self.shared_key,
+        )
 
     def ask(
         self,
@@ -474,8 +489,9 @@ class Sites:
         if client not in self.clients:
             raise RequestRefusedError("the configuration has no such client")
         self._check_key(member.key, client)
-        event = "reconnected" if client in self._told_settings else "connected"
-        self._told_settings[client] = decode_body(answer)
+        settings = read_settings(decode_body(answer), self._references, self._largest_side)
+        event = "reconnected" if client in self._settings else "connected"
+        self._settings[client] = settings
         self._keys.setdefault(client, member.key)
         self._nodes[client] = node
         member.client = client
@@ -540,23 +556,12 @@ class Sites:
     def _read_report(self, client: str, tree: Any) -> RemoteDataInfo:
         return read_data_info(tree, self._public.task.outputs, self._public.own_view(client))
 
-    def _read_settings(
-        self, config: Config, known: Mapping[str, dict[str, Any]]
-    ) -> dict[str, dict[str, Any]]:
-        """Return the settings that the sites define, or the known ones of absent sites."""
-        references = find_references(config.model_dump())
-        largest = _largest_side(config)
-        settings: dict[str, dict[str, Any]] = {}
-        for client in self.clients:
-            if client not in self._told_settings:
-                settings[client] = known.get(client, {})
-                continue
-            try:
-                told = self._told_settings[client]
-                settings[client] = read_settings(told, references, largest)
-            except RequestRefusedError as error:
-                raise RunFailedError(f"{client}: {error}") from None
-        return settings
+    def _with_client_settings(self, config: Config) -> Config:
+        """Return the configuration with the settings that the sites define for their clients."""
+        chosen = [{"match": c, **values} for c, values in self._settings.items() if values]
+        plain = resolve_config(config)
+        plain["clients"]["overrides"] = [*plain["clients"]["overrides"], *chosen]
+        return load_config(plain, allow_code=CodePermission(granted=self._references))
 
     def _wait_for(
         self, is_done: Callable[[Member], bool], clients: Collection[str], seconds: float
@@ -595,10 +600,10 @@ class Sites:
 
     def _describe_missing(self, missing: Collection[str], wait: float) -> str:
         """Describe which clients did not connect and which nodes were refused."""
-        line = f"no node connected within {wait:g} s for "
-        line += ", ".join(list(missing)[:MAX_LISTED_CLIENTS])
-        if len(missing) > MAX_LISTED_CLIENTS:
-            line += f" and {len(missing) - MAX_LISTED_CLIENTS} more"
+        shown = ", ".join(list(missing)[:MAX_LISTED_CLIENTS])
+        more = len(missing) - MAX_LISTED_CLIENTS
+        line = f"no node connected within {wait:g} s for {shown}"
+        line += f" and {more} more" if more > 0 else ""
         for (_, client), why in list(self._refusals.items())[:MAX_LISTED_CLIENTS]:
             line += f"; refused a node for client {client[:80]!r}: {why}"
         return line
@@ -618,15 +623,6 @@ def _terms_of(config: Config, public: FederatedData) -> dict[str, Any]:
     # The loggers run at the server, and their settings may be confidential.
     tree["output"]["loggers"] = []
     return {"config": tree, "public": public.public_hash()}
-
-
-def _with_client_settings(config: Config, settings: Mapping[str, dict[str, Any]]) -> Config:
-    """Return the configuration with the settings that the sites define for their clients."""
-    references = find_references(config.model_dump())
-    chosen = [{"match": client, **values} for client, values in settings.items() if values]
-    plain = resolve_config(config)
-    plain["clients"]["overrides"] = [*plain["clients"]["overrides"], *chosen]
-    return load_config(plain, allow_code=CodePermission(granted=references))
 
 
 def _largest_side(config: Config) -> int:

@@ -140,7 +140,15 @@ def head_of(count: int, digit: str) -> str:
     return f"{count}:{digit * 64}"
 
 
-WENT_BACK = f"the audit log of 'site_1' has 3 lines; it had 5 (kept: {head_of(5, 'a')})"
+def contradiction(found: str, last: str) -> str:
+    """Return the line about a head that contradicts `last`; the head `5:a...` is kept."""
+    return (
+        f"the audit log of 'site_1' was truncated or rewritten: found {found} after {last} "
+        f"(kept: {head_of(5, 'a')})"
+    )
+
+
+WENT_BACK = contradiction(head_of(3, "b"), head_of(5, "a"))
 
 
 @each_case(
@@ -151,19 +159,12 @@ WENT_BACK = f"the audit log of 'site_1' has 3 lines; it had 5 (kept: {head_of(5,
         (
             [head_of(5, "a"), head_of(5, "b")],
             head_of(5, "a"),
-            [
-                "line 5 of the audit log of 'site_1' was replaced: "
-                f"found {head_of(5, 'b')} (kept: {head_of(5, 'a')})"
-            ],
+            [contradiction(head_of(5, "b"), head_of(5, "a"))],
         ),
         (
-            [head_of(5, "a"), head_of(3, "b"), head_of(5, "c"), head_of(6, "d")],
+            [head_of(5, "a"), head_of(3, "b"), head_of(3, "c"), head_of(6, "d")],
             head_of(6, "d"),
-            [
-                WENT_BACK,
-                "line 5 of the audit log of 'site_1' was replaced: "
-                f"found {head_of(5, 'c')} (kept: {head_of(5, 'a')})",
-            ],
+            [WENT_BACK, contradiction(head_of(3, "c"), head_of(3, "b"))],
         ),
     ],
 )

@@ -13,7 +13,7 @@ from hetero_fl.core.payload import Item, Payload
 from hetero_fl.deployment.audit_log import SiteUsage, verify
 from hetero_fl.deployment.config import SiteConfig, load_site_config
 from hetero_fl.deployment.messages import RequestRefusedError, decode_body, message
-from hetero_fl.deployment.participation import begin_run
+from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.policy import run_fingerprint
 from hetero_fl.privacy.accounting import epsilon_of_mechanisms, gaussian_epsilon
 from hetero_fl.utils.errors import RunFailedError, UserError
@@ -447,4 +447,4 @@ def test_server_cannot_permit_links_of_a_site(tmp_path: Path) -> None:
     site = SiteConfig.model_validate({"client": "site_1", "allows": allows})
 
     with pytest.raises(RequestRefusedError, match=r"is not in this site's allows\.data"):
-        begin_run(site, tmp_path, None, entries=[], run="a", tree={"config": raw, "public": ""})
+        Node(site, tmp_path)._begin("a", {"config": raw, "public": ""})

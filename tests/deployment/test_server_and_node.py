@@ -186,7 +186,7 @@ def test_exception_while_a_node_prepares_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "hetero_fl.deployment.participation.load_federated_data",
+        "hetero_fl.deployment.node.load_federated_data",
         Mock(side_effect=RuntimeError("CUDA error: no kernel image is available")),
     )
     federation = Federation(tmp_path)

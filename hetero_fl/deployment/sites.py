@@ -496,7 +496,9 @@ class Sites:
         self._nodes[client] = node
         member.client = client
         member.has_data = here.has_data
-        member.step = "joined" if here.session == self._session else "terms"
+        # A node that only claims to have joined the run is asked for its report.
+        has_joined = client in self.state_names and here.session == self._session
+        member.step = "joined" if has_joined else "terms"
         self.log_heads.update(client, answer)
         self.log(f"{client} {event}", client=client)
 

@@ -101,7 +101,7 @@ def test_deployment_equals_simulation(
     config = ROOT / "configs" / "digits_quickstart.yaml"
     changes = [*QUICK, f"algorithm.name={name}", *more]
     deployed = in_federation(
-        loopback, tmp_path, ["cnn_1", "cnn_2", "mlp", "vit"], source=config, overrides=changes
+        loopback, tmp_path, ["cnn_1", "cnn_2", "mlp", "vit"], source=load_config(config, changes)
     )
     simulated = run(config, out=tmp_path / "simulation", overrides=changes)
     for key in (

@@ -461,6 +461,21 @@ def test_junk_before_first_round_names_its_sender(
     assert expected in str(caught.value) and len(str(caught.value)) < 600
 
 
+def test_node_that_claims_to_have_joined_is_asked_for_its_report(tmp_path: Path) -> None:
+    def claiming(handle: Handle) -> Handle:
+        def handles(envelope: Envelope) -> Envelope:
+            answer = handle(envelope)
+            if envelope.head["ask"] != "hello":
+                return answer
+            return Envelope({**answer.head, "session": envelope.head["session"]}, answer.body)
+
+        return handles
+
+    run = Federation(tmp_path).serve(small(models="linear", rounds=1), {"site_3": claiming})
+
+    assert not run.metrics[0]["failed"]
+
+
 def evaluate_client(rounds: Any) -> Any:
     """Evaluate a client's model, with all details."""
     body = broadcasts(rounds, ["site_1"], for_evaluation=True)["site_1"]

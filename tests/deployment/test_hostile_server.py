@@ -294,6 +294,19 @@ def test_number_of_training_tasks_is_limited(
     assert session.refusal_reason("train", task="x", round=rounds) == "policy: rounds"
 
 
+def test_task_whose_state_is_lost_is_another_task(tmp_path: Path) -> None:
+    """With the same noise, two answers from different states would reveal their difference."""
+    session = NodeSession(tmp_path, method="fedper", models="mlp", rounds=2)
+    for file in session.node.joined.storage.folder.rglob("states/*/*"):
+        file.unlink()
+
+    same_name = session.refusal_reason("train")
+    new_name = session.refusal_reason("train", task="new")
+
+    assert same_name.endswith("was sent before with different content")
+    assert new_name.startswith("training tasks of this run: must be <= 2")
+
+
 def test_site_of_a_secure_sum_keeps_rounds_but_no_secrets(tmp_path: Path) -> None:
     secure = {"channel": {"secure_sum": {"threshold": 2}}}
     session = NodeSession(tmp_path, CODES_ONLY, rounds=2, models="linear", **secure)

@@ -92,6 +92,22 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_restarted_node_continues_from_its_own_disk(tmp_path: Path) -> None:
+    sites = Sites(CLIENTS, tmp_path / "sites")
+
+    def restart(record: dict[str, Any]) -> None:
+        if record["round"] == 1:
+            sites.stop("site_2")
+            sites.start("site_2")
+
+    deployed = federation(KINDS["fedavg"], sites, tmp_path / "deployed", callbacks=[restart])
+
+    counts = sites.request_counts
+    assert [counts[client, -1, "hello"] for client in CLIENTS] == [1, 2, 1]
+    assert {counts[c, -1, ask] for c in CLIENTS for ask in ("terms", "join")} == {1}
+    same(deployed, run(KINDS["fedavg"], out=tmp_path / "simulated"))
+
+
 @pytest.mark.slow
 def test_fallback_checkpoint_finds_its_client_states(tmp_path: Path) -> None:
     run_config = KINDS["hybrid"]

@@ -289,7 +289,9 @@ class Node:
             "refusals",
             self.site.allows.refusals,
         )
-        self.joined = self._begin(run, decode_body(envelope))
+        terms = decode_body(envelope)
+        self.joined = self._begin(run, terms)
+        self.joined.storage.write(SESSION, encode({"terms": terms}, FORM))
         info = self.joined.info
         self._line["kinds"] = [
             "numbers of rows",
@@ -302,9 +304,7 @@ class Node:
     def _join(self, envelope: Envelope) -> Envelope:
         """Prepare for the tasks of the run, given the data reports of all clients."""
         head = read_head(RunHead, envelope)
-        joined = self.joined
-        if joined is None or joined.run != head.run:
-            raise _not_joined(head.run)
+        joined = self._current_run(head.run)
         join = read_body(Join, envelope)
         self._prepare(joined, head.session, join)
         state = "" if join.state is None else self._save_initial_state(joined, as_bytes(join.state))
@@ -480,7 +480,7 @@ class Node:
         joined.session = session
 
     def _stored_session(self, run: str) -> dict[str, Any] | None:
-        """Return the session, the terms and the reports with which the site has joined a run.
+        """Return the terms of a run, and the session and the reports if the site has joined it.
 
         Returns:
             The content of the file, or None if it is missing or damaged.
@@ -494,22 +494,21 @@ class Node:
         except CodecError:
             return None
 
-    def _prepared_run(self, run: str) -> ParticipatingRun:
-        """Return a run whose tasks this site can answer. A restarted node reads its own files.
+    def _current_run(self, run: str) -> ParticipatingRun:
+        """Return the run of a message, which a restarted node reads from its own files.
 
         Raises:
-            RequestRefusedError: If this site has not joined the run.
+            RequestRefusedError: If this site does not take part in the run.
         """
-        joined = self.joined
-        if joined is None or joined.run != run:
-            stored = self._stored_session(run)
-            if stored is None:
-                raise _not_joined(run)
-            joined = self._begin(run, stored["terms"])
-            self._prepare(joined, stored["session"], read(Join, stored["join"], SESSION))
-            self.joined = joined
-        if not joined.session:
+        if self.joined is not None and self.joined.run == run:
+            return self.joined
+        stored = self._stored_session(run)
+        if stored is None:
             raise _not_joined(run)
+        joined = self._begin(run, stored["terms"])
+        if "join" in stored:
+            self._prepare(joined, stored["session"], read(Join, stored["join"], SESSION))
+        self.joined = joined
         return joined
 
     def _run_task(self, envelope: Envelope) -> Envelope:
@@ -520,7 +519,9 @@ class Node:
             raise RequestRefusedError(
                 f"task {head.task[:12]}: has expired; check the clocks of the site and the server"
             )
-        joined = self._prepared_run(head.run)
+        joined = self._current_run(head.run)
+        if not joined.session:
+            raise _not_joined(head.run)
         usage = joined.usage
         base, private = head.base, b""
         if head.kind == "read" or head.what == TRAIN:

@@ -23,13 +23,12 @@ from hetero_fl.deployment.messages import (
     RequestRefusedError,
     decode_body,
     read_head,
-    refusal_reason,
 )
 from hetero_fl.deployment.requests import Requests
 from hetero_fl.deployment.sites import Sites
 from hetero_fl.deployment.transport import Envelope, Head
 from hetero_fl.deployment.validation import read_evaluation
-from hetero_fl.engine.driver import Backend, DivergedError
+from hetero_fl.engine.driver import Backend
 from hetero_fl.federation.checkpoint import KEPT_CHECKPOINTS
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.executors.base import (
@@ -43,7 +42,7 @@ from hetero_fl.federation.executors.base import (
 )
 from hetero_fl.federation.state_store import PrivateState, StateStore
 from hetero_fl.federation.summed_uploads import make_protocol
-from hetero_fl.utils.errors import RunFailedError
+from hetero_fl.utils.errors import NoUploadError, RunFailedError
 from hetero_fl.utils.ordering import natural_order
 
 # Key of the name of a client's state in the server's store.
@@ -276,13 +275,11 @@ class NodeExecutor(TimedExecutor):
         self.store.stage(client, PrivateState(state={STATE_KEY: name}))
 
     def _parse_evaluation(
-        self, client: str, answer: Envelope | ClientAbsentError
+        self, client: str, answer: Envelope | NoUploadError
     ) -> ClientEvaluation | ClientAbsentError:
         """Return the evaluation in an answer, or the error if there is none."""
-        if isinstance(answer, ClientAbsentError):
-            return answer
-        if answer.head.get("ask") != "done":
-            return ClientAbsentError(refusal_reason(answer))
+        if isinstance(answer, NoUploadError):
+            return ClientAbsentError(str(answer))
         prepared = self.sites.prepared
         try:
             self._count_reset(client, read_head(EvaluatedHead, answer))
@@ -292,14 +289,10 @@ class NodeExecutor(TimedExecutor):
             self.sites.log(f"{client}: {error}", client=client)
             return ClientAbsentError(str(error))
 
-    def _parse_reply(self, client: str, answer: Envelope | ClientAbsentError) -> Reply:
+    def _parse_reply(self, client: str, answer: Envelope | NoUploadError) -> Reply:
         """Return the reply in an answer and stage the client's new state."""
-        if isinstance(answer, ClientAbsentError):
+        if isinstance(answer, NoUploadError):
             return answer
-        if answer.head.get("ask") == "failed":
-            return DivergedError(refusal_reason(answer))
-        if answer.head.get("ask") != "done":
-            return ClientAbsentError(refusal_reason(answer))
         try:
             head = read_head(DoneHead, answer)
         except RequestRefusedError as error:

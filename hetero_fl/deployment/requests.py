@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hetero_fl.deployment.messages import refusal_reason
 from hetero_fl.deployment.transport import Envelope
+from hetero_fl.engine.driver import DivergedError
 from hetero_fl.federation.executors.base import ClientAbsentError, ClientLateError
-from hetero_fl.utils.errors import one_line
+from hetero_fl.utils.errors import NoUploadError, one_line
 
 if TYPE_CHECKING:
     from hetero_fl.deployment.sites import Sites
@@ -20,8 +22,8 @@ POLL_SECONDS = 0.5
 # Number of times that a request is sent before its client is treated as absent.
 MAX_ATTEMPTS = 8
 
-# A client, and the answer or the reason why there is no answer.
-End = tuple[str, Envelope | ClientAbsentError]
+# A client, and the successful answer or the reason why there is none.
+End = tuple[str, Envelope | NoUploadError]
 
 
 @dataclass
@@ -145,7 +147,8 @@ class Requests:
             error = f"answer: expected task {expected}, got task {one_line(task, 12)}"
             self._finish(client, ClientAbsentError(error))
             return
-        self._finish(client, answer)
+        self._answered.add(client)
+        self._finish(client, _answer_or_error(answer))
 
     def _abandon_expired(self) -> None:
         """Finish expired requests and those whose node has been disconnected for too long."""
@@ -163,8 +166,15 @@ class Requests:
             if pending.deadline <= now or (not pending.number and is_given_up):
                 self._finish(client, ClientAbsentError("its node is not connected"))
 
-    def _finish(self, client: str, result: Envelope | ClientAbsentError) -> None:
+    def _finish(self, client: str, result: Envelope | NoUploadError) -> None:
         del self._pending[client]
-        if not isinstance(result, ClientAbsentError):
-            self._answered.add(client)
         self._finished.append((client, result))
+
+
+def _answer_or_error(answer: Envelope) -> Envelope | NoUploadError:
+    """Return a successful answer, or the error that an unsuccessful one reports."""
+    kind = answer.head.get("ask")
+    if kind == "done":
+        return answer
+    why = refusal_reason(answer)
+    return DivergedError(why) if kind == "failed" else ClientAbsentError(why)

@@ -418,12 +418,12 @@ def test_what_nodes_say_is_read() -> None:
         (
             "hello",
             reading(lambda t: t.update(settings={"epochs": 99})),
-            "site_3: report of the site: settings.epochs: unknown key",
+            "client 'site_3': report of the site: settings.epochs: unknown key",
         ),
         (
             "hello",
             reading(lambda t: t.update(settings={"preprocess": {"resize": 30_000}})),
-            "site_3: settings: preprocess.resize: must be <= 1024, got 30000",
+            "client 'site_3': settings: preprocess.resize: must be <= 1024, got 30000",
         ),
         (
             "hello",

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
-import queue
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait as wait_for_futures
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait as wait_for_connections
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -128,11 +127,12 @@ def _make_sites(config: Config, folder: Path) -> list[SiteConfig]:
 
 @dataclass(frozen=True)
 class SiteProcess:
-    """Process of a site, and the pipe to this process."""
+    """Process of a site, and the thread that exchanges messages with it, one at a time."""
 
     site: SiteConfig
     process: BaseProcess
     connection: Connection
+    thread: ThreadPoolExecutor
 
 
 class PipeTransport:
@@ -144,13 +144,11 @@ class PipeTransport:
 
     def __init__(self, sites: Sequence[SiteConfig]) -> None:
         self._context = worker_context(__name__)
-        self._node_numbers = itertools.count(1)
-        self._message_numbers = itertools.count(1)
+        self._numbers = itertools.count(1)
         # Running processes, keyed by node number.
         self._processes: dict[int, SiteProcess] = {}
-        # Node number and expiry time of each message whose answer was not read.
-        self._open: dict[str, tuple[int, float]] = {}
-        self._answers: dict[str, Envelope | None] = {}
+        # Answer and expiry time of each message.
+        self._answers: dict[str, tuple[Future[Envelope | None], float]] = {}
         for site in sites:
             self._start(site)
 
@@ -166,44 +164,40 @@ class PipeTransport:
                 continue
             if exit_code >= 0:
                 raise RunFailedError(_last_output(running.site))
-            self._forget(node)
+            self._processes.pop(node).thread.shutdown(wait=False)
             self._start(running.site)
         return dict.fromkeys(self._processes, b"")
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
         """Send a message to a site, and return the number of the message."""
-        number = str(next(self._message_numbers))
-        if node in self._processes:
-            connection = self._processes[node].connection
-            with suppress(OSError):
-                connection.send_bytes(number.encode())
-                send(connection, envelope)
-                self._open[number] = (node, time.monotonic() + within)
+        number = str(next(self._numbers))
+        end = time.monotonic() + within
+        running = self._processes.get(node)
+        if running is None:
+            answer: Future[Envelope | None] = Future()
+            answer.set_result(None)
+        else:
+            answer = running.thread.submit(_exchange, running.connection, envelope, end)
+        self._answers[number] = (answer, end)
         return number
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """Return the answers that have arrived (see `Transport.pull`)."""
-        deadline = time.monotonic() + wait
-        self._discard_expired(numbers)
-        while True:
-            lost = [number for number in numbers if number not in self._open]
-            arrived = [number for number in numbers if number in self._answers]
-            remaining = deadline - time.monotonic()
-            if lost or arrived or remaining <= 0 or not numbers:
-                break
-            self._receive(remaining)
-        answers: dict[str, Envelope | None] = dict.fromkeys(lost)
-        for number in arrived:
-            del self._open[number]
-            answers[number] = self._answers.pop(number)
-        return answers
+        answers = {self._answers[number][0]: number for number in numbers}
+        done = wait_for_futures(answers, wait, FIRST_COMPLETED).done
+        found = {answers[answer]: answer.result() for answer in done}
+        now = time.monotonic()
+        expired = [n for n, (_, end) in self._answers.items() if end < now and n not in numbers]
+        for number in [*found, *expired]:
+            del self._answers[number]
+        return found
 
     def close(self) -> None:
         """Stop all processes."""
         for running in self._processes.values():
             running.process.kill()
             running.process.join()
-            running.connection.close()
+            running.thread.shutdown()
         self._processes.clear()
 
     def _start(self, site: SiteConfig) -> None:
@@ -214,39 +208,19 @@ class PipeTransport:
         with ignore_interrupts_in_children():
             process.start()
         its_end.close()
-        self._processes[next(self._node_numbers)] = SiteProcess(site, process, connection)
+        thread = ThreadPoolExecutor(1)
+        self._processes[next(self._numbers)] = SiteProcess(site, process, connection, thread)
 
-    def _receive(self, seconds: float) -> None:
-        """Wait up to `seconds` for answers, and read one answer of each site that has sent one."""
-        nodes = {running.connection: node for node, running in self._processes.items()}
-        for connection in wait_for_connections(list(nodes), seconds):
-            assert isinstance(connection, Connection)
-            try:
-                number = connection.recv_bytes().decode()
-                answer = receive(connection)
-            except (EOFError, OSError):
-                # The process has ended. `nodes` restarts it.
-                self._lose_messages(nodes[connection])
-                time.sleep(min(seconds, 0.05))
-                continue
-            if number in self._open:
-                self._answers[number] = answer
 
-    def _forget(self, node: int) -> None:
-        self._lose_messages(node)
-        self._processes.pop(node).connection.close()
-
-    def _lose_messages(self, node: int) -> None:
-        """Set the answers of the messages that a site did not answer to None."""
-        for number, (receiver, _) in self._open.items():
-            if receiver == node:
-                self._answers.setdefault(number, None)
-
-    def _discard_expired(self, numbers: Collection[str]) -> None:
-        now = time.monotonic()
-        for number in [n for n, (_, end) in self._open.items() if end < now and n not in numbers]:
-            del self._open[number]
-            self._answers.pop(number, None)
+def _exchange(connection: Connection, envelope: Envelope, end: float) -> Envelope | None:
+    """Return a site's answer, or None if its process has ended or the message has expired."""
+    if end < time.monotonic():
+        return None
+    try:
+        send(connection, envelope)
+        return receive(connection)
+    except (EOFError, OSError):
+        return None
 
 
 def _run_site(site: SiteConfig, connection: Connection, environ: Mapping[str, str]) -> None:
@@ -275,26 +249,9 @@ def _answer_messages(site: SiteConfig, connection: Connection) -> None:
         for line in notes:
             log(line)
         node = LoggedNode(Node(site, folder, log, load_node_key(folder / KEY)), log)
-        requests: queue.SimpleQueue[tuple[bytes, Envelope]] = queue.SimpleQueue()
-        # A thread reads the messages, so that the server never waits until a task is finished.
-        reader = threading.Thread(target=_read_messages, args=(connection, requests), daemon=True)
-        reader.start()
-        while True:
-            number, envelope = requests.get()
-            answer = node.handle(envelope)
-            connection.send_bytes(number)
-            send(connection, answer)
-            # Free the answer, which may contain a model.
-            del answer, envelope
-
-
-def _read_messages(
-    connection: Connection, requests: queue.SimpleQueue[tuple[bytes, Envelope]]
-) -> None:
-    with suppress(EOFError, OSError):
-        while True:
-            number = connection.recv_bytes()
-            requests.put((number, receive(connection)))
+        with suppress(EOFError):
+            while True:
+                send(connection, node.handle(receive(connection)))
 
 
 def _last_output(site: SiteConfig) -> str:

@@ -1,50 +1,47 @@
-"""Protocol between the server and the nodes: requests, answers and their bodies.
+"""Messages between the server and the nodes: one answer to each request.
 
-The requests are `hello`, `terms` (configuration), `roster` (data reports of all clients), `keep`
-(initial private state), `do` (one task) and `leave`. The successful answers are `here`, `told`
-(data report), `ready`, `kept`, `done` and `left`.
+The requests are `hello`, `terms` (configuration and public sets), `join` (data reports of all
+clients and the initial state), `do` (one task) and `leave`. The successful answers are `here`,
+`told` (data report), `ready`, `done` and `left`. The unsuccessful answers are `failed` (training
+diverged), `error` (an exception, whose traceback is in the log of the site) and `refused` (by the
+policy, the data or the format of the message).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, StringConstraints, ValidationError
+from torch import Tensor
 
-from hetero_fl.data.client_rows import RemoteDataInfo
-from hetero_fl.deployment.transport import Envelope, Head
-from hetero_fl.federation.client_runtime import ClientEvaluation
+from hetero_fl.config.errors import describe_error
+from hetero_fl.deployment.transport import Envelope
 from hetero_fl.utils.errors import one_line
-from hetero_fl.utils.serialization import CodecError, as_tensor, decode, encode
+from hetero_fl.utils.serialization import CodecError, decode, encode
 from hetero_fl.utils.version import __version__
 
-# The unsuccessful answers are `lacks` (public sets missing), `unready` (node restarted), `lost`
-# (private state missing), `failed` (training diverged), `error` (an exception, whose traceback is
-# in the log of the site) and `refused` (by the policy, the data or the format of the message).
-
 # Codes of unsuccessful answers: the site's data (all causes alike), a malformed message, an error
-# or divergence, a lost state, a run that the site is not part of, and the policy of the site. A
-# code may name a key of the server's configuration (`policy: rounds`). The text of a reason stays
-# in the log of the site unless `tells.errors` is set, because it may quote rows.
-CODES = ("data", "malformed", "failed", "lost", "left", "policy")
+# or divergence, a run that the site is not part of, and the policy of the site. A code may name a
+# key of the server's configuration (`policy: rounds`). The text of a reason stays in the log of the
+# site unless `tells.errors` is set, because it may quote rows.
+CODES = ("data", "malformed", "failed", "left", "policy")
 
 # Version of the protocol, which must be the same at the server and at all nodes.
-PROTOCOL = 3
+PROTOCOL = 4
 # Format of message bodies: encoded trees of plain values and tensors, never pickle.
 FORM = f"deployment {PROTOCOL}"
 # Entry in the head of an answer with the head of the site's audit log. The log already includes the
 # line about this answer.
 LOG = "log"
-# Exceptions raised while parsing a malformed message.
-MALFORMED_ERRORS = (
-    LookupError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-)
+MAX_THREADS = 1024
+
+# Names that are safe as file names.
+FileName = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9]{1,64}$")]
+Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+# Name of a private state, or an empty string.
+StateName = Annotated[str, StringConstraints(pattern="^([0-9a-f]{64})?$")]
 
 
 class RequestRefusedError(Exception):
@@ -60,6 +57,166 @@ class RequestRefusedError(Exception):
         self.code = one_line(code, 80)
 
 
+class Fields(BaseModel):
+    """Base class of the heads of messages. Types are strict, and unknown fields are ignored."""
+
+    model_config = ConfigDict(
+        strict=True, frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True
+    )
+
+
+class Body(Fields):
+    """Base class of the bodies of messages, which must not have unknown fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class HelloHead(Fields):
+    """Head of `hello`.
+
+    Attributes:
+        run: ID of the run.
+    """
+
+    run: FileName = ""
+
+
+class RunHead(Fields):
+    """Head of a message about a run.
+
+    Attributes:
+        run: ID of the run.
+        session: ID of the server's process.
+    """
+
+    run: FileName
+    session: str = ""
+
+
+class Terms(Body):
+    """Body of `terms`: the configuration and the public sets.
+
+    Attributes:
+        config: Configuration as plain values.
+        public: Hash of the public sets.
+        pack: Encoded public sets, for sites with their own data.
+    """
+
+    config: Any
+    public: str
+    pack: InstanceOf[Tensor] | None = None
+
+
+class Join(Body):
+    """Body of `join`.
+
+    Attributes:
+        reports: Data reports of all clients, see `validation.DataReport`.
+        fingerprint: Fingerprint of the federation at the server.
+        threads: Number of threads.
+        state: Encoded initial private state of the client, if it has one.
+    """
+
+    reports: dict[str, Any]
+    fingerprint: str
+    threads: int = Field(ge=1, le=MAX_THREADS)
+    state: InstanceOf[Tensor] | None = None
+
+
+class TaskHead(RunHead):
+    """Head of `do`.
+
+    Attributes:
+        task: Name of the task. A repeated task has the same name.
+        kind: "answer" for an exchange of the protocol, "read" for an evaluation.
+        what: Kind of the request.
+        round: Index of the round, from 0.
+        again: Number of earlier attempts at the round.
+        base: Name of the private state from which the task starts, or an empty string.
+        expires: Time at which the task expires, in seconds since the epoch.
+        spare: Names of states that must not be deleted, separated by commas.
+        details: Whether an evaluation computes all results that a report shows.
+    """
+
+    task: FileName
+    kind: Literal["answer", "read"]
+    what: str
+    round: int
+    again: int
+    base: StateName
+    expires: float
+    spare: str = Field("", pattern="^[0-9a-f,]*$")
+    details: bool = False
+
+
+class HereHead(Fields):
+    """Head of `here`.
+
+    Attributes:
+        client: Client of the node.
+        session: The session that the node has joined, or an empty string.
+        has_data: Whether the site has its own data.
+    """
+
+    client: str
+    session: str = ""
+    has_data: bool
+
+
+class ReadyHead(Fields):
+    """Head of `ready`.
+
+    Attributes:
+        state: Name of the initial private state, or an empty string.
+    """
+
+    state: StateName
+
+
+class EvaluatedHead(Fields):
+    """Head of `done` for an evaluation.
+
+    Attributes:
+        reset: Whether the node has lost the private state and started without it.
+    """
+
+    reset: bool = False
+
+
+class DoneHead(EvaluatedHead):
+    """Head of `done` for an exchange of the protocol.
+
+    Attributes:
+        what: Kind of the reply.
+        state: Name of the client's new private state, or an empty string if it did not change.
+        check: SHA-256 digest of the body.
+    """
+
+    what: str
+    state: StateName
+    check: Digest
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def read(model: type[T], values: Any, place: str) -> T:
+    """Validate received values.
+
+    Args:
+        model: Type of the values.
+        values: The head or the decoded body of a message.
+        place: Name of the values, for error messages.
+
+    Raises:
+        RequestRefusedError: If a value is missing or invalid.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise RequestRefusedError(f"{place}: {describe_error(error, values, model)}") from None
+
+
 def message(kind: str, body: Any = None, **head: Any) -> Envelope:
     """Create a message with an encoded body.
 
@@ -71,60 +228,26 @@ def message(kind: str, body: Any = None, **head: Any) -> Envelope:
     return Envelope({"ask": kind, **head}, b"" if body is None else encode(body, FORM))
 
 
-def decode_body(envelope: Envelope, *names: str) -> Any:
-    """Decode the body of a message.
-
-    Args:
-        envelope: The message.
-        *names: Required keys of the body.
-
-    Returns:
-        Nested dictionaries and lists of plain values and tensors.
+def decode_body(envelope: Envelope) -> Any:
+    """Decode the body of a message to nested dictionaries and lists of plain values and tensors.
 
     Raises:
-        RequestRefusedError: If the body cannot be decoded or lacks a key.
+        RequestRefusedError: If the body cannot be decoded.
     """
-    ask = envelope.head.get("ask")
     try:
-        tree = decode(envelope.body, FORM)
+        return decode(envelope.body, FORM)
     except CodecError as error:
-        raise RequestRefusedError(f"{ask!r:.60}: {error}") from None
-    for name in names:
-        if not isinstance(tree, dict) or name not in tree:
-            raise RequestRefusedError(f"{ask!r:.60}: {name}: missing")
-    return tree
+        raise RequestRefusedError(f"{envelope.head.get('ask')!r:.60}: {error}") from None
 
 
-def head_value(head: Head, name: str, kind: type) -> Any:
-    """Return a value from the head of a message.
-
-    Args:
-        head: Head of the message.
-        name: Name of the value.
-        kind: Expected type of the value. A bool is not accepted as an int.
-
-    Raises:
-        RequestRefusedError: If the value is missing or has another type.
-    """
-    value = head.get(name)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise RequestRefusedError(
-            f"{head.get('ask')!r:.60}: {name}: expected {kind.__name__}, got {value!r:.60}"
-        )
-    return value
+def read_head(model: type[T], envelope: Envelope) -> T:
+    """Validate the head of a message, see `read`."""
+    return read(model, envelope.head, f"{envelope.head.get('ask')!r:.60}")
 
 
-def check_file_name(name: str) -> str:
-    """Return a received name if it is safe to use as a file name.
-
-    Raises:
-        RequestRefusedError: If the name is not safe.
-    """
-    if not (name.isalnum() and len(name) <= 64):
-        raise RequestRefusedError(
-            f"file name: expected at most 64 letters and digits, got {name[:80]!r}"
-        )
-    return name
+def read_body(model: type[T], envelope: Envelope) -> T:
+    """Decode and validate the body of a message, see `read`."""
+    return read(model, decode_body(envelope), f"{envelope.head.get('ask')!r:.60}")
 
 
 def refusal_reason(answer: Envelope) -> str:
@@ -142,7 +265,7 @@ def versions() -> dict[str, Any]:
     return {"protocol": PROTOCOL, "package": __version__, "torch": torch.__version__}
 
 
-def version_mismatch(head: Head) -> str:
+def version_mismatch(head: Mapping[str, object]) -> str:
     """Describe the first version in a head that differs from the local version.
 
     The build tag after a plus sign, such as `cpu` in `2.4.0+cpu`, may differ.
@@ -158,18 +281,3 @@ def version_mismatch(head: Head) -> str:
 
 def _public_version(version: object) -> str:
     return str(version).partition("+")[0]
-
-
-def data_info_tree(info: RemoteDataInfo) -> dict[str, Any]:
-    """Return a client's data report as plain values."""
-    view = None if info.view is None else asdict(info.view)
-    return {"rows": dict(info.rows), "hash": info.content_hash, "view": view, "labels": info.labels}
-
-
-def evaluation_tree(evaluation: ClientEvaluation) -> dict[str, Any]:
-    """Return an evaluation as plain values.
-
-    The model is a tensor of bytes, or None if the evaluation contains no model.
-    """
-    tree = {field.name: getattr(evaluation, field.name) for field in fields(evaluation)}
-    return {**tree, "model": as_tensor(evaluation.model) if evaluation.model else None}

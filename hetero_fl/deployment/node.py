@@ -6,7 +6,7 @@ import hashlib
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from hetero_fl.communication.homomorphic import SharedKey
 from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation.crypto import SiteKeys
 from hetero_fl.config import Config, expand_population
+from hetero_fl.config.population import Population
 from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.data import FederatedData
 from hetero_fl.data.client_rows import RemoteDataInfo
@@ -30,17 +31,20 @@ from hetero_fl.deployment.audit_log import (
     refused_configurations,
 )
 from hetero_fl.deployment.config import SiteConfig
-from hetero_fl.deployment.handshake import federation_fingerprint
 from hetero_fl.deployment.messages import (
     FORM,
     LOG,
+    HelloHead,
+    Join,
     RequestRefusedError,
-    check_file_name,
-    data_info_tree,
+    RunHead,
+    TaskHead,
+    Terms,
     decode_body,
-    evaluation_tree,
-    head_value,
     message,
+    read,
+    read_body,
+    read_head,
     versions,
 )
 from hetero_fl.deployment.node_keys import load_public_key
@@ -59,8 +63,9 @@ from hetero_fl.deployment.policy import (
     run_fingerprint,
     task_digest,
 )
-from hetero_fl.deployment.transport import Envelope, find_violation
-from hetero_fl.deployment.validation import read_data_info
+from hetero_fl.deployment.sites import federation_fingerprint
+from hetero_fl.deployment.transport import Envelope, Head, find_violation
+from hetero_fl.deployment.validation import data_info_tree, evaluation_tree, read_data_info
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data, prepare
 from hetero_fl.federation.client_runtime import ClientEvaluation
@@ -86,8 +91,11 @@ from hetero_fl.utils.recorded_warnings import RecordedWarning, issue_warnings
 from hetero_fl.utils.serialization import CodecError, as_bytes, as_tensor, decode, encode
 from hetero_fl.utils.text import pluralize
 
-MAX_THREADS = 1024
-# Name of the file in a run's folder that contains the site's model after the last round.
+# Files of a run: the digests of the configuration with the data and of the reports, which must not
+# change, what a restarted node needs to continue, and the site's model after the last round.
+TERMS = "terms"
+ROSTER = "roster"
+SESSION = "session"
 MODEL_FILE = "model.safetensors"
 
 
@@ -97,231 +105,34 @@ class ParticipatingRun:
 
     Args:
         run: ID of the run.
+        terms: Decoded message with the configuration.
         config: Configuration of the run.
         data: Data of the site and the public sets.
+        info: Data report of the site.
         storage: Files of the run.
         usage: Completed tasks, and privacy and traffic usage of the site.
         noise: Source of privacy noise.
 
     Attributes:
-        worker: Worker that runs the tasks. Set by `prepare`.
-        policy: Limits of the site. Set by `prepare`.
-        is_prepared: Whether `prepare` has been called.
+        session: ID of the server's process, once the site has joined the run. Otherwise, the value
+            is empty, and the run has no worker and no policy.
+        worker: Worker that runs the tasks.
+        policy: Limits of the site.
         warned: Warnings of the tasks, each of which is issued once.
     """
 
     run: str
+    terms: dict[str, Any]
     config: Config
     data: FederatedData
+    info: RemoteDataInfo
     storage: NodeStorage
     usage: SiteUsage
     noise: SecretNoiseSource
+    session: str = field(default="", init=False)
     worker: Worker = field(init=False)
     policy: Policy = field(init=False)
-    is_prepared: bool = field(default=False, init=False)
     warned: set[RecordedWarning] = field(default_factory=set, init=False)
-
-    def prepare(
-        self,
-        site: SiteConfig,
-        tree: Any,
-        site_keys: SiteKeys,
-        review_upload: Callable[[str, Payload], None],
-    ) -> str:
-        """Prepare for the tasks of the run and return the fingerprint of the federation.
-
-        Args:
-            site: Configuration of the site.
-            tree: Decoded message with the data reports of all clients, the server's fingerprint and
-                the number of threads.
-            site_keys: Keys that sign the keys of a round of secure aggregation.
-            review_upload: Function that is called with the client and the upload before the upload
-                is encoded.
-
-        Raises:
-            RequestRefusedError: If the fingerprint differs from the server's, the data reports
-                changed during the run, or the number of threads is out of range.
-        """
-        outputs = self.data.task.outputs
-        infos = {
-            client_id: read_data_info(report, outputs, self.data.own_view(client_id))
-            for client_id, report in tree["told"].items()
-        }
-        prepared = prepare(self.config, data=restrict_to_holder(self.data, site.client, infos))
-        if (fingerprint := federation_fingerprint(prepared)) != tree["fingerprint"]:
-            raise RequestRefusedError(
-                "fingerprint: the method, seed, clients or models at this site differ from the "
-                "server's; use the same code and data reports at both"
-            )
-        reports_digest = hashlib.sha256(repr(sorted(infos.items())).encode()).digest()
-        if self.storage.read("roster") not in (None, reports_digest):
-            raise RequestRefusedError(
-                "data reports: the reports of the clients changed since this site joined the run; "
-                "start a new run"
-            )
-        self.storage.write("roster", reports_digest)
-        if self.config.channel.homomorphic is not None and site.shared_key is not None:
-            shared_key = SharedKey.load(Path(site.shared_key))
-            keyed = replace(prepared.federation, shared_key=shared_key)
-            prepared = replace(prepared, federation=keyed)
-        federation = replace(prepared.federation, noise=self.noise, site_keys=site_keys)
-        device = choose_device(site.device or self.config.runtime.device)
-        if not 1 <= (threads := int(tree["threads"])) <= MAX_THREADS:
-            raise RequestRefusedError(f"threads: must be >= 1 and <= {MAX_THREADS}, got {threads}")
-        threads = min(threads, site.threads or threads)
-        setup = WorkerSetup(
-            prepared.method,
-            federation,
-            threads,
-            (str(device),),
-            precision=self.config.runtime.precision,
-            deterministic=self.config.runtime.deterministic,
-        )
-        self.worker = Worker(setup, 0)
-        self.policy = Policy(site, prepared, self.usage)
-        self.worker.runtime.review_upload = review_upload
-        self.worker.runtime.guard = self.policy.guard
-        self.is_prepared = True
-        return fingerprint
-
-
-def begin_run(
-    site: SiteConfig,
-    folder: Path,
-    storage_key: bytes | None,
-    *,
-    entries: Sequence[Entry],
-    run: str,
-    tree: Any,
-) -> tuple[ParticipatingRun, RemoteDataInfo] | None:
-    """Join a run with the configuration that the server sent.
-
-    Args:
-        site: Configuration of the site.
-        folder: Folder of the site.
-        storage_key: Key that encrypts the site's files. If None, files are not encrypted.
-        entries: Entries of the site's audit log.
-        run: ID of the run.
-        tree: Decoded message with the configuration of the run, the hash of the public sets and,
-            if the site requested them, the public sets.
-
-    Returns:
-        The run and the site's data report, or None if the site does not have the public sets.
-
-    Raises:
-        RequestRefusedError: If the site does not allow the configuration, the site is not a client
-            in the configuration, or the configuration or the data changed since the site joined
-            the run.
-        UserError: If the configuration or the data is invalid.
-    """
-    client = site.client
-    check_limit(
-        "refused configurations in 24 hours",
-        refused_configurations(entries) + 1,
-        "refusals",
-        site.allows.refusals,
-    )
-    raw = check_raw_config(tree["config"], site.allows)
-    permission = CodePermission(granted=site.allows.own_code)
-    try:
-        config = load_config(raw, allow_code=permission)
-        clients = expand_population(config.clients)
-    except UserError as error:
-        raise RequestRefusedError(error) from None
-    # What a site reads comes from its file alone; `init_from` is a folder of the server.
-    sources = config.data.model_copy(update={"root": site.root})
-    config = config.model_copy(update={"init_from": None, "data": sources})
-    if client not in clients:
-        raise RequestRefusedError(
-            f"client: '{client}' is not a client of the server's configuration"
-            f"{suggest_or_list(client, clients)}",
-            "policy: clients",
-        )
-    check_config(config, site, clients[client])
-    if site.data is None:
-        check_sources(config, site.allows)
-        data = load_federated_data(config)
-        if data.public_hash() != tree["public"]:
-            raise RequestRefusedError(
-                "public sets: the sets of this site differ from the server's; use the same files"
-            )
-    else:
-        pack = _read_public_pack(NodeStorage(folder / "public", storage_key), tree)
-        if pack is None:
-            return None
-        settings = clients[client].model_copy(update={"data": site.data})
-        # The columns and classes come from the public sets, the label from the site's file.
-        sources = sources.model_copy(update={"label": None, "text": None})
-        data = pack.data_of_client(client, sources, {**clients, client: settings}, config.seed)
-    own_view = clients[client].preprocess.normalize == "own"
-    info = describe_client_rows(data, client, own_view, site.tells.labels)
-    storage = NodeStorage(folder / "runs" / check_file_name(run), storage_key)
-    fingerprint = run_fingerprint(raw, info.content_hash, str(tree["public"]))
-    if (known := storage.read("terms")) is None:
-        storage.write("terms", fingerprint)
-    elif known != fingerprint:
-        raise RequestRefusedError(
-            f"run {run[:12]}: the configuration, the public sets or this site's rows changed "
-            "since the site joined the run; start a new run",
-            "data",
-        )
-    # With an unkeyed hash, an attacker who knows all rows but one could verify guesses of that row.
-    info = replace(info, content_hash=storage.digest(info.content_hash.encode()))
-    usage = SiteUsage.from_log(entries, run)
-    noise = SecretNoiseSource(storage.secret("noise"))
-    return ParticipatingRun(run, config, data, storage, usage, noise), info
-
-
-def _read_public_pack(storage: NodeStorage, tree: Any) -> PublicPack | None:
-    """Read the public sets from the message or from the site's folder.
-
-    Returns:
-        The public sets with the hash in the message, or None if the site does not have them.
-
-    Raises:
-        RequestRefusedError: If the public sets in the message are malformed or have another hash.
-    """
-    public = str(tree["public"])
-    data = (
-        as_bytes(tree["pack"])
-        if tree.get("pack") is not None
-        else storage.read(check_file_name(public))
-    )
-    if data is None:
-        return None
-    try:
-        pack = PublicPack.decode(data)
-    except (CodecError, KeyError, TypeError, ValueError) as error:
-        raise RequestRefusedError(f"public sets: cannot be read ({error})") from None
-    if pack.content_hash() != public:
-        raise RequestRefusedError(f"public sets: expected the hash {public[:12]}, got another")
-    storage.write(check_file_name(public), data)
-    return pack
-
-
-def _run_job(joined: ParticipatingRun, job: WorkerJob, what: str) -> JobResult:
-    """Run a job and return its result, or raise the exception with which the job failed.
-
-    Args:
-        joined: The run.
-        job: The job.
-        what: Description of the job for error messages.
-
-    Raises:
-        RequestRefusedError: If the request is malformed or exceeds a limit of the site.
-        UserError: If the site does not share an item of the upload, or its data cannot be used.
-        RunFailedError: If the job failed with another exception.
-    """
-    done = joined.worker.run_job(job)
-    issue_warnings(done.warnings, joined.warned)
-    joined.policy.check_refusal()
-    if isinstance(done.error, PayloadError):
-        raise RequestRefusedError(f"{what}: {done.error}")
-    if isinstance(done.error, UserError):
-        raise UserError(f"{what}: {done.error}")
-    if done.error is not None:
-        raise RunFailedError(f"{what}: {done.error}") from RemoteTracebackError(done.trace)
-    return done
 
 
 class Node:
@@ -339,8 +150,6 @@ class Node:
     Attributes:
         audit_log: Audit log of the site.
         joined: The current run, or None between runs.
-        left: Reason for which the server ended the last run, or an empty string if the run
-            completed. Before the first run ends, the value is None.
 
     Raises:
         UserError: If the audit log was modified, or the encryption key of the folder or a key of
@@ -368,7 +177,6 @@ class Node:
         # The log entry of the current message.
         self._line: Entry = {}
         self.joined: ParticipatingRun | None = None
-        self.left: str | None = None
         # Messages are handled one at a time, because the same message may arrive twice.
         self._lock = threading.Lock()
 
@@ -391,8 +199,6 @@ class Node:
             }
             try:
                 answer = self._handle(envelope)
-            except StateLostError as error:
-                answer = self._unsuccessful("lost", error.code, error)
             except RequestRefusedError as error:
                 answer = self._unsuccessful("refused", error.code, error)
             except UserError as error:
@@ -406,19 +212,19 @@ class Node:
         handlers = {
             "hello": self._hello,
             "terms": self._describe_data,
-            "roster": self._prepare,
-            "keep": self._receive_state,
+            "join": self._join,
             "do": self._run_task,
             "leave": self._end_run,
         }
         if why := find_violation(envelope, self.site.message_bytes):
             raise RequestRefusedError(why)
-        ask = head_value(envelope.head, "ask", str)
-        if ask not in handlers:
+        handler = handlers.get(str(envelope.head.get("ask")))
+        if handler is None:
+            found = one_line(envelope.head.get("ask"), 60)
             raise RequestRefusedError(
-                f"ask: unknown request '{ask}'; choose from {', '.join(handlers)}"
+                f"ask: unknown request '{found}'; choose from {', '.join(handlers)}"
             )
-        return handlers[ask](envelope)
+        return handler(envelope)
 
     def _log_answer(self, answer: Envelope) -> None:
         """Append an answer to the audit log before it is sent."""
@@ -460,37 +266,48 @@ class Node:
         return message(kind, why=why)
 
     def _hello(self, envelope: Envelope) -> Envelope:
+        run = read_head(HelloHead, envelope).run
+        if self.joined is not None and self.joined.run == run:
+            session = self.joined.session
+        else:
+            session = (self._stored_session(run) or {}).get("session", "")
         return message(
-            "here", {"settings": self.site.settings()}, client=self.site.client, **versions()
+            "here",
+            {"settings": self.site.settings()},
+            client=self.site.client,
+            session=session,
+            has_data=self.site.data is not None,
+            **versions(),
         )
 
     def _describe_data(self, envelope: Envelope) -> Envelope:
-        """Join a run and answer with the data report of the site."""
-        run = head_value(envelope.head, "run", str)
-        result = begin_run(
-            self.site,
-            self.folder,
-            self.storage_key,
-            entries=self.audit_log.entries(),
-            run=run,
-            tree=decode_body(envelope, "config", "public"),
+        """Take part in a run and answer with the data report of the site."""
+        run = read_head(RunHead, envelope).run
+        check_limit(
+            "refused configurations in 24 hours",
+            refused_configurations(self.audit_log.entries()) + 1,
+            "refusals",
+            self.site.allows.refusals,
         )
-        if result is None:
-            return message("lacks")
-        self.joined, info = result
+        terms = decode_body(envelope)
+        self.joined = self._begin(run, terms)
+        self.joined.storage.write(SESSION, encode({"terms": terms}, FORM))
+        info = self.joined.info
         self._line["kinds"] = [
             "numbers of rows",
             "a hash of them",
             *(["label counts"] if info.labels else []),
+            *(["preprocessing"] if info.view else []),
         ]
-        self._line["kinds"] += ["preprocessing"] if info.view else []
         return message("told", data_info_tree(info))
 
-    def _prepare(self, envelope: Envelope) -> Envelope:
+    def _join(self, envelope: Envelope) -> Envelope:
         """Prepare for the tasks of the run, given the data reports of all clients."""
-        joined = self._current_run(envelope)
-        tree = decode_body(envelope, "told", "fingerprint", "threads")
-        fingerprint = joined.prepare(self.site, tree, self.site_keys, self._check_upload)
+        head = read_head(RunHead, envelope)
+        joined = self._current_run(head.run)
+        join = read_body(Join, envelope)
+        self._prepare(joined, head.session, join)
+        state = "" if join.state is None else self._save_initial_state(joined, as_bytes(join.state))
         self.log(
             f"ready: {joined.config.name}, {joined.config.algorithm['name']}, "
             f"{pluralize(joined.config.rounds, 'round')}"
@@ -500,63 +317,227 @@ class Node:
                 "the site's file has no data: training on a part of the server's data "
                 f"({joined.data.name})"
             )
-        return message("ready", fingerprint=fingerprint)
+        # The name of the key does not reveal the key.
+        return message("ready", state=state)
 
-    def _end_run(self, envelope: Envelope) -> Envelope:
-        self.left = one_line(envelope.head.get("why", ""))
-        self.joined = None
-        self.log("disconnected by the server" + (f": {self.left}" if self.left else ""))
-        return message("left")
-
-    def _receive_state(self, envelope: Envelope) -> Envelope:
+    def _save_initial_state(self, joined: ParticipatingRun, state: bytes) -> str:
         """Store an initial private state, which comes from another run of the server."""
-        joined = self._prepared_run(envelope)
-        if joined is None:
-            return message("unready")
-        state = as_bytes(decode_body(envelope, "state")["state"])
         try:
             PrivateState.decode(state, bounded=True)
         except (CodecError, TypeError) as error:
             raise RequestRefusedError(f"initial state: cannot be read ({error})") from None
-        return message("kept", state=joined.storage.save_state(state))
+        return joined.storage.save_state(state)
+
+    def _end_run(self, envelope: Envelope) -> Envelope:
+        why = one_line(envelope.head.get("why", ""))
+        if self.joined is not None:
+            self.joined.storage.drop(SESSION)
+        self.joined = None
+        self.log("disconnected by the server" + (f": {why}" if why else ""))
+        return message("left")
+
+    def _begin(self, run: str, tree: Any) -> ParticipatingRun:
+        """Take part in a run with the configuration that the server sent.
+
+        Args:
+            run: ID of the run.
+            tree: Decoded message with the configuration, see `Terms`.
+
+        Returns:
+            The run, which the site has not joined yet.
+
+        Raises:
+            RequestRefusedError: If the site does not allow the configuration, the site is not a
+                client in the configuration, or the configuration or the data changed since the site
+                joined the run.
+            UserError: If the configuration or the data is invalid.
+        """
+        site = self.site
+        client = site.client
+        terms = read(Terms, tree, "terms")
+        raw = check_raw_config(terms.config, site.allows)
+        permission = CodePermission(granted=site.allows.own_code)
+        try:
+            config = load_config(raw, allow_code=permission)
+            clients = expand_population(config.clients)
+        except UserError as error:
+            raise RequestRefusedError(error) from None
+        # What a site reads comes from its file alone; `init_from` is a folder of the server.
+        sources = config.data.model_copy(update={"root": site.root})
+        config = config.model_copy(update={"init_from": None, "data": sources})
+        if client not in clients:
+            raise RequestRefusedError(
+                f"client: '{client}' is not a client of the server's configuration"
+                f"{suggest_or_list(client, clients)}",
+                "policy: clients",
+            )
+        check_config(config, site, clients[client])
+        data = self._load_data(config, terms, clients)
+        own_view = clients[client].preprocess.normalize == "own"
+        info = describe_client_rows(data, client, own_view, site.tells.labels)
+        storage = NodeStorage(self.folder / "runs" / run, self.storage_key)
+        fingerprint = run_fingerprint(raw, info.content_hash, terms.public)
+        if (known := storage.read(TERMS)) is None:
+            storage.write(TERMS, fingerprint)
+        elif known != fingerprint:
+            raise RequestRefusedError(
+                f"run {run[:12]}: the configuration, the public sets or this site's rows changed "
+                "since the site joined the run; start a new run",
+                "data",
+            )
+        # With an unkeyed hash, an attacker who knows all rows but one could verify guesses of that
+        # row.
+        info = replace(info, content_hash=storage.digest(info.content_hash.encode()))
+        usage = SiteUsage.from_log(self.audit_log.entries(), run)
+        noise = SecretNoiseSource(storage.secret("noise"))
+        return ParticipatingRun(run, tree, config, data, info, storage, usage, noise)
+
+    def _load_data(self, config: Config, terms: Terms, clients: Population) -> FederatedData:
+        """Load the data of the site and the public sets.
+
+        Raises:
+            RequestRefusedError: If the public sets are missing or malformed, or differ from the
+                server's.
+            UserError: If the data is invalid.
+        """
+        site = self.site
+        if site.data is None:
+            check_sources(config, site.allows)
+            data = load_federated_data(config)
+            if data.public_hash() != terms.public:
+                raise RequestRefusedError(
+                    "public sets: the sets of this site differ from the server's; use the same "
+                    "files"
+                )
+            return data
+        try:
+            pack = PublicPack.decode(b"" if terms.pack is None else as_bytes(terms.pack))
+        except (CodecError, KeyError, TypeError, ValueError) as error:
+            raise RequestRefusedError(f"public sets: cannot be read ({error})") from None
+        if pack.content_hash() != terms.public:
+            raise RequestRefusedError(
+                f"public sets: expected the hash {terms.public[:12]}, got another"
+            )
+        settings = clients[site.client].model_copy(update={"data": site.data})
+        # The columns and classes come from the public sets, the label from the site's file.
+        sources = config.data.model_copy(update={"label": None, "text": None})
+        members = {**clients, site.client: settings}
+        return pack.data_of_client(site.client, sources, members, config.seed)
+
+    def _prepare(self, joined: ParticipatingRun, session: str, join: Join) -> None:
+        """Prepare for the tasks of a run.
+
+        Args:
+            joined: The run.
+            session: ID of the server's process.
+            join: Data reports of all clients, the server's fingerprint and the number of threads.
+
+        Raises:
+            RequestRefusedError: If the fingerprint differs from the server's, or the data reports
+                changed during the run.
+        """
+        site = self.site
+        config = joined.config
+        data = joined.data
+        infos = {
+            client_id: read_data_info(report, data.task.outputs, data.own_view(client_id))
+            for client_id, report in join.reports.items()
+        }
+        prepared = prepare(config, data=restrict_to_holder(data, site.client, infos))
+        if federation_fingerprint(prepared) != join.fingerprint:
+            raise RequestRefusedError(
+                "fingerprint: the method, seed, clients or models at this site differ from the "
+                "server's; use the same code and data reports at both"
+            )
+        reports_digest = hashlib.sha256(repr(sorted(infos.items())).encode()).digest()
+        if joined.storage.read(ROSTER) not in (None, reports_digest):
+            raise RequestRefusedError(
+                "data reports: the reports of the clients changed since this site joined the run; "
+                "start a new run"
+            )
+        joined.storage.write(ROSTER, reports_digest)
+        if config.channel.homomorphic is not None and site.shared_key is not None:
+            shared_key = SharedKey.load(Path(site.shared_key))
+            keyed = replace(prepared.federation, shared_key=shared_key)
+            prepared = replace(prepared, federation=keyed)
+        device = choose_device(site.device or config.runtime.device)
+        setup = WorkerSetup(
+            prepared.method,
+            replace(prepared.federation, noise=joined.noise, site_keys=self.site_keys),
+            min(join.threads, site.threads or join.threads),
+            (str(device),),
+            precision=config.runtime.precision,
+            deterministic=config.runtime.deterministic,
+        )
+        joined.worker = Worker(setup, 0)
+        joined.worker.runtime.review_upload = self._check_upload
+        joined.policy = Policy(site, prepared, joined.usage)
+        joined.worker.runtime.guard = joined.policy.guard
+        known = join.model_dump(exclude={"state"})
+        content = {"session": session, "terms": joined.terms, "join": known}
+        joined.storage.write(SESSION, encode(content, FORM))
+        joined.session = session
+
+    def _stored_session(self, run: str) -> dict[str, Any] | None:
+        """Return the terms of a run, and the session and the reports if the site has joined it.
+
+        Returns:
+            The content of the file, or None if it is missing or damaged.
+        """
+        path = self.folder / "runs" / run
+        if not run or not path.is_dir():
+            return None
+        stored = NodeStorage(path, self.storage_key).read(SESSION)
+        try:
+            return None if stored is None else dict(decode(stored, FORM))
+        except CodecError:
+            return None
+
+    def _current_run(self, run: str) -> ParticipatingRun:
+        """Return the run of a message, which a restarted node reads from its own files.
+
+        Raises:
+            RequestRefusedError: If this site does not take part in the run.
+        """
+        if self.joined is not None and self.joined.run == run:
+            return self.joined
+        stored = self._stored_session(run)
+        if stored is None:
+            raise _not_joined(run)
+        joined = self._begin(run, stored["terms"])
+        if "join" in stored:
+            self._prepare(joined, stored["session"], read(Join, stored["join"], SESSION))
+        self.joined = joined
+        return joined
 
     def _run_task(self, envelope: Envelope) -> Envelope:
-        head = envelope.head
-        joined = self._prepared_run(envelope)
-        if joined is None:
-            return message("unready")
-        storage = joined.storage
-        usage = joined.usage
-        task = check_file_name(head_value(head, "task", str))
-        kind = head_value(head, "kind", str)
-        base = head_value(head, "base", str) and check_file_name(str(head["base"]))
-        if kind not in ("answer", "read"):
-            raise RequestRefusedError(f"kind: expected answer or read, got '{kind[:20]}'")
-        request = Message(
-            head_value(head, "what", str),
-            envelope.body,
-            head_value(head, "round", int),
-            head_value(head, "again", int),
-        )
-        digest = task_digest(kind, request, base)
-        self._line |= {
-            "round": request.round_idx,
-            "what": one_line(request.kind, 20),
-            "task": task,
-            "asked": digest.hex(),
-        }
-        if head_value(head, "expires", float) < time.time():
+        head = read_head(TaskHead, envelope)
+        request = Message(head.what, envelope.body, head.round, head.again)
+        self._line |= {"round": head.round, "what": one_line(head.what, 20), "task": head.task}
+        if head.expires < time.time():
             raise RequestRefusedError(
-                f"task {task[:12]}: has expired; check the clocks of the site and the server"
+                f"task {head.task[:12]}: has expired; check the clocks of the site and the server"
             )
-        if usage.tasks.get(task, digest) != digest:
-            raise RequestRefusedError(f"task {task[:12]}: was sent before with different content")
+        joined = self._current_run(head.run)
+        if not joined.session:
+            raise _not_joined(head.run)
+        usage = joined.usage
+        base, private = head.base, b""
+        if head.kind == "read" or head.what == TRAIN:
+            base, private = self._load_private(joined, base)
+        # A task that starts without the state is another task, with other noise.
+        digest = task_digest(head.kind, request, base)
+        self._line["asked"] = digest.hex()
+        if usage.tasks.get(head.task, digest) != digest:
+            raise RequestRefusedError(
+                f"task {head.task[:12]}: was sent before with different content"
+            )
         if digest in usage.answered:
             self._line["outcome"] = REPEATED
-        joined.policy.start_task(kind, request, digest)
-        if (stored := storage.read("answer")) is not None:
+        joined.policy.start_task(head.kind, request, digest)
+        if (stored := joined.storage.read("answer")) is not None:
             known = decode(stored, FORM)
-            if known["head"]["task"] == task:
+            if known["head"]["task"] == head.task:
                 self._line["kinds"] = ["what was answered before"]
                 if digest not in usage.answered:
                     joined.policy.check_budget(known["spent"])
@@ -565,23 +546,55 @@ class Node:
                 joined.policy.check_size(len(body), upload=True)
                 return Envelope(known["head"], body)
         joined.noise.task = digest
-        if kind == "read":
-            return self._evaluate(joined, request, base, bool(head.get("details", False)), task)
-        names = [name for name in str(head.get("spare", "")).split(",") if name]
-        protected = [check_file_name(name) for name in names][:MAX_STATES]
-        answer = self._answer_request(joined, request, base, task, protected)
+        about: Head = {"task": head.task, "reset": base != head.base}
+        if head.kind == "read":
+            return self._evaluate(joined, request, private, head.details, about)
+        protected = [name for name in head.spare.split(",") if name][:MAX_STATES]
+        answer = self._answer_request(joined, request, private, about, protected)
         spent = joined.policy.task.spent
-        kept = {"head": answer.head, "body": as_tensor(answer.body), "spent": spent}
-        storage.write("answer", encode(kept, FORM))
+        content = {"head": answer.head, "body": as_tensor(answer.body), "spent": spent}
+        joined.storage.write("answer", encode(content, FORM))
         self._line |= {"spent": spent} if spent else {}
         return answer
+
+    def _load_private(self, joined: ParticipatingRun, name: str) -> tuple[str, bytes]:
+        """Load a private state, and return its name, which is empty if the state is lost."""
+        try:
+            return name, joined.storage.load_state(name)
+        except StateLostError as error:
+            self.log(str(error))
+            return "", b""
+
+    def _run_job(self, joined: ParticipatingRun, job: WorkerJob, what: str) -> JobResult:
+        """Run a job and return its result, or raise the exception with which the job failed.
+
+        Args:
+            joined: The run.
+            job: The job.
+            what: Description of the job for error messages.
+
+        Raises:
+            RequestRefusedError: If the request is malformed or exceeds a limit of the site.
+            UserError: If the site does not share an item of the upload, or its data cannot be used.
+            RunFailedError: If the job failed with another exception.
+        """
+        done = joined.worker.run_job(job)
+        issue_warnings(done.warnings, joined.warned)
+        joined.policy.check_refusal()
+        if isinstance(done.error, PayloadError):
+            raise RequestRefusedError(f"{what}: {done.error}")
+        if isinstance(done.error, UserError):
+            raise UserError(f"{what}: {done.error}")
+        if done.error is not None:
+            raise RunFailedError(f"{what}: {done.error}") from RemoteTracebackError(done.trace)
+        return done
 
     def _answer_request(
         self,
         joined: ParticipatingRun,
         request: Message,
-        base: str,
-        task: str,
+        private: bytes,
+        about: Head,
         protected: Collection[str],
     ) -> Envelope:
         """Run one exchange of the round's protocol, such as training.
@@ -589,24 +602,21 @@ class Node:
         Args:
             joined: The run.
             request: Request of the server.
-            base: Name of the private state from which the task starts.
-            task: Name of the task.
+            private: Encoded private state from which the task starts.
+            about: Entries of the head of the answer.
             protected: Names of states that must not be deleted, because the server's checkpoints
                 refer to these states.
         """
         client = self.site.client
         storage = joined.storage
         notes = storage.read("notes")
-        private: dict[str, bytes | None] = (
-            {client: storage.load_state(base)} if request.kind == TRAIN else {}
-        )
         job = WorkerJob(
             "answer",
             {client: request},
-            private,
+            {client: private} if request.kind == TRAIN else {},
             notes={} if notes is None else {client: notes},
         )
-        done = _run_job(joined, job, request.kind)
+        done = self._run_job(joined, job, request.kind)
         if client in done.notes:
             storage.write("notes", done.notes[client])
         else:
@@ -615,9 +625,8 @@ class Node:
         if isinstance(reply, NoUploadError):
             joined.policy.charge_outcome()
             self.log(f"failed: {one_line(reply)}")
-            return message(
-                "failed", why=str(reply) if self.site.tells.errors else "failed", task=task
-            )
+            why = str(reply) if self.site.tells.errors else "failed"
+            return message("failed", why=why, **about)
         if reply.kind == "refused":
             self.log(f"refused: {one_line(reply.body.decode())}")
             reply = reply if self.site.tells.errors else replace(reply, content=b"malformed")
@@ -630,24 +639,28 @@ class Node:
         )
         check = hashlib.sha256(reply.body).hexdigest()
         return Envelope(
-            {"ask": "done", "task": task, "what": reply.kind, "state": state, "check": check},
+            {"ask": "done", "what": reply.kind, "state": state, "check": check, **about},
             reply.body,
         )
 
     def _evaluate(
-        self, joined: ParticipatingRun, request: Message, base: str, details: bool, task: str
+        self,
+        joined: ParticipatingRun,
+        request: Message,
+        private: bytes,
+        details: bool,
+        about: Head,
     ) -> Envelope:
         """Evaluate the site's model and return the results that the site discloses."""
         client = self.site.client
-        state = joined.storage.load_state(base)
-        job = WorkerJob("read", {client: request}, {client: state}, details)
-        done = _run_job(joined, job, "evaluation")
+        job = WorkerJob("read", {client: request}, {client: private}, details)
+        done = self._run_job(joined, job, "evaluation")
         evaluation = done.evaluations[client]
         # After the last round, the site stores its model even if it does not disclose the model.
         if evaluation.model:
             joined.storage.write(MODEL_FILE, evaluation.model)
         shared = self._shared_evaluation(evaluation)
-        answer = message("done", evaluation_tree(shared), task=task)
+        answer = message("done", evaluation_tree(shared), **about)
         joined.policy.check_size(len(answer.body), upload=False)
         self._line["kinds"] = [
             "scores",
@@ -672,15 +685,6 @@ class Node:
             else replace(evaluation, confusion={}, calibration={}, forecast={})
         )
 
-    def _current_run(self, envelope: Envelope) -> ParticipatingRun:
-        run = head_value(envelope.head, "run", str)
-        if self.joined is None or self.joined.run != run:
-            raise RequestRefusedError(f"run {run[:12]}: this site has not joined the run", "left")
-        return self.joined
 
-    def _prepared_run(self, envelope: Envelope) -> ParticipatingRun | None:
-        """Return the run of a message, or None if this site is not prepared for its tasks."""
-        joined = self.joined
-        if joined is None or not joined.is_prepared or joined.run != envelope.head.get("run"):
-            return None
-        return joined
+def _not_joined(run: str) -> RequestRefusedError:
+    return RequestRefusedError(f"run {run[:12]}: this site has not joined the run", "left")

@@ -17,18 +17,18 @@ from typing import Any
 from typing_extensions import override
 
 from hetero_fl.communication.protocol import Content, Message, Reply
-from hetero_fl.deployment.conversations import Conversation, Conversations
-from hetero_fl.deployment.handshake import Handshake
 from hetero_fl.deployment.messages import (
+    DoneHead,
+    EvaluatedHead,
     RequestRefusedError,
     decode_body,
-    head_value,
-    message,
-    refusal_reason,
+    read_head,
 )
+from hetero_fl.deployment.requests import Requests
+from hetero_fl.deployment.sites import Sites
 from hetero_fl.deployment.transport import Envelope, Head
-from hetero_fl.deployment.validation import read_evaluation, read_state_name
-from hetero_fl.engine.driver import Backend, DivergedError
+from hetero_fl.deployment.validation import read_evaluation
+from hetero_fl.engine.driver import Backend
 from hetero_fl.federation.checkpoint import KEPT_CHECKPOINTS
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.executors.base import (
@@ -42,14 +42,13 @@ from hetero_fl.federation.executors.base import (
 )
 from hetero_fl.federation.state_store import PrivateState, StateStore
 from hetero_fl.federation.summed_uploads import make_protocol
-from hetero_fl.utils.errors import RunFailedError, one_line
+from hetero_fl.utils.errors import NoUploadError, RunFailedError
 from hetero_fl.utils.ordering import natural_order
-from hetero_fl.utils.serialization import as_tensor
 
 # Key of the name of a client's state in the server's store.
 STATE_KEY = "at"
-# Number of attempts at a task if the node restarts or loses its state.
-MAX_ATTEMPTS = 3
+# Kind of requests for an evaluation.
+EVALUATION = "read"
 # Kinds of replies that contain an upload.
 UPLOADS = ("upload", "train")
 # Seconds for which the server waits for connected clients, and between two checks.
@@ -64,7 +63,7 @@ class NodeExecutor(TimedExecutor):
     count.
 
     Args:
-        handshake: The completed handshake with the nodes.
+        sites: The sites, which have joined the run.
         store: Store of the server, which contains the names of the clients' states.
         backend: Backend for computations at the server.
         deadline: Seconds that a node may take for a task.
@@ -76,7 +75,7 @@ class NodeExecutor(TimedExecutor):
 
     def __init__(
         self,
-        handshake: Handshake,
+        sites: Sites,
         store: StateStore,
         backend: Backend,
         deadline: float,
@@ -84,16 +83,14 @@ class NodeExecutor(TimedExecutor):
         required: int = 1,
     ) -> None:
         super().__init__(store, backend)
-        self.handshake = handshake
-        self.connections = handshake.connections
+        self.sites = sites
         self.deadline = deadline
         self.required = required
-        federation = handshake.prepared.federation
-        protocol = make_protocol(handshake.prepared.method, federation)
+        protocol = make_protocol(sites.prepared.method, sites.prepared.federation)
         self._is_repeatable = not protocol.has_one_time_requests
         self._listener: Callable[[str], None] | None = None
         self._started = time.monotonic()
-        self._dispatched = Conversations(self.connections)
+        self._dispatched = Requests(sites)
         # Start of each task in flight in seconds, keyed by client id.
         self._starts: dict[str, float] = {}
         # Clients that lost their private state since the last `record`.
@@ -130,19 +127,18 @@ class NodeExecutor(TimedExecutor):
     ) -> Iterator[tuple[str, Reply]]:
         """Yield replies until enough uploads have arrived, then an error for each late client.
 
-        The time of each arrival is added to `ends`. The deadline of a conversation takes that of
-        `until` into account.
+        The time of each arrival is added to `ends`. The deadline of a request takes that of `until`
+        into account.
         """
         # Nodes must recognize a repeated task, so that they do not train or add noise twice. The
         # secrets of secure aggregation are valid for one sum only, so its tasks are always unique.
         nonce = "" if self._is_repeatable else secrets.token_hex(16)
-        conversations = {
-            client: self._task_conversation(client, request, nonce) for client in clients
-        }
+
+        def task(client: str) -> Envelope:
+            return self._task(client, request(client), nonce)
+
         num_uploads = 0
-        for client, answer in self.connections.converse(
-            conversations, self.deadline, self.required
-        ):
+        for client, answer in self.sites.ask(clients, task, self.deadline, self.required):
             ends[client] = self.now
             reply = self._parse_reply(client, answer)
             num_uploads += isinstance(reply, Message) and reply.kind in UPLOADS
@@ -162,11 +158,11 @@ class NodeExecutor(TimedExecutor):
         round_idx: int,
         details: bool,
     ) -> Iterator[tuple[str, ClientEvaluation | ClientAbsentError]]:
-        conversations = {
-            client: self._evaluation_conversation(client, broadcast, round_idx, details)
-            for client in clients
-        }
-        answers = self.connections.converse(conversations, self.deadline, 1)
+        def task(client: str) -> Envelope:
+            request = Message(EVALUATION, broadcast(client), round_idx)
+            return self._task(client, request, details=details)
+
+        answers = self.sites.ask(clients, task, self.deadline, 1)
         return in_order(
             clients,
             ((client, self._parse_evaluation(client, answer)) for client, answer in answers),
@@ -178,8 +174,8 @@ class NodeExecutor(TimedExecutor):
 
     @override
     def available(self) -> Collection[str]:
-        self.connections.refresh()
-        return self.connections.node_of.keys()
+        self.sites.refresh()
+        return self.sites.connected()
 
     @override
     def wait_for_clients(self, round_idx: int, count: int, least: int) -> Sequence[str]:
@@ -201,8 +197,7 @@ class NodeExecutor(TimedExecutor):
     @override
     def start(self, client: str, request: Message, number: int, start: float | None = None) -> None:
         self._starts[client] = self.now if start is None else start
-        conversation = self._task_conversation(client, lambda _client: request, "")
-        self._dispatched.add(client, conversation, self.deadline)
+        self._dispatched.add(client, lambda client: self._task(client, request), self.deadline)
 
     @override
     def next_arrival(self) -> Arrival | None:
@@ -218,22 +213,9 @@ class NodeExecutor(TimedExecutor):
 
     @override
     def load_states(self, states: Mapping[str, PrivateState]) -> None:
-        conversations = {
-            client: self._state_conversation(client, private) for client, private in states.items()
-        }
-        for client, answer in self.connections.converse(
-            conversations, self.deadline, len(conversations)
-        ):
-            if isinstance(answer, ClientAbsentError) or answer.head.get("ask") != "kept":
-                raise RunFailedError(
-                    f"{client}: the node refused its initial state: {_failure_reason(answer)}"
-                )
-            self.store.stage(
-                client,
-                PrivateState(
-                    state={STATE_KEY: read_state_name(head_value(answer.head, "state", str))}
-                ),
-            )
+        # The nodes have received the states when they joined the run.
+        for client in states:
+            self._stage(client, self.sites.state_names[client])
         self.store.commit()
 
     @override
@@ -250,152 +232,78 @@ class NodeExecutor(TimedExecutor):
         self._reset_clients = []
         return {"reset": clients} if clients else {}
 
-    def _task_conversation(
-        self, client: str, make_request: Callable[[str], Message], nonce: str
-    ) -> Callable[[], Conversation]:
-        def conversation() -> Conversation:
-            request = make_request(client)
-            about: Head = {
-                "round": request.round_idx,
-                "again": request.attempt,
-                "what": request.kind,
-            }
-            return self._task(client, "answer", request, nonce=nonce, about=about)
-
-        return conversation
-
-    def _evaluation_conversation(
-        self, client: str, broadcast: Callable[[str], Content], round_idx: int, details: bool
-    ) -> Callable[[], Conversation]:
-        def conversation() -> Conversation:
-            request = Message("read", broadcast(client), round_idx)
-            about: Head = {
-                "round": round_idx,
-                "again": 0,
-                "what": "read",
-                "details": details,
-            }
-            return self._task(client, "read", request, nonce="", about=about)
-
-        return conversation
-
-    def _state_conversation(self, client: str, private: PrivateState) -> Callable[[], Conversation]:
-        def conversation() -> Conversation:
-            envelope = message(
-                "keep", {"state": as_tensor(private.encode())}, run=self.handshake.run
-            )
-            for _ in range(MAX_ATTEMPTS):
-                if (answer := (yield envelope)).head.get("ask") != "unready":
-                    break
-                yield from self.handshake.prepare_restarted_node(client)
-            return answer
-
-        return conversation
-
     def _task(
-        self,
-        client: str,
-        kind: str,
-        request: Message,
-        *,
-        nonce: str,
-        about: Head,
-    ) -> Conversation:
-        """Send a task to a node.
-
-        A restarted node is prepared first. A node that has lost its private state starts without
-        state.
+        self, client: str, request: Message, nonce: str = "", details: bool = False
+    ) -> Envelope:
+        """Create the message with a task, which is an exchange of the protocol or an evaluation.
 
         Args:
             client: Client whose node receives the task.
-            kind: "answer" for an exchange of the protocol, "read" for an evaluation.
             request: Request to send.
             nonce: String that makes the task unique. If empty, the node recognizes a repeated task.
-            about: Additional entries of the message's head.
+            details: Whether an evaluation computes all results that a report shows.
         """
+        is_evaluation = request.kind == EVALUATION
         if self._listener is not None:
-            self._listener(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")
-        base = self._committed_state_name(client)
-        run = self.handshake.run
+            self._listener(f"{client}: {'evaluation' if is_evaluation else 'train'}")
         names = {states[client] for states in self._checkpoint_states if client in states}
-        spare = ",".join(sorted(names))
-        expires = time.time() + self.deadline
-        for _ in range(MAX_ATTEMPTS):
-            hashed = hashlib.sha256(request.body).hexdigest()
-            parts = (run, client, kind, sorted(about.items()), base, nonce, hashed)
-            task = hashlib.sha256(repr(parts).encode()).hexdigest()
-            head: Head = {
-                "ask": "do",
-                "run": run,
-                "task": task,
-                "kind": kind,
-                "base": base,
-                "expires": expires,
-            }
-            answer = yield Envelope({**head, "spare": spare, **about}, request.body)
-            outcome = answer.head.get("ask")
-            if outcome in ("done", "failed") and answer.head.get("task") != task:
-                found = one_line(answer.head.get("task"), 12)
-                raise RequestRefusedError(f"answer: expected task {task[:12]}, got task {found}")
-            if outcome == "lost" and base:
-                base = ""
-                self._reset_clients.append(client)
-                self.connections.log(
-                    f"{client} has lost its private state and starts without it", client=client
-                )
-            elif outcome == "unready":
-                yield from self.handshake.prepare_restarted_node(client)
-            else:
-                break
-        return answer
+        about: Head = {
+            "run": self.sites.run,
+            "kind": "read" if is_evaluation else "answer",
+            "what": request.kind,
+            "round": request.round_idx,
+            "again": request.attempt,
+            "base": self._committed_state_name(client),
+            "details": details,
+        }
+        hashed = hashlib.sha256(request.body).hexdigest()
+        parts = (client, sorted(about.items()), nonce, hashed)
+        head: Head = {
+            "ask": "do",
+            "task": hashlib.sha256(repr(parts).encode()).hexdigest(),
+            "expires": time.time() + self.deadline,
+            "spare": ",".join(sorted(names)),
+        }
+        return Envelope({**head, **about}, request.body)
 
     def _committed_state_name(self, client: str) -> str:
         """Return the name of a client's committed state, or an empty string."""
         return str(self.store.get(client).state.get(STATE_KEY, ""))
 
+    def _stage(self, client: str, name: str) -> None:
+        self.store.stage(client, PrivateState(state={STATE_KEY: name}))
+
     def _parse_evaluation(
-        self, client: str, answer: Envelope | ClientAbsentError
+        self, client: str, answer: Envelope | NoUploadError
     ) -> ClientEvaluation | ClientAbsentError:
         """Return the evaluation in an answer, or the error if there is none."""
-        if isinstance(answer, ClientAbsentError):
-            return answer
-        prepared = self.handshake.prepared
+        if isinstance(answer, NoUploadError):
+            return ClientAbsentError(str(answer))
+        prepared = self.sites.prepared
         try:
-            if answer.head.get("ask") != "done":
-                return ClientAbsentError(refusal_reason(answer))
-            return read_evaluation(
-                decode_body(answer), client, prepared.federation, prepared.method
-            )
+            self._count_reset(client, read_head(EvaluatedHead, answer))
+            tree = decode_body(answer)
+            return read_evaluation(tree, client, prepared.federation, prepared.method)
         except RequestRefusedError as error:
-            self.connections.log(f"{client}: {error}", client=client)
+            self.sites.log(f"{client}: {error}", client=client)
             return ClientAbsentError(str(error))
 
-    def _parse_reply(self, client: str, answer: Envelope | ClientAbsentError) -> Reply:
+    def _parse_reply(self, client: str, answer: Envelope | NoUploadError) -> Reply:
         """Return the reply in an answer and stage the client's new state."""
-        if isinstance(answer, ClientAbsentError):
+        if isinstance(answer, NoUploadError):
             return answer
-        if answer.head.get("ask") == "failed":
-            return DivergedError(refusal_reason(answer))
-        if answer.head.get("ask") != "done":
-            return ClientAbsentError(refusal_reason(answer))
         try:
-            what, state, check = (
-                head_value(answer.head, name, str) for name in ("what", "state", "check")
-            )
-            state = read_state_name(state)
+            head = read_head(DoneHead, answer)
         except RequestRefusedError as error:
             return ClientAbsentError(f"the answer cannot be read: {error}")
-        try:
-            digest = bytes.fromhex(check)
-        except ValueError:
-            return ClientAbsentError(
-                "the answer cannot be read: 'done': check: expected hexadecimal digits, "
-                f"got '{one_line(check, 60)}'"
+        self._count_reset(client, head)
+        if head.state:
+            self._stage(client, head.state)
+        return Message(head.what, answer.body, checksum=bytes.fromhex(head.check))
+
+    def _count_reset(self, client: str, head: EvaluatedHead) -> None:
+        if head.reset:
+            self._reset_clients.append(client)
+            self.sites.log(
+                f"{client} has lost its private state and starts without it", client=client
             )
-        if state:
-            self.store.stage(client, PrivateState(state={STATE_KEY: state}))
-        return Message(what, answer.body, checksum=digest)
-
-
-def _failure_reason(answer: Envelope | ClientAbsentError) -> str:
-    return str(answer) if isinstance(answer, ClientAbsentError) else refusal_reason(answer)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -11,22 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from pydantic import ValidationError
 
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import is_reference
 from hetero_fl.config import Config, expand_population
-from hetero_fl.deployment.conversations import PATIENCE, Connections, EventFunction
-from hetero_fl.deployment.handshake import Handshake, perform_handshake
 from hetero_fl.deployment.monitoring import RunStatus
 from hetero_fl.deployment.node_storage import NodeStorage
 from hetero_fl.deployment.remote_executor import NodeExecutor
-from hetero_fl.deployment.transport import MESSAGE_BYTES, BoundedTransport, Transport
+from hetero_fl.deployment.sites import PATIENCE, EventFunction, Sites, SitesState
+from hetero_fl.deployment.transport import MESSAGE_BYTES, Transport
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.experiment.preparation import PreparedRun
+from hetero_fl.experiment.preparation import PreparedRun, check_method
 from hetero_fl.experiment.runner import Callback, check_resumed_choice, run_prepared
+from hetero_fl.federation.checkpoint import checkpoint_files
 from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.executors.choose import ExecutorChoice
 from hetero_fl.federation.federation import FederationSpec
@@ -34,13 +33,14 @@ from hetero_fl.federation.simulation.conditions import unused_simulation_keys
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.trainer import min_clients
 from hetero_fl.privacy.noise import SecretNoiseSource
+from hetero_fl.reporting.loggers.run_loggers import check_loggers
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
 from hetero_fl.utils.environment import use_deterministic_algorithms
-from hetero_fl.utils.errors import UserError, one_line
+from hetero_fl.utils.errors import RunFailedError, UserError, one_line
 from hetero_fl.utils.serialization import write_atomically
 
-# File in the run directory with the result of `Handshake.state_dict`.
+# File in the run directory with the result of `Sites.state`.
 IDENTITY_FILE = "federation.json"
 
 
@@ -50,7 +50,6 @@ def run_federation(
     *,
     out: Path,
     resume: bool = False,
-    overrides: Iterable[str] = (),
     wait: float = 120.0,
     deadline: float = 3600.0,
     patience: float = PATIENCE,
@@ -58,8 +57,6 @@ def run_federation(
     quiet: bool = True,
     keys: Mapping[str, bytes] | None = None,
     log: EventFunction | None = None,
-    status: RunStatus | None = None,
-    console: Console | None = None,
     message_bytes: int = MESSAGE_BYTES,
 ) -> Run:
     """Train with the connected nodes of a transport.
@@ -71,7 +68,6 @@ def run_federation(
         transport: Transport for the messages, which is closed at the end.
         out: Run directory.
         resume: Whether to continue from the newest checkpoint in `out`.
-        overrides: Changes to the configuration in the format `key.path=value`.
         wait: Seconds to wait for all clients of the configuration.
         deadline: Seconds that a node may take for a task, unless `cohort.deadline` is smaller.
         patience: Seconds to wait for a disconnected node while enough other nodes are connected.
@@ -81,8 +77,6 @@ def run_federation(
             node that claims to be the client, until that node disconnects.
         log: Function that is called for each node that connects, disconnects or is refused. If
             None, these events are not logged.
-        status: Status that is updated during the run. If None, a new status is created.
-        console: Console for progress. If None, progress is shown in the terminal.
         message_bytes: Maximum size of a node's answer in bytes.
 
     Returns:
@@ -95,54 +89,53 @@ def run_federation(
         Interrupted: If the run is interrupted after its first checkpoint.
     """
     try:
-        config = load_config(source, overrides)
+        config = load_config(source)
         check_deployable(config)
-        _check_out(out, resume)
+        check_method(config)
+        check_loggers(config)
+        is_resumed = _check_out(out, resume)
         clients = list(expand_population(config.clients))
-        status = status or RunStatus(out, clients)
-        bounded = BoundedTransport(transport, message_bytes)
-        connections = Connections(bounded, clients, _make_reporter(status, log), patience, keys)
-        status.set_log_source(lambda: connections.log_heads.longest)
-        status.set_presence_source(lambda: connections.node_of)
-    except BaseException:
-        transport.close()
-        raise
-    is_complete = False
-    try:
-        with _report_outcome(status):
+        status = RunStatus(out, clients)
+        report = _make_reporter(status, log)
+        sites = Sites(
+            transport,
+            clients,
+            report,
+            patience=patience,
+            keys=keys,
+            message_bytes=message_bytes,
+        )
+        status.set_log_source(lambda: sites.log_heads.longest)
+        status.set_presence_source(sites.connected)
+        with _report_outcome(status, sites):
             status.update(
                 name=config.name, algorithm=config.algorithm["name"], rounds=config.rounds
             )
-            identity = _run_identity(out) if resume else None
-            handshake = perform_handshake(config, connections, wait, identity)
-            status.update(phase="running", run=handshake.run)
-            for record in _completed_rounds(out) if resume else []:
+            prepared = sites.join(config, wait, _sites_state(out) if is_resumed else None)
+            status.update(phase="running", run=sites.run)
+            for record in _completed_rounds(out) if is_resumed else []:
                 status.add_record(record)
-            prepared = handshake.prepared
             prepared.notes.extend(unused_simulation_keys(prepared.federation, config))
-            run = run_prepared(
+            factory = partial(_make_executor, sites=sites, out=out, deadline=deadline)
+            return run_prepared(
                 prepared,
                 out=out,
                 resume=resume,
                 callbacks=[status.add_record, *callbacks],
                 quiet=quiet,
-                executor_factory=partial(
-                    _make_executor, handshake=handshake, out=out, deadline=deadline
-                ),
-                console=console,
+                executor_factory=factory,
             )
-        is_complete = True
-        return run
     finally:
-        connections.close(is_complete)
+        transport.close()
 
 
-def _check_out(out: Path, resume: bool) -> None:
-    """Check, before waiting for nodes, that a run can be started or resumed in a folder."""
+def _check_out(out: Path, resume: bool) -> bool:
+    """Check that a run can be started or resumed in a folder, and return whether it is resumed."""
     if resume and (out / "config.yaml").exists():
         check_resumed_choice(out, on_nodes=True)
-    else:
-        check_vacant(out)
+        return True
+    check_vacant(out)
+    return False
 
 
 def _make_reporter(status: RunStatus, log: EventFunction | None) -> EventFunction:
@@ -162,7 +155,7 @@ def _make_executor(
     choice: ExecutorChoice,
     store: StateStore,
     *,
-    handshake: Handshake,
+    sites: Sites,
     out: Path,
     deadline: float,
 ) -> tuple[NodeExecutor, FederationSpec]:
@@ -172,7 +165,7 @@ def _make_executor(
         prepared: The run.
         choice: Device and threads of the server.
         store: Store of the server.
-        handshake: The completed handshake with the nodes.
+        sites: The sites, which have joined the run.
         out: Run directory, which exists.
         deadline: Seconds that a node may take for a task, unless `cohort.deadline` is smaller.
 
@@ -182,31 +175,34 @@ def _make_executor(
     torch.set_num_threads(choice.server_threads)
     device = torch.device(choice.device)
     use_deterministic_algorithms(device, choice.deterministic)
-    write_atomically(out / IDENTITY_FILE, json.dumps(handshake.state_dict()).encode())
+    write_atomically(out / IDENTITY_FILE, sites.state().model_dump_json().encode())
     memory = DeviceMemory(device, keeps_copies=False)
     backend = make_backend(memory, 1, choice.precision)
     cohort = prepared.config.cohort
     seconds = min(deadline, cohort.deadline or deadline)
     required = min_clients(cohort, prepared.federation)
-    executor = NodeExecutor(handshake, store, backend, seconds, required=required)
+    executor = NodeExecutor(sites, store, backend, seconds, required=required)
     # Privacy noise must not depend on the seed, which every node knows.
     noise = SecretNoiseSource(NodeStorage(out / "secrets").secret("noise"))
     return executor, replace(prepared.federation, noise=noise)
 
 
 @contextmanager
-def _report_outcome(status: RunStatus) -> Iterator[None]:
-    """Set the phase of the status when the run ends."""
+def _report_outcome(status: RunStatus, sites: Sites) -> Iterator[None]:
+    """Set the phase of the status when the run ends, and notify the nodes unless it may resume."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         # Flower stops its processes with SystemExit.
         status.update(phase="interrupted")
         raise
-    except BaseException:
+    except Exception:
         status.update(phase="failed")
+        with suppress(RunFailedError):
+            sites.leave("the server ended with an error; see its log")
         raise
     status.update(phase="done")
+    sites.leave()
 
 
 def _completed_rounds(out: Path) -> list[Record]:
@@ -234,9 +230,18 @@ def check_deployable(config: Config) -> None:
         )
 
 
-def _run_identity(out: Path) -> dict[str, Any] | None:
-    try:
-        known: dict[str, Any] = json.loads((out / IDENTITY_FILE).read_text(encoding="utf-8"))
-        return known
-    except (OSError, ValueError):
+def _sites_state(out: Path) -> SitesState | None:
+    """Return the state of the sites in a run, or None if nothing was trained yet.
+
+    Raises:
+        UserError: If the file is missing or invalid.
+    """
+    if not checkpoint_files(out / "checkpoint"):
         return None
+    path = out / IDENTITY_FILE
+    try:
+        return SitesState.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        raise UserError(
+            f"{path}: missing or invalid; restore the file, or start a new run"
+        ) from None

@@ -124,30 +124,3 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Close the connection and release all resources."""
-
-
-class BoundedTransport:
-    """Transport that replaces answers that violate the limits with `UnreadableAnswer`.
-
-    Args:
-        transport: The wrapped transport.
-        max_body_bytes: Maximum size of an answer's body in bytes.
-    """
-
-    def __init__(self, transport: Transport, max_body_bytes: int) -> None:
-        self.transport = transport
-        self.max_body_bytes = max_body_bytes
-        self.nodes = transport.nodes
-        self.push = transport.push
-        self.close = transport.close
-
-    def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
-        """See `Transport.pull`."""
-        return {
-            number: None if answer is None else self._check_answer(answer)
-            for number, answer in self.transport.pull(numbers, wait).items()
-        }
-
-    def _check_answer(self, answer: Envelope) -> Envelope:
-        violation = find_violation(answer, self.max_body_bytes)
-        return UnreadableAnswer.with_reason(violation) if violation else answer

@@ -239,6 +239,19 @@ def make_algorithm(config: Config) -> Algorithm:
     return method
 
 
+def check_method(config: Config) -> Algorithm:
+    """Create the algorithm, and check what can be checked without the data.
+
+    Raises:
+        UserError: If the settings of the configuration cannot be combined.
+    """
+    method = make_algorithm(config)
+    check_rules(RULES_ON_LOADING, ConfigFacts(config, expand_population(config.clients), method))
+    if config.channel.homomorphic is not None:
+        check_tenseal()
+    return method
+
+
 @own_generators()
 def prepare(
     source: str | Path | Mapping[str, Any] | Config,
@@ -282,10 +295,7 @@ def prepare(
         find_references(config.model_dump())
     )
     clients = expand_population(config.clients)
-    method = make_algorithm(config)
-    check_rules(RULES_ON_LOADING, ConfigFacts(config, clients, method))
-    if config.channel.homomorphic is not None:
-        check_tenseal()
+    method = check_method(config)
     data = data or load_federated_data(config, dataset)
     student = method.needs.proxy_set != "unused" and data.n_proxy > 0
     federation = FederationSpec.from_config(config, data, clients, student)

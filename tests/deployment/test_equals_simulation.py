@@ -101,7 +101,7 @@ def test_deployment_equals_simulation(
     config = ROOT / "configs" / "digits_quickstart.yaml"
     changes = [*QUICK, f"algorithm.name={name}", *more]
     deployed = in_federation(
-        loopback, tmp_path, ["cnn_1", "cnn_2", "mlp", "vit"], source=config, overrides=changes
+        loopback, tmp_path, ["cnn_1", "cnn_2", "mlp", "vit"], source=load_config(config, changes)
     )
     simulated = run(config, out=tmp_path / "simulation", overrides=changes)
     for key in (
@@ -125,7 +125,7 @@ def test_local_models_are_saved_at_the_sites(loopback: LoopbackTransport, tmp_pa
     for client in clients:
         loopback.join(Node(SiteConfig(client=client), tmp_path / "sites" / client).handle)
     deployed = run_federation(
-        config, loopback, out=tmp_path / "federation", wait=LONG, overrides=changes
+        load_config(config, changes), loopback, out=tmp_path / "federation", wait=LONG
     )
     simulated = run(config, out=tmp_path / "simulation", overrides=changes)
     assert not [path for path in (deployed.path / "models").glob("*") if path.stem in clients]

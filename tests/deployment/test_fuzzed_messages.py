@@ -435,18 +435,18 @@ def test_node_answers_any_message(
 
 
 def test_node_continues_after_any_message(session: NodeSession) -> None:
-    answers = [session.repeat(kind).head["ask"] for kind in ("hello", "terms", "roster")]
+    answers = [session.repeat(kind).head["ask"] for kind in ("hello", "terms", "join")]
     assert answers == ["here", "told", "ready"]
     assert all(len(json.dumps(entry)) < 2000 for entry in verify(session.node.audit_log.path))
 
 
 def test_node_ignores_thread_counts_of_the_server(session: NodeSession) -> None:
-    tree = {**decode_body(session.requests["roster"]), "threads": 10**6}
+    tree = {**decode_body(session.requests["join"]), "threads": 10**6}
     session.repeat("terms")
 
-    reason = session.refusal_reason("roster", encode(tree, FORM))
+    reason = session.refusal_reason("join", encode(tree, FORM))
 
-    assert reason == "threads: must be >= 1 and <= 1024, got 1000000"
+    assert reason == "'join': threads: must be <= 1024, got 1000000"
 
 
 def test_large_request_is_logged_in_a_short_line(session: NodeSession) -> None:

@@ -35,6 +35,8 @@ from tests.support.node_session import NodeSession
 from tests.support.nodes import LONG
 from tests.support.recording import RecordingTransport
 
+JOIN = {"reports": {}, "fingerprint": "", "threads": 1, "state": as_tensor(b"x")}
+
 
 def terms(source: Any, run: str = "r", public: tuple[str, Any] = ("", None)) -> Envelope:
     tree = {"config": source, "public": public[0], "pack": public[1]}
@@ -83,8 +85,7 @@ def check_marked_site(case: int, folder: Path, public_sets: list[tuple[Any, Any]
     answers = [
         seen.ask(node, message("hello")),
         seen.ask(node, terms(source, public=public)),
-        seen.ask(node, message("roster", {"told": {}, "fingerprint": "", "threads": 1}, run="r")),
-        seen.ask(node, message("keep", {"state": as_tensor(b"x")}, run="r")),
+        seen.ask(node, message("join", JOIN, run="r")),
         seen.ask(node, Envelope({"ask": "do", "run": "r", "task": "t", "kind": "read"})),
     ]
     loopback.close()
@@ -291,6 +292,19 @@ def test_number_of_training_tasks_is_limited(
     assert answers[-1]["why"] == "policy: rounds"
     assert session.repeat("read").head["ask"] == "done"
     assert session.refusal_reason("train", task="x", round=rounds) == "policy: rounds"
+
+
+def test_task_whose_state_is_lost_is_another_task(tmp_path: Path) -> None:
+    """With the same noise, two answers from different states would reveal their difference."""
+    session = NodeSession(tmp_path, method="fedper", models="mlp", rounds=2)
+    for file in session.node.joined.storage.folder.rglob("states/*/*"):
+        file.unlink()
+
+    same_name = session.refusal_reason("train")
+    new_name = session.refusal_reason("train", task="new")
+
+    assert same_name.endswith("was sent before with different content")
+    assert new_name.startswith("training tasks of this run: must be <= 2")
 
 
 def test_site_of_a_secure_sum_keeps_rounds_but_no_secrets(tmp_path: Path) -> None:

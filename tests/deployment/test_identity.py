@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
 
-from hetero_fl.deployment import conversations
+from hetero_fl.deployment import sites
 from hetero_fl.deployment.audit_log import AuditLog, verify
 from hetero_fl.deployment.config import SiteConfig
-from hetero_fl.deployment.conversations import Connections, LogHeads
 from hetero_fl.deployment.messages import LOG
 from hetero_fl.deployment.monitoring import read_status
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_keys import public_bytes
+from hetero_fl.deployment.sites import LogHeads, Sites
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.utils.errors import RunFailedError
 from tests.support.cases import each_case
@@ -34,14 +34,14 @@ class Server:
         self.folder = folder
         self.log_lines = EventLines()
         self.transport = LoopbackTransport()
-        self.connections = Connections(self.transport, SITES, self.log_lines, keys=keys)
+        self.sites = Sites(self.transport, SITES, self.log_lines, keys=keys)
 
     def meet(self, claim: str, key: bytes) -> int:
         """Connect a node, and wait until the server has answered its claim."""
         folder = self.folder / str(len(self.log_lines))
         count = len(self.log_lines)
         number = self.transport.join(Node(SiteConfig(client=claim), folder).handle, key)
-        until(lambda: self.connections.refresh() or len(self.log_lines) > count)
+        until(lambda: self.sites.refresh() or len(self.log_lines) > count)
         return number
 
 
@@ -70,7 +70,7 @@ def test_node_with_another_key_is_refused(
     number = server.meet("site_1", key)
 
     assert server.log_lines == [line]
-    assert server.connections.node_of == ({"site_1": number} if "connected" in line else {})
+    assert server.sites._nodes == ({"site_1": number} if "connected" in line else {})
 
 
 def test_without_keys_a_client_belongs_to_its_connected_node(tmp_path: Path) -> None:
@@ -78,20 +78,20 @@ def test_without_keys_a_client_belongs_to_its_connected_node(tmp_path: Path) -> 
 
     first = server.meet("site_1", KEYS["site_1"])
     server.meet("site_1", KEYS["site_2"])
-    assert server.connections.node_of == {"site_1": first}
+    assert server.sites._nodes == {"site_1": first}
     assert "its key is not the key of client 'site_1'" in server.log_lines[-1]
 
     server.transport.leave(first)
-    server.connections.refresh()
+    server.sites.refresh()
     again = server.meet("site_1", KEYS["site_3"])
-    assert server.connections.node_of == {"site_1": again}
+    assert server.sites._nodes == {"site_1": again}
     assert server.log_lines[-1] == "site_1 reconnected"
 
 
 def test_node_with_failed_worker_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversations, "GREETING_RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(sites, "GREETING_RETRY_SECONDS", 0.1)
     server = Server(tmp_path, None)
     node = Node(SiteConfig(client="site_1"), tmp_path / "site")
     refusals = ["the folder is locked", "the folder is locked"]
@@ -102,9 +102,9 @@ def test_node_with_failed_worker_is_asked_again(
         return node.handle(envelope)
 
     number = server.transport.join(handle)
-    until(lambda: server.connections.refresh() or server.connections.node_of)
+    until(lambda: server.sites.refresh() or server.sites._nodes)
 
-    assert server.connections.node_of == {"site_1": number}
+    assert server.sites._nodes == {"site_1": number}
     refused = "refused a node for client '': the folder is locked"
     assert server.log_lines == [refused, "site_1 connected"]
 
@@ -140,7 +140,15 @@ def head_of(count: int, digit: str) -> str:
     return f"{count}:{digit * 64}"
 
 
-WENT_BACK = f"the audit log of 'site_1' has 3 lines; it had 5 (kept: {head_of(5, 'a')})"
+def contradiction(found: str, last: str) -> str:
+    """Return the line about a head that contradicts `last`; the head `5:a...` is kept."""
+    return (
+        f"the audit log of 'site_1' was truncated or rewritten: found {found} after {last} "
+        f"(kept: {head_of(5, 'a')})"
+    )
+
+
+WENT_BACK = contradiction(head_of(3, "b"), head_of(5, "a"))
 
 
 @each_case(
@@ -151,19 +159,12 @@ WENT_BACK = f"the audit log of 'site_1' has 3 lines; it had 5 (kept: {head_of(5,
         (
             [head_of(5, "a"), head_of(5, "b")],
             head_of(5, "a"),
-            [
-                "line 5 of the audit log of 'site_1' was replaced: "
-                f"found {head_of(5, 'b')} (kept: {head_of(5, 'a')})"
-            ],
+            [contradiction(head_of(5, "b"), head_of(5, "a"))],
         ),
         (
-            [head_of(5, "a"), head_of(3, "b"), head_of(5, "c"), head_of(6, "d")],
+            [head_of(5, "a"), head_of(3, "b"), head_of(3, "c"), head_of(6, "d")],
             head_of(6, "d"),
-            [
-                WENT_BACK,
-                "line 5 of the audit log of 'site_1' was replaced: "
-                f"found {head_of(5, 'c')} (kept: {head_of(5, 'a')})",
-            ],
+            [WENT_BACK, contradiction(head_of(3, "c"), head_of(3, "b"))],
         ),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 
 from hetero_fl.communication.named_arrays import decode_arrays
 from hetero_fl.communication.secure_aggregation.client import REQUESTS
+from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_storage import MAX_STATES, NodeStorage, StateLostError
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
@@ -90,6 +91,35 @@ KINDS: dict[str, dict[str, Any]] = {
     "hybrid": config("hybrid", MIXED, rounds=3, channel=TOP, algorithm__heads="keep"),
     "fedavg": config("fedavg", rounds=3, clients__per_round=2),
 }
+
+
+def test_node_may_restart_before_every_message(tmp_path: Path) -> None:
+    """Its connection stays, as that of a SuperNode whose worker was killed."""
+    run_config = config("hybrid", MIXED, rounds=2, channel=TOP, algorithm__heads="keep")
+    sites = Sites([], tmp_path / "sites")
+    for client in CLIENTS:
+        site, folder = sites.site(client), tmp_path / "sites" / client
+        sites.transport.join(lambda e, site=site, folder=folder: Node(site, folder).handle(e))
+
+    deployed = federation(run_config, sites, tmp_path / "deployed")
+
+    same(deployed, run(run_config, out=tmp_path / "simulated"))
+
+
+def test_restarted_node_continues_from_its_own_disk(tmp_path: Path) -> None:
+    sites = Sites(CLIENTS, tmp_path / "sites")
+
+    def restart(record: dict[str, Any]) -> None:
+        if record["round"] == 1:
+            sites.stop("site_2")
+            sites.start("site_2")
+
+    deployed = federation(KINDS["fedavg"], sites, tmp_path / "deployed", callbacks=[restart])
+
+    counts = sites.request_counts
+    assert [counts[client, -1, "hello"] for client in CLIENTS] == [1, 2, 1]
+    assert {counts[c, -1, ask] for c in CLIENTS for ask in ("terms", "join")} == {1}
+    same(deployed, run(KINDS["fedavg"], out=tmp_path / "simulated"))
 
 
 @pytest.mark.slow

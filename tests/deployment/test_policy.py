@@ -14,7 +14,7 @@ from hetero_fl.deployment import audit_log
 from hetero_fl.deployment.audit_log import AuditLog, SiteUsage, verify
 from hetero_fl.deployment.config import SiteConfig, load_site_config
 from hetero_fl.deployment.messages import RequestRefusedError, decode_body, message
-from hetero_fl.deployment.node import Node, begin_run
+from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.policy import run_fingerprint
 from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.privacy.accounting import epsilon_of_mechanisms, gaussian_epsilon
@@ -143,7 +143,8 @@ def test_refused_terms_are_shown_and_logged(tmp_path: Path) -> None:
     ):
         federation.serve(small())
     assert f"refused: {line}" in federation.log_lines
-    assert verify(tmp_path / "site_2" / "audit.jsonl")[-1]["outcome"] == f"refused: {line}"
+    outcomes = [entry["outcome"] for entry in verify(tmp_path / "site_2" / "audit.jsonl")]
+    assert outcomes == ["here", f"refused: {line}", "left"]
     assert not (tmp_path / "run").exists()
 
 
@@ -341,8 +342,8 @@ def test_expired_task_is_refused(session: NodeSession) -> None:
             {"round": 1, "again": 1},
             "training tasks of this run: must be <= 2 (this site's allows.rounds), got 3",
         ),
-        ({"round": "1"}, "'do': round: expected int, got '1'"),
-        ({"kind": "other"}, "kind: expected answer or read, got 'other'"),
+        ({"round": "1"}, "'do': round: expected an integer, got '1'"),
+        ({"kind": "other"}, "kind: expected 'answer' or 'read', got 'other'"),
         # Under another name, training would be neither limited nor charged.
         ({"what": "keys"}, "request: unknown kind 'keys'; choose from train"),
         ({"what": "read"}, "request: unknown kind 'read'; choose from train"),
@@ -350,7 +351,7 @@ def test_expired_task_is_refused(session: NodeSession) -> None:
         ({"what": "Train"}, "request: unknown kind 'Train'; choose from train"),
         (
             {"task": "../../etc/passwd"},
-            "expected at most 64 letters and digits, got '../../etc/passwd'",
+            "'do': task: must match ^[A-Za-z0-9]{1,64}$, got '../../etc/passwd'",
         ),
     ],
 )
@@ -403,7 +404,7 @@ def test_other_configuration_of_same_name_is_refused(session: NodeSession) -> No
     tree["config"]["runtime"]["workers"] = 7
     tree["config"]["output"]["loggers"] = [{"kind": "csv"}]
     assert session.repeat("terms", body=message("terms", tree).body).head["ask"] == "told"
-    assert session.repeat("roster").head["ask"] == "ready"
+    assert session.repeat("join").head["ask"] == "ready"
 
 
 @each_case(
@@ -439,13 +440,13 @@ def test_other_client_list_of_same_name_is_refused(
     session: NodeSession, rows: str, expected: str
 ) -> None:
     """The noise scale depends on all clients' rows; two scales of the same noise reveal it."""
-    tree = decode_body(session.requests["roster"])
-    tree["told"]["site_2"]["rows"][rows] += 1
+    tree = decode_body(session.requests["join"])
+    tree["reports"]["site_2"]["rows"][rows] += 1
 
-    text = session.refusal_reason("roster", body=message("roster", tree).body)
+    text = session.refusal_reason("join", body=message("join", tree).body)
 
     assert text.startswith(expected)
-    assert session.repeat("roster").head["ask"] == "ready"
+    assert session.repeat("join").head["ask"] == "ready"
 
 
 def test_unshared_items_are_never_sent(session: NodeSession) -> None:
@@ -510,4 +511,4 @@ def test_server_cannot_permit_links_of_a_site(tmp_path: Path) -> None:
     site = SiteConfig.model_validate({"client": "site_1", "allows": allows})
 
     with pytest.raises(RequestRefusedError, match=r"is not in this site's allows\.data"):
-        begin_run(site, tmp_path, None, entries=[], run="a", tree={"config": raw, "public": ""})
+        Node(site, tmp_path)._begin("a", {"config": raw, "public": ""})

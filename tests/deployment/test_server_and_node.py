@@ -108,6 +108,26 @@ def test_status_file_is_complete_after_a_run(sites: Sites, tmp_path: Path) -> No
     assert sites.lines.count(line) == 3
 
 
+def test_server_finds_its_own_errors_before_it_waits(tmp_path: Path) -> None:
+    missing = {"name": "table", "path": str(tmp_path / "missing.csv"), "label": "ill"}
+    source = config(data=missing, models="tabular")
+    with pytest.raises(UserError, match=r"missing\.csv"):
+        run_federation(source, LoopbackTransport(), out=tmp_path / "out", wait=LONG)
+
+
+def test_nodes_leave_if_the_server_ends_with_an_error(sites: Sites, tmp_path: Path) -> None:
+    def fail(record: dict[str, Any]) -> None:
+        raise RuntimeError("of all things")
+
+    with pytest.raises(RuntimeError):
+        run_federation(
+            config(**SERIAL), sites.gathered(), out=tmp_path / "out", wait=LONG, callbacks=[fail]
+        )
+
+    line = "disconnected by the server: the server ended with an error; see its log"
+    assert sites.lines.count(line) == 3
+
+
 def test_site_without_data_is_told_to_set_it(tmp_path: Path) -> None:
     source = {**config(models="tabular", **SERIAL), "data": public_table(tmp_path / "public.csv")}
     words = "data: table is not in this site's allows.data; to use the site's own data, set data in"
@@ -236,7 +256,7 @@ def test_node_answers_task_with_invalid_round(sites: Sites) -> None:
     answer = sites.nodes[0].handle(
         Envelope({"ask": "do", "run": "r", "round": "first", "what": "\x1b[2J"})
     )
-    assert answer.head["ask"] == "unready" and "\\x1b[2J: unready" in sites.lines[-1]
+    assert answer.head["ask"] == "refused" and "\\x1b[2J: refused" in sites.lines[-1]
 
 
 def test_run_stopped_by_flower_is_interrupted(tmp_path: Path) -> None:

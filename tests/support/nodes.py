@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.deployment import conversations
+from hetero_fl.deployment import sites as server_sites
 from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
-from hetero_fl.deployment.conversations import EventFunction
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_storage import NodeStorage
 from hetero_fl.deployment.server import run_federation
+from hetero_fl.deployment.sites import EventFunction
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.reporting.run import Run
 from model_zoo import generators
@@ -66,8 +66,8 @@ def patient_nodes() -> Iterator[None]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversations, "GREETING_SECONDS", LONG)
-        patch.setattr(conversations, "LEAVE_SECONDS", LONG)
+        patch.setattr(server_sites, "GREETING_SECONDS", LONG)
+        patch.setattr(server_sites, "LEAVE_SECONDS", LONG)
         for name in ("read_states", "write_states"):
             patch.setattr(generators, name, locked_function(getattr(generators, name)))
         for module in list(sys.modules.values()):

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 import hetero_fl
 from hetero_fl.cli import main
 from hetero_fl.deployment.config import SiteConfig, load_site_config
-from hetero_fl.deployment.handshake import perform_handshake
 from hetero_fl.deployment.messages import RequestRefusedError
-from hetero_fl.deployment.node import begin_run
+from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.sites import Sites, SitesState
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.methods import describe_methods, method_class
 from hetero_fl.reporting.run import Run
@@ -32,6 +32,8 @@ from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
 from tests.support.federations import changed, config
+from tests.support.loopback import LoopbackTransport
+from tests.support.nodes import EventLines
 
 TRAP = """
 import pathlib
@@ -525,27 +527,24 @@ def test_node_runs_only_code_that_its_site_allows(trap: str) -> None:
     tree = {"config": config("local", f"{trap}Net", 2, **BARE), "public": "none"}
     refusing = SiteConfig(client="site_1")
     with pytest.raises(RequestRefusedError, match=r"is not in this site's allows\.own_code"):
-        begin_run(refusing, Path("state"), None, entries=[], run="run", tree=tree)
+        Node(refusing, Path("state"))._begin("run", tree)
     hidden = {**tree, "config": config("local", {"name": f"{trap}Net".encode()}, 2, **BARE)}
     with pytest.raises(RequestRefusedError, match="names code"):
-        begin_run(refusing, Path("state"), None, entries=[], run="run", tree=hidden)
+        Node(refusing, Path("state"))._begin("run", hidden)
     assert not Path("imported").exists()
     allowing = SiteConfig.model_validate(
         {"client": "site_1", "allows": {"own_code": [f"{trap}Net"]}}
     )
     with pytest.raises(RequestRefusedError, match="public sets"):
-        begin_run(allowing, Path("state"), None, entries=[], run="run", tree=tree)
+        Node(allowing, Path("state"))._begin("run", tree)
 
 
 def test_saved_node_settings_name_no_code(trap: str) -> None:
-    class Nobody:
-        reports: dict[str, object] = {}
-
-        def wait_for_clients(self, wait: float) -> list[str]:
-            return ["site_2"]
-
-    known = {"run": "a", "settings": {"site_2": {"model": f"{trap}Net"}}, "told": {}}
-    connections: Any = Nobody()
+    settings = {"site_2": {"model": f"{trap}Net"}}
+    known = SitesState(run="a", settings=settings, reports={}, shared_key=None)
+    transport = LoopbackTransport()
+    transport.join(Node(SiteConfig(client="site_1"), Path("state")).handle)
+    sites = Sites(transport, ["site_1", "site_2"], EventLines())
     with pytest.raises(UserError, match=r"clients\.overrides\.0\.model: .* names code"):
-        perform_handshake(load_config(config("local", "mlp", 2)), connections, 0.0, known)
+        sites.join(load_config(config("local", "mlp", 2)), 1.0, known)
     assert not Path("imported").exists()

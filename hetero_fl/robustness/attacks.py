@@ -25,6 +25,7 @@ from hetero_fl.robustness.rules import (
     RobustRule,
     Rule,
     TrainedNames,
+    UploadBlock,
 )
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list
@@ -516,15 +517,13 @@ class MaliciousClients:
             context = replace(
                 self._context(round_idx, ids), senders=senders, item=name, tensor=tensor
             )
-            true_values = torch.stack([item.tensors[tensor] for item in items])
-            start = torch.zeros_like(true_values)
-            if items[0].kind == "params":
-                received = [reference(info, name) for info in infos]
-                rows = zip(received, start, strict=True)
-                start = torch.stack([tensors.get(tensor, zeros) for tensors, zeros in rows])
+            is_model = items[0].kind == "params"
+            received = [reference(info, name) for info in infos] if is_model else None
+            block = UploadBlock([item.tensors for item in items], received)
+            start = block.start(tensor)
             is_rows = items[0].kind == "rows"
             poison = self.attack.poison_predictions if is_rows else self.attack.poison_updates
-            new_values = start + poison(true_values - start, context)
+            new_values = start + poison(block.stack(tensor) - start, context)
             for client_id, item, values in zip(ids, items, new_values, strict=True):
                 tensors = {**item.tensors, tensor: values.to(item.tensors[tensor].dtype)}
                 poisoned[client_id][name] = item.with_tensors(tensors)

@@ -75,7 +75,8 @@ def _batches_per_epoch(n: int, size: int) -> int:
 class Batches:
     """Batches of a fit.
 
-    Iterating over the batches yields the dropout key and the batch of each step.
+    Iterating over the batches yields the dropout key and the batch of each step. The columns of an
+    extra batch have the names `<extra batch>_<column>`.
 
     Args:
         participant: The participant that is trained.
@@ -125,14 +126,14 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         for step, columns in enumerate(self._main_batches()):
             batch = Batch(columns)
-            if self.fit.augment is not None:
-                batch["x"] = self.augment_batch(batch["x"], step)
-            batch.update(self.extra_batch(step))
-            yield self.dropout_key_at(step), batch
-
-    def dropout_key_at(self, step: int) -> int:
-        """Return the dropout key of a step."""
-        return (self._dropout_key + step * GOLDEN) & MASK
+            # With Poisson sampling, a batch may be empty.
+            if self.fit.augment is not None and len(batch["x"]):
+                generator = keyed_generator(*self.stream, "augment", step)
+                batch["x"] = augment(batch["x"], self.fit.augment, generator)
+            for name, draws in self.fit.extra_batches.items():
+                drawn = draws.draw(keyed_generator(*self.stream, name, step), draws.size)
+                batch.update({f"{name}_{n}": t.to(self.device) for n, t in drawn.items()})
+            yield (self._dropout_key + step * GOLDEN) & MASK, batch
 
     def _main_batches(self) -> Iterator[Tensors]:
         """Yield the batch of each step, without augmentation and extra batches."""
@@ -144,24 +145,3 @@ class Batches:
         readers = [read_batches(column, self.device_indices) for column in self.columns.values()]
         for tensors in zip(*readers, strict=True):
             yield {n: t.to(self.device) for n, t in zip(self.columns, tensors, strict=True)}
-
-    def augment_batch(self, x: Tensor, step: int) -> Tensor:
-        """Augment the images of a step at random.
-
-        Args:
-            x: Images, shape `[B, C, H, W]`.
-            step: Index of the step, from 0.
-
-        Returns:
-            Augmented images, shape `[B, C, H, W]`.
-        """
-        assert self.fit.augment is not None
-        return augment(x, self.fit.augment, keyed_generator(*self.stream, "augment", step))
-
-    def extra_batch(self, step: int) -> Tensors:
-        """Draw the extra batches of a step, with columns named `<extra batch>_<column>`."""
-        columns: Tensors = {}
-        for name, draws in self.fit.extra_batches.items():
-            drawn = draws.draw(keyed_generator(*self.stream, name, step), draws.size)
-            columns.update({f"{name}_{n}": t.to(self.device) for n, t in drawn.items()})
-        return columns

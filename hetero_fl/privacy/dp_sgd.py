@@ -105,10 +105,6 @@ class PoissonBatches(Batches):
         stream = self.noise.stream(*self.stream, "sample")
         return [(stream.uniform(n) < rate).nonzero().squeeze(1) for _ in range(steps)]
 
-    @override
-    def augment_batch(self, x: Tensor, i: int) -> Tensor:
-        return super().augment_batch(x, i) if len(x) else x
-
 
 class PrivateGradients:
     """DP-SGD gradients for `run_fit` (Abadi et al. 2016, Algorithm 1), for any objective.

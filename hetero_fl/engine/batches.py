@@ -6,8 +6,7 @@ to seed random generators (see `hetero_fl.utils.seeding`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from hetero_fl.core.image_transforms import augment
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import Batch
-from hetero_fl.core.participant import Columns, Participant
+from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit, SampledBatches
 from hetero_fl.core.stored_rows import read_batches
 from hetero_fl.engine.device_memory import DeviceMemory
@@ -111,18 +110,6 @@ class Batches:
     def _draw_indices(self, n: int) -> list[Tensor]:
         return index_batches(n, self.fit, self.stream)
 
-    @cached_property
-    def columns(self) -> Columns:
-        """The columns of all rows, keyed by name. Columns in memory are on the device."""
-        return {n: self.memory.keep_column(column) for n, column in self.source.items()}
-
-    @cached_property
-    def device_indices(self) -> Sequence[Tensor]:
-        """The row indices of each step, on the device."""
-        # All indices are copied to the device at once.
-        lengths = [len(rows) for rows in self.indices]
-        return torch.cat(self.indices).to(self.device).split(lengths)
-
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         for step, columns in enumerate(self._main_batches()):
             batch = Batch(columns)
@@ -142,6 +129,10 @@ class Batches:
                 drawn = self.fit.data.draw(keyed_generator(*self.stream, step), self.fit.data.size)
                 yield {n: t.to(self.device) for n, t in drawn.items()}
             return
-        readers = [read_batches(column, self.device_indices) for column in self.columns.values()]
+        # All indices are copied to the device at once.
+        lengths = [len(rows) for rows in self.indices]
+        indices = torch.cat(self.indices).to(self.device).split(lengths)
+        columns = [self.memory.keep_column(column) for column in self.source.values()]
+        readers = [read_batches(column, indices) for column in columns]
         for tensors in zip(*readers, strict=True):
-            yield {n: t.to(self.device) for n, t in zip(self.columns, tensors, strict=True)}
+            yield {n: t.to(self.device) for n, t in zip(self.source, tensors, strict=True)}

@@ -362,9 +362,8 @@ class SecureAggregationClient:
                 except PayloadError:
                     # The client sent an invalid share. The shares of other clients may suffice.
                     continue
-            key_share = pair[: crypto.SHARE_LENGTH]
-            seed_share = pair[crypto.SHARE_LENGTH :]
-            shares[number] = seed_share if number in survivors else key_share
+            start = crypto.SHARE_LENGTH if number in survivors else 0
+            shares[number] = pair[start : start + crypto.SHARE_LENGTH]
         state |= {**self._idle_state(), **revealed}
         return {
             "numbers": np.array(list(shares), np.int32),

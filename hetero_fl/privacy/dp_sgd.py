@@ -172,7 +172,7 @@ class PrivateGradients:
         return torch.zeros((), device=next(iter(total.values())).device)
 
     def _clipped_sum(self, state: FitState, dropout_key: int, batch: Batch) -> TrainableTensors:
-        columns = {n: t for n, t in batch.items() if n in state.batches.columns}
+        columns = {n: t for n, t in batch.items() if n in state.batches.source}
         extra = {n: t for n, t in batch.items() if n not in columns}
         count = len(next(iter(columns.values())))
         keys = [(dropout_key + (i + 1) * ROW_KEY_STRIDE) & MASK for i in range(count)]

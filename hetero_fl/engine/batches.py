@@ -6,7 +6,8 @@ to seed random generators (see `hetero_fl.utils.seeding`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from hetero_fl.core.image_transforms import augment
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import Batch
-from hetero_fl.core.participant import Participant
+from hetero_fl.core.participant import Columns, Participant
 from hetero_fl.core.plan import Fit, SampledBatches
 from hetero_fl.core.stored_rows import read_batches
 from hetero_fl.engine.device_memory import DeviceMemory
@@ -74,8 +75,7 @@ def _batches_per_epoch(n: int, size: int) -> int:
 class Batches:
     """Batches of a fit.
 
-    Iterating over the batches yields the dropout key and the batch of each step. The columns of an
-    extra batch have the names `<extra batch>_<column>`.
+    Iterating over the batches yields the dropout key and the batch of each step.
 
     Args:
         participant: The participant that is trained.
@@ -110,17 +110,29 @@ class Batches:
     def _draw_indices(self, n: int) -> list[Tensor]:
         return index_batches(n, self.fit, self.stream)
 
+    @cached_property
+    def columns(self) -> Columns:
+        """The columns of all rows, keyed by name. Columns in memory are on the device."""
+        return {n: self.memory.keep_column(column) for n, column in self.source.items()}
+
+    @cached_property
+    def device_indices(self) -> Sequence[Tensor]:
+        """The row indices of each step, on the device."""
+        # All indices are copied to the device at once.
+        lengths = [len(rows) for rows in self.indices]
+        return torch.cat(self.indices).to(self.device).split(lengths)
+
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         for step, columns in enumerate(self._main_batches()):
             batch = Batch(columns)
-            # With Poisson sampling, a batch may be empty.
-            if self.fit.augment is not None and len(batch["x"]):
-                generator = keyed_generator(*self.stream, "augment", step)
-                batch["x"] = augment(batch["x"], self.fit.augment, generator)
-            for name, draws in self.fit.extra_batches.items():
-                drawn = draws.draw(keyed_generator(*self.stream, name, step), draws.size)
-                batch.update({f"{name}_{n}": t.to(self.device) for n, t in drawn.items()})
-            yield (self._dropout_key + step * GOLDEN) & MASK, batch
+            if self.fit.augment is not None:
+                batch["x"] = self.augment_batch(batch["x"], step)
+            batch.update(self.extra_batch(step))
+            yield self.dropout_key_at(step), batch
+
+    def dropout_key_at(self, step: int) -> int:
+        """Return the dropout key of a step."""
+        return (self._dropout_key + step * GOLDEN) & MASK
 
     def _main_batches(self) -> Iterator[Tensors]:
         """Yield the batch of each step, without augmentation and extra batches."""
@@ -129,10 +141,27 @@ class Batches:
                 drawn = self.fit.data.draw(keyed_generator(*self.stream, step), self.fit.data.size)
                 yield {n: t.to(self.device) for n, t in drawn.items()}
             return
-        # All indices are copied to the device at once.
-        lengths = [len(rows) for rows in self.indices]
-        indices = torch.cat(self.indices).to(self.device).split(lengths)
-        columns = [self.memory.keep_column(column) for column in self.source.values()]
-        readers = [read_batches(column, indices) for column in columns]
+        readers = [read_batches(column, self.device_indices) for column in self.columns.values()]
         for tensors in zip(*readers, strict=True):
-            yield {n: t.to(self.device) for n, t in zip(self.source, tensors, strict=True)}
+            yield {n: t.to(self.device) for n, t in zip(self.columns, tensors, strict=True)}
+
+    def augment_batch(self, x: Tensor, step: int) -> Tensor:
+        """Augment the images of a step at random.
+
+        Args:
+            x: Images, shape `[B, C, H, W]`.
+            step: Index of the step, from 0.
+
+        Returns:
+            Augmented images, shape `[B, C, H, W]`.
+        """
+        assert self.fit.augment is not None
+        return augment(x, self.fit.augment, keyed_generator(*self.stream, "augment", step))
+
+    def extra_batch(self, step: int) -> Tensors:
+        """Draw the extra batches of a step, with columns named `<extra batch>_<column>`."""
+        columns: Tensors = {}
+        for name, draws in self.fit.extra_batches.items():
+            drawn = draws.draw(keyed_generator(*self.stream, name, step), draws.size)
+            columns.update({f"{name}_{n}": t.to(self.device) for n, t in drawn.items()})
+        return columns

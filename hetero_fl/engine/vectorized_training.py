@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
+from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
@@ -23,6 +24,7 @@ from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import Batch, ModelViews
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit, FitReport
+from hetero_fl.core.stored_rows import require_tensor
 from hetero_fl.engine.batches import Batches
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.engine.templates import Templates, mixes_rows
@@ -121,43 +123,96 @@ class _Linear(torch.autograd.Function):
         return grad @ weight if needs_x else None, grad.t() @ x if needs_weight else None
 
 
-def stack_batches(batches: Sequence[Batch]) -> tuple[Tensors, Tensor | None]:
-    """Stack the batches of several participants.
+class StackedBatches:
+    """Batches of equal fits of several participants, stacked to one batch per step.
 
-    Shorter batches are padded with copies of their first row. The copies have weight 0.
+    Smaller batches of a step are padded with copies of the first row. The copies have weight 0.
 
-    Returns:
-        The columns, keyed by name, shape `[K, B, ...]` each, and the weights of the rows, shape
-        `[K, B]`. If all batches have the same size, None is returned instead of the weights.
-
-    Raises:
-        RuntimeError: If the names or dtypes of the columns differ.
+    Args:
+        runs: The batches of each participant, in descending order of the number of batches. The
+            participants that are still training are therefore always a prefix.
     """
-    dtypes = [{name: tensor.dtype for name, tensor in batch.items()} for batch in batches]
-    if any(other != dtypes[0] for other in dtypes):
-        raise RuntimeError("batches with different columns or dtypes cannot be stacked")
-    columns: Tensors = {}
-    for name in dtypes[0]:
-        parts = [batch[name] for batch in batches]
-        longest = max(map(len, parts))
-        columns[name] = torch.stack([_pad(rows, longest) for rows in parts])
-    sizes = [_num_rows(batch) for batch in batches]
-    if min(sizes) == max(sizes):
-        return columns, None
-    weight = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
-    return columns, weight.to(parts[0].device, torch.get_default_dtype())
+
+    def __init__(self, runs: Sequence[Batches]) -> None:
+        self.runs = runs
+        self.fit = runs[0].fit
+        device = runs[0].device
+        self.counts = [run.count for run in runs]
+        lengths = torch.tensor([len(b) for run in runs for b in run.indices])
+        # Shape [steps of all participants, largest batch].
+        table = pad_sequence([b for run in runs for b in run.indices], batch_first=True)
+        is_real = torch.arange(table.shape[1]) < lengths[:, None]
+        self._sizes = [run.tolist() for run in lengths.split(self.counts)]
+        self._starts = (torch.tensor(self.counts).cumsum(0) - torch.tensor(self.counts)).to(device)
+        self._table = torch.where(is_real, table, table[:, :1]).to(device)
+        self._weights = is_real.to(torch.get_default_dtype()).to(device)
+        # Rows of all participants, keyed by column, and whether all participants have the same
+        # rows.
+        self._columns: dict[str, tuple[Tensor, bool]] = {}
+        for name, first in runs[0].source.items():
+            shared = all(run.source[name] is first for run in runs)
+            # Fits on rows in files are not grouped (see `vectorization_key`).
+            parts = [
+                require_tensor(run.columns[name], "vectorization")
+                for run in (runs[:1] if shared else runs)
+            ]
+            self._columns[name] = (parts[0] if shared else torch.cat(parts), shared)
+        n = torch.tensor([len(next(iter(run.source.values()))) for run in runs])
+        self._offsets = (n.cumsum(0) - n).to(device)
+
+    def batch_sizes(self, step: int, active: int) -> list[int]:
+        """Return the batch sizes of the first `active` participants in a step."""
+        return [sizes[step] for sizes in self._sizes[:active]]
+
+    def members(self, who: Tensor | slice) -> Sequence[int]:
+        """Return the indices of the selected participants as integers."""
+        return range(len(self.runs))[who] if isinstance(who, slice) else who.tolist()
+
+    def dropout_keys(self, step: int, who: Tensor | slice) -> list[int]:
+        """Return the dropout key (the seed of the masks) of each selected participant in a step."""
+        return [self.runs[i].dropout_key_at(step) for i in self.members(who)]
+
+    def batch_at(
+        self, step: int, who: Tensor | slice, sizes: Sequence[int]
+    ) -> tuple[Tensors, Tensor | None]:
+        """Return the batches of the selected participants in a step.
+
+        Args:
+            step: Index of the step, from 0.
+            who: Indices of the participants.
+            sizes: Batch size of each of these participants.
+
+        Returns:
+            The columns, keyed by name, shape `[K, B, ...]` each, and the weights of the rows, shape
+            `[K, B]`. If all batch sizes are equal, None is returned instead of the weights.
+        """
+        members = self.members(who)
+        weight = None
+        table_rows = self._starts[who] + step
+        longest = max(sizes)
+        rows = self._table[table_rows, :longest]
+        offset_rows = rows + self._offsets[who, None]
+        columns = {
+            name: all_rows[rows if shared else offset_rows]
+            for name, (all_rows, shared) in self._columns.items()
+        }
+        if min(sizes) < longest:
+            weight = self._weights[table_rows, :longest]
+        if self.fit.augment is not None:
+            for j, (i, size) in enumerate(zip(members, sizes, strict=True)):
+                columns["x"][j, :size] = self.runs[i].augment_batch(columns["x"][j, :size], step)
+        if self.fit.extra_batches:
+            columns |= _stack([self.runs[i].extra_batch(step) for i in members])
+        return columns, weight
 
 
-def _num_rows(batch: Batch) -> int:
-    # The columns of extra batches, which may have other sizes, come last.
-    return len(next(iter(batch.values())))
-
-
-def _pad(rows: Tensor, size: int) -> Tensor:
-    """Append copies of the first row."""
-    if len(rows) == size:
-        return rows
-    return torch.cat([rows, rows[:1].expand(size - len(rows), *rows.shape[1:])])
+def _stack(drawn: Sequence[Tensors]) -> Tensors:
+    """Stack columns, or raise RuntimeError if the names or dtypes of the columns differ."""
+    first = drawn[0]
+    for other in drawn:
+        if other.keys() != first.keys() or any(other[n].dtype != t.dtype for n, t in first.items()):
+            raise RuntimeError("sampled batches with different columns or dtypes cannot be stacked")
+    return {n: torch.stack([d[n] for d in drawn]) for n in first}
 
 
 FitWork = Sequence[tuple[Participant, Fit]]
@@ -245,8 +300,7 @@ class _StackedFits:
         self.fit = work[0][1]
         self.device = templates.device
         self.storage_device = templates.memory.storage_device
-        self.runs = runs
-        self.counts = [run.count for run in runs]
+        self.batches = StackedBatches(runs)
         first = work[0][0]
         fit = self.fit
         self.templates = {
@@ -285,13 +339,12 @@ class _StackedFits:
         """Compute all steps of all fits."""
         fit = self.fit
         active = 0
-        iterators = [iter(run) for run in self.runs]
-        for step in range(self.counts[0]):
-            remaining = sum(count > step for count in self.counts)
+        for step in range(self.batches.counts[0]):
+            remaining = sum(count > step for count in self.batches.counts)
             if remaining != active:
                 self._narrow(remaining)
                 active = remaining
-            self._gradients([next(iterator) for iterator in iterators[:active]])
+            self._gradients(step, active)
             if fit.optimizer.clip_norm:
                 self._clip(fit.optimizer.clip_norm)
             self.optimizer.step()
@@ -319,42 +372,34 @@ class _StackedFits:
                 }
         self.optimizer = optimizer
 
-    def _gradients(self, drawn: Sequence[tuple[int, Batch]]) -> None:
-        """Set the gradients of the leaf tensors, and add the losses to the totals.
-
-        Args:
-            drawn: Dropout key and batch of each participant that is still training.
-        """
+    def _gradients(self, step: int, active: int) -> None:
+        """Set the gradients of the leaf tensors, and add the losses to the totals."""
         for leaf in self.leaves.values():
             leaf.grad = None
-        sizes = [_num_rows(batch) for _, batch in drawn]
+        sizes = self.batches.batch_sizes(step, active)
         if not self.equal_sizes or len(set(sizes)) == 1:
-            self._backward(slice(0, len(drawn)), drawn, self.active_tensors)
+            self._backward(step, slice(0, active), sizes, self.active_tensors)
             return
         for size in sorted(set(sizes)):
-            members = [i for i, s in enumerate(sizes) if s == size]
-            who = torch.tensor(members, device=self.device)
+            who = torch.tensor([i for i, s in enumerate(sizes) if s == size], device=self.device)
             tensors = {
                 s: {n: t.index_select(0, who) for n, t in own.items()}
                 for s, own in self.active_tensors.items()
             }
-            self._backward(who, [drawn[i] for i in members], tensors)
+            self._backward(step, who, [size] * len(who), tensors)
             # The selection has copied the buffers, so their new values are written back.
             for s in self.fit.train:
                 for n in tensors[s].keys() - self.templates[s].parameters.keys():
                     self.tensors[s][n][who] = tensors[s][n]
 
     def _backward(
-        self,
-        who: Tensor | slice,
-        drawn: Sequence[tuple[int, Batch]],
-        tensors: Mapping[str, Any],
+        self, step: int, who: Tensor | slice, sizes: Sequence[int], tensors: Mapping[str, Any]
     ) -> None:
         """Compute the losses of the selected participants and the gradients of leaf tensors."""
-        columns, weight = stack_batches([batch for _, batch in drawn])
+        columns, weight = self.batches.batch_at(step, who, sizes)
         if self.has_dropout:
-            self.dropout.seed([key for key, _ in drawn], self.fit.batch_size)
-        participant_idx = torch.arange(len(drawn), device=self.device)
+            self.dropout.seed(self.batches.dropout_keys(step, who), self.fit.batch_size)
+        participant_idx = torch.arange(len(sizes), device=self.device)
         context = select_participants(self.context, self.context_dims, who)
         dims = (0, 0, 0, self.context_dims, None if weight is None else 0)
         losses = vmap(self._loss, dims, randomness="error")(
@@ -408,10 +453,10 @@ class _StackedFits:
         ]
         results: list[FitReport | DivergedError] = []
         for i, (participant, fit) in enumerate(self.work):
-            steps = self.counts[i]
+            steps = self.batches.counts[i]
             if not finite[i]:
                 results.append(divergence_error(fit, totals[i] / steps))
                 continue
             participant.models.update(models[i])
-            results.append(FitReport(steps, self.runs[i].examples, totals[i] / steps))
+            results.append(FitReport(steps, self.batches.runs[i].examples, totals[i] / steps))
         return results

@@ -105,6 +105,10 @@ class PoissonBatches(Batches):
         stream = self.noise.stream(*self.stream, "sample")
         return [(stream.uniform(n) < rate).nonzero().squeeze(1) for _ in range(steps)]
 
+    @override
+    def augment_batch(self, x: Tensor, i: int) -> Tensor:
+        return super().augment_batch(x, i) if len(x) else x
+
 
 class PrivateGradients:
     """DP-SGD gradients for `run_fit` (Abadi et al. 2016, Algorithm 1), for any objective.
@@ -172,7 +176,7 @@ class PrivateGradients:
         return torch.zeros((), device=next(iter(total.values())).device)
 
     def _clipped_sum(self, state: FitState, dropout_key: int, batch: Batch) -> TrainableTensors:
-        columns = {n: t for n, t in batch.items() if n in state.batches.source}
+        columns = {n: t for n, t in batch.items() if n in state.batches.columns}
         extra = {n: t for n, t in batch.items() if n not in columns}
         count = len(next(iter(columns.values())))
         keys = [(dropout_key + (i + 1) * ROW_KEY_STRIDE) & MASK for i in range(count)]

@@ -362,8 +362,9 @@ class SecureAggregationClient:
                 except PayloadError:
                     # The client sent an invalid share. The shares of other clients may suffice.
                     continue
-            start = crypto.SHARE_LENGTH if number in survivors else 0
-            shares[number] = pair[start : start + crypto.SHARE_LENGTH]
+            key_share = pair[: crypto.SHARE_LENGTH]
+            seed_share = pair[crypto.SHARE_LENGTH :]
+            shares[number] = seed_share if number in survivors else key_share
         state |= {**self._idle_state(), **revealed}
         return {
             "numbers": np.array(list(shares), np.int32),

@@ -7,6 +7,7 @@ The module also discounts stale uploads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -200,11 +201,7 @@ def interpolate_model(
         The new tensors, keyed by name. Tensors without a mean do not change.
     """
     trainable = set(parameters)
-    updated = {
-        n: m if rate == 1 or n not in trainable else current[n] + rate * (m - current[n])
-        for n, m in mean.items()
-    }
-    return {**current, **updated}
+    return _move(current, mean, {name: rate if name in trainable else 1.0 for name in mean})
 
 
 def add_updates(
@@ -232,13 +229,17 @@ def add_updates(
         The new tensors, keyed by name. Tensors without a mean do not change.
     """
     trainable = set(parameters)
-    updated = {}
-    for name, tensor in mean.items():
-        rate = factor * total_weights[name]
-        if name not in trainable:
-            rate = min(1.0, rate)
-        updated[name] = tensor if rate == 1 else current[name] + rate * (tensor - current[name])
-    return {**current, **updated}
+    rates = {name: factor * total_weights[name] for name in mean}
+    limits = {name: math.inf if name in trainable else 1.0 for name in mean}
+    return _move(current, mean, {name: min(limits[name], rate) for name, rate in rates.items()})
+
+
+def _move(current: Tensors, mean: Tensors, rates: Mapping[str, float]) -> Tensors:
+    """Move each tensor toward its mean by a factor. With the factor 1, the result is the mean."""
+    moved = {
+        n: m if rates[n] == 1 else current[n] + rates[n] * (m - current[n]) for n, m in mean.items()
+    }
+    return {**current, **moved}
 
 
 def discount_upload(payload: Payload, factor: float) -> Payload:

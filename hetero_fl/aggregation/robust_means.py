@@ -7,17 +7,17 @@ An upload consists of named items (`Item`), such as parameters or predictions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.aggregation.means import Mean
 from hetero_fl.aggregation.uploads import SINGLE, MeanCombiner, Means, Upload
 from hetero_fl.config.robustness import AggregationConfig
 from hetero_fl.core.model_spec import Owner, Tensors
-from hetero_fl.core.payload import ItemSpec, Payload
+from hetero_fl.core.participant import ClientInfo
+from hetero_fl.core.payload import Item, ItemSpec
 from hetero_fl.core.task import Task
 from hetero_fl.robustness.rules import (
     ReferenceTensors,
@@ -93,35 +93,26 @@ class RobustCombiner(MeanCombiner):
     ) -> None:
         super().__init__(name, spec, common)
         self.rules = rules
-        # Uploads with this item only.
-        self._sent: list[Upload] = []
-        self._references: list[Tensors] = []
-        # Positions in `_sent` of the owners of each named tensor.
+        # Sender, item and the tensors that the sender received.
+        self._sent: list[tuple[ClientInfo, Item, Tensors]] = []
+        # Positions in `_sent` of the owners of each tensor.
         self._positions: dict[Owner, list[int]] = {}
 
     @override
     def add(self, upload: Upload) -> None:
-        item = upload.payload.item(self.name)
-        is_single = isinstance(item.values, Tensor)
-        if is_single and item.kind in PARAMETERS:
-            # Rules for parameters need named tensors.
-            super().add(upload)
-            return
         for owner in self.register(upload).values():
             self._positions.setdefault(owner, []).append(len(self._sent))
-        self._sent.append(replace(upload, payload=Payload({self.name: item})))
         reference: Tensors = {}
-        if not is_single and self.rules.of_parameters.uses_reference:
+        if self.spec.kind in PARAMETERS and self.rules.of_parameters.uses_reference:
             reference = self.rules.reference(upload.client_info, self.name)
-        self._references.append(reference)
+        item = upload.payload.item(self.name)
+        self._sent.append((upload.client_info, item, reference))
 
     @override
     def means(self) -> Means:
-        if not self._sent:
-            return super().means()
-        if SINGLE not in self._positions:
+        if self.spec.kind in PARAMETERS or SINGLE not in self._positions:
             return self.by_group(self._model_means())
-        is_sums = self._sent[0].payload.item(self.name).kind == "class_sums"
+        is_sums = self.spec.kind == "class_sums"
         return self.by_group({SINGLE: self._class_means() if is_sums else self._predictions()})
 
     def blocks(self) -> dict[tuple[str, tuple[int, ...]], list[Owner]]:
@@ -136,25 +127,21 @@ class RobustCombiner(MeanCombiner):
         return blocks
 
     def _model_means(self) -> dict[Owner, Mean]:
-        robust_rule = self.rules.of_parameters
         means = {}
         for (_, positions), owners in self.blocks().items():
+            robust_rule = self.rules.of_parameters
             names = [owner[0] for owner in owners]
-            num_malicious = self.rules.config.num_malicious(len(positions))
-            if len(positions) < robust_rule.min_clients(num_malicious):
+            count = len(positions)
+            num_malicious = self.rules.config.num_malicious(count)
+            if count < robust_rule.min_clients(num_malicious):
                 self._record_too_few(*names)
                 continue
-            sent = [{name: self._tensors(i)[name] for name in names} for i in positions]
-            references = [self._references[i] for i in positions]
-            trained = self.rules.trained(self._sent[positions[0]].client_info, self.name)
-            block = UploadBlock(sent, references, trained)
+            infos, items, references = zip(*(self._sent[i] for i in positions), strict=True)
+            sent = [{name: item.tensors[name] for name in names} for item in items]
+            block = UploadBlock(sent, references, self.rules.trained(infos[0], self.name))
             combined = robust_rule.combine(block, num_malicious)
-            count = len(positions)
             means.update({owner: Mean(combined[owner[0]], count, count) for owner in owners})
         return means
-
-    def _tensors(self, position: int) -> Tensors:
-        return self._sent[position].payload.item(self.name).tensors
 
     def _record_too_few(self, *names: str) -> None:
         self.rules.too_few.setdefault(self.name, []).extend(names)
@@ -164,9 +151,10 @@ class RobustCombiner(MeanCombiner):
 
         Both are 0 for a class if half or more of the clients that have the class may be malicious.
         """
-        items = [upload.payload.item(self.name) for upload in self._sent]
-        values = torch.stack([item.tensors[""] for item in items])
-        counts = torch.stack([torch.as_tensor(item.weight, dtype=values.dtype) for item in items])
+        values = torch.stack([item.tensors[""] for _, item, _ in self._sent])
+        counts = torch.stack(
+            [torch.as_tensor(item.weight, dtype=values.dtype) for _, item, _ in self._sent]
+        )
         num_malicious = self.rules.config.num_malicious(len(values))
         means = torch.zeros_like(values[0])
         num_clients = (counts > 0).sum(0).to(values.dtype)
@@ -181,22 +169,21 @@ class RobustCombiner(MeanCombiner):
 
     def _predictions(self) -> Mean:
         robust_rule = prediction_rule[self.rules.config.predictions](self.rules.config)
-        count = len(self._sent)
-        # In double precision, sums and squares of the largest valid uploads are finite.
-        predictions = torch.stack([self._tensors(i)[""] for i in range(count)]).double()
-        dtype = self._tensors(0)[""].dtype
+        sent = torch.stack([item.tensors[""] for _, item, _ in self._sent])
+        count = len(sent)
         num_malicious = self.rules.config.num_malicious(count)
         if count < robust_rule.min_clients(num_malicious):
             # The name stands for all predictions.
             self._record_too_few("")
-            return Mean(torch.zeros_like(self._tensors(0)[""]), 0.0, 0)
+            return Mean(torch.zeros_like(sent[0]), 0.0, 0)
+        # In double precision, sums and squares of the largest valid uploads are finite.
+        predictions = sent.double()
         task = self.rules.task
-        is_centered = task.kind == "multiclass" and predictions.shape[-1] == task.outputs
-        level = torch.zeros_like(predictions[..., :1])
-        if is_centered:
+        if task.kind == "multiclass" and predictions.shape[-1] == task.outputs:
             level = predictions.mean(-1, keepdim=True)
-        combined = robust_rule.combine(predictions - level, num_malicious)
-        if is_centered:
+            combined = robust_rule.combine(predictions - level, num_malicious)
             # Restore the mean of each row, so that probabilities sum to one.
             combined = combined - combined.mean(-1, keepdim=True) + trimmed_mean(level)
-        return Mean(combined.to(dtype), float(count), count)
+        else:
+            combined = robust_rule.combine(predictions, num_malicious)
+        return Mean(combined.to(sent.dtype), float(count), count)

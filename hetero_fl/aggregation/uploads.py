@@ -8,6 +8,7 @@ aggregation replaces the means. Client-level privacy adds noise (`hetero_fl.priv
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
@@ -126,7 +127,7 @@ class MeanCombiner(Combiner):
         self.name = name
         self.spec = spec
         self.common = common
-        self._running: dict[Owner, RunningMean] = {}
+        self._running: dict[Owner, RunningMean] = defaultdict(RunningMean)
         self._groups: dict[str, dict[str, Owner]] = {}
 
     @override
@@ -135,11 +136,8 @@ class MeanCombiner(Combiner):
         is_single = isinstance(item.values, Tensor)
         weight = item.weight if is_single else float(item.weight)
         is_sum = is_single and item.kind in SUM_KINDS
-        tensors = item.tensors
         for name, owner in self.register(upload).items():
-            if owner not in self._running:
-                self._running[owner] = RunningMean()
-            self._running[owner].add(tensors[name], weight, is_sum)
+            self._running[owner].add(item.tensors[name], weight, is_sum)
 
     @override
     def means(self) -> Means:
@@ -333,8 +331,8 @@ class Uploads:
 
         If `noise` is set, the expected number of clients is returned instead.
         """
-        means = self._item_means(name)
-        return {g: {n: float(m.weight) for n, m in named.items()} for g, named in means.items()}
+        means = self._item_means(name).items()
+        return {group: {n: float(m.weight) for n, m in named.items()} for group, named in means}
 
     def counts_by_group(self, name: str) -> Mapping[str, Mapping[str, float]]:
         """Return the number of uploads in each mean of `mean_by_group`, with the same keys.
@@ -354,15 +352,14 @@ class Uploads:
         Returns:
             The mean or the result of the robust rule for `rows`. None if `predictions` is empty.
         """
-        self.aggregated_items.add((name, "rows"))
         uploads = {upload.client: upload for upload in self._kept}
         derived = [replace(uploads[c], payload=Payload({name: p})) for c, p in predictions.items()]
-        return Uploads(derived, {name: ItemSpec("rows")}, rules=self._rules).mean(name)
+        return self.with_uploads(derived, {name: ItemSpec("rows")}).mean(name)
 
     def with_uploads(self, uploads: Iterable[Upload], specs: Mapping[str, ItemSpec]) -> Uploads:
         """Create an `Uploads` object with other uploads and the same robust rules.
 
-        The items in `specs` are added to `aggregated_items` of this object.
+        Means of the other uploads are recorded in `aggregated_items` of this object.
 
         Args:
             uploads: The other uploads, for example decompressed copies of the uploads in this
@@ -370,7 +367,7 @@ class Uploads:
             specs: Declarations of the items of the other uploads, keyed by name.
         """
         derived = Uploads(uploads, specs, rules=self._rules)
-        self.aggregated_items |= {(name, "models") for name in specs}
+        derived.aggregated_items = self.aggregated_items
         return derived
 
     @property

@@ -40,70 +40,39 @@ MAX_VALUES = 1 << 30
 UNSENT = "unsent"
 
 
-class StageChain:
-    """Chain of the configured stages that apply to numbers of one meaning.
-
-    Args:
-        stages: The configured stages.
-        sort: Meaning of the numbers (see `Sort`). If None, the chain has no stages.
-
-    Attributes:
-        stages: The stages, in order of application.
-        biased: Whether the sender must store the values that are not sent.
-    """
-
-    def __init__(self, stages: Sequence[Stage], sort: Sort | None) -> None:
-        self.stages = [stage for stage in stages if sort in stage.sorts]
-        self.biased = any(stage.biased for stage in self.stages)
-        if self.biased and isinstance(self.stages[-1], Quantize):
-            self.stages[-1] = replace(self.stages[-1], nearest=True)
-
-    def compresses(self, layout: Layout) -> bool:
-        """Return whether the chain changes a vector with the given layout."""
-        return any(stage.compresses(layout) for stage in self.stages)
-
-    def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> Tensors:
-        """Compress a vector (see `Stage.compress`)."""
-        tensors = {"values": numbers}
-        for stage in self.stages:
-            if stage.compresses(layout):
-                tensors |= stage.compress(tensors["values"], layout, draw)
-                layout = stage.reduced_layout(layout)
-        return tensors
-
-    def decompress(
-        self, tensors: Tensors, layout: Layout, dtype: torch.dtype, draw: Draw
-    ) -> Tensor:
-        """Decompress a vector (see `Stage.decompress`)."""
-        applied = []
-        reduced = layout
-        for stage in self.stages:
-            if stage.compresses(reduced):
-                applied.append((stage, reduced))
-                reduced = stage.reduced_layout(reduced)
-        for stage, before in reversed(applied):
-            tensors["values"] = stage.decompress(tensors, before, dtype, draw)
-        return take(tensors, "values", dtype, num_values(layout))
-
-
 @dataclass(frozen=True)
 class TensorGroup:
     """Tensors of an item that a chain of stages compresses as one vector.
 
     Attributes:
-        chain: The chain.
         names: Names of the tensors, in the order of concatenation.
         layout: Shapes of the tensors.
+        steps: The stages that change the vector, each with the layout of the vector before it.
+        is_biased: Whether the sender must store the values that are not sent.
     """
 
-    chain: StageChain
     names: Sequence[str]
     layout: Layout
+    steps: Sequence[tuple[Stage, Layout]]
+    is_biased: bool
 
     @classmethod
-    def from_item(cls, chain: StageChain, names: Sequence[str], item: Item) -> TensorGroup:
-        """Create the group of the tensors of an item with the given names."""
-        return cls(chain, names, tuple(tuple(item.tensors[name].shape) for name in names))
+    def from_item(cls, stages: Sequence[Stage], names: Sequence[str], item: Item) -> TensorGroup:
+        """Create the group of the tensors of an item with the given names.
+
+        Args:
+            stages: The stages of the chain. Those that do not change the vector are left out.
+            names: Names of the tensors.
+            item: The item, of which only the shapes are used.
+        """
+        layout = tuple(tuple(item.tensors[name].shape) for name in names)
+        steps = []
+        reduced = layout
+        for stage in stages:
+            if stage.compresses(reduced):
+                steps.append((stage, reduced))
+                reduced = stage.reduced_layout(reduced)
+        return cls(names, layout, steps, any(stage.biased for stage in stages))
 
     def split(self, vector: Tensor) -> Tensors:
         """Return the tensors that are concatenated in a vector, keyed by name."""
@@ -124,15 +93,32 @@ class TensorGroup:
         parts = []
         for name in self.names:
             part = tensors[name]
-            if self.chain.biased and name in unsent and unsent[name].shape == part.shape:
+            if self.is_biased and name in unsent and unsent[name].shape == part.shape:
                 part = part + unsent[name]
             parts.append(part.reshape(-1))
         vector = torch.cat(parts)
-        compressed = self.chain.compress(vector, self.layout, draw)
-        if not self.chain.biased:
+        compressed = {"values": vector}
+        for stage, layout in self.steps:
+            compressed |= stage.compress(compressed["values"], layout, draw)
+        if not self.is_biased:
             return compressed, {}
-        sent = self.chain.decompress(dict(compressed), self.layout, vector.dtype, draw)
+        sent = self.decompress(dict(compressed), vector.dtype, draw)
         return compressed, self.split(vector - sent)
+
+    def decompress(self, tensors: Tensors, dtype: torch.dtype, draw: Draw) -> Tensor:
+        """Return the vector in which the tensors of this group are concatenated.
+
+        Args:
+            tensors: Received results of the stages, which may be untrusted. They are removed.
+            dtype: Data type of the vector.
+            draw: Function that returns a random generator for a label.
+
+        Raises:
+            PayloadError: If the results are malformed.
+        """
+        for stage, layout in reversed(self.steps):
+            tensors["values"] = stage.decompress(tensors, layout, dtype, draw)
+        return take(tensors, "values", dtype, num_values(self.layout))
 
 
 class Compressor:
@@ -150,7 +136,7 @@ class Compressor:
     ) -> None:
         self._specs = specs
         self._outputs = outputs
-        self._chains = {sort: StageChain(stages, sort) for sort in (*SORTS, None)}
+        self._stages = {sort: _stages_for(stages, sort) for sort in (*SORTS, None)}
 
     def compress(
         self,
@@ -266,13 +252,13 @@ class Compressor:
         groups = []
         unchanged: list[str] = []
         for sort, names in names_by_sort.items():
-            group = TensorGroup.from_item(self._chains[sort], names, item)
-            if group.chain.compresses(group.layout):
+            group = TensorGroup.from_item(self._stages[sort], names, item)
+            if group.steps:
                 groups.append(group)
             else:
                 unchanged += names
         if groups and unchanged:
-            groups.append(TensorGroup.from_item(self._chains[None], unchanged, item))
+            groups.append(TensorGroup.from_item((), unchanged, item))
         return groups
 
     def _sort(self, spec: ItemSpec, tensor: Tensor, is_change: bool) -> Sort | None:
@@ -286,6 +272,14 @@ class Compressor:
             return None
         is_prediction = "predictions" in sorts and tensor.shape[1:] == (self._outputs,)
         return "predictions" if is_prediction else "rows"
+
+
+def _stages_for(stages: Sequence[Stage], sort: Sort | None) -> list[Stage]:
+    """Return the stages that apply to numbers of one meaning, in order of application."""
+    chain = [stage for stage in stages if sort in stage.sorts]
+    if any(stage.biased for stage in chain) and isinstance(chain[-1], Quantize):
+        chain[-1] = replace(chain[-1], nearest=True)
+    return chain
 
 
 def value_kinds(spec: ItemSpec) -> set[Sort]:
@@ -338,7 +332,7 @@ def _decompress_groups(
         prefix = f"{place}/"
         names = [name for name in remaining if name.startswith(prefix)]
         parts = {name.removeprefix(prefix): remaining.pop(name) for name in names}
-        vector = group.chain.decompress(parts, group.layout, dtype, partial(draw, place))
+        vector = group.decompress(parts, dtype, partial(draw, place))
         tensors |= group.split(vector)
         remaining |= parts
     if remaining:

@@ -16,7 +16,7 @@ from pydantic import (
 
 from hetero_fl.config.base import ConfigSection, choice_type, rename_keys
 
-RULES = ("mean", "median", "trimmed_mean", "krum", "multi_krum", "norm_bound")
+RULES = ("mean", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "norm_bound")
 PREDICTIONS = ("mean", "median", "agreement")
 ATTACKS = (
     "label_flip",

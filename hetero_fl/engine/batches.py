@@ -39,20 +39,18 @@ def index_batches(n: int, fit: Fit, stream: tuple[Key, ...]) -> list[Tensor]:
         fit: The fit, which specifies the batch size and the number of epochs or steps.
         stream: Stream of the random permutations.
     """
-    if fit.steps is None:
-        sizes = _batch_sizes(n, fit)
-        batches: list[Tensor] = []
-        for epoch in range(fit.epochs):
-            order = torch.randperm(n, generator=keyed_generator(*stream, epoch))
-            batches += order.split(sizes)
-        return batches
     size = min(fit.batch_size, n)
-    total = step_count(n, fit) * size
-    epochs = -(-total // n)
-    order = torch.cat(
-        [torch.randperm(n, generator=keyed_generator(*stream, e)) for e in range(epochs)]
-    )
-    return list(order[:total].split(size))
+    if fit.steps is None:
+        full = _batches_per_epoch(n, size) - 1
+        sizes = [*[size] * full, n - size * full] * fit.epochs
+    else:
+        sizes = [size] * step_count(n, fit)
+    total = sum(sizes)
+    orders = [
+        torch.randperm(n, generator=keyed_generator(*stream, epoch))
+        for epoch in range(-(-total // n))
+    ]
+    return list(torch.cat(orders)[:total].split(sizes))
 
 
 def step_count(n: int, fit: Fit) -> int:
@@ -64,24 +62,14 @@ def step_count(n: int, fit: Fit) -> int:
     """
     if fit.steps is not None:
         return max(1, fit.steps)
-    size = min(fit.batch_size, n)
+    return fit.epochs * _batches_per_epoch(n, min(fit.batch_size, n))
+
+
+def _batches_per_epoch(n: int, size: int) -> int:
+    # A client may claim any number of rows, so no list of their batches is created here.
     num_batches = -(-n // size)
-    # `_batch_sizes` adds a single row to the batch before it. A client may claim any number of
-    # rows, so no list of their batches is created here.
-    if num_batches > 1 and n - (num_batches - 1) * size == 1:
-        num_batches -= 1
-    return fit.epochs * num_batches
-
-
-def _batch_sizes(n: int, fit: Fit) -> list[int]:
-    """Return the sizes of the batches of an epoch."""
-    size = min(fit.batch_size, n)
-    sizes = [size] * (n // size)
-    if n % size:
-        sizes.append(n % size)
-    if len(sizes) > 1 and sizes[-1] == 1:
-        sizes[-2:] = [size + 1]
-    return sizes
+    has_single_row = num_batches > 1 and n - (num_batches - 1) * size == 1
+    return num_batches - has_single_row
 
 
 class Batches:

@@ -19,7 +19,7 @@ from hetero_fl.communication.protocol import AggregatedUploads, RoundProtocol
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Payload, PayloadError
-from hetero_fl.engine.driver import Backend, run_plan
+from hetero_fl.engine.driver import Backend, run_plans
 from hetero_fl.federation.server_link import ServerLink
 from hetero_fl.federation.summed_uploads.derived_setup import uploads_from_sum
 from hetero_fl.federation.summed_uploads.encryption import CIPHERTEXTS, EncryptedLink
@@ -91,7 +91,9 @@ class RoundUploads:
             DivergedError: If training at the server diverges.
         """
         server = self.link.server
-        run_plan(server, self.link.algorithm.aggregate(server, self.uploads), backend)
+        plan = self.link.algorithm.aggregate(server, self.uploads)
+        (outcome,) = run_plans([(server, plan)], backend)
+        outcome.result()
         if self.link.privacy is not None:
             self.link.privacy.adapt_bounds(self.uploads)
 

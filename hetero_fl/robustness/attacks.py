@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from inspect import signature
 from statistics import NormalDist
 from typing import Any, ClassVar, Literal
@@ -25,6 +25,7 @@ from hetero_fl.robustness.rules import (
     RobustRule,
     Rule,
     TrainedNames,
+    UploadBlock,
 )
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list
@@ -456,21 +457,18 @@ class MaliciousClients:
             Functions that replace `data` and `label_counts`.
         """
         is_poisoned = self.is_malicious(client_id, round_idx) and "data" in self.attack.acts_on
-        cache: dict[Any, Columns] = {}
+        context = AttackContext(self.task, self.seed, round_idx, [client_id])
 
+        @cache
         def poisoned_data(name: str, preprocess: Any) -> Columns:
-            if name != TRIGGERED and not (name == "train" and is_poisoned):
-                return data(name, preprocess)
-            if (name, preprocess) not in cache:
-                if name == TRIGGERED:
-                    test_rows = data("common_test", preprocess)
-                    rows = self.attack.triggered_rows(test_rows, self._context(round_idx, []))
-                    assert rows is not None, "only used if has_trigger"
-                else:
-                    context = self._context(round_idx, [client_id])
-                    rows = self.attack.poison_rows(data(name, preprocess), context)
-                cache[name, preprocess] = rows
-            return cache[name, preprocess]
+            if name == TRIGGERED:
+                test_rows = data("common_test", preprocess)
+                rows = self.attack.triggered_rows(test_rows, replace(context, malicious=[]))
+                assert rows is not None, "only used if has_trigger"
+                return rows
+            rows = data(name, preprocess)
+            is_train = name == "train"
+            return self.attack.poison_rows(rows, context) if is_train and is_poisoned else rows
 
         def poisoned_counts() -> Tensor:
             y = targets(poisoned_data("train", None))
@@ -479,9 +477,6 @@ class MaliciousClients:
             return counts.to(torch.get_default_dtype())
 
         return poisoned_data, poisoned_counts if is_poisoned else label_counts
-
-    def _context(self, round_idx: int, malicious: Sequence[str]) -> AttackContext:
-        return AttackContext(self.task, self.seed, round_idx, malicious)
 
     def poison(
         self,
@@ -513,18 +508,14 @@ class MaliciousClients:
             is_buffer = bool(tensor) and tensor not in trained_names(infos[0], name)
             if is_buffer:
                 continue
-            context = replace(
-                self._context(round_idx, ids), senders=senders, item=name, tensor=tensor
-            )
-            true_values = torch.stack([item.tensors[tensor] for item in items])
-            start = torch.zeros_like(true_values)
-            if items[0].kind == "params":
-                received = [reference(info, name) for info in infos]
-                rows = zip(received, start, strict=True)
-                start = torch.stack([tensors.get(tensor, zeros) for tensors, zeros in rows])
+            context = AttackContext(self.task, self.seed, round_idx, ids, senders, name, tensor)
+            is_model = items[0].kind == "params"
+            received = [reference(info, name) for info in infos] if is_model else None
+            block = UploadBlock([item.tensors for item in items], received)
+            start = block.start(tensor)
             is_rows = items[0].kind == "rows"
             poison = self.attack.poison_predictions if is_rows else self.attack.poison_updates
-            new_values = start + poison(true_values - start, context)
+            new_values = start + poison(block.stack(tensor) - start, context)
             for client_id, item, values in zip(ids, items, new_values, strict=True):
                 tensors = {**item.tensors, tensor: values.to(item.tensors[tensor].dtype)}
                 poisoned[client_id][name] = item.with_tensors(tensors)

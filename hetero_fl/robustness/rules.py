@@ -78,11 +78,17 @@ class UploadBlock:
             total += torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square()
         return total
 
-    def norms(self, names: Sequence[str]) -> Tensor:
-        """Return the norm of each client's update of the tensors `names`, float64 `[n]`."""
+    def norms(self, names: Sequence[str], center: Tensors | None = None) -> Tensor:
+        """Return the norm of each client's update of the tensors `names`, float64 `[n]`.
+
+        Args:
+            names: Names of the tensors.
+            center: Tensors from which the updates are measured. If None, the tensors that the
+                clients received.
+        """
         squares = torch.zeros(len(self), dtype=torch.float64)
         for name in names:
-            moved = self.stack(name) - self.start(name)
+            moved = self.stack(name) - (self.start(name) if center is None else center[name])
             squares += moved.double().reshape(len(self), -1).square().sum(1)
         return squares.sqrt()
 
@@ -261,6 +267,40 @@ class MultiKrum(Krum):
 
 # Lower bound of divisors.
 MIN_DIVISOR = 1e-12
+# Lower bound of distances to the geometric median, which makes the sum of distances smooth.
+MIN_DISTANCE = 1e-6
+# Maximum number of iterations of the Weiszfeld algorithm, and change of the weights that ends it.
+MAX_ITERATIONS = 100
+WEIGHT_TOLERANCE = 1e-9
+
+
+@rule("geometric_median")
+class GeometricMedian(Rule):
+    """Point with the smallest sum of distances to the uploads (Pillutla et al. 2022).
+
+    The smoothed Weiszfeld algorithm starts at the coordinate-wise median. Buffers have a median of
+    their own, so that they cannot hide behind true parameters.
+    """
+
+    @override
+    def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
+        medians = self._median(block, block.parameters) | self._median(block, block.buffers)
+        return {name: medians[name] for name in block.names}
+
+    @staticmethod
+    def _median(block: UploadBlock, names: Sequence[str]) -> Tensors:
+        """Return the geometric median of the tensors `names`."""
+        center = {name: trimmed_mean(block.stack(name)).double() for name in names}
+        weights = torch.zeros(len(block), dtype=torch.float64)
+        for _ in range(MAX_ITERATIONS):
+            previous = weights
+            weights = 1 / block.norms(names, center).clamp(min=MIN_DISTANCE)
+            weights = weights / weights.sum()
+            for name in names:
+                center[name] = torch.tensordot(weights, block.stack(name).double(), 1)
+            if torch.allclose(weights, previous, rtol=0, atol=WEIGHT_TOLERANCE):
+                break
+        return {name: value.to(block.sent[0][name].dtype) for name, value in center.items()}
 
 
 @rule("norm_bound")

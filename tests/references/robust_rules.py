@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.optimize import minimize
 
 
 def median(v):
@@ -28,6 +29,13 @@ def krum(v, f):
 def multi_krum(v, f):
     order = np.argsort(krum_scores(v, f), kind="stable")[: len(v) - f]
     return v[order].mean(0)
+
+
+def geometric_median(v):
+    def distance(x):
+        return np.linalg.norm(v - x, axis=1).sum()
+
+    return minimize(distance, v.mean(0), method="BFGS", options={"gtol": 1e-9}).x
 
 
 def norm_bound(v, start, bound=None):

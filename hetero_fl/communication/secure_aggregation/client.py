@@ -78,6 +78,14 @@ REQUESTS: dict[str, dict[str, Field]] = {
         "signatures": (np.uint8, (None, crypto.SIGNATURE)),
     },
 }
+# The only request that a client answers after each request.
+NEXT_REQUEST = {
+    "keys": "shares",
+    "shares": "train",
+    "train": "consistency",
+    "consistency": "unmask",
+    "unmask": "keys",
+}
 REPLIES: dict[str, dict[str, Field]] = {
     "keys": {
         "tag": TAGGED,
@@ -176,7 +184,8 @@ class SecureAggregationClient:
                 "consistency": self._confirm,
                 "unmask": self._unmask,
             }
-            return self._reply(kind, state, replies[kind](state, request))
+            arrays = replies[kind](state, request)
+            return self._store_and_reply(kind, state, {"tag": request["tag"], **arrays})
         except PayloadError as error:
             return refusal(error)
 
@@ -190,7 +199,6 @@ class SecureAggregationClient:
             "secrets": stack_byte_strings(*secrets),
             "keys": stack_byte_strings(public),
         }
-        self._store_state("shares", state)
         endorsement = self.site_keys.endorse(request["tag"].tobytes(), public)
         return {
             "keys": byte_string_to_row(public),
@@ -230,7 +238,6 @@ class SecureAggregationClient:
             "pairs": stack_byte_strings(*shared.values()),
             "own": byte_string_to_row(own_pair),
         }
-        self._store_state("train", state)
         return {
             "commitment": byte_string_to_row(crypto.commit_to_seed(seed, tag)),
             "numbers": np.array(list(pairs), np.int32),
@@ -293,7 +300,7 @@ class SecureAggregationClient:
             raise PayloadError("unit of weights: exponent must be between 0 and 63")
         _, masking, _, seed = (bytes(s) for s in state["secrets"])
         private = crypto.load_private_key(masking)
-        tag = state["tag"].tobytes()
+        tag = request["tag"].tobytes()
         pair_masks = [pair_mask(private, public[m].tobytes(), own_number, m, tag) for m in mates]
 
         def mask(upload: bytes) -> Message:
@@ -307,8 +314,8 @@ class SecureAggregationClient:
                 "mates": request["numbers"],
                 "sealed": request["sealed"],
             }
-            self._store_state("consistency", {**state, **updated})
-            return self._reply("train", state, {"vector": vector.view(np.int64)})
+            arrays = {"tag": request["tag"], "vector": vector.view(np.int64)}
+            return self._store_and_reply("train", {**state, **updated}, arrays)
 
         return TrainingRequest(request["broadcast"].tobytes(), mask)
 
@@ -319,7 +326,6 @@ class SecureAggregationClient:
             raise PayloadError("survivors: expected this client and clients that share its masks")
         self._require_enough(len(survivors), "survivors are left")
         state["survivors"] = request["survivors"]
-        self._store_state("unmask", state)
         signature = crypto.sign(state["secrets"][2].tobytes(), _statement(state))
         return {"signature": byte_string_to_row(signature)}
 
@@ -359,7 +365,7 @@ class SecureAggregationClient:
             key_share = pair[: crypto.SHARE_LENGTH]
             seed_share = pair[crypto.SHARE_LENGTH :]
             shares[number] = seed_share if number in survivors else key_share
-        self._store_state("keys", {**self._idle_state(), **revealed})
+        state |= {**self._idle_state(), **revealed}
         return {
             "numbers": np.array(list(shares), np.int32),
             "shares": stack_byte_strings(*shares.values()),
@@ -406,13 +412,11 @@ class SecureAggregationClient:
             raise PayloadError(f"request {kind!r} out of order")
         return state
 
-    def _store_state(self, next_request: str, state: Arrays) -> None:
-        arrays = {**state, "next": byte_string_to_row(next_request.encode())}
-        self.notes[self.client_id] = encode_arrays(arrays)
-
-    @staticmethod
-    def _reply(kind: str, state: Arrays, arrays: Arrays) -> Message:
-        return Message(kind, encode_arrays({"tag": state["tag"], **arrays}))
+    def _store_and_reply(self, kind: str, state: Arrays, arrays: Arrays) -> Message:
+        """Store the state, in which only the next request is valid, and return the reply."""
+        next_request = byte_string_to_row(NEXT_REQUEST[kind].encode())
+        self.notes[self.client_id] = encode_arrays({**state, "next": next_request})
+        return Message(kind, encode_arrays(arrays))
 
 
 def client_numbers(array: np.ndarray) -> list[int]:

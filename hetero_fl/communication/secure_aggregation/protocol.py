@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from typing_extensions import override
@@ -58,6 +59,8 @@ from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.core.payload import SPARE_BYTES, Payload, PayloadError
 from hetero_fl.utils.errors import RoundAbandonedError
 from hetero_fl.utils.ordering import natural_key
+
+T = TypeVar("T")
 
 
 class SecureAggregation(RoundProtocol):
@@ -206,17 +209,14 @@ class SecureAggregationRound:
         self.names = names
         self.dropouts: dict[str, str] = {}
         self.total: Words = np.zeros(length, np.uint64)
-        # Public keys of the clients that hold shares, and their signatures, keyed by number.
+        # Public keys of the clients that hold shares, keyed by number.
         self.public: dict[int, np.ndarray] = {}
-        self.endorsements: dict[int, np.ndarray] = {}
-        self.known_parts: set[bytes] = set()
         # Shares that clients encrypted for each other, keyed by the numbers of sender and receiver.
         self.sealed: dict[int, dict[int, np.ndarray]] = {}
         self.commitments: dict[int, bytes] = {}
-        # What clients sign about the sum, and their signatures, keyed by number.
+        # What clients sign about the sum.
         self.statement = b""
-        self.signatures: dict[int, np.ndarray] = {}
-        # Shares of the secret of each client, keyed by the numbers of the client and the holder.
+        # Shares of the secrets of clients, keyed by the numbers of the holder and the client.
         self.shares: dict[int, dict[int, bytes]] = {}
 
     def exchanges(self) -> Exchanges:
@@ -225,30 +225,32 @@ class SecureAggregationRound:
         Raises:
             RoundAbandonedError: If too few clients are left, or a secret cannot be reconstructed.
         """
-        holders = yield from self._exchange("keys", self.names, lambda *_: {}, self._take_keys)
+        endorsements = yield from self._exchange("keys", self.names, lambda *_: {}, self._take_keys)
+        public = {number: self.public[number] for number in endorsements}
         told = {
-            "numbers": np.array(holders, np.int32),
-            "keys": np.stack([self.public[number] for number in holders]),
-            "endorsements": np.stack([self.endorsements[number] for number in holders]),
+            "numbers": np.array(list(public), np.int32),
+            "keys": np.stack(list(public.values())),
+            "endorsements": np.stack(list(endorsements.values())),
         }
         members = yield from self._exchange(
             "shares",
-            holders,
+            public,
             lambda number, _: {"head": np.array([number], np.int32), **told},
             self._take_shares,
         )
         summed = yield from self._exchange("train", members, self._train_request, self._take_vector)
-        public = {number: self.public[number] for number in holders}
         self.statement = survivors_statement(self.tag, public, summed)
-        survivors = {"survivors": np.array(summed, np.int32)}
-        signers = yield from self._exchange(
+        survivors = {"survivors": np.array(list(summed), np.int32)}
+        signatures = yield from self._exchange(
             "consistency", summed, lambda *_: survivors, self._take_signature
         )
         signed = {
-            "signers": np.array(signers, np.int32),
-            "signatures": np.stack([self.signatures[number] for number in signers]),
+            "signers": np.array(list(signatures), np.int32),
+            "signatures": np.stack(list(signatures.values())),
         }
-        yield from self._exchange("unmask", signers, lambda *_: signed, self._take_secrets)
+        self.shares = yield from self._exchange(
+            "unmask", signatures, lambda *_: signed, self._take_secrets
+        )
         apply_masks(self.total, self._remaining_masks(members, summed))
         clients = [self.names[number] for number in summed]
         # A client that drops out in the last exchange is in the sum nevertheless.
@@ -260,9 +262,9 @@ class SecureAggregationRound:
         kind: str,
         numbers: Iterable[int],
         arrays: Callable[[int, BroadcastTo], Arrays],
-        take: Callable[[int, Arrays], None],
-    ) -> Generator[Exchange, None, list[int]]:
-        """Yield an exchange, and return the numbers of the clients with a valid reply.
+        take: Callable[[int, Arrays], T],
+    ) -> Generator[Exchange, None, dict[int, T]]:
+        """Yield an exchange, and return what `take` returns for each client with a valid reply.
 
         Args:
             kind: Kind of the request.
@@ -272,12 +274,15 @@ class SecureAggregationRound:
             take: Function that processes a reply, with the client's number and the arrays of the
                 reply. It raises PayloadError for an invalid reply, with which the client drops out.
 
+        Returns:
+            The results of `take`, keyed by the number of the client in ascending order.
+
         Raises:
             RoundAbandonedError: If too few clients are left.
         """
         numbers_by_id = {self.names[number]: number for number in numbers}
         silent = set(numbers_by_id)
-        accepted: list[int] = []
+        accepted: dict[int, T] = {}
 
         def content(client_id: str, broadcast_to: BroadcastTo) -> bytes:
             tag = byte_string_to_row(self.tag)
@@ -287,9 +292,9 @@ class SecureAggregationRound:
             if client_id not in silent:
                 return
             silent.remove(client_id)
+            number = numbers_by_id[client_id]
             try:
-                take(numbers_by_id[client_id], self._decode_reply(kind, reply))
-                accepted.append(numbers_by_id[client_id])
+                accepted[number] = take(number, self._decode_reply(kind, reply))
             except PayloadError as error:
                 self.dropouts[client_id] = str(error)
 
@@ -303,7 +308,7 @@ class SecureAggregationRound:
                 f"{len(accepted)} of {len(self.names)} clients are left, but "
                 f"channel.secure_sum.threshold requires {self.threshold} ({client}: {reason})"
             )
-        return sorted(accepted)
+        return dict(sorted(accepted.items()))
 
     def _train_request(self, number: int, broadcast_to: BroadcastTo) -> Arrays:
         senders = [sender for sender in sorted(self.sealed) if sender != number]
@@ -332,16 +337,16 @@ class SecureAggregationRound:
             raise PayloadError("message of another round or exchange")
         return reply
 
-    def _take_keys(self, number: int, reply: Arrays) -> None:
+    def _take_keys(self, number: int, reply: Arrays) -> np.ndarray:
         # All other clients would refuse these keys.
         parts = _parts(reply["keys"])
         for public in parts[:2]:
             crypto.check_public_key(public)
-        if len(set(parts)) < len(parts) or not self.known_parts.isdisjoint(parts):
+        known = {part for keys in self.public.values() for part in _parts(keys)}
+        if len(set(parts)) < len(parts) or not known.isdisjoint(parts):
             raise PayloadError("duplicate public key")
-        self.known_parts.update(parts)
         self.public[number] = reply["keys"]
-        self.endorsements[number] = reply["endorsement"]
+        return reply["endorsement"]
 
     def _take_shares(self, number: int, reply: Arrays) -> None:
         receivers = client_numbers(reply["numbers"])
@@ -358,16 +363,17 @@ class SecureAggregationRound:
             raise PayloadError(f"vector: expected {len(self.total)} numbers, got {len(vector)}")
         np.add(self.total, vector, out=self.total)
 
-    def _take_signature(self, number: int, reply: Arrays) -> None:
+    def _take_signature(self, number: int, reply: Arrays) -> np.ndarray:
         check_signatures(self.statement, [number], reply["signature"][None], self.public)
-        self.signatures[number] = reply["signature"]
+        return reply["signature"]
 
-    def _take_secrets(self, holder: int, reply: Arrays) -> None:
-        for number, share in zip(reply["numbers"].tolist(), reply["shares"], strict=False):
-            self.shares.setdefault(number, {})[holder] = share.tobytes()
+    @staticmethod
+    def _take_secrets(_holder: int, reply: Arrays) -> dict[int, bytes]:
+        shares = [share.tobytes() for share in reply["shares"]]
+        return dict(zip(reply["numbers"].tolist(), shares, strict=False))
 
     def _remaining_masks(
-        self, members: Sequence[int], summed: Sequence[int]
+        self, members: Iterable[int], summed: Collection[int]
     ) -> list[tuple[bytes, bool]]:
         """Return the key of each mask in the total, and whether to subtract the mask.
 
@@ -378,23 +384,26 @@ class SecureAggregationRound:
         masks: list[tuple[bytes, bool]] = []
         for number in members:
             if number in summed:
-                masks.append((self._reconstruct_secret(number, self._is_seed), True))
+                masks.append((self._reconstruct_secret(number, is_seed=True), True))
             else:
                 # Add the masks that the client would have added.
-                private = crypto.load_private_key(self._reconstruct_secret(number, self._is_key))
+                private = crypto.load_private_key(self._reconstruct_secret(number, is_seed=False))
                 masks += [
                     pair_mask(private, self.public[other].tobytes(), number, other, self.tag)
                     for other in summed
                 ]
         return masks
 
-    def _reconstruct_secret(self, number: int, is_valid: Callable[[int, bytes], bool]) -> bytes:
-        """Return the secret of a client, trying different shares if some are invalid."""
-        available = list(self.shares.get(number, {}).items())
+    def _reconstruct_secret(self, number: int, is_seed: bool) -> bytes:
+        """Return the seed or the masking key of a client.
+
+        Different shares are tried if some are invalid.
+        """
+        available = [(holder, s[number]) for holder, s in self.shares.items() if number in s]
         for start in range(len(available)) if len(available) >= self.threshold else ():
             chosen = (available + available)[start : start + self.threshold]
             secret = crypto.combine_shares(dict(chosen))
-            if secret is not None and is_valid(number, secret):
+            if secret is not None and self._is_secret(secret, number, is_seed):
                 return secret
         raise RoundAbandonedError(
             f"round {self.round_idx + 1}: secure aggregation stopped at 'unmask': "
@@ -402,10 +411,9 @@ class SecureAggregationRound:
             f"{self.threshold} valid shares are needed"
         )
 
-    def _is_seed(self, number: int, secret: bytes) -> bool:
-        return crypto.commit_to_seed(secret, self.tag) == self.commitments[number]
-
-    def _is_key(self, number: int, secret: bytes) -> bool:
+    def _is_secret(self, secret: bytes, number: int, is_seed: bool) -> bool:
+        if is_seed:
+            return crypto.commit_to_seed(secret, self.tag) == self.commitments[number]
         return crypto.public_key(secret) == self.public[number][32:64].tobytes()
 
 

@@ -31,7 +31,7 @@ from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.executors.choose import ExecutorChoice
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.conditions import unused_simulation_keys
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.store import StateStore
 from hetero_fl.federation.trainer import min_clients
 from hetero_fl.privacy.noise import SecretNoiseSource
 from hetero_fl.reporting.run import Run

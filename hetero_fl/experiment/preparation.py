@@ -38,14 +38,13 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.privacy_budget import PrivacyBudget
 from hetero_fl.experiment.starting_models import StartingTensors, starting_tensors
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
-from hetero_fl.federation.checkpoint import checkpoint_files
 from hetero_fl.federation.executors.base import Executor, TimedExecutor
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, make_executor
 from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.conditions import is_simulated, simulation_notes
 from hetero_fl.federation.simulation.executor import SimulatedExecutor
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.store import StateStore, checkpoint_files
 from hetero_fl.federation.trainer import Trainer
 from hetero_fl.privacy.accounting import opacus_accountants
 from hetero_fl.privacy.server_side import ServerPrivacy

@@ -10,10 +10,9 @@ from typing import Any
 from hetero_fl.config import Config
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.experiment.preparation import ExecutorFactory, PreparedRun
-from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.evaluation import EvaluationResult, Record, add_evaluation, server_tensors
 from hetero_fl.federation.executors.choose import ExecutorChoice
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.store import Checkpoints, StateStore
 from hetero_fl.federation.trainer import Trainer
 from hetero_fl.reporting.integrity import check_resumable, identity
 from hetero_fl.reporting.loggers import RunLoggers, make_loggers

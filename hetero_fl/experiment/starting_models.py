@@ -10,7 +10,7 @@ import torch
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.federation.store import PrivateState
 from hetero_fl.federation.trainer import Trainer
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission

@@ -36,7 +36,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data import Examples, FederatedData, Preprocess
 from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.driver import translate_user_errors
-from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.federation.store import PrivateState
 from hetero_fl.privacy.noise import KeyedNoiseSource, NoiseSource, noisy_label_counts
 from hetero_fl.robustness.attacks import CountsFunction, DataFunction, MaliciousClients
 from hetero_fl.utils.errors import UserError

@@ -11,7 +11,7 @@ from hetero_fl.core.payload import Payload, PayloadError, logged_from_report, lo
 from hetero_fl.federation.combination import RoundUploads
 from hetero_fl.federation.executors.base import Arrival, ClientLateError
 from hetero_fl.federation.server_link import ServerLink
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.store import StateStore
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.text import pluralize
 

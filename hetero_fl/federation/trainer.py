@@ -17,7 +17,6 @@ from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import copy_containers, copy_tree
 from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.engine.driver import Backend, DivergedError, translate_user_errors
-from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.combination import Combination, RoundUploads
 from hetero_fl.federation.evaluation import (
     EvaluationResult,
@@ -29,7 +28,7 @@ from hetero_fl.federation.executors.base import Arrival, Executor, Until
 from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.round import RoundEvents, UploadCollector, task_record
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.store import Checkpoints, StateStore
 from hetero_fl.federation.summed_uploads import link_class, make_protocol
 from hetero_fl.utils.errors import RoundAbandonedError, RunFailedError
 from hetero_fl.utils.ordering import natural_order

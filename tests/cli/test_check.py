@@ -15,7 +15,7 @@ import yaml
 from hetero_fl import Run
 from hetero_fl.cli import main
 from hetero_fl.experiment import run
-from hetero_fl.federation.checkpoint import Checkpoints
+from hetero_fl.federation.store import Checkpoints
 from hetero_fl.federation.trainer import Trainer
 from hetero_fl.reporting.run_directory import CHECKSUMS, RunDirectory, lock_folder
 from hetero_fl.utils.errors import Interrupted, UserError

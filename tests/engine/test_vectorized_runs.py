@@ -17,7 +17,7 @@ from hetero_fl.engine.vectorized import VectorizedBackend
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.executors.base import InProcessExecutor
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.store import StateStore
 from hetero_fl.federation.trainer import Trainer
 from tests.support.cases import each_case
 from tests.support.federations import METHODS, config

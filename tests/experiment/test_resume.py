@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from hetero_fl.cli import main
-from hetero_fl.federation.checkpoint import Checkpoints
+from hetero_fl.federation.store import Checkpoints
 from hetero_fl.federation.trainer import Trainer
 from tests.support.federations import config
 

@@ -16,7 +16,7 @@ from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Plan
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.client_runtime import ClientRuntime
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.store import StateStore
 from hetero_fl.federation.trainer import Trainer
 from hetero_fl.utils.serialization import encode
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hetero_fl import run
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.store import StateStore
 from hetero_fl.federation.trainer import Trainer
 from hetero_fl.reporting import report
 from hetero_fl.reporting.run_directory import RunDirectory

@@ -15,7 +15,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.pool import PooledExecutor
 from hetero_fl.federation.executors.worker import WorkerSetup
 from hetero_fl.federation.simulation.executor import SimulatedExecutor
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.store import StateStore
 from hetero_fl.federation.trainer import Trainer
 from hetero_fl.utils.serialization import decode, encode
 from tests.support.federations import state_of

@@ -23,7 +23,7 @@ from hetero_fl.federation.executors.base import Executor, InProcessExecutor
 from hetero_fl.federation.executors.pool import PooledExecutor, WorkerPool
 from hetero_fl.federation.executors.processes import ProcessPool
 from hetero_fl.federation.executors.worker import JobResult, Worker, WorkerJob, WorkerSetup
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.store import StateStore
 from hetero_fl.federation.trainer import Trainer
 from hetero_fl.utils.serialization import encode
 from tests.support.federations import MIXED, broadcasts, config

@@ -17,8 +17,8 @@ from hetero_fl.engine.driver import DivergedError
 from hetero_fl.federation import client_runtime
 from hetero_fl.federation.executors import processes
 from hetero_fl.federation.executors.worker import WorkerJob
+from hetero_fl.federation.simulation.conditions import FaultOutcome, Faults
 from hetero_fl.federation.simulation.executor import SimulatedExecutor
-from hetero_fl.federation.simulation.faults import FaultOutcome, Faults
 from hetero_fl.federation.trainer import Trainer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.federation.executors.test_workers import kill_workers

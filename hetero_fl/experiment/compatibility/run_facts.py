@@ -31,7 +31,7 @@ from hetero_fl.core.payload import Payload
 from hetero_fl.engine.driver import run_plan, translate_user_errors
 from hetero_fl.experiment.compatibility.config_facts import ROBUST_KEYS, first
 from hetero_fl.experiment.compatibility.upload_facts import UploadFacts
-from hetero_fl.federation.simulation.devices import Devices
+from hetero_fl.federation.simulation.conditions import Devices
 from hetero_fl.robustness.rules import PredictionRule, Rule, prediction_rule, rule
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX

@@ -17,8 +17,7 @@ from hetero_fl.engine.templates import training_flops
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.simulation.devices import Device, Devices
-from hetero_fl.federation.simulation.faults import Faults, flip_bytes
+from hetero_fl.federation.simulation.conditions import Device, Devices, Faults, flip_bytes
 from hetero_fl.federation.trainer import Trainer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.asynchronous_runs import FAULTS
@@ -134,7 +133,7 @@ def test_faults_are_drawn_by_client_and_task() -> None:
         assert abs(share - (0.3 if what == "fine" else 0.1)) < 0.025
     assert {fate.delay for fate in fates if fate.kind == "late"} == {3600.0}
     assert all(
-        faults.outcome("site_1", t).is_failure
+        bool(faults.outcome("site_1", t).failure)
         == (fates[t].kind in ("before", "during", "after", "lost"))
         for t in range(99)
     )
@@ -286,7 +285,7 @@ def test_runs_with_failures_complete_and_counts_add_up(chance: float, too_few: s
         failed = {
             client_id
             for client_id in record["cohort"]
-            if rounds.executor.faults.outcome(client_id, record["round"] - 1).is_failure
+            if rounds.executor.faults.outcome(client_id, record["round"] - 1).failure
         }
         assert record["counts"]["failed"] == len(failed) and set(record["failed"]) == failed
         assert record.get("skipped", False) == (len(failed) == 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -114,12 +114,17 @@ class RunSession:
         if saved is None:
             prepared.start.load_into(self.trainer)
             self._metadata["directory"]["metrics"] = directory.metrics_checksum()
-            self.trainer.save(self._checkpoints, self._metadata)
+            self._save_checkpoint()
             for message in prepared.deprecations:
                 # The warning itself has been printed.
                 self._progress.write(f"warning: {message}")
             for note in [prepared.headline, *prepared.notes, *self._choice.reasons]:
                 self._progress.log(note)
+
+    def _save_checkpoint(self, kept_rounds: Collection[int] = ()) -> None:
+        state = {"run": self.trainer.state_dict(), **self._metadata}
+        self._checkpoints.save(self.trainer.completed, state, kept_rounds)
+        self.trainer.executor.on_checkpoint()
 
     def _num_planned(self) -> int:
         """Return the number of rounds to train, which a privacy budget may limit."""
@@ -209,7 +214,7 @@ class RunSession:
             self._metadata["directory"]["metrics"] = directory.metrics_checksum()
             kept_rounds |= {*best.rounds.values()}
             goes_back = self._saves_best and self._can_go_back
-            trainer.save(self._checkpoints, self._metadata, kept_rounds if goes_back else ())
+            self._save_checkpoint(kept_rounds if goes_back else ())
             self._loggers.log(record)
             yield record
             progress.finish_round(record)

@@ -62,7 +62,7 @@ def test_old_teacher_is_distilled_on_its_rows(method: str, monkeypatch: pytest.M
     source = {**config(method, MIXED, algorithm=settings), "rounds": 6}
     source["clients"]["defaults"]["share_every"] = 3
     rounds = rounds_of(source, num_rounds=4)
-    rounds._set_round_context(4)
+    rounds.set_round(4)
     client_info = rounds.federation.client_infos["site_1"]
     client, got = (
         clients(rounds)["site_1"],

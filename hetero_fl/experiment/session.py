@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from hetero_fl.config import Config
-from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.experiment.preparation import ExecutorFactory, PreparedRun
-from hetero_fl.federation.evaluation import EvaluationResult, Record, add_evaluation, server_tensors
+from hetero_fl.federation.evaluation import EvaluationResult, Record, add_evaluation
 from hetero_fl.federation.executors.choose import ExecutorChoice
 from hetero_fl.federation.store import Checkpoints, StateStore
 from hetero_fl.federation.trainer import Trainer
@@ -113,7 +111,6 @@ class RunSession:
         }
         if saved is None:
             prepared.start.load_into(self.trainer)
-            self._metadata["directory"]["metrics"] = directory.metrics_checksum()
             self._save_checkpoint()
             for message in prepared.deprecations:
                 # The warning itself has been printed.
@@ -122,6 +119,7 @@ class RunSession:
                 self._progress.log(note)
 
     def _save_checkpoint(self, kept_rounds: Collection[int] = ()) -> None:
+        self._metadata["directory"]["metrics"] = self._directory.metrics_checksum()
         state = {"run": self.trainer.state_dict(), **self._metadata}
         self._checkpoints.save(self.trainer.completed, state, kept_rounds)
         self.trainer.executor.on_checkpoint()
@@ -196,7 +194,8 @@ class RunSession:
         progress.unit = prepared.federation.task.unit
         progress.start(config.rounds, len(prepared.federation.client_infos), trainer.completed)
         evaluation: EvaluationResult | None = None
-        while trainer.completed < planned and not patience.exhausted:
+        stops_early = patience.exhausted
+        while trainer.completed < planned and not stops_early:
             record = trainer.run_round()
             # An extended run may repeat a round, or a resumed one fall back to the previous round.
             kept_rounds = {*best.rounds.values()}
@@ -206,19 +205,19 @@ class RunSession:
             if trainer.completed % config.evaluation.every == 0 or is_last:
                 result = _evaluate(trainer, record, directory if is_last else None)
                 patience.update(record)
+                stops_early = patience.exhausted
                 best.update(record)
                 evaluation = result if is_last else None
                 if self._saves_best and not self._can_go_back:
                     self._save_best(best.rounds, is_last)
             directory.append_metrics(record)
-            self._metadata["directory"]["metrics"] = directory.metrics_checksum()
             kept_rounds |= {*best.rounds.values()}
             goes_back = self._saves_best and self._can_go_back
             self._save_checkpoint(kept_rounds if goes_back else ())
             self._loggers.log(record)
             yield record
             progress.finish_round(record)
-        if patience.exhausted:
+        if stops_early:
             progress.log(
                 f"stopped after round {trainer.completed}: validation has not improved for "
                 f"{config.evaluation.patience} evaluations (evaluation.patience)"
@@ -289,7 +288,7 @@ class RunSession:
                 for path in directory.model_files():
                     save(path.stem, path.read_bytes())
             elif round_idx == last:
-                evaluate_models(trainer, save, counts_traffic=False)
+                trainer.evaluate(details=True, save=save, counts_traffic=False)
             elif (saved := self._checkpoints.load(round_idx)) is None:
                 self._progress.log(
                     f"the best models of round {round_idx} are not saved, because its checkpoint "
@@ -297,7 +296,7 @@ class RunSession:
                 )
             else:
                 trainer.load_state_dict(saved["run"])
-                evaluate_models(trainer, save, counts_traffic=False)
+                trainer.evaluate(details=True, save=save, counts_traffic=False)
         if trainer.completed != last and (newest := self._checkpoints.load(last)) is not None:
             trainer.load_state_dict(newest["run"])
 
@@ -386,40 +385,6 @@ def write_presentation(config: Config, directory: RunDirectory, log: Callable[[s
         write_report(directory.path, log)
 
 
-def evaluate_models(
-    trainer: Trainer, save: Callable[[str, bytes], None], counts_traffic: bool = True
-) -> EvaluationResult:
-    """Evaluate the models with all details for the report.
-
-    Args:
-        trainer: The trainer.
-        save: Function that is called with the name of each evaluated model (the client id or
-            "server") and the model, encoded by `SavedModel.encode`.
-        counts_traffic: Whether the broadcasts count as traffic of the run.
-
-    Raises:
-        RunFailedError: If a model cannot be evaluated.
-    """
-    result = trainer.evaluate(details=True, save=save, counts_traffic=counts_traffic)
-    slot = trainer.server_slot
-    if slot is not None:
-        federation = trainer.federation
-        server = trainer.server
-        preprocess = asdict(federation.preprocessing_of(slot))
-        layout = federation.data.layout
-        model = SavedModel(
-            server_tensors(slot, server, federation, trainer.backend),
-            server.arch[slot],
-            preprocess,
-            federation.task,
-            None,
-            layout.columns,
-            layout.categories,
-        )
-        save("server", model.encode())
-    return result
-
-
 def _evaluate_fully(
     trainer: Trainer, directory: RunDirectory, counts_traffic: bool = True
 ) -> EvaluationResult:
@@ -430,4 +395,4 @@ def _evaluate_fully(
         if model:
             write_atomically(directory.path / "models" / f"{name}.safetensors", model)
 
-    return evaluate_models(trainer, save, counts_traffic)
+    return trainer.evaluate(details=True, save=save, counts_traffic=counts_traffic)

@@ -154,18 +154,6 @@ class FederationLinks:
             return payload
         return self.down.decompress(payload, self._key(SERVER, round_idx))
 
-    def simulate_broadcast(
-        self, round_idx: int, payload: Payload, archs: Iterable[ModelSpec]
-    ) -> Payload:
-        """Return the payload that clients decode from a broadcast.
-
-        Args:
-            round_idx: Index of the round, from 0.
-            payload: The broadcast.
-            archs: Architectures of the server's models.
-        """
-        return self.decode_broadcast(round_idx, self.encode_broadcast(round_idx, payload, archs))
-
     def _key(self, sender: str, round_idx: int, attempt: int = 0) -> tuple[Key, ...]:
         return (self.seed, round_idx, sender, "link", *(("again", attempt) if attempt else ()))
 

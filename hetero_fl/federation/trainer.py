@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from hetero_fl.federation.combination import Combination, RoundUploads
 from hetero_fl.federation.evaluation import (
     EvaluationResult,
     Record,
+    SaveFunction,
     evaluate_clients,
     evaluate_server,
 )
@@ -146,9 +147,10 @@ class Trainer:
             RunFailedError: If there are too few usable uploads and the policy requires a failure,
                 or if a user-defined method fails. The private states of the clients are restored.
         """
+        events = RoundEvents(start=self.executor.now)
         with self.rollback_on_error():
             self.set_round(self.round_idx)
-            events = RoundEvents(self.sample_cohort(self.round_idx), self.executor.now)
+            events.cohort = self.sample_cohort(self.round_idx)
             uploads = self.combination.begin_round(self.round_idx)
             collector = UploadCollector(events, self.protocol, self.link, uploads, self.store)
             try:
@@ -315,7 +317,7 @@ class Trainer:
     def evaluate(
         self,
         details: bool = False,
-        save: Callable[[str, bytes], None] | None = None,
+        save: SaveFunction | None = None,
         counts_traffic: bool = True,
     ) -> EvaluationResult:
         """Evaluate the present models of the clients and the server's model.
@@ -325,8 +327,8 @@ class Trainer:
 
         Args:
             details: Whether to compute all results that a report shows, including the models.
-            save: Function that is called with the id and the encoded model of each client (see
-                `SavedModel.encode`). If None, the encoded models are part of the result.
+            save: Function that is called with each model. If None, the encoded models of the
+                clients are part of the result.
             counts_traffic: Whether the broadcasts count as traffic of the run.
 
         Raises:
@@ -343,7 +345,7 @@ class Trainer:
         if counts_traffic and self.algorithm.needs.counts_traffic:
             self.traffic.down += result.down_bytes
         if (slot := self.server_slot) is not None:
-            result.server = evaluate_server(slot, self.server, self.federation, self.backend)
+            result.server = evaluate_server(slot, self.server, self.federation, self.backend, save)
         return result
 
     def state_dict(self) -> dict[str, Any]:

@@ -271,7 +271,7 @@ def test_models_and_predictions_stay_on_the_device(method: str, executor: str) -
         trainer.evaluate()
         predicted = {t.where.split()[1] for t in gpu.transfers if t.kind == "to host"}
         # `IdentityCache.get` copies the predictions of clients.
-        assert predicted and predicted <= {"get", "_evaluate_server"}
+        assert predicted and predicted <= {"get", "evaluate_server"}
 
 
 @has_gpu

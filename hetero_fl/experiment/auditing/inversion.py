@@ -223,16 +223,15 @@ def _request_upload(trainer: Trainer, client_id: str, round_idx: int) -> tuple[P
         PayloadError: If the upload does not have the expected structure.
     """
     trainer.set_round(round_idx)
-    link = trainer.link
     client_info = trainer.federation.client_infos[client_id]
-    payload = link.broadcast(client_info)
-    request = Message("train", link.content(payload), round_idx)
+    payload = trainer.link.broadcast(client_info)
+    request = Message("train", trainer.link.content(payload), round_idx)
     (arrival,) = trainer.executor.run([client_id], lambda _: request)
     if not isinstance(arrival.reply, Message):
-        reason = arrival.reply
-        raise RunFailedError(f"round {round_idx + 1}: {client_id} sent no upload: {reason}")
-    received = link.received(payload)
-    return received, link.decode_upload(client_info, arrival.reply.content, received, round_idx)
+        raise RunFailedError(f"round {round_idx + 1}: {client_id} sent no upload: {arrival.reply}")
+    received = trainer.link.received(payload)
+    content = arrival.reply.content
+    return received, trainer.link.decode_upload(client_info, content, received, round_idx)
 
 
 def observe_upload(

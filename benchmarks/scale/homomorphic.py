@@ -23,7 +23,7 @@ from hetero_fl.communication.homomorphic.messages import unseal_state
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.summed_uploads.hidden_server import SealedLink, decode_state
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 
 MODELS = {"CNN": "cnn_bn_medium", "ResNet-18": "resnet18"}
 CHANNELS: dict[str, dict[str, Any]] = {
@@ -76,7 +76,7 @@ def measure_round(model: str, clients: int, channel: dict[str, Any]) -> Figures:
     return Figures(record["up_bytes"] / clients, record["down_bytes"] / clients, seconds, models)
 
 
-def server_models(trainer: Trainer) -> Tensors:
+def server_models(trainer: FederatedTrainer) -> Tensors:
     """Return the tensors of the server's model, decrypted with the clients' key if necessary."""
     models = trainer.server.models
     if isinstance(trainer.link, SealedLink):

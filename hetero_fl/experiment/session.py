@@ -11,7 +11,7 @@ from hetero_fl.experiment.preparation import ExecutorFactory, PreparedRun
 from hetero_fl.federation.evaluation import EvaluationResult, Record, add_evaluation
 from hetero_fl.federation.executors.choose import ExecutorChoice
 from hetero_fl.federation.store import Checkpoints, StateStore
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.reporting.integrity import check_resumable, identity
 from hetero_fl.reporting.loggers import RunLoggers, make_loggers
 from hetero_fl.reporting.progress import Progress
@@ -346,7 +346,9 @@ def _read_history(directory: RunDirectory) -> list[Record]:
     return directory.metrics() if (directory.path / "metrics.jsonl").exists() else []
 
 
-def _evaluate(trainer: Trainer, record: Record, directory: RunDirectory | None) -> EvaluationResult:
+def _evaluate(
+    trainer: FederatedTrainer, record: Record, directory: RunDirectory | None
+) -> EvaluationResult:
     """Evaluate the current models and add the result to the record of the round.
 
     Args:
@@ -386,7 +388,7 @@ def write_presentation(config: Config, directory: RunDirectory, log: Callable[[s
 
 
 def _evaluate_fully(
-    trainer: Trainer, directory: RunDirectory, counts_traffic: bool = True
+    trainer: FederatedTrainer, directory: RunDirectory, counts_traffic: bool = True
 ) -> EvaluationResult:
     """Evaluate the models with all details for the report, and write each evaluated model."""
 

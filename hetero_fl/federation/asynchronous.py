@@ -24,7 +24,7 @@ from hetero_fl.engine.driver import DivergedError
 from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.executors.base import Arrival, ClientAbsentError, TimedExecutor
 from hetero_fl.federation.round import DAMAGED, RoundEvents
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_key
 from hetero_fl.utils.seeding import sample_numbers
@@ -89,7 +89,7 @@ class BufferEvents(RoundEvents):
     diverged: str = ""
 
 
-class AsynchronousTrainer(Trainer):
+class AsynchronousTrainer(FederatedTrainer):
     """Trainer that aggregates uploads asynchronously.
 
     The server assigns tasks to clients, each with the newest broadcast. When a task ends, the
@@ -102,12 +102,12 @@ class AsynchronousTrainer(Trainer):
     random draws depend only on the version and the attempt.
 
     Args:
-        *args: Arguments of `Trainer`. `per_round` is the number of concurrent tasks.
+        *args: Arguments of `FederatedTrainer`. `per_round` is the number of concurrent tasks.
         buffer: Number of uploads per aggregation. If None, the number of concurrent tasks. Ignored
             if the method sets the buffer size.
         staleness: Weights of stale uploads. If None, the default `StalenessConfig`. Ignored if the
             method sets the weights.
-        **options: Keyword arguments of `Trainer`.
+        **options: Keyword arguments of `FederatedTrainer`.
 
     Attributes:
         version: Number of aggregations so far.

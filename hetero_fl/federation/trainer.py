@@ -48,7 +48,7 @@ def min_clients(policy: CohortConfig, federation: FederationSpec) -> int:
     return max(policy.least, survivors)
 
 
-class Trainer:
+class FederatedTrainer:
     """Trainer that runs synchronous rounds (McMahan et al. 2017, Algorithm 1).
 
     In each round, the server samples a cohort, sends the broadcast, waits for the uploads of the

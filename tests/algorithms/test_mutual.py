@@ -23,7 +23,7 @@ from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Rows
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.experiment import prepare, run
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from tests.references.local_training import clients, module
 from tests.support.federations import (
     MIXED,
@@ -43,7 +43,7 @@ def federation(
     return config(method, models, clients, algorithm={"name": method, "mentee": SMALL, **settings})
 
 
-def trained(rounds: Trainer, client_id: str) -> tuple[Participant, Payload, Payload]:
+def trained(rounds: FederatedTrainer, client_id: str) -> tuple[Participant, Payload, Payload]:
     """Return a client after the next round's training, what it received and what it sends."""
     got = Payload(
         rounds.algorithm.broadcast(rounds.server, rounds.federation.client_infos[client_id])

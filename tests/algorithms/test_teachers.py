@@ -15,7 +15,7 @@ from hetero_fl.core.plan import Fit
 from hetero_fl.core.task import Task
 from hetero_fl.engine.batches import index_batches
 from hetero_fl.engine.driver import run_plan
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from tests.references.local_training import clients, largest_difference, module
 from tests.support.calls import record_calls
 from tests.support.federations import MIXED, config, rounds_of
@@ -51,7 +51,7 @@ def test_certain_predictions_give_no_nan() -> None:
 # Rounds on sampled rows
 
 
-def public(rounds: Trainer, client_id: str, rows: Tensor) -> Tensor:
+def public(rounds: FederatedTrainer, client_id: str, rows: Tensor) -> Tensor:
     return clients(rounds)[client_id].data("proxy", None)["x"][rows]
 
 

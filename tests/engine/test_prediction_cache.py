@@ -19,7 +19,7 @@ from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.base import client_chunks
 from hetero_fl.federation.store import PrivateState
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from tests.support.calls import record_calls
 from tests.support.cases import each_case
 from tests.support.federations import MIXED, config, rounds_of, set_method
@@ -143,7 +143,7 @@ class Failing(FedAvg):
 
 
 def test_failed_round_clears_the_cache() -> None:
-    rounds: Trainer = rounds_of(config("fedper", "mlp"), num_rounds=1)
+    rounds: FederatedTrainer = rounds_of(config("fedper", "mlp"), num_rounds=1)
     tree, kept = (
         rounds.state_dict(),
         dict(rounds.store.committed),

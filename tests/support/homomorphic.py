@@ -9,7 +9,7 @@ from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.communication.homomorphic.messages import unseal_state
 from hetero_fl.core.participant import Participant
 from hetero_fl.federation.summed_uploads.hidden_server import HiddenServer, SealedLink
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from tests.support.federations import MIXED, config, runtime_of
 
 
@@ -24,7 +24,7 @@ def encrypted(method: str, models: Any = MIXED, clients: int = 4, **changes: Any
     return config(method, models, clients, **{"channel__homomorphic": {}, **changes})
 
 
-def unsealed_server(trainer: Trainer, key: SharedKey | None = None) -> Participant:
+def unsealed_server(trainer: FederatedTrainer, key: SharedKey | None = None) -> Participant:
     """Return the server in the state that clients decrypt."""
     if key is None:
         key = runtime_of(trainer).federation.shared_key

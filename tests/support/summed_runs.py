@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from hetero_fl.communication.homomorphic.key import SharedKey
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from tests.support.federations import MIXED, config
 
 
@@ -18,7 +18,7 @@ def secure(method: str, models: Any = MIXED, clients: int = 4, **changes: Any) -
     return config(method, models, clients, **{"channel__secure_sum": {}, **changes})
 
 
-def tensors_of(trainer: Trainer, key: SharedKey | None = None) -> list[Tensor]:
+def tensors_of(trainer: FederatedTrainer, key: SharedKey | None = None) -> list[Tensor]:
     """Return the tensors of the server, which may be encrypted, and of the clients."""
     server = trainer.server
     if trainer.protocol.hides_server:
@@ -31,7 +31,7 @@ def tensors_of(trainer: Trainer, key: SharedKey | None = None) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor)]
 
 
-def largest_difference(first: Trainer, second: Trainer) -> float:
+def largest_difference(first: FederatedTrainer, second: FederatedTrainer) -> float:
     """Return the largest difference of tensors, relative to their largest magnitude or 1."""
     differences = []
     for one, other in zip(tensors_of(first), tensors_of(second), strict=True):

@@ -34,7 +34,7 @@ from hetero_fl.data import Dataset, Preprocess
 from hetero_fl.data.federated_data import unprocessed_rows
 from hetero_fl.engine.driver import translate_user_errors
 from hetero_fl.experiment.preparation import PreparedRun, prepare
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import ArgumentError, RunFailedError
 from hetero_fl.utils.seeding import Key, keyed_generator
 from model_zoo import SplitModel
@@ -215,7 +215,9 @@ def reason_not_invertible(prepared: PreparedRun, client: str) -> str | None:
 
 
 @translate_user_errors()
-def _request_upload(trainer: Trainer, client_id: str, round_idx: int) -> tuple[Payload, Payload]:
+def _request_upload(
+    trainer: FederatedTrainer, client_id: str, round_idx: int
+) -> tuple[Payload, Payload]:
     """Train one client in a round, and return the broadcast and the upload.
 
     Raises:

@@ -165,11 +165,12 @@ class Devices:
                 value = log_normal(value.median, value.sigma, seed, "device", client_id, name)
             if value is not None:
                 values[name] = value
-        hours = own.availability or self.config.availability
-        if hours is None:
-            return Device(**values)
-        online = _online_hours(hours, uniform(seed, "device", client_id, "phase"))
-        return Device(**values, online=online, day=hours.day)
+        day = DAY
+        online: Spans = ()
+        if (hours := own.availability or self.config.availability) is not None:
+            day = hours.day
+            online = _online_hours(hours, uniform(seed, "device", client_id, "phase"))
+        return Device(**values, online=online, day=day)
 
     def training_seconds(self, client_id: str, task: int) -> float:
         """Return the duration of a client's local training in seconds, without offline time.

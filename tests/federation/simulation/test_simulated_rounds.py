@@ -18,7 +18,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.conditions import Device, Devices, Faults, flip_bytes
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.asynchronous_runs import FAULTS
 from tests.support.cases import each_case
@@ -179,7 +179,7 @@ SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": {"median": 1e5, "sigma": 0
 MANY = {"kind": "iid", "min_size": 10}
 
 
-def run_rounds(source: dict[str, Any]) -> tuple[Trainer, list[Record]]:
+def run_rounds(source: dict[str, Any]) -> tuple[FederatedTrainer, list[Record]]:
     rounds = rounds_of(source, num_rounds=0)
     return rounds, [rounds.run_round() for _ in range(source["rounds"])]
 
@@ -466,7 +466,7 @@ def test_only_online_clients_are_sampled() -> None:
     assert any(start > 0 for start in starts)
 
 
-def sampled_at_start(rounds: Trainer, round_idx: int) -> list[str]:
+def sampled_at_start(rounds: FederatedTrainer, round_idx: int) -> list[str]:
     rounds.executor.now = 0.0
     return rounds.sample_cohort(round_idx)
 

@@ -214,7 +214,8 @@ class RunSession:
             kept_rounds |= {*best.rounds.values()}
             goes_back = self._saves_best and self._can_go_back
             self._save_checkpoint(kept_rounds if goes_back else ())
-            self._loggers.log(record)
+            if config.output.loggers:
+                self._loggers.log(record)
             yield record
             progress.finish_round(record)
         if stops_early:

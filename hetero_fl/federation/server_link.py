@@ -56,12 +56,14 @@ class ServerLink:
         self.privacy = ServerPrivacy.from_federation(
             expectations.privacy, federation, expectations.expected_items, per_round
         )
+        self._contents: EncodeCache[Content] = EncodeCache(self._encode)
+        self._decoded = EncodeCache(self._decode)
         self.clear()
 
     def clear(self) -> None:
         """Drop messages that are outdated because the server has changed."""
-        self._contents: EncodeCache[Content] = EncodeCache(self._encode)
-        self._decoded = EncodeCache(self._decode)
+        self._contents.clear()
+        self._decoded.clear()
 
     def broadcast(self, client_info: ClientInfo) -> Payload:
         """Return the payload of the server's broadcast to a client.

@@ -13,7 +13,6 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.communication.protocol import Content, DirectProtocol, Message, Reply
 from hetero_fl.config.schema import Config
 from hetero_fl.core.payload import Payload
-from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.executors.base import (
     ALL_REPLIES,
@@ -108,7 +107,6 @@ class SimulatedExecutor(TimedExecutor):
         self.devices = Devices(federation, config.devices)
         self.faults = Faults(config.faults, self.devices)
         self._protocol = make_protocol(algorithm, federation)
-        self._channel = FederationLinks(algorithm, federation)
         self._expectations = ExpectedUploads(algorithm, federation)
         self._broadcasts: IdentityCache[Payload] = IdentityCache(MAX_BROADCASTS)
         self._reply_sizes: dict[tuple[str, int, int, int], int] = {}
@@ -205,9 +203,8 @@ class SimulatedExecutor(TimedExecutor):
         content = request.content
         if isinstance(content, Payload):
             return content
-        return self._broadcasts.get(
-            content, lambda: self._channel.decode_broadcast(request.round_idx, content)
-        )
+        decode = self._expectations.links.decode_broadcast
+        return self._broadcasts.get(content, lambda: decode(request.round_idx, content))
 
     def _accept(
         self, tasks: Mapping[str, SimulatedTask], until: Until

@@ -162,10 +162,9 @@ class RunSession:
         extended = list(saved["directory"]["extended"])
         planned = saved["directory"]["rounds"]
         if planned < rounds:
-            completed = saved["run"]["completed"]
             line = (
-                f"extended from {planned} to {pluralize(rounds, 'round')} after round {completed}; "
-                "schedules use the new total"
+                f"extended from {planned} to {pluralize(rounds, 'round')} after round "
+                f"{saved['run']['completed']}; schedules use the new total"
             )
             self._progress.log(line)
             extended.append(line)

@@ -232,8 +232,9 @@ def _request_upload(
     if not isinstance(arrival.reply, Message):
         raise RunFailedError(f"round {round_idx + 1}: {client_id} sent no upload: {arrival.reply}")
     received = trainer.link.received(payload)
-    content = arrival.reply.content
-    return received, trainer.link.decode_upload(client_info, content, received, round_idx)
+    return received, trainer.link.decode_upload(
+        client_info, arrival.reply.content, received, round_idx
+    )
 
 
 def observe_upload(

@@ -144,8 +144,7 @@ class RunFacts(UploadFacts):
         """
         if self.federation.data.is_distributed:
             return None
-        devices = Devices(self.federation, self.config.devices)
-        timings = list(devices.timing_of_profiles())
+        timings = list(Devices(self.federation, self.config.devices).timing_of_profiles())
         instant = first(client for client, takes_time, _ in timings if not takes_time)
         if instant is None:
             return None

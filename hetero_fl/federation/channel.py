@@ -39,15 +39,14 @@ class FederationLinks:
         self, algorithm: Algorithm, federation: FederationSpec, bound: bool = False
     ) -> None:
         config = federation.channel if algorithm.needs.counts_traffic else ChannelConfig()
-        up = build_stages(config.compress)
+        configured = build_stages(config.compress)
+        up = with_worst_case_size(configured) if bound else configured
         down = build_stages(config.compress_down)
-        self.is_upper_bound = bound and with_worst_case_size(up) != up
+        self.is_upper_bound = up != configured
         self.algorithm = algorithm
         self.seed = federation.seed
         self.summed = config.secure_sum is not None
         specs = upload_specs(algorithm, federation)
-        if bound:
-            up = with_worst_case_size(up)
         outputs = federation.task.outputs
         self.up = Compressor(up, specs, outputs) if up else None
         self.down = Compressor(down, algorithm.downloads, outputs) if down else None

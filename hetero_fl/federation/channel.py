@@ -43,7 +43,6 @@ class FederationLinks:
         up = with_worst_case_size(configured) if bound else configured
         down = build_stages(config.compress_down)
         self.is_upper_bound = up != configured
-        self.algorithm = algorithm
         self.seed = federation.seed
         self.summed = config.secure_sum is not None
         specs = upload_specs(algorithm, federation)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hetero_fl.experiment import PreparedRun
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 
 
 def arguments(doc: str | None, pairs: int = 5) -> argparse.ArgumentParser:
@@ -72,7 +72,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def rounds_of(prepared: PreparedRun, **runtime: Any) -> Trainer:
+def rounds_of(prepared: PreparedRun, **runtime: Any) -> FederatedTrainer:
     """Create a trainer with changed settings of the section `runtime`.
 
     This also sets the number of threads of the process.

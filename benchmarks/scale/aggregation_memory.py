@@ -29,7 +29,7 @@ from hetero_fl.core.payload import Item, Payload
 from hetero_fl.data import make_images
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.base import ALL_REPLIES, Arrival, InProcessExecutor, Until
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 
 WORKERS = 2
 TARGETS = {"serial": 3.0, "processes": 3.0 + 4 * WORKERS}
@@ -57,7 +57,7 @@ def configuration(cohort: int) -> dict[str, object]:
 class CopyingExecutor(InProcessExecutor):
     """An executor without computation, in which every upload is a copy of the same bytes."""
 
-    def __init__(self, rounds: Trainer) -> None:
+    def __init__(self, rounds: FederatedTrainer) -> None:
         (arch,) = {card.arch for card in rounds.federation.client_infos.values()}
         model = Item(floating_tensors(rounds.federation.initial_tensors(arch)), 2.0, "params")
         self.upload = Payload({"model": model}, {"loss": "1.0"}).encode()

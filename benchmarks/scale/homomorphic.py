@@ -24,7 +24,7 @@ from hetero_fl.communication.protocol import Message, encoded
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.payload import Payload
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 
 MODELS = {"CNN": "cnn_bn_medium", "ResNet-18": "resnet18"}
 CHANNELS: dict[str, dict[str, Any]] = {
@@ -79,7 +79,7 @@ def measure_round(model: str, clients: int, channel: dict[str, Any]) -> Figures:
     return Figures(record["up_bytes"] / clients, record["down_bytes"] / clients, seconds, models)
 
 
-def received_model(trainer: Trainer) -> Tensors:
+def received_model(trainer: FederatedTrainer) -> Tensors:
     """Return the tensors of the model that the first client receives next."""
     client = trainer.federation.client_infos.clients.ids[0]
     content = trainer.link.content(trainer.link.broadcast(trainer.federation.client_infos[client]))

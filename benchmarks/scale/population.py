@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.common import add_quick
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 
 FEW, MANY = 1_000, 1_000_000
 
@@ -50,7 +50,7 @@ def source(method: str, clients: int, cohort: int) -> dict[str, Any]:
     }
 
 
-def make_trainer(method: str, clients: int, cohort: int) -> Trainer:
+def make_trainer(method: str, clients: int, cohort: int) -> FederatedTrainer:
     """Create the trainer of a federation."""
     return prepare(source(method, clients, cohort)).make_trainer()
 
@@ -146,8 +146,8 @@ def main() -> None:
         )
         return
     for what, once in (
-        ("a round", Trainer.run_round),
-        ("an evaluation of the same number", Trainer.evaluate),
+        ("a round", FederatedTrainer.run_round),
+        ("an evaluation of the same number", FederatedTrainer.evaluate),
     ):
         few, many = (make_trainer("fedavg", clients, options.cohort) for clients in (FEW, MANY))
         ratios, seconds, busy = [], [], []

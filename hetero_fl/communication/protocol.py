@@ -350,6 +350,10 @@ class EncodeCache(Generic[T]):
             self._entries[key] = (payload, self._encode(payload))
         return self._entries[key][1]
 
+    def clear(self) -> None:
+        """Remove all entries."""
+        self._entries.clear()
+
 
 def _identity(value: Any) -> Any:
     if isinstance(value, Mapping):

@@ -76,7 +76,7 @@ from hetero_fl.federation.executors.worker import (
     WorkerJob,
     WorkerSetup,
 )
-from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.federation.store import PrivateState
 from hetero_fl.privacy.noise import SecretNoiseSource
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import choose_device

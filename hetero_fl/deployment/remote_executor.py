@@ -29,7 +29,6 @@ from hetero_fl.deployment.sites import Sites
 from hetero_fl.deployment.transport import Envelope, Head
 from hetero_fl.deployment.validation import read_evaluation
 from hetero_fl.engine.driver import Backend
-from hetero_fl.federation.checkpoint import KEPT_CHECKPOINTS
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.executors.base import (
     ALL_REPLIES,
@@ -40,7 +39,7 @@ from hetero_fl.federation.executors.base import (
     Until,
     in_order,
 )
-from hetero_fl.federation.state_store import PrivateState, StateStore
+from hetero_fl.federation.store import KEPT_CHECKPOINTS, PrivateState, StateStore
 from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.utils.errors import NoUploadError, RunFailedError
 from hetero_fl.utils.ordering import natural_order

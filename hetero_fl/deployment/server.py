@@ -25,12 +25,11 @@ from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import PreparedRun, check_method
 from hetero_fl.experiment.runner import Callback, check_resumed_choice, run_prepared
-from hetero_fl.federation.checkpoint import checkpoint_files
 from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.executors.choose import ExecutorChoice
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.conditions import unused_simulation_keys
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.store import StateStore, checkpoint_files
 from hetero_fl.federation.trainer import min_clients
 from hetero_fl.privacy.noise import SecretNoiseSource
 from hetero_fl.reporting.loggers.run_loggers import check_loggers

@@ -53,7 +53,7 @@ from hetero_fl.deployment.validation import (
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import PreparedRun, load_federated_data, prepare
 from hetero_fl.experiment.runner import choose_for_nodes
-from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.federation.store import PrivateState
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.serialization import as_tensor

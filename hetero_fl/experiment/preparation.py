@@ -37,15 +37,14 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.privacy_budget import PrivacyBudget
 from hetero_fl.experiment.starting_models import StartingTensors, starting_tensors
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
-from hetero_fl.federation.checkpoint import checkpoint_files
 from hetero_fl.federation.executors.base import Executor, TimedExecutor
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, make_executor
 from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.conditions import is_simulated, simulation_notes
 from hetero_fl.federation.simulation.executor import SimulatedExecutor
-from hetero_fl.federation.state_store import StateStore
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.store import StateStore, checkpoint_files
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.privacy.accounting import opacus_accountants
 from hetero_fl.privacy.server_side import ServerPrivacy
 from hetero_fl.utils.code_permission import CodePermission, find_references, hash_modules
@@ -119,7 +118,7 @@ class PreparedRun:
         store: StateStore | None = None,
         log: Callable[[str], None] = lambda _line: None,
         executor_factory: ExecutorFactory | None = None,
-    ) -> Trainer:
+    ) -> FederatedTrainer:
         """Create the trainer that runs the rounds.
 
         The caller must close the trainer's executor after use.
@@ -156,7 +155,7 @@ class PreparedRun:
                     buffer=config.runtime.buffer,
                     staleness=config.runtime.staleness,
                 )
-            return Trainer(*arguments, policy=config.cohort)
+            return FederatedTrainer(*arguments, policy=config.cohort)
         except BaseException:
             executor.close()
             raise

@@ -171,11 +171,10 @@ def run_prepared(
         executor_factory=executor_factory,
         console=console,
     )
-    with own_generators(), session_of_run as session:
+    with own_generators(), session_of_run as session, translate_exits():
         for record in session or ():
             for callback in callbacks:
-                with translate_exits():
-                    callback(record)
+                callback(record)
     return Run(path, CodePermission(granted=find_references(prepared.config.model_dump())))
 
 

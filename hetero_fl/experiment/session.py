@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from hetero_fl.config import Config
-from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.experiment.preparation import ExecutorFactory, PreparedRun
-from hetero_fl.federation.checkpoint import Checkpoints
-from hetero_fl.federation.evaluation import EvaluationResult, Record, add_evaluation, server_tensors
+from hetero_fl.federation.evaluation import EvaluationResult, Record, add_evaluation
 from hetero_fl.federation.executors.choose import ExecutorChoice
-from hetero_fl.federation.state_store import StateStore
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.store import Checkpoints, StateStore
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.reporting.integrity import check_resumable, identity
 from hetero_fl.reporting.loggers import RunLoggers, make_loggers
 from hetero_fl.reporting.progress import Progress
@@ -114,13 +111,18 @@ class RunSession:
         }
         if saved is None:
             prepared.start.load_into(self.trainer)
-            self._metadata["directory"]["metrics"] = directory.metrics_checksum()
-            self.trainer.save(self._checkpoints, self._metadata)
+            self._save_checkpoint()
             for message in prepared.deprecations:
                 # The warning itself has been printed.
                 self._progress.write(f"warning: {message}")
             for note in [prepared.headline, *prepared.notes, *self._choice.reasons]:
                 self._progress.log(note)
+
+    def _save_checkpoint(self, kept_rounds: Collection[int] = ()) -> None:
+        self._metadata["directory"]["metrics"] = self._directory.metrics_checksum()
+        state = {"run": self.trainer.state_dict(), **self._metadata}
+        self._checkpoints.save(self.trainer.completed, state, kept_rounds)
+        self.trainer.executor.on_checkpoint()
 
     def _num_planned(self) -> int:
         """Return the number of rounds to train, which a privacy budget may limit."""
@@ -160,10 +162,9 @@ class RunSession:
         extended = list(saved["directory"]["extended"])
         planned = saved["directory"]["rounds"]
         if planned < rounds:
-            completed = saved["run"]["completed"]
             line = (
-                f"extended from {planned} to {pluralize(rounds, 'round')} after round {completed}; "
-                "schedules use the new total"
+                f"extended from {planned} to {pluralize(rounds, 'round')} after round "
+                f"{saved['run']['completed']}; schedules use the new total"
             )
             self._progress.log(line)
             extended.append(line)
@@ -192,7 +193,8 @@ class RunSession:
         progress.unit = prepared.federation.task.unit
         progress.start(config.rounds, len(prepared.federation.client_infos), trainer.completed)
         evaluation: EvaluationResult | None = None
-        while trainer.completed < planned and not patience.exhausted:
+        stops_early = patience.exhausted
+        while trainer.completed < planned and not stops_early:
             record = trainer.run_round()
             # An extended run may repeat a round, or a resumed one fall back to the previous round.
             kept_rounds = {*best.rounds.values()}
@@ -202,19 +204,20 @@ class RunSession:
             if trainer.completed % config.evaluation.every == 0 or is_last:
                 result = _evaluate(trainer, record, directory if is_last else None)
                 patience.update(record)
+                stops_early = patience.exhausted
                 best.update(record)
                 evaluation = result if is_last else None
                 if self._saves_best and not self._can_go_back:
                     self._save_best(best.rounds, is_last)
             directory.append_metrics(record)
-            self._metadata["directory"]["metrics"] = directory.metrics_checksum()
             kept_rounds |= {*best.rounds.values()}
             goes_back = self._saves_best and self._can_go_back
-            trainer.save(self._checkpoints, self._metadata, kept_rounds if goes_back else ())
-            self._loggers.log(record)
+            self._save_checkpoint(kept_rounds if goes_back else ())
+            if config.output.loggers:
+                self._loggers.log(record)
             yield record
             progress.finish_round(record)
-        if patience.exhausted:
+        if stops_early:
             progress.log(
                 f"stopped after round {trainer.completed}: validation has not improved for "
                 f"{config.evaluation.patience} evaluations (evaluation.patience)"
@@ -285,7 +288,7 @@ class RunSession:
                 for path in directory.model_files():
                     save(path.stem, path.read_bytes())
             elif round_idx == last:
-                evaluate_models(trainer, save, counts_traffic=False)
+                trainer.evaluate(details=True, save=save, counts_traffic=False)
             elif (saved := self._checkpoints.load(round_idx)) is None:
                 self._progress.log(
                     f"the best models of round {round_idx} are not saved, because its checkpoint "
@@ -293,7 +296,7 @@ class RunSession:
                 )
             else:
                 trainer.load_state_dict(saved["run"])
-                evaluate_models(trainer, save, counts_traffic=False)
+                trainer.evaluate(details=True, save=save, counts_traffic=False)
         if trainer.completed != last and (newest := self._checkpoints.load(last)) is not None:
             trainer.load_state_dict(newest["run"])
 
@@ -343,7 +346,9 @@ def _read_history(directory: RunDirectory) -> list[Record]:
     return directory.metrics() if (directory.path / "metrics.jsonl").exists() else []
 
 
-def _evaluate(trainer: Trainer, record: Record, directory: RunDirectory | None) -> EvaluationResult:
+def _evaluate(
+    trainer: FederatedTrainer, record: Record, directory: RunDirectory | None
+) -> EvaluationResult:
     """Evaluate the current models and add the result to the record of the round.
 
     Args:
@@ -382,42 +387,8 @@ def write_presentation(config: Config, directory: RunDirectory, log: Callable[[s
         write_report(directory.path, log)
 
 
-def evaluate_models(
-    trainer: Trainer, save: Callable[[str, bytes], None], counts_traffic: bool = True
-) -> EvaluationResult:
-    """Evaluate the models with all details for the report.
-
-    Args:
-        trainer: The trainer.
-        save: Function that is called with the name of each evaluated model (the client id or
-            "server") and the model, encoded by `SavedModel.encode`.
-        counts_traffic: Whether the broadcasts count as traffic of the run.
-
-    Raises:
-        RunFailedError: If a model cannot be evaluated.
-    """
-    result = trainer.evaluate(details=True, save=save, counts_traffic=counts_traffic)
-    slot = trainer.link.server_slot
-    if slot is not None:
-        federation = trainer.federation
-        server = trainer.server
-        preprocess = asdict(federation.preprocessing_of(slot))
-        layout = federation.data.layout
-        model = SavedModel(
-            server_tensors(slot, server, federation, trainer.backend),
-            server.arch[slot],
-            preprocess,
-            federation.task,
-            None,
-            layout.columns,
-            layout.categories,
-        )
-        save("server", model.encode())
-    return result
-
-
 def _evaluate_fully(
-    trainer: Trainer, directory: RunDirectory, counts_traffic: bool = True
+    trainer: FederatedTrainer, directory: RunDirectory, counts_traffic: bool = True
 ) -> EvaluationResult:
     """Evaluate the models with all details for the report, and write each evaluated model."""
 
@@ -426,4 +397,4 @@ def _evaluate_fully(
         if model:
             write_atomically(directory.path / "models" / f"{name}.safetensors", model)
 
-    return evaluate_models(trainer, save, counts_traffic)
+    return trainer.evaluate(details=True, save=save, counts_traffic=counts_traffic)

@@ -10,8 +10,8 @@ import torch
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.state_store import PrivateState
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.store import PrivateState
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import UserError
@@ -45,7 +45,7 @@ class StartingTensors:
     server: Mapping[str, Tensors] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def load_into(self, trainer: Trainer) -> None:
+    def load_into(self, trainer: FederatedTrainer) -> None:
         """Set the models of clients and server to these tensors.
 
         Raises:

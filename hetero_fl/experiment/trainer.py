@@ -20,7 +20,6 @@ from hetero_fl.core.participant import Participant
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.experiment.federation import Federation, MethodLike, Sections, run_directory
 from hetero_fl.experiment.runner import open_session
-from hetero_fl.experiment.session import evaluate_models
 from hetero_fl.federation.evaluation import EvaluationResult, Record, add_evaluation
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError, suggest_or_list
@@ -214,6 +213,8 @@ class Trainer:
     def _evaluate(self) -> EvaluationResult:
         # This evaluation is not part of the run.
         with own_generators():
-            result = evaluate_models(self._trainer, self._models.__setitem__, counts_traffic=False)
+            result = self._trainer.evaluate(
+                details=True, save=self._models.__setitem__, counts_traffic=False
+            )
         self._evaluated = self.completed
         return result

@@ -7,11 +7,10 @@ FedBuff (Nguyen et al. 2022).
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,8 +24,8 @@ from hetero_fl.engine.driver import DivergedError
 from hetero_fl.federation.combination import begin_uploads
 from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.executors.base import Arrival, ClientAbsentError, TimedExecutor
-from hetero_fl.federation.round import DAMAGED, RoundEvents, task_record
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.round import DAMAGED, RoundEvents
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_key
 from hetero_fl.utils.seeding import sample_numbers
@@ -80,20 +79,18 @@ def idle_position(busy: Sequence[int], rank: int) -> int:
 
 @dataclass
 class BufferEvents(RoundEvents):
-    """Events of an asynchronous round, for the line of the round in `metrics.jsonl`.
+    """Events of an asynchronous round, whose cohort are the clients of the accepted uploads.
 
     Attributes:
-        cohort: Ids of the clients whose uploads were accepted, in the order of arrival.
         staleness: Number of accepted uploads, keyed by staleness.
-        tasks: A list `[client, start, end, outcome]` for each finished task, with times in seconds.
+        diverged: Reason of the latest divergence of training at the server, or empty.
     """
 
-    cohort: list[str] = field(default_factory=list)
     staleness: Counter[int] = field(default_factory=Counter)
-    tasks: list[list[Any]] = field(default_factory=list)
+    diverged: str = ""
 
 
-class AsynchronousTrainer(Trainer):
+class AsynchronousTrainer(FederatedTrainer):
     """Trainer that aggregates uploads asynchronously.
 
     The server assigns tasks to clients, each with the newest broadcast. When a task ends, the
@@ -106,16 +103,17 @@ class AsynchronousTrainer(Trainer):
     random draws depend only on the version and the attempt.
 
     Args:
-        *args: Arguments of `Trainer`. `per_round` is the number of concurrent tasks.
+        *args: Arguments of `FederatedTrainer`. `per_round` is the number of concurrent tasks.
         buffer: Number of uploads per aggregation. If None, the number of concurrent tasks. Ignored
             if the method sets the buffer size.
         staleness: Weights of stale uploads. If None, the default `StalenessConfig`. Ignored if the
             method sets the weights.
-        **options: Keyword arguments of `Trainer`.
+        **options: Keyword arguments of `FederatedTrainer`.
 
     Attributes:
         version: Number of aggregations so far.
         in_flight: The task in flight of each busy client, keyed by client id.
+        events: What happened in the present round.
     """
 
     keeps_requests = True
@@ -147,8 +145,7 @@ class AsynchronousTrainer(Trainer):
         self._num_failed: Counter[str] = Counter()
         # Clients that have not replied since the last aggregation, which are not sampled.
         self._unresponsive: set[str] = set()
-        # Reason of the latest divergence of training at the server in this round, or empty.
-        self._server_diverged = ""
+        self.events = BufferEvents()
 
     @property
     @override
@@ -157,25 +154,17 @@ class AsynchronousTrainer(Trainer):
 
     @override
     def run_round(self) -> Record:
-        started = time.perf_counter()
-        start = self.executor.now
-        before = replace(self.traffic)
-        events = BufferEvents()
-        self._server_diverged = ""
+        self.events = BufferEvents(start=self.executor.now)
         with self.rollback_on_error():
-            while len(events.cohort) < self.num_concurrent:
+            while len(self.events.cohort) < self.num_concurrent:
                 arrival = self._next_arrival()
-                self._finish_task(self.in_flight.pop(arrival.client), arrival, events)
-        self.completed += 1
-        record = self._record(events, events.cohort, before, started)
-        record |= {
-            str(self.executor.clock): {"start": start, "end": self.executor.now},
-            **task_record(events.tasks),
-            "version": self.version,
-            "staleness": {str(age): count for age, count in sorted(events.staleness.items())},
-        }
-        if self._server_diverged:
-            record["diverged"] = self._server_diverged
+                self._finish_task(self.in_flight.pop(arrival.client), arrival)
+        self.events.end = self.executor.now
+        record = self.complete_round(self.events)
+        record["version"] = self.version
+        record["staleness"] = {str(age): n for age, n in sorted(self.events.staleness.items())}
+        if self.events.diverged:
+            record["diverged"] = self.events.diverged
         return record
 
     def _next_arrival(self) -> Arrival:
@@ -216,7 +205,7 @@ class AsynchronousTrainer(Trainer):
         num_free = min(self.num_concurrent - len(self.in_flight), num_idle)
         if not num_free:
             return
-        self._set_round_context(self.version)
+        self.set_round(self.version)
         # The first sample of a version equals the cohort of a synchronous run.
         repeated = (self._num_samples,) if self._num_samples else ()
         key = (self.federation.seed, self.version, "cohort", *repeated)
@@ -233,14 +222,14 @@ class AsynchronousTrainer(Trainer):
         self._attempts[client] = attempt + 1
         payload = self.link.broadcast(self.federation.client_infos[client])
         body = encoded(self.link.content(payload))
-        self.count_traffic(down=len(body))
+        self.events.down_bytes += len(body)
         return ClientTask(number, client, position, self.version, attempt, self.executor.now, body)
 
     def _start(self, task: ClientTask) -> None:
         self.in_flight[task.client] = task
         self.executor.start(task.client, task.request, task.number, task.start)
 
-    def _finish_task(self, task: ClientTask, arrival: Arrival, events: BufferEvents) -> None:
+    def _finish_task(self, task: ClientTask, arrival: Arrival) -> None:
         """Buffer the upload of a task and commit the client's private state, or record the failure.
 
         Raises:
@@ -248,24 +237,24 @@ class AsynchronousTrainer(Trainer):
                 `runtime.divergence` is "stop".
         """
         self.check_divergence(arrival)
-        self.count_traffic(up=arrival.unused_bytes)
+        self.events.up_bytes += arrival.unused_bytes
         reply = arrival.reply
         if not isinstance(reply, Message):
             if isinstance(reply, ClientAbsentError):
                 self._unresponsive.add(task.client)
-            self._fail(arrival, events, str(reply), is_fault=not isinstance(reply, DivergedError))
+            self._fail(arrival, str(reply), is_fault=not isinstance(reply, DivergedError))
             return
-        self.count_traffic(up=reply.size)
+        self.events.up_bytes += reply.size
         if not reply.is_intact:
-            self._fail(arrival, events, DAMAGED, is_fault=True)
+            self._fail(arrival, DAMAGED, is_fault=True)
             return
         try:
             payload = self._decode(task, reply)
         except PayloadError as error:
-            self._fail(arrival, events, f"upload refused: {error}", is_fault=False)
+            self._fail(arrival, f"upload refused: {error}", is_fault=False)
             return
-        events.tasks.append([task.client, arrival.start, arrival.end, "arrived"])
-        self._accept(task, payload, events)
+        self.events.tasks.append([task.client, arrival.start, arrival.end, "arrived"])
+        self._accept(task, payload)
 
     def _decode(self, task: ClientTask, reply: Message) -> Payload:
         """Return the upload in a reply.
@@ -278,24 +267,23 @@ class AsynchronousTrainer(Trainer):
         content = TrainExchange.upload_in(task.client, reply)
         return self.link.decode_upload(client_info, content, received, task.version, task.attempt)
 
-    def _accept(self, task: ClientTask, payload: Payload, events: BufferEvents) -> None:
+    def _accept(self, task: ClientTask, payload: Payload) -> None:
         """Buffer an upload, commit the client's private state, and aggregate a full buffer."""
         staleness = self.version - task.version
         self.store.commit([task.client])
         self._num_failed.clear()
-        events.cohort.append(task.client)
-        events.add_report(task.client, payload)
-        events.staleness[staleness] += 1
+        self.events.cohort.append(task.client)
+        self.events.add_report(task.client, payload)
+        self.events.staleness[staleness] += 1
         self._buffer.append((task.client, payload, self.staleness.weight(staleness)))
         if len(self._buffer) >= self.buffer_size:
             self._aggregate()
 
-    def _fail(self, arrival: Arrival, events: BufferEvents, reason: str, *, is_fault: bool) -> None:
+    def _fail(self, arrival: Arrival, reason: str, *, is_fault: bool) -> None:
         """Record the failure of a task, and discard the client's new private state.
 
         Args:
             arrival: The end of the task.
-            events: What happened in the round.
             reason: Description of the failure.
             is_fault: Whether the cause is a random or network fault. Other failures, such as
                 divergence, would recur.
@@ -304,8 +292,8 @@ class AsynchronousTrainer(Trainer):
             RunFailedError: If too many consecutive tasks have failed.
         """
         self.store.discard_client(arrival.client)
-        events.failed[arrival.client] = reason
-        events.tasks.append([arrival.client, arrival.start, arrival.end, "failed"])
+        self.events.failed[arrival.client] = reason
+        self.events.tasks.append([arrival.client, arrival.start, arrival.end, "failed"])
         self._num_failed["fault" if is_fault else "client"] += 1
         if (
             self._num_failed["client"] >= self.num_concurrent
@@ -319,7 +307,7 @@ class AsynchronousTrainer(Trainer):
 
     def _aggregate(self) -> None:
         """Aggregate the buffered uploads. The version is incremented unless training diverges."""
-        self._set_round_context(self.version)
+        self.set_round(self.version)
         uploads = begin_uploads(self.protocol, self.link, self.version)
         for client, payload, weight in sorted(self._buffer, key=lambda e: natural_key(e[0])):
             uploads.add(self.federation.client_infos[client], payload, weight)
@@ -329,12 +317,12 @@ class AsynchronousTrainer(Trainer):
         if diverged:
             # Neither the version nor the committed states change: clients may already train on
             # them.
-            self._server_diverged = diverged
+            self.events.diverged = diverged
             return
         self._attempts.clear()
         self._num_samples = 0
         self.version += 1
-        self._set_round_context(self.version)
+        self.set_round(self.version)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -359,7 +347,7 @@ class AsynchronousTrainer(Trainer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.version, self.num_tasks, self._num_samples = state["count"]
         super().load_state_dict(state)
-        self._set_round_context(self.version)
+        self.set_round(self.version)
         self._attempts = Counter(state["asked"])
         self._num_failed = Counter(state["barren"])
         device = self.federation.memory.storage_device

@@ -6,11 +6,11 @@ import hashlib
 import hmac
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from hetero_fl.communication.authenticated_encryption import decrypt, encrypt
 from hetero_fl.core.payload import PayloadError
@@ -18,7 +18,6 @@ from hetero_fl.utils.serialization import CodecError, sync_folder
 
 # Number of threads that flush or delete files.
 THREADS = 16
-T = TypeVar("T")
 _NAME = re.compile(r"[0-9a-f]{64}")
 
 
@@ -119,7 +118,7 @@ class BlobStore:
         names = sorted(self._unsynced)
         _in_threads(self._sync_file, names)
         folders = {self.path(name).parent for name in names}
-        _in_threads(sync_folder, [*folders, self.folder, self.folder.parent])
+        _in_threads(sync_folder, {*folders, self.folder, self.folder.parent})
 
     def _sync_file(self, name: str) -> None:
         temporary = self.path(name)
@@ -131,25 +130,19 @@ class BlobStore:
     def keep(self, names: Collection[str]) -> None:
         """Delete all files whose names are not in `names`."""
         unused = self.names.difference(names)
-        _in_threads(_remove_file, [self.path(name) for name in unused])
+        _in_threads(self._remove_file, unused)
         self._unsynced -= unused
         self.names -= unused
+
+    def _remove_file(self, name: str) -> None:
+        self.path(name).unlink(missing_ok=True)
 
 
 def _temporary(path: Path) -> Path:
     return path.with_suffix(".tmp")
 
 
-def _remove_file(path: Path) -> None:
-    path.unlink(missing_ok=True)
-
-
-def _in_threads(function: Callable[[T], object], files: Sequence[T]) -> None:
-    """Call a function for each file in parallel, because file systems write once for many calls."""
-
-    def call(start: int) -> None:
-        for file in files[start::THREADS]:
-            function(file)
-
+def _in_threads(function: Callable[[Any], None], arguments: Collection[Any]) -> None:
+    """Call a function for each argument in parallel, because one write of a disk serves many."""
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(call, range(min(THREADS, len(files)))))
+        list(pool.map(function, arguments))

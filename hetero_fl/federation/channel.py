@@ -39,15 +39,13 @@ class FederationLinks:
         self, algorithm: Algorithm, federation: FederationSpec, bound: bool = False
     ) -> None:
         config = federation.channel if algorithm.needs.counts_traffic else ChannelConfig()
-        up = build_stages(config.compress)
+        configured = build_stages(config.compress)
+        up = with_worst_case_size(configured) if bound else configured
         down = build_stages(config.compress_down)
-        self.is_upper_bound = bound and with_worst_case_size(up) != up
-        self.algorithm = algorithm
+        self.is_upper_bound = up != configured
         self.seed = federation.seed
         self.summed = config.secure_sum is not None
         specs = upload_specs(algorithm, federation)
-        if bound:
-            up = with_worst_case_size(up)
         outputs = federation.task.outputs
         self.up = Compressor(up, specs, outputs) if up else None
         self.down = Compressor(down, algorithm.downloads, outputs) if down else None
@@ -153,18 +151,6 @@ class FederationLinks:
         if self.down is None:
             return payload
         return self.down.decompress(payload, self._key(SERVER, round_idx))
-
-    def simulate_broadcast(
-        self, round_idx: int, payload: Payload, archs: Iterable[ModelSpec]
-    ) -> Payload:
-        """Return the payload that clients decode from a broadcast.
-
-        Args:
-            round_idx: Index of the round, from 0.
-            payload: The broadcast.
-            archs: Architectures of the server's models.
-        """
-        return self.decode_broadcast(round_idx, self.encode_broadcast(round_idx, payload, archs))
 
     def _key(self, sender: str, round_idx: int, attempt: int = 0) -> tuple[Key, ...]:
         return (self.seed, round_idx, sender, "link", *(("again", attempt) if attempt else ()))

@@ -47,7 +47,7 @@ from hetero_fl.engine.driver import (
 )
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.state_store import PrivateState, StateStore
+from hetero_fl.federation.store import PrivateState, StateStore
 from hetero_fl.privacy.client_side import ClientPrivacy
 from hetero_fl.robustness.attacks import TRIGGERED
 from hetero_fl.utils.caching import IdentityCache

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from hetero_fl.algorithms.prediction import proxy_sample, recalibrates
 from hetero_fl.communication.protocol import Content, content_size
 from hetero_fl.core.metrics import Scores, summarize_clients
-from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Predict, Recalibrate, Rows
+from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.stored_rows import targets
 from hetero_fl.engine.driver import Backend
 from hetero_fl.federation.client_runtime import ClientEvaluation
@@ -22,6 +22,8 @@ from hetero_fl.utils.ordering import natural_order
 
 # A line of metrics.jsonl.
 Record = dict[str, Any]
+# Function that is called with a client id or "server" and an encoded model (`SavedModel.encode`).
+SaveFunction = Callable[[str, bytes], None]
 
 
 @dataclass
@@ -77,7 +79,7 @@ def evaluate_clients(
     link: ServerLink,
     round_idx: int,
     details: bool = False,
-    save: Callable[[str, bytes], None] | None = None,
+    save: SaveFunction | None = None,
 ) -> EvaluationResult:
     """Evaluate the models of the clients in `federation.evaluated_clients`.
 
@@ -88,8 +90,8 @@ def evaluate_clients(
         link: The server's link to the clients.
         round_idx: Index of the next round, from 0.
         details: Whether to compute all results that a report shows, including the models.
-        save: Function that is called with the id and the encoded model of each client (see
-            `SavedModel.encode`). If None, the encoded models are part of the result.
+        save: Function that is called with each model. If None, the encoded models are part of the
+            result.
 
     Returns:
         The evaluations, without the scores of the server.
@@ -121,18 +123,30 @@ def evaluate_clients(
 
 
 def evaluate_server(
-    slot: str, server: Participant, federation: FederationSpec, backend: Backend
+    slot: str,
+    server: Participant,
+    federation: FederationSpec,
+    backend: Backend,
+    save: SaveFunction | None = None,
 ) -> dict[str, Scores]:
     """Return the scores of one of the server's models on the global test and validation sets.
+
+    With `recalibrate: [global_test]`, the model's BatchNorm statistics are computed on the proxy
+    set.
 
     Args:
         slot: Name of the model in `server.models`.
         server: The server.
         federation: The federation.
         backend: Backend that computes the predictions.
+        save: Function that is called with "server" and the encoded model. If None, the model is not
+            saved.
     """
     view = federation.preprocessing_of(slot)
-    tensors = server_tensors(slot, server, federation, backend)
+    tensors = server.models[slot]
+    if server.has_proxy and recalibrates(server.peers.main_profile.settings, "global_test"):
+        (statistics,) = backend.run([(server, Recalibrate(slot, proxy_sample(server, view)))])
+        tensors = {**tensors, **statistics}
     server = replace(server, models={slot: tensors})
     scores = {}
     for name, rows in (("global", "common_test"), ("validation_global", "common_validation")):
@@ -141,21 +155,16 @@ def evaluate_server(
             (logits,) = backend.run([(server, Predict(slot, Rows(rows, preprocess=view)))])
             columns = federation.data.extra_columns(server.participant_id, rows)
             scores[name] = federation.score(logits.cpu(), y, columns)
+    if save is not None:
+        layout = federation.data.layout
+        model = SavedModel(
+            tensors,
+            server.arch[slot],
+            asdict(view),
+            federation.task,
+            None,
+            layout.columns,
+            layout.categories,
+        )
+        save("server", model.encode())
     return scores
-
-
-def server_tensors(
-    slot: str, server: Participant, federation: FederationSpec, backend: Backend
-) -> Tensors:
-    """Return the tensors of one of the server's models for deployment, keyed by name.
-
-    With `recalibrate: [global_test]`, the model's BatchNorm statistics are computed on the proxy
-    set. See `evaluate_server` for the arguments.
-    """
-    tensors = server.models[slot]
-    settings = server.peers.main_profile.settings
-    if not server.has_proxy or not recalibrates(settings, "global_test"):
-        return tensors
-    rows = proxy_sample(server, federation.preprocessing_of(slot))
-    (statistics,) = backend.run([(server, Recalibrate(slot, rows))])
-    return {**tensors, **statistics}

@@ -36,7 +36,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data import Examples, FederatedData, Preprocess
 from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.driver import translate_user_errors
-from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.federation.store import PrivateState
 from hetero_fl.privacy.noise import KeyedNoiseSource, NoiseSource, noisy_label_counts
 from hetero_fl.robustness.attacks import CountsFunction, DataFunction, MaliciousClients
 from hetero_fl.utils.errors import UserError
@@ -166,8 +166,6 @@ class FederationSpec:
         student_arch = build_model_spec(server.model, data, server_view) if server.model else None
         if student_arch is not None:
             check_model(student_arch, "server.model")
-        settings = ClientSettings(optimizer=server.optimizer)
-        common = tuple(config.clients.common)
         malicious = None
         if config.attacks:
             malicious = MaliciousClients.from_config(
@@ -178,12 +176,12 @@ class FederationSpec:
             task=data.task,
             data=data,
             client_infos=client_infos,
-            server_settings=settings,
+            server_settings=ClientSettings(optimizer=server.optimizer),
             server_preprocess=server_view,
             student=student_arch if student else None,
             seed=config.seed,
             num_rounds=config.rounds,
-            common=common,
+            common=tuple(config.clients.common),
             cohort=config.cohort.num_sampled(config.clients.per_round, len(population)),
             evaluated_clients=_exclude_malicious(evaluated, malicious),
             representative_clients=_sample_evaluated(population, None, config.seed),

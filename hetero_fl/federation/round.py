@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,9 +11,10 @@ from typing import Any
 from hetero_fl.communication.protocol import Content, Exchange, Message, RoundProtocol
 from hetero_fl.core.payload import Payload, PayloadError, logged_from_report, loss_from_report
 from hetero_fl.federation.combination import RoundUploads
+from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.executors.base import Arrival, ClientLateError
 from hetero_fl.federation.server_link import ServerLink
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.store import StateStore
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.text import pluralize
 
@@ -23,19 +26,29 @@ class RoundEvents:
     """Events of a round, for the line of the round in `metrics.jsonl`.
 
     Attributes:
+        cohort: Ids of the clients in the round.
+        start: Time at which the round began, in seconds on the clock of the run.
+        end: Time at which the server stopped waiting for uploads.
         failed: Reasons why clients sent no usable upload, keyed by client id.
         losses: Training loss, keyed by client id. If the clients reveal only their sum, the only
             entry is "mean".
         logged: Values that clients logged, keyed by client id and name.
         up_bytes: Bytes sent by clients.
         down_bytes: Bytes sent to clients.
+        tasks: A list `[client, start, end, outcome]` for each task, with times in seconds.
+        began: Value of `time.perf_counter` at the start of the round.
     """
 
+    cohort: list[str] = field(default_factory=list)
+    start: float = 0.0
+    end: float = 0.0
     failed: dict[str, str] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     logged: dict[str, dict[str, float]] = field(default_factory=dict)
     up_bytes: int = 0
     down_bytes: int = 0
+    tasks: list[list[Any]] = field(default_factory=list)
+    began: float = field(default_factory=time.perf_counter)
 
     def add_report(self, client_id: str, payload: Payload) -> None:
         """Record the training loss and the logged values in the report of an upload."""
@@ -44,50 +57,62 @@ class RoundEvents:
         if logged := logged_from_report(payload.report):
             self.logged[client_id] = logged
 
+    def record(self, number: int, clock: str | None) -> Record:
+        """Return the entries of the round's record that do not depend on the method.
 
-def task_record(tasks: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """Return the entries `counts` and `tasks` of a round's record.
-
-    The count "invited" is the sum of the others.
-
-    Args:
-        tasks: A list `[client, start, end, outcome]` for each task, with times in seconds.
-    """
-    outcomes = [outcome for *_, outcome in tasks]
-    counts = {outcome: outcomes.count(outcome) for outcome in ("arrived", "failed", "late")}
-    return {"counts": {"invited": len(tasks), **counts}, "tasks": tasks}
+        Args:
+            number: Number of the round, from 1.
+            clock: Kind of the clock. None if tasks take no time.
+        """
+        record: Record = {
+            "round": number,
+            "cohort": self.cohort,
+            "failed": self.failed,
+            "train_loss": self.losses,
+        }
+        if self.logged:
+            record["logged"] = self.logged
+        record["up_bytes"] = self.up_bytes
+        record["down_bytes"] = self.down_bytes
+        record["seconds"] = {"training": time.perf_counter() - self.began, "evaluation": 0.0}
+        if clock is not None:
+            outcomes = Counter(outcome for *_, outcome in self.tasks)
+            counts = {outcome: outcomes[outcome] for outcome in ("arrived", "failed", "late")}
+            record[clock] = {"start": self.start, "end": self.end}
+            record["counts"] = {"invited": len(self.tasks), **counts}
+            record["tasks"] = self.tasks
+        return record
 
 
 class UploadCollector:
     """Collector of the replies of one cohort.
 
     Args:
-        cohort: Ids of the clients in the round, in order.
+        events: What happens in the round. The ids in the cohort are in order.
         protocol: Protocol by which uploads reach the server.
         link: The server's link to the clients.
         uploads: The uploads, to which none has been added.
         store: Store of the clients' private states.
 
     Attributes:
-        events: What happened in the round.
         late: Ids of clients that had not replied when the round ended.
     """
 
     def __init__(
         self,
-        cohort: Sequence[str],
+        events: RoundEvents,
         protocol: RoundProtocol,
         link: ServerLink,
         uploads: RoundUploads,
         store: StateStore,
     ) -> None:
-        self.cohort = cohort
+        self.events = events
+        self.cohort = events.cohort
         self.protocol = protocol
         self.link = link
         self.uploads = uploads
         self.store = store
         self.round_idx = uploads.round_idx
-        self.events = RoundEvents()
         self.late: list[str] = []
         # Bytes sent to clients, keyed by kind of the exchange and client id.
         self._sent_bytes: dict[tuple[str, str], int] = {}
@@ -221,13 +246,13 @@ class UploadCollector:
         self._sent[client_id] = payload
         return self.link.content(payload)
 
-    def tasks(self, end: float) -> list[list[Any]]:
-        """Return a list `[client, start, end, outcome]` for each task, with times in seconds.
+    def close(self, end: float) -> None:
+        """Record the tasks of the clients.
 
         Args:
-            end: Time at which the round ended, in seconds.
+            end: Time at which the server stopped waiting, in seconds.
         """
-        rows: list[list[Any]] = []
+        self.events.end = end
         for client_id in self.cohort:
             outcome = "arrived"
             if client_id in self.events.failed:
@@ -235,5 +260,4 @@ class UploadCollector:
             elif client_id in self.late:
                 outcome = "late"
             start, finished = self._times.get(client_id, (end, end))
-            rows.append([client_id, start, min(finished, end), outcome])
-        return rows
+            self.events.tasks.append([client_id, start, min(finished, end), outcome])

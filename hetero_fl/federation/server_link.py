@@ -7,7 +7,7 @@ from typing import Any
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast
-from hetero_fl.communication.protocol import Content, EncodeCache
+from hetero_fl.communication.protocol import Content, EncodeCache, encoded
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, Payload, check_size, check_upload
@@ -58,12 +58,14 @@ class ServerLink:
         self.privacy = ServerPrivacy.from_federation(
             expectations.privacy, federation, expectations.expected_items, per_round
         )
+        self._contents: EncodeCache[Content] = EncodeCache(self._encode)
+        self._decoded = EncodeCache(self._decode)
         self.clear()
 
     def clear(self) -> None:
         """Drop messages that are outdated because the server has changed."""
-        self._contents: EncodeCache[Content] = EncodeCache(self._encode)
-        self._decoded = EncodeCache(self._simulate)
+        self._contents.clear()
+        self._decoded.clear()
 
     @property
     def server_slot(self) -> str | None:
@@ -100,9 +102,9 @@ class ServerLink:
         round_idx = self.server.round_context.round_idx
         return self.channel.encode_broadcast(round_idx, payload, self.server.arch.values())
 
-    def _simulate(self, payload: Payload) -> Payload:
+    def _decode(self, payload: Payload) -> Payload:
         round_idx = self.server.round_context.round_idx
-        return self.channel.simulate_broadcast(round_idx, payload, self.server.arch.values())
+        return self.channel.decode_broadcast(round_idx, encoded(self.content(payload)))
 
     def received_by(self, client_info: ClientInfo) -> Payload:
         """Return the payload that a client decodes from its broadcast."""

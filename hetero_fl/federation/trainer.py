@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import is_user_method, runs_user_code
-from hetero_fl.communication.protocol import Message, Traffic
+from hetero_fl.communication.protocol import Traffic
 from hetero_fl.config.simulation import CohortConfig
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import copy_containers, copy_tree
-from hetero_fl.core.payload import Payload, PayloadError
+from hetero_fl.core.payload import PayloadError
 from hetero_fl.engine.driver import Backend, DivergedError, translate_user_errors
-from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.combination import RoundUploads, begin_uploads
 from hetero_fl.federation.evaluation import (
     EvaluationResult,
     Record,
+    SaveFunction,
     evaluate_clients,
     evaluate_server,
 )
 from hetero_fl.federation.executors.base import Arrival, Executor, Until
 from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.round import RoundEvents, UploadCollector, task_record
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.round import RoundEvents, UploadCollector
+from hetero_fl.federation.store import StateStore
 from hetero_fl.federation.summed_uploads import make_link, make_protocol
 from hetero_fl.utils.errors import RoundAbandonedError, RunFailedError
 from hetero_fl.utils.ordering import natural_order
@@ -50,7 +48,7 @@ def min_clients(policy: CohortConfig, federation: FederationSpec) -> int:
     return max(policy.least, survivors)
 
 
-class Trainer:
+class FederatedTrainer:
     """Trainer that runs synchronous rounds (McMahan et al. 2017, Algorithm 1).
 
     In each round, the server samples a cohort, sends the broadcast, waits for the uploads of the
@@ -148,14 +146,12 @@ class Trainer:
             RunFailedError: If there are too few usable uploads and the policy requires a failure,
                 or if a user-defined method fails. The private states of the clients are restored.
         """
-        started = time.perf_counter()
-        start = self.executor.now
-        before = replace(self.traffic)
+        events = RoundEvents(start=self.executor.now)
         with self.rollback_on_error():
-            self._set_round_context(self.round_idx)
-            cohort = self.sample_cohort(self.round_idx)
+            self.set_round(self.round_idx)
+            events.cohort = self.sample_cohort(self.round_idx)
             uploads = begin_uploads(self.protocol, self.link, self.round_idx)
-            collector = UploadCollector(cohort, self.protocol, self.link, uploads, self.store)
+            collector = UploadCollector(events, self.protocol, self.link, uploads, self.store)
             try:
                 for exchange in collector.exchanges():
                     request = partial(collector.request, exchange)
@@ -169,16 +165,9 @@ class Trainer:
                 collector.abandon(error)
                 if not self._skips_rounds:
                     raise
-            end = self.executor.now
-            self.count_traffic(collector.events.up_bytes, collector.events.down_bytes)
+            collector.close(self.executor.now)
             outcome = self._finish_round(collector)
-        self.completed += 1
-        record = self._record(collector.events, cohort, before, started)
-        record |= uploads.record()
-        if self.executor.clock is not None:
-            record[self.executor.clock] = {"start": start, "end": end}
-            record |= task_record(collector.tasks(end))
-        return record | outcome
+        return self.complete_round(events) | uploads.record() | outcome
 
     def _finish_round(self, collector: UploadCollector) -> dict[str, Any]:
         """Update the server, and commit the private states if the round has an effect.
@@ -200,29 +189,19 @@ class Trainer:
         self.store.commit()
         return {}
 
-    def _record(
-        self, events: RoundEvents, cohort: Sequence[str], before: Traffic, started: float
-    ) -> Record:
-        """Return entries of the record of the round that has just been completed.
+    def complete_round(self, events: RoundEvents) -> Record:
+        """Count a round and its traffic, and return the round's line in `metrics.jsonl`.
 
         Args:
             events: What happened in the round.
-            cohort: Ids of the clients in the round.
-            before: The traffic before the round.
-            started: Value of `time.perf_counter` at the start of the round.
         """
-        record: Record = {
-            "round": self.completed,
-            "cohort": list(cohort),
-            "failed": events.failed,
-            "train_loss": events.losses,
-        }
-        if events.logged:
-            record["logged"] = events.logged
-        record["up_bytes"] = self.traffic.up - before.up
-        record["down_bytes"] = self.traffic.down - before.down
-        record["seconds"] = {"training": time.perf_counter() - started, "evaluation": 0.0}
-        return record | self.executor.record()
+        self.completed += 1
+        if not self.algorithm.needs.counts_traffic:
+            events.up_bytes = 0
+            events.down_bytes = 0
+        self.traffic.up += events.up_bytes
+        self.traffic.down += events.down_bytes
+        return events.record(self.completed, self.executor.clock) | self.executor.record()
 
     def sample_cohort(self, round_idx: int) -> list[str]:
         """Sample the clients of a round.
@@ -250,38 +229,26 @@ class Trainer:
 
     @contextmanager
     def rollback_on_error(self) -> Iterator[None]:
-        """Restore private states, `traffic` and the time if an exception is raised in the context.
+        """Restore private states and the time if an exception is raised in the context.
 
         Exceptions of user-defined code are converted to `RunFailedError`.
         """
-        traffic = replace(self.traffic)
         now = self.executor.now
         try:
             with translate_user_errors():
                 yield
         except BaseException:
             self.store.discard()
-            self.traffic = traffic
             self.executor.now = now
             raise
 
-    def _set_round_context(self, round_idx: int) -> None:
+    def set_round(self, round_idx: int) -> None:
+        """Set the round of the server, from which its broadcasts follow."""
         is_next = round_idx != self.server.round_context.round_idx
         self.server.round_context = self.federation.round_context(round_idx)
         self.server.stream_uses = {}
         if is_next:
             self.link.clear()
-
-    def count_traffic(self, up: int = 0, down: int = 0) -> None:
-        """Count bytes as traffic, unless the communication of the method is not counted.
-
-        Args:
-            up: Bytes uploaded by clients.
-            down: Bytes sent to clients.
-        """
-        if self.algorithm.needs.counts_traffic:
-            self.traffic.up += up
-            self.traffic.down += down
 
     def check_divergence(self, arrival: Arrival) -> None:
         """Check whether a client's training diverged.
@@ -336,42 +303,10 @@ class Trainer:
         return reason
 
     @translate_user_errors()
-    def request_upload(self, client_id: str, round_idx: int) -> tuple[Payload, Payload]:
-        """Train one client in a round, and return the upload.
-
-        The new private state of the client is discarded.
-
-        Args:
-            client_id: The client.
-            round_idx: Index of the round, from 0.
-
-        Returns:
-            The broadcast that the client received, and the upload as the server decodes it.
-
-        Raises:
-            RunFailedError: If the client sends no upload.
-            PayloadError: If the upload does not have the expected structure.
-        """
-        self._set_round_context(round_idx)
-        client_info = self.federation.client_infos[client_id]
-        payload = self.link.broadcast(client_info)
-        request = Message("train", self.link.content(payload), round_idx)
-        try:
-            (arrival,) = self.executor.run([client_id], lambda _: request)
-        finally:
-            self.store.discard()
-        reply = arrival.reply
-        if not isinstance(reply, Message):
-            raise RunFailedError(f"round {round_idx + 1}: {client_id} sent no upload: {reply}")
-        received = self.link.received(payload)
-        upload = self.link.decode_upload(client_info, reply.content, received, round_idx)
-        return received, upload
-
-    @translate_user_errors()
     def evaluate(
         self,
         details: bool = False,
-        save: Callable[[str, bytes], None] | None = None,
+        save: SaveFunction | None = None,
         counts_traffic: bool = True,
     ) -> EvaluationResult:
         """Evaluate the present models of the clients and the server's model.
@@ -381,14 +316,14 @@ class Trainer:
 
         Args:
             details: Whether to compute all results that a report shows, including the models.
-            save: Function that is called with the id and the encoded model of each client (see
-                `SavedModel.encode`). If None, the encoded models are part of the result.
+            save: Function that is called with each model. If None, the encoded models of the
+                clients are part of the result.
             counts_traffic: Whether the broadcasts count as traffic of the run.
 
         Raises:
             RunFailedError: If a model cannot be evaluated.
         """
-        self._set_round_context(self.round_idx)
+        self.set_round(self.round_idx)
         try:
             result = evaluate_clients(self.executor, self.link, self.round_idx, details, save)
         except (DivergedError, PayloadError) as error:
@@ -396,24 +331,11 @@ class Trainer:
                 f"round {self.completed}: a model cannot be evaluated: {error}"
             ) from None
         self.link.clear()
-        if counts_traffic:
-            self.count_traffic(down=result.down_bytes)
+        if counts_traffic and self.algorithm.needs.counts_traffic:
+            self.traffic.down += result.down_bytes
         if (slot := self.link.server_slot) is not None:
-            result.server = evaluate_server(slot, self.server, self.federation, self.backend)
+            result.server = evaluate_server(slot, self.server, self.federation, self.backend, save)
         return result
-
-    def save(
-        self, checkpoints: Checkpoints, about: Mapping[str, Any], kept_rounds: Collection[int] = ()
-    ) -> None:
-        """Write a checkpoint of the run.
-
-        Args:
-            checkpoints: The checkpoints of the run.
-            about: Further entries of the checkpoint, which describe the run.
-            kept_rounds: Rounds whose checkpoints are kept, in addition to the two newest.
-        """
-        checkpoints.save(self.completed, {"run": self.state_dict(), **about}, kept_rounds)
-        self.executor.on_checkpoint()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, without the private states of the clients."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_fl.config.describe import describe_difference, resume_relevant
-from hetero_fl.federation.checkpoint import (
+from hetero_fl.federation.store import (
     KEPT_CHECKPOINTS,
     EarlierVersionError,
     checkpoint_files,
@@ -247,7 +247,7 @@ def _check_checkpoints(
     for path in reversed(files[-KEPT_CHECKPOINTS:]):
         try:
             with refuse_malformed():
-                _compare(directory, read_checkpoint(path).tree, path.name, problems)
+                _compare(directory, read_checkpoint(path)[0], path.name, problems)
         except (CodecError, OSError) as error:
             problems[f"checkpoint/{path.name}"] = f"damaged ({error})"
         except EarlierVersionError:

@@ -10,18 +10,18 @@ from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Rows
 from hetero_fl.data import from_arrays
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from tests.references.local_training import clients, module
 from tests.support.federations import MIXED, config, deployed, rounds_of, same_bits
 
 
-def logits_of(rounds: Trainer, client_id: str, model: torch.nn.Module) -> Tensor:
+def logits_of(rounds: FederatedTrainer, client_id: str, model: torch.nn.Module) -> Tensor:
     """Return the logits of a model on the global test set, preprocessed as for that client."""
     with torch.no_grad():
         return model.eval()(clients(rounds)[client_id].data("common_test", None)["x"]).logits
 
 
-def predicted(rounds: Trainer, client_id: str, home: bool) -> Tensor:
+def predicted(rounds: FederatedTrainer, client_id: str, home: bool) -> Tensor:
     return rounds.executor.runtime.predict(deployed(rounds, client_id), Rows("common_test"), home)  # type: ignore[attr-defined]
 
 

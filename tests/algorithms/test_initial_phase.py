@@ -11,7 +11,7 @@ import pytest
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import describe_needs, format_needs
 from hetero_fl.experiment import prepare, run
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.report import report_facts
 from hetero_fl.reporting.run_directory import RunDirectory
@@ -34,7 +34,7 @@ def federation(
     return {**source, "algorithm": {**settings, **changes}}
 
 
-def watched(rounds: Trainer) -> Counter[str]:
+def watched(rounds: FederatedTrainer) -> Counter[str]:
     """Count how often each client starts a fit of each label, as in `site_1: initial private`."""
     seen: Counter[str] = Counter()
     rounds.executor.set_listener(lambda line: seen.update([line]))

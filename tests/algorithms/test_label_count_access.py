@@ -68,7 +68,7 @@ def test_counts_are_uploaded_by_clients_that_contribute_to_the_teacher() -> None
     for teacher, has_proxy in itertools.product(("mean", "contrast"), (False, True)):
         settings = {"name": "feddf", "teacher": teacher, "align": 1.0}
         rounds = rounds_of(config("feddf", clients=2, algorithm=settings), num_rounds=0)
-        rounds._set_round_context(0)
+        rounds.set_round(0)
         client = clients(rounds)["site_1"]
         client.has_proxy = has_proxy
         client_info = rounds.federation.client_infos["site_1"]

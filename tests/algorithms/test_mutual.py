@@ -23,7 +23,7 @@ from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Rows
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.experiment import prepare, run
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from tests.references.local_training import clients, module
 from tests.support.federations import (
     MIXED,
@@ -43,7 +43,7 @@ def federation(
     return config(method, models, clients, algorithm={"name": method, "mentee": SMALL, **settings})
 
 
-def trained(rounds: Trainer, client_id: str) -> tuple[Participant, Payload, Payload]:
+def trained(rounds: FederatedTrainer, client_id: str) -> tuple[Participant, Payload, Payload]:
     """Return a client after the next round's training, what it received and what it sends."""
     got = Payload(
         rounds.algorithm.broadcast(rounds.server, rounds.federation.client_infos[client_id])
@@ -93,7 +93,7 @@ def test_client_sharing_settings_are_respected(method: str) -> None:
         {"match": "site_2", "shares": ["backbone"]},
     ]
     rounds = rounds_of({**source, "rounds": 3}, num_rounds=2)
-    rounds._set_round_context(2)
+    rounds.set_round(2)
     before = dict(rounds.server.models[MENTEE])
     kept = {client_id: trained(rounds, client_id) for client_id in rounds.federation.client_infos}
     sent = {client_id: set(u[MENTEE]) if u else set() for client_id, (_, _, u) in kept.items()}
@@ -115,7 +115,7 @@ def test_sharing_interval_of_two_rounds(method: str) -> None:
     source["clients"]["defaults"]["share_every"] = 2
     rounds, sent = rounds_of(source, num_rounds=0), []
     for index in range(4):
-        rounds._set_round_context(index)
+        rounds.set_round(index)
         sent.append([list(p) for p in trained(rounds, "site_3")[1:]])
         rounds.run_round()
     later = [MENTEE] if method == "fml" else ["change"]

@@ -98,7 +98,7 @@ def test_fedgh_sends_head_at_sharing_interval() -> None:
     rounds, sent = rounds_of(source, num_rounds=0), []
     info = rounds.federation.client_infos["site_1"]
     for index in range(5):
-        rounds._set_round_context(index)
+        rounds.set_round(index)
         sent.append(list(rounds.algorithm.broadcast(rounds.server, info)))
         rounds.run_round()
 

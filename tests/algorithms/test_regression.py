@@ -18,7 +18,7 @@ from hetero_fl.core.plan import Rows
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data import Dataset, from_arrays
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from tests.support.cases import each_case
 from tests.support.federations import QUICK, deployed
 
@@ -57,7 +57,7 @@ def settings(method: str, same: bool, **own: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_rounds(method: str, rounds: int = 3, same: bool = True, **own: Any) -> Trainer:
+def run_rounds(method: str, rounds: int = 3, same: bool = True, **own: Any) -> FederatedTrainer:
     run = prepare(settings(method, same, **own), dataset=slopes()).make_trainer()
     for _ in range(rounds):
         run.run_round()

@@ -17,7 +17,7 @@ from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.distillation import LABELS, TEACHER
 from hetero_fl.core.task import Task
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from tests.algorithms.test_regression import settings, slopes
 from tests.support.cases import each_case
 from tests.support.federations import MIXED, config, rounds_of, same_bits
@@ -31,7 +31,7 @@ def frequencies(counts: Tensor) -> Tensor:
 
 def run_rounds(
     method: str, rounds: int = 1, changes: dict[str, Any] | None = None, **own: Any
-) -> Trainer:
+) -> FederatedTrainer:
     source = config(method, MIXED, 4, **(changes or {}))
     source["algorithm"].update({"align": 0.0, **own})
     return rounds_of(source, num_rounds=rounds)

@@ -15,7 +15,7 @@ from hetero_fl.core.plan import Fit
 from hetero_fl.core.task import Task
 from hetero_fl.engine.batches import index_batches
 from hetero_fl.engine.driver import run_plan
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from tests.references.local_training import clients, largest_difference, module
 from tests.support.calls import record_calls
 from tests.support.federations import MIXED, config, rounds_of
@@ -51,7 +51,7 @@ def test_certain_predictions_give_no_nan() -> None:
 # Rounds on sampled rows
 
 
-def public(rounds: Trainer, client_id: str, rows: Tensor) -> Tensor:
+def public(rounds: FederatedTrainer, client_id: str, rows: Tensor) -> Tensor:
     return clients(rounds)[client_id].data("proxy", None)["x"][rows]
 
 
@@ -62,7 +62,7 @@ def test_old_teacher_is_distilled_on_its_rows(method: str, monkeypatch: pytest.M
     source = {**config(method, MIXED, algorithm=settings), "rounds": 6}
     source["clients"]["defaults"]["share_every"] = 3
     rounds = rounds_of(source, num_rounds=4)
-    rounds._set_round_context(4)
+    rounds.set_round(4)
     client_info = rounds.federation.client_infos["site_1"]
     client, got = (
         clients(rounds)["site_1"],

@@ -15,8 +15,8 @@ import yaml
 from hetero_fl import Run
 from hetero_fl.cli import main
 from hetero_fl.experiment import run
-from hetero_fl.federation.checkpoint import Checkpoints
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.store import Checkpoints
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.reporting.run_directory import CHECKSUMS, RunDirectory, lock_folder
 from hetero_fl.utils.errors import Interrupted, UserError
 from tests.support.cases import each_case
@@ -429,7 +429,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_run_without_results_starts_again(tmp_path: Path) -> None:
-    for owner, name in ((Trainer, "run_round"), (Checkpoints, "save")):
+    for owner, name in ((FederatedTrainer, "run_round"), (Checkpoints, "save")):
         with (
             mock.patch.object(owner, name, side_effect=KeyboardInterrupt),
             pytest.raises(Interrupted),

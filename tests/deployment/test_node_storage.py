@@ -15,7 +15,7 @@ from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_storage import NodeStorage, StateLostError, load_or_create_key
 from hetero_fl.deployment.transport import Envelope
-from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.federation.store import PrivateState
 from hetero_fl.utils.errors import UserError
 from tests.support.calls import record_calls
 from tests.support.cases import each_case

@@ -24,7 +24,7 @@ from hetero_fl import run
 from hetero_fl.engine.serial import class_sums
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.worker import Worker, WorkerSetup
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import Interrupted
 from tests.support.cases import each_case
 from tests.support.federations import METHODS, MIXED, TOP, config, rounds_of, stop_after
@@ -69,7 +69,7 @@ def gpu() -> Iterator[None]:
         yield
 
 
-def on(device: str, executor: str, source: dict[str, Any]) -> Trainer:
+def on(device: str, executor: str, source: dict[str, Any]) -> FederatedTrainer:
     """Return the run of a configuration on a device, before its first round."""
     # Other algorithms of a GPU add numbers in an order that changes between runs.
     runtime = {"threads": 1, "device": device, "executor": executor, "deterministic": True}
@@ -85,7 +85,7 @@ class Round:
     server: dict[str, dict[str, Tensor]]
 
 
-def rounds(trainer: Trainer, number: int = 2) -> list[Round]:
+def rounds(trainer: FederatedTrainer, number: int = 2) -> list[Round]:
     """Run rounds and return the results of each."""
     results = []
     for _ in range(number):
@@ -271,7 +271,7 @@ def test_models_and_predictions_stay_on_the_device(method: str, executor: str) -
         trainer.evaluate()
         predicted = {t.where.split()[1] for t in gpu.transfers if t.kind == "to host"}
         # `IdentityCache.get` copies the predictions of clients.
-        assert predicted and predicted <= {"get", "_evaluate_server"}
+        assert predicted and predicted <= {"get", "evaluate_server"}
 
 
 @has_gpu

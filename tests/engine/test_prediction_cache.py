@@ -18,8 +18,8 @@ from hetero_fl.engine.serial import SerialBackend
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.base import client_chunks
-from hetero_fl.federation.state_store import PrivateState
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.store import PrivateState
+from hetero_fl.federation.trainer import FederatedTrainer
 from tests.support.calls import record_calls
 from tests.support.cases import each_case
 from tests.support.federations import MIXED, config, rounds_of, set_method
@@ -143,19 +143,17 @@ class Failing(FedAvg):
 
 
 def test_failed_round_clears_the_cache() -> None:
-    rounds: Trainer = rounds_of(config("fedper", "mlp"), num_rounds=1)
+    rounds: FederatedTrainer = rounds_of(config("fedper", "mlp"), num_rounds=1)
     tree, kept = (
         rounds.state_dict(),
-        {client_id: rounds.store.stamp(client_id) for client_id in rounds.federation.client_infos},
+        dict(rounds.store.committed),
     )
     set_method(rounds, Failing())
     with pytest.raises(Exception, match="no"):
         rounds.run_round()
     rounds.store.commit()
     assert rounds.state_dict()["traffic"] == tree["traffic"]
-    assert {
-        client_id: rounds.store.stamp(client_id) for client_id in rounds.federation.client_infos
-    } == kept
+    assert rounds.store.committed == kept
 
 
 def test_ensemble_members_predict_global_rows_once(

@@ -17,8 +17,8 @@ from hetero_fl.engine.vectorized import VectorizedBackend
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.executors.base import InProcessExecutor
-from hetero_fl.federation.state_store import StateStore
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.store import StateStore
+from hetero_fl.federation.trainer import FederatedTrainer
 from tests.support.cases import each_case
 from tests.support.federations import METHODS, config
 from tests.support.pretend_gpu import PretendGPU
@@ -40,19 +40,21 @@ QUICK = {
 MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [24], "dropout": 0.3}]
 
 
-def run_rounds(source: dict[str, Any], backend: Backend) -> Trainer:
+def run_rounds(source: dict[str, Any], backend: Backend) -> FederatedTrainer:
     """Return a run of three rounds that stacks all clients of an architecture."""
     prepared = prepare(source)
     site = ClientRuntime(
         prepared.method, prepared.federation, StateStore(), backend, DirectProtocol()
     )
-    rounds = Trainer(prepared.method, prepared.federation, InProcessExecutor(site, chunk=100))
+    rounds = FederatedTrainer(
+        prepared.method, prepared.federation, InProcessExecutor(site, chunk=100)
+    )
     for _ in range(3):
         rounds.run_round()
     return rounds
 
 
-def tensors(rounds: Trainer) -> dict[tuple[str, str, str], Tensor]:
+def tensors(rounds: FederatedTrainer) -> dict[tuple[str, str, str], Tensor]:
     """Return every tensor that a run has computed."""
     found = {("server", s, n): t for s, m in rounds.server.models.items() for n, t in m.items()}
     for client_id in rounds.federation.client_infos:

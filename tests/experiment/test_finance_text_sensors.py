@@ -14,14 +14,14 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import load_source
 from hetero_fl.experiment import evaluate, prepare, run
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHORT = ["rounds=2", "clients.defaults.steps=2", "runtime.threads=1", "algorithm.distill_epochs=1"]
 
 
-def run_two_rounds(name: str, *overrides: str) -> Trainer:
+def run_two_rounds(name: str, *overrides: str) -> FederatedTrainer:
     torch.set_num_threads(1)
     rounds = prepare(CONFIGS / f"{name}.yaml", overrides).make_trainer()
     for _ in range(2):

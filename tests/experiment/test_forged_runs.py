@@ -18,8 +18,7 @@ from hetero_fl.cli import main
 from hetero_fl.core.saved_model import read_model_file
 from hetero_fl.deployment.monitoring import read_status
 from hetero_fl.experiment import run
-from hetero_fl.federation import checkpoint
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.store import CHECKPOINT_FORM, Checkpoints, Head, StateStore
 from hetero_fl.reporting.comparison.result import Comparison
 from hetero_fl.reporting.run_directory import CHECKSUMS, RunDirectory
 from hetero_fl.utils.errors import UserError
@@ -140,10 +139,10 @@ TREES: dict[str, Change] = {
     "server": lambda tree: {**tree, "run": {**tree["run"], "server": {"models": {}, "state": {}}}},
 }
 HEADS: dict[str, Change] = {
-    **{key: partial(drop, key) for key in ("tree", "committed", "staged")},
+    **{key: partial(drop, key) for key in ("tree", "committed")},
     "other folder": lambda head: {**head, "tree": "../../../../../dev/zero"},
-    "device": lambda head: {**head, "staged": {"site_1": "/dev/zero"}},
-    "number": lambda head: {**head, "staged": {"site_1": 7}},
+    "device": lambda head: {**head, "tree": {"run": "/dev/zero"}},
+    "number": lambda head: {**head, "tree": {"run": 7}},
     "clients": lambda head: {**head, "committed": {**head["committed"], "clients": "site_1/"}},
     "names": lambda head: {**head, "committed": {**head["committed"], "names": torch.ones(3)}},
 }
@@ -162,18 +161,18 @@ def test_forged_checkpoint_is_refused_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     copied = copy_of(finished, tmp_path)
-    encode_head = checkpoint.Head.encode
-    checkpoints = checkpoint.Checkpoints(StateStore(copied / "checkpoint"), print)
+    encode_head = Head.encode
+    checkpoints = Checkpoints(StateStore(copied / "checkpoint"), print)
     tree = checkpoints.load_newest()
 
-    def forge(names: checkpoint.Head) -> bytes:
-        head = decode(encode_head(names), checkpoint.FORM, bounded=False)
-        return encode(change_head(head), checkpoint.FORM)
+    def forge(names: Head) -> bytes:
+        head = decode(encode_head(names), CHECKPOINT_FORM, bounded=False)
+        return encode(change_head(head), CHECKPOINT_FORM)
 
     # The checkpoint is the only one, and the run is not inspected as one that has finished.
     for name in ("summary.json", "checkpoint/round-000000.ckpt"):
         (copied / name).unlink()
-    monkeypatch.setattr(checkpoint.Head, "encode", forge)
+    monkeypatch.setattr(Head, "encode", forge)
     checkpoints.save(1, change_tree(tree or {}))
 
     assert_refused(capsys, "check", copied)

@@ -17,7 +17,7 @@ from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core import participant
 from hetero_fl.core.participant import RoundContext, scheduled_optimizer
 from hetero_fl.experiment import run
-from hetero_fl.federation.checkpoint import Checkpoints
+from hetero_fl.federation.store import Checkpoints
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import Interrupted, RunFailedError
 from tests.support import asynchronous_runs

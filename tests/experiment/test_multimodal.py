@@ -11,7 +11,7 @@ import torch
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import load_source
 from hetero_fl.experiment import PreparedRun, prepare, run
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import UserError
 from tests.support.federations import METHODS, deployed, same_bits
 from tests.support.payload_search import Found, search_run
@@ -167,7 +167,7 @@ def test_clients_without_shared_parameters_train_locally() -> None:
         assert all(same_bits(alone, other) for other in others)
 
 
-def after_a_round(method: str, shares: str) -> Trainer:
+def after_a_round(method: str, shares: str) -> FederatedTrainer:
     """Return a run in which the institutes, which have no images, share something."""
     overrides = [f"clients.groups.2.shares={shares}", "algorithm.teacher=mean"]
     rounds = reduced(method, *overrides).make_trainer()

@@ -34,7 +34,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import PreparedRun
-from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.federation.store import PrivateState
 from hetero_fl.utils.errors import RunFailedError, UserError
 from model_zoo.given_models import GivenModel
 from model_zoo.module_state import ModuleSnapshot, load_state, observe_forward

@@ -11,7 +11,7 @@ import torch
 import hetero_fl
 from hetero_fl.data.federated_data import PublicPack
 from hetero_fl.experiment import PreparedRun, prepare
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import UserError
 from tests.support.federations import deployed
 from tests.support.movielens_folders import write_movielens_folder
@@ -35,14 +35,14 @@ def reduced(method: str, *overrides: str) -> PreparedRun:
     return prepare(CONFIG, [*REDUCED, f"algorithm.name={method}", *overrides])
 
 
-def run_two_rounds(prepared: PreparedRun) -> Trainer:
+def run_two_rounds(prepared: PreparedRun) -> FederatedTrainer:
     rounds = prepared.make_trainer()
     for _ in range(2):
         rounds.run_round()
     return rounds
 
 
-def trained_users(rounds: Trainer) -> set[bytes]:
+def trained_users(rounds: FederatedTrainer) -> set[bytes]:
     """Return the vectors of users that training has changed, of all regions."""
     found = set()
     for client_id, info in rounds.federation.client_infos.items():

@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 from hetero_fl.cli import main
-from hetero_fl.federation.checkpoint import Checkpoints
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.store import Checkpoints
+from hetero_fl.federation.trainer import FederatedTrainer
 from tests.support.federations import config
 
 WORK = (
@@ -28,7 +28,7 @@ WORK = (
     "experiment.evaluation.score",
     "experiment.exporting.export._export_model",
     "experiment.onboarding.joining_clients.JoiningClients.run_transfer",
-    "federation.trainer.Trainer.save",
+    "federation.store.Checkpoints.save",
 )
 
 
@@ -45,14 +45,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def stopped_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, int]]:
     """Return a dictionary that maps a number of rounds to a signal sent after it, once."""
     signals: dict[int, int] = {}
-    run_round = Trainer.run_round
+    run_round = FederatedTrainer.run_round
 
-    def round_then_stop(self: Trainer) -> Any:
+    def round_then_stop(self: FederatedTrainer) -> Any:
         if (signal_number := signals.pop(self.completed, None)) is not None:
             os.kill(os.getpid(), signal_number)
         return run_round(self)
 
-    monkeypatch.setattr(Trainer, "run_round", round_then_stop)
+    monkeypatch.setattr(FederatedTrainer, "run_round", round_then_stop)
     old_handlers = {
         signal_number: signal.getsignal(signal_number)
         for signal_number in (signal.SIGINT, signal.SIGTERM)

@@ -16,10 +16,8 @@ import torch
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hetero_fl.federation import checkpoint
 from hetero_fl.federation.blob_store import BlobStore
-from hetero_fl.federation.checkpoint import Checkpoints, read_checkpoint
-from hetero_fl.federation.state_store import PrivateState, StateStore
+from hetero_fl.federation.store import Checkpoints, PrivateState, StateStore, read_checkpoint
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import CodecError
 from tests.support.calls import record_calls
@@ -78,7 +76,7 @@ def test_damaged_checkpoint_is_detected_and_previous_used(tmp_path: Path) -> Non
             (message,) = messages
             assert message.startswith("round-000003.ckpt: damaged") and "\n" not in message
         file.write_bytes(content)
-    assert read_checkpoint(path).tree["run"]["completed"] == 3
+    assert read_checkpoint(path)[0]["run"]["completed"] == 3
 
 
 def test_damaged_shared_state_is_detected(tmp_path: Path) -> None:
@@ -95,7 +93,7 @@ def test_damaged_shared_state_is_detected(tmp_path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(damaged(content, 1, random.Random(0)))
     store = StateStore(tmp_path)
-    store.load({"b": name}, {})
+    store.reset({"b": name})
     with pytest.raises(RunFailedError, match=f"the private state of b is damaged .*{name}"):
         store.get("b")
     with pytest.raises(RunFailedError, match="all checkpoints are damaged"):
@@ -201,7 +199,7 @@ def test_blobs_are_flushed_before_the_checkpoint_names_them(
 
 def test_large_trees_are_written_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mib = 1 << 20
-    monkeypatch.setattr(checkpoint, "PIECE", mib)
+    monkeypatch.setattr("hetero_fl.federation.store.PIECE", mib)
     models = {
         f"group{i}": {"w": torch.full((mib // 4,), float(i)), "n": torch.tensor(i)}
         for i in range(24)
@@ -296,21 +294,22 @@ class Machine(RuleBasedStateMachine):
     def save(self, server: int) -> None:
         self.round += 1
         self.checkpoints.save(self.round, {"round": self.round, "server": torch.zeros(server)})
-        self.saved = [*self.saved[-1:], (dict(self.kept), dict(self.staged))]
+        self.saved = [*self.saved[-1:], dict(self.kept)]
 
     @rule()
     @precondition(lambda self: self.saved)
     def save_the_same_round_again(self) -> None:
         self.checkpoints.save(self.round, {"round": self.round})
-        self.saved[-1] = (dict(self.kept), dict(self.staged))
+        self.saved[-1] = dict(self.kept)
 
     @rule(memory=MEMORY)
     def crash(self, memory: int) -> None:
         self.start(memory)
         tree = self.checkpoints.load_newest()
         assert (tree is None) == (not self.saved) and (tree is None or tree["round"] == self.round)
-        kept, staged = self.saved[-1] if self.saved else ({}, {})
-        self.kept, self.staged = dict(kept), dict(staged)
+        self.kept = dict(self.saved[-1]) if self.saved else {}
+        # The clients of staged states train again.
+        self.staged = {}
 
     @rule(memory=MEMORY, at=st.floats(0, 0.999), blob=st.booleans())
     @precondition(lambda self: len(self.saved) == 2)
@@ -327,7 +326,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def same_state(self) -> None:
         for client in CLIENTS:
-            encoded, stamp = self.store.encoded(client), self.store.stamp(client)
+            encoded, stamp = self.store.encoded(client), self.store.committed.get(client)
             assert encoded == self.kept.get(client) and (stamp is None) == (encoded is None)
             if stamp is not None and encoded is not None:
                 assert self.stamps.setdefault(stamp, encoded) == encoded
@@ -349,9 +348,9 @@ TestStore = pytest.mark.slow(Machine.TestCase)
 def test_store_in_memory_matches_store_on_disk() -> None:
     store = StateStore(memory=0)
     store.stage("a", private(1, 100))
-    assert store.encoded("a") is None and store.stamp("a") is None
+    assert store.encoded("a") is None and store.committed.get("a") is None
     store.commit()
-    first = store.stamp("a")
+    first = store.committed.get("a")
     assert store.get("a").models["model"]["w"].tolist() == [1.0] * 100 and first is not None
     store.stage("a", private(2, 100).encode())
     store.discard_client("a")
@@ -359,16 +358,16 @@ def test_store_in_memory_matches_store_on_disk() -> None:
     store.discard()
     store.commit()
     assert (
-        store.stamp("a") == first
+        store.committed.get("a") == first
         and store.encoded("a") == private(1, 100).encode()
         and store.encoded("b") is None
     )
     store.stage("a", private(2, 100))
     store.commit()
-    assert store.stamp("a") != first and store.get("a").state == {"n": 2}
+    assert store.committed.get("a") != first and store.get("a").state == {"n": 2}
     store.stage("a", PrivateState())
     store.commit()
-    assert store.stamp("a") is None and store.get("a") == PrivateState() and store.cached_bytes == 0
+    assert not store.committed and store.get("a") == PrivateState() and store.cached_bytes == 0
     with pytest.raises(ValueError, match="store: must have a folder"):
         Checkpoints(store, pytest.fail)
 

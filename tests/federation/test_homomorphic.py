@@ -22,7 +22,7 @@ from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.experiment import prepare, run
 from hetero_fl.experiment.runner import open_session
 from hetero_fl.federation.executors.worker import WorkerSetup
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.federation.test_cost import estimate_and_count
 from tests.federation.test_secure_aggregation import failing
@@ -93,7 +93,7 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare(encrypted("fedavg"))
 
 
-def recorded_bytes(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[Message]:
+def recorded_bytes(trainer: FederatedTrainer, monkeypatch: pytest.MonkeyPatch) -> list[Message]:
     """Record all replies that the server receives."""
     seen: list[Message] = []
     carry_out = trainer.executor.run

@@ -17,9 +17,9 @@ from hetero_fl.engine.driver import DivergedError
 from hetero_fl.federation import client_runtime
 from hetero_fl.federation.executors import processes
 from hetero_fl.federation.executors.worker import WorkerJob
+from hetero_fl.federation.simulation.conditions import FaultOutcome, Faults
 from hetero_fl.federation.simulation.executor import SimulatedExecutor
-from hetero_fl.federation.simulation.faults import FaultOutcome, Faults
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.federation.executors.test_workers import kill_workers
 from tests.federation.simulation.test_simulated_rounds import arithmetic
@@ -123,7 +123,7 @@ def test_reports_contain_only_mean_losses(
             ask()
 
 
-def failing(rounds: Trainer, who: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def failing(rounds: FederatedTrainer, who: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the training of some clients diverge."""
     carry_out = client_runtime.run_plans
 
@@ -270,7 +270,7 @@ class ScriptedFaults(Faults):
 
 def with_faults(
     fates: Mapping[str, FaultOutcome], **changes: Any
-) -> tuple[Trainer, dict[str, list[str]]]:
+) -> tuple[FederatedTrainer, dict[str, list[str]]]:
     """Return a new run of six clients and their future answers."""
     run_config: dict[str, Any] = {"devices": CLOCK, "cohort": {"deadline": 60}, **changes}
     rounds = rounds_of(

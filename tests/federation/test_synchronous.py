@@ -22,7 +22,7 @@ from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Fit, Plan
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.reporting.summary import Patience
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.ordering import natural_order
@@ -83,7 +83,9 @@ def test_diverging_client_is_dropped_and_empty_round_fails() -> None:
         wild.run_round()
 
 
-def diverging(rounds: Trainer, turns: Collection[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def diverging(
+    rounds: FederatedTrainer, turns: Collection[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Let server training diverge at these turns (from 0), after it changed all state."""
     aggregate, turn = type(rounds.algorithm).aggregate, itertools.count()
 
@@ -122,7 +124,7 @@ def test_diverging_server_training_changes_nothing(
     assert "diverged" not in rounds.run_round() and rounds.num_diverged == 0
 
 
-def loud(rounds: Trainer, client: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def loud(rounds: FederatedTrainer, client: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Multiply the uploads of a client by a thousand."""
     uploaded = rounds.link.decode_upload
 

@@ -30,7 +30,7 @@ from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.templates import Templates
 from hetero_fl.engine.training import run_fit
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.federation.store import PrivateState
 from hetero_fl.privacy import dp_sgd
 from hetero_fl.privacy.dp_sgd import PoissonBatches, PrivateGradients, sampling_plan
 from hetero_fl.privacy.noise import KeyedNoiseSource, NoiseSource, SecretNoiseSource

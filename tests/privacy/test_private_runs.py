@@ -23,7 +23,7 @@ from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare, run
-from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.federation.store import PrivateState
 from hetero_fl.privacy.accounting import epsilon_of_history
 from hetero_fl.privacy.dp_sgd import PrivacyBackend
 from hetero_fl.privacy.noise import KeyedNoiseSource

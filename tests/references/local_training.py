@@ -10,13 +10,13 @@ from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit
 from hetero_fl.engine.batches import index_batches
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 
 # As in tests.support.federations.
 BATCH = 16
 
 
-def clients(rounds: Trainer) -> dict[str, Participant]:
+def clients(rounds: FederatedTrainer) -> dict[str, Participant]:
     """Return every client before the next round."""
     index = rounds.completed
     return {

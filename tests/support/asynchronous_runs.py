@@ -14,9 +14,8 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
 from hetero_fl.federation.combination import RoundUploads
 from hetero_fl.federation.executors.base import Executor
-from hetero_fl.federation.simulation.devices import Devices, TaskTimes
+from hetero_fl.federation.simulation.conditions import Devices, FaultOutcome, TaskTimes
 from hetero_fl.federation.simulation.executor import SimulatedExecutor
-from hetero_fl.federation.simulation.faults import FaultOutcome
 from tests.support.calls import record_calls
 from tests.support.federations import MIXED, changed, config
 

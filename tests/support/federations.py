@@ -16,8 +16,8 @@ from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Plan
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.client_runtime import ClientRuntime
-from hetero_fl.federation.state_store import StateStore
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.store import StateStore
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.serialization import encode
 
 METHODS = sorted(
@@ -103,7 +103,7 @@ def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 def rounds_of(
     source: dict[str, Any], num_rounds: int | None = None, store: StateStore | None = None
-) -> Trainer:
+) -> FederatedTrainer:
     """Return a run after some rounds (default: all), in memory unless a store is passed."""
     torch.set_num_threads(1)
     prepared = prepare(source)
@@ -113,26 +113,26 @@ def rounds_of(
     return rounds
 
 
-def runtime_of(trainer: Trainer) -> ClientRuntime:
+def runtime_of(trainer: FederatedTrainer) -> ClientRuntime:
     """Return the runtime of the clients of a run in this process, whose time may be simulated."""
     runtime = getattr(trainer.executor, "inner", trainer.executor).runtime
     assert isinstance(runtime, ClientRuntime)
     return runtime
 
 
-def change_method(trainer: Trainer, **hooks: Any) -> None:
+def change_method(trainer: FederatedTrainer, **hooks: Any) -> None:
     """Let a run in this process use its method with other hooks."""
     method = type("Changed", (type(trainer.algorithm),), hooks)(**trainer.algorithm.model_dump())
     set_method(trainer, method)
 
 
-def set_method(trainer: Trainer, method: Algorithm) -> None:
+def set_method(trainer: FederatedTrainer, method: Algorithm) -> None:
     """Let a run in this process use another method."""
     trainer.algorithm = trainer.link.algorithm = trainer.link.expectations.algorithm = method
     runtime_of(trainer).algorithm = method
 
 
-def poison_upload(trainer: Trainer, client_id: str, round_idx: int, item: str) -> None:
+def poison_upload(trainer: FederatedTrainer, client_id: str, round_idx: int, item: str) -> None:
     """Put NaNs into an item of a client's upload in a round."""
     train = type(trainer.algorithm).train
 
@@ -157,7 +157,7 @@ def stop_after(round_idx: int) -> Callable[[dict[str, Any]], None]:
 
 
 def broadcasts(
-    trainer: Trainer, clients: Iterable[str], for_evaluation: bool = False
+    trainer: FederatedTrainer, clients: Iterable[str], for_evaluation: bool = False
 ) -> dict[str, bytes]:
     """Return the server's next broadcasts by client."""
     infos = [trainer.federation.client_infos[client] for client in clients]
@@ -169,7 +169,7 @@ def broadcasts(
     }
 
 
-def deployed(rounds: Trainer, client_id: str) -> Participant:
+def deployed(rounds: FederatedTrainer, client_id: str) -> Participant:
     """Return the client with the model that it would use now."""
     site = runtime_of(rounds)
     body = broadcasts(rounds, [client_id], for_evaluation=True)[client_id]
@@ -183,7 +183,7 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-def state_of(trainer: Trainer) -> dict[str, bytes]:
+def state_of(trainer: FederatedTrainer) -> dict[str, bytes]:
     """Return the encoded models and state of the server and the private state of each client."""
     server = trainer.server
     return {

@@ -19,7 +19,7 @@ from hetero_fl.federation.client_runtime import BroadcastCache
 from hetero_fl.federation.cost import ExpectedCost, expected_cost
 from hetero_fl.federation.evaluation import add_evaluation
 from hetero_fl.federation.executors.base import InProcessExecutor
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.serialization import encode
 
 
@@ -37,7 +37,7 @@ class Facts:
         trainer: The trainer after the last round.
     """
 
-    trainer: Trainer
+    trainer: FederatedTrainer
     cost: ExpectedCost
     records: list[dict[str, Any]] = field(default_factory=list)
     uploaded: int = 0

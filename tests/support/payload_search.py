@@ -15,7 +15,7 @@ from hetero_fl.experiment import PreparedRun
 from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.evaluation import add_evaluation
 from hetero_fl.federation.server_link import ServerLink
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from tests.support.calls import record_results
 
 
@@ -111,7 +111,9 @@ def search_run(
     return Found(of_rows, of_tensors, different)
 
 
-def private_tensors(trainer: Trainer, is_private: Callable[[str], bool]) -> list[np.ndarray]:
+def private_tensors(
+    trainer: FederatedTrainer, is_private: Callable[[str], bool]
+) -> list[np.ndarray]:
     """Return all current private tensors, of the server and the clients."""
     models = [dict(tensors) for tensors in trainer.server.models.values()]
     for client_id, info in trainer.federation.client_infos.items():

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hetero_fl.core.metrics import summarize_clients
-from hetero_fl.federation.checkpoint import read_checkpoint
+from hetero_fl.federation.store import read_checkpoint
 from hetero_fl.reporting.report import write_report
 from hetero_fl.reporting.run_directory import RunDirectory
 
@@ -321,6 +321,6 @@ def files_of_newest(folder: Path) -> list[Path]:
     """Return the files that only the newest checkpoint has: its name, head, tree and states."""
     *_, previous, newest = sorted(folder.glob("*.ckpt"))
     head = newest.read_text()
-    shared = read_checkpoint(previous).head.names()
-    names = {head, *read_checkpoint(newest).head.names()} - shared
+    shared = read_checkpoint(previous)[1].names()
+    names = {head, *read_checkpoint(newest)[1].names()} - shared
     return [newest, *(folder / "blobs" / name[:2] / name for name in sorted(names))]

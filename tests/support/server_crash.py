@@ -9,8 +9,8 @@ from typing import Any
 
 from hetero_fl import run
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
-from hetero_fl.federation.state_store import StateStore
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.store import StateStore
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.reporting import report
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.processes import worker_context
@@ -19,7 +19,7 @@ from hetero_fl.utils.processes import worker_context
 POINTS: dict[str, tuple[list[Any], str, str, int]] = {
     "clients have trained, nothing is committed": ([StateStore], "commit", "before", 2),
     "a round is over, nothing is written": (
-        [Trainer, AsynchronousTrainer],
+        [FederatedTrainer, AsynchronousTrainer],
         "run_round",
         "after",
         2,

@@ -13,7 +13,7 @@ from hetero_fl.communication.homomorphic import SharedKey
 from hetero_fl.communication.protocol import Message, encoded
 from hetero_fl.core.payload import Payload
 from hetero_fl.federation.summed_uploads import make_protocol
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from tests.support.federations import MIXED, config, runtime_of
 
 
@@ -22,7 +22,9 @@ def secure(method: str, models: Any = MIXED, clients: int = 4, **changes: Any) -
     return config(method, models, clients, **{"channel__secure_sum": {}, **changes})
 
 
-def received_broadcasts(trainer: Trainer, key: SharedKey | None = None) -> dict[str, Payload]:
+def received_broadcasts(
+    trainer: FederatedTrainer, key: SharedKey | None = None
+) -> dict[str, Payload]:
     """Return the next broadcast as each client reads it, which may decrypt a sum.
 
     Args:
@@ -33,7 +35,7 @@ def received_broadcasts(trainer: Trainer, key: SharedKey | None = None) -> dict[
     if federation.channel.homomorphic is not None:
         key = key or runtime_of(trainer).federation.shared_key
     protocol = make_protocol(trainer.algorithm, replace(federation, shared_key=key))
-    trainer._set_round_context(trainer.round_idx)
+    trainer.set_round(trainer.round_idx)
     broadcasts = {}
     for client, info in federation.client_infos.items():
         content = trainer.link.content(trainer.link.broadcast(info))
@@ -43,7 +45,7 @@ def received_broadcasts(trainer: Trainer, key: SharedKey | None = None) -> dict[
     return broadcasts
 
 
-def tensors_of(trainer: Trainer, key: SharedKey | None = None) -> list[Tensor]:
+def tensors_of(trainer: FederatedTrainer, key: SharedKey | None = None) -> list[Tensor]:
     """Return the tensors that clients receive next, and those of their private states."""
     received = received_broadcasts(trainer, key).values()
     clients = [trainer.store.get(client) for client in trainer.federation.client_infos]
@@ -51,7 +53,7 @@ def tensors_of(trainer: Trainer, key: SharedKey | None = None) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor)]
 
 
-def largest_difference(first: Trainer, second: Trainer) -> float:
+def largest_difference(first: FederatedTrainer, second: FederatedTrainer) -> float:
     """Return the largest difference of tensors, relative to their largest magnitude or 1."""
     differences = []
     for one, other in zip(tensors_of(first), tensors_of(second), strict=True):

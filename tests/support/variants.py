@@ -15,8 +15,8 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.pool import PooledExecutor
 from hetero_fl.federation.executors.worker import WorkerSetup
 from hetero_fl.federation.simulation.executor import SimulatedExecutor
-from hetero_fl.federation.state_store import StateStore
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.store import StateStore
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.serialization import decode, encode
 from tests.support.federations import state_of
 from tests.support.workers import SharedProcessPool
@@ -89,13 +89,13 @@ def outcome(
 
 def _maker(
     source: dict[str, Any], pool: SharedProcessPool | None
-) -> Callable[[StateStore], Trainer]:
+) -> Callable[[StateStore], FederatedTrainer]:
     """Return a function that creates the trainer of a run, with its state in a store."""
     prepared = prepare(source)
     if pool is not None:
         pool.take(WorkerSetup(prepared.method, prepared.federation, 1, ("cpu",)))
 
-    def make(store: StateStore) -> Trainer:
+    def make(store: StateStore) -> FederatedTrainer:
         trainer = prepared.make_trainer(store=store)
         if pool is not None:
             backend = make_backend(DeviceMemory(torch.device("cpu")))

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from hetero_fl.cli import main
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.trainer import FederatedTrainer
 
 # A file in the working folder.
 SIGN = "waits"
@@ -32,12 +32,12 @@ def wait() -> None:
     signal.signal(signal.SIGTERM, handler)
 
 
-def waiting(self: Trainer) -> Any:
+def waiting(self: FederatedTrainer) -> Any:
     if self.completed == 1:
         wait()
     return original_run_round(self)
 
 
 if __name__ == "__main__":
-    original_run_round, Trainer.run_round = Trainer.run_round, waiting  # type: ignore[method-assign]
+    original_run_round, FederatedTrainer.run_round = FederatedTrainer.run_round, waiting  # type: ignore[method-assign]
     sys.exit(main())

@@ -23,8 +23,8 @@ from hetero_fl.federation.executors.base import Executor, InProcessExecutor
 from hetero_fl.federation.executors.pool import PooledExecutor, WorkerPool
 from hetero_fl.federation.executors.processes import ProcessPool
 from hetero_fl.federation.executors.worker import JobResult, Worker, WorkerJob, WorkerSetup
-from hetero_fl.federation.state_store import StateStore
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.store import StateStore
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.serialization import encode
 from tests.support.federations import MIXED, broadcasts, config
 
@@ -55,7 +55,7 @@ def setup_of(method: str | dict[str, Any]) -> WorkerSetup:
 
 def rounds_on(
     setup: WorkerSetup, pool: WorkerPool | None, size: int = 1, cohort: int = 3
-) -> Trainer:
+) -> FederatedTrainer:
     """Return a new run on the first `size` workers of a pool, or in this process without one."""
     executor: Executor
     if pool is None:
@@ -64,7 +64,7 @@ def rounds_on(
         pool.size = size
         backend = make_backend(DeviceMemory(torch.device("cpu")))
         executor = PooledExecutor(pool, setup.federation.client_infos, StateStore(), backend)
-    return Trainer(setup.algorithm, setup.federation, executor, cohort)
+    return FederatedTrainer(setup.algorithm, setup.federation, executor, cohort)
 
 
 def first_job(setup: WorkerSetup) -> WorkerJob:
@@ -83,7 +83,7 @@ def has_checksums(done: JobResult) -> bool:
     )
 
 
-def outcome(rounds: Trainer, num_rounds: int = 3) -> dict[str, Any]:
+def outcome(rounds: FederatedTrainer, num_rounds: int = 3) -> dict[str, Any]:
     """Return all results of rounds and evaluation: models, private state, scores, traffic."""
     records = [rounds.run_round() for _ in range(num_rounds)]
     read = rounds.evaluate(details=True)

@@ -11,7 +11,7 @@ from hetero_fl.data import Dataset
 from hetero_fl.experiment.auditing.inversion import Json, Protect, attack_uploads
 from hetero_fl.experiment.auditing.membership import attack_membership
 from hetero_fl.experiment.preparation import PreparedRun, prepare
-from hetero_fl.federation.checkpoint import checkpoint_files, read_checkpoint
+from hetero_fl.federation.store import checkpoint_files, read_checkpoint
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
@@ -156,7 +156,7 @@ def _check_data(run: Run, prepared: PreparedRun) -> None:
     checkpoints = checkpoint_files(run.path / "checkpoint")
     if not checkpoints:
         return
-    if read_checkpoint(checkpoints[-1]).tree["data"] != prepared.data.content_hash():
+    if read_checkpoint(checkpoints[-1])[0]["data"] != prepared.data.content_hash():
         raise UserError(
             f"{run.path}: the data differs from the data that this run was trained on; "
             "restore it, or pass it as dataset="

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.round_parts import upload_part
+from hetero_fl.communication.protocol import Message
 from hetero_fl.config import Config
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.model_spec import Tensors
@@ -31,8 +32,10 @@ from hetero_fl.core.stored_rows import read_all, require_tensor, targets
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, Preprocess
 from hetero_fl.data.federated_data import unprocessed_rows
+from hetero_fl.engine.driver import translate_user_errors
 from hetero_fl.experiment.preparation import PreparedRun, prepare
-from hetero_fl.utils.errors import ArgumentError
+from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.utils.errors import ArgumentError, RunFailedError
 from hetero_fl.utils.seeding import Key, keyed_generator
 from model_zoo import SplitModel
 from model_zoo.module_state import load_state, state_tensors
@@ -211,6 +214,29 @@ def reason_not_invertible(prepared: PreparedRun, client: str) -> str | None:
     return None
 
 
+@translate_user_errors()
+def _request_upload(
+    trainer: FederatedTrainer, client_id: str, round_idx: int
+) -> tuple[Payload, Payload]:
+    """Train one client in a round, and return the broadcast and the upload.
+
+    Raises:
+        RunFailedError: If the client sends no upload.
+        PayloadError: If the upload does not have the expected structure.
+    """
+    trainer.set_round(round_idx)
+    client_info = trainer.federation.client_infos[client_id]
+    payload = trainer.link.broadcast(client_info)
+    request = Message("train", trainer.link.content(payload), round_idx)
+    (arrival,) = trainer.executor.run([client_id], lambda _: request)
+    if not isinstance(arrival.reply, Message):
+        raise RunFailedError(f"round {round_idx + 1}: {client_id} sent no upload: {arrival.reply}")
+    received = trainer.link.received(payload)
+    return received, trainer.link.decode_upload(
+        client_info, arrival.reply.content, received, round_idx
+    )
+
+
 def observe_upload(
     prepared: PreparedRun,
     client: str,
@@ -243,7 +269,7 @@ def observe_upload(
     trainer = replace(prepared, config=config, method=cast(Algorithm, method)).make_trainer()
     try:
         prepared.start.load_into(trainer)
-        received, sent = trainer.request_upload(client, index)
+        received, sent = _request_upload(trainer, client, index)
     finally:
         trainer.executor.close()
     fits = [fit for fit in method.calls[0] if MODEL in fit.train]

@@ -295,7 +295,8 @@ def train_shadow(
         rounds: Number of rounds.
 
     Returns:
-        The final models of these clients, keyed by client id.
+        The final models of these clients, keyed by client id, and the model of the server under
+        "server".
     """
     client_rows = prepared.data.client_rows
     resampled = {
@@ -317,10 +318,10 @@ def train_shadow(
     saved: dict[str, SavedModel] = {}
     with TemporaryDirectory() as folder:
 
-        def load(client_id: str, model: bytes) -> None:
-            path = Path(folder) / f"{client_id}.safetensors"
+        def load(name: str, model: bytes) -> None:
+            path = Path(folder) / f"{name}.safetensors"
             path.write_bytes(model)
-            saved[client_id] = SavedModel.load(path, allow_code=True)
+            saved[name] = SavedModel.load(path, allow_code=True)
 
         trainer = shadow.make_trainer()
         try:

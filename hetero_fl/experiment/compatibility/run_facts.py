@@ -31,7 +31,7 @@ from hetero_fl.core.payload import Payload
 from hetero_fl.engine.driver import run_plan, translate_user_errors
 from hetero_fl.experiment.compatibility.config_facts import ROBUST_KEYS, first
 from hetero_fl.experiment.compatibility.upload_facts import UploadFacts
-from hetero_fl.federation.simulation.devices import Devices
+from hetero_fl.federation.simulation.conditions import Devices
 from hetero_fl.robustness.rules import PredictionRule, Rule, prediction_rule, rule
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX
@@ -144,8 +144,7 @@ class RunFacts(UploadFacts):
         """
         if self.federation.data.is_distributed:
             return None
-        devices = Devices(self.federation, self.config.devices)
-        timings = list(devices.timing_of_profiles())
+        timings = list(Devices(self.federation, self.config.devices).timing_of_profiles())
         instant = first(client for client, takes_time, _ in timings if not takes_time)
         if instant is None:
             return None

@@ -21,7 +21,7 @@ from hetero_fl.communication.protocol import Content, Message, Reply
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.engine.driver import Backend
 from hetero_fl.federation.client_runtime import ClientEvaluation, ClientRuntime
-from hetero_fl.federation.state_store import PrivateState, StateStore
+from hetero_fl.federation.store import PrivateState, StateStore
 from hetero_fl.utils.errors import NoUploadError
 from hetero_fl.utils.ordering import natural_order
 

@@ -37,7 +37,7 @@ from hetero_fl.federation.executors.processes import ProcessPool
 from hetero_fl.federation.executors.torchrun import TorchrunPool, num_ranks
 from hetero_fl.federation.executors.worker import WorkerSetup
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.store import StateStore
 from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.utils.environment import (
     available_cores,

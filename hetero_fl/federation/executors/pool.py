@@ -25,7 +25,7 @@ from hetero_fl.federation.executors.base import (
     in_order,
 )
 from hetero_fl.federation.executors.worker import JobResult, RemoteTracebackError, WorkerJob
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.store import StateStore
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.recorded_warnings import RecordedWarning, issue_warnings
 

@@ -25,7 +25,7 @@ from hetero_fl.engine.driver import MAX_MESSAGE_LENGTH, DivergedError, translate
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.client_runtime import ClientEvaluation, ClientRuntime
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.store import StateStore
 from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.utils.environment import use_deterministic_algorithms
 from hetero_fl.utils.errors import RunFailedError, UserError
@@ -199,12 +199,12 @@ class Worker:
             result.evaluations = self.runtime.evaluate(contents, round_idx, job.details)
             return
         store.notes.update(job.notes)
-        stamps = {client: store.stamp(client) for client in job.requests}
+        stamps = {client: store.committed.get(client) for client in job.requests}
         result.replies = self.runtime.run(job.requests)
         result.notes = dict(store.notes)
         store.commit()
         for client, stamp in stamps.items():
-            if store.stamp(client) != stamp:
+            if store.committed.get(client) != stamp:
                 result.private[client] = store.encoded(client) or b""
 
 

@@ -13,7 +13,6 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.communication.protocol import Content, DirectProtocol, Message, Reply
 from hetero_fl.config.schema import Config
 from hetero_fl.core.payload import Payload
-from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.executors.base import (
     ALL_REPLIES,
@@ -26,8 +25,14 @@ from hetero_fl.federation.executors.base import (
 )
 from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.simulation.devices import Devices, uniform
-from hetero_fl.federation.simulation.faults import NO_FAULT, FaultOutcome, Faults, flip_bytes
+from hetero_fl.federation.simulation.conditions import (
+    NO_FAULT,
+    Devices,
+    FaultOutcome,
+    Faults,
+    flip_bytes,
+    uniform,
+)
 from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.utils.caching import IdentityCache
 from hetero_fl.utils.errors import NoUploadError, RunFailedError
@@ -102,13 +107,11 @@ class SimulatedExecutor(TimedExecutor):
         self.devices = Devices(federation, config.devices)
         self.faults = Faults(config.faults, self.devices)
         self._protocol = make_protocol(algorithm, federation)
-        self._channel = FederationLinks(algorithm, federation)
         self._expectations = ExpectedUploads(algorithm, federation)
         self._broadcasts: IdentityCache[Payload] = IdentityCache(MAX_BROADCASTS)
         self._reply_sizes: dict[tuple[str, int, int, int], int] = {}
-        # Tasks in flight by number, those that may still be computed, and a heap of their ends.
+        # Tasks in flight by number, and a heap of their ends.
         self._tasks: dict[int, SimulatedTask] = {}
-        self._uncomputed: dict[int, SimulatedTask] = {}
         self._ends: list[tuple[float, int]] = []
 
     @override
@@ -134,18 +137,11 @@ class SimulatedExecutor(TimedExecutor):
         for client, task in tasks.items():
             if client in accepted:
                 task.reply = next(replies).reply
-                # A client sends the same upload again.
-                repeated = task.up_bytes if task.fault.kind == "twice" else 0
-                yield self._arrival(task, repeated)
-                # Free the upload before the next client trains.
-                task.reply = None
-            elif task.fault.is_failure:
-                task.reply = NoUploadError(task.fault.description)
-                yield self._arrival(task)
-            else:
-                sent = task.up_bytes if task.fault.kind == "late" else 0
-                error = ClientLateError("the round has ended")
-                yield Arrival(client, error, start, task.end, sent)
+            elif not task.fault.failure:
+                task.reply = ClientLateError("the round has ended")
+            yield self._arrival(task)
+            # Free the upload before the next client trains.
+            task.reply = None
 
     def _make_task(
         self,
@@ -184,7 +180,8 @@ class SimulatedExecutor(TimedExecutor):
             "lost": stages.arrived if deadline is None else math.inf,
         }
         end = ends.get(fault.kind, stages.arrived + fault.delay)
-        return SimulatedTask(client, request, number, start, end, fault, up_bytes)
+        reply = NoUploadError(fault.failure) if fault.failure else None
+        return SimulatedTask(client, request, number, start, end, fault, up_bytes, reply)
 
     def _reply_size(self, client: str, request: Message, cohort: int) -> int:
         """Return the expected size of the reply to a request in bytes."""
@@ -206,9 +203,8 @@ class SimulatedExecutor(TimedExecutor):
         content = request.content
         if isinstance(content, Payload):
             return content
-        return self._broadcasts.get(
-            content, lambda: self._channel.decode_broadcast(request.round_idx, content)
-        )
+        decode = self._expectations.links.decode_broadcast
+        return self._broadcasts.get(content, lambda: decode(request.round_idx, content))
 
     def _accept(
         self, tasks: Mapping[str, SimulatedTask], until: Until
@@ -222,7 +218,7 @@ class SimulatedExecutor(TimedExecutor):
         usable = [
             task
             for task in tasks.values()
-            if not task.fault.is_failure and task.fault.kind != "corrupted" and task.end <= deadline
+            if not task.fault.failure and task.fault.kind != "corrupted" and task.end <= deadline
         ]
         # If several uploads arrive at the same time, their order is random in each round.
         seed = self.federation.seed
@@ -241,15 +237,21 @@ class SimulatedExecutor(TimedExecutor):
         }
         return accepted, end
 
-    def _arrival(self, task: SimulatedTask, repeated_bytes: int = 0) -> Arrival:
+    def _arrival(self, task: SimulatedTask) -> Arrival:
         """Return the arrival of a task whose reply is known, and change a corrupted reply."""
         assert task.reply is not None
         reply = task.reply
-        if isinstance(reply, Message) and task.fault.kind == "corrupted":
+        kind = task.fault.kind
+        unused_bytes = 0
+        if kind == "lost" or (kind == "late" and isinstance(reply, ClientLateError)):
+            unused_bytes = task.up_bytes
+        elif isinstance(reply, Message) and kind == "twice":
+            # The client sends the same upload again.
+            unused_bytes = reply.size
+        elif isinstance(reply, Message) and kind == "corrupted":
             key = (self.federation.seed, "changed", task.number, task.client)
             reply = replace(reply.with_checksum(), content=flip_bytes(reply.body, *key))
-        unused = task.up_bytes if task.fault.kind == "lost" else repeated_bytes
-        return Arrival(task.client, reply, task.start, task.end, unused)
+        return Arrival(task.client, reply, task.start, task.end, unused_bytes)
 
     @property
     @override
@@ -261,27 +263,18 @@ class SimulatedExecutor(TimedExecutor):
         at = self.now if start is None else start
         task = self._make_task(client, request, number, start=at)
         self._tasks[number] = task
-        if task.fault.is_failure:
-            task.reply = NoUploadError(task.fault.description)
-        else:
-            self._uncomputed[number] = task
         heapq.heappush(self._ends, (task.end, number))
 
     @override
     def next_arrival(self) -> Arrival:
         self.now, number = heapq.heappop(self._ends)
-        task = self._tasks.pop(number)
-        if number in self._uncomputed:
+        if self._tasks[number].reply is None:
             self._compute()
-        repeated = 0
-        if isinstance(task.reply, Message) and task.fault.kind == "twice":
-            repeated = task.reply.size
-        return self._arrival(task, repeated)
+        return self._arrival(self._tasks.pop(number))
 
     def _compute(self) -> None:
-        """Compute all tasks in flight whose replies will arrive."""
-        tasks = {task.client: task for task in self._uncomputed.values()}
-        self._uncomputed.clear()
+        """Compute all tasks in flight whose replies will arrive and are not known yet."""
+        tasks = {task.client: task for task in self._tasks.values() if task.reply is None}
         for arrival in self.inner.run(list(tasks), lambda client: tasks[client].request):
             tasks[arrival.client].reply = arrival.reply
 
@@ -327,7 +320,6 @@ class SimulatedExecutor(TimedExecutor):
     def resume(self, now: float) -> None:
         super().resume(now)
         self._tasks.clear()
-        self._uncomputed.clear()
         self._ends.clear()
 
     @override

@@ -17,9 +17,8 @@ from hetero_fl.engine.templates import training_flops
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.simulation.devices import Device, Devices
-from hetero_fl.federation.simulation.faults import Faults, flip_bytes
-from hetero_fl.federation.trainer import Trainer
+from hetero_fl.federation.simulation.conditions import Device, Devices, Faults, flip_bytes
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.asynchronous_runs import FAULTS
 from tests.support.cases import each_case
@@ -134,7 +133,7 @@ def test_faults_are_drawn_by_client_and_task() -> None:
         assert abs(share - (0.3 if what == "fine" else 0.1)) < 0.025
     assert {fate.delay for fate in fates if fate.kind == "late"} == {3600.0}
     assert all(
-        faults.outcome("site_1", t).is_failure
+        bool(faults.outcome("site_1", t).failure)
         == (fates[t].kind in ("before", "during", "after", "lost"))
         for t in range(99)
     )
@@ -180,7 +179,7 @@ SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": {"median": 1e5, "sigma": 0
 MANY = {"kind": "iid", "min_size": 10}
 
 
-def run_rounds(source: dict[str, Any]) -> tuple[Trainer, list[Record]]:
+def run_rounds(source: dict[str, Any]) -> tuple[FederatedTrainer, list[Record]]:
     rounds = rounds_of(source, num_rounds=0)
     return rounds, [rounds.run_round() for _ in range(source["rounds"])]
 
@@ -286,7 +285,7 @@ def test_runs_with_failures_complete_and_counts_add_up(chance: float, too_few: s
         failed = {
             client_id
             for client_id in record["cohort"]
-            if rounds.executor.faults.outcome(client_id, record["round"] - 1).is_failure
+            if rounds.executor.faults.outcome(client_id, record["round"] - 1).failure
         }
         assert record["counts"]["failed"] == len(failed) and set(record["failed"]) == failed
         assert record.get("skipped", False) == (len(failed) == 4)
@@ -432,15 +431,11 @@ def test_round_starts_when_enough_clients_are_online() -> None:
 
 def test_skipped_round_discards_client_state() -> None:
     rounds = rounds_of(config("fedper", cohort={"least": 3, "too_few": "skip"}), num_rounds=1)
-    before = {
-        client_id: rounds.store.stamp(client_id) for client_id in rounds.federation.client_infos
-    }
+    before = dict(rounds.store.committed)
     poison_upload(rounds, "site_1", 1, "model")
     record = rounds.run_round()
     assert record["skipped"] and len(record["train_loss"]) == 2 and "counts" not in record
-    assert {
-        client_id: rounds.store.stamp(client_id) for client_id in rounds.federation.client_infos
-    } == before
+    assert rounds.store.committed == before
 
 
 def test_only_online_clients_are_sampled() -> None:
@@ -471,7 +466,7 @@ def test_only_online_clients_are_sampled() -> None:
     assert any(start > 0 for start in starts)
 
 
-def sampled_at_start(rounds: Trainer, round_idx: int) -> list[str]:
+def sampled_at_start(rounds: FederatedTrainer, round_idx: int) -> list[str]:
     rounds.executor.now = 0.0
     return rounds.sample_cohort(round_idx)
 

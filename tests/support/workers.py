@@ -109,27 +109,27 @@ def figures(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
-class LocalWorkerPool:
+class LocalWorkerPool(WorkerPool):
     """Workers in this process, which run jobs in turn."""
 
     def __init__(self, setup: WorkerSetup, size: int) -> None:
-        self.size = size
+        super().__init__(size)
         self.jobs: list[WorkerJob] = []
         self._workers = [Worker(setup, i) for i in range(size)]
 
     def submit(self, job: WorkerJob) -> Future[JobResult]:
         future: Future[JobResult] = Future()
-        future.set_result(self._workers[len(self.jobs) % self.size].run_job(job))
+        future.set_result(self.exchange(len(self.jobs) % self.size, job))
         self.jobs.append(job)
         return future
 
-    def result(self, future: Future[JobResult]) -> JobResult:
-        return future.result()
+    def exchange(self, worker: int, job: WorkerJob) -> JobResult:
+        return self._workers[worker].run_job(job)
 
-    def restart(self) -> None:
+    def replace_worker(self, worker: int) -> None:
         """Do nothing: there are no processes."""
 
-    def close(self) -> None:
+    def stop_workers(self) -> None:
         """Do nothing: there are no processes."""
 
 
@@ -139,7 +139,7 @@ class SharedProcessPool(ProcessPool):
     def take(self, setup: WorkerSetup) -> None:
         """Start the workers of another run."""
         self.close()
-        super().__init__(setup, self._num_workers)
+        super().__init__(setup, len(self._workers))
 
 
 def running_processes() -> Iterator[tuple[int, list[bytes], dict[bytes, bytes]]]:

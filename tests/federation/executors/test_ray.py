@@ -8,9 +8,9 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -92,28 +92,26 @@ def act_on_submit(
     pids: list[int],
     act: Callable[[], object],
 ) -> list[int]:
-    """Act once, when the worker that is `mine` is sent a job of a later round, and kill it."""
-    submit, done = pool.submit, list[int]()
+    """Act once, when the worker that is `mine` has a job of a later round, and kill it."""
+    exchange, done = pool.exchange, list[int]()
     (chosen,) = filter(mine, range(pool.size))
 
-    def watched(job: WorkerJob) -> Future[JobResult]:
-        rounds = {request.round_idx for request in job.requests.values()}
-        if rounds != {1} or done:
-            return submit(job)
-        # Otherwise the worker might answer first.
-        os.kill(pids[chosen], signal.SIGSTOP)
-        future = submit(job)
-        if pool._workers[future] != chosen:
-            os.kill(pids[chosen], signal.SIGCONT)
-            return future
-        done.append(chosen)
+    def end() -> None:
         act()
         # The process may have ended with its node.
         with suppress(ProcessLookupError):
             os.kill(pids[chosen], signal.SIGKILL)
-        return future
 
-    monkeypatch.setattr(pool, "submit", watched)
+    def watched(worker: int, job: WorkerJob) -> JobResult:
+        rounds = {request.round_idx for request in job.requests.values()}
+        if rounds == {1} and worker == chosen and not done:
+            done.append(chosen)
+            # Otherwise the worker might answer first.
+            os.kill(pids[chosen], signal.SIGSTOP)
+            Timer(1.0, end).start()
+        return exchange(worker, job)
+
+    monkeypatch.setattr(pool, "exchange", watched)
     return done
 
 

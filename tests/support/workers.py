@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from hetero_fl.communication.protocol import Message
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare
@@ -26,7 +25,7 @@ from hetero_fl.federation.executors.worker import JobResult, Worker, WorkerJob, 
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.trainer import Trainer
 from hetero_fl.utils.serialization import encode
-from tests.support.federations import MIXED, broadcasts, config
+from tests.support.federations import MIXED, config
 
 METHODS = ["hybrid", "fedavg", "fd", "ensemble"]
 ROOT = Path(__file__).parents[2]
@@ -65,22 +64,6 @@ def rounds_on(
         backend = make_backend(DeviceMemory(torch.device("cpu")))
         executor = PooledExecutor(pool, setup.federation.client_infos, StateStore(), backend)
     return Trainer(setup.algorithm, setup.federation, executor, cohort)
-
-
-def first_job(setup: WorkerSetup) -> WorkerJob:
-    """Return a client's task of the first round."""
-    (client, body), *_ = broadcasts(rounds_on(setup, None), ["site_1"]).items()
-    return WorkerJob("answer", {client: Message("train", body)}, {})
-
-
-def has_checksums(done: JobResult) -> bool:
-    """Return whether every reply carries the checksum of its bytes."""
-    replies = [reply for reply in done.replies.values() if isinstance(reply, Message)]
-    return (
-        done.error is None
-        and bool(replies)
-        and all(r.checksum is not None and r.is_intact for r in replies)
-    )
 
 
 def outcome(rounds: Trainer, num_rounds: int = 3) -> dict[str, Any]:

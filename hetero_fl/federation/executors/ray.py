@@ -92,12 +92,12 @@ class RayActorPool(WorkerPool):
         """
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / self.size) if self._gpu else 0.0
         actor_class: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")(
-            RayActor
+            Worker
         )
         started = {}
         for worker in workers:
             self._actors[worker] = actor_class.remote(self._setup, worker)
-            started[self._actors[worker].is_ready.remote()] = worker
+            started[self._actors[worker].__ray_ready__.remote()] = worker
         _, waiting = ray.wait(list(started), num_returns=len(started), timeout=START_TIMEOUT)
         if waiting:
             needs = f"{self._threads_per_worker} CPUs" + (" and a GPU" if self._gpu else "")
@@ -105,26 +105,6 @@ class RayActorPool(WorkerPool):
                 f"the cluster had no resources for worker {started[waiting[0]]} ({needs}) "
                 f"within {START_TIMEOUT:.0f} s"
             )
-
-
-class RayActor:
-    """Actor that runs the jobs of a worker, on the GPU that Ray assigns to the actor.
-
-    Args:
-        setup: Setup of the workers.
-        index: Index of the worker.
-    """
-
-    def __init__(self, setup: WorkerSetup, index: int) -> None:
-        self._worker = Worker(setup, index)
-
-    def is_ready(self) -> bool:
-        """Return True. The call returns when the actor has started."""
-        return True
-
-    def run_job(self, job: WorkerJob) -> JobResult:
-        """Run a job (see `Worker.run_job`), and return the result with checksums of the replies."""
-        return self._worker.run_job(job).with_checksums()
 
 
 @contextmanager

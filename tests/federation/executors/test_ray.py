@@ -23,8 +23,6 @@ from tests.support.workers import (
     ROOT,
     environment,
     eventually,
-    first_job,
-    has_checksums,
     outcome,
     rounds_on,
     running_processes,
@@ -39,7 +37,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from hetero_fl.experiment import run
-from hetero_fl.federation.executors.ray import RayActor, RayActorPool, _store_setup
+from hetero_fl.federation.executors.ray import RayActorPool, _store_setup
 from hetero_fl.federation.executors.worker import JobResult, WorkerJob, WorkerSetup
 from hetero_fl.utils.errors import UserError
 
@@ -130,10 +128,6 @@ def test_ray_workers_read_shared_data_and_match_one_process(
     pool.close()
     # The run did not start the cluster.
     assert ray.is_initialized()
-
-
-def test_ray_replies_have_checksums(setup: WorkerSetup) -> None:
-    assert has_checksums(RayActor(setup, 0).run_job(first_job(setup)))
 
 
 def test_killed_worker_and_lost_node_change_nothing(

@@ -161,6 +161,18 @@ def test_clients_of_a_chunk_have_separate_requests() -> None:
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@each_case("shares_memory", [True, False])
+def test_replies_to_other_machines_have_checksums(shares_memory: bool) -> None:
+    setup = replace(setup_of("fedavg"), shares_memory=shares_memory)
+    client, body = next(iter(broadcasts(rounds_on(setup, None), ["site_1"]).items()))
+
+    done = Worker(setup, 0).run_job(WorkerJob("answer", {client: Message("train", body)}, {}))
+
+    reply = done.replies[client]
+    assert isinstance(reply, Message) and reply.is_intact
+    assert (reply.checksum is None) == shares_memory
+
+
 def kill_workers(pool: ProcessPool, monkeypatch: pytest.MonkeyPatch, which: Any) -> list[WorkerJob]:
     """Kill the worker that has received a job matched by `which`; return such jobs."""
     exchange = pool.exchange

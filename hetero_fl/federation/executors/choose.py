@@ -359,15 +359,15 @@ def _select_executor(
         available: Number of cores of this machine.
         threads: Configured number of threads of each process (see `RunLoad.seconds_saved`).
     """
-    training = f"local training takes about {load.seconds:.1f} s on one of {available} cores"
+    training = f"local training takes about {load.seconds:.1f} s on one core"
     saved = load.seconds_saved(available, threads) if device.type == "cpu" else 0.0
     if saved >= START_SECONDS:
-        return "processes", f"{training}, and worker processes save about {saved:.0f} s"
+        return "processes", f"{training}, and {available} cores save about {saved:.0f} s"
     if group:
         return "batched", f"small steps of {group} clients with one architecture"
     if device.type != "cpu":
         return "serial", "one device"
-    return "serial", f"{training}, and worker processes save less than their start of 4.5 s"
+    return "serial", f"{training}, and worker processes would not save the time of their start"
 
 
 def _choose_threads(

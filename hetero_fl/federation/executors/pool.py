@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from queue import SimpleQueue
 from threading import Lock
-from typing import Literal
+from typing import Any, Literal
 
 from typing_extensions import override
 
@@ -166,9 +166,7 @@ class PooledExecutor(Executor):
     def run(
         self, clients: Sequence[str], request: Callable[[str], Message], until: Until = ALL_REPLIES
     ) -> Iterator[Arrival]:
-        results = self._run_jobs("answer", clients, request)
-        replies = in_order(clients, (pair for result in results for pair in drain(result.replies)))
-        return arrivals(replies)
+        return arrivals(in_order(clients, self._run_jobs("answer", clients, request)))
 
     @override
     def evaluate(
@@ -177,8 +175,7 @@ class PooledExecutor(Executor):
         def request(client: str) -> Message:
             return Message("read", broadcast(client), round_idx)
 
-        results = self._run_jobs("read", clients, request, details)
-        return in_order(clients, (pair for result in results for pair in drain(result.evaluations)))
+        return in_order(clients, self._run_jobs("read", clients, request, details))
 
     @override
     def close(self) -> None:
@@ -190,10 +187,10 @@ class PooledExecutor(Executor):
         clients: Sequence[str],
         request: Callable[[str], Message],
         details: bool = False,
-    ) -> Iterator[JobResult]:
-        """Run a job for each chunk of clients, and yield the results in the order of the chunks.
+    ) -> Iterator[tuple[str, Any]]:
+        """Run a job for each chunk of clients, and yield the replies or evaluations of clients.
 
-        The private states in a result are staged before the result is yielded.
+        The private states of a chunk are staged before its replies are yielded.
 
         Raises:
             Exception: If a job has failed.
@@ -213,8 +210,9 @@ class PooledExecutor(Executor):
                 for client in chunk:
                     self.store.notes.pop(client, None)
                 self.store.notes.update(result.notes)
-                yield result
-                # Free the models before the next result.
+                yield from drain(result.replies)
+                yield from drain(result.evaluations)
+                # Free the private states before the next result.
                 del result
 
     def _make_job(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from queue import SimpleQueue
-from threading import Lock
 from typing import Any, Literal
 
 from typing_extensions import override
@@ -63,8 +62,6 @@ class WorkerPool(ABC):
     def __init__(self, size: int) -> None:
         self.size = size
         self._is_closed = False
-        # Held while workers are replaced or stopped, so that none is started after `close`.
-        self._lock = Lock()
         self._threads = ThreadPoolExecutor(size)
         self._idle: SimpleQueue[int] = SimpleQueue()
         for worker in range(size):
@@ -81,9 +78,8 @@ class WorkerPool(ABC):
 
     def close(self) -> None:
         """Stop the workers, even if they are busy."""
-        with self._lock:
-            self._is_closed = True
-            self.stop_workers()
+        self._is_closed = True
+        self.stop_workers()
         self._threads.shutdown(cancel_futures=True)
 
     @abstractmethod
@@ -122,10 +118,9 @@ class WorkerPool(ABC):
                 try:
                     return self.exchange(worker, job)
                 except WorkerDiedError:
-                    with self._lock:
-                        if self._is_closed:
-                            raise
-                        self.replace_worker(worker)
+                    if self._is_closed:
+                        raise
+                    self.replace_worker(worker)
         finally:
             self._idle.put(worker)
         raise RunFailedError(

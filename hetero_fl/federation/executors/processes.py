@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,9 @@ class ProcessPool(WorkerPool):
         super().__init__(size)
         self._setup = replace(setup, shares_memory=True)
         self._log = log
+        # Held while processes are replaced or ended: none is started after `close`, and only one
+        # thread reads the status of processes.
+        self._lock = Lock()
         self._context = worker_context(__name__)
         # Workers put their sockets into this folder, which this process removes at its end.
         multiprocessing.util.get_temp_dir()
@@ -90,23 +94,27 @@ class ProcessPool(WorkerPool):
 
     @override
     def replace_worker(self, worker: int) -> None:
-        process, _ = self._workers[worker]
-        # The pipe breaks slightly before the exit status is known.
-        process.join(EXIT_SECONDS)
-        if process.exitcode == UNGUARDED:
-            raise UserError(ADVICE)
-        if process.exitcode is not None and process.exitcode >= 0:
-            raise RunFailedError(
-                f"a worker process exited with status {process.exitcode}; see its error output"
-            )
-        self._log("a worker process was killed; its task starts again in a new process")
-        self._workers[worker] = self._start(worker)
+        with self._lock:
+            if self._is_closed:
+                return
+            process, _ = self._workers[worker]
+            # The pipe breaks slightly before the exit status is known.
+            process.join(EXIT_SECONDS)
+            if process.exitcode == UNGUARDED:
+                raise UserError(ADVICE)
+            if process.exitcode is not None and process.exitcode >= 0:
+                raise RunFailedError(
+                    f"a worker process exited with status {process.exitcode}; see its error output"
+                )
+            self._log("a worker process was killed; its task starts again in a new process")
+            self._workers[worker] = self._start(worker)
 
     @override
     def stop_workers(self) -> None:
-        for process, _ in self._workers:
-            process.kill()
-            process.join()
+        with self._lock:
+            for process, _ in self._workers:
+                process.kill()
+                process.join()
 
     def _start(self, index: int) -> tuple[BaseProcess, MessageConnection]:
         parent_end, child_end = self._context.Pipe()

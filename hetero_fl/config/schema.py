@@ -134,7 +134,7 @@ class RuntimeConfig(ConfigSection):
         "auto",
         description="how clients are computed; `serial`: one after another; `batched`: clients "
         "with the same architecture vectorized; `processes`, `ray`, `torchrun`: in worker "
-        "processes; `auto`: chosen before the run by its size and, if necessary, timed steps",
+        "processes; `auto`: chosen by the size of the run",
     )
     address: str | None = Field(
         None,

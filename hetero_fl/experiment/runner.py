@@ -267,7 +267,7 @@ def choose_for_nodes(prepared: PreparedRun) -> ExecutorChoice:
     )
     runtime = config.runtime.model_copy(update={"executor": executor, "chunk": None})
     updated = config.model_copy(update={"runtime": runtime})
-    chosen = choose_executor(updated, prepared.federation, measure=False)
+    chosen = choose_executor(updated, prepared.federation)
     reasons = (f"each client on its own node with {pluralize(chosen.threads, 'thread')}",)
     return replace(
         chosen,

@@ -6,10 +6,10 @@ simulations and on the nodes of a deployment.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,62 +69,18 @@ MAX_CONFUSION_CLASSES = 100
 MAX_SHARED = 64
 
 
+# Function that is called with a message when a fit or an evaluation begins.
+Listener = Callable[[str], None]
+
+
 def _fits_local_tests(client: Participant) -> bool:
     """Return whether a client's model is personalized only before local tests."""
     return client.settings.fine_tune_before == "local_tests"
 
 
-class ReceivedBroadcast(NamedTuple):
-    """A message of a round and its decoded payload."""
-
-    round_idx: int
-    content: Content
-    payload: Payload
-
-
-class BroadcastCache:
-    """Cache of the decoded broadcasts of a round, so that each message is decoded only once.
-
-    Clients that receive the same message share the decoded tensors. If the server is in the same
-    process, the server may share the tensors, too. The methods of this package do not modify these
-    tensors in place.
-
-    Args:
-        decode: Function that decodes a message. The arguments are the index of the round and the
-            message.
-        max_entries: Maximum number of messages. Set to 0 for methods that may modify received
-            tensors in place.
-    """
-
-    def __init__(
-        self, decode: Callable[[int, Content], Payload], max_entries: int = MAX_BROADCASTS
-    ) -> None:
-        self._decode = decode
-        self._entries: deque[ReceivedBroadcast] = deque(maxlen=max_entries)
-
-    def get(self, round_idx: int, content: Content) -> Payload:
-        """Return a decoded broadcast, whose dictionaries may be modified in place.
-
-        Args:
-            round_idx: Index of the round. If the cache contains messages of another round, the
-                cache is cleared.
-            content: The message. Messages are compared by identity.
-
-        Raises:
-            PayloadError: If the message is malformed.
-        """
-        if self._entries and self._entries[0].round_idx != round_idx:
-            self.clear()
-        for entry in self._entries:
-            if entry.content is content:
-                return copy_dictionaries(entry.payload)
-        payload = self._decode(round_idx, content)
-        self._entries.append(ReceivedBroadcast(round_idx, content, payload))
-        return copy_dictionaries(payload)
-
-    def clear(self) -> None:
-        """Drop all entries."""
-        self._entries.clear()
+def report_progress(listener: Listener, client_id: str, label: str) -> None:
+    """Call a listener with a message that a client's fit or evaluation begins."""
+    listener(f"{client_id}: {label}")
 
 
 def copy_dictionaries(payload: Payload) -> Payload:
@@ -228,8 +184,6 @@ class ClientRuntime:
 
     Attributes:
         skips_encoding: Whether uploads are passed to the server without encoding.
-        listener: Function that is called with a message when a step of a plan begins. If None, no
-            function is called.
         review_upload: Function that is called with the client id and the upload before the upload
             is encoded. The function may raise an exception to prevent the upload. If None, no
             function is called.
@@ -253,26 +207,29 @@ class ClientRuntime:
         self.backend = backend
         self.protocol = protocol
         self.links = FederationLinks(algorithm, federation)
-        has_user_code = runs_user_code(algorithm, federation.client_infos)
-        self.broadcast_cache = BroadcastCache(
-            self._decode_broadcast, 0 if has_user_code else MAX_BROADCASTS
-        )
+        self.has_user_code = runs_user_code(algorithm, federation.client_infos)
         self.skips_encoding = (
-            local and protocol.accepts_unencoded and self.links.up is None and not has_user_code
+            local
+            and protocol.accepts_unencoded
+            and self.links.up is None
+            and not self.has_user_code
         )
         self.privacy = ClientPrivacy.from_federation(algorithm, federation)
-        self.listener: Callable[[str], None] | None = None
         self.review_upload: Callable[[str, Payload], None] | None = None
         self.guard: Callable[[Backend, Iterable[Participant]], Backend] | None = None
-        # CPU copies and scores of tensors that several clients share.
-        self._host_copies: IdentityCache[Tensor] = IdentityCache(MAX_SHARED)
+        # Decoded broadcasts of a round, and scores of predictions that several clients share.
+        self._broadcasts: IdentityCache[Payload] = IdentityCache(MAX_BROADCASTS)
+        self._round_idx = 0
         self._shared_scores: IdentityCache[Scores] = IdentityCache(MAX_SHARED)
 
-    def run(self, requests: Mapping[str, Message]) -> dict[str, Reply]:
+    def run(
+        self, requests: Mapping[str, Message], listener: Listener | None = None
+    ) -> dict[str, Reply]:
         """Execute one request for each client, and stage the clients' new private states.
 
         Args:
             requests: The request to each client, keyed by client id.
+            listener: Function that is called with a message when a fit begins.
 
         Returns:
             The reply of each client, keyed by client id. If training diverged, the reply is a
@@ -283,41 +240,18 @@ class ClientRuntime:
         """
         replies: dict[str, Reply] = {}
         training: dict[str, TrainingRequest] = {}
+        clients: dict[str, Participant] = {}
+        received: dict[str, Payload] = {}
         for client_id, request in requests.items():
             answer = self.protocol.answer(client_id, request, request.round_idx, self.store.notes)
             if isinstance(answer, Message):
                 replies[client_id] = answer
             else:
                 training[client_id] = answer
-        clients: dict[str, Participant] = {}
-        for client_id in training:
-            request = requests[client_id]
-            clients[client_id] = self.federation.client(
-                client_id, self.store.get(client_id), request.round_idx, request.attempt
-            )
-        # In the order of rounds, because the cache drops the messages of other rounds.
-        received = {
-            c: self.broadcast_cache.get(requests[c].round_idx, training[c].broadcast)
-            for c in sorted(training, key=lambda c: requests[c].round_idx)
-        }
-        outcomes = self._train(clients, received)
-        for client_id, outcome in zip(clients, outcomes, strict=True):
-            if outcome.failure is not None:
-                replies[client_id] = outcome.failure
-                continue
-            upload = self._finish_upload(clients[client_id], outcome, received[client_id])
-            replies[client_id] = self._send(
-                clients[client_id],
-                upload,
-                received[client_id],
-                requests[client_id],
-                training[client_id],
-            )
-        return replies
-
-    def _train(
-        self, clients: Mapping[str, Participant], received: Mapping[str, Payload]
-    ) -> list[PlanOutcome[Items]]:
+                received[client_id] = self.receive(request.round_idx, answer.broadcast)
+                clients[client_id] = self.federation.client(
+                    client_id, self.store.get(client_id), request.round_idx, request.attempt
+                )
         backend = self.backend
         if self.privacy is not None:
             backend = self.privacy.make_backend(clients.values(), backend)
@@ -325,11 +259,41 @@ class ClientRuntime:
             backend = self.guard(backend, clients.values())
         # A user-defined hook may read rows when it is called, not only when its plan runs.
         plans = [
-            (client, self.algorithm.train(client, received[client_id]))
-            for client_id, client in clients.items()
+            (client, self.algorithm.train(client, received[c])) for c, client in clients.items()
         ]
-        watch = self._report_progress if self.listener is not None else None
-        return run_plans(plans, backend, watch)
+        watch = None if listener is None else partial(report_progress, listener)
+        outcomes = run_plans(plans, backend, watch)
+        for client_id, outcome in zip(clients, outcomes, strict=True):
+            replies[client_id] = outcome.failure or self._send(
+                clients[client_id],
+                outcome,
+                received[client_id],
+                requests[client_id],
+                training[client_id],
+            )
+        return replies
+
+    def receive(self, round_idx: int, content: Content) -> Payload:
+        """Return a decoded broadcast, whose dictionaries may be modified in place.
+
+        Clients that receive the same message in a round share the decoded tensors, also with a
+        server in this process. The methods of this package do not modify these tensors in place.
+
+        Args:
+            round_idx: Index of the round.
+            content: The message. Messages are compared by identity.
+
+        Raises:
+            PayloadError: If the message is malformed.
+        """
+        decode = partial(self._decode_broadcast, round_idx, content)
+        if self.has_user_code:
+            return decode()
+        # With compression, the same bytes mean different tensors in another round.
+        if round_idx != self._round_idx:
+            self._broadcasts.clear()
+            self._round_idx = round_idx
+        return copy_dictionaries(self._broadcasts.get(content, decode))
 
     def _decode_broadcast(self, round_idx: int, content: Content) -> Payload:
         device = self.federation.memory.storage_device
@@ -337,9 +301,16 @@ class ClientRuntime:
             return Payload.from_untrusted(content.tree()).to(device)
         return self.links.decode_broadcast(round_idx, content).to(device)
 
-    def _finish_upload(
-        self, client: Participant, outcome: PlanOutcome[Items], received: Payload
-    ) -> Payload:
+    def _send(
+        self,
+        client: Participant,
+        outcome: PlanOutcome[Items],
+        received: Payload,
+        request: Message,
+        training: TrainingRequest,
+    ) -> Message:
+        """Return the reply with the upload of a client, and stage the client's private state."""
+        client_id = client.participant_id
         upload = Payload(outcome.result())
         if self.privacy is None:
             upload.report = report_with_loss(reported_loss(outcome.reports), client.logged)
@@ -348,19 +319,7 @@ class ClientRuntime:
             upload = self.privacy.release_upload(client, upload, received)
             upload.report = {}
         if self.review_upload is not None:
-            self.review_upload(client.participant_id, upload)
-        return upload
-
-    def _send(
-        self,
-        client: Participant,
-        upload: Payload,
-        received: Payload,
-        request: Message,
-        training: TrainingRequest,
-    ) -> Message:
-        """Return the reply with an upload, and stage the client's private state."""
-        client_id = client.participant_id
+            self.review_upload(client_id, upload)
         content: Content = upload
         if not self.skips_encoding:
             content = self.links.encode_upload(
@@ -423,7 +382,11 @@ class ClientRuntime:
         return {**clients, **adapted}
 
     def evaluate(
-        self, broadcasts: Mapping[str, Content], round_idx: int, details: bool = False
+        self,
+        broadcasts: Mapping[str, Content],
+        round_idx: int,
+        details: bool = False,
+        listener: Listener | None = None,
     ) -> dict[str, ClientEvaluation]:
         """Evaluate clients' models on local and global test and validation sets.
 
@@ -432,6 +395,7 @@ class ClientRuntime:
             round_idx: Index of the round, from 0.
             details: Whether to compute all results that a report shows. If False, only scores and
                 the success rate of a backdoor are computed.
+            listener: Function that is called with a message for each client.
 
         Returns:
             The evaluation of each client, keyed by client id.
@@ -440,15 +404,14 @@ class ClientRuntime:
             DivergedError: If training for deployment diverges.
             PayloadError: If a broadcast is malformed.
         """
-        for client in broadcasts:
-            self._report_progress(client, "evaluation")
-        contents = {
-            c: self.protocol.broadcast_in(c, Message("read", content, round_idx))
-            for c, content in broadcasts.items()
-        }
-        received = {
-            c: self.broadcast_cache.get(round_idx, content) for c, content in contents.items()
-        }
+        received: dict[str, Payload] = {}
+        for client_id, content in broadcasts.items():
+            if listener is not None:
+                report_progress(listener, client_id, "evaluation")
+            request = Message("read", content, round_idx)
+            received[client_id] = self.receive(
+                round_idx, self.protocol.broadcast_in(client_id, request)
+            )
         clients = self.deploy_clients(received, round_idx)
         return self._evaluate_clients(clients, self._local_clients(clients, received), details)
 
@@ -474,17 +437,17 @@ class ClientRuntime:
             for c in clients:
                 evaluations[c].model = self._save_model(views[False][c], views[True][c]).encode()
         for name, (rows, is_personal) in EVALUATION_SETS.items():
-            labels = {c: self._on_host(targets(p.data(rows, None))) for c, p in clients.items()}
+            labels = {c: targets(p.data(rows, None)) for c, p in clients.items()}
             with_rows = {c: p for c, p in views[is_personal].items() if len(labels[c])}
             plans = {
                 c: self.algorithm.predict(p, Rows(rows), is_personal) for c, p in with_rows.items()
             }
-            for c, predicted in self._run(plans, with_rows).items():
-                logits = self._on_host(predicted)
+            for c, logits in self._run(plans, with_rows).items():
                 examples = self.federation.data.extra_columns(c, rows)
-                evaluations[c].scores[name] = self._score(logits, labels[c], examples)
+                score_rows = partial(self._score, logits, labels[c], examples)
+                evaluations[c].scores[name] = self._shared_scores.get(logits, score_rows)
                 if details and name in ("personal", "global"):
-                    self._add_details(evaluations[c], name, examples, labels[c], logits)
+                    self._add_details(evaluations[c], name, examples, labels[c].cpu(), logits.cpu())
         self._evaluate_backdoor(views[False], evaluations)
         return evaluations
 
@@ -571,19 +534,13 @@ class ClientRuntime:
         for c, logits in self._run(plans, with_rows).items():
             evaluations[c].triggered = float((logits.argmax(-1) == target).double().mean())
 
-    def _on_host(self, tensor: Tensor) -> Tensor:
-        """Return logits or labels on the CPU. Tensors that clients share are copied once."""
-        return tensor if tensor.is_cpu else self._host_copies.get(tensor, tensor.cpu)
+    def _score(self, logits: Tensor, labels: Tensor, examples: Examples) -> Scores:
+        return self.federation.score(logits.cpu(), labels.cpu(), examples)
 
     def clear_caches(self) -> None:
         """Drop cached broadcasts and results of evaluations."""
-        self.broadcast_cache.clear()
-        self._host_copies.clear()
+        self._broadcasts.clear()
         self._shared_scores.clear()
-
-    def _score(self, logits: Tensor, y: Tensor, columns: Examples) -> Scores:
-        """Return the scores of logits. Logits that clients share are scored once."""
-        return self._shared_scores.get(logits, lambda: self.federation.score(logits, y, columns))
 
     def predict(self, participant: Participant, rows: Rows, personal: bool) -> Tensor:
         """Return the logits of a deployed client on the CPU, shape `[N, outputs]`.
@@ -604,7 +561,3 @@ class ClientRuntime:
             backend = self.guard(backend, clients.values())
         outcomes = run_plans([(clients[c], plan) for c, plan in plans.items()], backend)
         return {c: outcome.result() for c, outcome in zip(plans, outcomes, strict=True)}
-
-    def _report_progress(self, client: str, label: str) -> None:
-        if self.listener is not None:
-            self.listener(f"{client}: {label}")

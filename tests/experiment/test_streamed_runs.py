@@ -139,7 +139,7 @@ def test_automatic_executor_does_not_vectorize(folder: Path) -> None:
     )
     source["runtime"]["executor"] = "auto"
     executors = [
-        choose_executor(prepared.config, prepared.federation, measure=False).executor
+        choose_executor(prepared.config, prepared.federation).executor
         for prepared in (prepare(source), prepare(in_memory(source)))
     ]
 

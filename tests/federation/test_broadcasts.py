@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
 
 from hetero_fl.algorithms import FedAvg
-from hetero_fl.communication.protocol import encoded
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import Plan
-from hetero_fl.federation.client_runtime import MAX_BROADCASTS, BroadcastCache
+from hetero_fl.federation.client_runtime import MAX_BROADCASTS, ClientRuntime
+from tests.support.calls import record_results
 from tests.support.cases import each_case
-from tests.support.federations import MIXED, broadcasts, config, rounds_of
+from tests.support.federations import MIXED, broadcasts, config, rounds_of, runtime_of
+
+
+@pytest.fixture
+def runtime() -> ClientRuntime:
+    return runtime_of(rounds_of(config("fedavg", "mlp"), num_rounds=0))
+
+
+@pytest.fixture
+def decoded(runtime: ClientRuntime, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list of the decoded broadcasts."""
+    return record_results(monkeypatch, runtime, "_decode_broadcast")
+
 
 BODIES = [
     Payload(
@@ -28,32 +39,24 @@ BODIES = [
 ]
 
 
-@pytest.fixture
-def decode() -> Mock:
-    """Return a decoder that counts its calls."""
-    return Mock(side_effect=lambda round_idx, content: Payload.decode(encoded(content)))
-
-
-def test_equal_messages_are_decoded_once(decode: Mock) -> None:
-    cache = BroadcastCache(decode)
-    first, second = cache.get(0, BODIES[0]), cache.get(0, BODIES[0])
-    assert decode.call_count == 1 and first["model"]["w"] is second["model"]["w"]
-    assert cache.get(0, BODIES[1])["model"]["w"].tolist() == [1.0] * 3 and decode.call_count == 2
+def test_equal_messages_are_decoded_once(runtime: ClientRuntime, decoded: list[Any]) -> None:
+    first, second = runtime.receive(0, BODIES[0]), runtime.receive(0, BODIES[0])
+    assert len(decoded) == 1 and first["model"]["w"] is second["model"]["w"]
+    assert runtime.receive(0, BODIES[1])["model"]["w"].tolist() == [1.0] * 3 and len(decoded) == 2
     # With compression, equal bytes mean different tensors in different rounds.
-    cache.get(1, BODIES[0])
-    assert decode.call_count == 3
+    runtime.receive(1, BODIES[0])
+    assert len(decoded) == 3
     # The entry of the other round was removed.
-    cache.get(0, BODIES[0])
-    assert decode.call_count == 4
+    runtime.receive(0, BODIES[0])
+    assert len(decoded) == 4
 
 
-def test_clients_get_separate_dictionaries(decode: Mock) -> None:
-    cache = BroadcastCache(decode)
-    received = cache.get(0, BODIES[0])
+def test_clients_get_separate_dictionaries(runtime: ClientRuntime) -> None:
+    received = runtime.receive(0, BODIES[0])
     received["model"]["w"] = torch.full((3,), 9.0)
     del received.items_by_name["rows"]
     received.report["more"] = 1
-    again = cache.get(0, BODIES[0])
+    again = runtime.receive(0, BODIES[0])
     assert (
         set(again) == {"model", "rows"}
         and again["model"]["w"].tolist() == [0.0] * 3
@@ -61,15 +64,14 @@ def test_clients_get_separate_dictionaries(decode: Mock) -> None:
     )
 
 
-def test_cache_size_is_limited(decode: Mock) -> None:
-    cache = BroadcastCache(decode)
+def test_cache_size_is_limited(runtime: ClientRuntime, decoded: list[Any]) -> None:
     for body in BODIES:
-        cache.get(0, body)
+        runtime.receive(0, body)
     for body in BODIES[-MAX_BROADCASTS:]:
-        cache.get(0, body)
-    assert decode.call_count == len(BODIES)
-    cache.get(0, BODIES[0])
-    assert decode.call_count == len(BODIES) + 1
+        runtime.receive(0, body)
+    assert len(decoded) == len(BODIES)
+    runtime.receive(0, BODIES[0])
+    assert len(decoded) == len(BODIES) + 1
 
 
 class OwnMethod(FedAvg):
@@ -97,6 +99,6 @@ def test_custom_method_may_change_received_tensors(chunk: int) -> None:
             found |= {c: e.scores for c, e in runtime.evaluate(chosen, 1).items()}
         losses.append(found)
         for body, sent in zip(bodies.values(), before, strict=True):
-            received = runtime.broadcast_cache.get(1, body)
+            received = runtime.receive(1, body)
             assert all(torch.equal(t, sent["model"][n]) for n, t in received["model"].items())
     assert losses[0] == losses[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +24,18 @@ from hetero_fl.federation.executors.base import Arrival, InProcessExecutor
 from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import encode
-from tests.support.calls import record_calls, record_results
+from tests.support.calls import record_calls
 from tests.support.cases import each_case
 from tests.support.deployments import small
-from tests.support.federations import MIXED, TOP, broadcasts, config, rounds_of, same_bits
+from tests.support.federations import (
+    MIXED,
+    TOP,
+    broadcasts,
+    config,
+    rounds_of,
+    runtime_of,
+    same_bits,
+)
 
 MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}]
 
@@ -173,9 +182,19 @@ def test_uploads_are_freed_after_aggregation_step(monkeypatch: pytest.MonkeyPatc
 def test_executor_frees_returned_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = rounds_of(config(models="mlp", clients=4), num_rounds=0)
     rounds.executor.chunk = 4  # type: ignore[attr-defined]
-    handed = record_results(monkeypatch, rounds.executor.runtime, "run")  # type: ignore[attr-defined]
-    left = [len(handed[0]) for _ in rounds.executor.run(*requests(rounds))]
-    assert left == [3, 2, 1, 0]
+    runtime = runtime_of(rounds)
+    plain, replies = runtime.run, list[Any]()
+
+    def run(*arguments: Any) -> dict[str, Any]:
+        found = plain(*arguments)
+        replies.extend(map(weakref.ref, found.values()))
+        return found
+
+    monkeypatch.setattr(runtime, "run", run)
+
+    # The one that is returned, and those after it.
+    left = [sum(r() is not None for r in replies) for _ in rounds.executor.run(*requests(rounds))]
+    assert left == [4, 3, 2, 1]
 
 
 def requests(rounds: Any) -> tuple[list[str], Callable[[str], Message]]:

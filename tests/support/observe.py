@@ -15,7 +15,7 @@ from hetero_fl.communication.protocol import content_size
 from hetero_fl.core.participant import copy_containers
 from hetero_fl.core.payload import Payload
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.client_runtime import BroadcastCache
+from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.cost import ExpectedCost, expected_cost
 from hetero_fl.federation.evaluation import add_evaluation
 from hetero_fl.federation.executors.base import InProcessExecutor
@@ -86,7 +86,7 @@ def observe(source: Mapping[str, Any], chunk: int = 1) -> Facts:
 def _watched(facts: Facts) -> Iterator[None]:
     """Count the bytes of uploads, and compare broadcasts that clients share at the end."""
     shared: list[tuple[str, Tensor, Tensor]] = []
-    decode, get = facts.trainer.link.decode_upload, BroadcastCache.get
+    decode, receive = facts.trainer.link.decode_upload, ClientRuntime.receive
 
     def decode_upload(client: Any, content: Any, *rest: Any) -> Payload:
         facts.uploaded += content_size(content)
@@ -95,7 +95,7 @@ def _watched(facts: Facts) -> Iterator[None]:
         return payload
 
     def get_broadcast(*args: Any) -> Payload:
-        received = get(*args)
+        received = receive(*args)
         for name, item in received.items_by_name.items():
             weight = [item.weight] if isinstance(item.weight, Tensor) else []
             shared.extend((name, t, t.clone()) for t in [*item.tensors.values(), *weight])
@@ -103,7 +103,7 @@ def _watched(facts: Facts) -> Iterator[None]:
 
     with (
         mock.patch.object(facts.trainer.link, "decode_upload", decode_upload),
-        mock.patch.object(BroadcastCache, "get", get_broadcast),
+        mock.patch.object(ClientRuntime, "receive", get_broadcast),
     ):
         yield
     facts.changed_in_place += sorted(

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from hetero_fl.communication.protocol import Message
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare
@@ -26,7 +25,7 @@ from hetero_fl.federation.executors.worker import JobResult, Worker, WorkerJob, 
 from hetero_fl.federation.store import StateStore
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.serialization import encode
-from tests.support.federations import MIXED, broadcasts, config
+from tests.support.federations import MIXED, config
 
 METHODS = ["hybrid", "fedavg", "fd", "ensemble"]
 ROOT = Path(__file__).parents[2]
@@ -67,22 +66,6 @@ def rounds_on(
     return FederatedTrainer(setup.algorithm, setup.federation, executor, cohort)
 
 
-def first_job(setup: WorkerSetup) -> WorkerJob:
-    """Return a client's task of the first round."""
-    (client, body), *_ = broadcasts(rounds_on(setup, None), ["site_1"]).items()
-    return WorkerJob("answer", {client: Message("train", body)}, {})
-
-
-def has_checksums(done: JobResult) -> bool:
-    """Return whether every reply carries the checksum of its bytes."""
-    replies = [reply for reply in done.replies.values() if isinstance(reply, Message)]
-    return (
-        done.error is None
-        and bool(replies)
-        and all(r.checksum is not None and r.is_intact for r in replies)
-    )
-
-
 def outcome(rounds: FederatedTrainer, num_rounds: int = 3) -> dict[str, Any]:
     """Return all results of rounds and evaluation: models, private state, scores, traffic."""
     records = [rounds.run_round() for _ in range(num_rounds)]
@@ -109,27 +92,27 @@ def figures(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
-class LocalWorkerPool:
+class LocalWorkerPool(WorkerPool):
     """Workers in this process, which run jobs in turn."""
 
     def __init__(self, setup: WorkerSetup, size: int) -> None:
-        self.size = size
+        super().__init__(size)
         self.jobs: list[WorkerJob] = []
         self._workers = [Worker(setup, i) for i in range(size)]
 
     def submit(self, job: WorkerJob) -> Future[JobResult]:
         future: Future[JobResult] = Future()
-        future.set_result(self._workers[len(self.jobs) % self.size].run_job(job))
+        future.set_result(self.exchange(len(self.jobs) % self.size, job))
         self.jobs.append(job)
         return future
 
-    def result(self, future: Future[JobResult]) -> JobResult:
-        return future.result()
+    def exchange(self, worker: int, job: WorkerJob) -> JobResult:
+        return self._workers[worker].run_job(job)
 
-    def restart(self) -> None:
+    def replace_worker(self, worker: int) -> None:
         """Do nothing: there are no processes."""
 
-    def close(self) -> None:
+    def stop_workers(self) -> None:
         """Do nothing: there are no processes."""
 
 
@@ -139,7 +122,7 @@ class SharedProcessPool(ProcessPool):
     def take(self, setup: WorkerSetup) -> None:
         """Start the workers of another run."""
         self.close()
-        super().__init__(setup, self._num_workers)
+        super().__init__(setup, len(self._workers))
 
 
 def running_processes() -> Iterator[tuple[int, list[bytes], dict[bytes, bytes]]]:

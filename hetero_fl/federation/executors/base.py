@@ -11,13 +11,14 @@ tasks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from typing_extensions import override
 
-from hetero_fl.communication.protocol import Content, Message, Reply
+from hetero_fl.communication.protocol import BroadcastTo, Message, Reply
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.engine.driver import Backend
 from hetero_fl.federation.client_runtime import ClientEvaluation, ClientRuntime
@@ -37,6 +38,10 @@ class ClientAbsentError(NoUploadError):
 
 class ClientLateError(ClientAbsentError):
     """Raised when a client has not replied in time."""
+
+
+# Client ids with evaluations, or with the reason why a client could not be evaluated.
+Evaluations = Iterator[tuple[str, ClientEvaluation | ClientAbsentError]]
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,14 @@ class Executor(ABC):
         clock: Kind of the clock, which is the key of the times in the record of a round. None if
             tasks take no time.
         now: Time since the start of the run in seconds.
+        listener: Function that is called with a message when a task begins. If None, no function is
+            called.
     """
 
     accepts_unencoded = False
     clock: Literal["simulated", "wall"] | None = None
     now = 0.0
+    listener: Callable[[str], None] | None = None
 
     def __init__(self, store: StateStore, backend: Backend) -> None:
         self.store = store
@@ -120,12 +128,8 @@ class Executor(ABC):
 
     @abstractmethod
     def evaluate(
-        self,
-        clients: Sequence[str],
-        broadcast: Callable[[str], Content],
-        round_idx: int,
-        details: bool,
-    ) -> Iterator[tuple[str, ClientEvaluation | ClientAbsentError]]:
+        self, clients: Sequence[str], broadcast: BroadcastTo, round_idx: int, details: bool
+    ) -> Evaluations:
         """Evaluate the models of clients, and yield the evaluations in the order of `clients`.
 
         Args:
@@ -189,7 +193,7 @@ class Executor(ABC):
         Args:
             listener: The function. If None, no function is called.
         """
-        return
+        self.listener = listener
 
     def close(self) -> None:
         """Release all resources. The executor cannot be used afterwards."""
@@ -247,43 +251,31 @@ class InProcessExecutor(Executor):
     def run(
         self, clients: Sequence[str], request: Callable[[str], Message], until: Until = ALL_REPLIES
     ) -> Iterator[Arrival]:
+        order = deque(clients)
+        finished: dict[str, Reply] = {}
         try:
-            if self.chunk == 1:
-                for client_id in clients:
-                    yield from arrivals(drain(self.runtime.run({client_id: request(client_id)})))
-            else:
-                yield from arrivals(in_order(clients, self._run_chunks(clients, request)))
+            for chunk in client_chunks(clients, self.runtime.federation.client_infos, self.chunk):
+                finished.update(self.runtime.run({c: request(c) for c in chunk}, self.listener))
+                yield from arrivals(take_finished(order, finished))
         finally:
             # Free memory before the server aggregates.
             self.runtime.clear_caches()
 
-    def _run_chunks(
-        self, clients: Sequence[str], request: Callable[[str], Message]
-    ) -> Iterator[tuple[str, Reply]]:
-        for chunk in client_chunks(clients, self.runtime.federation.client_infos, self.chunk):
-            yield from drain(self.runtime.run({c: request(c) for c in chunk}))
-
     @override
     def evaluate(
-        self,
-        clients: Sequence[str],
-        broadcast: Callable[[str], Content],
-        round_idx: int,
-        details: bool,
-    ) -> Iterator[tuple[str, ClientEvaluation]]:
-        chunks = client_chunks(clients, self.runtime.federation.client_infos, self.chunk)
-        evaluations = (
-            self.runtime.evaluate({c: broadcast(c) for c in chunk}, round_idx, details).items()
-            for chunk in chunks
-        )
+        self, clients: Sequence[str], broadcast: BroadcastTo, round_idx: int, details: bool
+    ) -> Evaluations:
+        order = deque(clients)
+        finished: dict[str, ClientEvaluation] = {}
         try:
-            yield from in_order(clients, (pair for chunk in evaluations for pair in chunk))
+            for chunk in client_chunks(clients, self.runtime.federation.client_infos, self.chunk):
+                broadcasts = {c: broadcast(c) for c in chunk}
+                finished.update(
+                    self.runtime.evaluate(broadcasts, round_idx, details, self.listener)
+                )
+                yield from take_finished(order, finished)
         finally:
             self.runtime.clear_caches()
-
-    @override
-    def set_listener(self, listener: Callable[[str], None] | None) -> None:
-        self.runtime.listener = listener
 
 
 def arrivals(replies: Iterable[tuple[str, Reply]]) -> Iterator[Arrival]:
@@ -307,16 +299,17 @@ def client_chunks(
     """Divide clients into chunks that are processed together.
 
     Args:
-        client_ids: The clients, in any order.
+        client_ids: The clients.
         client_infos: Information on each client, keyed by client id.
         size: Maximum number of clients in a chunk.
 
     Returns:
-        Chunks of clients with the same architecture, in natural order of the first client id.
+        Chunks of clients with the same architecture, in natural order of the first client id. If
+        `size` is 1, in the order of `client_ids`.
     """
-    client_ids = natural_order(client_ids)
     if size == 1:
         return [[client_id] for client_id in client_ids]
+    client_ids = natural_order(client_ids)
     groups: dict[str, list[str]] = {}
     for client_id in client_ids:
         groups.setdefault(client_infos[client_id].arch.spec_id, []).append(client_id)
@@ -326,6 +319,18 @@ def client_chunks(
     # Results are yielded in the order of ids, so the first clients are processed first.
     positions = {client_id: i for i, client_id in enumerate(client_ids)}
     return sorted(chunks, key=lambda chunk: positions[chunk[0]])
+
+
+def take_finished(order: deque[str], finished: dict[str, T]) -> Iterator[tuple[str, T]]:
+    """Remove and yield the results of clients, up to the first client without a result.
+
+    Args:
+        order: The clients whose results have not been yielded.
+        finished: Results, keyed by client id.
+    """
+    while order and order[0] in finished:
+        client_id = order.popleft()
+        yield client_id, finished.pop(client_id)
 
 
 def in_order(clients: Iterable[str], arrivals: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
@@ -338,11 +343,11 @@ def in_order(clients: Iterable[str], arrivals: Iterable[tuple[str, T]]) -> Itera
         clients: Client ids.
         arrivals: Pairs of client id and value, in any order.
     """
-    waiting: dict[str, T] = {}
-    source = iter(arrivals)
-    for client_id in clients:
-        while client_id not in waiting and (arrival := next(source, None)) is not None:
-            waiting[arrival[0]] = arrival[1]
-            del arrival
-        if client_id in waiting:
-            yield client_id, waiting.pop(client_id)
+    order = deque(clients)
+    finished: dict[str, T] = {}
+    for client_id, value in arrivals:
+        finished[client_id] = value
+        # Free the value when it has been used.
+        del value
+        yield from take_finished(order, finished)
+    yield from take_finished(deque(c for c in order if c in finished), finished)

@@ -1,14 +1,13 @@
 """Choice of the executor, workers, threads and device of a run.
 
-The choice depends on the architectures, the numbers of rows, rounds and cores, and the device. If
-these numbers do not determine whether worker processes save time, training steps are timed. A
-resumed run uses the choice of the original run. See docs/explanation/limits.md.
+The choice depends only on the architectures, the numbers of rows, rounds and cores, and the device,
+so that it is the same whenever a run starts on a machine. A resumed run uses the choice of the
+original run. See docs/explanation/limits.md.
 """
 
 from __future__ import annotations
 
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -20,9 +19,9 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import runs_user_code
 from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.engine.device_memory import CPU, DeviceMemory
+from hetero_fl.core.participant import ClientInfo
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.templates import (
-    Templates,
     describe_model,
     example_flops,
     is_recurrent,
@@ -48,29 +47,21 @@ from hetero_fl.utils.environment import (
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.extras import check_extra
 from hetero_fl.utils.text import pluralize
-from model_zoo.generators import keyed_generators
-from model_zoo.shapes import make_shape
 
 LAUNCH = "torchrun --nproc-per-node 3 scripts/train.py --config FILE runtime.executor=torchrun"
-# Assumed floating-point operations per second of one core, to convert estimates to seconds.
-FLOPS_PER_SECOND = 2e10
-# Seconds after which no further step is timed.
-MEASURED_SECONDS = 0.1
-# If the first step takes at least this number of seconds, no second step is timed.
-SLOW_STEP = 0.5
+# Assumed floating-point operations per second of one core, and duration of a training step of a
+# model without parameters. Typical steps take a third to five times the estimate.
+FLOPS_PER_SECOND = 1e10
+STEP_SECONDS = 1e-4
 # Approximate seconds until worker processes have started.
 START_SECONDS = 4.5
-# Estimates from the number of operations are wrong by up to this factor, in either direction.
-ESTIMATE_FACTOR = 10
-# Maximum number of architectures whose steps are timed, starting with the most expensive.
-MAX_MEASURED = 4
-# Parameters are copied to workers and back. Workers are used only if at most this number of bytes
-# is copied per second of training.
-MAX_TRAFFIC = 3e8
+# Bytes of parameters that are copied to a worker and back per second.
+TRANSFER_RATE = 1e9
 # Minimum number of floating-point operations per forward pass of a batch for more than one thread.
 LARGE_STEP = 5e7
-# Speedup by each worker, relative to training on one core without workers.
+# Speedup by each worker and by each further thread, relative to training on one core.
 WORKER_GAIN = 0.9
+THREAD_GAIN = 0.5
 # Maximum number of threads of a process. Typical models do not benefit from more.
 MAX_THREADS = 4
 # On a CPU, clients of one architecture are processed together if there are at least
@@ -222,6 +213,13 @@ class ExecutorChoice:
         return replace(choice, workers=workers)
 
 
+def training_seconds(client: ClientInfo) -> float:
+    """Estimate how long a client's local training takes in one round on one core, in seconds."""
+    flops = training_flops(client)
+    num_steps = flops / (client.settings.batch_size * example_flops(client.arch))
+    return flops / FLOPS_PER_SECOND + num_steps * STEP_SECONDS
+
+
 @dataclass(frozen=True)
 class RunLoad:
     """Estimated computational load of a run.
@@ -229,11 +227,10 @@ class RunLoad:
     Attributes:
         cohort: Number of clients in a round.
         seconds: Duration of local training in all rounds on one core, in seconds.
-        model_bytes: Bytes of parameters per second of training.
+        model_bytes: Bytes of the parameters of all clients in all rounds.
         busy: Maximum average number of workers that run at the same time. The number is limited by
             the most expensive client, which is processed by a single worker.
         step: Floating-point operations per forward pass of a batch of the most expensive client.
-        thread_speedup: Speedup of a process with several threads relative to one thread.
     """
 
     cohort: int
@@ -241,98 +238,45 @@ class RunLoad:
     model_bytes: float
     busy: float
     step: float
-    thread_speedup: float = 1.0
 
     @classmethod
     def estimate(cls, config: Config, federation: FederationSpec) -> RunLoad:
-        """Estimate the load of a run from the representative clients, without measurements."""
+        """Estimate the load of a run from the representative clients."""
         clients = [federation.client_infos[c] for c in federation.representative_clients]
         population = len(federation.client_infos)
         cohort = min(population, config.clients.per_round or population)
-        # Per client and round.
-        seconds = sum(map(training_flops, clients)) / len(clients) / FLOPS_PER_SECOND
-        model_bytes = sum(4 * describe_model(c.arch).parameters for c in clients) / len(clients)
-        largest = max(clients, key=training_flops)
+        seconds = sum(map(training_seconds, clients)) / len(clients)
+        parameters = sum(describe_model(c.arch).parameters for c in clients) / len(clients)
+        largest = max(clients, key=training_seconds)
         return cls(
             cohort,
             seconds * cohort * config.rounds,
-            model_bytes / seconds,
-            seconds * cohort / (training_flops(largest) / FLOPS_PER_SECOND),
+            4 * parameters * cohort * config.rounds,
+            seconds * cohort / training_seconds(largest),
             largest.settings.batch_size * describe_model(largest.arch).forward_flops,
         )
 
-    def measure(self, federation: FederationSpec, threads: int) -> RunLoad:
-        """Return the load, corrected by measured durations of training steps on this machine.
+    def thread_speedup(self, threads: int) -> float:
+        """Return the assumed speedup of a process with several threads relative to one thread."""
+        return 1 + THREAD_GAIN * (threads - 1) if self.step >= LARGE_STEP else 1.0
 
-        At most `MAX_MEASURED` architectures are measured, starting with the most expensive one.
+    def seconds_saved(self, available: int, threads: int | None) -> float:
+        """Estimate how many seconds worker processes save, without the time until they start.
+
+        The configured number of workers is ignored, so that it does not affect the results.
 
         Args:
-            federation: The federation.
-            threads: Number of threads with which steps are measured, in addition to one thread.
+            available: Number of cores of this machine.
+            threads: Configured number of threads of each process. If None, a worker has one thread
+                and a process without workers has up to `MAX_THREADS`.
         """
-        flops: dict[tuple[ModelSpec, int], float] = defaultdict(float)
-        for client_id in federation.representative_clients:
-            info = federation.client_infos[client_id]
-            flops[info.arch, info.settings.batch_size] += training_flops(info)
-        estimated = measured = with_threads = 0.0
-        largest = sorted(flops.items(), key=lambda pair: -pair[1])[:MAX_MEASURED]
-        for (arch, batch_size), total in largest:
-            num_steps = total / (batch_size * example_flops(arch))
-            seconds = measure_step(arch, batch_size, 1)
-            estimated += total / FLOPS_PER_SECOND
-            measured += num_steps * seconds
-            if threads > 1:
-                seconds = measure_step(arch, batch_size, threads)
-            with_threads += num_steps * seconds
-        factor = measured / estimated
-        return replace(
-            self,
-            seconds=self.seconds * factor,
-            model_bytes=self.model_bytes / factor,
-            thread_speedup=measured / with_threads,
-        )
+        without = self.seconds / self.thread_speedup(threads or min(MAX_THREADS, available))
+        workers = min(max(1, available // (threads or 1)), self.busy)
+        speedup = WORKER_GAIN * workers * self.thread_speedup(threads or 1)
+        return without - self.seconds / speedup - self.model_bytes / TRANSFER_RATE
 
 
-def measure_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
-    """Measure the duration of a training step on the CPU.
-
-    A step consists of a forward pass, a backward pass and an SGD update on examples of zeros.
-
-    Args:
-        arch: The architecture.
-        batch_size: Number of examples per step.
-        threads: Number of CPU threads.
-
-    Returns:
-        Duration in seconds. This is the minimum over several steps except the first step. For a
-        slow model, only the first step is measured.
-    """
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    templates = Templates(DeviceMemory(CPU))
-    template = templates(arch)
-    template.set_mode(training=True)
-    _, channels, size, _ = arch.size_arguments
-    x = make_shape(channels, size, arch.vocabulary).zeros(batch_size)
-    optimizer = torch.optim.SGD(template.module.parameters(), lr=0.0, fused=True)
-    seconds: list[float] = []
-    try:
-        with keyed_generators(0):
-            while sum(seconds) < MEASURED_SECONDS or (len(seconds) == 1 and seconds[0] < SLOW_STEP):
-                started = time.perf_counter()
-                templates.dropout.seed([len(seconds)], batch_size)
-                optimizer.zero_grad()
-                template.module(x).logits.sum().backward()
-                optimizer.step()
-                seconds.append(time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(threads_before)
-    return min(seconds[1:] or seconds)
-
-
-def choose_executor(
-    config: Config, federation: FederationSpec, measure: bool = True
-) -> ExecutorChoice:
+def choose_executor(config: Config, federation: FederationSpec) -> ExecutorChoice:
     """Choose the executor, the device and the runtime settings of a new run.
 
     Settings that are not configured are chosen automatically.
@@ -340,8 +284,6 @@ def choose_executor(
     Args:
         config: The configuration of the run.
         federation: The federation.
-        measure: Whether training steps may be timed if the choice depends on the duration of a
-            step.
 
     Raises:
         UserError: If the device or the executor is not available, or if runtime settings
@@ -351,7 +293,7 @@ def choose_executor(
     device = choose_device(runtime.device)
     available = available_cores()
     load = RunLoad.estimate(config, federation)
-    group = _num_worth_vectorizing(federation, load.cohort, device)
+    group = _num_worth_vectorizing(federation, load.cohort, device.type == "cpu")
     if runtime.executor == "serial" and (runtime.chunk or 1) > 1:
         raise UserError(
             f"runtime.chunk: must be 1 with runtime.executor=serial, got {runtime.chunk}; "
@@ -360,15 +302,15 @@ def choose_executor(
     executor = runtime.executor
     executor_reason = "runtime.executor"
     if executor == "auto":
-        threads_per_process = runtime.threads or thread_limit()
-        if measure:
-            load = _measure_if_undecided(load, federation, device, available, threads_per_process)
         executor, executor_reason = _select_executor(
-            load, group, device, available, threads_per_process
+            load, group, device, available, runtime.threads or thread_limit()
         )
     default_chunk = MAX_CHUNK if executor == "batched" else 1
     chunk = 1 if executor == "serial" else runtime.chunk or default_chunk
-    together = min(chunk, _largest_group(federation, load.cohort)) if executor == "batched" else 1
+    together = 1
+    if executor == "batched":
+        members, _ = _vectorizable_group(federation, load.cohort, only_small=False)
+        together = max(1, min(chunk, round(members)))
     threads, server_threads, thread_reason = _choose_threads(
         runtime, load, together, executor, available
     )
@@ -404,32 +346,10 @@ def choose_executor(
     )
 
 
-def _measure_if_undecided(
-    load: RunLoad,
-    federation: FederationSpec,
-    device: torch.device,
-    available: int,
-    threads_per_process: int | None,
-) -> RunLoad:
-    """Return the load. Training steps are timed if the choice depends on the duration of a step."""
-    is_short = load.seconds * ESTIMATE_FACTOR < START_SECONDS
-    if device.type != "cpu" or available == 1 or load.cohort == 1 or is_short:
-        return load
-    is_large = load.step >= LARGE_STEP
-    threads = threads_per_process or (min(MAX_THREADS, available) if is_large else 1)
-    return load.measure(federation, threads)
-
-
 def _select_executor(
-    load: RunLoad,
-    group: int,
-    device: torch.device,
-    available: int,
-    threads_per_process: int | None = None,
+    load: RunLoad, group: int, device: torch.device, available: int, threads: int | None
 ) -> tuple[str, str]:
     """Return the name of the fastest executor, and the reason for the choice.
-
-    The configured number of workers is ignored, so that the number does not affect the results.
 
     Args:
         load: Estimated load of the run.
@@ -437,40 +357,17 @@ def _select_executor(
             useful.
         device: Device on which clients train.
         available: Number of cores of this machine.
-        threads_per_process: Configured number of threads of each process. If None, one thread per
-            process is assumed.
+        threads: Configured number of threads of each process (see `RunLoad.seconds_saved`).
     """
-    if device.type != "cpu" or available == 1 or load.cohort == 1:
-        place = "core" if device.type == "cpu" else "device"
-        serial_reason = f"one {place}, or one client at a time"
-    else:
-        serial_reason = _reason_against_workers(load, available, threads_per_process)
-        if not serial_reason:
-            return "processes", f"{_training_time(load)}, {available} cores available"
+    training = f"local training takes about {load.seconds:.1f} s on one core"
+    saved = load.seconds_saved(available, threads) if device.type == "cpu" else 0.0
+    if saved >= START_SECONDS:
+        return "processes", f"{training}, and {available} cores save about {saved:.0f} s"
     if group:
         return "batched", f"small steps of {group} clients with one architecture"
-    return "serial", serial_reason
-
-
-def _reason_against_workers(load: RunLoad, available: int, threads_per_process: int | None) -> str:
-    """Return why worker processes do not save time, or an empty string if they save time."""
-    workers = min(max(1, available // (threads_per_process or 1)), load.busy)
-    speedup_of_each = load.thread_speedup if threads_per_process else 1.0
-    with_workers = load.seconds / (WORKER_GAIN * workers * speedup_of_each)
-    saved = load.seconds / load.thread_speedup - with_workers
-    if saved >= START_SECONDS:
-        if load.model_bytes <= MAX_TRAFFIC:
-            return ""
-        rate = f"{load.model_bytes / 1e6:.0f} MB per second of training"
-        return f"sending models to workers takes too long ({rate})"
-    if with_workers < START_SECONDS:
-        return f"{_training_time(load)}, too short to benefit from worker processes"
-    return f"{_training_time(load)}, where threads are about as fast as worker processes"
-
-
-def _training_time(load: RunLoad) -> str:
-    time = f"about {load.seconds:.0f} s" if load.seconds >= 1 else "less than 1 s"
-    return f"local training takes {time} on one core"
+    if device.type != "cpu":
+        return "serial", "one device"
+    return "serial", f"{training}, and worker processes would not save the time of their start"
 
 
 def _choose_threads(
@@ -494,35 +391,43 @@ def _choose_threads(
     return threads, server_threads, reason
 
 
-def _num_worth_vectorizing(federation: FederationSpec, cohort: int, device: torch.device) -> int:
-    """Return the expected number of clients of a round that benefit from vectorization.
+def _vectorizable_group(
+    federation: FederationSpec, cohort: int, only_small: bool
+) -> tuple[float, float]:
+    """Return the size of the largest group of clients that can be vectorized.
 
-    Only clients with the most frequent suitable architecture are counted. The result is 0 if the
-    number of these clients is too small, if at most half of all clients have a suitable
-    architecture, or if the rows are read from files.
+    Args:
+        federation: The federation.
+        cohort: Number of clients in a round.
+        only_small: Whether to count only small models with small steps.
+
+    Returns:
+        The expected number of clients of a round with the most frequent suitable architecture, and
+        the share of all clients that have any suitable architecture.
     """
-    if federation.data.is_streamed:
-        return 0
     groups: Counter[ModelSpec] = Counter()
     for profile in federation.client_infos.profiles:
         model = describe_model(profile.arch)
         step = profile.settings.batch_size * model.forward_flops
         is_small = step <= SMALL_STEP and model.parameters <= SMALL_MODEL
-        if not is_recurrent(profile.arch) and (device.type != "cpu" or is_small):
+        if not is_recurrent(profile.arch) and (is_small or not only_small):
             groups[profile.arch] += profile.count
     population = len(federation.client_infos)
-    members = max(groups.values(), default=0) * (cohort / population)
-    fewest = MIN_VECTORIZED_CLIENTS if device.type == "cpu" else 2
-    return int(members) if members >= fewest and 2 * groups.total() > population else 0
+    largest = max(groups.values(), default=0)
+    return largest * cohort / population, groups.total() / population
 
 
-def _largest_group(federation: FederationSpec, cohort: int) -> int:
-    """Return the expected number of clients of a round that can be processed together (>= 1)."""
-    groups: Counter[ModelSpec] = Counter()
-    for profile in federation.client_infos.profiles:
-        if not is_recurrent(profile.arch):
-            groups[profile.arch] += profile.count
-    return max(1, round(max(groups.values(), default=0) * cohort / len(federation.client_infos)))
+def _num_worth_vectorizing(federation: FederationSpec, cohort: int, on_cpu: bool) -> int:
+    """Return the expected number of clients of a round that benefit from vectorization.
+
+    The result is 0 if the number is too small, if at most half of all clients have a suitable
+    architecture, or if the rows are read from files.
+    """
+    if federation.data.is_streamed:
+        return 0
+    members, share = _vectorizable_group(federation, cohort, only_small=on_cpu)
+    fewest = MIN_VECTORIZED_CLIENTS if on_cpu else 2
+    return int(members) if members >= fewest and share > 0.5 else 0
 
 
 def stays_on_device(algorithm: Algorithm, federation: FederationSpec) -> bool:

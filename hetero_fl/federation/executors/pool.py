@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
-from typing import Any, Literal, Protocol
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from queue import SimpleQueue
+from typing import Any, Literal
 
 from typing_extensions import override
 
-from hetero_fl.communication.protocol import Content, Message
+from hetero_fl.communication.protocol import BroadcastTo, Message
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.engine.driver import Backend
 from hetero_fl.engine.templates import training_flops
-from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.executors.base import (
     ALL_REPLIES,
     Arrival,
+    Evaluations,
     Executor,
     Until,
     arrivals,
@@ -33,47 +36,97 @@ from hetero_fl.utils.recorded_warnings import RecordedWarning, issue_warnings
 JOBS_PER_WORKER = 2
 # Maximum number of unfinished and early results per worker in a large cohort, which limits the
 # memory for results that wait for an earlier client.
-MAX_AHEAD = 4
+MAX_AHEAD = 3
 # A cohort is large if it has more than this number of chunks per worker.
 LARGE_COHORT = 16
-# The run fails after this number of workers have died while processing the same client.
+# The run fails after this number of workers have died while processing the same clients.
 MAX_DEATHS = 3
 
 
-class WorkerPool(Protocol):
-    """Interface of pools of workers, which start jobs in the order of submission.
+class WorkerDiedError(Exception):
+    """Raised when a worker has died before it returned the result of a job."""
+
+
+class WorkerPool(ABC):
+    """Base class of pools of workers, each of which is served by a thread of this process.
+
+    A worker that dies is replaced, and its job starts again.
+
+    Args:
+        size: Number of workers.
 
     Attributes:
         size: Number of workers.
     """
 
-    size: int
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._is_closed = False
+        self._threads = ThreadPoolExecutor(size)
+        self._idle: SimpleQueue[int] = SimpleQueue()
+        for worker in range(size):
+            self._idle.put(worker)
 
-    def submit(self, job: WorkerJob) -> Future[Any]:
-        """Start a job when a worker is idle.
+    def submit(self, job: WorkerJob) -> Future[JobResult]:
+        """Start a job when a worker is idle. Jobs start in the order of submission.
 
         Returns:
-            A future, which may be canceled and is passed to `result` when it is done.
+            A future, which may be canceled. It raises a `RunFailedError` if workers cannot run or
+            `MAX_DEATHS` workers have died during the job.
         """
+        return self._threads.submit(self._run, job)
 
-    def result(self, future: Future[Any]) -> JobResult:
-        """Return the result of a job that is done.
+    def close(self) -> None:
+        """Stop the workers, even if they are busy."""
+        self._is_closed = True
+        self.stop_workers()
+        self._threads.shutdown(cancel_futures=True)
+
+    @abstractmethod
+    def exchange(self, worker: int, job: WorkerJob) -> JobResult:
+        """Send a job to an idle worker, and wait for the result.
+
+        Args:
+            worker: Index of the worker.
+            job: The job.
 
         Raises:
-            BrokenExecutor: If the worker has died. All unfinished jobs may be lost.
+            WorkerDiedError: If the worker has died.
             RunFailedError: If workers cannot run.
         """
 
-    def restart(self) -> None:
-        """Replace the workers that have died.
+    @abstractmethod
+    def replace_worker(self, worker: int) -> None:
+        """Replace a worker that has died.
+
+        Args:
+            worker: Index of the worker.
 
         Raises:
             UserError: If the `__main__` guard is missing in the user's script.
-            RunFailedError: If new workers would also die.
+            RunFailedError: If a new worker would also die.
         """
 
-    def close(self) -> None:
-        """Stop the workers."""
+    @abstractmethod
+    def stop_workers(self) -> None:
+        """Stop the workers, which ends all exchanges."""
+
+    def _run(self, job: WorkerJob) -> JobResult:
+        worker = self._idle.get()
+        try:
+            for _ in range(MAX_DEATHS):
+                try:
+                    return self.exchange(worker, job)
+                except WorkerDiedError:
+                    if self._is_closed:
+                        raise
+                    self.replace_worker(worker)
+        finally:
+            self._idle.put(worker)
+        raise RunFailedError(
+            f"{', '.join(job.requests)}: {MAX_DEATHS} workers died during the same task; if they "
+            "ran out of memory, reduce runtime.workers or runtime.chunk"
+        )
 
 
 class PooledExecutor(Executor):
@@ -90,8 +143,6 @@ class PooledExecutor(Executor):
         chunk: Number of clients of one architecture that are processed together.
     """
 
-    accepts_unencoded = False
-
     def __init__(
         self,
         pool: WorkerPool,
@@ -105,33 +156,21 @@ class PooledExecutor(Executor):
         self.client_infos = client_infos
         self.chunk = chunk
         self._warned: set[RecordedWarning] = set()
-        self._listener: Callable[[str], None] | None = None
 
     @override
     def run(
         self, clients: Sequence[str], request: Callable[[str], Message], until: Until = ALL_REPLIES
     ) -> Iterator[Arrival]:
-        results = self._run_jobs("answer", clients, request)
-        replies = in_order(clients, (pair for result in results for pair in drain(result.replies)))
-        return arrivals(replies)
+        return arrivals(in_order(clients, self._run_jobs("answer", clients, request)))
 
     @override
     def evaluate(
-        self,
-        clients: Sequence[str],
-        broadcast: Callable[[str], Content],
-        round_idx: int,
-        details: bool,
-    ) -> Iterator[tuple[str, ClientEvaluation]]:
+        self, clients: Sequence[str], broadcast: BroadcastTo, round_idx: int, details: bool
+    ) -> Evaluations:
         def request(client: str) -> Message:
             return Message("read", broadcast(client), round_idx)
 
-        results = self._run_jobs("read", clients, request, details)
-        return in_order(clients, (pair for result in results for pair in drain(result.evaluations)))
-
-    @override
-    def set_listener(self, listener: Callable[[str], None] | None) -> None:
-        self._listener = listener
+        return in_order(clients, self._run_jobs("read", clients, request, details))
 
     @override
     def close(self) -> None:
@@ -143,25 +182,33 @@ class PooledExecutor(Executor):
         clients: Sequence[str],
         request: Callable[[str], Message],
         details: bool = False,
-    ) -> Iterator[JobResult]:
-        """Run a job for each chunk of clients, and yield the results in the order of the chunks.
+    ) -> Iterator[tuple[str, Any]]:
+        """Run a job for each chunk of clients, and yield the replies or evaluations of clients.
 
-        The private states in a result are staged before the result is yielded.
+        The private states of a chunk are staged before its replies are yielded.
+
+        Raises:
+            Exception: If a job has failed.
         """
         chunks = client_chunks(clients, self.client_infos, self.chunk)
         costs = [sum(training_flops(self.client_infos[c]) for c in chunk) for chunk in chunks]
-        jobs = JobQueue(
+        jobs = run_jobs(
             self.pool, chunks, costs, lambda chunk: self._make_job(kind, chunk, request, details)
         )
-        try:
-            for chunk in chunks:
-                result = jobs.result(chunk)
-                self._accept(chunk, result)
-                yield result
-                # Free the models before the next result.
+        with closing(jobs):
+            for chunk, result in zip(chunks, jobs, strict=True):
+                issue_warnings(result.warnings, self._warned)
+                if result.error is not None:
+                    raise result.error from RemoteTracebackError(result.trace)
+                for client, private in result.private.items():
+                    self.store.stage(client, private)
+                for client in chunk:
+                    self.store.notes.pop(client, None)
+                self.store.notes.update(result.notes)
+                yield from drain(result.replies)
+                yield from drain(result.evaluations)
+                # Free the private states before the next result.
                 del result
-        finally:
-            jobs.cancel()
 
     def _make_job(
         self,
@@ -177,125 +224,51 @@ class PooledExecutor(Executor):
             if kind == "answer" and requests[client].kind != "train":
                 continue
             private[client] = self.store.encoded(client)
-            if self._listener is not None:
-                self._listener(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")
+            if self.listener is not None:
+                self.listener(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")
         notes = {c: self.store.notes[c] for c in clients if c in self.store.notes}
         return WorkerJob(kind, requests, private, details, notes)
 
-    def _accept(self, clients: list[str], result: JobResult) -> None:
-        """Stage the private states in a result and record the notes.
 
-        Raises:
-            Exception: If the job has failed.
-        """
-        issue_warnings(result.warnings, self._warned)
-        if result.error is not None:
-            raise result.error from RemoteTracebackError(result.trace)
-        for client, private in result.private.items():
-            self.store.stage(client, private)
-        for client in clients:
-            self.store.notes.pop(client, None)
-        self.store.notes.update(result.notes)
-
-
-class JobQueue:
-    """Jobs of the chunks of a cohort, which are submitted in time to keep all workers busy.
+def run_jobs(
+    pool: WorkerPool,
+    chunks: Sequence[list[str]],
+    costs: Sequence[float],
+    make_job: Callable[[list[str]], WorkerJob],
+) -> Generator[JobResult, None, None]:
+    """Run the jobs of the chunks of a cohort, and yield the results in the order of the chunks.
 
     In a small cohort, the most expensive chunks start first, so that workers finish at about the
     same time. In a large cohort, chunks start in order, and only few results wait in memory for
-    earlier ones.
+    earlier ones. Jobs that have not started are canceled if the generator is closed.
 
     Args:
         pool: The workers.
-        chunks: The chunks in the order in which results are requested.
+        chunks: The chunks.
         costs: Estimated cost of each chunk.
         make_job: Function that returns the job of a chunk.
     """
-
-    def __init__(
-        self,
-        pool: WorkerPool,
-        chunks: Sequence[list[str]],
-        costs: Sequence[float],
-        make_job: Callable[[list[str]], WorkerJob],
-    ) -> None:
-        self._pool = pool
-        self._make_job = make_job
-        order = list(range(len(chunks)))
-        self._max_ahead = MAX_AHEAD * pool.size
-        if len(chunks) <= LARGE_COHORT * pool.size:
-            order.sort(key=lambda i: -costs[i])
-            self._max_ahead = len(chunks)
-        self._waiting = deque(chunks[i] for i in order)
-        self._running: dict[Future[Any], list[str]] = {}
-        # Results that have not been requested, by the first client of the chunk.
-        self._finished: dict[str, JobResult] = {}
-        # Number of workers that have died during the task of a chunk, by its first client.
-        self._deaths: Counter[str] = Counter()
-
-    def result(self, chunk: list[str]) -> JobResult:
-        """Return the result of a chunk, and submit further jobs.
-
-        Raises:
-            RunFailedError: If `MAX_DEATHS` workers have died while processing the same chunk.
-        """
-        self._collect()
-        self._submit()
-        while chunk[0] not in self._finished:
-            wait(self._running, return_when=FIRST_COMPLETED)
-            self._collect()
-            self._submit()
-        return self._finished.pop(chunk[0])
-
-    def cancel(self) -> None:
-        """Cancel jobs that no worker has started. The results of started jobs are ignored."""
-        for future in self._running:
-            future.cancel()
-
-    def _submit(self) -> None:
-        """Submit waiting jobs until all workers have enough jobs."""
-        most = JOBS_PER_WORKER * self._pool.size
-        if MAX_DEATHS - 1 in self._deaths.values():
-            # Find the task during which workers die.
-            most = 1
-        while (
-            self._waiting
-            and len(self._running) < most
-            and len(self._running) + len(self._finished) < self._max_ahead
-        ):
-            chunk = self._waiting.popleft()
-            self._running[self._pool.submit(self._make_job(chunk))] = chunk
-
-    def _collect(self) -> None:
-        """Collect the results of jobs that are done.
-
-        If workers have died, they are replaced, and the lost jobs are submitted again.
-        """
-        lost = self._collect_done()
-        if not lost:
-            return
-        # The death of a worker may end all jobs.
-        wait(self._running)
-        lost += self._collect_done()
-        # Jobs start in order, so the others had not started.
-        for chunk in lost[: self._pool.size]:
-            self._deaths[chunk[0]] += 1
-            if self._deaths[chunk[0]] == MAX_DEATHS:
-                raise RunFailedError(
-                    f"{', '.join(chunk)}: {MAX_DEATHS} workers died during the same task; if they "
-                    "ran out of memory, reduce runtime.workers or runtime.chunk"
-                )
-        self._pool.restart()
-        self._waiting.extendleft(reversed(lost))
-
-    def _collect_done(self) -> list[list[str]]:
-        """Collect the results of jobs that are done, and return the chunks of lost jobs."""
-        lost = []
-        for future in [future for future in self._running if future.done()]:
-            chunk = self._running.pop(future)
-            try:
-                self._finished[chunk[0]] = self._pool.result(future)
-                self._deaths.pop(chunk[0], None)
-            except BrokenExecutor:
-                lost.append(chunk)
-        return lost
+    order = list(range(len(chunks)))
+    max_running = JOBS_PER_WORKER * pool.size
+    max_ahead = MAX_AHEAD * pool.size
+    if len(chunks) <= LARGE_COHORT * pool.size:
+        order.sort(key=lambda i: -costs[i])
+        max_ahead = len(chunks)
+    waiting = deque(order)
+    # Jobs whose results have not been yielded, by position of the chunk.
+    jobs: dict[int, Future[JobResult]] = {}
+    try:
+        for position in range(len(chunks)):
+            while True:
+                running = [job for job in jobs.values() if not job.done()]
+                while waiting and len(running) < max_running and len(jobs) < max_ahead:
+                    started = waiting.popleft()
+                    jobs[started] = pool.submit(make_job(chunks[started]))
+                    running.append(jobs[started])
+                if position in jobs and jobs[position].done():
+                    break
+                wait(running, return_when=FIRST_COMPLETED)
+            yield jobs.pop(position).result()
+    finally:
+        for job in jobs.values():
+            job.cancel()

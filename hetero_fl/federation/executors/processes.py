@@ -8,15 +8,12 @@ import multiprocessing.util
 import os
 import pickle
 import signal
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from multiprocessing.queues import SimpleQueue
-from typing import Any, ClassVar
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +23,8 @@ import torch.multiprocessing
 from torch import Tensor
 from typing_extensions import override
 
-from hetero_fl.federation.executors.pool import WorkerPool
+from hetero_fl.federation.executors.pool import WorkerDiedError, WorkerPool
 from hetero_fl.federation.executors.worker import JobResult, Worker, WorkerJob, WorkerSetup
-from hetero_fl.utils.caching import BoundedCache, IdentityCache
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.processes import (
     ADVICE,
@@ -41,20 +37,23 @@ from hetero_fl.utils.processes import (
 
 # Minimum number of bytes that are sent through shared memory. A pipe is faster for fewer bytes.
 LONG = 2**18
-# Number of broadcasts that the server's process and each worker keep.
+# Number of long broadcasts of a round that a worker keeps.
 MAX_BROADCASTS = 4
+NO_BROADCASTS: Mapping[int, bytes] = {}
+# Maximum time in seconds until a process whose pipe is broken has ended.
+EXIT_SECONDS = 5.0
 
 
 class ProcessPool(WorkerPool):
     """Pool of worker processes on this machine.
 
-    If a process is killed by a signal, all processes are replaced. The data sets are moved to
-    shared memory, so that workers do not need copies.
+    Processes that were killed by a signal are replaced. The data sets are moved to shared memory,
+    so that workers do not need copies.
 
     Args:
         setup: Setup of the workers.
         size: Number of workers.
-        log: Function that is called with a message when processes are replaced.
+        log: Function that is called with a message when a process is replaced.
 
     Raises:
         RunFailedError: If shared memory is too small for the data.
@@ -63,15 +62,15 @@ class ProcessPool(WorkerPool):
     def __init__(
         self, setup: WorkerSetup, size: int, log: Callable[[str], None] = lambda _line: None
     ) -> None:
-        self.size = size
+        super().__init__(size)
         self._setup = replace(setup, shares_memory=True)
-        self._num_workers = size
         self._log = log
-        # Broadcasts in shared memory with their numbers, and memory for the next jobs.
-        self._broadcasts: IdentityCache[tuple[int, Tensor | None]] = IdentityCache(MAX_BROADCASTS)
-        self._numbers = itertools.count()
-        self._round_idx = -1
-        self._free_blocks: list[Tensor] = []
+        # Held while processes are replaced or ended: none is started after `close`, and only one
+        # thread reads the status of processes.
+        self._lock = Lock()
+        self._context = worker_context(__name__)
+        # Workers put their sockets into this folder, which this process removes at its end.
+        multiprocessing.util.get_temp_dir()
         try:
             setup.federation.data.share_memory()
         except RuntimeError as error:
@@ -79,216 +78,170 @@ class ProcessPool(WorkerPool):
                 f"runtime.executor: not enough shared memory for the workers' data ({error}); "
                 "use serial or batched"
             ) from None
-        self._start()
+        self._workers = [self._start(index) for index in range(size)]
 
     @override
-    def submit(self, job: WorkerJob) -> Future[Parcel]:
-        block = self._free_blocks.pop() if self._free_blocks else None
-        parcel = pack(job, block, self._share_broadcasts(job))
+    def exchange(self, worker: int, job: WorkerJob) -> JobResult:
+        _, connection = self._workers[worker]
+        requests = job.requests.values()
+        broadcasts = {id(r.body): r.body for r in requests if r.size >= LONG}
         try:
-            return self._executor.submit(run_job, parcel)
-        except BrokenProcessPool as error:
-            failed: Future[Parcel] = Future()
-            failed.set_exception(error)
-            return failed
-
-    @override
-    def result(self, future: Future[Parcel]) -> JobResult:
-        parcel = future.result()
-        result: JobResult = unpack(parcel)
-        if parcel.block is not None:
-            self._free_blocks.append(parcel.block)
+            connection.send(job, broadcasts, max(request.round_idx for request in requests))
+            result: JobResult = connection.receive()
+        except (OSError, EOFError):
+            raise WorkerDiedError from None
         return result
 
     @override
-    def restart(self) -> None:
-        self.close()
-        statuses = [process.exitcode or 0 for process in self._processes]
-        if UNGUARDED in statuses:
-            raise UserError(ADVICE)
-        if (status := max(statuses)) >= 0:
-            raise RunFailedError(
-                f"a worker process exited with status {status}; see its error output"
-            )
-        self._log("a worker process was killed; its tasks start again in a new process")
-        self._start()
+    def replace_worker(self, worker: int) -> None:
+        with self._lock:
+            if self._is_closed:
+                return
+            process, _ = self._workers[worker]
+            # The pipe breaks slightly before the exit status is known.
+            process.join(EXIT_SECONDS)
+            if process.exitcode == UNGUARDED:
+                raise UserError(ADVICE)
+            if process.exitcode is not None and process.exitcode >= 0:
+                raise RunFailedError(
+                    f"a worker process exited with status {process.exitcode}; see its error output"
+                )
+            self._log("a worker process was killed; its task starts again in a new process")
+            self._workers[worker] = self._start(worker)
 
     @override
-    def close(self) -> None:
-        self._stop()
+    def stop_workers(self) -> None:
+        with self._lock:
+            for process, _ in self._workers:
+                process.kill()
+                process.join()
 
-    def _start(self) -> None:
-        context = worker_context(__name__)
-        # Workers put their sockets into this folder, which this process removes at its end.
-        multiprocessing.util.get_temp_dir()
-        indices: SimpleQueue[int] = context.SimpleQueue()
-        others = multiprocessing.active_children()
-        self._executor = ProcessPoolExecutor(
-            self._num_workers, context, start_worker, (self._setup, indices, dict(os.environ))
+    def _start(self, index: int) -> tuple[BaseProcess, MessageConnection]:
+        parent_end, child_end = self._context.Pipe()
+        process = self._context.Process(
+            target=serve_jobs,
+            args=(child_end, self._setup, index, dict(os.environ)),
+            daemon=True,
+            name=f"hetero_fl worker {index}",
         )
         with ignore_interrupts_in_children():
-            # Each call starts a process, because the first one waits for its index.
-            for _ in range(self._num_workers):
-                self._executor.submit(os.getpid)
-        self._processes = [p for p in multiprocessing.active_children() if p not in others]
-        # Also called when this pool is no longer used, and at the end of this process.
-        self._stop = weakref.finalize(self, stop, self._executor, self._processes)
-        for index in range(self._num_workers):
-            indices.put(index)
-
-    def _share_broadcasts(self, job: WorkerJob) -> dict[int, tuple[int, Tensor]]:
-        """Copy the long broadcasts in a job to shared memory, unless they are there.
-
-        Returns:
-            Pairs of number and memory, keyed by the id of the byte string.
-        """
-        shared: dict[int, tuple[int, Tensor]] = {}
-        for request in job.requests.values():
-            if request.round_idx != self._round_idx:
-                self._broadcasts.clear()
-                self._round_idx = request.round_idx
-            content = request.body
-            if len(content) >= LONG:
-                copy = partial(self._copy_broadcast, content)
-                number, memory = self._broadcasts.get(content, copy)
-                if memory is not None:
-                    shared[id(content)] = (number, memory)
-        return shared
-
-    def _copy_broadcast(self, content: bytes) -> tuple[int, Tensor | None]:
-        return next(self._numbers), copy_to_shared_memory([content], None)
+            process.start()
+        child_end.close()
+        return process, MessageConnection(parent_end)
 
 
-def stop(executor: ProcessPoolExecutor, processes: Iterable[BaseProcess]) -> None:
-    """End the worker processes of an executor, even if they are busy."""
-    for process in processes:
-        process.kill()
-    executor.shutdown(cancel_futures=True)
-
-
-class WorkerProcess:
-    """State of a worker process.
+def serve_jobs(
+    connection: Connection, setup: WorkerSetup, index: int, environ: Mapping[str, str]
+) -> None:
+    """Run the jobs of a worker process until the other end of the connection is closed.
 
     Args:
-        worker: The worker.
-
-    Attributes:
-        current: The state of this process.
-    """
-
-    current: ClassVar[WorkerProcess]
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._broadcasts: BoundedCache[bytes] = BoundedCache(MAX_BROADCASTS)
-
-    def run(self, parcel: Parcel) -> Parcel:
-        """Run the job in a parcel, and return a parcel with the result in the same memory."""
-        # Clients that receive the same broadcast have the same object, which is decoded once.
-        broadcasts = {}
-        for number, memory in parcel.broadcasts.items():
-            broadcasts[number] = self._broadcasts.get(number) or memory.numpy().tobytes()
-            self._broadcasts[number] = broadcasts[number]
-        job: WorkerJob = unpack(parcel, broadcasts)
-        return pack(self._worker.run_job(job), parcel.block)
-
-
-def start_worker(setup: WorkerSetup, indices: SimpleQueue[int], environ: Mapping[str, str]) -> None:
-    """Initialize a worker process.
-
-    Args:
+        connection: The worker's end of the pipe.
         setup: Setup of the workers.
-        indices: Queue from which the process takes the index of its worker.
+        index: Index of the worker.
         environ: Environment variables of the parent process, which are adopted.
     """
     adopt_environment(environ)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     exit_with_parent()
-    WorkerProcess.current = WorkerProcess(Worker(setup, indices.get()))
-
-
-def run_job(parcel: Parcel) -> Parcel:
-    """Run a job in a worker process."""
-    return WorkerProcess.current.run(parcel)
-
-
-@dataclass
-class Parcel:
-    """Pickled message with its tensors and long byte strings.
-
-    Attributes:
-        pickled: The message without tensors and long byte strings.
-        sizes: Number of bytes of each tensor and long byte string.
-        data: The tensors and byte strings, one after the other. Empty if they are in `block`.
-        block: Shared memory, dtype uint8, which the receiver may overwrite. None if all messages
-            are short or there is not enough shared memory.
-        broadcasts: Shared memory with the broadcasts in the message, keyed by number.
-    """
-
-    pickled: bytes
-    sizes: list[int]
-    data: bytes
-    block: Tensor | None
-    broadcasts: dict[int, Tensor] = field(default_factory=dict)
-
-
-def pack(
-    message: Any, block: Tensor | None, shared: Mapping[int, tuple[int, Tensor]] | None = None
-) -> Parcel:
-    """Pack a message for another process.
-
-    Args:
-        message: The message.
-        block: Shared memory for the message. It is replaced if it is too small.
-        shared: Byte strings in shared memory, as pairs of number and memory, keyed by id.
-    """
-    file = io.BytesIO()
-    pickler = MessagePickler(file, shared or {})
-    pickler.dump(message)
-    sizes = [buffer.nbytes for buffer in pickler.buffers]
-    if block is not None or sum(sizes) >= LONG:
-        block = copy_to_shared_memory(pickler.buffers, block)
-    data = b"".join(pickler.buffers) if block is None else b""
-    return Parcel(file.getvalue(), sizes, data, block, pickler.broadcasts)
-
-
-def copy_to_shared_memory(buffers: list[Any], block: Tensor | None) -> Tensor | None:
-    """Write buffers to shared memory, one after the other.
-
-    Args:
-        buffers: The buffers.
-        block: Shared memory to be used if it is large enough.
-
-    Returns:
-        The shared memory, dtype uint8, or None if there is not enough of it, which may be limited
-        to 64 MB in a container.
-    """
-    size = sum(memoryview(buffer).nbytes for buffer in buffers)
-    if block is None or len(block) < size:
+    worker = Worker(setup, index)
+    messages = MessageConnection(connection)
+    while True:
         try:
-            block = torch.empty(size, dtype=torch.uint8).share_memory_()
-        except RuntimeError:
-            return None
-    view = block.numpy().data
-    start = 0
-    for buffer in buffers:
-        view[start : start + len(buffer)] = buffer
-        start += len(buffer)
-    return block
+            job: WorkerJob = messages.receive()
+        except EOFError:
+            return
+        messages.send(worker.run_job(job))
 
 
-def unpack(parcel: Parcel, broadcasts: Mapping[int, bytes] | None = None) -> Any:
-    """Return the message in a parcel, which does not refer to the shared memory.
+class MessageConnection:
+    """One end of a pipe, which exchanges long messages through shared memory.
+
+    The two ends send in turn. Both use the same memory, which is replaced by a larger block for a
+    longer message.
 
     Args:
-        parcel: The parcel.
-        broadcasts: The broadcasts in the message, keyed by number.
+        pipe: This end of the pipe.
     """
-    block = parcel.block
-    view = memoryview(parcel.data) if block is None else block.numpy().data
-    ends = itertools.accumulate(parcel.sizes)
-    buffers = (view[end - size : end] for end, size in zip(ends, parcel.sizes, strict=True))
-    return MessageUnpickler(io.BytesIO(parcel.pickled), buffers, broadcasts or {}).load()
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._block = torch.empty(0, dtype=torch.uint8)
+        # Broadcasts of a round that the other end has received from this end, or the reverse. The
+        # keys are the ids of the byte strings at the sender.
+        self._sent: dict[int, bytes] = {}
+        self._received: dict[int, bytes] = {}
+        self._round_idx = 0
+
+    def send(
+        self, message: Any, broadcasts: Mapping[int, bytes] = NO_BROADCASTS, round_idx: int = 0
+    ) -> None:
+        """Send a message.
+
+        Args:
+            message: The message.
+            broadcasts: Long byte strings in the message, keyed by id. The other end keeps them for
+                the next messages of the round, so that they are sent and decoded only once.
+            round_idx: Index of the round.
+
+        Raises:
+            OSError: If the other process has ended.
+        """
+        new = {key: value for key, value in broadcasts.items() if key not in self._sent}
+        if round_idx != self._round_idx or len(self._sent) + len(new) > MAX_BROADCASTS:
+            self._sent.clear()
+            self._round_idx = round_idx
+            new = dict(broadcasts)
+        kept = list(self._sent)
+        self._sent |= new
+        file = io.BytesIO()
+        pickler = MessagePickler(file, self._sent)
+        pickler.dump(message)
+        buffers = [*(memoryview(value) for value in new.values()), *pickler.buffers]
+        sizes = [buffer.nbytes for buffer in buffers]
+        self._pipe.send((file.getvalue(), kept, list(new), sizes, self._store(buffers)))
+
+    def receive(self) -> Any:
+        """Wait for the next message, and return it. The message does not refer to shared memory.
+
+        Raises:
+            EOFError: If the other end is closed.
+            OSError: If the other process has ended.
+        """
+        pickled, kept, new, sizes, stored = self._pipe.recv()
+        if isinstance(stored, Tensor):
+            self._block = stored
+        view = memoryview(stored) if isinstance(stored, bytes) else self._block.numpy().data
+        ends = itertools.accumulate(sizes)
+        buffers = (view[end - size : end] for end, size in zip(ends, sizes, strict=True))
+        self._received = {key: self._received[key] for key in kept}
+        self._received |= {key: bytes(next(buffers)) for key in new}
+        return MessageUnpickler(io.BytesIO(pickled), buffers, self._received).load()
+
+    def _store(self, buffers: Sequence[memoryview]) -> bytes | Tensor | None:
+        """Write buffers to shared memory, one after the other.
+
+        Returns:
+            What the other end needs to read the buffers: the new block if the block was too small,
+            and the bytes themselves if they are short or there is not enough shared memory, which
+            may be limited to 64 MB in a container.
+        """
+        size = sum(buffer.nbytes for buffer in buffers)
+        if size < LONG:
+            return b"".join(buffers)
+        new = None
+        if len(self._block) < size:
+            try:
+                new = torch.empty(size, dtype=torch.uint8).share_memory_()
+            except RuntimeError:
+                return b"".join(buffers)
+            self._block = new
+        view = self._block.numpy().data
+        start = 0
+        for buffer in buffers:
+            view[start : start + buffer.nbytes] = buffer
+            start += buffer.nbytes
+        return new
 
 
 class MessagePickler(pickle.Pickler):
@@ -296,18 +249,16 @@ class MessagePickler(pickle.Pickler):
 
     Args:
         file: Stream to which the message is written.
-        shared: Byte strings in shared memory, as pairs of number and memory, keyed by id.
+        known: Byte strings that the receiver has, keyed by id.
 
     Attributes:
-        buffers: The tensors and byte strings that have been replaced, in order.
-        broadcasts: Memory of the shared byte strings that have been replaced, keyed by number.
+        buffers: The tensors and the other long byte strings, in order.
     """
 
-    def __init__(self, file: io.BytesIO, shared: Mapping[int, tuple[int, Tensor]]) -> None:
+    def __init__(self, file: io.BytesIO, known: Mapping[int, bytes]) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self.buffers: list[memoryview] = []
-        self.broadcasts: dict[int, Tensor] = {}
-        self._shared = shared
+        self._known = known
 
     @override
     def persistent_id(self, obj: Any) -> Any:
@@ -317,10 +268,8 @@ class MessagePickler(pickle.Pickler):
             return "tensor", array.dtype, array.shape
         if type(obj) is not bytes or len(obj) < LONG:
             return None
-        if id(obj) in self._shared:
-            number, memory = self._shared[id(obj)]
-            self.broadcasts[number] = memory
-            return "broadcast", number
+        if id(obj) in self._known:
+            return "known", id(obj)
         self.buffers.append(memoryview(obj))
         return ("bytes",)
 
@@ -331,21 +280,21 @@ class MessageUnpickler(pickle.Unpickler):
     Args:
         file: The pickled message.
         buffers: The tensors and byte strings that were replaced, in order, which are copied.
-        broadcasts: The shared byte strings, keyed by number.
+        known: Byte strings that were received before, keyed by id at the sender.
     """
 
     def __init__(
-        self, file: io.BytesIO, buffers: Iterator[memoryview], broadcasts: Mapping[int, bytes]
+        self, file: io.BytesIO, buffers: Iterator[memoryview], known: Mapping[int, bytes]
     ) -> None:
         super().__init__(file)
         self._buffers = buffers
-        self._broadcasts = broadcasts
+        self._known = known
 
     @override
     def persistent_load(self, pid: Any) -> Any:
         kind, *about = pid
-        if kind == "broadcast":
-            return self._broadcasts[about[0]]
+        if kind == "known":
+            return self._known[about[0]]
         buffer = next(self._buffers)
         if kind == "bytes":
             return bytes(buffer)

@@ -14,12 +14,9 @@ import socket
 import tempfile
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Collection, Iterator
-from concurrent.futures import BrokenExecutor, Future
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import ray
@@ -27,7 +24,7 @@ import torch
 from ray.util.serialization import deregister_serializer, register_serializer
 from typing_extensions import override
 
-from hetero_fl.federation.executors.pool import WorkerPool
+from hetero_fl.federation.executors.pool import WorkerDiedError, WorkerPool
 from hetero_fl.federation.executors.worker import JobResult, Worker, WorkerJob, WorkerSetup
 from hetero_fl.utils.errors import RunFailedError, UserError
 
@@ -49,52 +46,42 @@ class RayActorPool(WorkerPool):
     """
 
     def __init__(self, setup: WorkerSetup, size: int) -> None:
-        self.size = size
-        self._threads = setup.threads
+        super().__init__(size)
+        self._threads_per_worker = setup.threads
         self._gpu = setup.devices[0].startswith("cuda")
         self._stack = ExitStack()
         self._stack.enter_context(connect(None, size * setup.threads))
         self._setup = _store_setup(setup)
         self._actors: dict[int, Any] = {}
-        # Worker of each job, and workers that have died.
-        self._workers: WeakKeyDictionary[Future[JobResult], int] = WeakKeyDictionary()
-        self._dead: set[int] = set()
         self._start(range(size), setup.threads)
 
     @override
-    def submit(self, job: WorkerJob) -> Future[JobResult]:
-        loads = Counter(worker for future, worker in self._workers.items() if not future.done())
-        worker = min(range(self.size), key=lambda index: loads[index])
-        future: Future[JobResult] = self._actors[worker].run_job.remote(job).future()
-        self._workers[future] = worker
-        return future
-
-    @override
-    def result(self, future: Future[JobResult]) -> JobResult:
+    def exchange(self, worker: int, job: WorkerJob) -> JobResult:
         try:
-            return future.result()
+            result: JobResult = ray.get(self._actors[worker].run_job.remote(job))
         except ray.exceptions.RayTaskError as error:
             # Exceptions of jobs are part of their results; this one was raised outside of a job.
             raise RunFailedError(f"a worker failed: {_describe(error.cause)}") from error
         except ray.exceptions.RayError as error:
             if getattr(error, "actor_init_failed", False):
                 raise RunFailedError(f"a worker cannot start: {_describe(error)}") from error
-            self._dead.add(self._workers[future])
-            raise BrokenExecutor from error
+            raise WorkerDiedError from error
+        return result
 
     @override
-    def restart(self) -> None:
-        for worker in self._dead:
-            ray.kill(self._actors[worker])
+    def replace_worker(self, worker: int) -> None:
+        ray.kill(self._actors[worker])
         # Reserve no CPU, because the remaining nodes may have none left.
-        self._start(self._dead, 0)
-        self._dead = set()
+        self._start([worker], 0)
+
+    @override
+    def stop_workers(self) -> None:
+        for actor in self._actors.values():
+            ray.kill(actor)
 
     @override
     def close(self) -> None:
-        for actor in self._actors.values():
-            ray.kill(actor)
-        self._actors.clear()
+        super().close()
         self._stack.close()
 
     def _start(self, workers: Collection[int], cpus: int) -> None:
@@ -105,39 +92,19 @@ class RayActorPool(WorkerPool):
         """
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / self.size) if self._gpu else 0.0
         actor_class: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")(
-            RayActor
+            Worker
         )
         started = {}
         for worker in workers:
             self._actors[worker] = actor_class.remote(self._setup, worker)
-            started[self._actors[worker].is_ready.remote()] = worker
+            started[self._actors[worker].__ray_ready__.remote()] = worker
         _, waiting = ray.wait(list(started), num_returns=len(started), timeout=START_TIMEOUT)
         if waiting:
-            needs = f"{self._threads} CPUs" + (" and a GPU" if self._gpu else "")
+            needs = f"{self._threads_per_worker} CPUs" + (" and a GPU" if self._gpu else "")
             raise RunFailedError(
                 f"the cluster had no resources for worker {started[waiting[0]]} ({needs}) "
                 f"within {START_TIMEOUT:.0f} s"
             )
-
-
-class RayActor:
-    """Actor that runs the jobs of a worker, on the GPU that Ray assigns to the actor.
-
-    Args:
-        setup: Setup of the workers.
-        index: Index of the worker.
-    """
-
-    def __init__(self, setup: WorkerSetup, index: int) -> None:
-        self._worker = Worker(setup, index)
-
-    def is_ready(self) -> bool:
-        """Return True. The call returns when the actor has started."""
-        return True
-
-    def run_job(self, job: WorkerJob) -> JobResult:
-        """Run a job (see `Worker.run_job`), and return the result with checksums of the replies."""
-        return self._worker.run_job(job).with_checksums()
 
 
 @contextmanager

@@ -1,17 +1,14 @@
 """Workers as torchrun ranks: rank 0 runs the command, and the other ranks run jobs.
 
 Jobs are sent with the gloo backend of torch.distributed, because NCCL can send only tensors on a
-GPU. Rank 0 waits for results in threads, so that the main thread still receives Ctrl-C. When a rank
-dies, torchrun ends all ranks.
+GPU. When a rank dies, torchrun ends all ranks.
 """
 
 from __future__ import annotations
 
 import os
-import queue
 import signal
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -81,33 +78,13 @@ class TorchrunPool(WorkerPool):
     """
 
     def __init__(self, setup: WorkerSetup) -> None:
-        self.size = dist.get_world_size() - 1
-        self._threads = ThreadPoolExecutor(self.size)
-        self._idle_ranks: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for rank in range(1, self.size + 1):
-            dist.send_object_list([setup], dst=rank)
-            self._idle_ranks.put(rank)
+        super().__init__(dist.get_world_size() - 1)
+        for worker in range(self.size):
+            dist.send_object_list([setup], dst=worker + 1)
 
     @override
-    def submit(self, job: WorkerJob) -> Future[JobResult]:
-        return self._threads.submit(self._exchange, job)
-
-    @override
-    def result(self, future: Future[JobResult]) -> JobResult:
-        return future.result()
-
-    @override
-    def restart(self) -> None:
-        """Do nothing, because torchrun ends all ranks if one ends."""
-
-    @override
-    def close(self) -> None:
-        """Wait for the end of running jobs. The ranks end with the command."""
-        self._threads.shutdown(cancel_futures=True)
-
-    def _exchange(self, job: WorkerJob) -> JobResult:
-        """Send a job to an idle rank, and wait for the result."""
-        rank = self._idle_ranks.get()
+    def exchange(self, worker: int, job: WorkerJob) -> JobResult:
+        rank = worker + 1
         try:
             dist.send_object_list([job], dst=rank)
             result: JobResult = _receive_object(rank)
@@ -116,8 +93,15 @@ class TorchrunPool(WorkerPool):
                 f"rank {rank} exited and torchrun stopped all ranks; "
                 "run the same command again to resume"
             ) from error
-        self._idle_ranks.put(rank)
         return result
+
+    @override
+    def replace_worker(self, worker: int) -> None:
+        """Do nothing, because torchrun ends all ranks if one ends."""
+
+    @override
+    def stop_workers(self) -> None:
+        """Do nothing. The ranks finish running jobs, and end with the command."""
 
 
 def _receive_object(source: int) -> Any:
@@ -135,4 +119,4 @@ def _serve_rank_zero() -> None:
     # If rank 0 has ended, torchrun reports the failure.
     with suppress(RuntimeError):
         while (job := _receive_object(0)) is not END:
-            dist.send_object_list([worker.run_job(job).with_checksums()], dst=0)
+            dist.send_object_list([worker.run_job(job)], dst=0)

@@ -8,7 +8,7 @@ do not change the results.
 from __future__ import annotations
 
 import traceback
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -126,14 +126,6 @@ class JobResult:
     trace: str = ""
     warnings: list[RecordedWarning] = field(default_factory=list)
 
-    def with_checksums(self) -> JobResult:
-        """Return a copy in which replies have checksums, for a transfer to another machine."""
-        replies = {
-            client: reply.with_checksum() if isinstance(reply, Message) else reply
-            for client, reply in self.replies.items()
-        }
-        return replace(self, replies=replies)
-
 
 class Worker:
     """Worker that runs jobs in a process.
@@ -201,6 +193,11 @@ class Worker:
         store.notes.update(job.notes)
         stamps = {client: store.committed.get(client) for client in job.requests}
         result.replies = self.runtime.run(job.requests)
+        if not self.setup.shares_memory:
+            # Replies travel to another machine.
+            for client, reply in result.replies.items():
+                if isinstance(reply, Message):
+                    result.replies[client] = reply.with_checksum()
         result.notes = dict(store.notes)
         store.commit()
         for client, stamp in stamps.items():

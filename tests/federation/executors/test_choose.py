@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,38 +16,18 @@ from torch import nn
 
 from hetero_fl.cli import main
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.engine.templates import (
-    example_flops,
-    prefers_channels_last,
-)
+from hetero_fl.engine.templates import prefers_channels_last
 from hetero_fl.experiment import prepare, run
-from hetero_fl.experiment.runner import choose_for_nodes
 from hetero_fl.federation.executors import choose as module
-from hetero_fl.federation.executors.choose import (
-    FLOPS_PER_SECOND,
-    ExecutorChoice,
-    choose_executor,
-    measure_step,
-)
+from hetero_fl.federation.executors.choose import ExecutorChoice, RunLoad, choose_executor
 from hetero_fl.utils import extras
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
 from tests.support.federations import MIXED, config, rounds_of, same_bits
 
 
-def threads_speedup(threads: int) -> float:
-    """Return the speedup of large steps with that many threads, on a made-up machine."""
-    return 1 + 0.5 * (threads - 1)
-
-
-def seconds_of_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
-    """Return the estimated seconds of a step, on a made-up machine."""
-    return batch_size * example_flops(arch) / FLOPS_PER_SECOND / threads_speedup(threads)
-
-
 def chosen(monkeypatch: pytest.MonkeyPatch, cores: int = 2, **changes: Any) -> ExecutorChoice:
     monkeypatch.setattr(module, "available_cores", lambda: cores)
-    monkeypatch.setattr(module, "measure_step", seconds_of_step)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     prepared = prepare(config("local", **{"runtime": {}, **deepcopy(changes)}))
     return choose_executor(prepared.config, prepared.federation)
@@ -114,7 +94,7 @@ def test_choice_gives_its_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "8 clients at a time" in chosen(monkeypatch, **CROWD).reasons[-1]
 
 
-@each_case(("name", "limit"), [("MAX_TRAFFIC", 0.0), ("thread_limit", lambda: 2)])
+@each_case(("name", "limit"), [("TRANSFER_RATE", 1.0), ("thread_limit", lambda: 2)])
 def test_limits_of_traffic_and_threads_exclude_workers(
     name: str, limit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,59 +137,30 @@ def test_workers_are_chosen_if_they_save_more_than_their_start(
     threads: int | None,
     expected: str,
 ) -> None:
-    speedup = threads_speedup(threads or cores) if step >= module.LARGE_STEP else 1.0
-    load = module.RunLoad(clients, seconds, 1e7, busy, step, speedup)
+    load = module.RunLoad(clients, seconds, 1e7, busy, step)
 
     found, *_ = module._select_executor(load, 0, torch.device("cpu"), cores, threads)
 
     assert found == expected
 
 
-def test_steps_are_timed_if_the_estimate_is_inconclusive(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    prepared = prepare(config("local", models=MIXED, rounds=1_000_000, runtime={}))
-    load = module.RunLoad.estimate(prepared.config, prepared.federation)
-    factor = 0.25
+def test_estimate_grows_with_rounds_and_model() -> None:
+    """Count a second per GB of sent models, and the time of small steps."""
+    loads = {
+        (name, rounds): RunLoad.estimate(prepared.config, prepared.federation)
+        for name in ("linear", "fedavg_cnn")
+        for rounds in (1, 10)
+        for prepared in [prepare(config("local", name, clients=4, rounds=rounds, runtime={}))]
+    }
+    small, large = loads["linear", 1], loads["fedavg_cnn", 1]
 
-    def measured(arch: ModelSpec, batch_size: int, threads: int) -> float:
-        return factor * seconds_of_step(arch, batch_size, threads)
-
-    monkeypatch.setattr(module, "measure_step", measured)
-    found = load.measure(prepared.federation, threads=2)
-    assert found.seconds == pytest.approx(factor * load.seconds)
-    assert found.model_bytes == pytest.approx(load.model_bytes / factor)
-    assert found.thread_speedup == pytest.approx(threads_speedup(2))
-
-    monkeypatch.setattr(module, "available_cores", lambda: 2)
-    monkeypatch.setattr(module, "measure_step", Mock(side_effect=AssertionError("timed")))
-    short = prepare(config("local", models=MIXED, rounds=1, runtime={}))
-    assert choose_executor(short.config, short.federation).executor == "serial"
-    with pytest.raises(AssertionError, match="timed"):
-        choose_executor(prepared.config, prepared.federation)
-    # The choice for nodes does not depend on the time that steps take here.
-    assert choose_for_nodes(prepared).chunk == 1
-
-
-def test_slow_step_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SLOW_STEP", 0.0)
-    monkeypatch.setattr(module, "MEASURED_SECONDS", 1e-9)
-    steps = []
-    plain = torch.optim.SGD.step
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(plain(self)))
-
-    measure_step(ModelSpec.from_config("mlp", 10, (1, 28, 28)), 4, 1)
-
-    assert len(steps) == 1
-
-
-def test_timing_restores_threads_and_generators() -> None:
-    threads = torch.get_num_threads()
-    state = torch.get_rng_state()
-    for name, shape, vocabulary in (("fedavg_cnn", (1, 28, 28), None), ("text_cnn", (16,), 50)):
-        arch = ModelSpec.from_config(name, 10, shape, vocabulary=vocabulary)
-        assert measure_step(arch, 4, threads + 1) > 0
-    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+    assert loads["linear", 10].seconds == pytest.approx(10 * small.seconds)
+    assert loads["linear", 10].model_bytes == 10 * small.model_bytes
+    assert large.seconds > 10 * small.seconds and large.step > small.step
+    assert small.busy == pytest.approx(4, rel=0.5)
+    saved = large.seconds_saved(2, None)
+    sent = replace(large, model_bytes=large.model_bytes + module.TRANSFER_RATE)
+    assert sent.seconds_saved(2, None) == pytest.approx(saved - 1)
 
 
 def test_large_steps_get_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread, Timer
 from typing import Any
 from unittest.mock import Mock
 
@@ -26,8 +27,13 @@ from hetero_fl.communication.protocol import Message
 from hetero_fl.core.payload import Item, Payload, loss_from_report
 from hetero_fl.experiment import run
 from hetero_fl.federation.executors import pool as pool_module
-from hetero_fl.federation.executors.pool import MAX_AHEAD, JobQueue
-from hetero_fl.federation.executors.processes import LONG, ProcessPool, pack, unpack
+from hetero_fl.federation.executors.pool import MAX_AHEAD, WorkerPool, run_jobs
+from hetero_fl.federation.executors.processes import (
+    LONG,
+    MAX_BROADCASTS,
+    MessageConnection,
+    ProcessPool,
+)
 from hetero_fl.federation.executors.worker import (
     JobResult,
     RemoteTracebackError,
@@ -155,24 +161,34 @@ def test_clients_of_a_chunk_have_separate_requests() -> None:
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@each_case("shares_memory", [True, False])
+def test_replies_to_other_machines_have_checksums(shares_memory: bool) -> None:
+    setup = replace(setup_of("fedavg"), shares_memory=shares_memory)
+    client, body = next(iter(broadcasts(rounds_on(setup, None), ["site_1"]).items()))
+
+    done = Worker(setup, 0).run_job(WorkerJob("answer", {client: Message("train", body)}, {}))
+
+    reply = done.replies[client]
+    assert isinstance(reply, Message) and reply.is_intact
+    assert (reply.checksum is None) == shares_memory
+
+
 def kill_workers(pool: ProcessPool, monkeypatch: pytest.MonkeyPatch, which: Any) -> list[WorkerJob]:
-    """Kill the workers before they run a job matched by `which`; return such jobs."""
-    submit = pool.submit
+    """Kill the worker that has received a job matched by `which`; return such jobs."""
+    exchange = pool.exchange
     killed: list[WorkerJob] = []
 
-    def submit_and_kill(job: WorkerJob) -> Any:
+    def exchange_and_kill(worker: int, job: WorkerJob) -> Any:
         if not which(job):
-            return submit(job)
+            return exchange(worker, job)
         killed.append(job)
-        # Otherwise the workers might answer before they are killed.
-        for process in pool._processes:
-            os.kill(process.pid or 0, signal.SIGSTOP)
-        future = submit(job)
-        for process in pool._processes:
-            process.kill()
-        return future
+        process, _ = pool._workers[worker]
+        # Otherwise the worker might answer before it is killed.
+        os.kill(process.pid or 0, signal.SIGSTOP)
+        Timer(0.1, process.kill).start()
+        return exchange(worker, job)
 
-    monkeypatch.setattr(pool, "submit", submit_and_kill)
+    monkeypatch.setattr(pool, "exchange", exchange_and_kill)
     return killed
 
 
@@ -189,14 +205,15 @@ def test_killed_worker_and_diverging_client_change_nothing(
     assert outcome(rounds_on(setup, pool, 2)) == expected
 
     assert len(killed) == 2
-    assert lines == ["a worker process was killed; its tasks start again in a new process"] * 2
+    assert lines == ["a worker process was killed; its task starts again in a new process"] * 2
 
 
 def test_dead_idle_worker_is_replaced(fedper: tuple[WorkerSetup, ProcessPool]) -> None:
     setup, pool = fedper
     expected = outcome(rounds_on(setup, None), 1)
-    pool._processes[1].kill()
-    wait([pool._processes[1].sentinel])
+    process, _ = pool._workers[1]
+    process.kill()
+    wait([process.sentinel])
 
     assert outcome(rounds_on(setup, pool, 2), 1) == expected
 
@@ -238,7 +255,7 @@ class ListPool(LocalWorkerPool):
     """Pool whose results are the jobs themselves."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        WorkerPool.__init__(self, size)
         self.jobs = []
 
     def submit(self, job: Any) -> Future[Any]:
@@ -251,19 +268,19 @@ class ListPool(LocalWorkerPool):
 def test_expensive_tasks_of_a_small_cohort_start_first() -> None:
     pool = ListPool(2)
     chunks = [[str(i)] for i in range(6)]
-    queue = JobQueue(pool, chunks, [1.0, 3.0, 2.0, 1.0, 5.0, 4.0], lambda chunk: chunk[0])  # type: ignore[arg-type,return-value]
+    results = run_jobs(pool, chunks, [1.0, 3.0, 2.0, 1.0, 5.0, 4.0], lambda chunk: chunk[0])  # type: ignore[arg-type,return-value]
 
-    assert [queue.result(chunk) for chunk in chunks] == list("012345")
+    assert list(results) == list("012345")
     assert "".join(map(str, pool.jobs)) == "451203"
 
 
 def test_few_results_of_a_large_cohort_wait_in_memory() -> None:
     pool = ListPool(2)
     chunks = [[str(i)] for i in range(100)]
-    queue = JobQueue(pool, chunks, list(range(100)), lambda chunk: chunk[0])  # type: ignore[arg-type,return-value]
+    results = run_jobs(pool, chunks, list(range(100)), lambda chunk: chunk[0])  # type: ignore[arg-type,return-value]
 
-    for requested, chunk in enumerate(chunks):
-        assert str(queue.result(chunk)) == chunk[0]
+    for requested, (result, chunk) in enumerate(zip(results, chunks, strict=True)):
+        assert str(result) == chunk[0]
         assert len(pool.jobs) - requested <= MAX_AHEAD * pool.size
 
 
@@ -335,33 +352,50 @@ def test_stopped_run_leaves_no_process(end: signal.Signals, when: str, tmp_path:
         assert output.splitlines()[-1].startswith("interrupted; to resume:")
 
 
-def test_messages_arrive_complete() -> None:
+@pytest.fixture
+def ends() -> Iterator[tuple[MessageConnection, MessageConnection]]:
+    """Return both ends of a pipe."""
+    one, other = multiprocessing.Pipe()
+    with one, other:
+        yield MessageConnection(one), MessageConnection(other)
+
+
+Ends = tuple[MessageConnection, MessageConnection]
+
+
+def received(ends: Ends, message: Any, *rest: Any) -> Any:
+    """Send a message, which a pipe may take only while the other end reads; return its copy."""
+    sender = Thread(target=ends[0].send, args=(message, *rest))
+    sender.start()
+    copy = ends[1].receive()
+    sender.join()
+    return copy
+
+
+def test_messages_arrive_complete(ends: Ends) -> None:
     long, longer = bytes(range(256)) * (LONG // 256), b"x" * (3 * LONG + 1)
-    block = None
     for message in (
         {"a": long, "b": [longer, b"short", long], "c": "text"},
         [longer],
         b"",
         [b"y" * LONG, long],
     ):
-        parcel = pack(message, block)
-        received = unpack(parcel)
-        block = parcel.block
-        # The memory of a message is used for the next one.
-        if block is not None:
-            block.fill_(0)
+        copy = received(ends, message)
+        # The memory of a message is used for the next one, in both directions.
+        ends[0]._block.fill_(0)
 
-        assert received == message
-
-
-def test_short_messages_need_no_shared_memory() -> None:
-    parcel = pack({"a": b"x" * 100, "b": torch.ones(10)}, None)
-
-    assert parcel.block is None and parcel.sizes == [40]
-    assert torch.equal(unpack(parcel)["b"], torch.ones(10))
+        assert copy == message
+        assert received(ends[::-1], message) == message
+    assert ends[0]._block.data_ptr() != 0 and len(ends[0]._block) == len(ends[1]._block)
 
 
-def test_payload_tensors_arrive_as_writable_copies() -> None:
+def test_short_messages_need_no_shared_memory(ends: Ends) -> None:
+    copy = received(ends, {"a": b"x" * 100, "b": torch.ones(10)})
+
+    assert torch.equal(copy["b"], torch.ones(10)) and not len(ends[0]._block)
+
+
+def test_payload_tensors_arrive_as_writable_copies(ends: Ends) -> None:
     model = {
         "weight": torch.randn(300, 300),
         "strided": torch.randn(50, 40).T,
@@ -370,32 +404,48 @@ def test_payload_tensors_arrive_as_writable_copies() -> None:
         "empty": torch.zeros(0, 3),
     }
     sent = Payload({"model": Item(model, torch.rand(3), "params")}, {"loss": "1.5"})
-    parcel = pack(Message("upload", sent), None)
 
-    received = unpack(parcel).content
+    copy = received(ends, Message("upload", sent)).content
 
-    assert parcel.block is not None and len(parcel.pickled) < LONG / 10
-    parcel.block.fill_(0)
-    assert received.encode() == sent.encode()
+    assert len(ends[1]._block) >= 4 * 300 * 300
+    ends[1]._block.fill_(0)
+    assert copy.encode() == sent.encode()
     # A writable copy.
-    received["model"]["weight"].add_(1)
-    assert torch.equal(received["model"]["strided"], model["strided"])
+    copy["model"]["weight"].add_(1)
+    assert torch.equal(copy["model"]["strided"], model["strided"])
 
 
 def test_messages_without_room_in_shared_memory_use_the_pipe(
-    monkeypatch: pytest.MonkeyPatch,
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
     message = [b"a" * LONG, torch.arange(LONG)]
-    small = pack(b"b" * LONG, None).block
-    assert small is not None
+    received(ends, b"b" * LONG)
     monkeypatch.setattr(torch.Tensor, "share_memory_", Mock(side_effect=full))
 
-    for block in (None, small):
-        parcel = pack(message, block)
-        assert parcel.block is None
-        received = unpack(parcel)
-        assert received[0] == message[0] and torch.equal(received[1], message[1])  # type: ignore[arg-type]
+    copy = received(ends, message)
+
+    assert copy[0] == message[0] and torch.equal(copy[1], message[1])
+    assert len(ends[0]._block) == LONG
+
+
+def test_broadcasts_are_kept_within_a_round(ends: Ends) -> None:
+    broadcasts = [bytes([i]) * LONG for i in range(MAX_BROADCASTS + 1)]
+
+    def keep(i: int, round_idx: int) -> Any:
+        shared = {id(broadcasts[i]): broadcasts[i]}
+        (copy,) = received(ends, [broadcasts[i]], shared, round_idx)
+        assert copy == broadcasts[i]
+        return copy
+
+    first = keep(0, 0)
+    assert keep(0, 0) is first
+    assert keep(1, 0) is not first and keep(0, 0) is first
+    again = keep(0, 1)
+    assert again is not first
+    for i in range(MAX_BROADCASTS + 1):
+        keep(i, 1)
+    assert keep(0, 1) is not again and len(ends[1]._received) <= MAX_BROADCASTS
 
 
 def test_workers_copy_a_broadcast_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,13 +454,14 @@ def test_workers_copy_a_broadcast_once(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = setup_of(config("fedavg", large, clients=5, rounds=3))
     expected = outcome(rounds_on(setup, None, cohort=5), 2)
     pool = ProcessPool(setup, 2)
-    copied = record_calls(monkeypatch, pool, "_copy_broadcast", lambda content: content)
+    sizes = record_calls(
+        monkeypatch, MessageConnection, "_store", lambda _, buffers: sum(map(len, buffers))
+    )
 
     try:
         assert outcome(rounds_on(setup, pool, 2, cohort=5), 2) == expected
     finally:
         pool.close()
 
-    # In two rounds and an evaluation.
-    assert len(copied) == 3
-    assert all(len(content) >= LONG for content in copied)
+    # Once per worker in two rounds and an evaluation of five clients each.
+    assert len(sizes) == 15 and 3 <= sum(size >= LONG for size in sizes) <= 6

@@ -87,7 +87,6 @@ class NodeExecutor(TimedExecutor):
         self.required = required
         protocol = make_protocol(sites.prepared.method, sites.prepared.federation)
         self._is_repeatable = not protocol.has_one_time_requests
-        self._listener: Callable[[str], None] | None = None
         self._started = time.monotonic()
         self._dispatched = Requests(sites)
         # Start of each task in flight in seconds, keyed by client id.
@@ -168,10 +167,6 @@ class NodeExecutor(TimedExecutor):
         )
 
     @override
-    def set_listener(self, listener: Callable[[str], None] | None) -> None:
-        self._listener = listener
-
-    @override
     def available(self) -> Collection[str]:
         self.sites.refresh()
         return self.sites.connected()
@@ -243,8 +238,8 @@ class NodeExecutor(TimedExecutor):
             details: Whether an evaluation computes all results that a report shows.
         """
         is_evaluation = request.kind == EVALUATION
-        if self._listener is not None:
-            self._listener(f"{client}: {'evaluation' if is_evaluation else 'train'}")
+        if self.listener is not None:
+            self.listener(f"{client}: {'evaluation' if is_evaluation else 'train'}")
         names = {states[client] for states in self._checkpoint_states if client in states}
         about: Head = {
             "run": self.sites.run,

@@ -166,28 +166,19 @@ class FederatedTrainer:
                 if not self._skips_rounds:
                     raise
             collector.close(self.executor.now)
-            outcome = self._finish_round(collector)
-        return self.complete_round(events) | uploads.record() | outcome
-
-    def _finish_round(self, collector: UploadCollector) -> dict[str, Any]:
-        """Update the server, and commit the private states if the round has an effect.
-
-        Returns:
-            Entries of the round's record which say that the round has no effect.
-
-        Raises:
-            RunFailedError: If there are too few usable uploads and the policy requires a failure.
-        """
-        if not collector.is_sufficient(self.policy.least):
-            if not self._skips_rounds:
+            skipped: dict[str, Any] = {}
+            if collector.is_sufficient(self.policy.least):
+                if diverged := self.update_server(uploads):
+                    skipped = {"skipped": True, "diverged": diverged}
+            elif self._skips_rounds:
+                skipped = {"skipped": True}
+            else:
                 raise collector.shortage(self.policy.least)
-            self.store.discard()
-            return {"skipped": True}
-        if diverged := self.update_server(collector.uploads):
-            self.store.discard()
-            return {"skipped": True, "diverged": diverged}
-        self.store.commit()
-        return {}
+            if skipped:
+                self.store.discard()
+            else:
+                self.store.commit()
+        return self.complete_round(events) | uploads.record() | skipped
 
     def complete_round(self, events: RoundEvents) -> Record:
         """Count a round and its traffic, and return the round's line in `metrics.jsonl`.

@@ -472,6 +472,8 @@ class SparseStage(Stage):
 class TopK(SparseStage):
     """Stage that keeps the k numbers of largest magnitude and their indices (Stich et al. 2018).
 
+    It applies to changes of parameters only. Predictions and class sums stay complete.
+
     The size of compressed indices depends on the indices and is largest if they are spread
     uniformly.
 

@@ -262,6 +262,7 @@ class AsynchronousTrainer(FederatedTrainer):
         Raises:
             PayloadError: If the upload is malformed.
         """
+        # The task's own broadcast, of an earlier version: compressed uploads are changes of it.
         received = self.link.channel.decode_broadcast(task.version, task.broadcast)
         client_info = self.federation.client_infos[task.client]
         content = TrainExchange.upload_in(task.client, reply)
@@ -307,6 +308,7 @@ class AsynchronousTrainer(FederatedTrainer):
 
     def _aggregate(self) -> None:
         """Aggregate the buffered uploads. The version is incremented unless training diverges."""
+        # Evaluations may have set another round.
         self.set_round(self.version)
         uploads = begin_uploads(self.protocol, self.link, self.version)
         for client, payload, weight in sorted(self._buffer, key=lambda e: natural_key(e[0])):

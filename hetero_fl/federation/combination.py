@@ -77,6 +77,7 @@ class RoundUploads:
             staleness_weight: Factor on the weights of the upload.
         """
         self.magnitudes[client_info.client_id] = payload.magnitude
+        # The weights in the payload are discounted here; methods may also read the factor.
         discounted = discount_upload(payload, staleness_weight)
         self.uploads.add(Upload(client_info, discounted, staleness_weight))
 
@@ -168,7 +169,7 @@ class SummedUploads(RoundUploads):
         for client_id in result.clients:
             info = self.link.federation.client_infos[client_id]
             forms.append((info, expected_items(info, self.link.received_by(info), self.round_idx)))
-        layout = self.protocol.agreed.layout(self.round_idx)
+        layout = self.protocol.shared_setup.layout(self.round_idx)
         vector = self.protocol.fixed.decode(result.total)
         self.uploads, self.mean_loss = uploads_from_sum(
             vector, result.unit, layout, forms, self.noise
@@ -182,7 +183,7 @@ class EncryptedUploads(RoundUploads):
 
     def __init__(self, link: EncryptedLink, round_idx: int) -> None:
         super().__init__(link, round_idx)
-        self.total = EncryptedSum(link.protocol.agreed.layout(round_idx).size)
+        self.total = EncryptedSum(link.protocol.shared_setup.layout(round_idx).size)
         # Groups of clients whose tensors are part of the sum.
         self.groups: set[str] = set()
         # Name of the key of the first upload.
@@ -199,7 +200,7 @@ class EncryptedUploads(RoundUploads):
         self.total.add(payload[CIPHERTEXTS].numpy())
         self.key_name = key_name
         self.uploads.add(Upload(client_info, Payload()))
-        if self.link.protocol.agreed.upload_form(client_info.client_id, self.round_idx):
+        if self.link.protocol.shared_setup.upload_form(client_info.client_id, self.round_idx):
             self.groups.add(self.link.group_of(client_info))
 
     @override

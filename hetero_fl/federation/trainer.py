@@ -153,6 +153,7 @@ class FederatedTrainer:
             uploads = begin_uploads(self.protocol, self.link, self.round_idx)
             collector = UploadCollector(events, self.protocol, self.link, uploads, self.store)
             try:
+                # After the last exchange, the collector completes the uploads.
                 for exchange in collector.exchanges():
                     request = partial(collector.request, exchange)
                     until = Until(self.policy.deadline, self.per_round)
@@ -234,7 +235,7 @@ class FederatedTrainer:
             raise
 
     def set_round(self, round_idx: int) -> None:
-        """Set the round of the server, from which its broadcasts follow."""
+        """Set the round of the server. In another round, broadcasts are created anew."""
         is_next = round_idx != self.server.round_context.round_idx
         self.server.round_context = self.federation.round_context(round_idx)
         self.server.stream_uses = {}

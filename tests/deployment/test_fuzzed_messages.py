@@ -19,7 +19,7 @@ from hetero_fl.communication.compression import build_stages
 from hetero_fl.communication.compressor import Compressor
 from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation.client import REPLIES, REQUESTS
-from hetero_fl.communication.secure_aggregation.protocol import SecureAggregationRound
+from hetero_fl.communication.secure_aggregation.protocol import SecureAggregationServer
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.core.payload import (
     FORM as PAYLOAD,
@@ -281,7 +281,7 @@ def test_declared_size_is_refused_before_allocation() -> None:
 
 
 def test_answer_in_a_secure_sum_much_longer_than_agreed_is_refused_unread() -> None:
-    conversation = SecureAggregationRound(
+    conversation = SecureAggregationServer(
         {1: "site_1", 2: "site_2"}, 2, (bytes(32), 10), unit=0, round_idx=0
     )
     exchanges = conversation.exchanges()

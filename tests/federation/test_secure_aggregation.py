@@ -322,7 +322,7 @@ def test_traffic_of_unresponsive_clients_is_counted() -> None:
     )
     for rounds in (plain, lost, twice):
         rounds.run_round()
-    vector = 8 * lost.protocol.agreed.layout(0).size  # type: ignore[union-attr]
+    vector = 8 * lost.protocol.shared_setup.layout(0).size  # type: ignore[union-attr]
     # The shares that it would have sent.
     assert 0 < plain.traffic.up - lost.traffic.up < 2000
     assert 0 < plain.traffic.down - lost.traffic.down < 2000

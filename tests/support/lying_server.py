@@ -131,7 +131,7 @@ class LyingServer:
         return crypto.public_key(key) == self.public[owner].tobytes()[32:64]
 
     def _secret(self, shares: Mapping[int, bytes]) -> bytes | None:
-        threshold = self.party.protocol.survivors
+        threshold = self.party.protocol.threshold
         if len(shares) < threshold:
             return None
         return crypto.combine_shares(dict(list(shares.items())[:threshold]))

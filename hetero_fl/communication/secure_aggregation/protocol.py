@@ -94,19 +94,19 @@ class SecureAggregation(RoundProtocol):
         site_keys: SiteKeys | None = None,
     ) -> None:
         self.site_keys = site_keys or SiteKeys()
-        self.agreed = shared_setup
-        self.survivors = config.min_survivors(cohort)
+        self.shared_setup = shared_setup
+        self.threshold = config.min_survivors(cohort)
         self.fixed = FixedPoint.from_config(config, cohort, "channel.secure_sum")
 
     @override
     def exchanges(self, cohort: Sequence[str], round_idx: int) -> Exchanges:
-        layout = self.agreed.layout(round_idx)
-        ids = self.agreed.client_ids
-        server = SecureAggregationRound(
+        layout = self.shared_setup.layout(round_idx)
+        ids = self.shared_setup.client_ids
+        server = SecureAggregationServer(
             {bisect_left(ids, natural_key(c), key=natural_key) + 1: c for c in cohort},
-            self.survivors,
+            self.threshold,
             (self._digest(layout), layout.size),
-            unit=weight_unit(map(self.agreed.num_rows, cohort)),
+            unit=weight_unit(map(self.shared_setup.num_rows, cohort)),
             round_idx=round_idx,
         )
         return server.exchanges()
@@ -115,16 +115,16 @@ class SecureAggregation(RoundProtocol):
     def answer(
         self, client_id: str, message: Message, round_idx: int, notes: Notes
     ) -> Message | TrainingRequest:
-        layout = self.agreed.layout(round_idx)
+        layout = self.shared_setup.layout(round_idx)
 
         def pack(upload: bytes, unit: float) -> Words:
             return self.encode_upload(client_id, Payload.decode(upload), layout, unit, round_idx)
 
         client = SecureAggregationClient(
             client_id,
-            self.agreed.client_ids,
+            self.shared_setup.client_ids,
             round_idx,
-            self.survivors,
+            self.threshold,
             self.site_keys,
             notes,
             self._digest(layout),
@@ -155,8 +155,8 @@ class SecureAggregation(RoundProtocol):
         Raises:
             PayloadError: If an item is not part of the layout or a value is too large.
         """
-        packed = layout.pack(self.agreed.aggregation_group(client), payload, unit)
-        noise = self.agreed.noise(client, round_idx, layout, unit, self.survivors)
+        packed = layout.pack(self.shared_setup.aggregation_group(client), payload, unit)
+        noise = self.shared_setup.noise(client, round_idx, layout, unit, self.threshold)
         return self.fixed.encode(packed if noise is None else packed + noise)
 
     @override
@@ -164,7 +164,7 @@ class SecureAggregation(RoundProtocol):
         self, cohort: int, round_idx: int, broadcast: int, upload: int
     ) -> dict[str, tuple[int, int]]:
         # All clients send a vector of the same length, regardless of the size of their uploads.
-        lengths = {"vector": self.agreed.layout(round_idx).size, "broadcast": broadcast}
+        lengths = {"vector": self.shared_setup.layout(round_idx).size, "broadcast": broadcast}
 
         def size(fields: Mapping[str, Field]) -> int:
             # Clients exchange shares with all others.
@@ -177,7 +177,7 @@ class SecureAggregation(RoundProtocol):
         return layout.digest_with(repr(self.fixed))
 
 
-class SecureAggregationRound:
+class SecureAggregationServer:
     """One round of secure aggregation on the server.
 
     Args:

@@ -70,6 +70,7 @@ class Until:
     Attributes:
         deadline: Seconds for which the server waits. None if there is no deadline.
         uploads: Number of uploads after which the server stops waiting. None if it waits for all.
+            Replies to exchanges without uploads do not count.
     """
 
     deadline: float | None = None

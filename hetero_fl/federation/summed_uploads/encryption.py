@@ -62,7 +62,7 @@ class HomomorphicEncryption(DirectProtocol):
         assert config is not None
         self.algorithm = algorithm
         self.federation = federation
-        self.agreed = DerivedSetup(algorithm, federation)
+        self.shared_setup = DerivedSetup(algorithm, federation)
         self.fixed = FixedPoint.from_config(config, federation.cohort, "channel.homomorphic")
         self.noise_bits = config.num_noise_bits(federation.cohort)
         # The last message with a sum, and the server after the aggregation of this sum.
@@ -82,7 +82,7 @@ class HomomorphicEncryption(DirectProtocol):
     @cached_property
     def unit(self) -> float:
         """Factor by which clients divide values and weights."""
-        return 2.0 ** weight_unit(map(self.agreed.num_rows, self.agreed.client_ids))
+        return 2.0 ** weight_unit(map(self.shared_setup.num_rows, self.shared_setup.client_ids))
 
     @override
     def answer(
@@ -101,8 +101,8 @@ class HomomorphicEncryption(DirectProtocol):
             return refusal(error)
 
     def _encrypt(self, client_id: str, payload: Payload, round_idx: int) -> Payload:
-        group = self.agreed.aggregation_group(client_id)
-        vector = self.agreed.layout(round_idx).pack(group, payload, self.unit)
+        group = self.shared_setup.aggregation_group(client_id)
+        vector = self.shared_setup.layout(round_idx).pack(group, payload, self.unit)
         rows = self.key.encrypt(self.fixed.encode(vector), self.noise_bits)
         return Payload({CIPHERTEXTS: torch.from_numpy(rows)}, {"key": self.key.name})
 
@@ -126,9 +126,9 @@ class HomomorphicEncryption(DirectProtocol):
         if not isinstance(round_idx, int) or not 0 <= round_idx < self.federation.num_rounds:
             raise PayloadError(f"round of the sum: unknown round {round_idx!r}")
         check_upload(payload, SPECS, self.form(round_idx).items_by_name)
-        layout = self.agreed.layout(round_idx)
+        layout = self.shared_setup.layout(round_idx)
         words = self.key.decrypt(payload[CIPHERTEXTS].numpy(), layout.size, self.noise_bits)
-        forms = self.agreed.upload_forms(round_idx)
+        forms = self.shared_setup.upload_forms(round_idx)
         uploads, _ = uploads_from_sum(self.fixed.decode(words), self.unit, layout, forms)
         server = self.federation.server()
         server.round_context = self.federation.round_context(round_idx)
@@ -137,13 +137,15 @@ class HomomorphicEncryption(DirectProtocol):
         server.models = {slot: {} for slot in server.models}
         # A mean needs no step of computation.
         run_plan(
-            server, self.algorithm.aggregate(server, uploads), self.agreed.expectations.backend
+            server,
+            self.algorithm.aggregate(server, uploads),
+            self.shared_setup.expectations.backend,
         )
         return server
 
     def form(self, round_idx: int, **report: Any) -> Payload:
         """Return a payload with the shape of encrypted uploads and their sum in a round."""
-        shape = ciphertext_shape(self.agreed.layout(round_idx).size)
+        shape = ciphertext_shape(self.shared_setup.layout(round_idx).size)
         return Payload({CIPHERTEXTS: torch.zeros((), dtype=torch.uint8).expand(shape)}, report)
 
     @override
@@ -156,7 +158,9 @@ class HomomorphicEncryption(DirectProtocol):
     @override
     def broadcast_size(self, round_idx: int, broadcast: int) -> int:
         # Groups of clients that upload in other rounds than others may receive an earlier sum.
-        last = max((i for i in range(round_idx) if self.agreed.layout(i).slices), default=None)
+        last = max(
+            (i for i in range(round_idx) if self.shared_setup.layout(i).slices), default=None
+        )
         return broadcast if last is None else self.form(last, round=last).encoded_size
 
 

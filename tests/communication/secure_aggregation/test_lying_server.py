@@ -24,14 +24,14 @@ def threshold_of(count: int, chosen: int | None) -> dict[str, int]:
 def few_partners(server: LyingServer, victim: int) -> tuple[dict, list[int]]:
     """Give the victim as few partners as it accepts, and everyone else all partners."""
     partners = {number: list(server.everyone) for number in server.everyone}
-    least = server.party.protocol.survivors - 1
+    least = server.party.protocol.threshold - 1
     mates = [number for number in server.everyone if number != victim][:least]
     return {**partners, victim: mates}, mates
 
 
 def rotating_dropouts(server: LyingServer, victim: int, mates: list[int]) -> dict[int, list[int]]:
     """Tell each client that other partners of the victim dropped out, and that it survived."""
-    count = len(server.everyone) - server.party.protocol.survivors
+    count = len(server.everyone) - server.party.protocol.threshold
     survivors = {}
     for place, number in enumerate(server.everyone):
         gone = {mates[(place * count + step) % len(mates)] for step in range(count)}
@@ -41,7 +41,7 @@ def rotating_dropouts(server: LyingServer, victim: int, mates: list[int]) -> dic
 
 def without_partners(server: LyingServer, victim: int, mates: list[int]) -> dict[int, list[int]]:
     """Tell everyone alike that partners of the victim dropped out."""
-    count = len(server.everyone) - server.party.protocol.survivors
+    count = len(server.everyone) - server.party.protocol.threshold
     stayed = [m for m in server.everyone if m not in mates[:count]]
     return {number: stayed for number in server.everyone if number in stayed}
 
@@ -120,7 +120,7 @@ def test_no_combination_of_survivors_reveals_an_upload(
     server.train(dict.fromkeys(server.everyone, server.everyone))
     sets = [
         set(them)
-        for size in range(server.party.protocol.survivors, count + 1)
+        for size in range(server.party.protocol.threshold, count + 1)
         for them in itertools.combinations(server.everyone, size)
     ]
     stories = list(itertools.product(*([s for s in sets if n in s] for n in server.everyone)))
@@ -147,7 +147,7 @@ def test_no_combination_of_survivors_reveals_an_upload(
 def test_random_lies_reveal_no_upload(count: int, variants: int) -> None:
     draw = random.Random(stream_key("lies", count, variants))
     server = LyingServer(Party(count, size=1, threshold=draw.choice([count // 2 + 1, 0.67])))
-    threshold = server.party.protocol.survivors
+    threshold = server.party.protocol.threshold
     answered = 0
 
     for _ in range(variants):

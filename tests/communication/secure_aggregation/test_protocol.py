@@ -18,7 +18,7 @@ STAYS = "stays"
 
 def held_or_given_up(party: Party, leaves: dict[str, str]) -> bool:
     """Run the round, check its result, and return whether it produced a sum."""
-    least = party.protocol.survivors
+    least = party.protocol.threshold
     present = {
         e: [c for c in party.clients if leaves.get(c, STAYS) not in EXCHANGES[: i + 1]]
         for i, e in enumerate(EXCHANGES)

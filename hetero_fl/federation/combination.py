@@ -186,19 +186,17 @@ class EncryptedUploads(RoundUploads):
         self.total = EncryptedSum(link.protocol.shared_setup.layout(round_idx).size)
         # Groups of clients whose tensors are part of the sum.
         self.groups: set[str] = set()
-        # Name of the key of the first upload.
-        self.key_name: Any = None
 
     @override
     def add(self, client_info: ClientInfo, payload: Payload, staleness_weight: float = 1.0) -> None:
         key_name = payload.report.get("key")
-        if self.key_name not in (None, key_name):
+        if self.link.key_name not in (None, key_name):
             raise PayloadError(
-                "upload: encrypted with another key than that of the first client; copy the key "
+                "upload: encrypted with another key than the first upload of the run; copy the key "
                 "file of one client to all clients"
             )
         self.total.add(payload[CIPHERTEXTS].numpy())
-        self.key_name = key_name
+        self.link.key_name = key_name
         self.uploads.add(Upload(client_info, Payload()))
         if self.link.protocol.shared_setup.upload_form(client_info.client_id, self.round_idx):
             self.groups.add(self.link.group_of(client_info))

@@ -180,6 +180,12 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     "large_range": secure(range=1e19),
     "many_fraction_bits": secure(fraction_bits=45),
     "homomorphic_server_step": encrypted("fedavgm"),
+    "homomorphic_shares": encrypted(
+        clients__groups=[
+            {"name": "a", "model": MLP, "count": 2},
+            {"name": "b", "model": MLP, "count": 2, "shares": ["backbone"]},
+        ]
+    ),
     "homomorphic_compression": encrypted(channel__compress=[{"quantize": 8}]),
     "homomorphic_server_model": encrypted("fedmd", server__model="linear"),
     "large_homomorphic_range": encrypted(channel__homomorphic={"range": 1e14}),

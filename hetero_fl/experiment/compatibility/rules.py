@@ -249,6 +249,12 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "broadcasts are not the means of the last uploads; choose fedavg with server_lr=1 and "
         "without weighting=sum, fedmd with align=0, fd or fedproto, or remove channel.homomorphic",
     ),
+    "homomorphic_shares": CompatibilityRule(
+        ("clients.defaults.shares", "channel.homomorphic"),
+        lambda run: run.homomorphic and run.unequal_shares(),
+        "clients.defaults.shares: {found} shares other layers than others of its architecture, "
+        "but with channel.homomorphic all of them receive one sum; give them the same shares",
+    ),
     "homomorphic_compression": CompatibilityRule(
         ("channel.compress", "channel.homomorphic"),
         lambda run: run.homomorphic and run.compressing_setting(),

@@ -126,6 +126,20 @@ class UploadFacts(ConfigFacts):
                 return None
         return first(self._named_parts)
 
+    def unequal_shares(self) -> str | None:
+        """Return the first client whose `shares` differ from those of its architecture, or None.
+
+        Clients that upload nothing are not compared.
+        """
+        parts: dict[str, list[Any]] = {}
+        slots = list(shared_parts(self.algorithm))
+        for profile in self.profiles:
+            own = [shared_part(self.algorithm, profile.settings, slot) for slot in slots]
+            is_sender = any(part != () for part in own)
+            if is_sender and parts.setdefault(profile.arch.spec_id, own) != own:
+                return profile.first
+        return None
+
     @cached_property
     def _named_parts(self) -> dict[str, str]:
         return {

@@ -100,6 +100,9 @@ class ProcessPool(WorkerPool):
             process, _ = self._workers[worker]
             # The pipe breaks slightly before the exit status is known.
             process.join(EXIT_SECONDS)
+            if process.is_alive():
+                process.kill()
+                process.join()
             if process.exitcode == UNGUARDED:
                 raise UserError(ADVICE)
             if process.exitcode is not None and process.exitcode >= 0:

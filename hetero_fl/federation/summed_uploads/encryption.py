@@ -175,6 +175,7 @@ class EncryptedLink(ServerLink):
     Attributes:
         sums: Last encrypted sum of each architecture group, or of all clients under "" if the
             method does not average within groups.
+        key_name: Name of the key of the first upload of the run.
     """
 
     def __init__(self, protocol: HomomorphicEncryption, *args: Any, **options: Any) -> None:
@@ -182,6 +183,7 @@ class EncryptedLink(ServerLink):
         self.protocol = protocol
         self.specs = SPECS
         self.sums: dict[str, Payload] = {}
+        self.key_name: Any = None
 
     @property
     @override
@@ -205,8 +207,10 @@ class EncryptedLink(ServerLink):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": {group: payload.tree() for group, payload in self.sums.items()}}
+        sums = {group: payload.tree() for group, payload in self.sums.items()}
+        return {"sums": sums, "key": self.key_name}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sums = {group: Payload.from_untrusted(tree) for group, tree in state["sums"].items()}
+        self.key_name = state["key"]

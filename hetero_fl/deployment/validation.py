@@ -92,7 +92,7 @@ class SettingsReport(Body):
 class RowCounts(Body):
     """Numbers of rows of a client."""
 
-    train: Count = Field(ge=1)
+    train: Annotated[int, Field(ge=1, le=MAX_ROWS)]
     validation: Count
     test: Count
 

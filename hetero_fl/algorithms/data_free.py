@@ -132,19 +132,7 @@ class Dense(Algorithm):
             raise UserError(f"algorithm.student: unknown client '{self.student}'{suggestion}")
         student = self.student or clients.main_profile.first
         arch = clients[student].arch
-        if arch.vocabulary:
-            raise UserError(
-                "algorithm.name: dense cannot generate tokens; choose another method for text"
-            )
-        for profile in clients.profiles:
-            require_sent_state(f"clients: '{profile.first}': model", profile.arch)
-            own = profile.arch.input_shape
-            if not is_convertible(arch.input_shape, own):
-                raise UserError(
-                    f"algorithm.student: expected a client whose example shape can be converted to "
-                    f"that of {profile.first}, {list(own)}, got {student} with "
-                    f"{list(arch.input_shape)}"
-                )
+        check_student(clients, student)
         note = (
             f"dense: the student is a {arch.name}, as at {student}; clients upload their models in "
             "the last round"
@@ -170,7 +158,7 @@ class Dense(Algorithm):
             tensors = {**server.models[u.group], **u.payload["model"]}
             add_model(server, slot, u.client_info.arch, tensors)
         add_model(server, STUDENT, reference.arch, server.models[reference.arch.spec_id])
-        add_model(server, GENERATOR, self.generator(shape))
+        add_model(server, GENERATOR, generator_spec(shape, self.noise))
         synthesis = Synthesis(
             shape,
             tuple(teachers.items()),
@@ -200,12 +188,6 @@ class Dense(Algorithm):
         """Return the client whose architecture and preprocessing the student has."""
         assert self.student is not None, "set by configure"
         return participant.peers[self.student]
-
-    def generator(self, shape: tuple[int, ...]) -> ModelSpec:
-        """Return the specification of a generator that maps noise to examples of a shape."""
-        name = f"python:{Generator.__module__}:{Generator.__name__}"
-        options = {"shape": shape}
-        return ModelSpec.from_config(name, math.prod(shape), (self.noise,), options=options)
 
     def sample_noise(self, server: Participant) -> Tensors:
         """Sample a batch of noise `x`, shape `[B, noise]`, and labels `y`, shape `[B]`."""
@@ -289,6 +271,29 @@ class Dense(Algorithm):
             and len({server.peers[p.first].preprocess for p in profiles}) == 1
         )
         return slot if "student" in server.state and has_one_preprocess else None
+
+
+def check_student(clients: ClientDirectory, student: str) -> None:
+    """Check that generated examples of the student's shape suit the models of all clients."""
+    arch = clients[student].arch
+    if arch.vocabulary:
+        raise UserError(
+            "algorithm.name: dense cannot generate tokens; choose another method for text"
+        )
+    for profile in clients.profiles:
+        require_sent_state(f"clients: '{profile.first}': model", profile.arch)
+        own = profile.arch.input_shape
+        if not is_convertible(arch.input_shape, own):
+            raise UserError(
+                f"algorithm.student: expected a client whose example shape can be converted to "
+                f"that of {profile.first}, {list(own)}, got {student} with {list(arch.input_shape)}"
+            )
+
+
+def generator_spec(shape: tuple[int, ...], noise: int) -> ModelSpec:
+    """Return the specification of a generator that maps noise to examples of a shape."""
+    name = f"python:{Generator.__module__}:{Generator.__name__}"
+    return ModelSpec.from_config(name, math.prod(shape), (noise,), options={"shape": shape})
 
 
 def preprocessing_of(client_info: ClientInfo) -> View:

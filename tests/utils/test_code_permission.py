@@ -541,7 +541,7 @@ def test_node_runs_only_code_that_its_site_allows(trap: str) -> None:
 
 def test_saved_node_settings_name_no_code(trap: str) -> None:
     settings = {"site_2": {"model": f"{trap}Net"}}
-    known = SitesState(run="a", settings=settings, reports={}, shared_key=None)
+    known = SitesState(run="a", settings=settings, reports={})
     transport = LoopbackTransport()
     transport.join(Node(SiteConfig(client="site_1"), Path("state")).handle)
     sites = Sites(transport, ["site_1", "site_2"], EventLines())

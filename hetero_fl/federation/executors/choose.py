@@ -367,6 +367,8 @@ def _select_executor(
         return "batched", f"small steps of {group} clients with one architecture"
     if device.type != "cpu":
         return "serial", "one device"
+    if available == 1:
+        return "serial", "one core"
     return "serial", f"{training}, and worker processes would not save the time of their start"
 
 

@@ -488,6 +488,7 @@ class Sites:
         has_joined = client in self.state_names and here.session == self._session
         member.step = "joined" if has_joined else "terms"
         self.log_heads.update(client, answer)
+        self._refusals.pop((node, client), None)
         self.log(f"{client} {event}", client=client)
 
     def _receive_report(self, node: int, member: Member, answer: Envelope) -> None:

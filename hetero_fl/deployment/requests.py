@@ -155,15 +155,16 @@ class Requests:
         now = time.monotonic()
         connected = {c for c in self._pending if self.sites.node_of(c) is not None}
         num_present = len(self._answered | connected)
-        waits_for_nodes = num_present < self.quorum or self.sites.has_pending_step
+        has_quorum = num_present >= self.quorum
         for client, pending in list(self._pending.items()):
             if pending.deadline <= now and pending.number:
                 error = ClientLateError(f"no answer within {pending.seconds:g} s")
                 self._finish(client, error)
                 continue
             seconds = self.sites.seconds_disconnected(client)
-            is_given_up = not waits_for_nodes and seconds > self.sites.patience
-            if pending.deadline <= now or (not pending.number and is_given_up):
+            is_away = not pending.number and seconds > self.sites.patience
+            is_given_up = is_away and has_quorum and not self.sites.is_joining(client)
+            if pending.deadline <= now or is_given_up:
                 self._finish(client, ClientAbsentError("its node is not connected"))
 
     def _finish(self, client: str, result: Envelope | NoUploadError) -> None:

@@ -364,6 +364,13 @@ class Sites:
         """Whether a connected node is about to join the run."""
         return any(member.number for member in self._members.values())
 
+    def is_joining(self, client: str) -> bool:
+        """Return whether a node that may belong to a client is about to join the run.
+
+        A node may belong to any client until it has answered the greeting.
+        """
+        return any(m.number and m.client in ("", client) for m in self._members.values())
+
     def refresh(self) -> None:
         """Take the next step with each connected node, and forget those that disconnected."""
         self._admit_nodes()

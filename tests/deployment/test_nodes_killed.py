@@ -33,6 +33,7 @@ from tests.support.nodes import (
     federation,
     records,
     same,
+    until,
 )
 
 CLIENTS = ["site_1", "site_2", "site_3"]
@@ -120,6 +121,36 @@ def test_restarted_node_continues_from_its_own_disk(tmp_path: Path) -> None:
     assert [counts[client, -1, "hello"] for client in CLIENTS] == [1, 2, 1]
     assert {counts[c, -1, ask] for c in CLIENTS for ask in ("terms", "join")} == {1}
     same(deployed, run(KINDS["fedavg"], out=tmp_path / "simulated"))
+
+
+def test_absent_node_is_given_up_while_another_joins(tmp_path: Path, clock: Clock) -> None:
+    sites = Sites(CLIENTS, tmp_path / "sites")
+
+    def join_again() -> None:
+        """Start the node without its session; it joins after `site_3` is given up."""
+        (session,) = (tmp_path / "sites" / "site_2").glob("runs/*/session")
+        session.unlink()
+        node = Node(sites.site("site_2"), tmp_path / "sites" / "site_2")
+
+        def handle(envelope: Envelope) -> Envelope:
+            if envelope.head["ask"] == "terms":
+                sites.transport._working.release()
+                until(lambda: "site_3" in clock.late)
+                sites.transport._working.acquire()
+            return node.handle(envelope)
+
+        sites.transport.join(handle)
+
+    def change(record: dict[str, Any]) -> None:
+        if record["round"] == 1:
+            sites.stop("site_2")
+            sites.stop("site_3")
+            join_again()
+
+    run_config = config("fedavg", "linear", rounds=2, evaluation={"every": 2})
+    deployed = federation(run_config, sites, tmp_path / "deployed", callbacks=[change])
+
+    assert records(deployed)[1]["failed"] == {"site_3": "its node is not connected"}
 
 
 @pytest.mark.slow

@@ -52,8 +52,9 @@ class PendingRequest:
 class Requests:
     """Requests to clients, to which requests can be added at any time.
 
-    A request is sent when the client's node is connected. If the node disconnects or restarts, the
-    request is sent again, and the node answers completed tasks from storage.
+    A request is sent when the client's node is connected. If the node disconnects, restarts or is
+    no longer part of the run, the request is sent again after the node has joined, and the node
+    answers completed tasks from storage.
 
     Args:
         sites: The sites.
@@ -136,11 +137,13 @@ class Requests:
 
     def _handle_answer(self, client: str, answer: Envelope | None) -> None:
         pending = self._pending[client]
-        if answer is None:
+        if answer is not None:
+            self.sites.log_heads.update(client, answer)
+        # A node that is not part of the run, such as one that lost its files, joins it again.
+        if answer is None or answer.head.get("code") == "left":
             self.sites.forget_node(pending.node)
             pending.number = ""
             return
-        self.sites.log_heads.update(client, answer)
         task = answer.head.get("task", pending.task)
         if task != pending.task:
             expected = one_line(pending.task, 12)

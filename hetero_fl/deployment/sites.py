@@ -330,7 +330,7 @@ class Sites:
             why: Reason if the run is not complete.
         """
         messages = {
-            self.transport.push(node, message("leave", why=why), LEAVE_SECONDS)
+            self.transport.push(node, message("leave", run=self.run, why=why), LEAVE_SECONDS)
             for node in self._nodes.values()
             if self._members[node].step != "refused"
         }
@@ -377,7 +377,7 @@ class Sites:
         self.pull((), 0.0)
 
     def forget_node(self, node: int) -> None:
-        """Forget a node that disconnected or lost a message.
+        """Forget a node that disconnected, lost a message or is no longer part of the run.
 
         If the node is still connected, it is greeted again.
         """
@@ -529,7 +529,7 @@ class Sites:
             # still listed. Both may be temporary.
             member.until = time.monotonic() + GREETING_RETRY_SECONDS
         else:
-            self.transport.push(node, message("leave", why=why), 10.0)
+            self.transport.push(node, message("leave", run=self.run, why=why), 10.0)
 
     def _check_key(self, key: bytes, client: str) -> None:
         """Check that the key of a node is the key of a client."""

@@ -183,14 +183,16 @@ class PipeTransport:
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """Return the answers that have arrived (see `Transport.pull`)."""
-        answers = {self._answers[number][0]: number for number in numbers}
-        done = wait_for_futures(answers, wait, FIRST_COMPLETED).done
+        # An earlier call has deleted these, because they expired.
+        deleted = {number: None for number in numbers if number not in self._answers}
+        answers = {self._answers[n][0]: n for n in numbers if n not in deleted}
+        done = wait_for_futures(answers, 0.0 if deleted else wait, FIRST_COMPLETED).done
         found = {answers[answer]: answer.result() for answer in done}
         now = time.monotonic()
         expired = [n for n, (_, end) in self._answers.items() if end < now and n not in numbers]
         for number in [*found, *expired]:
             del self._answers[number]
-        return found
+        return {**deleted, **found}
 
     def close(self) -> None:
         """Stop all processes."""

@@ -24,8 +24,9 @@ from hetero_fl.utils.version import __version__
 
 # Codes of unsuccessful answers: the site's data (all causes alike), a malformed message, an error
 # or divergence, a run that the site is not part of, and the policy of the site. A code may name a
-# key of the server's configuration (`policy: rounds`). The text of a reason stays in the log of the
-# site unless `tells.errors` is set, because it may quote rows.
+# key of the server's configuration (`policy: rounds`). A node that answers `left` is greeted again.
+# The text of a reason stays in the log of the site unless `tells.errors` is set, because it may
+# quote rows.
 CODES = ("data", "malformed", "failed", "left", "policy")
 
 # Version of the protocol, which must be the same at the server and at all nodes.
@@ -72,10 +73,10 @@ class Body(Fields):
 
 
 class HelloHead(Fields):
-    """Head of `hello`.
+    """Head of `hello` and `leave`.
 
     Attributes:
-        run: ID of the run.
+        run: ID of the server's run, which the node may not be part of.
     """
 
     run: FileName = ""

@@ -263,7 +263,7 @@ class Node:
         for name in ("kinds", "spent"):
             self._line.pop(name, None)
         self._line |= {"outcome": f"{kind}: {why}", "code": code}
-        return message(kind, why=why)
+        return message(kind, why=why, code=code)
 
     def _hello(self, envelope: Envelope) -> Envelope:
         run = read_head(HelloHead, envelope).run
@@ -329,10 +329,12 @@ class Node:
         return joined.storage.save_state(state)
 
     def _end_run(self, envelope: Envelope) -> Envelope:
+        run = read_head(HelloHead, envelope).run
         why = one_line(envelope.head.get("why", ""))
-        if self.joined is not None:
+        # Another server, which refuses this node, does not end the run.
+        if self.joined is not None and self.joined.run == run:
             self.joined.storage.drop(SESSION)
-        self.joined = None
+            self.joined = None
         self.log("disconnected by the server" + (f": {why}" if why else ""))
         return message("left")
 

@@ -52,8 +52,9 @@ class PendingRequest:
 class Requests:
     """Requests to clients, to which requests can be added at any time.
 
-    A request is sent when the client's node is connected. If the node disconnects or restarts, the
-    request is sent again, and the node answers completed tasks from storage.
+    A request is sent when the client's node is connected. If the node disconnects, restarts or is
+    no longer part of the run, the request is sent again after the node has joined, and the node
+    answers completed tasks from storage.
 
     Args:
         sites: The sites.
@@ -136,11 +137,13 @@ class Requests:
 
     def _handle_answer(self, client: str, answer: Envelope | None) -> None:
         pending = self._pending[client]
-        if answer is None:
+        if answer is not None:
+            self.sites.log_heads.update(client, answer)
+        # A node that is not part of the run, such as one that lost its files, joins it again.
+        if answer is None or answer.head.get("code") == "left":
             self.sites.forget_node(pending.node)
             pending.number = ""
             return
-        self.sites.log_heads.update(client, answer)
         task = answer.head.get("task", pending.task)
         if task != pending.task:
             expected = one_line(pending.task, 12)
@@ -155,15 +158,16 @@ class Requests:
         now = time.monotonic()
         connected = {c for c in self._pending if self.sites.node_of(c) is not None}
         num_present = len(self._answered | connected)
-        waits_for_nodes = num_present < self.quorum or self.sites.has_pending_step
+        has_quorum = num_present >= self.quorum
         for client, pending in list(self._pending.items()):
             if pending.deadline <= now and pending.number:
                 error = ClientLateError(f"no answer within {pending.seconds:g} s")
                 self._finish(client, error)
                 continue
             seconds = self.sites.seconds_disconnected(client)
-            is_given_up = not waits_for_nodes and seconds > self.sites.patience
-            if pending.deadline <= now or (not pending.number and is_given_up):
+            is_away = not pending.number and seconds > self.sites.patience
+            is_given_up = is_away and has_quorum and not self.sites.is_joining(client)
+            if pending.deadline <= now or is_given_up:
                 self._finish(client, ClientAbsentError("its node is not connected"))
 
     def _finish(self, client: str, result: Envelope | NoUploadError) -> None:

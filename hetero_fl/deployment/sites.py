@@ -330,7 +330,7 @@ class Sites:
             why: Reason if the run is not complete.
         """
         messages = {
-            self.transport.push(node, message("leave", why=why), LEAVE_SECONDS)
+            self.transport.push(node, message("leave", run=self.run, why=why), LEAVE_SECONDS)
             for node in self._nodes.values()
             if self._members[node].step != "refused"
         }
@@ -364,13 +364,20 @@ class Sites:
         """Whether a connected node is about to join the run."""
         return any(member.number for member in self._members.values())
 
+    def is_joining(self, client: str) -> bool:
+        """Return whether a node that may belong to a client is about to join the run.
+
+        A node may belong to any client until it has answered the greeting.
+        """
+        return any(m.number and m.client in ("", client) for m in self._members.values())
+
     def refresh(self) -> None:
         """Take the next step with each connected node, and forget those that disconnected."""
         self._admit_nodes()
         self.pull((), 0.0)
 
     def forget_node(self, node: int) -> None:
-        """Forget a node that disconnected or lost a message.
+        """Forget a node that disconnected, lost a message or is no longer part of the run.
 
         If the node is still connected, it is greeted again.
         """
@@ -488,6 +495,7 @@ class Sites:
         has_joined = client in self.state_names and here.session == self._session
         member.step = "joined" if has_joined else "terms"
         self.log_heads.update(client, answer)
+        self._refusals.pop((node, client), None)
         self.log(f"{client} {event}", client=client)
 
     def _receive_report(self, node: int, member: Member, answer: Envelope) -> None:
@@ -521,7 +529,7 @@ class Sites:
             # still listed. Both may be temporary.
             member.until = time.monotonic() + GREETING_RETRY_SECONDS
         else:
-            self.transport.push(node, message("leave", why=why), 10.0)
+            self.transport.push(node, message("leave", run=self.run, why=why), 10.0)
 
     def _check_key(self, key: bytes, client: str) -> None:
         """Check that the key of a node is the key of a client."""

@@ -17,11 +17,12 @@ from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_keys import public_bytes
 from hetero_fl.deployment.sites import LogHeads, Sites
 from hetero_fl.deployment.transport import Envelope
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import RunFailedError
 from tests.support.cases import each_case
 from tests.support.deployments import SITES, Federation, small
 from tests.support.loopback import LoopbackTransport
-from tests.support.nodes import Clock, EventLines, until
+from tests.support.nodes import LONG, Clock, EventLines, until
 
 PRIVATE = {client: generate_private_key(SECP384R1()) for client in SITES}
 KEYS = {client: public_bytes(key.public_key()) for client, key in PRIVATE.items()}
@@ -86,6 +87,25 @@ def test_without_keys_a_client_belongs_to_its_connected_node(tmp_path: Path) -> 
     again = server.meet("site_1", KEYS["site_3"])
     assert server.sites._nodes == {"site_1": again}
     assert server.log_lines[-1] == "site_1 reconnected"
+
+
+def test_restarted_node_joins_after_an_earlier_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sites, "GREETING_RETRY_SECONDS", 0.1)
+    server = Server(tmp_path, None)
+    first = server.meet("site_1", KEYS["site_1"])
+    again = server.meet("site_1", KEYS["site_2"])
+    assert "its key is not the key of client 'site_1'" in server.log_lines[-1]
+    for client in SITES[1:]:
+        server.meet(client, KEYS[client])
+
+    server.transport.leave(first)
+    server.sites.join(load_config(small()), wait=LONG)
+
+    assert server.sites.connected() == list(SITES)
+    assert server.sites.node_of("site_1") == again
+    server.transport.close()
 
 
 def test_node_with_failed_worker_is_asked_again(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import hetero_fl
-from tests.support.deployments import run_local_federation
+from tests.support.deployments import Envelope, PipeTransport, run_local_federation
 from tests.support.federations import config
 
 SOURCE = config("fedper", rounds=3, clients=2, runtime__executor="serial")
@@ -34,6 +34,14 @@ def test_run_with_a_killed_process_equals_simulation(tmp_path: Path) -> None:
     for name in simulated.models:
         path = Path("models") / f"{name}.safetensors"
         assert (federated.path / path).read_bytes() == (simulated.path / path).read_bytes()
+
+
+def test_answer_that_expired_during_another_call_never_arrives() -> None:
+    transport = PipeTransport([])
+    number = transport.push(1, Envelope(), within=-1.0)
+    transport.pull([], wait=0.0)
+
+    assert transport.pull([number], wait=60.0) == {number: None}
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import pytest
 
 from hetero_fl.communication.named_arrays import decode_arrays
 from hetero_fl.communication.secure_aggregation.client import REQUESTS
+from hetero_fl.deployment import sites as server_sites
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_storage import MAX_STATES, NodeStorage, StateLostError
 from hetero_fl.deployment.transport import Envelope
@@ -23,9 +24,11 @@ from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.reporting.report import write_report
 from tests.support.calls import record_calls
 from tests.support.federations import MIXED, TOP, config
+from tests.support.loopback import LoopbackTransport
 from tests.support.nodes import (
     LONG,
     Clock,
+    EventLines,
     Point,
     RecordingTransport,
     ServerKilledError,
@@ -33,6 +36,7 @@ from tests.support.nodes import (
     federation,
     records,
     same,
+    until,
 )
 
 CLIENTS = ["site_1", "site_2", "site_3"]
@@ -120,6 +124,78 @@ def test_restarted_node_continues_from_its_own_disk(tmp_path: Path) -> None:
     assert [counts[client, -1, "hello"] for client in CLIENTS] == [1, 2, 1]
     assert {counts[c, -1, ask] for c in CLIENTS for ask in ("terms", "join")} == {1}
     same(deployed, run(KINDS["fedavg"], out=tmp_path / "simulated"))
+
+
+def test_restarted_node_with_damaged_session_joins_again(tmp_path: Path) -> None:
+    sites = Sites(CLIENTS[1:], tmp_path / "sites")
+    folder, lines = tmp_path / "sites" / "site_1", EventLines()
+    # Its connection stays, and it restarts before every message.
+    sites.transport.join(lambda envelope: Node(sites.site("site_1"), folder).handle(envelope))
+
+    def damage(record: dict[str, Any]) -> None:
+        if record["round"] == 1:
+            (session,) = folder.glob("runs/*/session")
+            session.write_bytes(session.read_bytes()[:-1])
+
+    more: dict[str, Any] = {"callbacks": [damage], "log": lines, "patience": LONG}
+    deployed = federation(KINDS["hybrid"], sites, tmp_path / "deployed", **more)
+
+    assert lines.count("site_1 reconnected") == 1
+    same(deployed, run(KINDS["hybrid"], out=tmp_path / "simulated"))
+
+
+def test_node_refused_by_another_server_remains_in_its_run(tmp_path: Path) -> None:
+    sites = Sites(CLIENTS[1:], tmp_path / "sites")
+    lines, node_lines = EventLines(), EventLines()
+    node = Node(sites.site("site_1"), tmp_path / "sites" / "site_1", node_lines)
+    sites.transport.join(node.handle)
+
+    def meet_another_server(record: dict[str, Any]) -> None:
+        if record["round"] == 1:
+            transport = LoopbackTransport()
+            transport.join(node.handle)
+            other = server_sites.Sites(transport, ["another"], EventLines())
+            farewell = "disconnected by the server: the configuration has no such client"
+            until(lambda: other.refresh() or farewell in node_lines)
+            transport.close()
+
+    deployed = federation(
+        KINDS["hybrid"], sites, tmp_path / "deployed", callbacks=[meet_another_server], log=lines
+    )
+
+    assert "site_1 disconnected" not in lines
+    assert node.joined is None and node_lines[-1] == "disconnected by the server"
+    same(deployed, run(KINDS["hybrid"], out=tmp_path / "simulated"))
+
+
+def test_absent_node_is_given_up_while_another_joins(tmp_path: Path, clock: Clock) -> None:
+    sites = Sites(CLIENTS, tmp_path / "sites")
+
+    def join_again() -> None:
+        """Start the node without its session; it joins after `site_3` is given up."""
+        (session,) = (tmp_path / "sites" / "site_2").glob("runs/*/session")
+        session.unlink()
+        node = Node(sites.site("site_2"), tmp_path / "sites" / "site_2")
+
+        def handle(envelope: Envelope) -> Envelope:
+            if envelope.head["ask"] == "terms":
+                sites.transport._working.release()
+                until(lambda: "site_3" in clock.late)
+                sites.transport._working.acquire()
+            return node.handle(envelope)
+
+        sites.transport.join(handle)
+
+    def change(record: dict[str, Any]) -> None:
+        if record["round"] == 1:
+            sites.stop("site_2")
+            sites.stop("site_3")
+            join_again()
+
+    run_config = config("fedavg", "linear", rounds=2, evaluation={"every": 2})
+    deployed = federation(run_config, sites, tmp_path / "deployed", callbacks=[change])
+
+    assert records(deployed)[1]["failed"] == {"site_3": "its node is not connected"}
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_fl.deployment.config import SiteConfig
-from hetero_fl.deployment.local import run_local_federation
+from hetero_fl.deployment.local import PipeTransport, run_local_federation
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.server import run_federation
 from hetero_fl.deployment.transport import Envelope, Handle
@@ -16,7 +16,16 @@ from tests.support.federations import config
 from tests.support.loopback import LoopbackTransport
 from tests.support.nodes import LONG
 
-__all__ = ["SITES", "Between", "Federation", "run_local_federation", "small", "twice"]
+__all__ = [
+    "SITES",
+    "Between",
+    "Envelope",
+    "Federation",
+    "PipeTransport",
+    "run_local_federation",
+    "small",
+    "twice",
+]
 
 SITES = ("site_1", "site_2", "site_3")
 Between = Callable[[Handle], Handle]

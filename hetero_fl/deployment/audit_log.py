@@ -423,6 +423,8 @@ def _format_time(now: float) -> str:
 
 
 TRAIN = "train"
+# Kind of the reply to a request that the protocol refused.
+REFUSED = "refused"
 # Outcomes of a completed task.
 ANSWERED = ("done", "failed")
 # Maximum number of tasks whose names are stored.
@@ -480,7 +482,8 @@ class SiteUsage:
         self.tasks[entry.get("task", "")] = digest
         if len(self.tasks) > MAX_KNOWN_TASKS:
             self.tasks.popitem(last=False)
-        if entry["outcome"] in ANSWERED:
+        # A request that the protocol refused before training has cost nothing.
+        if entry["outcome"] in ANSWERED and entry.get("kinds") != [REFUSED]:
             self.answered.add(digest)
             if entry.get("what") == TRAIN:
                 self.trained.add(digest)

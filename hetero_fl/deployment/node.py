@@ -547,7 +547,12 @@ class Node:
         spent = joined.policy.task.spent
         # The same request may be valid later, and is charged then.
         if self._line.get("kinds") != [REFUSED]:
-            content = {"head": answer.head, "body": as_tensor(answer.body), "spent": spent}
+            content = {
+                "head": answer.head,
+                "body": as_tensor(answer.body),
+                "spent": spent,
+                "digest": digest.hex(),
+            }
             joined.storage.write("answer", encode(content, FORM))
         self._line |= {"spent": spent} if spent else {}
         return answer
@@ -558,7 +563,7 @@ class Node:
         if stored is None:
             return None
         known = decode(stored, FORM)
-        if known["head"]["task"] != task:
+        if (known["head"]["task"], known["digest"]) != (task, digest.hex()):
             return None
         self._line["kinds"] = ["what was answered before"]
         if digest not in joined.usage.answered:

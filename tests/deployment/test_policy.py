@@ -415,6 +415,21 @@ def test_training_that_was_refused_before_is_charged(secure_session: NodeSession
     assert secure_session.node.audit_log.entries()[-1]["spent"]
 
 
+def test_stored_answer_is_not_sent_for_another_task_of_same_name(
+    secure_session: NodeSession,
+) -> None:
+    secure_session.repeat("keys", task="same", again=2)
+    # As if many other tasks had followed.
+    secure_session.node.joined.usage.tasks.clear()
+
+    answer = secure_session.repeat("train", task="same", again=2)
+
+    assert answer.head["what"] == "refused"
+    start_secure_sum(secure_session, again=3)
+    secure_session.repeat("train", task="other", again=2)
+    assert secure_session.node.audit_log.entries()[-1]["spent"]
+
+
 def test_loggers_run_at_the_server_only(session: NodeSession) -> None:
     config = decode_body(session.requests["terms"])["config"]
 

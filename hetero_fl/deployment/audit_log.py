@@ -271,11 +271,7 @@ def traffic_totals(entries: Iterable[Entry], run: str | None = None) -> TrafficT
     received: dict[str, int] = {}
     sent: dict[str, int] = {}
     for entry in entries:
-        if (
-            "asked" not in entry
-            or entry["outcome"].startswith("lost")
-            or run not in (None, entry.get("run"))
-        ):
+        if "asked" not in entry or run not in (None, entry.get("run")):
             continue
         received.setdefault(entry["asked"], entry["in"])
         if entry.get("what") != "read" and entry["outcome"] in ("done", REPEATED):

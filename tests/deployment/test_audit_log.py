@@ -215,8 +215,6 @@ def test_totals_count_each_task_once(tmp_path: Path) -> None:
     common = {"run": "r", "round": 0, "in": 5}
     log.append(ask="terms", out=99, outcome="told", **common)
     train = {"ask": "do", "what": "train", **common}
-    log.append(out=0, outcome="unready", **train)
-    log.append(out=0, outcome="lost: it is not here", asked="a0", **train)
     log.append(out=7, outcome="done", asked="aa", **train)
     log.append(out=7, outcome="again", asked="aa", **train)
     log.append(out=0, outcome="refused: no", asked="bb", **train)

@@ -98,6 +98,8 @@ class AuditLog:
         self._identity: tuple[int, int, int] | None = None
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._load()
+        # If the process is killed after the first line, the log still has a head.
+        self._write_head()
 
     def append(self, **fields: Any) -> Entry:
         """Append a line about a message and flush the log to disk.
@@ -128,7 +130,7 @@ class AuditLog:
         self._count += 1
         self._last = _hash(line)
         self._identity = _file_identity(self.path)
-        write_atomically(_head_path(self.path), self.head.encode(), private=True)
+        self._write_head()
         return entry
 
     def entries(self) -> list[Entry]:
@@ -165,6 +167,9 @@ class AuditLog:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+
+    def _write_head(self) -> None:
+        write_atomically(_head_path(self.path), self.head.encode(), private=True)
 
 
 def verify(
@@ -266,11 +271,7 @@ def traffic_totals(entries: Iterable[Entry], run: str | None = None) -> TrafficT
     received: dict[str, int] = {}
     sent: dict[str, int] = {}
     for entry in entries:
-        if (
-            "asked" not in entry
-            or entry["outcome"].startswith("lost")
-            or run not in (None, entry.get("run"))
-        ):
+        if "asked" not in entry or run not in (None, entry.get("run")):
             continue
         received.setdefault(entry["asked"], entry["in"])
         if entry.get("what") != "read" and entry["outcome"] in ("done", REPEATED):
@@ -311,7 +312,11 @@ def _read(
             raise UserError(f"{path}: line {max(1, number - 1)}: changed after it was written")
         entries.append(entry)
         hashes.append(_hash(line + b"\n"))
-    stored_head = _content(_head_path(path)).decode(errors="replace").strip()
+    head_path = _head_path(path)
+    stored_head = _content(head_path).decode(errors="replace").strip()
+    if (lines or stored_head) and HEAD_PATTERN.fullmatch(stored_head) is None:
+        problem = "damaged" if stored_head else "missing or empty"
+        raise UserError(f"{head_path}: {problem}; restore this file, which has the newest head")
     for head in (stored_head, known_head):
         if head:
             _check_head(path, hashes, head)
@@ -423,6 +428,8 @@ def _format_time(now: float) -> str:
 
 
 TRAIN = "train"
+# Kind of the reply to a request that the protocol refused.
+REFUSED = "refused"
 # Outcomes of a completed task.
 ANSWERED = ("done", "failed")
 # Maximum number of tasks whose names are stored.
@@ -480,7 +487,8 @@ class SiteUsage:
         self.tasks[entry.get("task", "")] = digest
         if len(self.tasks) > MAX_KNOWN_TASKS:
             self.tasks.popitem(last=False)
-        if entry["outcome"] in ANSWERED:
+        # A request that the protocol refused before training has cost nothing.
+        if entry["outcome"] in ANSWERED and entry.get("kinds") != [REFUSED]:
             self.answered.add(digest)
             if entry.get("what") == TRAIN:
                 self.trained.add(digest)

@@ -23,6 +23,7 @@ from hetero_fl.data import FederatedData
 from hetero_fl.data.client_rows import RemoteDataInfo
 from hetero_fl.data.federated_data import PublicPack, describe_client_rows, restrict_to_holder
 from hetero_fl.deployment.audit_log import (
+    REFUSED,
     REPEATED,
     TRAIN,
     AuditLog,
@@ -537,16 +538,8 @@ class Node:
         if digest in usage.answered:
             self._line["outcome"] = REPEATED
         joined.policy.start_task(head.kind, request, digest)
-        if (stored := joined.storage.read("answer")) is not None:
-            known = decode(stored, FORM)
-            if known["head"]["task"] == head.task:
-                self._line["kinds"] = ["what was answered before"]
-                if digest not in usage.answered:
-                    joined.policy.check_budget(known["spent"])
-                    self._line["spent"] = known["spent"]
-                body = as_bytes(known["body"])
-                joined.policy.check_size(len(body), upload=True)
-                return Envelope(known["head"], body)
+        if (stored := self._stored_answer(joined, head.task, digest)) is not None:
+            return stored
         joined.noise.task = digest
         about: Head = {"task": head.task, "reset": base != head.base}
         if head.kind == "read":
@@ -554,10 +547,33 @@ class Node:
         protected = [name for name in head.spare.split(",") if name][:MAX_STATES]
         answer = self._answer_request(joined, request, private, about, protected)
         spent = joined.policy.task.spent
-        content = {"head": answer.head, "body": as_tensor(answer.body), "spent": spent}
-        joined.storage.write("answer", encode(content, FORM))
+        # The same request may be valid later, and is charged then.
+        if self._line.get("kinds") != [REFUSED]:
+            content = {
+                "head": answer.head,
+                "body": as_tensor(answer.body),
+                "spent": spent,
+                "digest": digest.hex(),
+            }
+            joined.storage.write("answer", encode(content, FORM))
         self._line |= {"spent": spent} if spent else {}
         return answer
+
+    def _stored_answer(self, joined: ParticipatingRun, task: str, digest: bytes) -> Envelope | None:
+        """Return and charge the last answer, or return None if it is for another task."""
+        stored = joined.storage.read("answer")
+        if stored is None:
+            return None
+        known = decode(stored, FORM)
+        if (known["head"]["task"], known["digest"]) != (task, digest.hex()):
+            return None
+        self._line["kinds"] = ["what was answered before"]
+        if digest not in joined.usage.answered:
+            joined.policy.check_budget(known["spent"])
+            self._line["spent"] = known["spent"]
+        body = as_bytes(known["body"])
+        joined.policy.check_size(len(body), upload=True)
+        return Envelope(known["head"], body)
 
     def _load_private(self, joined: ParticipatingRun, name: str) -> tuple[str, bytes]:
         """Load a private state, and return its name, which is empty if the state is lost."""
@@ -629,7 +645,7 @@ class Node:
             self.log(f"failed: {one_line(reply)}")
             why = str(reply) if self.site.tells.errors else "failed"
             return message("failed", why=why, **about)
-        if reply.kind == "refused":
+        if reply.kind == REFUSED:
             self.log(f"refused: {one_line(reply.body.decode())}")
             reply = reply if self.site.tells.errors else replace(reply, content=b"malformed")
         # For an upload, `_check_upload` has already recorded the contents.

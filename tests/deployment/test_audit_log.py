@@ -11,11 +11,13 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
 
 from hetero_fl.cli import main
+from hetero_fl.deployment import audit_log
 from hetero_fl.deployment.audit_log import (
     INITIAL_HASH,
     AuditLog,
@@ -33,6 +35,7 @@ from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
 from tests.support.deployments import SITES, Federation, small, twice
 from tests.support.federations import MIXED, TOP
+from tests.support.nodes import NodeEndedError
 
 Lines = list[bytes]
 
@@ -121,11 +124,19 @@ def test_every_single_bit_counts(tmp_path: Path) -> None:
 
 
 @each_case(
-    ("head", "message"), [("5:" + "a" * 64, "line 5: differs"), ("junk", "head: expected N:HASH")]
+    ("head", "message"),
+    [
+        ("5:" + "a" * 64, "line 5: differs"),
+        ("junk", "audit.jsonl.head: damaged; restore"),
+        ("", "audit.jsonl.head: missing or empty; restore"),
+        (None, "audit.jsonl.head: missing or empty; restore"),
+    ],
 )
-def test_head_that_does_not_fit_is_refused(head: str, message: str, tmp_path: Path) -> None:
+def test_head_that_does_not_fit_is_refused(head: str | None, message: str, tmp_path: Path) -> None:
     path = written(tmp_path / "audit.jsonl")
-    (tmp_path / "audit.jsonl.head").write_text(head)
+    (tmp_path / "audit.jsonl.head").unlink()
+    if head is not None:
+        (tmp_path / "audit.jsonl.head").write_text(head)
     for reads in (verify, AuditLog):
         with pytest.raises(UserError, match=message):
             reads(path)
@@ -149,6 +160,20 @@ def test_log_of_killed_process_is_continued(key: Any, tmp_path: Path) -> None:
 
     assert [e["n"] for e in verify(path, key and key.public_key())] == [1, 2, 3]
     assert AuditLog(path, key).head == log.head == verified_head(path)
+
+
+def test_log_of_process_killed_at_its_first_line_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path)
+    with monkeypatch.context() as patch, pytest.raises(NodeEndedError):
+        patch.setattr(audit_log, "write_atomically", Mock(side_effect=NodeEndedError))
+        log.append(**ABOUT)
+
+    AuditLog(path).append(**ABOUT)
+
+    assert len(verify(path)) == 2
 
 
 def test_next_append_removes_partial_line_of_a_full_disk(tmp_path: Path) -> None:
@@ -190,8 +215,6 @@ def test_totals_count_each_task_once(tmp_path: Path) -> None:
     common = {"run": "r", "round": 0, "in": 5}
     log.append(ask="terms", out=99, outcome="told", **common)
     train = {"ask": "do", "what": "train", **common}
-    log.append(out=0, outcome="unready", **train)
-    log.append(out=0, outcome="lost: it is not here", asked="a0", **train)
     log.append(out=7, outcome="done", asked="aa", **train)
     log.append(out=7, outcome="again", asked="aa", **train)
     log.append(out=0, outcome="refused: no", asked="bb", **train)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from hetero_fl.communication.named_arrays import decode_arrays, encode_arrays
+from hetero_fl.communication.secure_aggregation.client import REPLIES, REQUESTS
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.deployment import audit_log
 from hetero_fl.deployment.audit_log import AuditLog, SiteUsage, verify
@@ -381,6 +383,51 @@ def test_repeated_training_costs_nothing(tmp_path: Path) -> None:
     assert first.body == second.body
     lines = [line for line in session.node.audit_log.entries() if line.get("what") == "train"]
     assert [bool(line.get("spent")) for line in lines] == [True, False, False]
+
+
+def start_secure_sum(session: NodeSession, again: int) -> None:
+    """Ask for new keys, and send them back, so that the node is ready to train."""
+    reply = session.repeat("keys", task=f"keys{again}", again=again)
+    request = decode_arrays(session.requests["shares"].body, REQUESTS["shares"])
+    position = request["numbers"].tolist().index(request["head"][0])
+    request["keys"][position] = decode_arrays(reply.body, REPLIES["keys"])["keys"]
+    shares = encode_arrays(request)
+    assert session.repeat("shares", shares, task=f"shares{again}").head["what"] == "shares"
+
+
+@pytest.fixture(scope="module")
+def secure_session(tmp_path_factory: pytest.TempPathFactory) -> NodeSession:
+    folder = tmp_path_factory.mktemp("secure")
+    site = {"allows": {"privacy": {"epsilon": 1e6}}}
+    return NodeSession(folder, site, rounds=1, models="linear", **SECURE, **RECORD)
+
+
+def test_training_that_was_refused_before_is_charged(secure_session: NodeSession) -> None:
+    """A request out of order is refused without training, and is not charged then."""
+    for _ in range(2):
+        early = secure_session.repeat("train", task="early", again=1)
+        assert early.head["what"] == "refused"
+
+    start_secure_sum(secure_session, again=1)
+    answer = secure_session.repeat("train", task="late", again=1)
+
+    assert answer.head["what"] == "train"
+    assert secure_session.node.audit_log.entries()[-1]["spent"]
+
+
+def test_stored_answer_is_not_sent_for_another_task_of_same_name(
+    secure_session: NodeSession,
+) -> None:
+    secure_session.repeat("keys", task="same", again=2)
+    # As if many other tasks had followed.
+    secure_session.node.joined.usage.tasks.clear()
+
+    answer = secure_session.repeat("train", task="same", again=2)
+
+    assert answer.head["what"] == "refused"
+    start_secure_sum(secure_session, again=3)
+    secure_session.repeat("train", task="other", again=2)
+    assert secure_session.node.audit_log.entries()[-1]["spent"]
 
 
 def test_loggers_run_at_the_server_only(session: NodeSession) -> None:

@@ -6,7 +6,9 @@ imports only the standard library and filelock.
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from hetero_fl.deployment.transport import Envelope
+from hetero_fl.deployment.transport import Envelope, Head
 
 # Line that a worker prints when its socket is ready.
 LISTENING = "listening"
@@ -63,15 +65,21 @@ def forward(envelope: Envelope, site: Path, allow_code: bool = False) -> Envelop
 
 
 def send(connection: Connection, envelope: Envelope) -> None:
-    """Write a message to a connection between two processes of this package and user."""
-    connection.send(envelope.head)
-    # Unlike a pickled body, this is not copied.
+    """Write a message to a connection: the head as JSON, and the body."""
+    head = {
+        name: {"bytes": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
+        for name, value in envelope.head.items()
+    }
+    connection.send_bytes(json.dumps(head).encode())
     connection.send_bytes(envelope.body)
 
 
 def receive(connection: Connection) -> Envelope:
     """Read a message that `send` wrote to a connection."""
-    head = connection.recv()
+    head: Head = {
+        name: base64.b64decode(value["bytes"]) if isinstance(value, dict) else value
+        for name, value in json.loads(connection.recv_bytes()).items()
+    }
     return Envelope(head, connection.recv_bytes())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -29,7 +31,7 @@ from hetero_fl.deployment.flower.client_app import (
     to_content,
 )
 from hetero_fl.deployment.flower.server_app import GridTransport, run_in_app
-from hetero_fl.deployment.flower.worker import WorkerError, forward, socket_path
+from hetero_fl.deployment.flower.worker import WorkerError, forward, receive, send, socket_path
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_keys import make_node_key, public_bytes
 from hetero_fl.deployment.transport import Envelope, Handle, UnreadableAnswer
@@ -337,6 +339,18 @@ def test_client_app_does_not_import_torch() -> None:
     )
 
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_messages_between_processes_are_not_pickled() -> None:
+    values = {"text": "\ud800é", "bytes": b"\xff", "whole": 3, "real": 0.1, "flag": True}
+    envelope = Envelope(values, b"body" * 1000)
+    left, right = multiprocessing.Pipe()
+
+    send(left, envelope)
+    send(left, envelope)
+
+    assert receive(right) == envelope
+    assert json.loads(right.recv_bytes())["whole"] == 3
 
 
 def test_worker_answers_and_ends_with_its_parent(

@@ -545,8 +545,12 @@ class Sites:
         """Return the configuration with the settings that the sites define for their clients."""
         chosen = [{"match": c, **values} for c, values in self._settings.items() if values]
         plain = resolve_config(config)
-        plain["clients"]["overrides"] = [*plain["clients"]["overrides"], *chosen]
-        return load_config(plain, allow_code=CodePermission(granted=self._references))
+        before = plain["clients"]["overrides"]
+        plain["clients"]["overrides"] = [*before, *chosen]
+        merged = load_config(plain, allow_code=CodePermission(granted=self._references))
+        added = resolve_config(merged)["clients"]["overrides"][len(before) :]
+        # The configuration of a run that is resumed contains the settings already.
+        return config if before[-len(added) :] == added else merged
 
     def _wait_for(
         self, is_done: Callable[[Member], bool], clients: Collection[str], seconds: float

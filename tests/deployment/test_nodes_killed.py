@@ -16,6 +16,7 @@ import pytest
 from hetero_fl.communication.named_arrays import decode_arrays
 from hetero_fl.communication.secure_aggregation.client import REQUESTS
 from hetero_fl.deployment import sites as server_sites
+from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_storage import MAX_STATES, NodeStorage, StateLostError
 from hetero_fl.deployment.transport import Envelope
@@ -486,3 +487,23 @@ def test_exchanges_of_another_sum_are_refused(
     assert b"out of order" in transport.repeat(node, train).body
     done = federation(CONFIG, sites, tmp_path / "deployed")
     assert [r["counts"]["arrived"] for r in records(done)] == [3, 3, 3]
+
+
+class ReservedSites(Sites):
+    """Nodes whose site files permit parameters only."""
+
+    def site(self, client: str) -> SiteConfig:
+        return super().site(client).model_copy(update={"shares": ["parameters"]})
+
+
+def test_run_with_settings_of_sites_is_resumed(tmp_path: Path) -> None:
+    source = config("fedavg", "mlp", 2, rounds=2)
+    expected = federation(
+        source, ReservedSites(["site_1", "site_2"], tmp_path / "a"), tmp_path / "x"
+    )
+
+    # Six messages until all are ready, then the first round.
+    sites = ReservedSites(["site_1", "site_2"], tmp_path / "b")
+    resumed = federation(source, sites, tmp_path / "y", [6 + 2 + 1])
+
+    same(resumed, expected)

@@ -381,13 +381,20 @@ def federation(
 ) -> Run:
     """Run a configuration on these sites, restarting the server when it ends."""
     more = {"wait": LONG, "deadline": LONG, "patience": 0.3, **more}
+
+    def serve() -> Run:
+        # As the commands do, continue with the configuration of the run.
+        saved = out / "config.yaml"
+        begun = saved if saved.exists() else source
+        return run_federation(begun, sites.transport, out=out, resume=True, **more)
+
     try:
         for last in crashes:
             sites.transport.last = last
             with pytest.raises(ServerKilledError):
-                run_federation(source, sites.transport, out=out, resume=True, **more)
+                serve()
         sites.transport.last = None if closing else sites.transport.last
-        return run_federation(source, sites.transport, out=out, resume=True, **more)
+        return serve()
     finally:
         if closing:
             sites.transport.last = None

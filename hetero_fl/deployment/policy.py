@@ -315,7 +315,7 @@ class PolicyBackend:
 
 @dataclass
 class TaskUsage:
-    """What a task has used so far.
+    """Steps and label counts that a task has used so far.
 
     Args:
         is_training: Whether the task is training.

@@ -110,10 +110,10 @@ def run_federation(
             status.update(
                 name=config.name, algorithm=config.algorithm["name"], rounds=config.rounds
             )
-            prepared = sites.join(config, wait, _sites_state(out) if is_resumed else None)
-            status.update(phase="running", run=sites.run)
             for record in _completed_rounds(out) if is_resumed else []:
                 status.add_record(record)
+            prepared = sites.join(config, wait, _sites_state(out) if is_resumed else None)
+            status.update(phase="running", run=sites.run)
             prepared.notes.extend(unused_simulation_keys(prepared.federation, config))
             factory = partial(_make_executor, sites=sites, out=out, deadline=deadline)
             return run_prepared(

@@ -308,7 +308,7 @@ class AsynchronousTrainer(FederatedTrainer):
 
     def _aggregate(self) -> None:
         """Aggregate the buffered uploads. The version is incremented unless training diverges."""
-        # Evaluations may have set another round.
+        # Restart the random streams of the server, also after a diverged aggregation.
         self.set_round(self.version)
         uploads = begin_uploads(self.protocol, self.link, self.version)
         for client, payload, weight in sorted(self._buffer, key=lambda e: natural_key(e[0])):

@@ -235,7 +235,10 @@ class FederatedTrainer:
             raise
 
     def set_round(self, round_idx: int) -> None:
-        """Set the round of the server. Broadcasts of other rounds are dropped."""
+        """Set the round of the server, and restart its random streams.
+
+        Broadcasts of other rounds are dropped.
+        """
         is_next = round_idx != self.server.round_context.round_idx
         self.server.round_context = self.federation.round_context(round_idx)
         self.server.stream_uses = {}

@@ -207,14 +207,7 @@ class GridTransport:
         return keys
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
-        """Send a message to a node and return the ID of the message.
-
-        If the node is not connected, the message is not sent, and its answer is None.
-
-        Args:
-            node: Number of the node.
-            envelope: Message to send.
-            within: Seconds after which the message and its answer expire.
+        """Send a message to a node and return the ID of the message (see `Transport.push`).
 
         Raises:
             RunFailedError: If the SuperLink does not respond or Flower has stopped the run.

@@ -94,7 +94,12 @@ class Dense(Loop):
     def start(self) -> None:
         super().start()
         self.card = self.federation.client_infos[self.method.student]
-        self.arch = self.method.generator(self.card.arch.input_shape)
+        self.arch = type(self.card.arch).from_config(
+            "python:hetero_fl.core.generative_objectives:Generator",
+            torch.Size(self.card.arch.input_shape).numel(),
+            (self.method.noise,),
+            options={"shape": self.card.arch.input_shape},
+        )
         self.maker, self.student = self.module(self.arch), self.module(self.card.arch)
         self.is_distilled = False
         self.apart: list[Tensor] = []

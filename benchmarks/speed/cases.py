@@ -35,6 +35,8 @@ LABEL_SKEW = {
     "split": {"validation": 0.0, "test": 0.25},
 }
 LARGE_MODELS = ["fedavg_cnn", "torchvision:resnet18"]
+# The CNN of HtFLlib has no padding.
+HTFLLIB_MODELS = ["python:benchmarks.science.htfllib_models:ValidCNN", "torchvision:resnet18"]
 
 
 class Images(NamedTuple):
@@ -407,16 +409,21 @@ CASES = [
                 clients={
                     "count": 20,
                     "defaults": {
-                        "model": LARGE_MODELS,
+                        "model": HTFLLIB_MODELS,
                         # HtFLlib fails if a loss is not finite, as with a larger rate.
                         "optimizer": {"lr": 0.001},
                         "batch_size": 32,
                     },
                 },
+                runtime=ALL_CORES,
             )
         },
-        VECTORIZED,
-        {("batched", "HtFLlib"): 0.2},
+        {**VECTORIZED, "two workers": TWO_WORKERS},
+        {
+            ("batched", "HtFLlib"): 0.2,
+            ("serial", "HtFLlib"): 0.95,
+            ("two workers", "HtFLlib"): 0.7,
+        },
         Images(20 * 256, *COLOR),
         rivals={"HtFLlib": HtFLlib()},
         runs_with=(CPU, CUDA),

@@ -230,8 +230,9 @@ class HtFLlib(Rival):
         script = [str(FOLDER / "htfllib_rounds.py"), str(self.checkout / "system")]
         options = ["-data", "generated", "-m", "HtFE-img-2", "-algo", "FD", "-nc", str(clients)]
         options += ["-lbs", str(defaults["batch_size"]), "-lr", str(defaults["optimizer"]["lr"])]
-        device = config["runtime"].get("device", "cpu")
-        return [sys.executable, *script, device, ENDLESS, *options]
+        runtime = config["runtime"]
+        process = [runtime.get("device", "cpu"), str(runtime["threads"])]
+        return [sys.executable, *script, *process, ENDLESS, *options]
 
 
 def environment(tree: Path, folder: Path) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Run the training script of HtFLlib one round at a time, for the case `htfllib`.
 
-    python htfllib_rounds.py SYSTEM DEVICE ROUNDS [option of its main.py …]
+    python htfllib_rounds.py SYSTEM DEVICE THREADS ROUNDS [option of its main.py …]
 
 `SYSTEM` is the folder `system` of a checkout of HtFLlib. The folder `../dataset`, relative to the
 working directory, must contain the files of the clients. Before each round, the script waits for a
@@ -18,6 +18,8 @@ import sys
 import time
 import types
 from typing import Any, TextIO
+
+import torch
 
 LEFT_OUT = {
     "serverktl_stylegan_xl": "FedKTL",
@@ -66,12 +68,13 @@ def prepare_imports(system: str) -> None:
         sys.modules[module.__name__] = module
 
 
-def serve(system: str, device: str, rounds: str, options: list[str]) -> None:
+def serve(system: str, device: str, threads: str, rounds: str, options: list[str]) -> None:
     """Run the training script of HtFLlib.
 
     Args:
         system: The folder `system` of a checkout of HtFLlib.
         device: Device of the training.
+        threads: Number of threads of torch.
         rounds: Number of rounds.
         options: Additional options of the training script.
     """
@@ -79,6 +82,7 @@ def serve(system: str, device: str, rounds: str, options: list[str]) -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     prepare_imports(system)
+    torch.set_num_threads(int(threads))
     from flcore.servers.serverbase import Server
 
     timer = TurnTimer(Server.select_clients, replies)
@@ -93,4 +97,4 @@ def serve(system: str, device: str, rounds: str, options: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:])
+    serve(*sys.argv[1:5], sys.argv[5:])

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.speed.cases import AGAINST, CASES, Case
 from benchmarks.speed.contenders import CommandLine, Config, Framework, Process, Rival
 from tests.support.commits import checked_out, resolve_commit
@@ -31,6 +33,8 @@ from tests.support.commits import checked_out, resolve_commit
 HERE, COMMIT = "working tree", "commit"
 MOST = 5
 """Number of the slowest configurations of a case that are listed."""
+RESAMPLES = 4_000
+"""Number of samples of the bootstrap."""
 
 
 @dataclass
@@ -114,7 +118,8 @@ def describe(case: Case, result: Result) -> str:
     compared = dict.fromkeys((name, reference) for name in others)
     compared |= {pair: None for pair in case.targets if set(pair) <= result.seconds.keys()}
     for name, other in compared:
-        ratio = f"  {name} / {other}: {spread(ratios(result.seconds, name, other))}"
+        found = ratios(result.seconds, name, other)
+        ratio = f"  {name} / {other}: {spread(found)}, 95% interval {interval([found])}"
         if target := case.targets.get((name, other)):
             verdict = "met" if result.median_ratio(name, other) <= target else "missed"
             ratio += f"; target {target}: {verdict}"
@@ -129,6 +134,21 @@ def describe(case: Case, result: Result) -> str:
 def spread(values: Sequence[float]) -> str:
     """Format the median and range of values."""
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def interval(ratios_by_case: Sequence[Sequence[float]]) -> str:
+    """Format the 95% interval of the geometric mean of medians, by a percentile bootstrap.
+
+    Args:
+        ratios_by_case: Time ratio of each turn, for each case.
+    """
+    generator = np.random.default_rng(0)
+    total = np.zeros(RESAMPLES)
+    for found in ratios_by_case:
+        drawn = generator.choice(found, (RESAMPLES, len(found)))
+        total += np.log(np.median(drawn, axis=1))
+    low, high = np.exp(np.percentile(total / len(ratios_by_case), [2.5, 97.5]))
+    return f"{low:.3f} to {high:.3f}"
 
 
 def with_rivals(case: Case, checkout: Path) -> Case:
@@ -215,7 +235,10 @@ def main() -> None:
     if options.against:
         medians = [result.median_ratio(HERE, COMMIT) for result in results.values()]
         mean = statistics.geometric_mean(medians)
-        print(f"geometric mean of {len(medians)} medians: {mean:.3f}")
+        found = [ratios(result.seconds, HERE, COMMIT) for result in results.values()]
+        print(
+            f"geometric mean of {len(medians)} medians: {mean:.3f}, 95% interval {interval(found)}"
+        )
 
 
 if __name__ == "__main__":

@@ -108,9 +108,11 @@ def make_round(grid):
 
 """
 OURS = """\
-from hetero_fl.deployment.flower.client_app import app as client
+from hetero_fl.deployment.flower.client_app import app
 from hetero_fl.deployment.flower.server_app import GridTransport
 from hetero_fl.deployment.transport import Envelope
+
+client = app
 
 
 def make_round(grid):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from inspect import get_annotations
+from inspect import get_annotations, isfunction, signature
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, model_validator
@@ -176,14 +176,15 @@ class Algorithm(Settings):
     _broadcasts_means: ClassVar[bool] = True
     """Whether broadcasts follow from the means of the last uploads, as those of the base class.
 
-    A class that defines `broadcast` or `aggregate` sets this attribute as well, or it is False.
+    A class that overrides a method which takes the server sets this attribute as well, or it is
+    False.
     """
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         check_bases(cls)
-        if not {"broadcast", "aggregate"}.isdisjoint(vars(cls)):
+        if any(map(takes_server, overridden_members(cls))):
             cls._broadcasts_means = vars(cls).get("_broadcasts_means", False)
 
     @model_validator(mode="before")
@@ -393,6 +394,17 @@ def runs_user_code(algorithm: Algorithm, client_infos: ClientDirectory) -> bool:
     return is_user_method(algorithm) or any(
         profile.settings.objective is not None for profile in client_infos.profiles
     )
+
+
+def overridden_members(cls: type) -> list[object]:
+    """Return the members of the bases of a class that the class itself redefines."""
+    bases = cls.__mro__[1:]
+    return [vars(base)[name] for base in bases for name in vars(cls) if name in vars(base)]
+
+
+def takes_server(member: object) -> bool:
+    """Return whether a member of a method is a function of the server."""
+    return isfunction(member) and "server" in signature(member).parameters
 
 
 def is_user_method(algorithm: Algorithm) -> bool:

@@ -304,7 +304,8 @@ def test_methods_with_their_own_aggregation_declare_that_they_send_means() -> No
     declared = type("Declared", (FedAvg,), {**hooks, "_broadcasts_means": True})
     inherited = type("Inherited", (declared,), {})
     same = type("Same", (FedAvg,), {})
+    teacher = type("Teacher", (FedMD,), {"teacher_from_mean": lambda self, s, u, mean: mean})
 
-    found = [broadcasts_means(method()) for method in (other, declared, inherited, same)]
-    assert found == [False, True, True, True]
+    found = [broadcasts_means(method()) for method in (other, declared, inherited, same, teacher)]
+    assert found == [False, True, True, True, False]
     assert not broadcasts_means(same(server_lr=0.5)) and not broadcasts_means(FedMD(align=0.5))

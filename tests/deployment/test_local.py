@@ -6,9 +6,12 @@ import multiprocessing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import hetero_fl
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.data import load_source
 from tests.support.deployments import Envelope, PipeTransport, run_local_federation
 from tests.support.federations import config
 
@@ -34,6 +37,20 @@ def test_run_with_a_killed_process_equals_simulation(tmp_path: Path) -> None:
     for name in simulated.models:
         path = Path("models") / f"{name}.safetensors"
         assert (federated.path / path).read_bytes() == (simulated.path / path).read_bytes()
+
+
+@pytest.mark.slow
+def test_rows_are_read_once_and_not_for_each_message(tmp_path: Path) -> None:
+    file = tmp_path / "rows.npz"
+    digits = load_source(SourceConfig(name="digits"), tmp_path).train
+    np.savez(file, train_images=digits.x.movedim(1, -1), train_labels=digits.y)
+    source = config("fedper", rounds=3, clients=2, data__name="npz", data__path=str(file))
+
+    run = run_local_federation(
+        source, out=tmp_path / "run", callbacks=[lambda record: file.unlink(missing_ok=True)]
+    )
+
+    assert not file.exists() and len(run.metrics) == 3
 
 
 def test_answer_that_expired_during_another_call_never_arrives() -> None:

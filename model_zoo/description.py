@@ -149,7 +149,7 @@ def describe(
         parameters=num_parameters(model),
         backbone_parameters=num_parameters(model.backbone),
         head_parameters=num_parameters(model.head),
-        feature_dim=model.feature_dim,
+        feature_dim=model.num_features,
         forward_flops=flops,
         convolution_flops=convolutions,
         has_batch_norm=any(is_batch_norm(module) for module in model.modules()),

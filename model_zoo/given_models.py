@@ -73,7 +73,7 @@ class GivenModel:
         >>> from model_zoo import create_model
         >>> from model_zoo.given_models import GivenModel
         >>> given = GivenModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 2)))
-        >>> create_model(given.name, num_classes=2, input_size=8).feature_dim
+        >>> create_model(given.name, num_classes=2, input_size=8).num_features
         8
     """
 

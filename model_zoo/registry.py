@@ -446,10 +446,10 @@ def create_model(
         >>> import torch
         >>> from model_zoo import create_model
         >>> model = create_model("resnet8", num_classes=10, in_channels=3, input_size=32)
-        >>> model(torch.rand(4, 3, 32, 32)).logits.shape
+        >>> model(torch.rand(4, 3, 32, 32)).shape
         torch.Size([4, 10])
         >>> model = create_model("mlp", num_classes=2, in_channels=7, input_size=(), hidden=[32])
-        >>> model.feature_dim
+        >>> model.num_features
         32
     """
     with _prefix_errors(name):

@@ -149,16 +149,16 @@ def build(
             )
     model = split_module(created, shape, head)
     model.converted_type = converted
-    if feature_dim not in (None, model.feature_dim):
+    if feature_dim not in (None, model.num_features):
         raise ModelError(
-            f"feature_dim: expected features of width {feature_dim}, got {model.feature_dim}"
+            f"feature_dim: expected features of width {feature_dim}, got {model.num_features}"
         )
     _check_head(model, num_classes)
     return model
 
 
 def _check_head(model: SplitModel, num_classes: int) -> None:
-    width = model.feature_dim
+    width = model.num_features
     try:
         logits = probe(model.head, torch.zeros(2, width), f"features of width {width}")
     except InputError as error:

@@ -337,7 +337,7 @@ def _measure(arch: ModelSpec) -> _ModelProperties:
     return _ModelProperties(
         frozenset(n for n, t in tensors.items() if isinstance(t, nn.Parameter)),
         frozenset(n for n, t in tensors.items() if t.requires_grad),
-        int(module.feature_dim),
+        int(module.num_features),
         module.head_path,
         {n: tuple(t.shape) for n, t in tensors.items()},
         frozenset(f"{path}.{n}" for path, m in layers for n in m.state_dict()),

@@ -277,7 +277,7 @@ class SavedModel:
         module = self.module(personal)
         size = forward_batch_size(batch_size, x)
         with keyed_generators(stream_key("predict", self.arch.spec_id)):
-            z = torch.cat([module(b).logits for b in split_rows(x, size)])
+            z = torch.cat([module(b) for b in split_rows(x, size)])
         offset = self.offset(personal)
         return z if offset is None else z + offset.to(z.dtype)
 

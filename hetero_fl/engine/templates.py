@@ -7,8 +7,8 @@ participant.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from hetero_fl.core.plan import ClassSums, Predict, Recalibrate
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.errors import UserError
-from model_zoo import ModelDescription, Outputs, SplitModel, describe, is_batch_norm
+from model_zoo import ModelDescription, SplitModel, describe, is_batch_norm
 from model_zoo.given_models import forgets_models
 from model_zoo.heads import mixes_examples
 from model_zoo.module_state import ModuleSnapshot, named_state, state_tensors
@@ -168,9 +168,11 @@ class Template:
         self.module.train()
         self.tensors: Mapping[str, Tensor] = state_tensors(self.module)
         first = {id(tensor): name for name, tensor in self.tensors.items()}
-        # Names in `tensors` of all names of the module and of the head.
-        self._names = {t.name: first[id(t.tensor)] for t in named_state(self.module)}
-        self._head_names = {t.name: first[id(t.tensor)] for t in named_state(self.module.head)}
+        # Names in `tensors` of all names of the module, of the backbone and of the head.
+        self._names, self._backbone_names, self._head_names = (
+            {t.name: first[id(t.tensor)] for t in named_state(part)}
+            for part in (self.module, self.module.backbone, self.module.head)
+        )
         # The dictionary that contains each tensor, because a forward pass may replace buffers.
         self._places: dict[str, tuple[dict[str, Any], str]] = {
             t.name: (t.part._parameters if t.key in t.part._parameters else t.part._buffers, t.key)
@@ -193,7 +195,7 @@ class Template:
         self._mode: bool | None = None
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+    def load(self, tensors: Mapping[str, Tensor]) -> SplitModel:
         """Copy tensors into the module and return the module.
 
         A tensor that is the module's own tensor is not copied. What a forward pass wrote to
@@ -312,19 +314,19 @@ class Template:
             RuntimeError: When the view is called, if the forward pass replaces a buffer.
         """
 
-        def forward(x: Tensor) -> Outputs:
-            used = {name: tensors[first] for name, first in self._names.items()}
+        def call(part: nn.Module, names: Mapping[str, str], x: Tensor) -> Tensor:
+            used = {name: tensors[first] for name, first in names.items()}
             # `functional_call` finds tied weights by itself, but not those of shared submodules.
-            outputs: Outputs = functional_call(self.module, used, (x,), tie_weights=False)
-            for name in self._places:
-                if used[name] is not tensors[self._names[name]]:
+            outputs: Tensor = functional_call(part, used, (x,), tie_weights=False)
+            for name, first in names.items():
+                if used[name] is not tensors[first]:
                     raise RuntimeError(f"its forward pass assigns the buffer '{name}'")
             return outputs
 
-        head = {name: tensors[first] for name, first in self._head_names.items()}
         return ModelView(
-            forward,
-            lambda z: functional_call(self.module.head, head, (z,), tie_weights=False),
+            partial(call, self.module, self._names),
+            partial(call, self.module.backbone, self._backbone_names),
+            partial(call, self.module.head, self._head_names),
             {n: tensors[n] for n in self.parameters},
         )
 
@@ -363,15 +365,14 @@ class Templates:
 
 
 def _use_bfloat16(module: SplitModel, device: torch.device) -> None:
-    """Make a module compute the forward pass in bfloat16 and return outputs in float32."""
-    forward = module.forward
+    """Make a module compute backbone and head in bfloat16 and return their outputs in float32."""
 
-    def mixed_forward(x: Tensor) -> Outputs:
+    def in_bfloat16(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
-            out = forward(x)
-        return Outputs(out.logits.float(), out.features.float())
+            return forward(x).float()
 
-    module.forward = mixed_forward  # type: ignore[method-assign]
+    for part in (module.backbone, module.head):
+        part.forward = partial(in_bfloat16, part.forward)
 
 
 OutputStep = Predict | ClassSums

@@ -37,8 +37,8 @@ from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import Backend, Work, model_slots
 from hetero_fl.engine.serial import (
     SerialBackend,
+    convert_output,
     is_cached,
-    select_output,
     step_result,
 )
 from hetero_fl.engine.templates import (
@@ -83,7 +83,9 @@ def run_stacked_outputs(work: OutputWork, templates: Templates) -> list[Any]:
     stacked = template.stack([with_integers(*work[i]) for i in order])
 
     def outputs(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return select_output(step, template.view_of(tensors)(x))
+        model = template.view_of(tensors)
+        output = model.forward_features(x) if step.readout == "features" else model(x)
+        return convert_output(step, output)
 
     x = [templates.memory.keep(require_tensor(inputs[i], "runtime.chunk > 1")) for i in order]
     batches: list[list[Tensor]] = [[] for _ in order]

@@ -374,7 +374,7 @@ class Run:
 
         Returns:
             An instance of the configured model class. For models of `model_zoo`, this is a
-            `SplitModel`, which returns logits and features.
+            `SplitModel`. The model returns logits.
 
         Raises:
             UserError: If there is no such client.

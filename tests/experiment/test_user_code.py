@@ -53,7 +53,7 @@ class SquaredError(hfl.Objective):
 
     @override
     def loss(self, nets: Any, batch: Any, context: Any) -> Tensor:
-        p = nets.model(batch.x).logits.softmax(1)
+        p = nets.model(batch.x).softmax(1)
         return (p - functional.one_hot(batch.y, p.shape[1])).square().sum(1)
 
 
@@ -183,7 +183,7 @@ def test_preprocessing_is_part_of_predictions() -> None:
     predicted = run.predict("site_1", x, personal=False)
 
     inputs = (torch.from_numpy(x)[:, None].float() / 255).clamp(max=0.5)
-    assert torch.allclose(predicted, run.model("site_1")(inputs).logits.softmax(1), atol=1e-6)
+    assert torch.allclose(predicted, run.model("site_1")(inputs).softmax(1), atol=1e-6)
 
 
 def fail_on_many(predictions: Tensor, y: Tensor) -> float:

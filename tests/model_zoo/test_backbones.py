@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model_zoo import (
-    Outputs,
     SplitModel,
     batch_norm_buffers,
     create_model,
@@ -58,18 +57,17 @@ def test_forward_split_and_one_step(name: Any, channels: Any, size: Any) -> None
 
     model.eval()
     out = model(x)
-    assert isinstance(out, Outputs)
-    assert out.logits.shape == (4, 5)
-    assert out.features.shape == (4, model.feature_dim)
-    assert torch.equal(model.features(x), out.features)
-    assert torch.equal(model.head(out.features), out.logits)
-    assert torch.isfinite(out.logits).all()
-    assert out.logits.std(0).max() > 0  # the output depends on the input
+    assert out.shape == (4, 5)
+    features = model.forward_features(x)
+    assert features.shape == (4, model.num_features)
+    assert torch.equal(model.forward_head(features), out)
+    assert torch.isfinite(out).all()
+    assert out.std(0).max() > 0  # the output depends on the input
 
     model.train()
     old = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    F.cross_entropy(model(x).logits, torch.tensor([0, 1, 2, 3])).backward()
+    F.cross_entropy(model(x), torch.tensor([0, 1, 2, 3])).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     optimizer.step()
     assert any(not torch.equal(p, old[n]) for n, p in model.named_parameters())
@@ -82,13 +80,13 @@ def test_feature_dim_adds_a_projection_that_ends_in_relu(name: Any) -> None:
     plain = make(name, size=size, channels=4)
     model = make(name, size=size, channels=4, feature_dim=24)
     x = batch(4, *size)
-    out = model(x)
-    assert plain.feature_dim != 24
-    assert out.features.shape == (4, 24)
+    features = model.forward_features(x)
+    assert plain.num_features != 24
+    assert features.shape == (4, 24)
     assert model.head.weight.shape == (10, 24)
     projection = model.backbone.projection
     assert [type(m) for m in projection] == [nn.Linear, nn.ReLU]
-    assert out.features.min() == 0
+    assert features.min() == 0
     assert {n.split(".")[0] for n, _ in model.named_parameters()} == {"backbone", "head"}
 
 
@@ -154,15 +152,15 @@ def test_dropout_acts_in_training_only(name: Any) -> None:
     model = make(name, size=size, dropout=0.5).train()
     x = batch(1, *size)
     assert any(isinstance(m, nn.Dropout) for m in model.modules())
-    assert not torch.equal(model(x).features, model(x).features)
+    assert not torch.equal(model.forward_features(x), model.forward_features(x))
     model.eval()
-    assert torch.equal(model(x).features, model(x).features)
+    assert torch.equal(model.forward_features(x), model.forward_features(x))
     assert not any(isinstance(m, nn.Dropout) for m in make(name, size=size).modules())
 
 
 def test_options_change_the_model() -> None:
-    assert make("mlp", hidden=[64, 32]).feature_dim == 32
-    assert make("mlp", hidden=50).feature_dim == 50
+    assert make("mlp", hidden=[64, 32]).num_features == 32
+    assert make("mlp", hidden=50).num_features == 50
     normed = [
         type(m).__name__ for m in make("mlp", hidden=[6, 5], norm="batch", dropout=0.1).backbone
     ]
@@ -170,13 +168,13 @@ def test_options_change_the_model() -> None:
     assert not any(map(is_batch_norm, make("mlp").modules()))
     assert make("gru", hidden=20, layers=2).backbone.network.num_layers == 2
     assert len(make("vit", depth=3, patch=7).backbone.encoder.blocks) == 3
-    assert make("transformer", width=32, heads=2).feature_dim == 32
-    assert make("cnn1d", width=12, pool="last").feature_dim == 12
-    assert make("gru", hidden=12, pool="both").feature_dim == 24
-    assert make("lstm", hidden=12, pool="mean").feature_dim == 12
-    assert make("cnn1d", width=12, blocks=4, kernel=5, norm="batch").feature_dim == 24
-    assert make("tabular", size=(), channels=5, width=16, blocks=3).feature_dim == 16
-    assert make("resnet", widths=[8, 16], blocks=[2, 1]).feature_dim == 16
+    assert make("transformer", width=32, heads=2).num_features == 32
+    assert make("cnn1d", width=12, pool="last").num_features == 12
+    assert make("gru", hidden=12, pool="both").num_features == 24
+    assert make("lstm", hidden=12, pool="mean").num_features == 12
+    assert make("cnn1d", width=12, blocks=4, kernel=5, norm="batch").num_features == 24
+    assert make("tabular", size=(), channels=5, width=16, blocks=3).num_features == 16
+    assert make("resnet", widths=[8, 16], blocks=[2, 1]).num_features == 16
 
 
 def test_batch_norm_is_found_by_type() -> None:
@@ -197,7 +195,7 @@ def test_batch_norm_is_found_by_type() -> None:
 def test_initial_loss_is_near_log_num_classes() -> None:
     x, y = batch(1, 28, 28, n=16), torch.arange(16) % 10
     for name in set(IMAGE_MODELS) - HEAVY:
-        loss = F.cross_entropy(make(name).train()(x).logits, y).item()
+        loss = F.cross_entropy(make(name).train()(x), y).item()
         assert loss < 2 * math.log(10), name
 
 
@@ -261,7 +259,7 @@ def test_imagenet_stem_matches_torchvision_resnet(blocks: Any, name: str) -> Non
     model = make(name, 7, 3, 48, **given)
     copy_in_order(reference, model)
     x = batch(3, 48, 48, n=2).double()
-    torch.testing.assert_close(model.double().eval()(x).logits, reference.double().eval()(x))
+    torch.testing.assert_close(model.double().eval()(x), reference.double().eval()(x))
 
 
 @each_case(("name", "width"), (("cnn_bn_small", 8), ("cnn_bn_medium", 16), ("cnn_bn_large", 32)))
@@ -282,8 +280,8 @@ def test_cnn_matches_three_block_reference(name: str, width: int) -> None:
     model = make(name)
     copy_in_order(reference, model)
     x = batch(1, 28, 28)
-    assert model.feature_dim == 4 * width
-    assert torch.equal(model(x).logits, reference(x))
+    assert model.num_features == 4 * width
+    assert torch.equal(model(x), reference(x))
     assert sum(map(is_batch_norm, model.modules())) == 3
     wide = make("cnn", width=width)
     assert [v.shape for v in wide.state_dict().values()] == [
@@ -302,7 +300,7 @@ def test_models_with_group_norm_have_no_batch_statistics() -> None:
     for name in ("cnn_gn_small", "cnn_gn_medium", "cnn_gn_large"):
         model = make(name)
         assert not batch_norm_buffers(model), name
-        torch.testing.assert_close(model(x).logits[:1], model(x[:1]).logits)
+        torch.testing.assert_close(model(x)[:1], model(x[:1]))
     for name in ("resnet", "resnet8", "resnet20", "resnet18_small"):
         model = make(name, norm="group")
         assert not any(map(is_batch_norm, model.modules())), name
@@ -331,12 +329,14 @@ def test_recurrent_models_read_image_rows_and_series_points() -> None:
     assert torch.equal(to_steps(series)[0, 4], series[0, :, 4])
     model = make("gru", channels=3, size=(4, 5))
     outputs, hidden = model.backbone.network(steps)
-    assert torch.equal(model.features(x), hidden[0])
-    assert torch.equal(model.features(x), outputs[:, -1])
+    assert torch.equal(model.forward_features(x), hidden[0])
+    assert torch.equal(model.forward_features(x), outputs[:, -1])
     model.backbone.pool = "mean"
-    torch.testing.assert_close(model.features(x), outputs.mean(1))
+    torch.testing.assert_close(model.forward_features(x), outputs.mean(1))
     model.backbone.pool = "both"
-    torch.testing.assert_close(model.features(x), torch.cat([outputs.mean(1), outputs[:, -1]], 1))
+    torch.testing.assert_close(
+        model.forward_features(x), torch.cat([outputs.mean(1), outputs[:, -1]], 1)
+    )
 
 
 def test_dilation_doubles_per_block_and_is_symmetric() -> None:
@@ -371,7 +371,7 @@ def test_outputs_depend_on_positions() -> None:
     turned = x.flip(2)  # the same rows in another order
     for name in ("transformer", "vit", "cnn1d"):
         model = make(name).double().eval()
-        assert (model(x).logits - model(turned).logits).abs().max() > 1e-4, name
+        assert (model(x) - model(turned)).abs().max() > 1e-4, name
 
 
 def test_resnets_start_from_he_initial_weights() -> None:
@@ -390,13 +390,15 @@ def test_fedproto_cnn_features_have_no_dropout() -> None:
         0.4 < is_zero.double().mean() < 0.6
         and not (channels == 0).flatten(2).any(-1)[~is_zero].any()
     )
-    logits, features = model(x)
+    features = model.forward_features(x)
+    logits = model.forward_head(features)
     assert not torch.allclose(F.linear(features, model.head.weight, model.head.bias), logits)
     model.eval()
-    logits, features = model(x)
+    features = model.forward_features(x)
+    logits = model.forward_head(features)
     assert torch.equal(F.linear(features, model.head.weight, model.head.bias), logits)
 
 
 def test_fedgen_cnn_features_have_either_sign() -> None:
-    features = make("fedgen_cnn")(batch(1, 28, 28, n=16)).features
+    features = make("fedgen_cnn").forward_features(batch(1, 28, 28, n=16))
     assert features.shape == (16, 32) and (features < 0).any() and (features > 0).any()

@@ -67,9 +67,10 @@ def test_external_models_accept_small_images(
     before = x.clone()
     model.eval()
     out = model(x)
-    assert out.logits.shape == (2, 6)
-    assert out.features.shape == (2, width) == (2, model.feature_dim)
-    assert torch.equal(model.head(model.features(x)), out.logits)
+    assert out.shape == (2, 6)
+    features = model.forward_features(x)
+    assert features.shape == (2, width) == (2, model.num_features)
+    assert torch.equal(model.forward_head(features), out)
     assert [m.size for m in model.modules() if isinstance(m, Enlarge)] == (
         [enlarged] if enlarged else []
     )
@@ -77,7 +78,7 @@ def test_external_models_accept_small_images(
 
     monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: x)
     state = torch.get_rng_state()
-    F.cross_entropy(model.train()(x).logits, torch.tensor([0, 1])).backward()
+    F.cross_entropy(model.train()(x), torch.tensor([0, 1])).backward()
     assert torch.equal(torch.get_rng_state(), state)  # only dropout draws random numbers
     missing = [n for n, p in model.named_parameters() if p.grad is None]
     assert missing == []
@@ -86,7 +87,7 @@ def test_external_models_accept_small_images(
 
 def test_feature_dim_and_options_reach_the_library() -> None:
     model = create_model("torchvision:mobilenet_v2", 4, feature_dim=16, dropout=0.7)
-    assert model(torch.randn(2, 1, 28, 28)).features.shape == (2, 16)
+    assert model.forward_features(torch.randn(2, 1, 28, 28)).shape == (2, 16)
     assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.7}
     assert create_model("timm:resnet10t", 4, drop_rate=0.3).backbone.drop_rate == 0.3
 
@@ -104,7 +105,7 @@ def test_model_for_five_channels_is_fresh_and_uses_all_of_them() -> None:
             assert module.num_batches_tracked == 0
 
     x = torch.randn(2, 5, 28, 28, requires_grad=True)
-    model.eval()(x).logits.sum().backward()
+    model.eval()(x).sum().backward()
 
     assert x.grad is not None
     assert (x.grad.abs().amax(dim=(0, 2, 3)) > 0).all()
@@ -145,12 +146,12 @@ def test_torchvision_weights_are_loaded_and_converted(published: nn.Module) -> N
     x = torch.randn(2, 3, 32, 32)
     gray = x[:, :1]
 
-    assert torch.equal(models[3].features(x), published.eval()(x))
-    assert torch.equal(same.features(x), published(x))
+    assert torch.equal(models[3].forward_features(x), published.eval()(x))
+    assert torch.equal(same.forward_features(x), published(x))
     assert torch.equal(models[5].backbone.conv1.weight, first)
     # summed weights on gray images equal gray repeated in three colors
     expected = published(gray.expand(2, 3, 32, 32))
-    torch.testing.assert_close(models[1].features(gray), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(models[1].forward_features(gray), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_torchvision_weights_of_a_vision_transformer_are_interpolated(
@@ -280,11 +281,11 @@ def test_custom_classes_are_built(own: str) -> None:
     anything = create_model(own + "Anything", 3, input_size=4, depth=7)
 
     assert type(whole).__name__ == "Whole" and type(parts) is SplitModel
-    assert whole(torch.randn(4, 2, 5, 6)).features.shape == (4, 9)
+    assert whole.forward_features(torch.randn(4, 2, 5, 6)).shape == (4, 9)
     assert whole.backbone[2].negative_slope == 0.2
     assert model_options(own + "Whole") == {"slope": 0.1}
-    assert parts.feature_dim == 4
-    assert parts(torch.randn(2, 1, 28, 28)).logits.shape == (2, 3)
+    assert parts.num_features == 4
+    assert parts(torch.randn(2, 1, 28, 28)).shape == (2, 3)
     assert anything.given == {
         "num_classes": 3,
         "in_channels": 1,
@@ -379,7 +380,7 @@ def test_model_of_a_plugin_is_created_by_name(
     model = create_model("tiny", num_classes=4, input_size=8)
 
     assert "other_package" in sys.modules
-    assert model(torch.rand(2, 1, 8, 8)).logits.shape == (2, 4)
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 4)
     assert model_options("tiny") == {"width": 3}
     assert describe("tiny").summary == "from other_package 1.0"
     assert "tiny" in list_models() and list_models("ti*") == ["tiny"]

@@ -236,7 +236,7 @@ def test_head_is_the_layer_that_computes_the_outputs(subtests: pytest.Subtests) 
             torch.manual_seed(0)
             np.random.seed(0)
             random.seed(0)
-            assert torch.allclose(split(x).logits, expected)
+            assert torch.allclose(split(x), expected)
             assert split.head_path == path
             assert split.source_module() is module
             assert set(module.state_dict()) == names
@@ -263,7 +263,7 @@ def test_weights_between_backbone_and_head_are_kept() -> None:
     with torch.no_grad():
         module.scale.fill_(3.0)
     x = torch.rand(5, 6)
-    logits = split(x).logits
+    logits = split(x)
     assert torch.allclose(split.source_module()(x), logits)
 
 
@@ -363,13 +363,13 @@ def test_timm_classifier_is_found() -> None:
 
     split = split_module(module, Shape(1, (32, 32)))
 
-    assert split.head.out_features == 4 and split.feature_dim == 512
+    assert split.head.out_features == 4 and split.num_features == 512
 
 
 def test_feature_width_is_that_of_the_head() -> None:
     head = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 3))
-    assert SplitModel(nn.Flatten(), head).feature_dim == 64
-    assert split_module(Convolution(), GRAY, head="out").feature_dim == 10
+    assert SplitModel(nn.Flatten(), head).num_features == 64
+    assert split_module(Convolution(), GRAY, head="out").num_features == 10
 
 
 def test_given_module_is_copied() -> None:
@@ -381,8 +381,8 @@ def test_given_module_is_copied() -> None:
     redrawn = create_model(given.name, 3, 1, 8)
 
     x = torch.rand(2, 1, 8, 8)
-    assert torch.allclose(started(x).logits, module(x))
-    assert not torch.allclose(redrawn(x).logits, module(x))
+    assert torch.allclose(started(x), module(x))
+    assert not torch.allclose(redrawn(x), module(x))
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 

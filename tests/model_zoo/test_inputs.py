@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model_zoo import Outputs, SplitModel, create_model, describe
+from model_zoo import SplitModel, create_model, describe
 from model_zoo.registry import MODELS
 from tests.support.cases import each_case
 from tests.support.models import batch, check_vmap, make
@@ -27,13 +27,13 @@ def test_wide_and_deep_matches_its_formula() -> None:
         F.linear(deep, *(model.state_dict()[f"backbone.deep.2.{n}"] for n in ("weight", "bias")))
     )
     features = torch.cat([x, pairs, deep], 1)
-    assert model.feature_dim == 4 + 6 + 3
-    torch.testing.assert_close(model(x).features, features)
+    assert model.num_features == 4 + 6 + 3
+    torch.testing.assert_close(model.forward_features(x), features)
     wide = features[:, :10] @ model.head.weight[:, :10].T  # eq. 3: one sum of both parts
     torch.testing.assert_close(
-        model(x).logits, wide + deep @ model.head.weight[:, 10:].T + model.head.bias
+        model(x), wide + deep @ model.head.weight[:, 10:].T + model.head.bias
     )
-    assert make("wide_deep", 2, 4, (), crosses="none").feature_dim == 4 + 32
+    assert make("wide_deep", 2, 4, (), crosses="none").num_features == 4 + 32
 
 
 def test_tokenizer_gives_one_token_per_column() -> None:
@@ -47,7 +47,7 @@ def test_tokenizer_gives_one_token_per_column() -> None:
     steps = steps + block.attention(steps)  # the first block has no norm before its attention
     value, gate = block.up(block.norm2(steps)).chunk(2, -1)
     steps = steps + block.down(value * gate.relu())
-    torch.testing.assert_close(model(x).features, backbone.norm(steps[:, -1]).relu())
+    torch.testing.assert_close(model.forward_features(x), backbone.norm(steps[:, -1]).relu())
 
 
 def test_column_order_does_not_matter() -> None:
@@ -56,11 +56,11 @@ def test_column_order_does_not_matter() -> None:
         batch(5),
         torch.tensor([3, 1, 4, 0, 2]),
     )
-    before = model(x).logits
+    before = model(x)
     with torch.no_grad():
         for name in ("scale", "shift"):
             getattr(model.backbone, name).data = getattr(model.backbone, name)[order]
-    torch.testing.assert_close(model(x[:, order]).logits, before)
+    torch.testing.assert_close(model(x[:, order]), before)
 
 
 def test_clients_with_different_columns_share_all_but_the_tokenizer() -> None:
@@ -89,7 +89,7 @@ def test_matrix_factorization_is_the_equation_of_svd_plus_plus() -> None:
     users, items = (table.detach() for table in vectors(model))
     head = model.state_dict()
 
-    scores = model(ROWS).logits.detach()
+    scores = model(ROWS).detach()
 
     histories = ([5, 7], [3, 4, 5, 7], [])
     for row, (user, history) in enumerate(zip((users[1], 0, 0), histories, strict=True)):
@@ -111,7 +111,7 @@ def test_neural_filtering_reads_the_user_and_the_mean_of_the_items() -> None:
             torch.zeros(8),
         ]
     )
-    torch.testing.assert_close(model(ROWS).features, network(inputs))
+    torch.testing.assert_close(model.forward_features(ROWS), network(inputs))
 
 
 def test_gru4rec_adds_the_user_to_the_last_hidden_state() -> None:
@@ -138,7 +138,7 @@ def test_gru4rec_adds_the_user_to_the_last_hidden_state() -> None:
         for token in tokens[1:]:
             state = step(items[token] * (token > 0), state)
         expected = state + users[tokens[0]] * (tokens[0] > 0)
-        torch.testing.assert_close(model(ROWS).features[row], expected)
+        torch.testing.assert_close(model.forward_features(ROWS)[row], expected)
 
 
 def test_tables_of_items_have_equal_shapes_in_all_models() -> None:
@@ -163,7 +163,7 @@ def test_tables_of_items_have_equal_shapes_in_all_models() -> None:
 def test_only_the_vector_of_the_user_is_trained(name: Any) -> None:
     model = make_recommender(name)
 
-    model(ROWS).logits.square().sum().backward()
+    model(ROWS).square().sum().backward()
 
     users, _ = vectors(model)
     assert users.grad is not None
@@ -189,13 +189,12 @@ def test_training_step_changes_every_parameter(name: Any) -> None:
     model = make_text_model(name).train()
     x = texts()
     out = model(x)
-    assert isinstance(out, Outputs)
-    assert out.logits.shape == (4, 5)
-    assert out.features.shape == (4, model.feature_dim)
+    assert out.shape == (4, 5)
+    assert model.forward_features(x).shape == (4, model.num_features)
     assert {n.split(".")[0] for n, _ in model.named_parameters()} == {"backbone", "head"}
-    F.cross_entropy(out.logits, torch.tensor([0, 1, 2, 3])).backward()
+    F.cross_entropy(out, torch.tensor([0, 1, 2, 3])).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    assert make_text_model(name, feature_dim=12)(x).features.shape == (4, 12)
+    assert make_text_model(name, feature_dim=12).forward_features(x).shape == (4, 12)
 
 
 def test_outputs_do_not_depend_on_padding(subtests: pytest.Subtests) -> None:
@@ -207,9 +206,9 @@ def test_outputs_do_not_depend_on_padding(subtests: pytest.Subtests) -> None:
             for place in (3, 6):
                 other = x.clone()
                 other[:, place] = (other[:, place] - 2 + 1) % (WORDS - 2) + 2
-                assert not torch.allclose(model(x).logits, model(other).logits, atol=1e-5), place
+                assert not torch.allclose(model(x), model(other), atol=1e-5), place
             # empty text
-            assert torch.isfinite(model(torch.zeros(2, 7, dtype=torch.int64)).logits).all()
+            assert torch.isfinite(model(torch.zeros(2, 7, dtype=torch.int64))).all()
 
 
 def test_padding_of_the_text_transformer_is_masked() -> None:
@@ -217,10 +216,10 @@ def test_padding_of_the_text_transformer_is_masked() -> None:
     x[:, :3] = 0
     model = make_text_model("text_transformer")
     with torch.no_grad():
-        before = model(x).logits
+        before = model(x)
         model.backbone.embedding.weight[0] += 1.0
         model.backbone.positions[:, :3] += 1.0
-        assert torch.equal(model(x).logits, before)
+        assert torch.equal(model(x), before)
 
 
 def test_text_cnn_is_causal() -> None:
@@ -272,7 +271,7 @@ def test_tensor_names_contain_the_block() -> None:
     assert image == {
         n: p.shape for n, p in single.named_parameters() if n.startswith("backbone.image.")
     }
-    assert image.keys() != set() and single(torch.rand(2, 1, 8, 8)).logits.shape == (2, 3)
+    assert image.keys() != set() and single(torch.rand(2, 1, 8, 8)).shape == (2, 3)
 
 
 @each_case("fusion", ("concat", "gated"))
@@ -281,15 +280,15 @@ def test_values_of_an_absent_block_are_ignored(fusion: str) -> None:
     x = rows(genes=False)
     other = x.clone()
     other[:, 64:69] = 7.0
-    assert torch.equal(model(x).logits, model(other).logits)
+    assert torch.equal(model(x), model(other))
     filled = x.clone()
     filled[:, 70] = 0
-    assert not torch.allclose(model(x).logits, model(filled).logits)
+    assert not torch.allclose(model(x), model(filled))
     zeros = filled.clone()
     zeros[:, 64:69] = 0  # an absent block differs from zeros
-    assert not torch.allclose(model(x).logits, model(zeros).logits)
+    assert not torch.allclose(model(x), model(zeros))
     nothing = rows(genes=False, image=False)
-    assert torch.allclose(model(nothing).logits, model(nothing).logits[:1].expand(6, 3))
+    assert torch.allclose(model(nothing), model(nothing)[:1].expand(6, 3))
 
 
 @each_case("image", ("cnn", "resnet", "vit"))
@@ -299,9 +298,9 @@ def test_image_branch_has_the_selected_network(image: str) -> None:
     x = torch.rand(5, 725)
     x[:, 723:] = 0
 
-    assert model(x).logits.shape == (5, 3)
+    assert model(x).shape == (5, 3)
     x[:, :720] = x[:, :720].flip(1)
-    assert model(x).logits.std(0).min() > 0
+    assert model(x).std(0).min() > 0
     # Clients that share the branch do not share running statistics.
     assert not list(model.buffers())
     single = create_model(
@@ -313,7 +312,7 @@ def test_image_branch_has_the_selected_network(image: str) -> None:
 
 def test_absent_block_embedding_is_learned() -> None:
     model = make_multimodal(drop=0.0)
-    model(rows(genes=False)).logits.sum().backward()
+    model(rows(genes=False)).sum().backward()
     grad = model.backbone.get_parameter("fusion.absent").grad
     assert grad is not None and not grad[0].any() and grad[1].any()
     genes = model.backbone.get_parameter("genes.0.weight").grad
@@ -343,4 +342,4 @@ def test_blocks_without_indicators_are_present() -> None:
     model = make_multimodal(marks=0).eval()
     x = rows()
     both = make_multimodal().eval()
-    assert torch.equal(model(x[:, :69]).logits, both(x).logits)
+    assert torch.equal(model(x[:, :69]), both(x))

@@ -32,7 +32,7 @@ from tests.support.cases import each_case
 
 def test_smallest_image_sizes_are_exact() -> None:
     for name, side, width in (("fedavg_cnn", 4, 512), ("cnn_bn_small", 4, 32), ("lenet", 12, 84)):
-        assert create_model(name, 10, input_size=side).feature_dim == width
+        assert create_model(name, 10, input_size=side).num_features == width
 
 
 def test_options_have_defaults_and_are_checked_without_a_model() -> None:
@@ -87,7 +87,7 @@ def test_small_groups_can_be_built_with_a_common_width() -> None:
     groups = ("cnn_pair", "cnn_trio", "resnet_family", "small_mixed", "HtFE2", "HtFE4")
     names = {name for group in groups for name in group_models(group)}
     for name in sorted(names):
-        assert create_model(name, 3, feature_dim=48).feature_dim == 48, name
+        assert create_model(name, 3, feature_dim=48).num_features == 48, name
 
 
 @pytest.mark.slow
@@ -226,7 +226,7 @@ def test_scaler_divides_outputs_of_backbone_layers(name: Any) -> None:
                     module.bias /= 0.5
         x = torch.randn(4, *((3, 16, 16) if "image" in MODELS[name].kinds else (7,)))
         x = torch.randint(30, (4, 9)) if "tokens" in MODELS[name].kinds else x
-        assert torch.allclose(scaled(x).logits, plain(x).logits, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(scaled(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
 def test_share_of_wider_model() -> None:

@@ -386,7 +386,7 @@ def output_kinds(arch: ModelSpec) -> list[str]:
             for factor in (1.0, -1.0, -1e-6, -1.0) if head else (1.0, -1.0):
                 for parameter in changed:
                     parameter.mul_(factor)
-                outputs.append([model.train(mode)(x).logits for mode in (True, False)])
+                outputs.append([model.train(mode)(x) for mode in (True, False)])
         # Errors of models are reported where models are created.
         except Exception:
             return [LOGITS, LOGITS]

@@ -27,6 +27,7 @@ from model_zoo.registry import (
     list_groups,
     list_models,
     model_options,
+    register_model,
 )
 from model_zoo.split_model import SplitModel, batch_norm_buffers, is_batch_norm
 from model_zoo.widths import can_narrow, narrow_options, share_of
@@ -46,5 +47,6 @@ __all__ = [
     "list_models",
     "model_options",
     "narrow_options",
+    "register_model",
     "share_of",
 ]

@@ -12,6 +12,7 @@ import io
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -22,15 +23,69 @@ from torch import nn
 
 from model_zoo.errors import InputError, ModelError, one_line
 from model_zoo.generators import keyed_generators
+from model_zoo.options import Rate, check_option
 from model_zoo.shapes import Shape
-from model_zoo.split_model import Body, measure_feature_width
+from model_zoo.split_model import Body, SplitModel, assemble, measure_feature_width
 
-# Options of each library's models, which some models do not support. None keeps the default of the
-# model.
-OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "torchvision": {"dropout": None},
-    "timm": {"drop_rate": None},
-}
+# The option of each library's models, which some models do not support.
+DROPOUT = {"torchvision": "dropout", "timm": "drop_rate"}
+
+
+@dataclass(frozen=True)
+class LibraryModel:
+    """An image classifier of a library.
+
+    Attributes:
+        library: `torchvision` or `timm`.
+        name: Name of the model in that library.
+    """
+
+    library: str
+    name: str
+    accepts_any = False
+
+    @property
+    def summary(self) -> str:
+        """Name and library."""
+        return f"{self.name} from {self.library}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options with their defaults. None keeps the default of the library."""
+        return {DROPOUT[self.library]: None}
+
+    def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options that are not None.
+
+        Raises:
+            ModelError: If a value is not valid.
+        """
+        return {n: check_option(n, v, Rate) for n, v in options.items() if v is not None}
+
+    def create(
+        self,
+        shape: Shape,
+        num_classes: int,
+        feature_dim: int | None,
+        pretrained: bool,
+        options: Mapping[str, Any],
+    ) -> SplitModel:
+        """Create the model.
+
+        Args:
+            shape: Shape of an image.
+            num_classes: Number of outputs.
+            feature_dim: Width of the features, or None for the width of the library's model.
+            pretrained: Whether to load the library's default weights.
+            options: Valid options.
+
+        Raises:
+            ModelError: If the model cannot be created.
+        """
+        if shape.kind != "image":
+            raise InputError(f"expected images, got {shape}")
+        body = external_backbone(self.library, self.name, shape, pretrained=pretrained, **options)
+        return assemble(body, num_classes, feature_dim)
 
 
 class Enlarge(nn.Upsample):
@@ -84,7 +139,7 @@ def external_backbone(
         name: Name of the model in that library.
         shape: Shape of an image.
         pretrained: Whether to load the library's default weights.
-        **options: Options of the model, see `OPTIONS`.
+        **options: Options of the model, see `LibraryModel`.
 
     Raises:
         ModelError: If the model accepts none of the tested sizes, does not support an option, or

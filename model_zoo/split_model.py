@@ -231,11 +231,28 @@ def measure_feature_width(backbone: nn.Module, shape: Shape) -> int:
     """
     features = probe(backbone, shape.zeros(2), shape)
     if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[0] != 2:
-        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ModelError(
-            f"backbone: expected features of shape (2, D) for a batch of 2 examples, got {found}"
+            "backbone: expected features of shape (2, D) for a batch of 2 examples, got "
+            f"{_shape_of(features)}"
         )
     return features.shape[1]
+
+
+def check_outputs(logits: Any, num_classes: int) -> None:
+    """Check the outputs of a model for two examples.
+
+    Raises:
+        ModelError: If the outputs are not logits of shape `[2, num_classes]`.
+    """
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes):
+        raise ModelError(
+            f"head: expected logits of shape (2, {num_classes}) for a batch of 2 examples, got "
+            f"{_shape_of(logits)}"
+        )
+
+
+def _shape_of(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def probe(module: nn.Module, x: Tensor, examples: object, training: bool = False) -> Any:

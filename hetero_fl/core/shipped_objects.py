@@ -8,15 +8,14 @@ import cloudpickle
 
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.objects import find_object, iterate_objects, restore_object
-from model_zoo import ModelError
-from model_zoo.given_models import find_given
+from model_zoo import register_model
 
 _kept: list[Any] = []
 """Objects received from another process, kept alive until this process ends."""
 
 
 def pack_objects(*trees: Any) -> bytes:
-    """Serialize the objects that configurations name.
+    """Serialize the objects that configurations name, and the models that this program registered.
 
     Classes and functions that are defined in a notebook or a script are serialized by value.
     Classes and functions of modules are serialized by reference.
@@ -25,18 +24,20 @@ def pack_objects(*trees: Any) -> bytes:
         *trees: Configurations, or parts of configurations.
 
     Returns:
-        The serialized objects, or empty bytes if the configurations name no object.
+        The serialized objects, or empty bytes if there are none.
 
     Raises:
         UserError: If an object cannot be serialized.
     """
     names = {name for tree in trees for _, name in iterate_objects(tree)}
-    found = {name: _find(name) for name in sorted(names)}
+    found = {name: find_object(name, "configuration") for name in sorted(names)}
+    models = register_model.registered()
     try:
-        return cloudpickle.dumps(found) if found else b""
+        return cloudpickle.dumps((found, models)) if found or models else b""
     # Any object may refuse, such as a module with parametrizations.
     except Exception as error:
-        name = next((name for name in found if not _can_pickle(found[name])), ", ".join(found))
+        named = {**found, **models}
+        name = next((name for name in named if not _can_pickle(named[name])), ", ".join(named))
         raise UserError(
             f"{name}: cannot be sent to another process ({one_line(error)}); pass a "
             "class or function that creates the object, or set runtime.executor=serial"
@@ -50,9 +51,12 @@ def unpack_objects(packed: bytes) -> None:
     """
     if not packed:
         return
-    for name, value in cloudpickle.loads(packed).items():
+    objects, models = cloudpickle.loads(packed)
+    for name, value in objects.items():
         restore_object(name, value)
         _kept.append(value)
+    for name, model in models.items():
+        register_model(name)(model)
 
 
 def _can_pickle(value: Any) -> bool:
@@ -62,10 +66,3 @@ def _can_pickle(value: Any) -> bool:
     except Exception:
         return False
     return True
-
-
-def _find(name: str) -> Any:
-    try:
-        return find_given(name)
-    except ModelError:
-        return find_object(name, "configuration")

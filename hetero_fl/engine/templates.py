@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hetero_fl.core.given_models import forgets_models
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import ModelView
 from hetero_fl.core.participant import ClientInfo, Participant
@@ -23,10 +24,8 @@ from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.errors import UserError
 from model_zoo import ModelDescription, SplitModel, describe, is_batch_norm
-from model_zoo.given_models import forgets_models
 from model_zoo.heads import mixes_examples
 from model_zoo.module_state import ModuleSnapshot, named_state, state_tensors
-from model_zoo.registry import is_user_defined
 
 # Minimum number of floating-point operations per parameter and example for which a convolutional
 # model uses the channels-last memory format.
@@ -38,7 +37,7 @@ MIN_FLOPS_PER_PARAMETER = 10
 def describe_model(arch: ModelSpec) -> ModelDescription:
     """Return the description of a model, with the numbers of parameters and operations."""
     return describe(
-        arch.name, *arch.size_arguments, vocabulary=arch.vocabulary, **dict(arch.options)
+        arch.model, *arch.size_arguments, vocabulary=arch.vocabulary, **dict(arch.options)
     )
 
 
@@ -50,7 +49,7 @@ def prefers_channels_last(arch: ModelSpec) -> bool:
     the last blocks of ResNet-18 at 28x28, to 120–140%. User-defined models use the default format,
     because a `view` in the user's code may depend on the memory format.
     """
-    if is_user_defined(arch.name):
+    if arch.is_user_defined:
         return False
     model = describe_model(arch)
     is_convolutional = 2 * model.convolution_flops >= model.forward_flops > 0
@@ -95,7 +94,7 @@ def mixes_rows(arch: ModelSpec, training: bool) -> bool:
     In training mode, BatchNorm layers use statistics of the batch. User-defined models, which may
     compute other statistics or keep them for later passes, are tried.
     """
-    if not is_user_defined(arch.name):
+    if not arch.is_user_defined:
         return training and has_batch_norm(arch)
     keeps_state = training and bool(arch.written_names | arch.local_names)
     return keeps_state or mixes_examples(arch.build(), arch.shape, training)
@@ -179,7 +178,7 @@ class Template:
             for t in named_state(self.module)
         }
         # Models of libraries do not write attributes.
-        is_known = not is_user_defined(arch.name)
+        is_known = not arch.is_user_defined
         self._attributes = None if is_known else ModuleSnapshot(self.module, tensors=False)
         self._released: set[str] = set()
         # cuDNN expects the weights of a recurrent layer in one block of memory, so

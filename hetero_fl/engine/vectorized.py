@@ -56,7 +56,6 @@ from hetero_fl.engine.vectorized_training import (
     trial_value,
 )
 from model_zoo.generators import keyed_generators
-from model_zoo.registry import is_user_defined
 
 OutputWork = Sequence[tuple[Participant, Predict | ClassSums]]
 
@@ -239,7 +238,7 @@ def _check_stacking(participant: Participant, step: Step, memory: DeviceMemory) 
     Raises:
         RuntimeError: If the results differ.
     """
-    is_own = any(is_user_defined(arch.name) for arch in architectures(participant, step))
+    is_own = any(arch.is_user_defined for arch in architectures(participant, step))
     run: Any = run_stacked_outputs
     if isinstance(step, Fit):
         is_own = is_own or step.objective.is_user_defined

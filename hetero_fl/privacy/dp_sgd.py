@@ -42,7 +42,6 @@ from hetero_fl.privacy.accounting import PrivacyCharge
 from hetero_fl.privacy.noise import NoiseSource
 from hetero_fl.utils.errors import UserError
 from model_zoo.generators import keyed_generators
-from model_zoo.registry import is_user_defined
 
 # Maximum size in bytes of the per-example gradients that are computed at a time.
 MEMORY = 64 * 2**20
@@ -232,7 +231,7 @@ def _check_stacking(
         RuntimeError: If the gradients of the first row differ, or the code draws from the
             generators of NumPy or Python, which all rows would share.
     """
-    is_own = any(is_user_defined(template.arch.name) for template in state.modules.values())
+    is_own = any(template.arch.is_user_defined for template in state.modules.values())
     if not is_own and not state.fit.objective.is_user_defined:
         return
     rows = [{n: t[:count] for n, t in columns.items()} for count in (1, 2)]

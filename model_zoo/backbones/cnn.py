@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from model_zoo.options import Count, Rate
 from model_zoo.shapes import Shape
 from model_zoo.split_model import Body, scale_outputs
 
@@ -85,10 +86,10 @@ def fedavg_cnn(shape: Shape) -> Body:
 def cnn(
     shape: Shape,
     *,
-    width: int = 16,
+    width: Count = 16,
     norm: Norm = "batch",
-    dropout: float = 0.0,
-    scaler: float = 0.0,
+    dropout: Rate = 0.0,
+    scaler: Rate = 0.0,
 ) -> Body:
     """Build a CNN with three 3x3 convolutions, each followed by normalization and ReLU.
 
@@ -156,7 +157,7 @@ def niid_cnn(shape: Shape) -> Body:
     return padded_lenet(shape, 0)
 
 
-def fedproto_cnn(shape: Shape, *, width: int = 20) -> Body:
+def fedproto_cnn(shape: Shape, *, width: Count = 20) -> Body:
     """Build the CNN of FedProto.
 
     The backbone consists of two 5x5 convolutions (10 and `width` channels, no padding), each

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from model_zoo.backbones.text import PADDING, Embedding
+from model_zoo.options import Count, Rate
 from model_zoo.shapes import Shape
 from model_zoo.split_model import Body
 
@@ -48,7 +49,7 @@ class _MatrixFactorization(_UserModel):
         return features
 
 
-def matrix_factorization(shape: Shape, *, width: int = 32) -> Body:
+def matrix_factorization(shape: Shape, *, width: Count = 32) -> Body:
     """Build a matrix factorization that takes the items of a user into account (SVD++).
 
     The score of item i for user u with items N is `b_i + q_i . (p_u + |N|**-0.5 * sum_j y_j)` with
@@ -83,7 +84,7 @@ class _NeuralFiltering(_UserModel):
 
 
 def neural_filtering(
-    shape: Shape, *, width: int = 32, hidden: int = 64, dropout: float = 0.0
+    shape: Shape, *, width: Count = 32, hidden: Count = 64, dropout: Rate = 0.0
 ) -> Body:
     """Build a neural collaborative filtering, a perceptron on the user and the items.
 
@@ -117,7 +118,7 @@ class _RecurrentFiltering(_UserModel):
         return features
 
 
-def gru4rec(shape: Shape, *, width: int = 32) -> Body:
+def gru4rec(shape: Shape, *, width: Count = 32) -> Body:
     """Build a network of gated recurrent units over the items of a user (GRU4Rec).
 
     The features are `p_u + h_T`. The hidden state `h_t = GRU(y_t, h_(t-1))` of item t is that of

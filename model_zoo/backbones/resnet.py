@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from typing_extensions import override
 
 from model_zoo.backbones.cnn import norm_2d
 from model_zoo.errors import ModelError
+from model_zoo.options import Counts, Rate
 from model_zoo.shapes import Shape
 from model_zoo.split_model import Body, scale_outputs
 
@@ -53,11 +53,11 @@ class BasicBlock(nn.Module):
 def resnet(
     shape: Shape,
     *,
-    widths: Sequence[int] = (16, 32, 64),
-    blocks: Sequence[int] = (1, 1, 1),
+    widths: Counts = (16, 32, 64),
+    blocks: Counts = (1, 1, 1),
     stem: Literal["small", "imagenet"] = "small",
     norm: Norm = "batch",
-    scaler: float = 0.0,
+    scaler: Rate = 0.0,
 ) -> Body:
     """Build a residual network.
 

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from model_zoo.backbones.cnn import Norm, norm_2d
 from model_zoo.backbones.transformer import Encoder
+from model_zoo.options import Count, Rate
 from model_zoo.shapes import Shape
 from model_zoo.split_model import Body
 
@@ -64,7 +65,7 @@ class Recurrent(nn.Module):
         return pool_steps(outputs.transpose(1, 2), self.pool)
 
 
-def gru(shape: Shape, *, hidden: int = 64, layers: int = 1, pool: Pool = "last") -> Body:
+def gru(shape: Shape, *, hidden: Count = 64, layers: Count = 1, pool: Pool = "last") -> Body:
     """Build a network of gated recurrent units (GRU; Cho et al., 2014).
 
     The network does not support `torch.vmap`.
@@ -84,7 +85,7 @@ def gru(shape: Shape, *, hidden: int = 64, layers: int = 1, pool: Pool = "last")
     return Recurrent(network, pool), pooled_width(hidden, pool)
 
 
-def lstm(shape: Shape, *, hidden: int = 64, layers: int = 1, pool: Pool = "last") -> Body:
+def lstm(shape: Shape, *, hidden: Count = 64, layers: Count = 1, pool: Pool = "last") -> Body:
     """Build a long short-term memory network (LSTM; Hochreiter & Schmidhuber, 1997).
 
     The network does not support `torch.vmap`.
@@ -122,7 +123,7 @@ class SequenceTransformer(nn.Module):
 
 
 def transformer(
-    shape: Shape, *, width: int = 64, depth: int = 2, heads: int = 4, dropout: float = 0.0
+    shape: Shape, *, width: Count = 64, depth: Count = 2, heads: Count = 4, dropout: Rate = 0.0
 ) -> Body:
     """Build a small pre-norm transformer encoder (Vaswani et al., 2017).
 
@@ -209,12 +210,12 @@ class DilatedCNN(nn.Module):
 def cnn1d(
     shape: Shape,
     *,
-    width: int = 32,
-    blocks: int = 3,
-    kernel: int = 3,
+    width: Count = 32,
+    blocks: Count = 3,
+    kernel: Count = 3,
     norm: Norm = "group",
     pool: Pool = "both",
-    dropout: float = 0.0,
+    dropout: Rate = 0.0,
 ) -> Body:
     """Build a network of residual blocks with dilated convolutions along the steps.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from model_zoo.backbones.transformer import TransformerBlock
+from model_zoo.options import Count, Rate
 from model_zoo.shapes import Shape
 from model_zoo.split_model import Body, scale_outputs
 
@@ -51,7 +52,7 @@ class _Recurrent(nn.Module):
         return last
 
 
-def text_gru(shape: Shape, *, embedding: int = 32, hidden: int = 64, layers: int = 1) -> Body:
+def text_gru(shape: Shape, *, embedding: Count = 32, hidden: Count = 64, layers: Count = 1) -> Body:
     """Build a network of gated recurrent units (GRU) over embedded words.
 
     The features are the output at the last word. Hard et al. ("Federated Learning for Mobile
@@ -106,11 +107,11 @@ class _CausalCNN(nn.Module):
 def text_cnn(
     shape: Shape,
     *,
-    width: int = 64,
-    layers: int = 3,
-    kernel: int = 3,
-    dropout: float = 0.0,
-    scaler: float = 0.0,
+    width: Count = 64,
+    layers: Count = 3,
+    kernel: Count = 3,
+    dropout: Rate = 0.0,
+    scaler: Rate = 0.0,
 ) -> Body:
     """Build a CNN of causal convolutions over embedded words.
 
@@ -159,7 +160,7 @@ class _TextTransformer(nn.Module):
 
 
 def text_transformer(
-    shape: Shape, *, width: int = 64, depth: int = 2, heads: int = 4, dropout: float = 0.0
+    shape: Shape, *, width: Count = 64, depth: Count = 2, heads: Count = 4, dropout: Rate = 0.0
 ) -> Body:
     """Build a small pre-norm transformer encoder over embedded words (Vaswani et al., 2017).
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from model_zoo.errors import ModelError
+from model_zoo.options import Count, Rate
 from model_zoo.shapes import Shape
 from model_zoo.split_model import Body
 
@@ -143,11 +144,11 @@ class VisionTransformer(nn.Module):
 def vit(
     shape: Shape,
     *,
-    patch: int = 4,
-    width: int = 64,
-    depth: int = 4,
-    heads: int = 4,
-    dropout: float = 0.0,
+    patch: Count = 4,
+    width: Count = 64,
+    depth: Count = 4,
+    heads: Count = 4,
+    dropout: Rate = 0.0,
 ) -> Body:
     """Build a small vision transformer (Dosovitskiy et al., ICLR 2021).
 

@@ -26,6 +26,8 @@ from torch.nn.utils import prune
 from typing_extensions import override
 
 import hetero_fl as hfl
+from hetero_fl.core.forward_writes import observe_forward
+from hetero_fl.core.given_models import GivenModel
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Predict, TensorRows
@@ -36,8 +38,7 @@ from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import PreparedRun
 from hetero_fl.federation.store import PrivateState
 from hetero_fl.utils.errors import RunFailedError, UserError
-from model_zoo.given_models import GivenModel
-from model_zoo.module_state import ModuleSnapshot, load_state, observe_forward
+from model_zoo.module_state import ModuleSnapshot, load_state
 from model_zoo.shapes import make_shape
 from tests.support.cases import each_case
 from tests.support.federations import same_bits

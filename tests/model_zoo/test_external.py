@@ -24,7 +24,7 @@ from model_zoo import (
     is_batch_norm,
     list_models,
     model_options,
-    registry,
+    register_model,
 )
 from model_zoo.__main__ import main
 from model_zoo.external import Enlarge
@@ -262,7 +262,13 @@ class Maps(SplitModel):
     def __init__(self, num_classes):
         super().__init__(nn.Conv2d(1, 4, 3), nn.Linear(4, num_classes), 4)
 
-def function(num_classes): return Parts(num_classes)
+class Pair(Whole):
+    def forward(self, x):
+        features = self.backbone(x)
+        return self.head(features), features
+
+class Data: pass
+def function(num_classes, kernel=3): return Parts(num_classes)
 number = 5
 """
 
@@ -294,31 +300,34 @@ def test_custom_classes_are_built(own: str) -> None:
         "depth": 7,
     }
     assert describe(own + "Parts").summary == "user-defined zoo_own_models:Parts"
+    assert create_model(own + "function", 3, kernel=5).num_features == 4
+    assert model_options(own + "function") == {"kernel": 3}
 
 
 WRONG_OWN: list[tuple[str, dict[str, Any], str]] = [
     ("python:zoo_no_such_module:Net", {}, "cannot import zoo_no_such_module: ModuleNotFoundError"),
     ("python:zoo_broken_module:Net", {}, "cannot import zoo_broken_module: OSError: disk on fire"),
-    ("python:zoo_own_models", {}, "expected python:package.module:Class"),
-    ("python:", {}, "expected python:package.module:Class"),
-    ("Whol", {}, r"has no class Whol; did you mean 'Whole'"),
+    ("python:zoo_own_models", {}, "expected python:package.module:Name"),
+    ("python:", {}, "expected python:package.module:Name"),
+    ("Whol", {}, r"has no 'Whol'; did you mean 'Whole'"),
     ("Whole", {"slop": 0.1}, r"unknown option 'slop'; did you mean 'slope'\?"),
     ("Parts", {"feature_dim": 9}, r"feature_dim: expected features of width 9, got 4"),
-    ("Parts", {"pretrained": True}, r"pretrained: the class has no such argument"),
+    ("Parts", {"pretrained": True}, r"pretrained: the class or function has no such argument"),
     ("Parts", {"input_size": ()}, r"cannot process a table row of 1 columns: "),
     (
         "WrongHead",
         {},
         r"head: expected logits of shape \(2, 3\) for a batch of 2 examples, got \(2, 4\)",
     ),
-    ("OddHead", {}, r"head: cannot process features of width 4: "),
+    ("OddHead", {}, r"cannot process an image of 28x28 pixels \(1 channels\): mat1 and mat2"),
     (
         "Headless",
         {},
         r"cannot process an image of 28x28 pixels \(1 channels\): ",
     ),
-    ("function", {}, r"function in zoo_own_models is not a subclass of torch\.nn\.Module"),
-    ("number", {}, r"number in zoo_own_models is not a subclass of torch\.nn\.Module"),
+    ("number", {}, r"number in zoo_own_models: expected a class or a function, got int"),
+    ("Data", {}, r"Data in zoo_own_models: expected a subclass of torch\.nn\.Module, or a func"),
+    ("Pair", {}, r"Pair\.forward: expected the logits head\(backbone\(x\)\)"),
     ("WrongWidth", {}, r"feature_dim is 5, but the backbone returns 4 features"),
     ("Broken", {}, r"cannot create the model: KeyError: "),
     ("Maps", {}, r"shape \(2, D\) for a batch of 2 examples, got \(2, 4, 26, 26\)"),
@@ -345,6 +354,7 @@ def test_description_of_external_models() -> None:
 
 
 GROUP = "hetero_fl.models"
+PLUGINS: Any = register_model.plugins
 CODE = """
 from torch import nn
 
@@ -365,9 +375,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Search for plug-ins again, and forget the modules of other tests."""
     for name in ("other_package", "second_package"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    registry.PLUGINS.refresh()
+    PLUGINS.refresh()
     yield
-    registry.PLUGINS.refresh()
+    PLUGINS.refresh()
 
 
 def test_model_of_a_plugin_is_created_by_name(
@@ -386,6 +396,21 @@ def test_model_of_a_plugin_is_created_by_name(
     assert "tiny" in list_models() and list_models("ti*") == ["tiny"]
     with pytest.raises(ModelError, match="did you mean 'tiny'"):
         create_model("tinny", num_classes=2)
+
+
+def test_registered_model_is_created_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(register_model, "_known", dict(register_model._known))
+
+    @register_model("halves")
+    def halves(num_classes: int, width: int = 4) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Linear(width, num_classes))
+
+    model = create_model("halves", 3, input_size=8, width=6)
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 3) and model.num_features == 6
+    assert "halves" in list_models() and model_options("halves") == {"width": 4}
+    assert describe("halves", 3, input_size=8).summary == f"from {__name__}"
+    with pytest.raises(ValueError, match="'mlp' is a built-in model; choose another name"):
+        register_model("mlp")(halves)
 
 
 def test_broken_plugin_gives_one_warning_and_the_others_remain(
@@ -433,7 +458,7 @@ def test_plugin_that_is_no_model_is_refused(
     install(tmp_path, monkeypatch, {GROUP: {"tiny": f"other_package{place}"}}, code)
 
     with pytest.raises(PluginError, match=message):
-        registry.PLUGINS.load("tiny")
+        PLUGINS.load("tiny")
 
 
 def test_plugin_does_not_replace_a_built_in_model(

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 import hetero_fl as hfl
+from hetero_fl.core.given_models import GivenModel, redraw_weights
 from hetero_fl.utils.errors import UserError
 from model_zoo import ModelError, SplitModel, create_model, describe
 from model_zoo.generators import generator_hash
-from model_zoo.given_models import GivenModel, redraw_weights
 from model_zoo.heads import split_module
 from model_zoo.shapes import Shape
 from tests.support.cases import each_case
@@ -339,7 +339,7 @@ def test_probes_do_not_change_the_weights_or_the_generators() -> None:
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     states = (torch.get_rng_state(), generator_hash())
 
-    describe(given.name, 2, 6, ())
+    describe(given, 2, 6, ())
     split = given.build(ROW)
 
     after = split.source_module().state_dict()
@@ -351,7 +351,7 @@ def test_probes_do_not_change_the_weights_or_the_generators() -> None:
 def test_operations_are_counted_for_one_example() -> None:
     assert describe("linear", 3, 6, ()).forward_flops == 2 * 6 * 3
     given = GivenModel(BatchStatistics())
-    assert describe(given.name, 2, 6, ()).forward_flops == 2 * (6 * 8 + 8 * 2)
+    assert describe(given, 2, 6, ()).forward_flops == 2 * (6 * 8 + 8 * 2)
 
 
 GRAY = Shape(1, (8, 8))
@@ -377,8 +377,8 @@ def test_given_module_is_copied() -> None:
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     given = GivenModel(module)
 
-    started = create_model(given.name, 3, 1, 8, pretrained=True)
-    redrawn = create_model(given.name, 3, 1, 8)
+    started = create_model(given, 3, 1, 8, pretrained=True)
+    redrawn = create_model(given, 3, 1, 8)
 
     x = torch.rand(2, 1, 8, 8)
     assert torch.allclose(started(x), module(x))
@@ -399,7 +399,7 @@ def test_equal_architectures_have_equal_names() -> None:
 def test_class_receives_the_arguments_that_it_accepts() -> None:
     given = GivenModel(Convolution)
 
-    wide = create_model(given.name, 7, 1, 8, width=6)
+    wide = create_model(given, 7, 1, 8, width=6)
 
     assert wide.head.out_features == 7
     assert wide.state_dict()["backbone.conv.weight"].shape[0] == 6
@@ -407,7 +407,7 @@ def test_class_receives_the_arguments_that_it_accepts() -> None:
 
 def test_module_in_double_precision_is_converted() -> None:
     given = GivenModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double())
-    model = create_model(given.name, num_classes=3, input_size=8)
+    model = create_model(given, num_classes=3, input_size=8)
     assert model.head.weight.dtype == torch.float32
 
 
@@ -427,7 +427,7 @@ def test_model_that_returns_a_dictionary_is_refused() -> None:
 
     given = GivenModel(Named(nn.Flatten(), nn.Linear(64, 3)))
     with pytest.raises(ModelError, match="expected a model that returns logits, got dict"):
-        create_model(given.name, num_classes=3, input_size=8)
+        create_model(given, num_classes=3, input_size=8)
 
 
 class Scalable(nn.Module):

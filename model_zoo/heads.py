@@ -75,7 +75,7 @@ def split_module(module: nn.Module, shape: Shape, head: str | None = None) -> Sp
     if isinstance(module, SplitModel) or (has_parts and type(module).forward is nn.Module.forward):
         split = module if isinstance(module, SplitModel) else SplitModel(backbone, given)
         width = measure_feature_width(split.backbone, shape)
-        if split.known_num_features not in (None, width):
+        if split.num_features not in (0, width):
             raise ModelError(
                 f"feature_dim is {split.num_features}, but the backbone returns {width} features"
             )
@@ -177,22 +177,13 @@ def check_training(split: SplitModel, module: nn.Module, shape: Shape) -> None:
         ModelError: If the module cannot be trained, or its outputs in training mode are not those
             of its head.
     """
-    # Models of torchvision with this attribute have further outputs in training mode.
-    has_more_outputs = bool(getattr(module, "aux_logits", False))
-    advice = (
-        "create it with aux_logits=False"
-        if has_more_outputs
-        else "return the same logits in both modes"
-    )
+    advice = "return the same logits in both modes"
     kind = type(evaluate_examples(module, shape)).__name__
-    try:
-        expected = evaluate_examples(module, shape, training=True)
-    except InputError as error:
-        raise InputError(f"{error}; {advice}" if has_more_outputs else str(error)) from error
+    expected = evaluate_examples(module, shape, training=True)
     if type(expected).__name__ != kind:
         raise ModelError(
             f"returns a {kind} in evaluation mode, but a {type(expected).__name__} in training "
-            f"mode; {advice}"
+            f"mode; {advice} (torchvision: aux_logits=False)"
         )
     logits = evaluate_examples(split, shape, training=True)
     if not have_equal_values(logits, getattr(expected, "logits", expected)):

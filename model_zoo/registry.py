@@ -159,13 +159,21 @@ MODELS: dict[str, BuiltInModel] = {
         "transformer over columns (Gorishniy et al., 2021)", tabular.ft_transformer, ("table",)
     ),
     "lenet": BuiltInModel(
-        "LeNet-5 with ReLU and max pooling (LeCun et al., 1998)", cnn.lenet, IMAGE, 12
+        "LeNet-5 with ReLU and max pooling (LeCun et al., 1998)",
+        cnn.lenet,
+        IMAGE,
+        12,
+        {"padding": 2},
     ),
     "fedavg_cnn": BuiltInModel(
         "two 5x5 convolutions and 512 units (McMahan et al., 2017)", cnn.fedavg_cnn, IMAGE, 4
     ),
     "niid_cnn": BuiltInModel(
-        "LeNet without padding, as in NIID-Bench (Li et al., 2022)", cnn.niid_cnn, IMAGE, 16
+        "LeNet without padding, as in NIID-Bench (Li et al., 2022)",
+        cnn.lenet,
+        IMAGE,
+        16,
+        {"padding": 0},
     ),
     "fedproto_cnn": BuiltInModel(
         "two 5x5 convolutions with dropout, and 50 units (Tan et al., 2022)",

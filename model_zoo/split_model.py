@@ -28,11 +28,13 @@ class SplitModel(nn.Module):
         backbone: Module that maps inputs `[B, channels, *size]` to features `[B, feature_dim]`.
         head: Module that maps features to logits `[B, num_classes]`.
         feature_dim: Width of the features. If None, the input width of the head's first linear
-            layer is used. If the head has no linear layer, the width is not known.
+            layer is used.
 
     Attributes:
         backbone: The backbone.
         head: The head.
+        num_features: Width of the features, or 0 if it is not known, because the head has no linear
+            layer.
         head_path: Path of the head in the module that was split, "head" by default. If the module
             is the head, the path is empty.
         converted_type: Type of the tensors before they were converted to torch's default type, or
@@ -61,7 +63,7 @@ class SplitModel(nn.Module):
         linear = next((part for part in head.modules() if isinstance(part, nn.Linear)), None)
         if feature_dim is None and linear is not None:
             feature_dim = linear.in_features
-        self._num_features = feature_dim
+        self.num_features = feature_dim or 0
 
     def set_source(self, module: nn.Module, head_path: str) -> None:
         """Record the module that was split into the backbone and the head of this model.
@@ -84,26 +86,6 @@ class SplitModel(nn.Module):
         if self.head_path:
             replace_submodule(module, module.get_submodule(self.head_path), self.head)
         return module
-
-    @property
-    def known_num_features(self) -> int | None:
-        """Width of the features, or None if the width is not known."""
-        return self._num_features
-
-    @property
-    def num_features(self) -> int:
-        """Width of the features.
-
-        Raises:
-            ModelError: If the width is not known.
-        """
-        if self._num_features is None:
-            raise ModelError("feature_dim: not known, as the head has no linear layer; pass it")
-        return self._num_features
-
-    @num_features.setter
-    def num_features(self, width: int) -> None:
-        self._num_features = width
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the features of a batch, shape `[B, num_features]`."""

@@ -31,18 +31,22 @@ def norm_2d(norm: Norm, channels: int) -> nn.Module:
     return nn.Identity()
 
 
-def lenet(shape: Shape) -> Body:
+def lenet(shape: Shape, *, padding: int) -> Body:
     """Build LeNet-5 with ReLU and max pooling.
 
-    The model has 61,706 parameters for 28x28 gray images and 10 classes (LeCun et al.,
-    "Gradient-based learning applied to document recognition", 1998). The first convolution has a
-    padding of 2, so 28x28 images correspond to the 32x32 images of the paper.
+    With a padding of 2, the model has 61,706 parameters for 28x28 gray images and 10 classes, and
+    28x28 images correspond to the 32x32 images of the paper (LeCun et al., "Gradient-based learning
+    applied to document recognition", 1998). Without padding, it is the CNN of NIID-Bench with
+    44,426 parameters (Li et al., "Federated Learning on Non-IID Data Silos: An Experimental Study",
+    ICDE 2022, section 5).
+
+    Args:
+        shape: Shape of an image.
+        padding: Padding of the first convolution.
+
+    Returns:
+        The backbone and the width of the features.
     """
-    return padded_lenet(shape, 2)
-
-
-def padded_lenet(shape: Shape, padding: int) -> Body:
-    """Build LeNet-5 with the specified padding of the first convolution."""
     height, width = ((s + 2 * padding - 4) // 2 - 4 for s in shape.size)
     layers = nn.Sequential(
         nn.Conv2d(shape.channels, 6, 5, padding=padding),
@@ -146,15 +150,6 @@ class ChannelDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = x * self.dropout(torch.ones_like(x[:, :, :1, :1]))
         return out
-
-
-def niid_cnn(shape: Shape) -> Body:
-    """Build LeNet-5 without padding, the CNN of NIID-Bench.
-
-    The model has 44,426 parameters for 28x28 gray images and 10 classes (Li et al., "Federated
-    Learning on Non-IID Data Silos: An Experimental Study", ICDE 2022, section 5).
-    """
-    return padded_lenet(shape, 0)
 
 
 def fedproto_cnn(shape: Shape, *, width: Count = 20) -> Body:

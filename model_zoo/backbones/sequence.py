@@ -5,25 +5,29 @@ The steps of a sequence are the points of a series, or the rows of an image from
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Literal
 
 import torch
 from einops import rearrange
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from typing_extensions import override
 
 from model_zoo.backbones.cnn import Norm, norm_2d
 from model_zoo.backbones.transformer import Encoder
 from model_zoo.options import Count, Rate
-from model_zoo.shapes import Shape
+from model_zoo.shapes import Kind, Shape
 from model_zoo.split_model import Body
+
+def steps_pattern(kind: Kind) -> str:
+    """Return how images `[B, C, H, W]` or series `[B, C, L]` are rearranged to steps."""
+    return "b c h w -> b h (c w)" if kind == "image" else "b c l -> b l c"
 
 
 def to_steps(x: Tensor) -> Tensor:
     """Convert images `[B, C, H, W]` to `[B, H, C * W]`, or series `[B, C, L]` to `[B, L, C]`."""
-    if x.ndim == 4:
-        return rearrange(x, "b c h w -> b h (c w)")
-    return rearrange(x, "b c l -> b l c")
+    return rearrange(x, steps_pattern("image" if x.ndim == 4 else "series"))
 
 
 Pool = Literal["both", "mean", "last"]
@@ -105,23 +109,6 @@ def lstm(shape: Shape, *, hidden: Count = 64, layers: Count = 1, pool: Pool = "l
     return Recurrent(network, pool), pooled_width(hidden, pool)
 
 
-class SequenceTransformer(nn.Module):
-    """A transformer encoder over the rows of an image or the points of a series.
-
-    Args:
-        encoder: The encoder.
-    """
-
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        features: Tensor = self.encoder(to_steps(x))
-        return features
-
-
 def transformer(
     shape: Shape, *, width: Count = 64, depth: Count = 2, heads: Count = 4, dropout: Rate = 0.0
 ) -> Body:
@@ -141,7 +128,8 @@ def transformer(
     """
     steps, step_width = shape.steps
     encoder = Encoder(steps, step_width, width, depth=depth, heads=heads, dropout=dropout)
-    return SequenceTransformer(encoder), width
+    rows = Rearrange(steps_pattern(shape.kind))
+    return nn.Sequential(OrderedDict(steps=rows, encoder=encoder)), width
 
 
 def _norm(norm: Norm, channels: int) -> nn.Module:

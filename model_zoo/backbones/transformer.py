@@ -6,9 +6,11 @@ A step is one position of a sequence.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import torch
 from einops import rearrange
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -121,26 +123,6 @@ class Encoder(nn.Module):
         return features
 
 
-class VisionTransformer(nn.Module):
-    """A vision transformer that encodes the square patches of images `[B, C, H, W]` as tokens.
-
-    Args:
-        patch: Height and width of a patch in pixels.
-        encoder: Encoder of the tokens.
-    """
-
-    def __init__(self, patch: int, encoder: Encoder) -> None:
-        super().__init__()
-        self.patch = patch
-        self.encoder = encoder
-
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
-        features: Tensor = self.encoder(tokens)
-        return features
-
-
 def vit(
     shape: Shape,
     *,
@@ -152,7 +134,7 @@ def vit(
 ) -> Body:
     """Build a small vision transformer (Dosovitskiy et al., ICLR 2021).
 
-    The features are the mean over the patches.
+    A token is a square patch of the image. The features are the mean over the patches.
 
     Args:
         shape: Shape of an image.
@@ -184,4 +166,5 @@ def vit(
     encoder = Encoder(
         tokens, shape.channels * patch**2, width, depth=depth, heads=heads, dropout=dropout
     )
-    return VisionTransformer(patch, encoder), width
+    patches = Rearrange("b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
+    return nn.Sequential(OrderedDict(patches=patches, encoder=encoder)), width

@@ -20,6 +20,7 @@ from model_zoo.options import Count, Rate
 from model_zoo.shapes import Kind, Shape
 from model_zoo.split_model import Body
 
+
 def steps_pattern(kind: Kind) -> str:
     """Return how images `[B, C, H, W]` or series `[B, C, L]` are rearranged to steps."""
     return "b c h w -> b h (c w)" if kind == "image" else "b c l -> b l c"

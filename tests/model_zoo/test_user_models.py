@@ -97,7 +97,7 @@ def centered() -> Net:
 HEADS: list[tuple[nn.Module, str]] = [
     (Net(), "cls"),
     (Net(lambda net, x: net.projection(x), projection=nn.Linear(6, 6)), "cls"),
-    (Net(after=lambda net, z: (net.other(z), z)[1], other=nn.Linear(2, 4)), "cls"),
+    (Net(after=lambda net, z: (net.other(torch.zeros(2, 6)), z)[1], other=nn.Linear(6, 4)), "cls"),
     (
         Net(
             after=lambda net, z: net.heads[0](z),

@@ -1,4 +1,8 @@
-"""Registries of named classes, and references `python:package.module:Name` to user code."""
+"""Registries of named classes, and references to user code.
+
+A reference is `python:package.module:Name`, or `object:NAME` for an object of the program, which
+`pack_objects` sends to other processes.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,26 @@ import types
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import cloudpickle
+
 from hetero_fl.utils.code_permission import CODE_PREFIX
-from hetero_fl.utils.errors import UserError, suggest_or_list
-from hetero_fl.utils.objects import OBJECT_PREFIX, find_object, get_object, name_object
+from hetero_fl.utils.errors import UserError, one_line, suggest_or_list
+from hetero_fl.utils.objects import (
+    OBJECT_PREFIX,
+    find_object,
+    get_object,
+    iterate_objects,
+    name_object,
+    restore_object,
+)
 from hetero_fl.utils.text import split_top_level
+from model_zoo import register_model
 from model_zoo.plugins import PluginError, Registry as BaseRegistry
 
 T = TypeVar("T")
+
+# Objects received from another process, kept alive until this process ends.
+_kept: list[Any] = []
 
 
 class Registry(BaseRegistry[T]):
@@ -237,3 +254,57 @@ def call_reference(
     # A user's function may raise any exception, or call sys.exit.
     except (Exception, SystemExit) as error:
         raise UserError(f"{where}: {reference} raised {type(error).__name__}: {error}") from error
+
+
+def pack_objects(*trees: Any) -> bytes:
+    """Serialize the objects that configurations name, and the models that this program registered.
+
+    Classes and functions that are defined in a notebook or a script are serialized by value.
+    Classes and functions of modules are serialized by reference.
+
+    Args:
+        *trees: Configurations, or parts of configurations.
+
+    Returns:
+        The serialized objects, or empty bytes if there are none.
+
+    Raises:
+        UserError: If an object cannot be serialized.
+    """
+    names = {name for tree in trees for _, name in iterate_objects(tree)}
+    found = {name: find_object(name, "configuration") for name in sorted(names)}
+    models = register_model.registered()
+    try:
+        return cloudpickle.dumps((found, models)) if found or models else b""
+    # Any object may refuse, such as a module with parametrizations.
+    except Exception as error:
+        named = {**found, **models}
+        name = next((name for name in named if not _can_pickle(named[name])), ", ".join(named))
+        raise UserError(
+            f"{name}: cannot be sent to another process ({one_line(error)}); pass a "
+            "class or function that creates the object, or set runtime.executor=serial"
+        ) from error
+
+
+def unpack_objects(packed: bytes) -> None:
+    """Deserialize the objects that `pack_objects` serialized in another process.
+
+    The objects are available under the same names as in the other process. Empty bytes are ignored.
+    """
+    if not packed:
+        return
+    objects, models = cloudpickle.loads(packed)
+    for name, value in objects.items():
+        restore_object(name, value)
+        _kept.append(value)
+    for name, model in models.items():
+        register_model(name)(model)
+
+
+def _can_pickle(value: Any) -> bool:
+    try:
+        cloudpickle.dumps(value)
+    # See `pack_objects`.
+    except Exception:
+        return False
+    return True

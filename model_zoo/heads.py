@@ -128,11 +128,7 @@ def _split_classifier(
             raise ModelError(f"head: no submodule '{head}'{hint}")
         candidates = [module.get_submodule(head)]
     for candidate in candidates:
-        # An operation in place leaves the head's output, but increases its version.
-        is_last = not logits._version and any(p is candidate and z is logits for p, z in calls)
-        changed = (
-            None if is_last else _logits_of_other_weights(module, candidate, parameters, shape)
-        )
+        changed = _logits_of_other_weights(module, candidate, parameters, shape)
         split = _replace_head(module, candidate, paths[candidate], hasattr(expected, "logits"))
         if _has_logits(split, logits, changed, parameters, shape):
             return split

@@ -38,10 +38,15 @@ def _check_rate(value: Any) -> float:
     return float(value)
 
 
+def _check_optional_rate(value: Any) -> float | None:
+    return None if value is None else _check_rate(value)
+
+
 # The function in the annotation returns a valid value, and raises ModelError for others.
 Count = Annotated[int, _check_count]
 Counts = Annotated[Sequence[int], _check_counts]
 Rate = Annotated[float, _check_rate]
+OptionalRate = Annotated[float | None, _check_optional_rate]
 
 
 def check_option(name: str, value: Any, hint: Any) -> Any:

@@ -22,7 +22,7 @@ from model_zoo.backbones import (
     transformer,
 )
 from model_zoo.errors import InputError, ModelError, suggest_names
-from model_zoo.external import DROPOUT, LibraryModel, external_backbone, model_names
+from model_zoo.external import LIBRARIES, model_names, torchvision_backbone
 from model_zoo.options import check_option, is_integer
 from model_zoo.plugins import PluginError, Registry
 from model_zoo.shapes import KINDS, Kind, Shape, make_shape
@@ -41,8 +41,8 @@ KIND_NAMES: dict[Kind, str] = {
 
 
 @dataclass(frozen=True)
-class BuiltInModel:
-    """A model of this package.
+class CatalogModel:
+    """A model of this package, timm or torchvision.
 
     Attributes:
         summary: One-line description of the architecture.
@@ -126,65 +126,61 @@ class BuiltInModel:
         )
 
 
-def _resnet18(shape: Shape, *, pretrained: bool = False) -> Body:
-    return external_backbone("torchvision", "resnet18", shape, pretrained=pretrained)
-
-
-def _cnn(norm: str, width: int, size: str) -> BuiltInModel:
+def _cnn(norm: str, width: int, size: str) -> CatalogModel:
     channels = f"{width}-{2 * width}-{4 * width} channels"
     text = f"three-block CNN, {size}: {channels}, {norm.capitalize()}Norm"
-    return BuiltInModel(text, cnn.cnn, IMAGE, 4, {"width": width, "norm": norm})
+    return CatalogModel(text, cnn.cnn, IMAGE, 4, {"width": width, "norm": norm})
 
 
-def _imagenet_resnet(widths: tuple[int, ...]) -> BuiltInModel:
+def _imagenet_resnet(widths: tuple[int, ...]) -> CatalogModel:
     text = f"ImageNet stem, one block per stage ({'-'.join(map(str, widths))}), as in HtFLlib"
     fixed = {"widths": widths, "blocks": (1,) * len(widths), "stem": "imagenet"}
-    return BuiltInModel(text, resnet.resnet, IMAGE, fixed=fixed)
+    return CatalogModel(text, resnet.resnet, IMAGE, fixed=fixed)
 
 
 _SMALL = {"widths": (16, 32, 64), "stem": "small"}
 
-MODELS: dict[str, BuiltInModel] = {
-    "linear": BuiltInModel("logistic regression on the flattened input", tabular.linear),
-    "mlp": BuiltInModel("multi-layer perceptron with ReLU", tabular.mlp),
-    "tabular": BuiltInModel(
+MODELS: dict[str, CatalogModel] = {
+    "linear": CatalogModel("logistic regression on the flattened input", tabular.linear),
+    "mlp": CatalogModel("multi-layer perceptron with ReLU", tabular.mlp),
+    "tabular": CatalogModel(
         "residual network for table rows (Gorishniy et al., 2021)", tabular.tabular, ("table",)
     ),
-    "wide_deep": BuiltInModel(
+    "wide_deep": CatalogModel(
         "linear model on crossed columns and perceptron (Cheng et al., 2016)",
         tabular.wide_deep,
         ("table",),
     ),
-    "ft_transformer": BuiltInModel(
+    "ft_transformer": CatalogModel(
         "transformer over columns (Gorishniy et al., 2021)", tabular.ft_transformer, ("table",)
     ),
-    "lenet": BuiltInModel(
+    "lenet": CatalogModel(
         "LeNet-5 with ReLU and max pooling (LeCun et al., 1998)",
         cnn.lenet,
         IMAGE,
         12,
         {"padding": 2},
     ),
-    "fedavg_cnn": BuiltInModel(
+    "fedavg_cnn": CatalogModel(
         "two 5x5 convolutions and 512 units (McMahan et al., 2017)", cnn.fedavg_cnn, IMAGE, 4
     ),
-    "niid_cnn": BuiltInModel(
+    "niid_cnn": CatalogModel(
         "LeNet without padding, as in NIID-Bench (Li et al., 2022)",
         cnn.lenet,
         IMAGE,
         16,
         {"padding": 0},
     ),
-    "fedproto_cnn": BuiltInModel(
+    "fedproto_cnn": CatalogModel(
         "two 5x5 convolutions with dropout, and 50 units (Tan et al., 2022)",
         cnn.fedproto_cnn,
         IMAGE,
         16,
     ),
-    "fedgen_cnn": BuiltInModel(
+    "fedgen_cnn": CatalogModel(
         "two strided 3x3 convolutions, 32 features (Zhu et al., 2021)", cnn.fedgen_cnn, IMAGE
     ),
-    "cnn": BuiltInModel(
+    "cnn": CatalogModel(
         "three 3x3 convolutions of any width, with BatchNorm, GroupNorm or none", cnn.cnn, IMAGE, 4
     ),
     "cnn_bn_small": _cnn("batch", 8, "small"),
@@ -193,65 +189,70 @@ MODELS: dict[str, BuiltInModel] = {
     "cnn_gn_small": _cnn("group", 8, "small"),
     "cnn_gn_medium": _cnn("group", 16, "medium"),
     "cnn_gn_large": _cnn("group", 32, "large"),
-    "resnet": BuiltInModel(
+    "resnet": CatalogModel(
         "residual network of any widths and depths (He et al., 2016)", resnet.resnet, IMAGE
     ),
-    "resnet8": BuiltInModel(
+    "resnet8": CatalogModel(
         "16-32-64 channels, one block per stage, as in FedDF",
         resnet.resnet,
         IMAGE,
         fixed={**_SMALL, "blocks": (1, 1, 1)},
     ),
-    "resnet20": BuiltInModel(
+    "resnet20": CatalogModel(
         "16-32-64 channels, three blocks per stage (He et al., 2016, for CIFAR; B shortcuts)",
         resnet.resnet,
         IMAGE,
         fixed={**_SMALL, "blocks": (3, 3, 3)},
     ),
-    "resnet18_small": BuiltInModel(
+    "resnet18_small": CatalogModel(
         "ResNet-18 with a 3x3 stem and no pooling, for small images",
         resnet.resnet,
         IMAGE,
         fixed={"widths": (64, 128, 256, 512), "blocks": (2, 2, 2, 2), "stem": "small"},
     ),
-    "resnet18": BuiltInModel("ResNet-18 of torchvision with the ImageNet stem", _resnet18, IMAGE),
+    "resnet18": CatalogModel(
+        "ResNet-18 of torchvision with the ImageNet stem",
+        torchvision_backbone,
+        IMAGE,
+        fixed={"name": "resnet18", "dropout": None},
+    ),
     "resnet4_imagenet": _imagenet_resnet((64,)),
     "resnet6_imagenet": _imagenet_resnet((64, 128)),
     "resnet8_imagenet": _imagenet_resnet((64, 128, 256)),
     "resnet10_imagenet": _imagenet_resnet((64, 128, 256, 512)),
-    "gru": BuiltInModel("gated recurrent units; images row by row", sequence.gru, SEQUENCE),
-    "lstm": BuiltInModel("long short-term memory; images row by row", sequence.lstm, SEQUENCE),
-    "transformer": BuiltInModel(
+    "gru": CatalogModel("gated recurrent units; images row by row", sequence.gru, SEQUENCE),
+    "lstm": CatalogModel("long short-term memory; images row by row", sequence.lstm, SEQUENCE),
+    "transformer": CatalogModel(
         "small transformer encoder; images row by row", sequence.transformer, SEQUENCE
     ),
-    "cnn1d": BuiltInModel(
+    "cnn1d": CatalogModel(
         "dilated residual convolutions along a series; images row by row", sequence.cnn1d, SEQUENCE
     ),
-    "multimodal": BuiltInModel(
+    "multimodal": CatalogModel(
         "one branch per block of a row, and a fusion that handles missing blocks",
         multimodal.multimodal,
     ),
-    "vit": BuiltInModel(
+    "vit": CatalogModel(
         "small vision transformer (Dosovitskiy et al., 2021)", transformer.vit, IMAGE
     ),
-    "text_gru": BuiltInModel("embedded words under gated recurrent units", text.text_gru, TOKENS),
-    "text_cnn": BuiltInModel(
+    "text_gru": CatalogModel("embedded words under gated recurrent units", text.text_gru, TOKENS),
+    "text_cnn": CatalogModel(
         "embedded words under causal convolutions (Bai et al., 2018)", text.text_cnn, TOKENS
     ),
-    "text_transformer": BuiltInModel(
+    "text_transformer": CatalogModel(
         "embedded words under a small transformer", text.text_transformer, TOKENS
     ),
-    "matrix_factorization": BuiltInModel(
+    "matrix_factorization": CatalogModel(
         "vectors of a user and of the last items (Koren, 2008)",
         recommendation.matrix_factorization,
         TOKENS,
     ),
-    "neural_filtering": BuiltInModel(
+    "neural_filtering": CatalogModel(
         "perceptron on a user and the last items (He et al., 2017)",
         recommendation.neural_filtering,
         TOKENS,
     ),
-    "gru4rec": BuiltInModel(
+    "gru4rec": CatalogModel(
         "gated recurrent units over the last items (Hidasi et al., 2016)",
         recommendation.gru4rec,
         TOKENS,
@@ -320,13 +321,13 @@ def group_models(name: str) -> list[str]:
 # What to use instead of the models of earlier versions, keyed by former name.
 REMOVED = {"pilotnet": "cnn"}
 # Models that programs register and installed packages provide.
-register_model: Registry[BuiltInModel | ModelFactory] = Registry(
+register_model: Registry[CatalogModel | ModelFactory] = Registry(
     "model", "model_zoo", check_factory, "hetero_fl.models"
 )
 for _name, _model in MODELS.items():
     register_model(_name)(_model)
 
-Model = BuiltInModel | LibraryModel | UserModel
+Model = CatalogModel | UserModel
 # A model, or a name that `create_model` accepts.
 ModelName = str | UserModel
 
@@ -348,9 +349,9 @@ def list_models(pattern: str = "*") -> list[str]:
     """
     prefix, colon, _ = pattern.partition(":")
     names: list[str] = list(register_model)
-    if colon and prefix not in DROPOUT:
+    if colon and prefix not in LIBRARIES:
         raise ModelError(
-            f"pattern {pattern}: unknown prefix '{prefix}'; choose from {', '.join(DROPOUT)}"
+            f"pattern {pattern}: unknown prefix '{prefix}'; choose from {', '.join(LIBRARIES)}"
         )
     if colon:
         names = [f"{prefix}:{name}" for name in model_names(prefix)]
@@ -368,12 +369,12 @@ def find_model(name: ModelName) -> Model:
     if not isinstance(name, str):
         raise ModelError("expected a name")
     prefix, colon, rest = name.partition(":")
-    if prefix in DROPOUT and colon:
+    if prefix in LIBRARIES and colon:
         return _find_library_model(prefix, rest)
     if prefix == "python" and colon:
         return UserModel(load_factory(rest), f"user-defined {rest}")
     if colon:
-        prefixes = (*DROPOUT, "python")
+        prefixes = (*LIBRARIES, "python")
         hint = suggest_names(prefix, prefixes) or f"; choose from {', '.join(prefixes)}"
         raise ModelError(f"unknown prefix '{prefix}'{hint}")
     try:
@@ -385,19 +386,20 @@ def find_model(name: ModelName) -> Model:
     if found is None:
         hint = suggest_names(name, list_models()) or "; choose from model_zoo.list_models()"
         raise ModelError(f"unknown model{hint}")
-    if isinstance(found, BuiltInModel):
+    if isinstance(found, CatalogModel):
         return found
     return UserModel(found, f"from {register_model.origin(name)}")
 
 
-def _find_library_model(library: str, name: str) -> LibraryModel:
+def _find_library_model(library: str, name: str) -> CatalogModel:
     known = model_names(library)
     # Names of timm models may end with the tag of their weights (`resnet18.a1_in1k`).
     listed = name.partition(".")[0] if library == "timm" else name
     if listed not in known:
         hint = suggest_names(name, known, f"{library}:")
         raise ModelError(f"unknown image classifier of {library}{hint}")
-    return LibraryModel(library, name)
+    summary = f"{name} from {library}"
+    return CatalogModel(summary, LIBRARIES[library], IMAGE, fixed={"name": name})
 
 
 def is_user_defined(name: ModelName) -> bool:

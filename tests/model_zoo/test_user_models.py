@@ -375,6 +375,7 @@ def test_equal_modules_have_one_name(make: Callable[[], nn.Module]) -> None:
 
 
 OWN_MODELS_MODULE = """
+from shutil import copytree
 from torch import nn
 from model_zoo import SplitModel
 
@@ -477,8 +478,9 @@ WRONG_OWN: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("OddHead", {}, r"cannot process an image of 28x28 pixels \(1 channels\): mat1 and mat2"),
     ("Headless", {}, r"cannot process an image of 28x28 pixels \(1 channels\): "),
-    ("number", {}, r"number in zoo_own_models: expected a class or a function, got int"),
-    ("Data", {}, r"Data in zoo_own_models: expected a subclass of torch\.nn\.Module, or a func"),
+    ("number", {}, r"number in zoo_own_models is not a subclass of torch\.nn\.Module, or a func"),
+    ("Data", {}, r"Data in zoo_own_models is not a subclass of torch\.nn\.Module, or a function"),
+    ("copytree", {}, r"copytree in zoo_own_models is not a .*, or a function that the module def"),
     ("Pair", {}, r"Pair\.forward: expected the logits head\(backbone\(x\)\)"),
     ("Named", {}, "expected a model that returns logits, got dict"),
     ("WrongWidth", {}, r"feature_dim is 5, but the backbone returns 4 features"),

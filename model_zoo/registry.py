@@ -11,16 +11,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
-from model_zoo.backbones import (
-    cnn,
-    multimodal,
-    recommendation,
-    resnet,
-    sequence,
-    tabular,
-    text,
-    transformer,
-)
+from model_zoo.backbones import images, multimodal, sequence, tabular, tokens, transformer
 from model_zoo.errors import InputError, ModelError, suggest_names
 from model_zoo.external import LIBRARIES, model_names, torchvision_backbone
 from model_zoo.options import check_option, is_integer
@@ -129,13 +120,13 @@ class CatalogModel:
 def _cnn(norm: str, width: int, size: str) -> CatalogModel:
     channels = f"{width}-{2 * width}-{4 * width} channels"
     text = f"three-block CNN, {size}: {channels}, {norm.capitalize()}Norm"
-    return CatalogModel(text, cnn.cnn, IMAGE, 4, {"width": width, "norm": norm})
+    return CatalogModel(text, images.cnn, IMAGE, 4, {"width": width, "norm": norm})
 
 
 def _imagenet_resnet(widths: tuple[int, ...]) -> CatalogModel:
     text = f"ImageNet stem, one block per stage ({'-'.join(map(str, widths))}), as in HtFLlib"
     fixed = {"widths": widths, "blocks": (1,) * len(widths), "stem": "imagenet"}
-    return CatalogModel(text, resnet.resnet, IMAGE, fixed=fixed)
+    return CatalogModel(text, images.resnet, IMAGE, fixed=fixed)
 
 
 _SMALL = {"widths": (16, 32, 64), "stem": "small"}
@@ -156,32 +147,35 @@ MODELS: dict[str, CatalogModel] = {
     ),
     "lenet": CatalogModel(
         "LeNet-5 with ReLU and max pooling (LeCun et al., 1998)",
-        cnn.lenet,
+        images.lenet,
         IMAGE,
         12,
         {"padding": 2},
     ),
     "fedavg_cnn": CatalogModel(
-        "two 5x5 convolutions and 512 units (McMahan et al., 2017)", cnn.fedavg_cnn, IMAGE, 4
+        "two 5x5 convolutions and 512 units (McMahan et al., 2017)", images.fedavg_cnn, IMAGE, 4
     ),
     "niid_cnn": CatalogModel(
         "LeNet without padding, as in NIID-Bench (Li et al., 2022)",
-        cnn.lenet,
+        images.lenet,
         IMAGE,
         16,
         {"padding": 0},
     ),
     "fedproto_cnn": CatalogModel(
         "two 5x5 convolutions with dropout, and 50 units (Tan et al., 2022)",
-        cnn.fedproto_cnn,
+        images.fedproto_cnn,
         IMAGE,
         16,
     ),
     "fedgen_cnn": CatalogModel(
-        "two strided 3x3 convolutions, 32 features (Zhu et al., 2021)", cnn.fedgen_cnn, IMAGE
+        "two strided 3x3 convolutions, 32 features (Zhu et al., 2021)", images.fedgen_cnn, IMAGE
     ),
     "cnn": CatalogModel(
-        "three 3x3 convolutions of any width, with BatchNorm, GroupNorm or none", cnn.cnn, IMAGE, 4
+        "three 3x3 convolutions of any width, with BatchNorm, GroupNorm or none",
+        images.cnn,
+        IMAGE,
+        4,
     ),
     "cnn_bn_small": _cnn("batch", 8, "small"),
     "cnn_bn_medium": _cnn("batch", 16, "medium"),
@@ -190,23 +184,23 @@ MODELS: dict[str, CatalogModel] = {
     "cnn_gn_medium": _cnn("group", 16, "medium"),
     "cnn_gn_large": _cnn("group", 32, "large"),
     "resnet": CatalogModel(
-        "residual network of any widths and depths (He et al., 2016)", resnet.resnet, IMAGE
+        "residual network of any widths and depths (He et al., 2016)", images.resnet, IMAGE
     ),
     "resnet8": CatalogModel(
         "16-32-64 channels, one block per stage, as in FedDF",
-        resnet.resnet,
+        images.resnet,
         IMAGE,
         fixed={**_SMALL, "blocks": (1, 1, 1)},
     ),
     "resnet20": CatalogModel(
         "16-32-64 channels, three blocks per stage (He et al., 2016, for CIFAR; B shortcuts)",
-        resnet.resnet,
+        images.resnet,
         IMAGE,
         fixed={**_SMALL, "blocks": (3, 3, 3)},
     ),
     "resnet18_small": CatalogModel(
         "ResNet-18 with a 3x3 stem and no pooling, for small images",
-        resnet.resnet,
+        images.resnet,
         IMAGE,
         fixed={"widths": (64, 128, 256, 512), "blocks": (2, 2, 2, 2), "stem": "small"},
     ),
@@ -235,26 +229,26 @@ MODELS: dict[str, CatalogModel] = {
     "vit": CatalogModel(
         "small vision transformer (Dosovitskiy et al., 2021)", transformer.vit, IMAGE
     ),
-    "text_gru": CatalogModel("embedded words under gated recurrent units", text.text_gru, TOKENS),
+    "text_gru": CatalogModel("embedded words under gated recurrent units", tokens.text_gru, TOKENS),
     "text_cnn": CatalogModel(
-        "embedded words under causal convolutions (Bai et al., 2018)", text.text_cnn, TOKENS
+        "embedded words under causal convolutions (Bai et al., 2018)", tokens.text_cnn, TOKENS
     ),
     "text_transformer": CatalogModel(
-        "embedded words under a small transformer", text.text_transformer, TOKENS
+        "embedded words under a small transformer", tokens.text_transformer, TOKENS
     ),
     "matrix_factorization": CatalogModel(
         "vectors of a user and of the last items (Koren, 2008)",
-        recommendation.matrix_factorization,
+        tokens.matrix_factorization,
         TOKENS,
     ),
     "neural_filtering": CatalogModel(
         "perceptron on a user and the last items (He et al., 2017)",
-        recommendation.neural_filtering,
+        tokens.neural_filtering,
         TOKENS,
     ),
     "gru4rec": CatalogModel(
         "gated recurrent units over the last items (Hidasi et al., 2016)",
-        recommendation.gru4rec,
+        tokens.gru4rec,
         TOKENS,
     ),
 }

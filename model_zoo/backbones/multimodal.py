@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from model_zoo.backbones.cnn import cnn
-from model_zoo.backbones.resnet import resnet
+from model_zoo.backbones.images import cnn, resnet
 from model_zoo.backbones.transformer import vit
 from model_zoo.errors import InputError, ModelError
 from model_zoo.options import Count, Rate, is_integer, is_list

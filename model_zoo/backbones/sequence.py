@@ -14,7 +14,7 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from typing_extensions import override
 
-from model_zoo.backbones.cnn import Norm, norm_2d
+from model_zoo.backbones.images import Norm, norm_2d
 from model_zoo.backbones.transformer import Encoder
 from model_zoo.options import Count, Rate
 from model_zoo.shapes import Kind, Shape

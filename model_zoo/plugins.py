@@ -37,6 +37,7 @@ class Plugins:
         kind: Noun for the objects of the group in messages, such as "model".
         built_in: Function that returns the built-in names, which plug-ins must not use.
         check: Function that returns why a loaded object is not valid, or an empty string.
+        convert: Function that returns what is kept of a loaded object.
     """
 
     def __init__(
@@ -45,11 +46,13 @@ class Plugins:
         kind: str,
         built_in: Callable[[], Collection[str]],
         check: Callable[[Any], str],
+        convert: Callable[[Any], Any],
     ) -> None:
         self.group = group
         self.kind = kind
         self._built_in = built_in
         self._check = check
+        self._convert = convert
         # The object of each name that was looked up, or the error that it raised.
         self._loaded: dict[str, Any] = {}
 
@@ -134,7 +137,7 @@ class Plugins:
             ) from error
         if reason := self._check(loaded):
             raise PluginError(f"{title} is not valid: {reason}, got {entry.value}")
-        return loaded
+        return self._convert(loaded)
 
     def _title(self, entry: EntryPoint) -> str:
         return f"{self.kind} '{entry.name}' of {_describe_origin(entry)}"
@@ -160,7 +163,9 @@ class Registry(Generic[T]):
         self.kind = kind
         self._package = package
         self._known: dict[str, T] = {}
-        self.plugins = Plugins(group, kind, self.built_in_names, check) if group else None
+        self.plugins = (
+            Plugins(group, kind, self.built_in_names, check, self._convert) if group else None
+        )
 
     def __call__(self, name: str) -> Callable[[T], T]:
         """Return a decorator that registers an object under a name.
@@ -175,7 +180,7 @@ class Registry(Generic[T]):
         def register(entry: T) -> T:
             if name in self.built_in_names() and not self._is_built_in(entry):
                 raise ValueError(f"'{name}' is a built-in {self.kind}; choose another name")
-            self._known[name] = entry
+            self._known[name] = self._convert(entry)
             return entry
 
         return register
@@ -212,6 +217,11 @@ class Registry(Generic[T]):
         if name not in self._known and self.plugins is not None:
             return self.plugins.origin(name)
         return str(getattr(self._known[name], "__module__", ""))
+
+    def _convert(self, entry: Any) -> T:
+        """Return what is kept of an object that is registered."""
+        kept: T = entry
+        return kept
 
     def _is_built_in(self, entry: object) -> bool:
         return str(getattr(entry, "__module__", "")).startswith(f"{self._package}.")

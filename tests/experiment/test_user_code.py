@@ -94,6 +94,21 @@ def test_object_gives_equal_scores_on_all_executors(kind: str, executor: str) ->
         assert torch.allclose(tensor, expected[name], atol=1e-5)
 
 
+@pytest.mark.slow
+def test_registered_model_is_trained_in_worker_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hfl.register_model, "_known", dict(hfl.register_model._known))
+    hfl.register_model("flat")(lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    clients = [hfl.Client(f"site_{i}", "flat") for i in (1, 2)]
+    own = hfl.Federation(clients, data={"name": "digits", "train_limit": 150})
+
+    runs = [
+        train(own, hfl.FedAvg(), overrides=[*QUIET, f"runtime.executor={executor}"])
+        for executor in ("serial", "processes")
+    ]
+
+    assert same_models(*runs)
+
+
 @pytest.mark.parametrize(
     ("client", "in_file"),
     [

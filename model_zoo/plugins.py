@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 from model_zoo.errors import one_line
 
 T = TypeVar("T")
+Entry = TypeVar("Entry")
 
 
 class PluginWarning(UserWarning):
@@ -167,7 +168,7 @@ class Registry(Generic[T]):
             Plugins(group, kind, self.built_in_names, check, self._convert) if group else None
         )
 
-    def __call__(self, name: str) -> Callable[[T], T]:
+    def __call__(self, name: str) -> Callable[[Entry], Entry]:
         """Return a decorator that registers an object under a name.
 
         An object replaces another object that was registered under the same name, unless the other
@@ -177,7 +178,7 @@ class Registry(Generic[T]):
             ValueError: If the object is not built in, but the name is.
         """
 
-        def register(entry: T) -> T:
+        def register(entry: Entry) -> Entry:
             if name in self.built_in_names() and not self._is_built_in(entry):
                 raise ValueError(f"'{name}' is a built-in {self.kind}; choose another name")
             self._known[name] = self._convert(entry)

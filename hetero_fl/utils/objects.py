@@ -75,8 +75,10 @@ def iterate_objects(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 def get_object(name: str) -> Any:
     """Return the object with a name, or None if there is no such object in this program."""
-    found = [reference() for reference in _objects.get(name, ())]
-    return next((value for value in reversed(found) if value is not None), None)
+    for reference in reversed(_objects.get(name, ())):
+        if (value := reference()) is not None:
+            return value
+    return None
 
 
 def find_object(name: str, where: str) -> Any:

@@ -292,7 +292,9 @@ def _own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def _describe_module(module: nn.Module, caches: Collection[str]) -> dict[str, str]:
     """Describe everything but the weights and the caches of a module, keyed by name."""
     parameters = dict(module.named_parameters())
-    known = {id(part): (part, type(part).__qualname__) for part in module.modules()}
+    known: dict[int, tuple[Any, str]] = {
+        id(part): (part, type(part).__qualname__) for part in module.modules()
+    }
     known |= {id(parameter): (parameter, name) for name, parameter in parameters.items()}
     state = module.state_dict()
     shapes = {name: tuple(t.shape) for name, t in state.items() if isinstance(t, torch.Tensor)}

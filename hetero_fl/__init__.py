@@ -94,7 +94,7 @@ if TYPE_CHECKING:
     from hetero_fl.reporting.loggers import Logger, register_logger
     from hetero_fl.reporting.run import Run
     from hetero_fl.utils.errors import UserError
-    from model_zoo import SplitModel
+    from model_zoo import SplitModel, register_model
 
 __all__ = [
     "DSFL",
@@ -187,6 +187,7 @@ __all__ = [
     "prepare",
     "register_algorithm",
     "register_logger",
+    "register_model",
     "register_partition",
     "register_source",
     "run",
@@ -239,7 +240,7 @@ _PUBLIC_NAMES = {
     "hetero_fl.reporting.loggers": ["Logger", "register_logger"],
     "hetero_fl.reporting.run": ["Run"],
     "hetero_fl.utils.errors": ["UserError"],
-    "model_zoo": ["SplitModel"],
+    "model_zoo": ["SplitModel", "register_model"],
 }
 _LOCATIONS = {
     name.rpartition(":")[2]: (module, name.partition(":")[0])

@@ -1,8 +1,9 @@
 """Neural networks by name, each split into a backbone and a head.
 
-Every model returns logits and features. The backbone and the head can be called, trained and shared
-separately. `python -m model_zoo` prints a table of the models. The package does not depend on
-hetero_fl.
+A model returns logits, as models of timm and torchvision do. The backbone and the head can be
+called, trained and shared separately, under the names that they have in timm: `forward_features`,
+`forward_head`, `num_features`, `get_classifier` and `reset_classifier`. `python -m model_zoo`
+prints a table of the models. The package does not depend on hetero_fl.
 
 Example:
     >>> import torch
@@ -10,8 +11,8 @@ Example:
     >>> list_models("cnn_bn_*")
     ['cnn_bn_large', 'cnn_bn_medium', 'cnn_bn_small']
     >>> model = create_model("cnn_bn_small", num_classes=10, in_channels=1, input_size=28)
-    >>> logits, features = model(torch.rand(4, 1, 28, 28))
-    >>> logits.shape, features.shape
+    >>> x = torch.rand(4, 1, 28, 28)
+    >>> model(x).shape, model.forward_features(x).shape
     (torch.Size([4, 10]), torch.Size([4, 32]))
     >>> describe("cnn_bn_small").parameters
     6330
@@ -26,14 +27,14 @@ from model_zoo.registry import (
     list_groups,
     list_models,
     model_options,
+    register_model,
 )
-from model_zoo.split_model import Outputs, SplitModel, batch_norm_buffers, is_batch_norm
+from model_zoo.split_model import SplitModel, batch_norm_buffers, is_batch_norm
 from model_zoo.widths import can_narrow, narrow_options, share_of
 
 __all__ = [
     "ModelDescription",
     "ModelError",
-    "Outputs",
     "SplitModel",
     "batch_norm_buffers",
     "can_narrow",
@@ -46,5 +47,6 @@ __all__ = [
     "list_models",
     "model_options",
     "narrow_options",
+    "register_model",
     "share_of",
 ]

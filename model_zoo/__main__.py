@@ -12,8 +12,7 @@ from model_zoo.description import describe, format_count
 from model_zoo.errors import ModelError
 from model_zoo.registry import MODELS, list_models
 
-# Size of the vocabulary with which text models are measured.
-VOCABULARY_SIZE = 1000
+TITLE = "10 classes; gray images of 28x28 pixels, rows of 28 columns, texts of 28 of 1,000 words"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,67 +32,42 @@ def main(arguments: list[str] | None = None) -> int:
         default="*",
         help="pattern of model names, such as 'cnn_*' or 'timm:resnet*' (default: all models)",
     )
-    parser.add_argument(
-        "--classes", type=int, default=10, help="number of classes (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--channels", type=int, default=1, help="channels of the images (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--size",
-        type=int,
-        default=28,
-        help="height and width of the images in pixels (default: %(default)s)",
-    )
-    args = parser.parse_args(arguments)
-    console = Console()
+    pattern = parser.parse_args(arguments).pattern
     try:
-        names = list_models(args.pattern)
+        names = list_models(pattern)
         if not names:
-            raise ModelError(f"PATTERN: no model matches '{args.pattern}'")
-        # Building all models of another library, about a thousand, would take hours.
-        if ":" in args.pattern:
-            console.print("\n".join(names), markup=False, highlight=False)
-            return 0
-        console.print(_make_table(names, args.classes, args.channels, args.size))
+            raise ModelError(f"PATTERN: no model matches '{pattern}'")
     except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
-
-
-def _make_table(names: list[str], classes: int, channels: int, size: int) -> Table:
-    table = Table(
-        title=f"{classes} classes; images of {channels}x{size}x{size}, table rows of {size} "
-        f"columns, texts of {size} words from a vocabulary of {VOCABULARY_SIZE:,}"
-    )
-    table.add_column("model", no_wrap=True)
+    # Building all models of another library, about a thousand, would take hours.
+    if ":" in pattern:
+        Console().print("\n".join(names), markup=False, highlight=False)
+        return 0
+    table = Table("model", title=TITLE)
     for heading in ("parameters", "features", "FLOP"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("description")
     for name in names:
-        # The models of plug-ins are measured with images, which they may not accept.
-        kinds = MODELS[name].kinds if name in MODELS else ("image",)
-        try:
-            if "tokens" in kinds:
-                description = describe(name, classes, 1, (size,), vocabulary=VOCABULARY_SIZE)
-            elif "image" in kinds:
-                description = describe(name, classes, channels, size)
-            else:
-                description = describe(name, classes, size, ())
-        except ModelError as error:
-            if name in MODELS:
-                raise
-            table.add_row(name, *["–"] * 3, str(error))
-            continue
-        table.add_row(
-            name,
-            f"{description.parameters:,}",
-            str(description.feature_dim),
-            format_count(description.forward_flops),
-            description.summary,
-        )
-    return table
+        table.add_row(name, *_describe(name))
+    Console().print(table)
+    return 0
+
+
+def _describe(name: str) -> tuple[str, str, str, str]:
+    # The models of plug-ins are measured with images, which they may not accept.
+    kinds = MODELS[name].kinds if name in MODELS else ("image",)
+    try:
+        if "tokens" in kinds:
+            about = describe(name, input_size=(28,), vocabulary=1000)
+        elif "image" in kinds:
+            about = describe(name)
+        else:
+            about = describe(name, in_channels=28, input_size=())
+    except ModelError as error:
+        return "–", "–", "–", str(error)
+    flops = format_count(about.forward_flops)
+    return f"{about.parameters:,}", str(about.feature_dim), flops, about.summary
 
 
 if __name__ == "__main__":

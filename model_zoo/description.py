@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model_zoo.external import Enlarge
 from model_zoo.generators import keyed_generators
-from model_zoo.registry import MODELS, PLUGINS, create_model
+from model_zoo.registry import MODELS, ModelName, create_model, find_model
 from model_zoo.shapes import make_shape
 from model_zoo.split_model import is_batch_norm
 
@@ -79,26 +79,13 @@ def format_count(number: int) -> str:
     return f"{number} "
 
 
-def summarize(name: str) -> str:
-    """Return a one-line summary of a model.
-
-    For models of other libraries and of users, the summary is the name and origin of the model.
-    """
-    prefix, colon, rest = name.partition(":")
-    if name in MODELS:
-        return MODELS[name].summary
-    if not colon:
-        return f"from {PLUGINS.origin(name)}"
-    return f"user-defined {rest}" if prefix == "python" else f"{rest} from {prefix}"
-
-
 def _describe_enlargement(model: nn.Module) -> str:
     sizes = [module.size for module in model.modules() if isinstance(module, Enlarge)]
     return f", images enlarged to {'x'.join(map(str, sizes[0]))}" if sizes else ""  # type: ignore[arg-type]
 
 
 def describe(
-    name: str,
+    name: ModelName,
     num_classes: int = 10,
     in_channels: int = 1,
     input_size: int | Sequence[int] = 28,
@@ -145,15 +132,15 @@ def describe(
     with keyed_generators(0):
         flops, convolutions = _count_flops(model.to(device), examples)
     return ModelDescription(
-        name=name,
+        name=str(name),
         parameters=num_parameters(model),
         backbone_parameters=num_parameters(model.backbone),
         head_parameters=num_parameters(model.head),
-        feature_dim=model.feature_dim,
+        feature_dim=model.num_features,
         forward_flops=flops,
         convolution_flops=convolutions,
         has_batch_norm=any(is_batch_norm(module) for module in model.modules()),
-        summary=summarize(name) + enlargement,
+        summary=find_model(name).summary + enlargement,
     )
 
 

@@ -22,15 +22,9 @@ from torch import nn
 
 from model_zoo.errors import InputError, ModelError, one_line
 from model_zoo.generators import keyed_generators
+from model_zoo.options import OptionalRate
 from model_zoo.shapes import Shape
 from model_zoo.split_model import Body, measure_feature_width
-
-# Options of each library's models, which some models do not support. None keeps the default of the
-# model.
-OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "torchvision": {"dropout": None},
-    "timm": {"drop_rate": None},
-}
 
 
 class Enlarge(nn.Upsample):
@@ -60,37 +54,65 @@ def model_names(library_name: str) -> list[str]:
     return listed
 
 
-def is_known(library_name: str, name: str) -> bool:
-    """Return whether a library has an image classifier of this name.
-
-    Names of timm models may end with the tag of their weights (`resnet18.a1_in1k`).
-    """
-    return (
-        name.partition(".")[0] in model_names(library_name)
-        if library_name == "timm"
-        else name in model_names(library_name)
-    )
-
-
-def external_backbone(
-    library_name: str, name: str, shape: Shape, *, pretrained: bool = False, **options: Any
+def torchvision_backbone(
+    shape: Shape, *, name: str, pretrained: bool = False, dropout: OptionalRate = None
 ) -> Body:
-    """Return a library's model without the classifier, and the width of the features.
+    """Build a classifier of torchvision without its last layer.
 
     If the model does not accept images of this size, the images are enlarged.
 
     Args:
-        library_name: `torchvision` or `timm`.
-        name: Name of the model in that library.
         shape: Shape of an image.
+        name: Name of the model in torchvision.
         pretrained: Whether to load the library's default weights.
-        **options: Options of the model, see `OPTIONS`.
+        dropout: Dropout rate, which some models do not support. If None, the model's default.
+
+    Returns:
+        The backbone and the width of the features.
 
     Raises:
         ModelError: If the model accepts none of the tested sizes, does not support an option, or
             the weights cannot be loaded.
     """
-    make = _make_torchvision if library_name == "torchvision" else _make_timm
+    options = {} if dropout is None else {"dropout": dropout}
+    return _fit_size(_make_torchvision, name, shape, pretrained, options)
+
+
+def timm_backbone(
+    shape: Shape, *, name: str, pretrained: bool = False, drop_rate: OptionalRate = None
+) -> Body:
+    """Build a classifier of timm without its last layer.
+
+    Args:
+        shape: Shape of an image.
+        name: Name of the model in timm.
+        pretrained: Whether to load the library's default weights.
+        drop_rate: Dropout rate, which some models do not support. If None, the model's default.
+
+    Returns:
+        The backbone and the width of the features.
+
+    Raises:
+        ModelError: As in `torchvision_backbone`.
+    """
+    options = {} if drop_rate is None else {"drop_rate": drop_rate}
+    return _fit_size(_make_timm, name, shape, pretrained, options)
+
+
+LIBRARIES: dict[str, Callable[..., Body]] = {
+    "torchvision": torchvision_backbone,
+    "timm": timm_backbone,
+}
+
+
+def _fit_size(
+    make: Callable[..., nn.Module],
+    name: str,
+    shape: Shape,
+    pretrained: bool,
+    options: Mapping[str, Any],
+) -> Body:
+    """Return a model for images that are enlarged if necessary, and the width of its features."""
     size, width = _accepted_size(make, name, shape, **options)
     model = make(name, Shape(shape.channels, size), pretrained, options)
     disable_stochastic_depth(model)

@@ -75,13 +75,28 @@ def split_module(module: nn.Module, shape: Shape, head: str | None = None) -> Sp
     if isinstance(module, SplitModel) or (has_parts and type(module).forward is nn.Module.forward):
         split = module if isinstance(module, SplitModel) else SplitModel(backbone, given)
         width = measure_feature_width(split.backbone, shape)
-        if split.known_feature_dim not in (None, width):
+        if split.num_features not in (0, width):
             raise ModelError(
-                f"feature_dim is {split.feature_dim}, but the backbone returns {width} features"
+                f"feature_dim is {split.num_features}, but the backbone returns {width} features"
             )
-        split.feature_dim = width
+        split.num_features = width
+        _check_forward(split, shape)
         return split
     return _split_classifier(module, shape, head, has_parts)
+
+
+def _check_forward(split: SplitModel, shape: Shape) -> None:
+    """Check that a subclass with an own method `forward` returns the logits of its head."""
+    if type(split).forward is SplitModel.forward:
+        return
+    x = shape.random(2)
+    features = probe(split.backbone, x, shape)
+    expected = probe(split.head, features, f"features of width {split.num_features}")
+    if not have_equal_values(probe(split, x, shape), expected):
+        raise ModelError(
+            f"{type(split).__name__}.forward: expected the logits head(backbone(x)); delete the "
+            "method, or make the class a subclass of nn.Module"
+        )
 
 
 def _split_classifier(
@@ -113,11 +128,7 @@ def _split_classifier(
             raise ModelError(f"head: no submodule '{head}'{hint}")
         candidates = [module.get_submodule(head)]
     for candidate in candidates:
-        # An operation in place leaves the head's output, but increases its version.
-        is_last = not logits._version and any(p is candidate and z is logits for p, z in calls)
-        changed = (
-            None if is_last else _logits_of_other_weights(module, candidate, parameters, shape)
-        )
+        changed = _logits_of_other_weights(module, candidate, parameters, shape)
         split = _replace_head(module, candidate, paths[candidate], hasattr(expected, "logits"))
         if _has_logits(split, logits, changed, parameters, shape):
             return split
@@ -162,24 +173,15 @@ def check_training(split: SplitModel, module: nn.Module, shape: Shape) -> None:
         ModelError: If the module cannot be trained, or its outputs in training mode are not those
             of its head.
     """
-    # Models of torchvision with this attribute have further outputs in training mode.
-    has_more_outputs = bool(getattr(module, "aux_logits", False))
-    advice = (
-        "create it with aux_logits=False"
-        if has_more_outputs
-        else "return the same logits in both modes"
-    )
+    advice = "return the same logits in both modes"
     kind = type(evaluate_examples(module, shape)).__name__
-    try:
-        expected = evaluate_examples(module, shape, training=True)
-    except InputError as error:
-        raise InputError(f"{error}; {advice}" if has_more_outputs else str(error)) from error
+    expected = evaluate_examples(module, shape, training=True)
     if type(expected).__name__ != kind:
         raise ModelError(
             f"returns a {kind} in evaluation mode, but a {type(expected).__name__} in training "
-            f"mode; {advice}"
+            f"mode; {advice} (torchvision: aux_logits=False)"
         )
-    logits = evaluate_examples(split, shape, training=True).logits
+    logits = evaluate_examples(split, shape, training=True)
     if not have_equal_values(logits, getattr(expected, "logits", expected)):
         raise ModelError(
             f"head: in training mode, the model's outputs are not those of its submodule "
@@ -292,12 +294,13 @@ def _has_logits(
         shape: Shape of an example.
     """
     try:
-        logits, features = evaluate_examples(split, shape)
+        features = evaluate_examples(split.backbone, shape)
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            return False
+        logits = evaluate_examples(split, shape)
     except InputError:
         return False
-    if not isinstance(features, Tensor) or features.ndim != 2:
-        return False
-    split.feature_dim = features.shape[1]
+    split.num_features = features.shape[1]
     if changed is None or not have_equal_values(logits, expected):
         return have_equal_values(logits, expected)
     largest = changed.abs().max()
@@ -325,7 +328,7 @@ def mixes_examples(model: SplitModel, shape: Shape, training: bool) -> bool:
     """
     x = shape.random(2)
     other = torch.stack([x[0], x[0]])
-    outputs = [probe(model, batch, shape, training=training)[0][:1] for batch in (x, other)]
+    outputs = [probe(model, batch, shape, training=training)[:1] for batch in (x, other)]
     return not have_equal_values(*outputs)
 
 

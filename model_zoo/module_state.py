@@ -9,36 +9,26 @@ from __future__ import annotations
 import copy
 import enum
 import hashlib
-import random
 import weakref
-from collections import ChainMap
-from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from model_zoo.errors import ModelError
-from model_zoo.generators import keyed_generators
-from model_zoo.shapes import Shape
 
 # Attributes of every module, such as the mode and the dictionaries of parameters and hooks, and the
 # module from which a `SplitModel` was made.
 MODULE_ATTRIBUTES = vars(nn.Module()).keys() | {"_source"}
 # Types whose `repr` describes a value completely.
 PLAIN_TYPES = (
-    *(type(None), bool, int, float, complex, str, bytes),
+    *(type(None), bool, int, float, complex, str),
     *(torch.dtype, torch.device, torch.Size, enum.Enum),
 )
-
 # Maximum length of the description of an object. Longer descriptions are hashed.
 MAX_DESCRIPTION = 1000
-
-# Random number generators, whose state only their own methods can read.
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 def state_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -213,7 +203,7 @@ class ModuleSnapshot:
         self._registered: dict[int, Any] = {id(part): part for part in module.modules()}
         for _, tensor in [*module.named_parameters(), *module.named_buffers()]:
             self._registered[id(tensor)] = tensor
-        self._known = {key: str(key) for key in self._registered}
+        self._known = {key: (part, str(key)) for key, part in self._registered.items()}
         self._records = {
             name: (owner, key, self._copy(owner[key]), self._content(owner[key]))
             for name, owner, key in self._places()
@@ -239,7 +229,7 @@ class ModuleSnapshot:
             for name in now.keys() | self._records.keys()
             if name not in now
             or name not in self._records
-            or not _is_equal(self._content(now[name]), self._records[name][3])
+            or not have_equal_content(self._content(now[name]), self._records[name][3])
         }
 
     def tensor_kind(self, name: str) -> tuple[torch.Size, torch.dtype] | None:
@@ -291,80 +281,61 @@ class ModuleSnapshot:
         return describe_content(value, self._known)
 
 
-def describe_content(value: Any, known: MutableMapping[int, str] | None = None) -> str:
+def describe_content(value: Any, known: Mapping[int, tuple[Any, str]] | None = None) -> str:
     """Describe a value such that another content has another description.
 
-    Without access to its content, only another object is noticed.
+    An object whose content is not accessible, such as a lambda, is described by its address, so
+    that only another object is noticed.
 
     Args:
         value: The value.
-        known: See `describe_value`.
+        known: Objects whose content does not count, and their descriptions, keyed by id.
     """
-    opaque: list[int] = []
     try:
-        text = describe_value(value, opaque, ChainMap({}, known or {}), [])
+        return f"{type(value)} {_describe(value, dict(known or {}))}"
     # Any object may refuse.
     except Exception:
-        return str(id(value))
-    return f"{type(value)} {text} {opaque}"
+        return f"{type(value)} at {id(value):#x}"
 
 
-def describe_value(  # noqa: PLR0911
-    value: Any,
-    opaque: list[int],
-    known: MutableMapping[int, str],
-    described: list[Any],
-) -> str:
-    """Describe an attribute of a module, including the content of tensors and other objects.
-
-    Args:
-        value: The attribute.
-        opaque: List to which the ids of objects are appended that cannot be described.
-        known: Descriptions of objects whose content does not count, keyed by id. Those of further
-            objects are added, so that their content is described once.
-        described: List to which these objects are appended, so that they keep their ids.
-    """
-    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
-    is_importable = "<" not in name and not name.startswith("__main__")
+def _describe(value: Any, known: dict[int, tuple[Any, str]]) -> str:  # noqa: PLR0911
+    """Describe a value, and add the objects that it contains to `known`."""
     if isinstance(value, PLAIN_TYPES):
         return repr(value)
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
     if id(value) in known:
-        return known[id(value)]
-    if isinstance(value, GENERATORS):
-        return _describe_generator(value)
-    if isinstance(value, torch.Tensor):
+        return known[id(value)][1]
+    kind = type(value).__qualname__
+    if isinstance(value, Tensor):
         shape = f"{value.dtype} {tuple(value.shape)}"
         if value.is_meta:
             return shape
         raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        return f"{shape} {hashlib.sha256(raw.numpy().tobytes()).hexdigest()}"
-    if hasattr(value, "__qualname__") and is_importable:
+        return f"{shape} {_describe(raw.numpy().tobytes(), known)}"
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+    if hasattr(value, "__qualname__") and "<" not in name and not name.startswith("__main__"):
         return name
-    content = _parts_of(value)
-    if content is None:
-        opaque.append(id(value))
-        return type(value).__qualname__
-    # An object that contains itself is not described again.
-    known[id(value)] = type(value).__qualname__
-    described.append(value)
-    parts = [describe_value(each, opaque, known, described) for each in content]
-    text = f"{type(value).__qualname__}({', '.join(parts)})"
-    if len(text) > MAX_DESCRIPTION:
+    parts = _parts_of(value)
+    if parts is None:
+        return f"{kind} at {id(value):#x}"
+    # An object that contains itself is not described again. It is kept, so that it keeps its id.
+    known[id(value)] = (value, kind)
+    text = f"{kind}({', '.join([_describe(part, known) for part in parts])})"
+    if len(text) > MAX_DESCRIPTION and " at 0x" not in text:
         # The text of an object that contains others repeatedly would grow exponentially.
         text = hashlib.sha256(text.encode()).hexdigest()
-    known[id(value)] = text
+    known[id(value)] = (value, text)
     return text
 
 
 def _parts_of(value: Any) -> Sequence[Any] | None:
     """Return the objects that an object consists of, or None for objects such as lambdas."""
-    if isinstance(value, Mapping):
-        return [each for pair in value.items() for each in pair]
     if isinstance(value, set | frozenset):
         return sorted(value, key=repr)
     # Recurrent layers keep weak references to their weights.
     if isinstance(value, weakref.ref):
-        value = [value()]
+        return [value()]
     if isinstance(value, list | tuple):
         return value
     try:
@@ -378,141 +349,12 @@ def _parts_of(value: Any) -> Sequence[Any] | None:
     return [list(part) if isinstance(part, Iterator) else part for part in reduced[1:]]
 
 
-def _describe_generator(generator: Any) -> str:
-    """Describe the state of a random number generator."""
-    if isinstance(generator, torch.Generator):
-        return generator.get_state().numpy().tobytes().hex()
-    if isinstance(generator, np.random.Generator):
-        return repr(generator.bit_generator.state)
-    is_numpy = isinstance(generator, np.random.RandomState)
-    return repr(generator.get_state(legacy=False) if is_numpy else generator.getstate())
-
-
-def _is_equal(a: Any, b: Any) -> bool:
+def have_equal_content(a: Any, b: Any) -> bool:
+    """Return whether two values are equal, with NaN equal to NaN in tensors."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         same_kind = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
         return same_kind and (a.is_meta or bool(((a == b) | (a.isnan() & b.isnan())).all()))
     return type(a) is type(b) and bool(a == b)
-
-
-@dataclass(frozen=True)
-class ForwardWrites:
-    """Names of the state and the caches that a forward pass writes.
-
-    Args:
-        tensors: Names of the parameters, buffers and attributes that are state of the module.
-        attributes: Those of `tensors` that are attributes.
-        caches: Names of the attributes that no later pass depends on, such as the features of the
-            last batch.
-        overwritten: Those of `caches` that are tensors which each pass writes before it reads them.
-    """
-
-    tensors: frozenset[str] = frozenset()
-    attributes: frozenset[str] = frozenset()
-    caches: frozenset[str] = frozenset()
-    overwritten: frozenset[str] = frozenset()
-
-
-def observe_forward(module: nn.Module, shape: Shape) -> ForwardWrites:
-    """Find out what the forward pass of a module writes, by calls with random examples.
-
-    Written attributes are caches if no later pass reads them, and state if they are tensors of
-    constant shape and type.
-
-    Args:
-        module: The module, which is changed.
-        shape: Shape of an example.
-
-    Returns:
-        The names of what is written. Nothing is found if the module does not accept the examples,
-        which training will report.
-
-    Raises:
-        ModelError: If other state is written.
-    """
-    try:
-        return _observe(module, shape.random(2), shape.random(2, seed=1), shape.random(3))
-    except ModelError:
-        raise
-    # A module of unknown origin may raise any exception.
-    except Exception:
-        return ForwardWrites()
-
-
-def _observe(module: nn.Module, first: Tensor, second: Tensor, larger: Tensor) -> ForwardWrites:
-    names = first_names(module)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            # Attributes that are computed from parameters are then written, too.
-            parameter.mul_(1.01)
-    start = ModuleSnapshot(module)
-    _outputs(module.train(), first)
-    after = ModuleSnapshot(module)
-    written = start.changes()
-    _outputs(module, larger)
-    last = ModuleSnapshot(module)
-
-    kinds = {name: {each.tensor_kind(name) for each in (start, after, last)} for name in written}
-    tensors = {name for name in written if len(kinds[name]) == 1 and None not in kinds[name]}
-    attributes = tensors - names.keys()
-    others = written - tensors
-
-    def outputs_without(dropped: Set[str]) -> list[Tensor]:
-        """Return the outputs of two further passes, without what was written under some names."""
-        after.restore(after.changes())
-        start.restore(dropped)
-        # Even a read that would not change these outputs is an error then.
-        start.remove(dropped & attributes)
-        return [*_outputs(module.eval(), second), *_outputs(module.train(), second)]
-
-    outputs = outputs_without(frozenset())
-    later = ModuleSnapshot(module)
-
-    def is_read(dropped: Set[str]) -> bool:
-        """Return whether a pass depends on what an earlier pass wrote under some names."""
-        try:
-            same = all(map(_is_equal, outputs, outputs_without(dropped)))
-        # A name is missing, or other names that belong to these were not dropped.
-        except Exception:
-            return True
-        return not same or bool(later.changes())
-
-    caches = {name for name in attributes if not is_read({name})}
-    # A pass may read one of them if another is missing.
-    if caches and is_read(caches):
-        caches = set()
-    lost = sorted(others & names.keys()) or (sorted(others) if others and is_read(others) else [])
-    if lost:
-        raise ModelError(
-            _describe_lost_state(module, next((n for n in lost if is_read({n})), lost[0]))
-        )
-    return ForwardWrites(
-        frozenset(names.get(name, name) for name in tensors - caches),
-        frozenset(attributes - caches),
-        frozenset(others | caches),
-        frozenset(caches),
-    )
-
-
-def _outputs(module: nn.Module, x: Tensor) -> list[Tensor]:
-    with keyed_generators(0):
-        outputs = module(x)
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
-
-
-def _describe_lost_state(module: nn.Module, name: str) -> str:
-    path, _, attribute = name.rpartition(".")
-    part = module.get_submodule(path)
-    cure = (
-        f"write self.register_buffer('{attribute}', tensor) in {type(part).__name__}.__init__ and "
-        "keep its shape and type"
-    )
-    if isinstance(getattr(part, attribute, None), GENERATORS):
-        cure = "draw from the global generator of torch, which is seeded for each client"
-    return (
-        f"its forward pass changes '{name}' and depends on it, but only buffers of constant shape "
-        f"are kept for each client; {cure}"
-    )
 
 
 def advise_on_error(error: BaseException, module: nn.Module | None = None) -> str:
@@ -542,47 +384,3 @@ def advise_on_error(error: BaseException, module: nn.Module | None = None) -> st
                 "forward"
             )
     return ""
-
-
-def carry_state(module: nn.Module, attributes: Collection[str]) -> None:
-    """Make all buffers of a module persistent, and attributes that are tensors buffers.
-
-    Args:
-        module: The module.
-        attributes: Names of the attributes.
-    """
-    for part in module.modules():
-        part._non_persistent_buffers_set.clear()
-    for name in attributes:
-        path, _, key = name.rpartition(".")
-        part = module.get_submodule(path)
-        part.register_buffer(key, part.__dict__.pop(key))
-
-
-def release_state(
-    module: nn.Module, non_persistent: Collection[str], attributes: Collection[str]
-) -> None:
-    """Undo `carry_state`, so that the module has the buffers and attributes of its class.
-
-    Args:
-        module: The module.
-        non_persistent: Names of the buffers that the class does not register as persistent.
-        attributes: Names of the attributes.
-    """
-    for name in [*non_persistent, *attributes]:
-        path, _, key = name.rpartition(".")
-        part = module.get_submodule(path)
-        if name in attributes:
-            part.__dict__[key] = part._buffers.pop(key)
-        else:
-            part._non_persistent_buffers_set.add(key)
-
-
-def non_persistent_names(module: nn.Module) -> frozenset[str]:
-    """Return the names of the buffers that are not persistent."""
-    return frozenset(
-        f"{path}.{key}" if path else key
-        for path, part in module.named_modules()
-        for key in part._non_persistent_buffers_set
-        if part._buffers[key] is not None
-    )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
 
 from model_zoo.errors import ModelError
+from model_zoo.options import is_integer, is_list
 
 Kind = Literal["table", "series", "image", "tokens"]
 # Kinds of numeric examples. The index of a kind is the number of dimensions besides the channels.
@@ -86,11 +86,6 @@ class Shape:
         return f"an image of {self.size[0]}x{self.size[1]} pixels ({self.channels} channels)"
 
 
-def is_integer(value: Any, minimum: int = 1) -> bool:
-    """Return whether `value` is an integer of at least `minimum`, but not a boolean."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
-
-
 def make_shape(
     in_channels: int, input_size: int | Sequence[int], vocabulary: int | None = None
 ) -> Shape:
@@ -109,25 +104,19 @@ def make_shape(
         return _make_token_shape(in_channels, input_size, vocabulary)
     if not is_integer(in_channels):
         raise ModelError(f"in_channels: expected an integer >= 1, got {in_channels!r}")
-    if is_integer(input_size):
-        return Shape(int(in_channels), (int(input_size),) * 2)  # type: ignore[arg-type]
-    listed = isinstance(input_size, Sequence) and not isinstance(input_size, str)
-    if not listed or len(input_size) > 2 or not all(is_integer(s) for s in input_size):  # type: ignore[arg-type, union-attr]
+    size: Any = (input_size, input_size) if is_integer(input_size) else input_size
+    if not is_list(size) or len(size) > 2 or not all(map(is_integer, size)):
         raise ModelError(
             "input_size: expected S or (H, W) for an image, (L,) for a series or () for a table "
             f"row, got {input_size!r}"
         )
-    return Shape(int(in_channels), tuple(int(s) for s in input_size))  # type: ignore[union-attr]
+    return Shape(int(in_channels), tuple(map(int, size)))
 
 
 def _make_token_shape(in_channels: int, input_size: int | Sequence[int], vocabulary: int) -> Shape:
     if not is_integer(vocabulary, 2):
         raise ModelError(f"vocabulary: expected an integer >= 2, got {vocabulary!r}")
-    if (
-        not isinstance(input_size, Sequence)
-        or len(input_size) != 1
-        or not is_integer(input_size[0])
-    ):
+    if not is_list(input_size) or len(input_size) != 1 or not is_integer(input_size[0]):
         raise ModelError(f"input_size: expected (L,) for texts of L tokens, got {input_size!r}")
     if in_channels != 1:
         raise ModelError(f"in_channels: expected 1 for tokens, got {in_channels!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,42 +18,23 @@ from model_zoo.shapes import Shape
 Body = tuple[nn.Module, int] | tuple[nn.Module, int, float]
 
 
-class Outputs(NamedTuple):
-    """The outputs of a model.
-
-    Attributes:
-        logits: Logits, shape `[B, num_classes]`.
-        features: Features, the output of the backbone and the input of the head, shape
-            `[B, feature_dim]`.
-
-    Example:
-        >>> import torch
-        >>> from model_zoo import create_model
-        >>> outputs = create_model("mlp", 3, input_size=8)(torch.rand(2, 1, 8, 8))
-        >>> outputs.logits.shape
-        torch.Size([2, 3])
-        >>> outputs.features.shape
-        torch.Size([2, 128])
-    """
-
-    logits: Tensor
-    features: Tensor
-
-
 class SplitModel(nn.Module):
-    """A backbone followed by a head.
+    """A backbone followed by a head, which returns logits.
 
-    The names of all parameters begin with `backbone.` or `head.`.
+    The methods `forward_features`, `forward_head`, `get_classifier` and `reset_classifier` have the
+    meaning that they have in timm. The names of all parameters begin with `backbone.` or `head.`.
 
     Args:
         backbone: Module that maps inputs `[B, channels, *size]` to features `[B, feature_dim]`.
         head: Module that maps features to logits `[B, num_classes]`.
         feature_dim: Width of the features. If None, the input width of the head's first linear
-            layer is used. If the head has no linear layer, the width is not known.
+            layer is used.
 
     Attributes:
         backbone: The backbone.
         head: The head.
+        num_features: Width of the features, or 0 if it is not known, because the head has no linear
+            layer.
         head_path: Path of the head in the module that was split, "head" by default. If the module
             is the head, the path is empty.
         converted_type: Type of the tensors before they were converted to torch's default type, or
@@ -64,10 +45,9 @@ class SplitModel(nn.Module):
         >>> from torch import nn
         >>> from model_zoo import SplitModel
         >>> model = SplitModel(nn.Flatten(), nn.Linear(64, 3))
-        >>> model(torch.rand(2, 1, 8, 8)).logits.shape
-        torch.Size([2, 3])
-        >>> model.feature_dim
-        64
+        >>> x = torch.rand(2, 1, 8, 8)
+        >>> model(x).shape, model.forward_features(x).shape, model.num_features
+        (torch.Size([2, 3]), torch.Size([2, 64]), 64)
     """
 
     def __init__(
@@ -83,7 +63,7 @@ class SplitModel(nn.Module):
         linear = next((part for part in head.modules() if isinstance(part, nn.Linear)), None)
         if feature_dim is None and linear is not None:
             feature_dim = linear.in_features
-        self._feature_dim = feature_dim
+        self.num_features = feature_dim or 0
 
     def set_source(self, module: nn.Module, head_path: str) -> None:
         """Record the module that was split into the backbone and the head of this model.
@@ -107,35 +87,46 @@ class SplitModel(nn.Module):
             replace_submodule(module, module.get_submodule(self.head_path), self.head)
         return module
 
-    @property
-    def known_feature_dim(self) -> int | None:
-        """Width of the features, or None if the width is not known."""
-        return self._feature_dim
-
-    @property
-    def feature_dim(self) -> int:
-        """Width of the features.
-
-        Raises:
-            ModelError: If the width is not known.
-        """
-        if self._feature_dim is None:
-            raise ModelError("feature_dim: not known, as the head has no linear layer; pass it")
-        return self._feature_dim
-
-    @feature_dim.setter
-    def feature_dim(self, width: int) -> None:
-        self._feature_dim = width
-
-    def features(self, x: Tensor) -> Tensor:
-        """Return the features of a batch, shape `[B, feature_dim]`."""
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the features of a batch, shape `[B, num_features]`."""
         features: Tensor = self.backbone(x)
         return features
 
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the logits for features, shape `[B, num_classes]`.
+
+        Args:
+            features: Features, shape `[B, num_features]`.
+            pre_logits: Whether to return the input of the classifier, which is the features.
+        """
+        if pre_logits:
+            return features
+        logits: Tensor = self.head(features)
+        return logits
+
     @override
-    def forward(self, x: Tensor) -> Outputs:
-        features = self.backbone(x)
-        return Outputs(self.head(features), features)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        """Return the head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a linear layer with new weights.
+
+        Args:
+            num_classes: Number of outputs. If 0, the model returns its features.
+
+        Example:
+            >>> import torch
+            >>> from model_zoo import create_model
+            >>> model = create_model("mlp", num_classes=3, input_size=8)
+            >>> model.reset_classifier(5)
+            >>> model(torch.rand(2, 1, 8, 8)).shape
+            torch.Size([2, 5])
+        """
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
 
 class DropoutLinear(nn.Linear):
@@ -222,11 +213,28 @@ def measure_feature_width(backbone: nn.Module, shape: Shape) -> int:
     """
     features = probe(backbone, shape.zeros(2), shape)
     if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[0] != 2:
-        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ModelError(
-            f"backbone: expected features of shape (2, D) for a batch of 2 examples, got {found}"
+            "backbone: expected features of shape (2, D) for a batch of 2 examples, got "
+            f"{_shape_of(features)}"
         )
     return features.shape[1]
+
+
+def check_outputs(logits: Any, num_classes: int) -> None:
+    """Check the outputs of a model for two examples.
+
+    Raises:
+        ModelError: If the outputs are not logits of shape `[2, num_classes]`.
+    """
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes):
+        raise ModelError(
+            f"head: expected logits of shape (2, {num_classes}) for a batch of 2 examples, got "
+            f"{_shape_of(logits)}"
+        )
+
+
+def _shape_of(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def probe(module: nn.Module, x: Tensor, examples: object, training: bool = False) -> Any:

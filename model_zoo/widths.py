@@ -11,17 +11,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from model_zoo.backbones import cnn, resnet, tabular, text
+from model_zoo.backbones import images, tabular, tokens
 from model_zoo.errors import ModelError
 from model_zoo.registry import MODELS
 
 # Name of the general model and of the option that sets the width, for each builder.
 _WIDTH_OPTIONS = {
-    cnn.cnn: ("cnn", "width"),
-    resnet.resnet: ("resnet", "widths"),
+    images.cnn: ("cnn", "width"),
+    images.resnet: ("resnet", "widths"),
     tabular.mlp: ("mlp", "hidden"),
     tabular.tabular: ("tabular", "width"),
-    text.text_cnn: ("text_cnn", "width"),
+    tokens.text_cnn: ("text_cnn", "width"),
 }
 
 

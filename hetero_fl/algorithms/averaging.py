@@ -274,7 +274,7 @@ class CalibratedMargins(Supervised):
 
     @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        logits = nets[self.slot](batch.x).logits - context["margins"]
+        logits = nets[self.slot](batch.x) - context["margins"]
         if self.denominator == "all":
             return F.cross_entropy(logits, batch.y, reduction="none")
         is_true = torch.arange(logits.shape[-1], device=logits.device) == batch.y[:, None]

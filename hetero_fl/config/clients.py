@@ -29,6 +29,7 @@ from hetero_fl.config.base import (
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.utils.code_permission import ALLOW_CODE, CODE_PREFIX
+from hetero_fl.utils.objects import resolve_object
 
 
 class ModelConfig(ConfigSection):
@@ -58,7 +59,7 @@ class ModelConfig(ConfigSection):
         if self.name.startswith(CODE_PREFIX) and not (info.context or {}).get(ALLOW_CODE):
             return self
         try:
-            check_options(self.name, self.options)
+            check_options(resolve_object(self.name, "model"), self.options)
         except ModelError as error:
             raise ValueError(str(error).removeprefix("model ")) from None
         return self

@@ -50,7 +50,7 @@ class AdaptiveMargin(Objective):
 
     @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        prototypes = nets[self.slot](nets[self.vectors](context["one_hot"]).logits).logits
+        prototypes = nets[self.slot](nets[self.vectors](context["one_hot"]))
         squares = (batch.x[:, None] - prototypes[None]).square().sum(-1)
         distances = (
             squares.clamp(min=MIN_SQUARED_DISTANCE).sqrt()
@@ -81,7 +81,7 @@ class GeneratorObjective(Objective):
 
     @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        z = nets[self.slot](batch.x).logits
+        z = nets[self.slot](batch.x)
         heads = context["heads"]
         logits = torch.einsum("kcd,bd->kbc", heads["weight"], z) + heads["bias"][:, None]
         examples = torch.arange(len(z), device=z.device)
@@ -120,20 +120,21 @@ class GeneratedFeatures(Supervised):
 
     @override
     def public_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        features = nets[self.generator](batch.fake_x).logits
-        return self.weight * F.cross_entropy(nets[self.slot].head(features), batch.fake_y)
+        features = nets[self.generator](batch.fake_x)
+        logits = nets[self.slot].forward_head(features)
+        return self.weight * F.cross_entropy(logits, batch.fake_y)
 
     @override
     def private_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         net = nets[self.slot]
         generator = nets[self.generator]
-        outputs = net(batch.x)
-        loss = self.loss_of_outputs(outputs, batch, context)
+        logits = net(batch.x)
+        loss = self.loss_of_logits(logits, batch, context)
         if self.latent_weight:
             noise = batch.noise_x[: len(batch.y)]
-            generated = generator(torch.cat([context["one_hot"][batch.y], noise], 1)).logits
+            generated = generator(torch.cat([context["one_hot"][batch.y], noise], 1))
             loss = loss + self.latent_weight * distillation_loss(
-                self.kind, outputs.logits, net.head(generated)
+                self.kind, logits, net.forward_head(generated)
             )
         return loss
 
@@ -255,15 +256,15 @@ class Synthesis(Objective):
 
     @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        x = nets.generator(batch.x).logits.unflatten(1, self.shape)
+        x = nets.generator(batch.x).unflatten(1, self.shape)
         teacher_logits = []
         distances = []
         for slot, view in self.teachers:
             with BatchStatistics() as statistics:
-                teacher_logits.append(nets[slot](preprocess_generated(x, view)).logits)
+                teacher_logits.append(nets[slot](preprocess_generated(x, view)))
             distances.append(statistics.distance)
         mean = torch.stack(teacher_logits).mean(0)
-        student = nets[self.student[0]](preprocess_generated(x, self.student[1])).logits
+        student = nets[self.student[0]](preprocess_generated(x, self.student[1]))
         differ = (mean.argmax(-1) != student.argmax(-1)).to(mean.dtype)
         log_p = mean.log_softmax(-1)
         kl = (log_p.exp() * (log_p - student.log_softmax(-1))).sum(-1)

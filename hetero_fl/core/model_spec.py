@@ -16,22 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hetero_fl.utils.objects import OBJECT_PREFIX
-from hetero_fl.utils.seeding import stream_key
-from model_zoo import ModelError, SplitModel, create_model, is_batch_norm
-from model_zoo.generators import keyed_generators
-from model_zoo.given_models import GivenModel, find_given, forgets_models, is_given
-from model_zoo.heads import check_training
-from model_zoo.module_state import (
+from hetero_fl.core.forward_writes import (
     ForwardWrites,
     carry_state,
-    first_names,
     non_persistent_names,
     observe_forward,
     release_state,
-    state_tensors,
 )
-from model_zoo.registry import MODELS, is_user_defined
+from hetero_fl.core.given_models import GivenModel, forgets_models
+from hetero_fl.utils.objects import OBJECT_PREFIX, get_object, resolve_object
+from hetero_fl.utils.seeding import stream_key
+from model_zoo import ModelError, SplitModel, create_model, is_batch_norm
+from model_zoo.generators import keyed_generators
+from model_zoo.heads import check_training
+from model_zoo.module_state import first_names, state_tensors
+from model_zoo.registry import MODELS, ModelName, is_user_defined
 from model_zoo.shapes import Shape, make_shape
 
 Tensors = dict[str, Tensor]
@@ -118,6 +117,21 @@ class ModelSpec:
         return self.outputs, channels, tuple(size), self.feature_dim
 
     @property
+    def model(self) -> ModelName:
+        """The name, or the object that it denotes, as passed to functions of `model_zoo`.
+
+        Raises:
+            UserError: If this program does not have the object.
+        """
+        model: ModelName = resolve_object(self.name, "model")
+        return model
+
+    @property
+    def is_user_defined(self) -> bool:
+        """Whether the model is neither built in nor from timm or torchvision."""
+        return self.name.startswith(OBJECT_PREFIX) or is_user_defined(self.name)
+
+    @property
     def shape(self) -> Shape:
         """Shape of an example, as models see it."""
         _, channels, size, _ = self.size_arguments
@@ -134,7 +148,7 @@ class ModelSpec:
             ModelError: If the model cannot be created.
         """
         module = _create(self, pretrained, seed)
-        if is_user_defined(self.name):
+        if self.is_user_defined:
             carry_state(module, _observe(self).attributes)
         return module
 
@@ -146,7 +160,7 @@ class ModelSpec:
         Args:
             model: The model, which must not be used afterwards.
         """
-        if is_user_defined(self.name):
+        if self.is_user_defined:
             non_persistent = non_persistent_names(_create(self))
             release_state(model, non_persistent, _observe(self).attributes)
         return model.source_module()
@@ -163,9 +177,8 @@ class ModelSpec:
 
     def without_caches(self) -> ModelSpec:
         """Return the specification that all modules get which differ only in what no pass reads."""
-        if not is_given(self.name):
-            return self
-        return replace(self, name=find_given(self.name).without_caches(self.shape).name)
+        given = get_object(self.name)
+        return replace(self, name=given.without_caches(self.shape).name) if given else self
 
     def initial_tensors(self, seed: int) -> Tensors:
         """Return the initial tensors for a seed, keyed by name.
@@ -330,14 +343,14 @@ def _measure(arch: ModelSpec) -> _ModelProperties:
     counters = {f"{path}.num_batches_tracked" for path, m in layers if m.momentum is not None}
     local: set[str] = set()
     # Models of libraries keep all state in `state_dict`.
-    if is_user_defined(arch.name):
+    if arch.is_user_defined:
         first = first_names(module)
         local = {first[n] for n in non_persistent_names(_create(arch)) | _observe(arch).attributes}
         local |= {n for n, tensor in tensors.items() if not tensor.is_floating_point()}
     return _ModelProperties(
         frozenset(n for n, t in tensors.items() if isinstance(t, nn.Parameter)),
         frozenset(n for n, t in tensors.items() if t.requires_grad),
-        int(module.feature_dim),
+        int(module.num_features),
         module.head_path,
         {n: tuple(t.shape) for n, t in tensors.items()},
         frozenset(f"{path}.{n}" for path, m in layers for n in m.state_dict()),
@@ -349,7 +362,7 @@ def _measure(arch: ModelSpec) -> _ModelProperties:
 def _create(arch: ModelSpec, pretrained: bool = False, seed: int = 0) -> SplitModel:
     with keyed_generators(stream_key(seed, "init", arch.spec_id)):
         return create_model(
-            arch.name,
+            arch.model,
             *arch.size_arguments,
             pretrained=pretrained,
             vocabulary=arch.vocabulary,

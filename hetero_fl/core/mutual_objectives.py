@@ -16,7 +16,6 @@ from hetero_fl.core.objectives import (
     Supervised,
     distillation_loss,
 )
-from model_zoo import Outputs
 
 # Lower bound of a sum of losses that is used as a divisor.
 MIN_LOSS_SUM = 1e-12
@@ -43,19 +42,16 @@ class MutualDistillation(Supervised):
     mentee: str = "mentee"
     shape: tuple[int, ...] = ()
 
-    def both_outputs(self, nets: ModelViews, batch: Batch) -> tuple[Outputs, Outputs]:
-        """Return the outputs of the client's model and of the mentee."""
-        return nets[self.slot](batch.x), nets[self.mentee](to_shape(batch.x, self.shape))
-
     @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        p, m = self.both_outputs(nets, batch)
-        own = self.alpha * self.loss_of_outputs(p, batch, context) + (
+        p = nets[self.slot](batch.x)
+        m = nets[self.mentee](to_shape(batch.x, self.shape))
+        own = self.alpha * self.loss_of_logits(p, batch, context) + (
             1 - self.alpha
-        ) * distillation_loss(self.kind, p.logits, m.logits)
-        shared = self.beta * self.loss_of_outputs(m, batch, context) + (
+        ) * distillation_loss(self.kind, p, m)
+        shared = self.beta * self.loss_of_logits(m, batch, context) + (
             1 - self.beta
-        ) * distillation_loss(self.kind, m.logits, p.logits)
+        ) * distillation_loss(self.kind, m, p)
         return own + shared
 
 
@@ -79,13 +75,14 @@ class AdaptiveMutual(MutualDistillation):
 
     @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        t, s = self.both_outputs(nets, batch)
-        mentor = self.loss_of_outputs(t, batch, context)
-        mentee = self.loss_of_outputs(s, batch, context)
-        divergence = distillation_loss(self.kind, t.logits, s.logits) + distillation_loss(
-            self.kind, s.logits, t.logits
-        )
-        hidden = (t.features - nets[self.hidden](s.features).logits).square().mean(-1)
+        own_features = nets[self.slot].forward_features(batch.x)
+        t = nets[self.slot].forward_head(own_features)
+        features = nets[self.mentee].forward_features(to_shape(batch.x, self.shape))
+        s = nets[self.mentee].forward_head(features)
+        mentor = self.loss_of_logits(t, batch, context)
+        mentee = self.loss_of_logits(s, batch, context)
+        divergence = distillation_loss(self.kind, t, s) + distillation_loss(self.kind, s, t)
+        hidden = (own_features - nets[self.hidden](features)).square().mean(-1)
         weight = (batch.mean(mentor) + batch.mean(mentee)).detach().clamp(min=MIN_LOSS_SUM)
         return mentor + mentee + (divergence + self.hidden_weight * hidden) / weight
 
@@ -110,9 +107,10 @@ class NestedRepresentations(MutualDistillation):
 
     @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        f, g = (outputs.features for outputs in self.both_outputs(nets, batch))
-        r = nets[self.projection](torch.cat([g, f], -1)).logits
-        fine = nets[self.slot].head(r)
-        coarse = nets[self.mentee].head(r[..., : g.shape[-1]])
-        own = self.alpha * self.loss_of_outputs(Outputs(fine, r), batch, context)
-        return own + self.beta * self.loss_of_outputs(Outputs(coarse, r), batch, context)
+        f = nets[self.slot].forward_features(batch.x)
+        g = nets[self.mentee].forward_features(to_shape(batch.x, self.shape))
+        r = nets[self.projection](torch.cat([g, f], -1))
+        fine = nets[self.slot].forward_head(r)
+        coarse = nets[self.mentee].forward_head(r[..., : g.shape[-1]])
+        own = self.alpha * self.loss_of_logits(fine, batch, context)
+        return own + self.beta * self.loss_of_logits(coarse, batch, context)

@@ -20,7 +20,7 @@ from torch.func import vmap
 from typing_extensions import override
 
 from hetero_fl.core.task import Task
-from model_zoo import Outputs, SplitModel
+from model_zoo import SplitModel
 
 Context = Mapping[str, Any]
 Kind = Literal["multiclass", "multilabel", "regression"]
@@ -37,37 +37,44 @@ GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 class ModelView:
-    """A model as passed to objectives, a callable that returns `Outputs(logits, features)`.
+    """A model as passed to objectives, a callable that returns logits.
 
     The model is an ordinary module, or one of several stacked models that are trained with `vmap`.
+    `forward_head(forward_features(x))` has the value of `model(x)`. Losses that need features and
+    logits call both functions, so that the features are computed once.
 
     Args:
-        forward: Function that maps inputs to outputs.
-        head: Function that maps features to logits.
+        forward: Function that maps inputs to logits.
+        forward_features: Function that maps inputs to features.
+        forward_head: Function that maps features to logits.
         parameters: Trainable tensors, keyed by name.
 
     Attributes:
-        head: Function that maps features to logits.
+        forward_features: Function that maps inputs to features.
+        forward_head: Function that maps features to logits.
         parameters: Trainable tensors, keyed by name.
     """
 
     def __init__(
         self,
-        forward: Callable[[Tensor], Outputs],
-        head: Callable[[Tensor], Tensor],
+        forward: Callable[[Tensor], Tensor],
+        forward_features: Callable[[Tensor], Tensor],
+        forward_head: Callable[[Tensor], Tensor],
         parameters: Mapping[str, Tensor],
     ) -> None:
         self._forward = forward
-        self.head = head
+        self.forward_features = forward_features
+        self.forward_head = forward_head
         self.parameters = parameters
 
     @classmethod
     def from_module(cls, module: SplitModel) -> ModelView:
         """Return the view of an ordinary module."""
-        return cls(module, module.head, dict(module.named_parameters()))
+        parameters = dict(module.named_parameters())
+        return cls(module, module.forward_features, module.forward_head, parameters)
 
-    def __call__(self, x: Tensor) -> Outputs:
-        """Return logits and features of a batch."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the logits of a batch."""
         return self._forward(x)
 
 
@@ -136,7 +143,7 @@ class Objective:
         >>> @dataclass(frozen=True)
         ... class MeanSquaredLogit(Objective):
         ...     def loss(self, nets, batch, context):
-        ...         return nets.model(batch.x).logits.square().mean(-1)
+        ...         return nets.model(batch.x).square().mean(-1)
         >>> nets = ModelViews(model=ModelView.from_module(create_model("linear", 3, input_size=4)))
         >>> batch = Batch(x=torch.rand(5, 1, 4, 4))
         >>> MeanSquaredLogit().loss(nets, batch, {}).shape
@@ -414,20 +421,21 @@ class Supervised(Objective):
 
     @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        return self.loss_of_outputs(nets[self.slot](batch.x), batch, context)
+        return self.loss_of_logits(nets[self.slot](batch.x), batch, context)
 
-    def loss_of_outputs(
-        self, outputs: Outputs, batch: Batch, context: Context, reduction: str = "none"
+    def loss_of_logits(
+        self, logits: Tensor, batch: Batch, context: Context, reduction: str = "none"
     ) -> Tensor:
-        """Return the loss of model outputs that have already been computed.
+        """Return the loss of logits that have already been computed.
 
         Args:
-            outputs: Outputs of the model.
+            logits: Outputs of the model, shape `[B, C]`.
             batch: The columns of the batch.
             context: The tensors of `Fit.context`.
             reduction: `none` or `mean`.
         """
-        logits = outputs.logits + context["log_prior"] if "log_prior" in context else outputs.logits
+        if "log_prior" in context:
+            logits = logits + context["log_prior"]
         is_weighted = "class_weights" in context
         is_mean = reduction == "mean" and not is_weighted
         if self.function is None:
@@ -447,9 +455,8 @@ class Supervised(Objective):
         if batch.weight is not None or type(self).loss is not Supervised.loss:
             return super().total_loss(nets, batch, context)
         # The mean over the batch is one fused kernel.
-        return self.loss_of_outputs(
-            nets[self.slot](batch.x), batch, context, "mean"
-        ) + self.penalty(nets, context)
+        logits = nets[self.slot](batch.x)
+        return self.loss_of_logits(logits, batch, context, "mean") + self.penalty(nets, context)
 
 
 @dataclass(frozen=True)
@@ -462,10 +469,8 @@ class Masked(Supervised):
 
     @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        outputs = nets[self.slot](batch.x)
-        return self.loss_of_outputs(
-            outputs._replace(logits=outputs.logits * context["present"]), batch, context
-        )
+        logits = nets[self.slot](batch.x) * context["present"]
+        return self.loss_of_logits(logits, batch, context)
 
 
 @dataclass(frozen=True)
@@ -513,7 +518,7 @@ class TeacherDistillation(Objective):
 
     @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        logits = nets[self.slot](batch.x).logits
+        logits = nets[self.slot](batch.x)
         if self.distance == "mae":
             return (logits - batch.teacher.detach()).abs().mean(-1)
         return distillation_loss(self.kind, logits, batch.teacher, self.temperature)
@@ -541,11 +546,11 @@ class ProxyReplay(Supervised):
 
     @override
     def private_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        return self.loss_of_outputs(nets[self.slot](batch.x), batch, context)
+        return self.loss_of_logits(nets[self.slot](batch.x), batch, context)
 
     @override
     def public_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        logits = nets[self.slot](batch.public_x).logits
+        logits = nets[self.slot](batch.public_x)
         return (
             self.weight
             * distillation_loss(self.kind, logits, batch.public_teacher, self.temperature).mean()
@@ -570,12 +575,12 @@ class ClassTeacherDistillation(Supervised):
 
     @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        outputs = nets[self.slot](batch.x)
+        logits = nets[self.slot](batch.x)
         distillation = distillation_loss(
-            self.kind, outputs.logits, context["teacher"][batch.y], self.temperature
+            self.kind, logits, context["teacher"][batch.y], self.temperature
         )
         return (
-            self.loss_of_outputs(outputs, batch, context)
+            self.loss_of_logits(logits, batch, context)
             + self.weight * distillation * context["known"][batch.y]
         )
 
@@ -595,10 +600,12 @@ class PrototypePull(Supervised):
 
     @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        outputs = nets[self.slot](batch.x)
-        distance = (outputs.features - context["prototypes"][batch.y]).square().mean(-1)
+        net = nets[self.slot]
+        features = net.forward_features(batch.x)
+        logits = net.forward_head(features)
+        distance = (features - context["prototypes"][batch.y]).square().mean(-1)
         return (
-            self.loss_of_outputs(outputs, batch, context)
+            self.loss_of_logits(logits, batch, context)
             + self.weight * distance * context["known"][batch.y]
         )
 
@@ -643,10 +650,10 @@ class SupervisedDistillation(Supervised):
 
     @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        outputs = nets[self.slot](batch.x)
-        distillation = distillation_loss(self.kind, outputs.logits, batch.teacher, self.temperature)
+        logits = nets[self.slot](batch.x)
+        distillation = distillation_loss(self.kind, logits, batch.teacher, self.temperature)
         context = {**context, "log_prior": batch.log_prior} if "log_prior" in batch else context
-        return self.loss_of_outputs(outputs, batch, context) + self.weight * distillation
+        return self.loss_of_logits(logits, batch, context) + self.weight * distillation
 
 
 @dataclass(frozen=True)
@@ -670,7 +677,7 @@ class Coefficients(Objective):
 
     @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        c = nets.mix(batch.x).logits
+        c = nets.mix(batch.x)
         p = context["predictions"]
         mixed = torch.einsum("bk,kdc->bdc", c, p).clamp(min=MIN_PROBABILITY)
         own = p[batch.own].clamp(min=MIN_PROBABILITY)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from hetero_fl.core.given_models import GivenModel, restore_given
 from hetero_fl.core.images import (
     MAX_BYTE,
     PIXEL_TYPES,
@@ -36,7 +37,6 @@ from hetero_fl.utils.seeding import stream_key
 from model_zoo import ModelError, SplitModel
 from model_zoo.errors import one_line
 from model_zoo.generators import keyed_generators
-from model_zoo.given_models import GivenModel, restore_given
 from model_zoo.module_state import load_state
 
 FORM = "hetero_fl model 1"
@@ -277,7 +277,7 @@ class SavedModel:
         module = self.module(personal)
         size = forward_batch_size(batch_size, x)
         with keyed_generators(stream_key("predict", self.arch.spec_id)):
-            z = torch.cat([module(b).logits for b in split_rows(x, size)])
+            z = torch.cat([module(b) for b in split_rows(x, size)])
         offset = self.offset(personal)
         return z if offset is None else z + offset.to(z.dtype)
 

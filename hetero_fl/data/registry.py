@@ -105,7 +105,9 @@ def _check_plugin(found: object) -> str:
     return "" if callable(found) else "expected a function of (config, root)"
 
 
-PLUGINS = Plugins("hetero_fl.sources", "data source", _built_in_names, _check_plugin)
+PLUGINS = Plugins(
+    "hetero_fl.sources", "data source", _built_in_names, _check_plugin, lambda source: source
+)
 """Data sources that installed packages provide."""
 
 

@@ -42,23 +42,23 @@ from hetero_fl.engine.templates import (
 )
 from hetero_fl.engine.training import run_fit
 from hetero_fl.utils.seeding import stream_key
-from model_zoo import Outputs, is_batch_norm
+from model_zoo import is_batch_norm
 from model_zoo.generators import keyed_generators
 
 
-def select_output(step: OutputStep, outputs: Outputs) -> Tensor:
-    """Select the model output that a step requests, shape `[B, ...]`.
+def convert_output(step: OutputStep, output: Tensor) -> Tensor:
+    """Convert features or logits of a model to the values that a step requests.
 
-    The output is clipped if the step has a lower bound (`ClassSums.at_least`).
+    The values are clipped if the step has a lower bound (`ClassSums.at_least`).
 
     Args:
         step: The step.
-        outputs: Outputs of the model for a batch.
+        output: The features if the step requests features, otherwise the logits, shape `[B, ...]`.
     """
-    is_log = step.readout == "log_probabilities"
-    selected = F.log_softmax(outputs.logits, -1) if is_log else getattr(outputs, step.readout)
+    if step.readout == "log_probabilities":
+        output = F.log_softmax(output, -1)
     minimum = getattr(step, "at_least", None)
-    return selected if minimum is None else selected.clamp(min=minimum)
+    return output if minimum is None else output.clamp(min=minimum)
 
 
 def class_sums(values: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -267,9 +267,11 @@ class SerialBackend:
         size = forward_batch_size(first.batch_size, rows, self.templates.device)
         with prediction_generators(participant, first, self.templates):
             for batch in split_rows(rows, size):
-                out = module(batch.to(self.templates.device))
+                features = module.forward_features(batch.to(self.templates.device))
+                logits = module.forward_head(features)
                 for parts, step in zip(batches, steps, strict=True):
-                    parts.append(select_output(step, out))
+                    output = features if step.readout == "features" else logits
+                    parts.append(convert_output(step, output))
         results: list[Any] = []
         for step, parts in zip(steps, batches, strict=True):
             outputs = torch.cat(parts).to(self.templates.memory.storage_device)

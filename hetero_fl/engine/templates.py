@@ -7,14 +7,15 @@ participant.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hetero_fl.core.given_models import forgets_models
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import ModelView
 from hetero_fl.core.participant import ClientInfo, Participant
@@ -22,11 +23,9 @@ from hetero_fl.core.plan import ClassSums, Predict, Recalibrate
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.errors import UserError
-from model_zoo import ModelDescription, Outputs, SplitModel, describe, is_batch_norm
-from model_zoo.given_models import forgets_models
+from model_zoo import ModelDescription, SplitModel, describe, is_batch_norm
 from model_zoo.heads import mixes_examples
 from model_zoo.module_state import ModuleSnapshot, named_state, state_tensors
-from model_zoo.registry import is_user_defined
 
 # Minimum number of floating-point operations per parameter and example for which a convolutional
 # model uses the channels-last memory format.
@@ -38,7 +37,7 @@ MIN_FLOPS_PER_PARAMETER = 10
 def describe_model(arch: ModelSpec) -> ModelDescription:
     """Return the description of a model, with the numbers of parameters and operations."""
     return describe(
-        arch.name, *arch.size_arguments, vocabulary=arch.vocabulary, **dict(arch.options)
+        arch.model, *arch.size_arguments, vocabulary=arch.vocabulary, **dict(arch.options)
     )
 
 
@@ -50,7 +49,7 @@ def prefers_channels_last(arch: ModelSpec) -> bool:
     the last blocks of ResNet-18 at 28x28, to 120–140%. User-defined models use the default format,
     because a `view` in the user's code may depend on the memory format.
     """
-    if is_user_defined(arch.name):
+    if arch.is_user_defined:
         return False
     model = describe_model(arch)
     is_convolutional = 2 * model.convolution_flops >= model.forward_flops > 0
@@ -95,7 +94,7 @@ def mixes_rows(arch: ModelSpec, training: bool) -> bool:
     In training mode, BatchNorm layers use statistics of the batch. User-defined models, which may
     compute other statistics or keep them for later passes, are tried.
     """
-    if not is_user_defined(arch.name):
+    if not arch.is_user_defined:
         return training and has_batch_norm(arch)
     keeps_state = training and bool(arch.written_names | arch.local_names)
     return keeps_state or mixes_examples(arch.build(), arch.shape, training)
@@ -168,16 +167,18 @@ class Template:
         self.module.train()
         self.tensors: Mapping[str, Tensor] = state_tensors(self.module)
         first = {id(tensor): name for name, tensor in self.tensors.items()}
-        # Names in `tensors` of all names of the module and of the head.
-        self._names = {t.name: first[id(t.tensor)] for t in named_state(self.module)}
-        self._head_names = {t.name: first[id(t.tensor)] for t in named_state(self.module.head)}
+        # Names in `tensors` of all names of the module, of the backbone and of the head.
+        self._names, self._backbone_names, self._head_names = (
+            {t.name: first[id(t.tensor)] for t in named_state(part)}
+            for part in (self.module, self.module.backbone, self.module.head)
+        )
         # The dictionary that contains each tensor, because a forward pass may replace buffers.
         self._places: dict[str, tuple[dict[str, Any], str]] = {
             t.name: (t.part._parameters if t.key in t.part._parameters else t.part._buffers, t.key)
             for t in named_state(self.module)
         }
         # Models of libraries do not write attributes.
-        is_known = not is_user_defined(arch.name)
+        is_known = not arch.is_user_defined
         self._attributes = None if is_known else ModuleSnapshot(self.module, tensors=False)
         self._released: set[str] = set()
         # cuDNN expects the weights of a recurrent layer in one block of memory, so
@@ -193,7 +194,7 @@ class Template:
         self._mode: bool | None = None
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+    def load(self, tensors: Mapping[str, Tensor]) -> SplitModel:
         """Copy tensors into the module and return the module.
 
         A tensor that is the module's own tensor is not copied. What a forward pass wrote to
@@ -312,19 +313,19 @@ class Template:
             RuntimeError: When the view is called, if the forward pass replaces a buffer.
         """
 
-        def forward(x: Tensor) -> Outputs:
-            used = {name: tensors[first] for name, first in self._names.items()}
+        def call(part: nn.Module, names: Mapping[str, str], x: Tensor) -> Tensor:
+            used = {name: tensors[first] for name, first in names.items()}
             # `functional_call` finds tied weights by itself, but not those of shared submodules.
-            outputs: Outputs = functional_call(self.module, used, (x,), tie_weights=False)
-            for name in self._places:
-                if used[name] is not tensors[self._names[name]]:
+            outputs: Tensor = functional_call(part, used, (x,), tie_weights=False)
+            for name, first in names.items():
+                if used[name] is not tensors[first]:
                     raise RuntimeError(f"its forward pass assigns the buffer '{name}'")
             return outputs
 
-        head = {name: tensors[first] for name, first in self._head_names.items()}
         return ModelView(
-            forward,
-            lambda z: functional_call(self.module.head, head, (z,), tie_weights=False),
+            partial(call, self.module, self._names),
+            partial(call, self.module.backbone, self._backbone_names),
+            partial(call, self.module.head, self._head_names),
             {n: tensors[n] for n in self.parameters},
         )
 
@@ -363,15 +364,14 @@ class Templates:
 
 
 def _use_bfloat16(module: SplitModel, device: torch.device) -> None:
-    """Make a module compute the forward pass in bfloat16 and return outputs in float32."""
-    forward = module.forward
+    """Make a module compute backbone and head in bfloat16 and return their outputs in float32."""
 
-    def mixed_forward(x: Tensor) -> Outputs:
+    def in_bfloat16(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
-            out = forward(x)
-        return Outputs(out.logits.float(), out.features.float())
+            return forward(x).float()
 
-    module.forward = mixed_forward  # type: ignore[method-assign]
+    for part in (module.backbone, module.head):
+        part.forward = partial(in_bfloat16, part.forward)
 
 
 OutputStep = Predict | ClassSums

@@ -37,8 +37,8 @@ from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import Backend, Work, model_slots
 from hetero_fl.engine.serial import (
     SerialBackend,
+    convert_output,
     is_cached,
-    select_output,
     step_result,
 )
 from hetero_fl.engine.templates import (
@@ -56,7 +56,6 @@ from hetero_fl.engine.vectorized_training import (
     trial_value,
 )
 from model_zoo.generators import keyed_generators
-from model_zoo.registry import is_user_defined
 
 OutputWork = Sequence[tuple[Participant, Predict | ClassSums]]
 
@@ -83,7 +82,9 @@ def run_stacked_outputs(work: OutputWork, templates: Templates) -> list[Any]:
     stacked = template.stack([with_integers(*work[i]) for i in order])
 
     def outputs(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return select_output(step, template.view_of(tensors)(x))
+        model = template.view_of(tensors)
+        output = model.forward_features(x) if step.readout == "features" else model(x)
+        return convert_output(step, output)
 
     x = [templates.memory.keep(require_tensor(inputs[i], "runtime.chunk > 1")) for i in order]
     batches: list[list[Tensor]] = [[] for _ in order]
@@ -237,7 +238,7 @@ def _check_stacking(participant: Participant, step: Step, memory: DeviceMemory) 
     Raises:
         RuntimeError: If the results differ.
     """
-    is_own = any(is_user_defined(arch.name) for arch in architectures(participant, step))
+    is_own = any(arch.is_user_defined for arch in architectures(participant, step))
     run: Any = run_stacked_outputs
     if isinstance(step, Fit):
         is_own = is_own or step.objective.is_user_defined

@@ -26,6 +26,7 @@ from hetero_fl.config.clients import (
 from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.simulation import DeviceConfig
+from hetero_fl.core.given_models import GivenModel, redraw_weights
 from hetero_fl.core.objectives import Objective
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset
@@ -42,7 +43,6 @@ from hetero_fl.utils.registry import importable_reference, reference_to
 from hetero_fl.utils.text import pluralize
 from model_zoo import ModelError
 from model_zoo.generators import keyed_generators
-from model_zoo.given_models import GivenModel, redraw_weights
 
 Model = nn.Module | type[nn.Module] | Mapping[str, Any] | str | Any
 Init = Literal["seeded", "given"]

@@ -53,7 +53,6 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import pluralize
 from model_zoo import ModelError
 from model_zoo.generators import own_generators
-from model_zoo.registry import is_user_defined
 
 ExecutorFactory = Callable[
     ["PreparedRun", ExecutorChoice, StateStore], tuple[TimedExecutor, FederationSpec]
@@ -356,9 +355,7 @@ def _check_defaults(config: Config, overrides: Sequence[str]) -> None:
 def _describe_user_models(client_infos: ClientDirectory) -> list[str]:
     """Return one line for each user-defined model, which names its head."""
     user_models = {
-        profile.arch: None
-        for profile in client_infos.profiles
-        if is_user_defined(profile.arch.name)
+        profile.arch: None for profile in client_infos.profiles if profile.arch.is_user_defined
     }
     return [
         f"model {arch.display_name}: the head is "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hetero_fl.core.given_models import GivenModel
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.federation.federation import FederationSpec
@@ -17,7 +18,6 @@ from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX, find_object
 from model_zoo import ModelError
-from model_zoo.given_models import GivenModel
 
 
 @dataclass(frozen=True)

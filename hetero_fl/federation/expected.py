@@ -84,7 +84,7 @@ class DryRunBackend:
             return {}
         arch = step_model_spec(participant, step)
         width = (
-            arch.outputs if step.readout != "features" else self.templates(arch).module.feature_dim
+            arch.outputs if step.readout != "features" else self.templates(arch).module.num_features
         )
         if isinstance(step, Predict):
             return compact_zeros(len(step.data.columns(participant)["x"]), int(width))

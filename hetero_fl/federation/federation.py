@@ -40,6 +40,7 @@ from hetero_fl.federation.store import PrivateState
 from hetero_fl.privacy.noise import KeyedNoiseSource, NoiseSource, noisy_label_counts
 from hetero_fl.robustness.attacks import CountsFunction, DataFunction, MaliciousClients
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.objects import resolve_object
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.registry import import_reference
 from hetero_fl.utils.seeding import sample_numbers
@@ -450,7 +451,7 @@ def build_model_spec(model: ModelConfig, data: FederatedData, view: Preprocess) 
 
 def _fill_blocks(model: ModelConfig, view: Preprocess) -> dict[str, Any]:
     """Return the model's options, with the `blocks` of the preprocessing if required."""
-    known = model_options(model.name)
+    known = model_options(resolve_object(model.name, "model"))
     if view.blocks and "blocks" not in model.options and known.get("blocks", 0) in ((), None):
         return {**model.options, "blocks": tuple(tuple(block) for block in view.blocks)}
     return model.options

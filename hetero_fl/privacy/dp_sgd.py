@@ -28,7 +28,7 @@ from hetero_fl.data.federated_data import PUBLIC
 from hetero_fl.engine.batches import MASK, Batches
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import Backend, DivergedError, Work
-from hetero_fl.engine.serial import class_sums, select_output
+from hetero_fl.engine.serial import class_sums, convert_output
 from hetero_fl.engine.templates import Templates
 from hetero_fl.engine.training import FitState, TrainableTensors, run_fit, split_name
 from hetero_fl.engine.vectorized_training import (
@@ -41,9 +41,7 @@ from hetero_fl.engine.vectorized_training import (
 from hetero_fl.privacy.accounting import PrivacyCharge
 from hetero_fl.privacy.noise import NoiseSource
 from hetero_fl.utils.errors import UserError
-from model_zoo import Outputs
 from model_zoo.generators import keyed_generators
-from model_zoo.registry import is_user_defined
 
 # Maximum size in bytes of the per-example gradients that are computed at a time.
 MEMORY = 64 * 2**20
@@ -233,7 +231,7 @@ def _check_stacking(
         RuntimeError: If the gradients of the first row differ, or the code draws from the
             generators of NumPy or Python, which all rows would share.
     """
-    is_own = any(is_user_defined(template.arch.name) for template in state.modules.values())
+    is_own = any(template.arch.is_user_defined for template in state.modules.values())
     if not is_own and not state.fit.objective.is_user_defined:
         return
     rows = [{n: t[:count] for n, t in columns.items()} for count in (1, 2)]
@@ -458,7 +456,7 @@ class PrivacyBackend(PrivacyLedger):
         readout = step.readout if step.readout == "features" else "logits"
         predict = Predict(step.slot, step.data, readout, step.batch_size)
         (raw,) = self.backend.run([(participant, predict)])
-        values = select_output(step, Outputs(logits=raw, features=raw))
+        values = convert_output(step, raw)
         # A row with infinite outputs would make the sum infinite, which reveals its presence.
         values = values.where(values.norm(dim=-1, keepdim=True).isfinite(), 0)
         values = values * (clip / values.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)

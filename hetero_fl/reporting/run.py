@@ -30,9 +30,9 @@ from hetero_fl.reporting.run_directory import BEST_MODELS, RunDirectory, check_v
 from hetero_fl.utils.code_permission import CodePermission, find_references, reference_to
 from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
 from hetero_fl.utils.extras import check_extra
+from hetero_fl.utils.objects import get_object
 from hetero_fl.utils.serialization import sha256_of
 from hetero_fl.utils.text import pluralize
-from model_zoo.given_models import is_given
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -325,7 +325,7 @@ class Run:
 
     def _check_object(self, client: str, model: SavedModel) -> None:
         """Check that this program has the module of a client, if the module was an object."""
-        if model.is_object and not is_given(model.arch.name):
+        if model.is_object and get_object(model.arch.name) is None:
             title = model.arch.display_name.rpartition("-")[0]
             raise UserError(
                 f"{self.path}: the model of '{client}' was an object of a Python program; pass it "
@@ -374,7 +374,7 @@ class Run:
 
         Returns:
             An instance of the configured model class. For models of `model_zoo`, this is a
-            `SplitModel`, which returns logits and features.
+            `SplitModel`. The model returns logits.
 
         Raises:
             UserError: If there is no such client.

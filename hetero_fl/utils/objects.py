@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import ReferenceType, ref
 
 from hetero_fl.utils.errors import UserError
 
 OBJECT_PREFIX = "object:"
 
-_objects: WeakValueDictionary[str, Any] = WeakValueDictionary()
+# References to the objects of each name, of which the last one that exists is used.
+_objects: dict[str, list[ReferenceType[Any]]] = {}
 
 
 def name_object(title: str, value: object) -> str:
@@ -38,10 +39,10 @@ def name_object(title: str, value: object) -> str:
     """
     number = 1
     name = f"{OBJECT_PREFIX}{title}"
-    while _objects.get(name, value) is not value:
+    while (other := get_object(name)) is not None and other is not value:
         number += 1
         name = f"{OBJECT_PREFIX}{title}~{number}"
-    _objects[name] = value
+    restore_object(name, value)
     return name
 
 
@@ -52,7 +53,7 @@ def restore_object(name: str, value: object) -> None:
         name: The name, `object:TITLE`.
         value: The object, to which the caller must keep a reference.
     """
-    _objects[name] = value
+    _objects.setdefault(name, []).append(ref(value))
 
 
 def iterate_objects(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -74,7 +75,10 @@ def iterate_objects(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 def get_object(name: str) -> Any:
     """Return the object with a name, or None if there is no such object in this program."""
-    return _objects.get(name)
+    for reference in reversed(_objects.get(name, ())):
+        if (value := reference()) is not None:
+            return value
+    return None
 
 
 def find_object(name: str, where: str) -> Any:
@@ -87,9 +91,23 @@ def find_object(name: str, where: str) -> Any:
     Raises:
         UserError: If this program has no such object.
     """
-    if name not in _objects:
+    found = get_object(name)
+    if found is None:
         raise UserError(
             f"{where}: '{name}' was an object of a Python program, which this program does not "
             "have; create the federation from objects again"
         )
-    return _objects[name]
+    return found
+
+
+def resolve_object(name: str, where: str) -> Any:
+    """Return the object if `name` is `object:TITLE`, and other names unchanged.
+
+    Args:
+        name: The name.
+        where: Prefix of error messages.
+
+    Raises:
+        UserError: If this program has no such object.
+    """
+    return find_object(name, where) if name.startswith(OBJECT_PREFIX) else name

@@ -1,4 +1,8 @@
-"""Registries of named classes, and references `python:package.module:Name` to user code."""
+"""Registries of named classes, and references to user code.
+
+A reference is `python:package.module:Name`, or `object:NAME` for an object of the program, which
+`pack_objects` sends to other processes.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,32 @@ import importlib
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import cloudpickle
 
 from hetero_fl.utils.code_permission import CODE_PREFIX
-from hetero_fl.utils.errors import UserError, suggest_or_list
-from hetero_fl.utils.objects import OBJECT_PREFIX, find_object, get_object, name_object
+from hetero_fl.utils.errors import UserError, one_line, suggest_or_list
+from hetero_fl.utils.objects import (
+    OBJECT_PREFIX,
+    find_object,
+    get_object,
+    iterate_objects,
+    name_object,
+    restore_object,
+)
 from hetero_fl.utils.text import split_top_level
-from model_zoo.plugins import PluginError, Plugins
+from model_zoo import register_model
+from model_zoo.plugins import PluginError, Registry as BaseRegistry
 
 T = TypeVar("T")
 
+# Objects received from another process, kept alive until this process ends.
+_kept: list[Any] = []
 
-class Registry(Generic[T]):
+
+class Registry(BaseRegistry[T]):
     """A registry of named classes.
 
     `registry("name")` is a decorator that registers a class, and `registry["name"]` is the class.
@@ -29,51 +46,19 @@ class Registry(Generic[T]):
         all_of: Command that lists all names. If empty, error messages mention no command.
         plugins: Group of entry points with which packages provide further classes. If empty, there
             are no plug-ins.
-
-    Attributes:
-        kind: Noun for the classes in error messages.
-        plugins: The plug-ins, or None if there is no group.
     """
 
     def __init__(
         self, kind: str, base: Callable[[], type], all_of: str = "", plugins: str = ""
     ) -> None:
-        self.kind = kind
+        super().__init__(kind, "hetero_fl", self._check_plugin, plugins)
         self._base = base
         self._all_of = all_of
-        self._known: dict[str, T] = {}
-        self.plugins = (
-            Plugins(plugins, kind, self._built_in_names, self._check_plugin) if plugins else None
-        )
-
-    def __call__(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that registers a class under a name.
-
-        A class replaces another class that was registered under the same name, unless the other
-        class is built in.
-
-        Raises:
-            ValueError: If the class is not built in, but the name is.
-        """
-
-        def register(entry: T) -> T:
-            if name in self._built_in_names() and not is_internal(entry):
-                raise ValueError(f"'{name}' is a built-in {self.kind}; choose another name")
-            self._known[name] = entry
-            return entry
-
-        return register
-
-    def __iter__(self) -> Iterator[str]:
-        if self.plugins is not None:
-            for name, entry in self.plugins.load_all().items():
-                self._known.setdefault(name, entry)
-        return iter(self._known)
 
     def __contains__(self, name: object) -> bool:
         try:
-            return isinstance(name, str) and (name in self._known or self._load_plugin(name))
-        except UserError:
+            return isinstance(name, str) and self.find(name) is not None
+        except PluginError:
             return False
 
     def __getitem__(self, name: str) -> T:
@@ -86,13 +71,17 @@ class Registry(Generic[T]):
                 name cannot be imported.
         """
         if name.startswith((CODE_PREFIX, OBJECT_PREFIX)):
-            found: T = import_reference(name, self.kind, self._base())
-            return found
-        if not self._load_plugin(name) and name not in self._known:
+            imported: T = import_reference(name, self.kind, self._base())
+            return imported
+        try:
+            found = self.find(name)
+        except PluginError as error:
+            raise UserError(error) from error
+        if found is None:
             raise UserError(
                 f"unknown {self.kind} '{name}'{suggest_or_list(name, self, self._all_of)}"
             )
-        return self._known[name]
+        return found
 
     def get_loaded(self, name: str) -> T | None:
         """Return the class that a name or a reference denotes, without importing anything.
@@ -103,29 +92,13 @@ class Registry(Generic[T]):
         if name.startswith(OBJECT_PREFIX):
             return cast("T | None", get_object(name))
         if not name.startswith(CODE_PREFIX):
-            return self._known.get(name)
+            loaded = self.plugins.get_loaded(name) if self.plugins is not None else None
+            return self._known.get(name, loaded)
         module_name, _, attribute = name.removeprefix(CODE_PREFIX).partition(":")
         found: Any = getattr(sys.modules.get(module_name), attribute, None) if attribute else None
         if not (isinstance(found, type) and issubclass(found, self._base())):
             return None
         return cast("T", found)
-
-    def _load_plugin(self, name: str) -> bool:
-        """Register the class of a plug-in, and return whether there is such a plug-in.
-
-        Raises:
-            UserError: If the plug-in cannot be loaded.
-        """
-        if self.plugins is None or name not in self.plugins:
-            return False
-        try:
-            self._known.setdefault(name, self.plugins.load(name))
-        except PluginError as error:
-            raise UserError(error) from error
-        return True
-
-    def _built_in_names(self) -> set[str]:
-        return {name for name, entry in self._known.items() if is_internal(entry)}
 
     def _check_plugin(self, found: object) -> str:
         base = self._base()
@@ -281,3 +254,57 @@ def call_reference(
     # A user's function may raise any exception, or call sys.exit.
     except (Exception, SystemExit) as error:
         raise UserError(f"{where}: {reference} raised {type(error).__name__}: {error}") from error
+
+
+def pack_objects(*trees: Any) -> bytes:
+    """Serialize the objects that configurations name, and the models that this program registered.
+
+    Classes and functions that are defined in a notebook or a script are serialized by value.
+    Classes and functions of modules are serialized by reference.
+
+    Args:
+        *trees: Configurations, or parts of configurations.
+
+    Returns:
+        The serialized objects, or empty bytes if there are none.
+
+    Raises:
+        UserError: If an object cannot be serialized.
+    """
+    names = {name for tree in trees for _, name in iterate_objects(tree)}
+    found = {name: find_object(name, "configuration") for name in sorted(names)}
+    models = register_model.registered()
+    try:
+        return cloudpickle.dumps((found, models)) if found or models else b""
+    # Any object may refuse, such as a module with parametrizations.
+    except Exception as error:
+        named = {**found, **models}
+        name = next((name for name in named if not _can_pickle(named[name])), ", ".join(named))
+        raise UserError(
+            f"{name}: cannot be sent to another process ({one_line(error)}); pass a "
+            "class or function that creates the object, or set runtime.executor=serial"
+        ) from error
+
+
+def unpack_objects(packed: bytes) -> None:
+    """Deserialize the objects that `pack_objects` serialized in another process.
+
+    The objects are available under the same names as in the other process. Empty bytes are ignored.
+    """
+    if not packed:
+        return
+    objects, models = cloudpickle.loads(packed)
+    for name, value in objects.items():
+        restore_object(name, value)
+        _kept.append(value)
+    for name, model in models.items():
+        register_model(name)(model)
+
+
+def _can_pickle(value: Any) -> bool:
+    try:
+        cloudpickle.dumps(value)
+    # See `pack_objects`.
+    except Exception:
+        return False
+    return True

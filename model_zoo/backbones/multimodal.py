@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from model_zoo.backbones.cnn import cnn
-from model_zoo.backbones.resnet import resnet
+from model_zoo.backbones.images import cnn, resnet
 from model_zoo.backbones.transformer import vit
 from model_zoo.errors import InputError, ModelError
-from model_zoo.shapes import Shape, is_integer
+from model_zoo.options import Count, Rate, is_integer, is_list
+from model_zoo.shapes import Shape
 from model_zoo.split_model import Body
 
-# Name and shape of each block in a row, in order: `(("image", (1, 28, 28)), ("genes", (60,)))`.
-Blocks = tuple[tuple[str, tuple[int, ...]], ...]
 Fusion = Literal["concat", "gated"]
 ImageNetwork = Literal["cnn", "resnet", "vit"]
 # Height and width of a patch of the vision transformer in pixels.
@@ -27,37 +24,26 @@ PATCH = 4
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
-def validate_blocks(value: Any) -> Blocks:
-    """Return blocks with all sequences converted to tuples.
-
-    Raises:
-        ModelError: If a name or a shape is not valid, or a name occurs twice.
-    """
-    blocks = []
-    for pair in value if isinstance(value, Sequence) and not isinstance(value, str) else [None]:
-        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise ModelError(f"option blocks: expected pairs of a name and a shape, got {value!r}")
-        name, shape = pair
+def _check_blocks(value: Any) -> Any:
+    if not is_list(value) or not all(is_list(pair) and len(pair) == 2 for pair in value):
+        raise ModelError(f"expected pairs of a name and a shape, got {value!r}")
+    for name, shape in value:
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise ModelError(
-                f"option blocks: name {name!r} is not valid; use letters, digits and _"
-            )
+            raise ModelError(f"name {name!r} is not valid; use letters, digits and _")
         # The branches are attributes of the module.
         if name in ("fusion", "hide") or hasattr(nn.Module(), name):
-            raise ModelError(f"option blocks: name '{name}' is reserved; choose another name")
-        if (
-            not isinstance(shape, Sequence)
-            or len(shape) not in (1, 2, 3)
-            or not all(is_integer(s) for s in shape)
-        ):
+            raise ModelError(f"name '{name}' is reserved; choose another name")
+        if not is_list(shape) or len(shape) not in (1, 2, 3) or not all(map(is_integer, shape)):
             raise ModelError(
-                f"option blocks: expected one to three integers >= 1 as shape of '{name}', "
-                f"got {shape!r}"
+                f"expected one to three integers >= 1 as shape of '{name}', got {shape!r}"
             )
-        blocks.append((name, tuple(int(s) for s in shape)))
-    if len({name for name, _ in blocks}) < len(blocks):
-        raise ModelError(f"option blocks: expected different names, got {value!r}")
-    return tuple(blocks)
+    if len({name for name, _ in value}) < len(value):
+        raise ModelError(f"expected different names, got {value!r}")
+    return tuple((name, tuple(map(int, shape))) for name, shape in value)
+
+
+# Name and shape of each block in a row, in order: `(("image", (1, 28, 28)), ("genes", (60,)))`.
+Blocks = Annotated[tuple[tuple[str, tuple[int, ...]], ...], _check_blocks]
 
 
 class Branch(nn.Sequential):
@@ -222,13 +208,13 @@ def multimodal(
     shape: Shape,
     *,
     blocks: Blocks = (),
-    width: int = 32,
+    width: Count = 32,
     image: ImageNetwork = "cnn",
-    image_width: int = 16,
-    hidden: int = 64,
+    image_width: Count = 16,
+    hidden: Count = 64,
     fusion: Fusion = "concat",
-    drop: float = 0.3,
-    dropout: float = 0.0,
+    drop: Rate = 0.3,
+    dropout: Rate = 0.0,
 ) -> Body:
     """Build a backbone with a branch for each block of a row, and a fusion of the branches.
 

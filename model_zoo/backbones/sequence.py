@@ -5,24 +5,30 @@ The steps of a sequence are the points of a series, or the rows of an image from
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Literal
 
 import torch
 from einops import rearrange
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from typing_extensions import override
 
-from model_zoo.backbones.cnn import Norm, norm_2d
+from model_zoo.backbones.images import Norm, norm_2d
 from model_zoo.backbones.transformer import Encoder
-from model_zoo.shapes import Shape
+from model_zoo.options import Count, Rate
+from model_zoo.shapes import Kind, Shape
 from model_zoo.split_model import Body
+
+
+def steps_pattern(kind: Kind) -> str:
+    """Return how images `[B, C, H, W]` or series `[B, C, L]` are rearranged to steps."""
+    return "b c h w -> b h (c w)" if kind == "image" else "b c l -> b l c"
 
 
 def to_steps(x: Tensor) -> Tensor:
     """Convert images `[B, C, H, W]` to `[B, H, C * W]`, or series `[B, C, L]` to `[B, L, C]`."""
-    if x.ndim == 4:
-        return rearrange(x, "b c h w -> b h (c w)")
-    return rearrange(x, "b c l -> b l c")
+    return rearrange(x, steps_pattern("image" if x.ndim == 4 else "series"))
 
 
 Pool = Literal["both", "mean", "last"]
@@ -64,7 +70,7 @@ class Recurrent(nn.Module):
         return pool_steps(outputs.transpose(1, 2), self.pool)
 
 
-def gru(shape: Shape, *, hidden: int = 64, layers: int = 1, pool: Pool = "last") -> Body:
+def gru(shape: Shape, *, hidden: Count = 64, layers: Count = 1, pool: Pool = "last") -> Body:
     """Build a network of gated recurrent units (GRU; Cho et al., 2014).
 
     The network does not support `torch.vmap`.
@@ -84,7 +90,7 @@ def gru(shape: Shape, *, hidden: int = 64, layers: int = 1, pool: Pool = "last")
     return Recurrent(network, pool), pooled_width(hidden, pool)
 
 
-def lstm(shape: Shape, *, hidden: int = 64, layers: int = 1, pool: Pool = "last") -> Body:
+def lstm(shape: Shape, *, hidden: Count = 64, layers: Count = 1, pool: Pool = "last") -> Body:
     """Build a long short-term memory network (LSTM; Hochreiter & Schmidhuber, 1997).
 
     The network does not support `torch.vmap`.
@@ -104,25 +110,8 @@ def lstm(shape: Shape, *, hidden: int = 64, layers: int = 1, pool: Pool = "last"
     return Recurrent(network, pool), pooled_width(hidden, pool)
 
 
-class SequenceTransformer(nn.Module):
-    """A transformer encoder over the rows of an image or the points of a series.
-
-    Args:
-        encoder: The encoder.
-    """
-
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        features: Tensor = self.encoder(to_steps(x))
-        return features
-
-
 def transformer(
-    shape: Shape, *, width: int = 64, depth: int = 2, heads: int = 4, dropout: float = 0.0
+    shape: Shape, *, width: Count = 64, depth: Count = 2, heads: Count = 4, dropout: Rate = 0.0
 ) -> Body:
     """Build a small pre-norm transformer encoder (Vaswani et al., 2017).
 
@@ -140,7 +129,8 @@ def transformer(
     """
     steps, step_width = shape.steps
     encoder = Encoder(steps, step_width, width, depth=depth, heads=heads, dropout=dropout)
-    return SequenceTransformer(encoder), width
+    rows = Rearrange(steps_pattern(shape.kind))
+    return nn.Sequential(OrderedDict(steps=rows, encoder=encoder)), width
 
 
 def _norm(norm: Norm, channels: int) -> nn.Module:
@@ -209,12 +199,12 @@ class DilatedCNN(nn.Module):
 def cnn1d(
     shape: Shape,
     *,
-    width: int = 32,
-    blocks: int = 3,
-    kernel: int = 3,
+    width: Count = 32,
+    blocks: Count = 3,
+    kernel: Count = 3,
     norm: Norm = "group",
     pool: Pool = "both",
-    dropout: float = 0.0,
+    dropout: Rate = 0.0,
 ) -> Body:
     """Build a network of residual blocks with dilated convolutions along the steps.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from model_zoo.backbones.transformer import SelfAttention
+from model_zoo.options import Count, Counts, Rate
 from model_zoo.shapes import Shape
 from model_zoo.split_model import Body, scale_outputs
 
@@ -39,9 +39,9 @@ class _WideDeep(nn.Module):
 def wide_deep(
     shape: Shape,
     *,
-    hidden: Sequence[int] = (64, 32),
+    hidden: Counts = (64, 32),
     crosses: Literal["pairs", "none"] = "pairs",
-    dropout: float = 0.0,
+    dropout: Rate = 0.0,
 ) -> Body:
     """Build a linear model on columns and crossed columns (wide) and a perceptron (deep).
 
@@ -121,7 +121,7 @@ class _ColumnTransformer(nn.Module):
 
 
 def ft_transformer(
-    shape: Shape, *, width: int = 32, depth: int = 2, heads: int = 4, dropout: float = 0.0
+    shape: Shape, *, width: Count = 32, depth: Count = 2, heads: Count = 4, dropout: Rate = 0.0
 ) -> Body:
     """Build a small transformer over the columns of a table.
 
@@ -152,10 +152,10 @@ def linear(shape: Shape) -> Body:
 def mlp(
     shape: Shape,
     *,
-    hidden: Sequence[int] = (128,),
-    dropout: float = 0.0,
+    hidden: Counts = (128,),
+    dropout: Rate = 0.0,
     norm: Literal["none", "batch"] = "none",
-    scaler: float = 0.0,
+    scaler: Rate = 0.0,
 ) -> Body:
     """Build a multi-layer perceptron on the flattened input.
 
@@ -199,7 +199,7 @@ class _TableBlock(nn.Module):
 
 
 def tabular(
-    shape: Shape, *, width: int = 64, blocks: int = 2, dropout: float = 0.0, scaler: float = 0.0
+    shape: Shape, *, width: Count = 64, blocks: Count = 2, dropout: Rate = 0.0, scaler: Rate = 0.0
 ) -> Body:
     """Build a residual network for table rows `[B, columns]`.
 

@@ -6,13 +6,16 @@ A step is one position of a sequence.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import torch
 from einops import rearrange
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from typing_extensions import override
 
 from model_zoo.errors import ModelError
+from model_zoo.options import Count, Rate
 from model_zoo.shapes import Shape
 from model_zoo.split_model import Body
 
@@ -120,38 +123,18 @@ class Encoder(nn.Module):
         return features
 
 
-class VisionTransformer(nn.Module):
-    """A vision transformer that encodes the square patches of images `[B, C, H, W]` as tokens.
-
-    Args:
-        patch: Height and width of a patch in pixels.
-        encoder: Encoder of the tokens.
-    """
-
-    def __init__(self, patch: int, encoder: Encoder) -> None:
-        super().__init__()
-        self.patch = patch
-        self.encoder = encoder
-
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
-        features: Tensor = self.encoder(tokens)
-        return features
-
-
 def vit(
     shape: Shape,
     *,
-    patch: int = 4,
-    width: int = 64,
-    depth: int = 4,
-    heads: int = 4,
-    dropout: float = 0.0,
+    patch: Count = 4,
+    width: Count = 64,
+    depth: Count = 4,
+    heads: Count = 4,
+    dropout: Rate = 0.0,
 ) -> Body:
     """Build a small vision transformer (Dosovitskiy et al., ICLR 2021).
 
-    The features are the mean over the patches.
+    A token is a square patch of the image. The features are the mean over the patches.
 
     Args:
         shape: Shape of an image.
@@ -183,4 +166,5 @@ def vit(
     encoder = Encoder(
         tokens, shape.channels * patch**2, width, depth=depth, heads=heads, dropout=dropout
     )
-    return VisionTransformer(patch, encoder), width
+    patches = Rearrange("b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
+    return nn.Sequential(OrderedDict(patches=patches, encoder=encoder)), width

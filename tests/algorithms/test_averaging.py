@@ -52,7 +52,7 @@ def test_single_client_equals_plain_training_loop(subtests: pytest.Subtests) -> 
                 draws = keyed_generator(*stream, "augment", step)
                 x = augment(data["x"][rows], settings.augment, draws)
                 optimizer.zero_grad()
-                F.cross_entropy(model(x).logits, data["y"][rows]).backward()
+                F.cross_entropy(model(x), data["y"][rows]).backward()
                 optimizer.step()
             rounds.run_round()
 
@@ -177,7 +177,7 @@ def test_head_learning_rate_scales_correction_and_control() -> None:
     steps, rates = 0, {n: 0.2 if n.startswith("head.") else 0.05 for n in c}
     for a, b in batches(client):
         net.zero_grad()
-        F.cross_entropy(net(a).logits, b).backward()
+        F.cross_entropy(net(a), b).backward()
         with torch.no_grad():
             for n, p in net.named_parameters():
                 p.sub_(rates[n] * (p.grad + c[n] - own[n]))

@@ -18,7 +18,7 @@ from tests.support.federations import MIXED, config, deployed, rounds_of, same_b
 def logits_of(rounds: FederatedTrainer, client_id: str, model: torch.nn.Module) -> Tensor:
     """Return the logits of a model on the global test set, preprocessed as for that client."""
     with torch.no_grad():
-        return model.eval()(clients(rounds)[client_id].data("common_test", None)["x"]).logits
+        return model.eval()(clients(rounds)[client_id].data("common_test", None)["x"])
 
 
 def predicted(rounds: FederatedTrainer, client_id: str, home: bool) -> Tensor:

@@ -46,7 +46,7 @@ def test_head_predicts_before_the_first_aggregation() -> None:
     with torch.no_grad():
         model = client.arch["model"].build()
         model.load_state_dict(client.models["model"])
-        expected = F.cross_entropy(model.eval()(columns["x"]).logits, columns["y"])
+        expected = F.cross_entropy(model.eval()(columns["x"]), columns["y"])
 
     found = rounds.evaluate().clients["site_1"].scores["global"]["loss"]
 
@@ -120,7 +120,7 @@ def test_margin_loss_has_finite_gradients_and_stacks() -> None:
     nets = ModelViews(vectors=ModelView.from_module(linear), prototypes=ModelView.from_module(mlp))
     given = {"one_hot": torch.eye(3), "margin": torch.tensor(2.0)}
     # Every prototype is at its target.
-    x = mlp(linear(torch.eye(3)).logits).logits.detach()
+    x = mlp(linear(torch.eye(3))).detach()
     objective, y = AdaptiveMargin(), torch.arange(3)
     loss = objective.total_loss(nets, Batch(x=x, y=y), given)
     loss.backward()

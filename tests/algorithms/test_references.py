@@ -74,7 +74,7 @@ def test_logit_adjustment_adds_log_prior() -> None:
     prior = log_prior(DIGITS, counts)
     assert prior is not None
     loss = Supervised().loss(nets_of(model), Batch(x=x, y=y), {"log_prior": prior})
-    z = model(x).logits
+    z = model(x)
     for i in range(7):
         pi = [(c + 1) / (counts.sum().item() + 10) for c in counts.tolist()]
         weighted = [math.exp(z[i, c].item()) * pi[c] for c in range(10)]
@@ -128,7 +128,7 @@ def test_training_matches_plain_pytorch_loop(optimizer: dict) -> None:
         (0, 0, "site_1", "train", 0),
     ):
         opt.zero_grad()
-        F.cross_entropy(model(data["x"][rows]).logits, data["y"][rows]).backward()
+        F.cross_entropy(model(data["x"][rows]), data["y"][rows]).backward()
         if "clip_norm" in optimizer:
             nn.utils.clip_grad_norm_(model.parameters(), optimizer["clip_norm"])
         opt.step()

@@ -257,7 +257,7 @@ def test_deep_nesting_is_refused() -> None:
 MAY_UNPICKLE = {
     "executors/processes.py",
     "executors/worker.py",
-    "core/shipped_objects.py",
+    "utils/registry.py",
     "benchmark_files/pickled_arrays.py",
 }
 

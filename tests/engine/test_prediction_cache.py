@@ -184,9 +184,9 @@ def test_several_outputs_on_the_same_rows_need_one_pass(
     serial, passes = SerialBackend(DeviceMemory(CPU)), []
     single = [serial.run([one])[0] for one in work]
     module = serial.templates(participant.arch["model"], "model").module
-    module.register_forward_hook(lambda *_: passes.append(1))
+    module.backbone.register_forward_hook(lambda *_: passes.append(1))
     sent = serial.templates(participant.arch["model"], "").module
-    sent.register_forward_hook(lambda *_: passes.append(1))
+    sent.backbone.register_forward_hook(lambda *_: passes.append(1))
     together = serial.run(work)
     assert len(passes) == 4
     for a, b in zip(single, together, strict=True):

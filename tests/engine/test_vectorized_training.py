@@ -209,11 +209,12 @@ class Mutual(Objective):
     """Two models of a client learn from each other; the second head reads the first features."""
 
     def loss(self, nets: ModelViews, batch: Batch, context: Any) -> Tensor:
-        one, other = nets.model(batch.x), nets.other(batch.x)
+        features, other = nets.model.forward_features(batch.x), nets.other(batch.x)
+        one = nets.model.forward_head(features)
         gap = distillation_loss(
-            "multiclass", one.logits, nets.other.head(one.features)
-        ) + other.logits.square().mean(-1)
-        return torch.nn.functional.cross_entropy(one.logits, batch.y, reduction="none") + gap
+            "multiclass", one, nets.other.forward_head(features)
+        ) + other.square().mean(-1)
+        return torch.nn.functional.cross_entropy(one, batch.y, reduction="none") + gap
 
 
 @each_case("large", [2**14, 0])
@@ -330,7 +331,7 @@ class Peeking(Objective):
     """An objective with control flow that depends on values."""
 
     def loss(self, nets: ModelViews, batch: Batch, context: Any) -> Tensor:
-        logits = nets.model(batch.x).logits
+        logits = nets.model(batch.x)
         return logits.square().sum(-1) if logits.sum().item() > 0 else logits.abs().sum(-1)
 
 

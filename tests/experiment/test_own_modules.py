@@ -26,6 +26,8 @@ from torch.nn.utils import prune
 from typing_extensions import override
 
 import hetero_fl as hfl
+from hetero_fl.core.forward_writes import observe_forward
+from hetero_fl.core.given_models import GivenModel
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Predict, TensorRows
@@ -36,8 +38,7 @@ from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import PreparedRun
 from hetero_fl.federation.store import PrivateState
 from hetero_fl.utils.errors import RunFailedError, UserError
-from model_zoo.given_models import GivenModel
-from model_zoo.module_state import ModuleSnapshot, load_state, observe_forward
+from model_zoo.module_state import ModuleSnapshot, load_state
 from model_zoo.shapes import make_shape
 from tests.support.cases import each_case
 from tests.support.federations import same_bits
@@ -655,7 +656,7 @@ def test_model_of_an_older_version_predicts_as_plain_torch() -> None:
     rows = torch.from_numpy(TEST[0]).float()
 
     assert {"backbone.second.weight", "head.weight"} <= saved.tensors.keys()
-    torch.testing.assert_close(saved.module()(rows).logits, module.eval()(rows))
+    torch.testing.assert_close(saved.module()(rows), module.eval()(rows))
 
     del saved.tensors["backbone.first.bias"]
     with pytest.raises(
@@ -956,7 +957,7 @@ def test_received_model_has_the_integers_of_the_initial_model(chunk: int) -> Non
     found = make_backend(DeviceMemory(torch.device("cpu")), chunk).run([(client, step)] * 2)
 
     for outputs in found:
-        torch.testing.assert_close(outputs, module.eval()(rows).logits)
+        torch.testing.assert_close(outputs, module.eval()(rows))
 
 
 def test_assigned_buffers_of_some_batches_are_those_of_one_client_at_a_time() -> None:

@@ -53,7 +53,7 @@ class SquaredError(hfl.Objective):
 
     @override
     def loss(self, nets: Any, batch: Any, context: Any) -> Tensor:
-        p = nets.model(batch.x).logits.softmax(1)
+        p = nets.model(batch.x).softmax(1)
         return (p - functional.one_hot(batch.y, p.shape[1])).square().sum(1)
 
 
@@ -92,6 +92,21 @@ def test_object_gives_equal_scores_on_all_executors(kind: str, executor: str) ->
     expected = serial.models["site_1"].tensors
     for name, tensor in other.models["site_1"].tensors.items():
         assert torch.allclose(tensor, expected[name], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_registered_model_is_trained_in_worker_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hfl.register_model, "_known", dict(hfl.register_model._known))
+    hfl.register_model("flat")(lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    clients = [hfl.Client(f"site_{i}", "flat") for i in (1, 2)]
+    own = hfl.Federation(clients, data={"name": "digits", "train_limit": 150})
+
+    runs = [
+        train(own, hfl.FedAvg(), overrides=[*QUIET, f"runtime.executor={executor}"])
+        for executor in ("serial", "processes")
+    ]
+
+    assert same_models(*runs)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +198,7 @@ def test_preprocessing_is_part_of_predictions() -> None:
     predicted = run.predict("site_1", x, personal=False)
 
     inputs = (torch.from_numpy(x)[:, None].float() / 255).clamp(max=0.5)
-    assert torch.allclose(predicted, run.model("site_1")(inputs).logits.softmax(1), atol=1e-6)
+    assert torch.allclose(predicted, run.model("site_1")(inputs).softmax(1), atol=1e-6)
 
 
 def fail_on_many(predictions: Tensor, y: Tensor) -> float:

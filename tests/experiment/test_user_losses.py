@@ -185,7 +185,7 @@ class WeightedObjective(hfl.Objective):
     kind: str = "multiclass"
 
     def loss(self, nets: Any, batch: Any, context: Any) -> Tensor:
-        return functional.cross_entropy(nets.model(batch.x).logits, batch.y, weight=WEIGHT)
+        return functional.cross_entropy(nets.model(batch.x), batch.y, weight=WEIGHT)
 
 
 def test_objective_with_a_scalar_is_equal_on_all_executors() -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from traceback import format_exc
 from typing import Any
 
-from hetero_fl.core.shipped_objects import pack_objects, unpack_objects
 from hetero_fl.core.task import Task
 from hetero_fl.experiment.runner import run
 from hetero_fl.federation.evaluation import Record
@@ -38,7 +37,7 @@ from hetero_fl.utils.processes import (
     worker_context,
 )
 from hetero_fl.utils.recorded_warnings import RecordedWarning, issue_warnings, record_warnings
-from hetero_fl.utils.registry import split_label
+from hetero_fl.utils.registry import pack_objects, split_label, unpack_objects
 from hetero_fl.utils.text import pluralize
 
 Source = str | Path | Mapping[str, Any]

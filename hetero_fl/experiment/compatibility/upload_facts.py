@@ -35,8 +35,8 @@ from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.summed_uploads.derived_setup import DerivedSetup
 from hetero_fl.privacy.client_side import uploadable_items
 from hetero_fl.utils.errors import suggest_or_list
+from hetero_fl.utils.objects import get_object
 from hetero_fl.utils.text import format_list
-from model_zoo.given_models import find_given, is_given
 
 
 class UploadFacts(ConfigFacts):
@@ -206,15 +206,15 @@ class UploadFacts(ConfigFacts):
             return None
         owners: dict[str, str] = {}
         for profile in self.profiles:
-            if is_given(profile.arch.name):
+            if get_object(profile.arch.name) is not None:
                 owners.setdefault(profile.arch.name, profile.first)
         groups: dict[object, list[str]] = {}
         for name in owners:
-            groups.setdefault(find_given(name).signature, []).append(name)
+            groups.setdefault(get_object(name).signature, []).append(name)
         # If modules of a group differ, one of them differs from the first.
         for one, *others in groups.values():
             for other in others:
-                if names := find_given(one).differences(find_given(other)):
+                if names := get_object(one).differences(get_object(other)):
                     found = format_list(names, 3, quote=True)
                     return {"one": owners[one], "other": owners[other], "names": found}
         return None

@@ -39,7 +39,6 @@ from hetero_fl.utils.ordering import natural_key
 from hetero_fl.utils.text import Caution, prefix_note
 from model_zoo.generators import keyed_generators
 from model_zoo.module_state import MODULE_ATTRIBUTES, describe_content
-from model_zoo.registry import is_user_defined
 from model_zoo.shapes import make_shape
 
 TRIAL_ROWS = 4
@@ -345,7 +344,7 @@ def _with_kind(kind: str, values: Mapping[str, Any]) -> dict[tuple[str, str], An
 
 def _input_notes(arch: ModelSpec) -> list[str]:
     """Return notes on a user's model that was converted, or may misread the axes of a series."""
-    if not is_user_defined(arch.name):
+    if not arch.is_user_defined:
         return []
     notes = []
     if arch.converted_type is not None:
@@ -369,7 +368,7 @@ def output_kinds(arch: ModelSpec) -> list[str]:
     Only models of the user are examined. Their heads get random weights that are so large that
     logits are neither between 0 and 1 nor normalized by chance.
     """
-    if not is_user_defined(arch.name):
+    if not arch.is_user_defined:
         return [LOGITS, LOGITS]
     _, channels, size, _ = arch.size_arguments
     with keyed_generators(0), torch.no_grad():
@@ -386,7 +385,7 @@ def output_kinds(arch: ModelSpec) -> list[str]:
             for factor in (1.0, -1.0, -1e-6, -1.0) if head else (1.0, -1.0):
                 for parameter in changed:
                     parameter.mul_(factor)
-                outputs.append([model.train(mode)(x).logits for mode in (True, False)])
+                outputs.append([model.train(mode)(x) for mode in (True, False)])
         # Errors of models are reported where models are created.
         except Exception:
             return [LOGITS, LOGITS]

@@ -256,7 +256,7 @@ class ExportedModel(nn.Module):
             contain NaN.
         """
         invalid = self.preprocessing.invalid_rows(inputs)
-        z = self.model(self.preprocessing(inputs)).logits
+        z = self.model(self.preprocessing(inputs))
         z = z if self.offset is None else z + self.offset
         predictions: Tensor = z
         if self.kind == "multilabel":

@@ -19,7 +19,6 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import runs_user_code
 from hetero_fl.communication.protocol import Message, Reply
 from hetero_fl.core.payload import PayloadError
-from hetero_fl.core.shipped_objects import pack_objects, unpack_objects
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import MAX_MESSAGE_LENGTH, DivergedError, translate_user_errors
 from hetero_fl.engine.vectorized import make_backend
@@ -30,6 +29,7 @@ from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.utils.environment import use_deterministic_algorithms
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.recorded_warnings import RecordedWarning, record_warnings
+from hetero_fl.utils.registry import pack_objects, unpack_objects
 from model_zoo.generators import own_generators
 
 # Exceptions that another process can unpickle.

@@ -137,7 +137,7 @@ class FedLC(FedAvg):
         margins = torch.where(counts > 0, self.method.tau * counts.pow(-0.25), torch.inf)
 
         def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
-            z = module(x).logits - margins
+            z = module(x) - margins
             true = z[torch.arange(len(y)), y]
             if self.method.denominator == "others":
                 z = z.masked_fill(F.one_hot(y, z.shape[1]).bool(), -torch.inf)
@@ -158,7 +158,7 @@ class FedProx(FedAvg):
 
         def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
             distance = torch.stack([(p - a).square().sum() for p, a in pairs]).sum()
-            return self.entropy(i, module(x).logits, y) + mu / 2 * distance
+            return self.entropy(i, module(x), y) + mu / 2 * distance
 
         return loss
 
@@ -323,7 +323,7 @@ class HeteroFL(FedAvg):
                 module: Any = module,
                 has: Any = present,
             ) -> Tensor:
-                return self.entropy(i, module(x).logits * has, y)
+                return self.entropy(i, module(x) * has, y)
 
             self.train(i, module, loss if self.method.masked else None)
             with torch.no_grad():

@@ -223,7 +223,7 @@ class Loop:
         if loss_of is None:
 
             def loss_of(x: Tensor, y: Tensor, step: int) -> Tensor:
-                return self.entropy(i, module(x).logits, y)
+                return self.entropy(i, module(x), y)
 
         orders = self.own_batches(i, label, epochs)
         losses = (loss_of(x[rows], y[rows], step) for step, rows in enumerate(orders))
@@ -316,7 +316,8 @@ def only(module: nn.Module, part: str) -> nn.Module:
 def predicted(module: nn.Module, x: Tensor, readout: str = "logits") -> Tensor:
     """Return outputs in evaluation mode."""
     module.eval()
-    return torch.cat([getattr(module(some), readout) for some in x.split(500)])
+    call: Any = module.forward_features if readout == "features" else module
+    return torch.cat([call(some) for some in x.split(500)])
 
 
 def divergence(student: Tensor, teacher: Tensor, t: float = 1.0) -> Tensor:

@@ -71,7 +71,7 @@ class Centralized(Loop):
         orders = self.batches(
             len(y), min(users), "train", settings.batch_size, settings.epochs, use
         )
-        losses = (F.cross_entropy(model(x[o]).logits + prior, y[o]) for o in orders)
+        losses = (F.cross_entropy(model(x[o]) + prior, y[o]) for o in orders)
         descend([model], losses, self.own_optimizer(k, [model]))
 
     def evaluated(self, i: int) -> nn.Module:
@@ -148,9 +148,7 @@ class Dense(Loop):
             x, teacher = torch.cat(examples), torch.cat(logits)
             self.student.requires_grad_(True)
             orders = self.orders(len(x), s.student_steps, "student", use)
-            losses = (
-                divergence(self.student(x[o]).logits, teacher[o], s.temperature) for o in orders
-            )
+            losses = (divergence(self.student(x[o]), teacher[o], s.temperature) for o in orders)
             descend([self.student], losses, for_student)
         for model in self.models:
             model.requires_grad_(True)
@@ -162,15 +160,15 @@ class Dense(Loop):
     def predictions(self, raw: Tensor) -> list[Tensor]:
         """Return the logits of each client's model for generated examples."""
         pairs = zip(self.cards, self.models, strict=True)
-        return [model(seen(card, raw)).logits for card, model in pairs]
+        return [model(seen(card, raw)) for card, model in pairs]
 
     def imagined(self, noise: Tensor, y: Tensor) -> Tensor:
         """Return the generator's loss."""
-        raw = self.maker(noise).logits.unflatten(1, self.card.arch.input_shape)
+        raw = self.maker(noise).unflatten(1, self.card.arch.input_shape)
         self.apart = [torch.zeros(())]
         mean = torch.stack(self.predictions(raw)).mean(0)
         statistics = torch.stack(self.apart).sum() / len(self.models)
-        student = self.student(seen(self.card, raw)).logits
+        student = self.student(seen(self.card, raw))
         log_p, differ = mean.log_softmax(-1), mean.argmax(-1) != student.argmax(-1)
         kl = (log_p.exp() * (log_p - student.log_softmax(-1))).sum(-1)
         s = self.method

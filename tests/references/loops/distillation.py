@@ -108,7 +108,7 @@ class Public(Loop):
         x, s = self.public(i, self.sampled), self.method
         client_id, size = self.cards[i].client_id, s.proxy_batch_size
         orders = self.batches(len(x), client_id, "digest", size, epochs)
-        losses = (self.distance(module(x[o]).logits, teacher[o]) for o in orders)
+        losses = (self.distance(module(x[o]), teacher[o]) for o in orders)
         descend([module], losses, self.own_optimizer(i, [module]))
 
     def distance(self, z: Tensor, teacher: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class Public(Loop):
             x, y = self.data[i]["proxy"]["x"], self.data[i]["proxy"]["y"]
             client_id, size = self.cards[i].client_id, s.proxy_batch_size
             orders = self.batches(len(y), client_id, "initial public", size, public_epochs)
-            losses = (F.cross_entropy(module(x[o]).logits, y[o]) for o in orders)
+            losses = (F.cross_entropy(module(x[o]), y[o]) for o in orders)
             descend([module], losses, self.own_optimizer(i, [module]))
         self.train(i, module, label="initial private", epochs=s.initial_private_epochs)
 
@@ -298,7 +298,7 @@ class FedDF(Public, FedAvg):
         label = f"distil {group}"  # style: ok (random stream)
         orders = self.batches(len(x), "server", label, s.proxy_batch_size, s.distill_epochs)
         with torch.enable_grad():
-            losses = (self.distance(module(x[o]).logits, teacher[o]) for o in orders)
+            losses = (self.distance(module(x[o]), teacher[o]) for o in orders)
             descend([module], losses, self.optimizer(self.config.server.optimizer, [module]))
         parameters = self.parameters(group)
         for name, tensor in floats(module).items():
@@ -341,8 +341,8 @@ class Hybrid(FedDF):
         def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
             draws = self.draws(client_id, "train", "public", step)
             some = torch.randint(len(public), (s.proxy_batch_size,), generator=draws)
-            own = self.entropy(i, module(x).logits, y)
-            distance = self.distance(module(public[some]).logits, teacher[some])
+            own = self.entropy(i, module(x), y)
+            distance = self.distance(module(public[some]), teacher[some])
             return own + s.replay_weight * distance
 
         return loss

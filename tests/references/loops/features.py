@@ -58,7 +58,7 @@ class FD(Loop):
             return None
 
         def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
-            z, t = model(x).logits, s.temperature
+            z, t = model(x), s.temperature
             log_t = F.log_softmax(teacher[y] / t, -1)
             distance = (log_t.exp() * (log_t - F.log_softmax(z / t, -1))).sum(-1) * t**2
             return self.entropy(i, z, y) + s.weight * (distance * known[y]).mean()
@@ -99,9 +99,10 @@ class FedProto(Loop):
             return None
 
         def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
-            out = model(x)
-            distance = (out.features - prototypes[y]).square().mean(-1)
-            return self.entropy(i, out.logits, y) + weight * (distance * known[y]).mean()
+            features = model.forward_features(x)  # type: ignore[operator]
+            logits = model.forward_head(features)  # type: ignore[operator]
+            distance = (features - prototypes[y]).square().mean(-1)
+            return self.entropy(i, logits, y) + weight * (distance * known[y]).mean()
 
         return loss
 
@@ -126,7 +127,7 @@ class FedTGP(FedProto):
 
     def start(self) -> None:
         super().start()
-        width = self.models[0].feature_dim
+        width = self.models[0].num_features
         vectors = ModelSpec.from_config("linear", width, (CLASSES,)).initial_tensors(
             self.federation.seed
         )["head.weight"]
@@ -147,7 +148,7 @@ class FedTGP(FedProto):
         orders = self.batches(len(y), "server", "prototypes", s.server_batch_size, s.server_epochs)
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
-            prototypes = self.network(self.vectors).logits
+            prototypes = self.network(self.vectors)
             distance = (x[:, None] - prototypes).square().sum(-1).clamp(min=1e-12).sqrt()
             return F.cross_entropy(-(distance + margin[y]), y)
 
@@ -163,7 +164,7 @@ class FedGH(Loop):
 
     def start(self) -> None:
         super().start()
-        arch = ModelSpec.from_config("linear", CLASSES, (self.models[0].feature_dim,))
+        arch = ModelSpec.from_config("linear", CLASSES, (self.models[0].num_features,))
         self.head = self.module(arch)
         self.is_trained = False
 
@@ -179,7 +180,7 @@ class FedGH(Loop):
         x, y = means[has], has.nonzero()[:, 1]
         optimizer = sgd([self.head], s.server_lr)
         orders = self.batches(len(y), "server", "head", s.server_batch_size, s.server_epochs)
-        losses = (F.cross_entropy(self.head(x[o]).logits, y[o]) for o in orders)
+        losses = (F.cross_entropy(self.head(x[o]), y[o]) for o in orders)
         descend([self.head], losses, optimizer)
         for model in self.models:
             load(model, floats(self.head))
@@ -213,7 +214,7 @@ class FedGKT(Loop):
         orders = self.batches(len(y), "server", "server", s.server_batch_size, s.server_epochs)
 
         def loss(rows: Tensor) -> Tensor:
-            z = self.large(x[rows]).logits
+            z = self.large(x[rows])
             distance = divergence(z, teacher[rows], s.temperature)
             return F.cross_entropy(z + prior[rows], y[rows]) + s.weight * distance
 
@@ -228,7 +229,7 @@ class FedGKT(Loop):
         teacher, orders, s = self.predictions[i], self.own_batches(i), self.method
 
         def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
-            z = model(x).logits
+            z = model(x)
             distance = divergence(z, teacher[orders[step]], s.temperature)
             return self.entropy(i, z, y) + s.weight * distance
 
@@ -276,14 +277,14 @@ class FedGen(FedAvg):
         size = self.cards[i].settings.batch_size + 1
 
         def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
-            z = module(x).logits
+            z = module(x)
             fake, classes = self.drawn(labels, self.draws(client_id, "train", "fake", step))
-            guess = module.head(self.maker(fake).logits)  # type: ignore[operator]
+            guess = module.head(self.maker(fake))  # type: ignore[operator]
             total = self.entropy(i, z, y) + fade * s.weight * F.cross_entropy(guess, classes)
             if s.latent_weight:
                 draws = self.draws(client_id, "train", "noise", step)
                 noise = torch.randn(size, s.noise_dim, generator=draws)[: len(y)]
-                latent = self.maker(torch.cat([torch.eye(CLASSES)[y], noise], 1)).logits
+                latent = self.maker(torch.cat([torch.eye(CLASSES)[y], noise], 1))
                 like = module.head(latent)  # type: ignore[operator]
                 total = total + fade * s.latent_weight * divergence(z, like)
             return total
@@ -304,7 +305,7 @@ class FedGen(FedAvg):
 
         def loss(step: int) -> Tensor:
             x, y = self.drawn(labels, self.draws("server", "generator", step))
-            z = self.maker(x).logits
+            z = self.maker(x)
             logits = torch.einsum("kcd,bd->kbc", weight, z) + bias[:, None]
             wrong = -logits.log_softmax(-1)[:, torch.arange(len(z)), y]
             noise = x[:, CLASSES:]
@@ -318,8 +319,8 @@ class FedGen(FedAvg):
 def both(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return features and logits in evaluation mode."""
     module.eval()
-    out = [module(some) for some in x.split(500)]
-    return torch.cat([o.features for o in out]), torch.cat([o.logits for o in out])
+    features = torch.cat([module.forward_features(some) for some in x.split(500)])  # type: ignore[operator]
+    return features, module.forward_head(features)  # type: ignore[operator]
 
 
 def means_of(sums: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

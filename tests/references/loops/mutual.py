@@ -47,7 +47,7 @@ class FML(Loop):
         a, b = self.method.alpha, self.method.beta
 
         def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
-            p, m = model(x).logits, self.mentee(x).logits
+            p, m = model(x), self.mentee(x)
             own = a * self.entropy(i, p, y) + (1 - a) * divergence(p, m)
             return own + b * self.entropy(i, m, y) + (1 - b) * divergence(m, p)
 
@@ -85,10 +85,12 @@ class FedKD(FML):
         hidden = self.hidden[i]
 
         def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
-            t, s = model(x), self.mentee(x)
-            both = self.entropy(i, t.logits, y) + self.entropy(i, s.logits, y)
-            apart = divergence(t.logits, s.logits) + divergence(s.logits, t.logits)
-            features = F.mse_loss(t.features, hidden(s.features).logits)
+            own = model.forward_features(x)  # type: ignore[operator]
+            shared = self.mentee.forward_features(x)  # type: ignore[operator]
+            t, s = model.forward_head(own), self.mentee.forward_head(shared)  # type: ignore[operator]
+            both = self.entropy(i, t, y) + self.entropy(i, s, y)
+            apart = divergence(t, s) + divergence(s, t)
+            features = F.mse_loss(own, hidden(shared))
             return both + (apart + self.method.hidden_weight * features) / both.detach()
 
         self.train(i, model, loss, besides=[self.mentee, hidden])
@@ -132,8 +134,8 @@ class FedMRL(FML):
         projection, s = self.projections[i], self.method
 
         def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
-            g = self.mentee(x).features
-            r = projection(torch.cat([g, model(x).features], -1)).logits
+            g = self.mentee.forward_features(x)  # type: ignore[operator]
+            r = projection(torch.cat([g, model.forward_features(x)], -1))  # type: ignore[operator]
             coarse = self.mentee.head(r[:, : g.shape[1]])  # type: ignore[operator]
             own = self.entropy(i, model.head(r), y)  # type: ignore[operator]
             return s.own_weight * own + s.mentee_weight * self.entropy(i, coarse, y)

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 import hetero_fl
-from hetero_fl.config.data import SourceConfig
-from hetero_fl.data import load_source
 from tests.support.deployments import Envelope, PipeTransport, run_local_federation
 from tests.support.federations import config
 
@@ -42,8 +40,8 @@ def test_run_with_a_killed_process_equals_simulation(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_rows_are_read_once_and_not_for_each_message(tmp_path: Path) -> None:
     file = tmp_path / "rows.npz"
-    digits = load_source(SourceConfig(name="digits"), tmp_path).train
-    np.savez(file, train_images=digits.x.movedim(1, -1), train_labels=digits.y)
+    images = np.random.default_rng(0).integers(0, 256, (300, 8, 8), dtype=np.uint8)
+    np.savez(file, train_images=images, train_labels=np.arange(300) % 10)
     source = config("fedper", rounds=3, clients=2, data__name="npz", data__path=str(file))
 
     run = run_local_federation(

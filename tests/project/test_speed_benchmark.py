@@ -81,7 +81,8 @@ def test_ratios_are_medians_of_turns() -> None:
         "  bare loop: 2.000 (1.000 to 4.000) s",
         "  serial: 2.400 (1.100 to 4.000) s",
     ]
-    assert lines[3] == "  serial / bare loop: 1.100 (1.000 to 1.200); target 1.05: missed"
+    ratio = "1.100 (1.000 to 1.200), 95% interval 1.000 to 1.200"
+    assert lines[3] == f"  serial / bare loop: {ratio}; target 1.05: missed"
     assert lines[4].split(", ")[0].strip() == f"{labels[0]} 1.100" and len(lines) == 5
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -342,11 +342,11 @@ def list_models(pattern: str = "*") -> list[str]:
         ['resnet18', 'resnet18_small']
     """
     prefix, colon, _ = pattern.partition(":")
-    names: list[str] = list(register_model)
     if colon and prefix not in LIBRARIES:
         raise ModelError(
             f"pattern {pattern}: unknown prefix '{prefix}'; choose from {', '.join(LIBRARIES)}"
         )
+    names: Iterable[str] = register_model
     if colon:
         names = [f"{prefix}:{name}" for name in model_names(prefix)]
     return sorted(name for name in names if fnmatchcase(name, pattern))

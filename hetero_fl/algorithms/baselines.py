@@ -29,7 +29,6 @@ from hetero_fl.core.participant import (
 )
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Plan, Predict, Rows
-from hetero_fl.core.stored_rows import targets
 from hetero_fl.utils.ordering import natural_key, natural_order
 
 
@@ -250,4 +249,4 @@ class Centralized(Algorithm):
 
 def count_labels(server: Participant, rows: Rows) -> Tensor:
     """Return the number of rows per class, shape `[C]`."""
-    return torch.bincount(targets(rows.columns(server)), minlength=server.task.outputs)
+    return torch.bincount(rows.columns(server)["y"], minlength=server.task.outputs)

@@ -37,7 +37,6 @@ from hetero_fl.core.objectives import Objective, ProxyReplay, TeacherDistillatio
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Fit, Plan, Predict, Rows, SampledBatches
-from hetero_fl.core.stored_rows import read_rows
 from hetero_fl.core.task import Task
 from hetero_fl.utils.seeding import keyed_generator
 
@@ -234,7 +233,7 @@ class ProxyTraining(Algorithm):
 
         def sample(generator: torch.Generator, size: int) -> Tensors:
             indices = torch.randint(len(examples), (size,), generator=generator)
-            return {"x": read_rows(examples, indices), TEACHER: logits[indices]}
+            return {"x": examples[indices], TEACHER: logits[indices]}
 
         replay = ProxyReplay(client.task.kind, slot, weight=weight, temperature=self.temperature)
         batches = {"public": SampledBatches(sample, self.proxy_batch_size)}

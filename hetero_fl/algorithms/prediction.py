@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hetero_fl.config.clients import ClientSettings, Recalibration
 from hetero_fl.core.images import reshape_rows
+from hetero_fl.core.mapped_tensors import join_rows
 from hetero_fl.core.metrics import score, selection_metric
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import log_prior
@@ -25,7 +26,6 @@ from hetero_fl.core.participant import (
     Participant,
 )
 from hetero_fl.core.plan import Plan, Predict, Recalibrate, Rows, TensorRows
-from hetero_fl.core.stored_rows import join_rows, targets
 from hetero_fl.utils.seeding import keyed_generator
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def log_scores(client: Participant, slots: Iterable[str], data: str = "validatio
         ...         return upload_model(self, client)
     """
     metric, _ = selection_metric(client.task)
-    y = targets(client.data(data, None))
+    y = client.data(data, None)["y"]
     for slot in slots:
         logits = yield Predict(slot, Rows(data))
         value = score(client.task, logits.cpu(), y.cpu())[metric]

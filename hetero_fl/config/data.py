@@ -288,15 +288,23 @@ class MoviesConfig(SharedSettings):
 
 
 class DrivingConfig(SharedSettings):
-    """Drives with a camera: size of the frames, unit of the steering angle, and splits of a drive.
+    """Drives with a camera: size of the frames, unit of the angle, and splits of a drive."""
 
-    The keys from `crop` to `test_vehicles` do not apply to `.npz` files.
-    """
-
-    selection = ("test_vehicles",)
-    not_in_arrays = ("crop", "step", "steering_ratio", "max_angle", "test_vehicles")
-    _removed = REMOVED_SEED
-    _former_defaults = {"seed": 0}
+    _removed = {
+        **dict.fromkeys(
+            ("crop", "step", "steering_ratio", "max_angle", "test_vehicles"),
+            "data.name=image_table, which reads drives of your own "
+            "(docs/scenarios/driving_hetero.md)",
+        ),
+        **REMOVED_SEED,
+    }
+    _former_defaults = {
+        "crop": [0.0, 0.0],
+        "step": 1,
+        "steering_ratio": 14.8,
+        "max_angle": 25.0,
+        "seed": 0,
+    }
 
     height: int = Field(
         24, ge=8, le=256, description="height of a frame in pixels (simulated frames: 16)"
@@ -316,34 +324,15 @@ class DrivingConfig(SharedSettings):
     scale: PositiveFloat = Field(
         5.0, description="steering angle in degrees that a target of 1 stands for"
     )
-    crop: tuple[Annotated[float, Field(ge=0, le=0.9)], Annotated[float, Field(ge=0, le=0.9)]] = (
-        Field((0.0, 0.0), description="shares of a frame to cut off at the top and the bottom")
-    )
-    step: PositiveInt = Field(1, description="use every n-th frame of a drive")
-    steering_ratio: PositiveFloat = Field(
-        14.8,
-        description="`interpolated.csv`: angle of the steering wheel per angle of the front wheels",
-    )
-    max_angle: PositiveFloat = Field(
-        25.0, description="`driving_log.csv`: angle in degrees of a `steering` of 1"
-    )
-    test_vehicles: tuple[str, ...] | None = Field(
-        None,
-        min_length=1,
-        description="folders of vehicles that are not clients and form the global test set; "
-        "`null`: the local tests together are the global test set",
-    )
 
     @model_validator(mode="after")
     def _check_shares(self) -> DrivingConfig:
-        """Check that something remains of a drive and of a frame."""
+        """Check that something remains of a drive."""
         if self.validation + self.test >= 0.9:
             raise ValueError(
                 "validation + test must be < 0.9, which leaves frames to train on, got "
                 f"{self.validation + self.test:g}"
             )
-        if sum(self.crop) > 0.9:
-            raise ValueError(f"crop: the sum must be <= 0.9, got {sum(self.crop):g}")
         return self
 
 
@@ -360,20 +349,6 @@ class ColumnsConfig(ConfigSection):
     )
     group: str | None = Field(None, description="column that names the client of each row")
     patient: str | None = Field(None, description="column that identifies the patient of each row")
-
-
-class StreamConfig(ConfigSection):
-    """Reading of images from files in batches, instead of keeping all images in memory.
-
-    `true` stands for a section with the default values. The settings do not affect results.
-    """
-
-    workers: PositiveInt = Field(2, description="threads that read batches")
-    prefetch: PositiveInt = Field(
-        2,
-        description="batches that are read ahead while a batch is processed, at most 64 MiB, or "
-        "one batch if it is larger",
-    )
 
 
 class ReadConfig(ConfigSection):
@@ -411,6 +386,12 @@ class ReadConfig(ConfigSection):
         return self
 
 
+TableText = Annotated[str, Field(coerce_numbers_to_str=True)]
+"""Text of a cell, which may be a number in YAML."""
+TableSplit = choice_type("train", "validation", "test", "local_validation", "local_test")
+"""Split of rows of a table. The last two are those of the groups of the training rows."""
+
+
 class SourceConfig(ConfigSection):
     """A data source, which is selected by name or read from a local file."""
 
@@ -424,24 +405,47 @@ class SourceConfig(ConfigSection):
         description="local file or folder to read; `null`: simulated data of the package, or a "
         "download",
     )
+    file: str | None = Field(
+        None,
+        description="`image_table`: column with the image file of each row, relative to the folder "
+        "of the table, or a pattern with columns in braces, such as `{patient}/{slice}.png`",
+    )
+    blocks: dict[str, tuple[str, ...]] | None = Field(
+        None,
+        min_length=1,
+        description="`image_table`: columns of numbers of each block beside the block `image`, "
+        "such as `{vitals: [age, pulse]}`; rows without a file then have no image; `null`: images "
+        "only",
+    )
+    time: str | None = Field(
+        None,
+        description="`image_table`: column of numbers or dates (in seconds) by which rows are "
+        "split; `null`: rows are split at random",
+    )
+    span: NonNegativeInt | None = Field(
+        None,
+        description="`image_table`: time before a split by `time` of which rows are left out; "
+        "`null`: 0",
+    )
     columns: ColumnsConfig | None = Field(
         None, description="`hf:NAME`: columns by their use; `null`: by their names and types"
     )
     label: str | None = Field(
         None,
-        description="tables and Hugging Face data sets: label column, or several separated by "
-        "commas",
+        description="tables, `image_table` and Hugging Face data sets: label column, or several "
+        "separated by commas",
     )
     group: str | None = Field(
         None,
-        description="tables, Hugging Face data sets and WILDS: column that names the client of "
-        "each row (`natural` partition); `image_folder`: kind of the outer folders, such as site; "
+        description="tables, `image_table`, Hugging Face data sets, WILDS: column that names the "
+        "client of each row (`natural` partition); `image_folder`: kind of the outer folders, "
+        "such as site; "
         "movies: `region`, the first digit of the zip code, or `user`; `null`: `region` if there "
         "are zip codes",
     )
     patient: str | None = Field(
         None,
-        description="tables, `.npz` files, Hugging Face data sets and WILDS: column "
+        description="tables, `image_table`, `.npz` files, Hugging Face data sets and WILDS: column "
         "or array that identifies the patient of each row; `image_folder`: regular expression with "
         "a group that is found in file names, such as `(p[0-9]+)_`, or a table with the columns "
         "`file` and `patient`; a patient's rows stay in one split of one client",
@@ -470,19 +474,26 @@ class SourceConfig(ConfigSection):
         description="images: side length in pixels to which images are resized, `null`: the "
         "original size; MedMNIST: 28, 64, 128 or 224, the version of the data set, `null`: 28",
     )
-    stream: StreamConfig | None = Field(
+    stream: bool | None = Field(
         None,
-        description="`image_folder`, `npz`, `camelyon17`, `iwildcam`: read images from files in "
-        "batches when they are used; `null`: keep all images in memory",
+        description="`image_folder`, `image_table`, `npz`, `camelyon17`, `iwildcam`: decode images "
+        "once to a file in `data.root` and read them from it when they are used; `null`: keep all "
+        "images in memory",
     )
     follow_links: bool | None = Field(
         None,
         description="folders: read files outside the folder to which links in it lead; the server "
         "of a deployment cannot set it for a site; `null`: such links are errors",
     )
-    splits: choice_type("official", "pooled") | None = Field(  # type: ignore[valid-type]
+    splits: (
+        choice_type("official", "pooled")  # type: ignore[valid-type]
+        | dict[str, dict[TableText, TableSplit]]  # type: ignore[valid-type]
+        | None
+    ) = Field(
         None,
-        description="`camelyon17`, `iwildcam`: use of the splits of WILDS; `official`: the "
+        description="`image_table`: splits by column and value, such as `{center: {1: validation, "
+        "2: test}}`; further splits are `train`, `local_validation` and `local_test`; "
+        "`camelyon17`, `iwildcam`: use of the splits of WILDS; `official`: the "
         "training sites are clients, other sites the global validation and test sets; `pooled`: "
         "all sites are clients; `null`: `official`",
     )
@@ -511,11 +522,11 @@ class SourceConfig(ConfigSection):
 
     @field_validator("stream", mode="before")
     @classmethod
-    def _accept_switch(cls, value: Any) -> Any:
-        """Convert `true` to a section with default values, and `false` to None."""
-        if isinstance(value, bool):
-            return {} if value else None
-        return value
+    def _accept_section(cls, value: Any) -> Any:
+        """Convert the section of earlier versions to `true`, and `false` to None."""
+        if isinstance(value, Mapping) and value.keys() <= {"workers", "prefetch"}:
+            return True
+        return None if value is False else value
 
     @field_validator("categories")
     @classmethod

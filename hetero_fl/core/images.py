@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.masked import is_masked_tensor
 from torch.nn import functional as F
 
-from hetero_fl.core.stored_rows import Column, map_rows, split_rows
+from hetero_fl.core.mapped_tensors import map_rows
 from hetero_fl.utils.arrays import plain_array
 from hetero_fl.utils.errors import UserError
 
@@ -115,7 +115,7 @@ def as_pixels(images: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.to(dtype) if name in wide else x for name, x in images.items()}
 
 
-def are_pixels(x: Column) -> bool:
+def are_pixels(x: Tensor) -> bool:
     """Return whether examples are images of integers."""
     return x.ndim == 4 and x.dtype in PIXEL_TYPES
 
@@ -126,7 +126,7 @@ def are_booleans(values: Any) -> bool:
 
 
 def check_pixels(
-    x: Column,
+    x: Tensor,
     pixel_range: float | None,
     where: str,
     advice: str = "convert them to this range, or pass floats from 0 to 1",
@@ -171,9 +171,9 @@ def to_floats(x: Tensor, pixel_range: float | None, dtype: torch.dtype = torch.f
     return x if x.is_floating_point() else x.to(dtype) / (pixel_range or MAX_BYTE)
 
 
-def exceeds(x: Column, high: float, low: float = -torch.inf) -> bool:
+def exceeds(x: Tensor, high: float, low: float = -torch.inf) -> bool:
     """Return whether a pixel is outside a range. Reading ends at the first batch with one."""
-    return any(bool(((rows < low) | (rows > high)).any()) for rows in split_rows(x, CHECKED_ROWS))
+    return any(bool(((rows < low) | (rows > high)).any()) for rows in x.split(CHECKED_ROWS))
 
 
 def channels_first(x: Tensor, where: str, documented: str = "first") -> Tensor:
@@ -256,7 +256,7 @@ def in_range(images: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     return dict(images) | as_pixels(floats), f"floats from 0 to {shown} are read as pixel values"
 
 
-def dtype_name(tensor: Column) -> str:
+def dtype_name(tensor: Tensor) -> str:
     """Return the name of a tensor's dtype without `torch.`."""
     return str(tensor.dtype).removeprefix("torch.")
 
@@ -291,6 +291,6 @@ def to_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.mean(1, keepdim=True) if channels == 1 else x.expand(-1, channels, *size)
 
 
-def reshape_rows(column: Column, shape: tuple[int, ...]) -> Column:
+def reshape_rows(column: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Convert a column of examples, in memory or in files, to another shape (see `to_shape`)."""
     return map_rows(column, partial(to_shape, shape=shape))

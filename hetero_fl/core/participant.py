@@ -22,14 +22,13 @@ from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.population import Population
 from hetero_fl.core.model_spec import ModelSpec, Tensors
-from hetero_fl.core.stored_rows import Column
 from hetero_fl.core.task import Task
 from hetero_fl.utils.caching import BoundedCache
 from hetero_fl.utils.ordering import natural_key, natural_order
 from hetero_fl.utils.seeding import Key
 
 # The columns of a data set, keyed by name. Rows of "x" may be read from files when they are used.
-Columns = Mapping[str, Column]
+Columns = Mapping[str, Tensor]
 # Maximum number of clients that are searched for messages and suggestions.
 MAX_SEARCHED_CLIENTS = 1000
 CACHED_CLIENTS = 4096

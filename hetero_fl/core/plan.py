@@ -22,7 +22,6 @@ from hetero_fl.config.clients import AugmentConfig
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import Objective
 from hetero_fl.core.participant import Columns, Part, Participant
-from hetero_fl.core.stored_rows import Column
 
 
 class StepKey:
@@ -222,7 +221,7 @@ class FitReport:
 MAX_FORWARD_VALUES = 500 * 3 * 32 * 32
 
 
-def forward_batch_size(batch_size: int, x: Column, device: torch.device | None = None) -> int:
+def forward_batch_size(batch_size: int, x: Tensor, device: torch.device | None = None) -> int:
     """Return the number of examples per forward pass, which is smaller for large images on a CPU.
 
     Args:

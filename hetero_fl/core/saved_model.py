@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -16,19 +15,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from hetero_fl.core.given_models import GivenModel, restore_given
-from hetero_fl.core.images import (
-    MAX_BYTE,
-    PIXEL_TYPES,
-    are_booleans,
-    as_numbers,
-    as_pixels,
-    channels_first,
-    check_pixels,
-    in_range,
-)
 from hetero_fl.core.model_spec import ModelSpec, Tensors, freeze_lists
 from hetero_fl.core.plan import forward_batch_size
-from hetero_fl.core.stored_rows import Column, split_rows
 from hetero_fl.core.task import Task
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import ArgumentError, UserError
@@ -262,7 +250,7 @@ class SavedModel:
         return self.arch.source_module(self.module())
 
     @torch.no_grad()
-    def logits(self, x: Column, personal: bool = False, batch_size: int = 500) -> Tensor:
+    def logits(self, x: Tensor, personal: bool = False, batch_size: int = 500) -> Tensor:
         """Compute the logits of preprocessed examples.
 
         Args:
@@ -277,7 +265,7 @@ class SavedModel:
         module = self.module(personal)
         size = forward_batch_size(batch_size, x)
         with keyed_generators(stream_key("predict", self.arch.spec_id)):
-            z = torch.cat([module(b) for b in split_rows(x, size)])
+            z = torch.cat([module(b) for b in x.split(size)])
         offset = self.offset(personal)
         return z if offset is None else z + offset.to(z.dtype)
 
@@ -294,102 +282,5 @@ class SavedModel:
             return None if self.log_prior is None else torch.tensor(self.log_prior)
         return None if self.correction is None else -torch.tensor(self.correction)
 
-    def examples(self, x: Any) -> Tensor:
-        """Convert raw examples to the shape and type of training examples before preprocessing.
-
-        Args:
-            x: Images, shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, as uint8 or as floats in
-                0..1 or 0..255. Tables have the shape `[N, F]`, series `[N, T, F]`, and tokens `[N,
-                T]`, as returned by `Vocabulary.encode`. For models that use only some columns or
-                blocks, see `hetero_fl.data.inference`.
-
-        Raises:
-            UserError: If `x` is not numeric, has another shape or an ambiguous range, or contains
-                NaN or infinity.
-        """
-        if self.arch.vocabulary is not None:
-            return self._tokens(x, self.arch.vocabulary)
-        where = "predict: x"
-        raw = as_numbers(x, where)
-        pixel_range = self.preprocess.get("pixel_range")
-        is_image = len(self.arch.input_shape) == 3
-        if is_image and raw.ndim in (3, 4) and 0 not in raw.shape:
-            raw = _pixels(raw, pixel_range, where)
-            raw = raw[:, None] if raw.ndim == 3 else self._channels_first(raw, where)
-        if not self._accepts_shape(tuple(raw.shape[1:])) or raw.ndim < 2:
-            raise UserError(
-                f"{where}: expected {self._expected_shapes()}, got shape {tuple(np.shape(x))}"
-            )
-        is_pixels = is_image and raw.dtype in PIXEL_TYPES
-        raw = raw if is_pixels else raw.to(torch.get_default_dtype())
-        if raw.is_floating_point() and not bool(torch.isfinite(raw).all()):
-            row = int((~torch.isfinite(raw)).flatten(1).any(1).to(torch.uint8).argmax())
-            raise UserError(f"{where}: row {row}: NaN or infinite value")
-        if is_image:
-            raw = in_range({where: raw})[0][where]
-            check_pixels(raw, pixel_range, where, complete=are_booleans(x))
-        return raw
-
-    def _tokens(self, x: Any, vocabulary: int) -> Tensor:
-        where = "predict: x"
-        raw = as_numbers(x, where)
-        if raw.is_floating_point() or tuple(raw.shape[1:]) != self.arch.input_shape:
-            found = f"{raw.dtype} of shape {tuple(raw.shape)}".removeprefix("torch.")
-            raise UserError(f"{where}: expected integers {self._expected_shapes()}, got {found}")
-        is_invalid = ((raw < 0) | (raw >= vocabulary)).any(1)
-        if bool(is_invalid.any()):
-            row = int(is_invalid.to(torch.uint8).argmax())
-            token = next(int(t) for t in raw[row] if not 0 <= t < vocabulary)
-            raise UserError(
-                f"{where}: row {row}: expected tokens from 0 to {vocabulary - 1}, got {token}"
-            )
-        return raw.long()
-
-    def _channels_first(self, x: Tensor, where: str) -> Tensor:
-        """Return images with channels first.
-
-        If only one position of the channels results in a shape that the model accepts, this
-        position is used. Otherwise, the position is inferred from the lengths of the axes.
-        """
-        candidates = (x, x.movedim(-1, 1))
-        accepted = [images for images in candidates if self._accepts_shape(tuple(images.shape[1:]))]
-        chosen = accepted[0] if len(accepted) == 1 else channels_first(x, where)
-        return chosen.contiguous()
-
-    def _accepts_shape(self, shape: tuple[int, ...]) -> bool:
-        """Return whether preprocessing converts an example of this shape to the model's input."""
-        expected = self.arch.input_shape
-        if len(shape) != len(expected):
-            return False
-        resize = self.preprocess.get("resize")
-        channels = self.preprocess.get("channels")
-        if len(expected) != 3 or (resize is None and channels is None):
-            return shape == (expected[::-1] if len(expected) == 2 else expected)
-        accepts_channels = shape[0] == expected[0] or (
-            channels is not None and (channels == 1 or shape[0] == 1)
-        )
-        return accepts_channels and (resize is not None or shape[1:] == expected[1:])
-
-    def _expected_shapes(self) -> str:
-        expected = self.arch.input_shape
-        if len(expected) != 3:
-            # In raw examples of a series, the steps precede the channels.
-            return f"(N, {', '.join(map(str, reversed(expected)))})"
-        channels, height, width = map(str, expected)
-        if self.preprocess.get("channels") is not None:
-            channels = "C" if self.preprocess["channels"] == 1 else f"1 or {channels}"
-        if self.preprocess.get("resize") is not None:
-            height = "H"
-            width = "W"
-        return f"images (N, {channels}, {height}, {width}), uint8 or floats from 0 to 1"
-
 
 _ADAPTER = TypeAdapter(SavedModel)
-
-
-def _pixels(raw: Tensor, pixel_range: float | None, where: str) -> Tensor:
-    """Return integer images as pixels of the model's type, and floats unchanged."""
-    pixels = as_pixels({where: raw})[where]
-    # Dark images of a wide type may have the many bits that the model expects.
-    is_deep = raw.dtype == torch.int64 and (pixel_range or 0) > MAX_BYTE
-    return pixels.to(torch.int32) if is_deep else pixels

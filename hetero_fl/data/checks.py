@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from hetero_fl.core.images import PIXEL_TYPES, dtype_name
-from hetero_fl.core.stored_rows import Column, require_tensor, split_rows
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Examples, Vocabulary
 from hetero_fl.utils.errors import UserError
@@ -100,14 +99,8 @@ def check_examples(
         Traceback (most recent call last):
         hetero_fl.utils.errors.UserError: toy: y: row 1: label 5 is out of range 0 to 1
     """
-    in_x = f"{where}: {names.x}"
+    check_inputs(examples.x, where, names=names, missing=missing, vocabulary=vocabulary)
     in_y = f"{where}: {names.y}"
-    if len(examples.x) == 0:
-        raise UserError(f"{in_x}: has no rows")
-    if vocabulary is not None:
-        _check_tokens(require_tensor(examples.x, "a vocabulary"), vocabulary.size, in_x, names)
-    else:
-        _check_values(examples.x, in_x, names, missing)
     if examples.y is None:
         raise UserError(f"{in_y}: missing; only proxy sets may be unlabeled")
     if task.kind == "multiclass":
@@ -115,6 +108,24 @@ def check_examples(
     else:
         _check_float_targets(examples.y, task, len(examples), in_y, names)
     _check_extra_columns(examples, task, where)
+
+
+def check_inputs(
+    x: Tensor,
+    where: str,
+    *,
+    names: ExampleNames = ARRAY_NAMES,
+    missing: bool = False,
+    vocabulary: Vocabulary | None = None,
+) -> None:
+    """Check the inputs of examples, which may have no labels (see `check_examples`)."""
+    in_x = f"{where}: {names.x}"
+    if len(x) == 0:
+        raise UserError(f"{in_x}: has no rows")
+    if vocabulary is not None:
+        _check_tokens(x, vocabulary.size, in_x, names)
+    else:
+        _check_values(x, in_x, names, missing)
 
 
 def _check_tokens(x: Tensor, vocabulary_size: int, where: str, names: ExampleNames) -> None:
@@ -128,7 +139,7 @@ def _check_tokens(x: Tensor, vocabulary_size: int, where: str, names: ExampleNam
         )
 
 
-def _check_values(x: Column, where: str, names: ExampleNames, missing: bool) -> None:
+def _check_values(x: Tensor, where: str, names: ExampleNames, missing: bool) -> None:
     """Check images, series and tables."""
     if x.dtype in PIXEL_TYPES:
         if x.ndim != 4 or 0 in x.shape:
@@ -152,11 +163,11 @@ def _check_values(x: Column, where: str, names: ExampleNames, missing: bool) -> 
         raise UserError(f"{where}: {names.row(row)}: NaN or infinite value")
 
 
-def _first_row(x: Column, is_invalid: Callable[[Tensor], Tensor]) -> int | None:
+def _first_row(x: Tensor, is_invalid: Callable[[Tensor], Tensor]) -> int | None:
     """Return the index of the first row with an invalid value, or None if there is none."""
     # In blocks of rows, because the masks of a large data set would occupy as much memory as it.
     start = 0
-    for block in split_rows(x, CHECKED_ROWS):
+    for block in x.split(CHECKED_ROWS):
         if (row := first_true(is_invalid(block).flatten(1).any(1))) is not None:
             return start + row
         start += len(block)
@@ -242,7 +253,7 @@ def _check_excluded(excluded: Tensor, y: Tensor, task: Task, where: str) -> None
         raise UserError(f"{where}: row {row}: contains the class of the row, {int(y[row])}")
 
 
-def _describe(tensor: Column) -> str:
+def _describe(tensor: Tensor) -> str:
     return f"{dtype_name(tensor)} of shape {tuple(tensor.shape)}"
 
 
@@ -259,7 +270,7 @@ def is_identifier(distinct: int, rows: int, span: float = 0) -> bool:
     return is_distinct and span <= DENSE * rows
 
 
-def note_identifiers(x: Column, columns: Sequence[str], advice: str) -> list[str]:
+def note_identifiers(x: Tensor, columns: Sequence[str], advice: str) -> list[str]:
     """Return warnings about columns of integers that seem to identify rows.
 
     Args:

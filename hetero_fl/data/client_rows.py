@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from cachetools import cachedmethod
 
 from hetero_fl.config.data import PartitionConfig, SplitConfig
 from hetero_fl.config.population import Population
-from hetero_fl.core.stored_rows import split_rows
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import PATIENTS
 from hetero_fl.data.partition import apportion_nonzero, row_strata
@@ -94,7 +93,8 @@ class LazyPartition:
             raise UserError(
                 f"{where}.kind=drawn divides {term.noun}s, but {term.rule}; choose another kind"
             )
-        train_share = 1 - self.split.validation - self.split.test
+        # Larger counts leave at least two training rows in spite of rounding.
+        largest = int(3 / (1 - self.split.validation - self.split.test)) + 1
         for profile in self.clients.profiles:
             if profile.settings.data is not None:
                 continue
@@ -102,33 +102,26 @@ class LazyPartition:
             rows = round(self.config.rows * size)
             # The number of rows of the client is `rows` times its size.
             found = f"for client '{profile.first}' of size {size:g}, got {self.config.rows}"
-            if rows < self.config.min_size:
-                least = math.ceil(self.config.min_size / size)
-                raise UserError(
-                    f"{where}.rows: must be >= {least}, which gives min_size="
-                    f"{self.config.min_size} rows, {found}"
-                )
             if rows > pool_size:
                 raise UserError(
                     f"{where}.rows: must be <= {math.floor(pool_size / size)}, as there are "
                     f"{pool_size} rows to sample from, {found}"
                 )
-            # Larger counts leave at least two training rows in spite of rounding.
-            largest = min(pool_size, int(3 / train_share) + 1)
-            counts = range(self.config.min_size, largest + 1) if self.config.spread else [rows]
+            has_spread = self.config.spread > 0
+            counts = range(self.config.min_size, largest + 1) if has_spread else [rows]
             short = [count for count in counts if enough_rows(count, self.split) > count]
-            if not short:
-                continue
-            least = enough_rows(short[-1], self.split)
-            if self.config.spread:
+            least = enough_rows(short[-1], self.split) if short else self.config.min_size
+            if has_spread and short:
                 raise UserError(
                     f"{where}.min_size: must be >= {least} to be split by data.split, got "
                     f"{self.config.min_size}"
                 )
-            raise UserError(
-                f"{where}.rows: must be >= {math.ceil(least / size)} to be split by data.split, "
-                f"{found}"
-            )
+            least = max(least, self.config.min_size)
+            if rows < least:
+                raise UserError(
+                    f"{where}.rows: must be >= {math.ceil(least / size)} for min_size="
+                    f"{self.config.min_size} and data.split, {found}"
+                )
 
     def num_rows(self, client: str) -> int:
         """Return the number of rows of a client without sampling the rows.
@@ -142,10 +135,6 @@ class LazyPartition:
                 0, self.config.spread
             )
         return min(max(round(rows), self.config.min_size), len(self.pool.rows))
-
-    def split_counts(self, client: str) -> Mapping[str, int]:
-        """Return the number of rows of each split of a client without sampling the rows."""
-        return split_counts(self.num_rows(client), self.split)
 
     @cachedmethod(attrgetter("_cached_splits"))
     def splits(self, client: str) -> dict[str, RowSelection]:
@@ -201,33 +190,66 @@ def _fill_counts(count: int, proportions: np.ndarray, capacity: np.ndarray) -> n
 
 
 @dataclass(frozen=True)
+class AssignedRows:
+    """The rows of a client on this machine, keyed by split."""
+
+    rows: Mapping[str, RowSelection]
+
+    def count(self, split: str) -> int:
+        """Return the number of rows of a split."""
+        return len(self.rows[split].rows)
+
+
+@dataclass(frozen=True)
+class DrawnRows:
+    """The rows of a client that are sampled from a pool when they are used."""
+
+    partition: LazyPartition
+    client: str
+
+    @property
+    def rows(self) -> Mapping[str, RowSelection]:
+        """Rows, keyed by split."""
+        return self.partition.splits(self.client)
+
+    def count(self, split: str) -> int:
+        """Return the number of rows of a split without sampling the rows."""
+        return split_counts(self.partition.num_rows(self.client), self.partition.split)[split]
+
+
+@dataclass(frozen=True)
 class RemoteDataInfo:
     """Information about the rows of a client on another machine.
 
     Attributes:
-        rows: Number of rows of each split.
+        counts: Number of rows of each split.
         content_hash: SHA-256 hash of the rows.
         view: Preprocessing of the client. If None, the configuration defines the preprocessing.
         labels: Label counts of the training rows. If None, the client does not reveal the counts.
     """
 
-    rows: Mapping[str, int]
+    counts: Mapping[str, int]
     content_hash: str
     view: Preprocess | None = None
     labels: tuple[float, ...] | None = None
+    rows: ClassVar[Mapping[str, RowSelection]] = {}
+
+    def count(self, split: str) -> int:
+        """Return the number of rows of a split."""
+        return self.counts[split]
 
 
 class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
     """A mapping from client ids to the train, validation and test rows of the clients.
 
-    The arguments are available as attributes.
+    Clients on other machines have no rows in the mapping. The arguments are available as
+    attributes.
 
     Args:
         assigned: Rows of the clients that do not sample from a pool, keyed by client id and split.
         lazy_partition: Partition in which the other clients sample their rows. If None, there is no
             pool.
-        remote_info: Information about clients on other machines, keyed by client id. These clients
-            are not in the mapping.
+        remote_info: Information about clients on other machines, keyed by client id.
     """
 
     def __init__(
@@ -239,14 +261,22 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
         self.assigned = assigned
         self.lazy_partition = lazy_partition
         self.remote_info = remote_info or {}
+        self._known: dict[str, AssignedRows | RemoteDataInfo] = {
+            **{client: AssignedRows(rows) for client, rows in assigned.items()},
+            **self.remote_info,
+        }
 
-    def count(self, client: str, split: str) -> int:
-        """Return the number of rows of a client's split without sampling the rows."""
-        if client in self.remote_info:
-            return self.remote_info[client].rows[split]
-        if client in self.assigned or self.lazy_partition is None:
-            return len(self.assigned[client][split].rows)
-        return self.lazy_partition.split_counts(client)[split]
+    def of(self, client: str) -> AssignedRows | DrawnRows | RemoteDataInfo:
+        """Return what is known of the rows of a client.
+
+        Raises:
+            KeyError: If there is no such client.
+        """
+        if client in self._known:
+            return self._known[client]
+        if self.lazy_partition is None or client not in self.lazy_partition.clients:
+            raise KeyError(client)
+        return DrawnRows(self.lazy_partition, client)
 
     @property
     def n_train(self) -> int:
@@ -255,19 +285,14 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
         For clients that sample from a pool (partition `drawn`), the rows of the pool count once.
         """
         pool = len(self.lazy_partition.pool.rows) if self.lazy_partition else 0
-        return pool + sum(self._known_counts().values())
+        return pool + sum(known.count("train") for known in self._known.values())
 
     def clients_with_one_row(self) -> list[str]:
         """Return the ids of the clients with a single training row.
 
         Clients that sample their rows from a pool always have more than one training row.
         """
-        return [client for client, rows in self._known_counts().items() if rows == 1]
-
-    def _known_counts(self) -> dict[str, int]:
-        """Return the number of training rows of each client that does not sample from a pool."""
-        counts = {client: len(splits["train"].rows) for client, splits in self.assigned.items()}
-        return counts | {client: info.rows["train"] for client, info in self.remote_info.items()}
+        return [client for client, known in self._known.items() if known.count("train") == 1]
 
     def rows_by_location(self) -> list[tuple[tuple[str, str], RowSelection]]:
         """Return pairs of a location and the rows at this location, for all rows on this machine.
@@ -276,30 +301,28 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
         """
         located = [
             ((client, name), share)
-            for client, splits in self.assigned.items()
-            for name, share in splits.items()
+            for client, known in self._known.items()
+            for name, share in known.rows.items()
         ]
         if self.lazy_partition is not None:
             located.append((("", "pool"), self.lazy_partition.pool))
         return located
 
     def __getitem__(self, client: str) -> Mapping[str, RowSelection]:
-        if client in self.assigned or self.lazy_partition is None:
-            return self.assigned[client]
-        if client not in self.lazy_partition.clients:
-            raise KeyError(client)
-        return self.lazy_partition.splits(client)
+        return self.of(client).rows
 
     def __contains__(self, client: object) -> bool:
-        return client in self.assigned or (
-            self.lazy_partition is not None and client in self.lazy_partition.clients
-        )
+        return client in self._ids
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.assigned if self.lazy_partition is None else self.lazy_partition.clients)
+        return iter(self._ids)
 
     def __len__(self) -> int:
-        return len(self.assigned if self.lazy_partition is None else self.lazy_partition.clients)
+        return len(self._ids)
+
+    @property
+    def _ids(self) -> Mapping[str, object]:
+        return self.assigned if self.lazy_partition is None else self.lazy_partition.clients
 
 
 def fingerprint(about: object, rows_by_location: Iterable[tuple[Any, RowSelection]]) -> str:
@@ -321,6 +344,6 @@ def fingerprint(about: object, rows_by_location: Iterable[tuple[Any, RowSelectio
         digest.update(repr((place, len(share.rows), types)).encode())
         for rows in share.rows.split(HASH_ROWS):
             for column in columns:
-                for part in split_rows(column[rows], HASH_BATCH):
-                    digest.update(part.contiguous().numpy().data)
+                for part in rows.split(HASH_BATCH):
+                    digest.update(column[part].contiguous().numpy().data)
     return digest.hexdigest()

@@ -7,7 +7,7 @@ partition.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.config.population import Population
 from hetero_fl.core.images import MAX_BYTE, PIXEL_TYPES, dtype_name, exceeds
-from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
+from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples
 from hetero_fl.data.external import (
     ROLE_KEYS,
     inherit_keys,
@@ -26,8 +26,9 @@ from hetero_fl.data.labels import ALL_LABELS, common_classes
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.partition.groups import check_patients_in_one_set
 from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
-from hetero_fl.data.registry import Key, check_unread_keys, load_source, needs_path, reads_folder
+from hetero_fl.data.registry import Key, check_unread_keys, load_source, needs_path
 from hetero_fl.data.splits import RowSelection, Splits, split_clients, without_given
+from hetero_fl.utils.arrays import index_names
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.seeding import stream_key
@@ -73,7 +74,7 @@ def pool_client_files(
     root = Path(config.root).expanduser()
     if config.name == "table" and config.categories is None:
         # Imported here because loading pandas is slow.
-        from hetero_fl.data.sources.table_files import common_categories
+        from hetero_fl.data.sources.tables.frames import common_categories
 
         categories = common_categories(
             {_config_path(client): source for client, source in sources.items()}
@@ -97,7 +98,6 @@ def pool_client_files(
         _located(note, _config_path(client)) for client, each in own.items() for note in each.notes
     ]
     for client, each in own.items():
-        notes += note_unused_sets(each.splits(), _config_path(client))
         _check_size(client, len(each.train), config, sources[client])
     is_from_objects = config.name == OBJECT_PREFIX
     notes.append(
@@ -123,8 +123,6 @@ def pool_client_files(
 def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]:
     """Return the source of each client, with unset keys filled in from `data`."""
     missing = "data.path: missing"
-    if reads_folder(config.name):
-        raise UserError(f"{missing}; {config.name} reads a folder")
     if config.name not in (*POOLED, OBJECT_PREFIX):
         raise UserError(
             f"{missing}; only data.name {', '.join(POOLED)} can pool the files of clients, got "
@@ -342,7 +340,6 @@ def load_client_sources(
         for name in owners:
             rows = len(shares[name].rows) + sum(map(len, given.values()))
             _check_size(name, rows, config, source)
-        found.notes += note_unused_sets(own.splits().keys() - given.keys(), where)
         # Rows are held out only for the sets that are not given.
         held_out = without_given(config.split, given)
         splits = split_clients(shares, {}, held_out, seed, span=own.span, notes=found.notes)
@@ -369,22 +366,6 @@ def _located(note: str, where: str) -> str:
     """Return a note that names its source, unless it is about the labels of all sources."""
     is_located = note.startswith((where, f"{ALL_LABELS}:"))
     return note if is_located else prefix_note(where, note)
-
-
-def note_unused_sets(names: Collection[str], where: str) -> list[str]:
-    """Return a remark if a client's source has validation or test sets that are not used.
-
-    Args:
-        names: Names of the sets of the source, without those that are used.
-        where: Place of the source in the configuration.
-    """
-    unused = [name for name in ("validation", "test") if name in names]
-    if not unused:
-        return []
-    return [
-        f"{where}: the {' and '.join(unused)} rows of the source are not used; rows are held out "
-        "of its training rows instead (data.split)"
-    ]
 
 
 def _divide_rows(

@@ -8,23 +8,23 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
-from typing import Any, NamedTuple
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hetero_fl.core.images import dtype_name
-from hetero_fl.core.stored_rows import Column, join_rows
+from hetero_fl.core.mapped_tensors import MappedFile, join_rows, mapped_file, take_rows
 from hetero_fl.core.task import Task
-from hetero_fl.utils.arrays import missing_entries, plain_array
-from hetero_fl.utils.errors import UserError, check_names, printable
-from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.arrays import index_names, owner_list
+from hetero_fl.utils.errors import UserError, check_names, printable, suggest_or_list
+from hetero_fl.utils.text import split_words
 
 Spans = tuple[tuple[int, int], ...]
 """Half-open column ranges `(start, stop)` along the last axis."""
@@ -69,6 +69,22 @@ class Block(NamedTuple):
         return len(self.shape) == 3
 
 
+class Feature(NamedTuple):
+    """A part of the last axis of examples that has one name.
+
+    A feature is a column of numbers, a text column that is one-hot encoded, or a block.
+
+    Attributes:
+        name: Name, by which `preprocess.columns` selects the feature.
+        shape: Shape of the values before they are flattened.
+        columns: Names of the indicator columns of a text column, otherwise the name.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    columns: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class ColumnLayout:
     """The names of the columns or blocks along the last axis of examples.
@@ -96,45 +112,38 @@ class ColumnLayout:
     categories: Categories = ()
     pixel_range: float | None = None
 
-    @property
-    def encoded_columns(self) -> dict[str, str]:
-        """Names of the text columns, keyed by the names of their indicator columns."""
-        return {
-            name: column
+    @cached_property
+    def features(self) -> tuple[Feature, ...]:
+        """The features in their order."""
+        if self.blocks:
+            return tuple(Feature(name, shape, (name,)) for name, shape in self.blocks)
+        encoded = {
+            indicator: column
             for column, values in self.categories
-            for name in indicator_names(column, values)
+            for indicator in indicator_names(column, values)
         }
+        columns: dict[str, list[str]] = {}
+        for column in self.columns:
+            columns.setdefault(encoded.get(column, column), []).append(column)
+        return tuple(Feature(name, (len(c),), tuple(c)) for name, c in columns.items())
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the blocks or, if there are none, of the columns.
-
-        These are the names that `preprocess.columns` may select. All indicator columns of a text
-        column have the name of the text column.
-        """
-        encoded = self.encoded_columns
-        columns = dict.fromkeys(encoded.get(name, name) for name in self.columns)
-        return tuple(b.name for b in self.blocks) or tuple(columns)
+        """Names of the features, which `preprocess.columns` may select."""
+        return tuple(feature.name for feature in self.features)
 
     @property
     def boundaries(self) -> dict[str, tuple[int, int]]:
-        """Column ranges `(start, stop)` of the columns or blocks, keyed by name."""
-        if not self.blocks:
-            found: dict[str, tuple[int, int]] = {}
-            encoded = self.encoded_columns
-            for i, indicator in enumerate(self.columns):
-                name = encoded.get(indicator, indicator)
-                found[name] = (found.get(name, (i, i))[0], i + 1)
-            return found
-        return {b.name: span for b, span in zip(self.blocks, spans_of(self.blocks), strict=True)}
+        """Column ranges `(start, stop)` of the features, keyed by name."""
+        return dict(zip(self.names, spans_of(self.features), strict=True))
 
     def spans(self, names: Sequence[str], where: str) -> Spans:
-        """Return the column ranges of the named columns or blocks, in the order of the data.
+        """Return the column ranges of the named features, in the order of the data.
 
         Adjacent ranges are merged.
 
         Args:
-            names: Names of the columns or blocks.
+            names: Names of the features.
             where: Configuration key that lists the names, for error messages.
 
         Raises:
@@ -146,14 +155,101 @@ class ColumnLayout:
                 "no names, remove it"
             )
         check_names(map(printable, names), self.names, f"{where}: unknown name")
-        return merge_spans(tuple(span for name, span in self.boundaries.items() if name in names))
+        found: list[tuple[int, int]] = []
+        for name, (start, stop) in self.boundaries.items():
+            if name in names and found and found[-1][1] == start:
+                found[-1] = (found[-1][0], stop)
+            elif name in names:
+                found.append((start, stop))
+        return tuple(found)
 
-    def keep_columns(self, x: Tensor, names: Sequence[str], where: str) -> Tensor:
-        """Return a copy of the examples that is NaN outside the named columns or blocks.
+    @property
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """Column ranges of the features, and of each indicator of those that are encoded."""
+        found: dict[str, tuple[int, int]] = {}
+        for feature, (start, stop) in zip(self.features, spans_of(self.features), strict=True):
+            width = (stop - start) // len(feature.columns)
+            for index, column in enumerate(feature.columns):
+                found[column] = (start + index * width, start + (index + 1) * width)
+        return found
+
+    def match(
+        self,
+        x: Tensor,
+        own: ColumnLayout,
+        where: str,
+        *,
+        needed: Collection[str] | None = None,
+        owner: str = "the main data set",
+        advice: str = "",
+        may_have_more: bool = False,
+    ) -> Tensor:
+        """Rearrange the features of other data in the order of this layout.
+
+        Features are matched by name. Data without names, and data in this order already, are
+        returned unchanged. A missing feature becomes NaN. An indicator that a text column lacks
+        becomes 0, as no row has the value.
 
         Args:
             x: Examples, shape `[N, ..., columns]`.
-            names: Names of the columns or blocks to keep.
+            own: Layout of `x`.
+            where: Name of the examples, for error messages.
+            needed: Features that must exist. If None, all are required.
+            owner: Owner of this layout, for error messages.
+            advice: End of the error message for a missing feature.
+            may_have_more: Whether `x` may have columns that this layout lacks, which are left out.
+
+        Raises:
+            UserError: If a needed feature is missing, a feature is unknown, or a block has another
+                shape.
+        """
+        if not own.features or not self.features or own.features == self.features:
+            return x
+        noun = "block" if self.blocks else "column"
+        places = own._places
+        columns = {column for feature in self.features for column in feature.columns}
+        known = [
+            feature.name
+            for feature in self.features
+            if not places.keys().isdisjoint(feature.columns)
+        ]
+        unknown = [
+            feature.name
+            for feature in own.features
+            if feature.name not in known and columns.isdisjoint(feature.columns)
+        ]
+        if not may_have_more or self.blocks:
+            check_names(unknown, self.names, f"{where}: {noun}", f" does not exist in {owner}")
+        shapes = {block.name: block.shape for block in self.blocks}
+        for name, shape in own.blocks:
+            if shape != shapes[name]:
+                raise UserError(
+                    f"{where}: block '{name}': expected shape {shapes[name]} as in {owner}, got "
+                    f"{shape}"
+                )
+        gap = x.new_full((*x.shape[:-1], 1), torch.nan)
+        parts: list[Tensor] = []
+        for feature in self.features:
+            if feature.name in known:
+                for column in feature.columns:
+                    span = places.get(column)
+                    parts.append(torch.zeros_like(gap) if span is None else x[..., slice(*span)])
+                continue
+            if needed is None or not {feature.name, *feature.columns}.isdisjoint(needed):
+                hint = suggest_or_list(feature.name, unknown or own.names)
+                raise UserError(
+                    f"{where}: {noun} '{feature.name}' not found, which {owner} contains{hint}"
+                    f"{advice}"
+                )
+            parts.append(gap.expand(*x.shape[:-1], math.prod(feature.shape)))
+        return torch.cat(parts, -1)
+
+    def keep_columns(self, x: Tensor, names: Sequence[str], where: str) -> Tensor:
+        """Return a copy of the examples that is NaN outside the named features.
+
+        Args:
+            x: Examples, shape `[N, ..., columns]`.
+            names: Names of the features to keep.
             where: Configuration key that lists the names, for error messages.
 
         Raises:
@@ -165,17 +261,14 @@ class ColumnLayout:
         return kept
 
     def has_values(self, x: Tensor, names: Sequence[str], where: str) -> Tensor:
-        """Return a mask of the rows that have values in all named columns or blocks.
+        """Return a mask `[N]` of the rows that have values in all named features.
 
         A row has a value in a block if at least one number of the row in the block is not NaN.
 
         Args:
             x: Examples, shape `[N, ..., columns]`.
-            names: Names of the columns or blocks.
+            names: Names of the features.
             where: Configuration key that lists the names, for error messages.
-
-        Returns:
-            Mask, bool `[N]`.
 
         Raises:
             UserError: If a name is unknown.
@@ -187,25 +280,10 @@ class ColumnLayout:
         return found
 
 
-def spans_of(blocks: Sequence[Block]) -> Spans:
-    """Return the column range of each block in a flat row."""
-    found = []
-    start = 0
-    for block in blocks:
-        found.append((start, start + block.size))
-        start += block.size
-    return tuple(found)
-
-
-def merge_spans(spans: Spans) -> Spans:
-    """Merge column ranges that directly follow each other."""
-    found: list[tuple[int, int]] = []
-    for start, stop in spans:
-        if found and found[-1][1] == start:
-            found[-1] = (found[-1][0], stop)
-        else:
-            found.append((start, stop))
-    return tuple(found)
+def spans_of(features: Sequence[Feature | Block]) -> Spans:
+    """Return the column range of each feature or block in a flat row."""
+    ends = list(accumulate(math.prod(feature.shape) for feature in features))
+    return tuple(zip([0, *ends], ends, strict=False))
 
 
 def check_blocks(blocks: Sequence[Block], shape: Sequence[int], where: str) -> None:
@@ -242,56 +320,6 @@ UNKNOWN = 1
 """The token of words outside the vocabulary."""
 FIRST = 2
 """The token of the first word of a vocabulary."""
-UNSPACED = (
-    r"\u0e01-\u0e3a\u0e40-\u0e4e\u0e80-\u0ecf\u0edc-\u0edf\u1000-\u103f\u1050-\u108f"
-    r"\u109a-\u109f\u1780-\u17d3\u17d7\u17dc\u17dd\u2e80-\u2fdf\u3005-\u3007\u3021-\u302d"
-    r"\u3031-\u3035\u303b\u3041-\u309f\u30a1-\u30fa\u30fc-\u312f\u31a0-\u31bf\u31f0-\u31ff"
-    r"\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9fe\uaa60-\uaa7f\uf900-\ufaff\uff66-\uff9f"
-    r"\U0001b000-\U0001b16f\U00020000-\U0003ffff"
-)
-"""Thai, Lao, Burmese, Khmer, Chinese and Japanese, whose words are not separated by spaces."""
-
-
-@cache
-def _word_pattern() -> re.Pattern[str]:
-    """Return the pattern of a word: letters and digits, each with its combining marks."""
-    # Vowels, accents and tones. Words of Persian and Indic languages also contain joiners.
-    codes = range(0x300, 0x20000)
-    marks = {code for code in codes if unicodedata.category(chr(code)) in ("Mn", "Mc")}
-    # Ranges, as a set of single characters is slow.
-    starts = sorted(code for code in marks if code - 1 not in marks)
-    ends = sorted(code for code in marks if code + 1 not in marks)
-    ranges = [f"{chr(start)}-{chr(end)}" for start, end in zip(starts, ends, strict=True)]
-    mark = f"[{''.join(ranges)}\u200c\u200d]"
-    letter = rf"[^\W{UNSPACED}]"
-    return re.compile(f"[{UNSPACED}]{mark}*|{letter}+(?:['’-]{letter}+|{mark}+{letter}*)*|[.!?]")
-
-
-def split_words(text: str) -> list[str]:
-    """Split a text into lowercase words, and into characters where no spaces separate words.
-
-    Periods, question marks and exclamation marks are separate words. Other punctuation is dropped,
-    except apostrophes and hyphens within a word. Combining marks, such as the vowel signs of Hindi,
-    belong to their word. In scripts without spaces between words, such as Chinese, Japanese and
-    Thai, each character is a word, together with its combining marks.
-
-    Example:
-        >>> from hetero_fl.data.dataset import split_words
-        >>> split_words("I love 北京!")
-        ['i', 'love', '北', '京', '!']
-    """
-    return _word_pattern().findall(unicodedata.normalize("NFC", text.lower()))
-
-
-def note_unspaced(texts: Iterable[Sequence[str]]) -> tuple[str, ...]:
-    """Return a remark if texts, as sequences of words, have scripts without spaces."""
-    script = re.compile(f"[{UNSPACED}]")
-    if not any(script.match(word) for words in texts for word in words):
-        return ()
-    return (
-        "characters are the tokens of text in scripts without spaces between words; text.length "
-        "counts them",
-    )
 
 
 @dataclass(frozen=True)
@@ -421,7 +449,7 @@ class Vocabulary:
 MAX_NUMBERED_CLASSES = 20
 """Maximum number of distinct numeric labels that are inferred to be classes."""
 
-Columns = Mapping[str, Column]
+Columns = Mapping[str, Tensor]
 """Preprocessed examples: inputs "x" and, unless the examples are unlabeled, targets "y"."""
 
 
@@ -448,8 +476,8 @@ class Examples:
 
     Attributes:
         x: Inputs, which are images (uint8, int32 or float `[N, C, H, W]`), series (float
-            `[N, T, F]`), tables (float `[N, F]`) or tokens (int64 `[N, T]`). Images may be
-            `StoredRows`, which are read from files when they are used.
+            `[N, T, F]`), tables (float `[N, F]`) or tokens (int64 `[N, T]`). With `data.stream`,
+            images are mapped from a file (see `hetero_fl.core.mapped_tensors`).
         y: Targets as defined by `Task`, or None if the examples are unlabeled.
         group: Group of each row, for example a hospital, as indices into `group_names`, int64
             `[N]`.
@@ -488,7 +516,7 @@ class Examples:
         tensor([1, 1])
     """
 
-    x: Column
+    x: Tensor
     y: Tensor | None = None
     group: Tensor | None = None
     group_names: tuple[str, ...] = ()
@@ -530,11 +558,42 @@ class Examples:
         file = self.files[int(self.group[index]) if of_groups else 0]  # type: ignore[index]
         return f"{file}: row {int(self.row[index])}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process maps the file again instead of receiving the values.
+        file = mapped_file(self.x)
+        return {**vars(self), "x": self.x if file is None or not file.path else file}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        x = state["x"]
+        vars(self).update(state, x=x.open() if isinstance(x, MappedFile) else x)
+
     @property
     def labels(self) -> Tensor:
         """Targets `y`, which must not be None."""
         assert self.y is not None
         return self.y
+
+    def names_of(self, owner: Literal["group", "patient"], rows: Tensor | None = None) -> set[str]:
+        """Return the names of the groups or patients of all or some rows.
+
+        Numbers stand for groups or patients without names. Without groups or patients, there are no
+        names.
+        """
+        numbers = getattr(self, owner)
+        if numbers is None:
+            return set()
+        names = getattr(self, f"{owner}_names")
+        present = numbers if rows is None else numbers[rows]
+        return {names[index] if names else str(index) for index in present.unique().tolist()}
+
+    def rows_of(
+        self, owner: Literal["group", "patient"], names: Collection[str], rows: Tensor
+    ) -> Tensor:
+        """Return whether the group or patient of each of some rows has one of the given names."""
+        numbers = getattr(self, owner)[rows]
+        known = getattr(self, f"{owner}_names")
+        found = [i for i in numbers.unique().tolist() if (known[i] if known else str(i)) in names]
+        return torch.isin(numbers, torch.tensor(found, dtype=torch.int64))
 
     def select_rows(self, rows: Tensor) -> Examples:
         """Return the rows at the given indices (int64 `[M]`), in the order of the indices."""
@@ -543,10 +602,8 @@ class Examples:
         }
         baselines = {name: outputs[rows] for name, outputs in self.baselines.items()}
         metadata = {name: values[rows.numpy()] for name, values in self.metadata.items()}
-        x = self.x[rows]
-        if isinstance(x, Tensor):
-            # x may be a view of images with the channels last.
-            x = x.contiguous()
+        # x may be a view of images with the channels last.
+        x = take_rows(self.x, rows).contiguous()
         return replace(self, x=x, baselines=baselines, metadata=metadata, **columns)
 
 
@@ -592,50 +649,9 @@ def without_metadata(dataset: Dataset) -> Dataset:
     )
 
 
-def _shape(column: Column) -> str:
+def _shape(column: Tensor) -> str:
     name = dtype_name(column)
     return f"{name} {list(column.shape[1:])}" if column.ndim > 1 else name
-
-
-def index_names(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
-    """Convert values to indices into their distinct names.
-
-    Args:
-        values: Values of any type. Each value is converted to a string, and surrounding spaces are
-            removed.
-
-    Returns:
-        Indices, int64 `[N]`, and the distinct names in natural order.
-    """
-    texts = [str(value).strip() for value in values]
-    names = tuple(natural_order(set(texts)))
-    indices = {name: i for i, name in enumerate(names)}
-    return torch.tensor([indices[name] for name in texts], dtype=torch.int64), names
-
-
-def owner_list(values: Any, rows: int, where: str) -> list[Any]:
-    """Return the groups or patients of rows as a list.
-
-    Args:
-        values: Group or patient of each row, `[N]` or `[N, 1]` numbers or strings.
-        rows: Number of rows.
-        where: Name of the values, for error messages.
-
-    Raises:
-        UserError: If there is not one value for each row, or a value is missing.
-    """
-    plain = plain_array(values)
-    found = np.asarray(plain.tolist() if hasattr(plain, "tolist") else plain, dtype=object)
-    if found.shape not in ((rows,), (rows, 1)):
-        raise UserError(f"{where}: expected shape ({rows},), one entry per row, got {found.shape}")
-    missing = missing_entries(found.reshape(-1))
-    if missing.any():
-        row = int(missing.argmax())
-        raise UserError(f"{where}: row {row}: missing value; fill or remove missing values")
-    # Names of integers are equal in integer arrays and in float arrays.
-    return [
-        int(value) if isinstance(value, float) and value % 1 == 0 else value for value in found.flat
-    ]
 
 
 def with_patients(examples: Examples, patient: Any, where: str) -> Examples:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from hetero_fl.config.clients import ClientSettings, PreprocessConfig
-from hetero_fl.config.data import DataConfig, SourceConfig
-from hetero_fl.config.population import Population, SettingsProfile
+from hetero_fl.config.data import DataConfig
+from hetero_fl.config.population import Population
 from hetero_fl.core.task import Task
 from hetero_fl.data.client_rows import ClientRows, LazyPartition
 from hetero_fl.data.client_sources import clients_by_source, load_client_sources
 from hetero_fl.data.dataset import Dataset, without_metadata
 from hetero_fl.data.external import proxy_set
-from hetero_fl.data.federated_data import CACHE_BYTES, FederatedData, check_scanner
+from hetero_fl.data.federated_data import CACHE_BYTES, FederatedData
 from hetero_fl.data.labels import ALL_LABELS, note_similar_names, note_unshared_classes
 from hetero_fl.data.overlap import (
     MAX_LISTED,
@@ -136,9 +136,16 @@ def federate(
     lazy_partition: LazyPartition | None = None
     private: dict[str, Splits] = {}
     if config.partition.kind == "drawn":
-        lazy_partition = _sampled_partition(
-            dataset, rows, absent, config=config, clients=population, seed=seed
+        if absent:
+            raise UserError(
+                "data.partition.kind=drawn: clients on other machines have rows of their own; "
+                "choose another kind"
+            )
+        pool = RowSelection(dataset.train, rows)
+        lazy_partition = LazyPartition(
+            pool, dataset.task, config.partition, config.split, population, seed
         )
+        lazy_partition.check()
     else:
         owners = {name for names in sources.values() for name in names}
         private = _assign_and_split(
@@ -152,7 +159,11 @@ def federate(
             seed=seed,
             notes=notes,
         )
-    present = _without(sources, absent)
+    present = {
+        source: local
+        for source, names in sources.items()
+        if (local := [name for name in names if name not in absent])
+    }
     owned = load_client_sources(present, dataset, config, population, seed)
     client_rows = ClientRows(private | owned.private, lazy_partition)
     pixels = choose_range(dataset, config, client_rows, public)
@@ -162,25 +173,16 @@ def federate(
     }
     if lazy_partition is not None:
         compared[POOL] = {"train": lazy_partition.pool}
-    source_of = {name: source for source, names in present.items() for name in names}
+    is_natural = config.partition.kind == "natural"
+    own = private | owned.private if is_natural else owned.private
     notes += notes_on_equal_rows(
-        dataset,
-        config,
-        compared,
-        public,
-        sources=source_of,
-        advice=_advice_on_equal_rows(dataset, config),
+        dataset, compared, public, owners=own, advice=_advice_on_equal_rows(dataset, config)
     )
 
-    notes += _notes_on_few_rows(dataset, client_rows, public)
+    notes += _notes_on_few_rows(dataset, compared, public)
     if dataset.task.kind == "multiclass" and not dataset.predicts_items:
-        notes += note_similar_names(dataset.task.names, ALL_LABELS)
-        if not absent:
-            notes += _notes_on_unseen_classes(compared.values(), public, dataset.task)
         # A partition may separate classes on purpose.
-        own_rows = private | owned.private if config.partition.kind == "natural" else owned.private
-        notes += _notes_on_classes(own_rows, private | owned.private, dataset.task)
-    _check_scanners(profiles, client_rows)
+        notes += _notes_on_classes(dataset.task, compared, public, own, is_complete=not absent)
     notes += [*pixels.notes, *owned.notes]
     notes += check_missing_values(
         profiles,
@@ -208,18 +210,17 @@ def federate(
 
 
 def _advice_on_equal_rows(dataset: Dataset, config: DataConfig) -> str:
-    """Return how to keep equal rows of one source, which may belong to a patient, together."""
-    if dataset.train.patient is not None:
-        return "remove equal rows"
-    if config.name.startswith(OBJECT_PREFIX):
-        return "pass patient=... to keep the rows of a patient together, or remove equal rows"
-    if reads_key(config.name, "patient"):
-        return "set data.patient to keep the rows of a patient together, or remove equal rows"
-    return "remove equal rows"
+    """Return what to do about equal rows, which may belong to a patient."""
+    advice = "remove them from one of the sets"
+    if dataset.train.patient is None and config.name.startswith(OBJECT_PREFIX):
+        return f"{advice}, or pass patient=... to keep the rows of a patient together"
+    if dataset.train.patient is None and reads_key(config.name, "patient"):
+        return f"{advice}, or set data.patient to keep the rows of a patient together"
+    return advice
 
 
 def _notes_on_few_rows(
-    dataset: Dataset, client_rows: ClientRows, public: Mapping[str, RowSelection]
+    dataset: Dataset, clients: Mapping[str, Splits], public: Mapping[str, RowSelection]
 ) -> list[str]:
     """Return warnings about sets with fewer rows than classes, with which no score is meaningful.
 
@@ -230,52 +231,61 @@ def _notes_on_few_rows(
         return []
     least = task.outputs if task.kind == "multiclass" else 2
     reason = f"fewer than the {least} classes" if task.kind == "multiclass" else "too few"
-    sizes = {
-        f"the {PUBLIC_SETS[name]}": len(part.rows)
-        for name, part in public.items()
-        if name != "common_validation"
-    }
-    sizes |= {
-        f"client '{client}'": len(client_rows.assigned[client]["train"].rows)
-        for client in natural_order(client_rows.assigned)
-    }
     few = [
-        f"{title} has {pluralize(rows, 'training row' if title.startswith('client') else 'row')}"
-        for title, rows in sizes.items()
-        if rows < least
+        f"the {PUBLIC_SETS[name]} has {pluralize(len(part.rows), 'row')}"
+        for name, part in public.items()
+        if name != "common_validation" and len(part.rows) < least
+    ]
+    few += [
+        f"client '{client}' has {pluralize(len(own['train'].rows), 'training row')}"
+        for client, own in clients.items()
+        if client != POOL and len(own["train"].rows) < least
     ]
     if not few:
         return []
     return [Caution(f"{format_list(few, MAX_LISTED)}, {reason}, so that results mean little")]
 
 
-def _notes_on_classes(owners: Collection[str], rows: Mapping[str, Splits], task: Task) -> list[str]:
-    """Return a note for each client in `owners` without a class of another client."""
-    classes = {client: _classes(splits.values(), task) for client, splits in rows.items()}
-    return note_unshared_classes(classes, owners)
-
-
-def _notes_on_unseen_classes(
-    clients: Collection[Splits], public: Mapping[str, RowSelection], task: Task
+def _notes_on_classes(
+    task: Task,
+    clients: Mapping[str, Splits],
+    public: Mapping[str, RowSelection],
+    checked: Collection[str],
+    *,
+    is_complete: bool,
 ) -> list[str]:
-    """Return a note if validation or test rows have classes without training rows."""
+    """Return warnings about classes that may be one class in several spellings.
+
+    Args:
+        task: Learning task.
+        clients: Rows of the clients, keyed by client id, and those that clients sample.
+        public: Public sets, keyed by name.
+        checked: Clients that should share a class with another client.
+        is_complete: Whether the rows of all clients are on this machine.
+    """
+    notes = note_similar_names(task.names, ALL_LABELS)
     evaluated = [part for name, part in public.items() if name != "proxy"]
-    evaluated += [part for splits in clients for name, part in splits.items() if name != "train"]
-    known = _classes([splits["train"] for splits in clients], task)
+    evaluated += [part for own in clients.values() for name, part in own.items() if name != "train"]
+    known = _classes([own["train"] for own in clients.values()], task)
     unseen = [name for name in _classes(evaluated, task) if name not in known]
-    if not unseen:
-        return []
-    return [
-        Caution(
-            f"{ALL_LABELS}: validation or test rows have classes that no training rows have: "
-            f"{format_list(unseen, MAX_LISTED, quote=True)}; use one coding of the classes"
+    if unseen and is_complete:
+        notes.append(
+            Caution(
+                f"{ALL_LABELS}: validation or test rows have classes that no training rows have: "
+                f"{format_list(unseen, MAX_LISTED, quote=True)}; use one coding of the classes"
+            )
         )
-    ]
+    of_client = {
+        name: _classes(own.values(), task) for name, own in clients.items() if name != POOL
+    }
+    return notes + note_unshared_classes(of_client, checked)
 
 
 def _classes(parts: Iterable[RowSelection], task: Task) -> list[str]:
     """Return the names of the classes of the rows."""
-    labels = [part.examples.labels[part.rows] for part in parts]
+    # The rows of all clients may be on other machines.
+    labels = [torch.zeros(0, dtype=torch.int64)]
+    labels += [part.examples.labels[part.rows] for part in parts]
     return [task.output_names[i] for i in torch.cat(labels).unique().tolist()]
 
 
@@ -344,49 +354,6 @@ def _limit_rows(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
     return hold_out(rows, config.train_limit, generator, patient=patient, leave=0)[0]
 
 
-def _without(
-    sources: Mapping[SourceConfig, list[str]], absent: Collection[str]
-) -> dict[SourceConfig, list[str]]:
-    """Return the clients of each source that are on this machine, without sources of no client."""
-    present = {
-        source: [name for name in names if name not in absent] for source, names in sources.items()
-    }
-    return {source: names for source, names in present.items() if names}
-
-
-def _sampled_partition(
-    dataset: Dataset,
-    rows: Tensor,
-    absent: Collection[str],
-    *,
-    config: DataConfig,
-    clients: Population,
-    seed: int,
-) -> LazyPartition:
-    """Return the partition in which clients sample their rows on first use.
-
-    Args:
-        dataset: Data set.
-        rows: Training rows to sample from, int64 `[M]`.
-        absent: Clients whose rows are on other machines.
-        config: Data configuration.
-        clients: Client settings, keyed by client id.
-        seed: Seed of the run.
-
-    Raises:
-        UserError: If there are such clients, or too few rows.
-    """
-    if absent:
-        raise UserError(
-            "data.partition.kind=drawn: clients on other machines have rows of their own; "
-            "choose another kind"
-        )
-    pool = RowSelection(dataset.train, rows)
-    partition = LazyPartition(pool, dataset.task, config.partition, config.split, clients, seed)
-    partition.check()
-    return partition
-
-
 def _assign_and_split(
     dataset: Dataset,
     described: Dataset,
@@ -434,15 +401,6 @@ def _assign_and_split(
     return splits
 
 
-def _check_scanners(profiles: Sequence[SettingsProfile], client_rows: ClientRows) -> None:
-    """Raise UserError if the noise of a scanner cannot be sampled in batches."""
-    for profile in profiles:
-        # Clients with the partition `drawn` sample their rows on access.
-        if profile.settings.scanner.noise and profile.first in client_rows:
-            x = client_rows[profile.first]["train"].examples.x
-            check_scanner(x, profile.settings.scanner, profile.first)
-
-
 def _check_server(
     server: PreprocessConfig, dataset: Dataset, public: Mapping[str, RowSelection]
 ) -> None:
@@ -450,5 +408,4 @@ def _check_server(
     view = Preprocess.without_normalization(
         server, dataset.layout, raw_shape(dataset), "server.preprocess"
     )
-    if view.missing is None:
-        check_view(public, view, dataset.layout, "server.preprocess")
+    check_view(public, view, dataset.layout, "server.preprocess")

@@ -18,37 +18,29 @@ from hetero_fl.config.clients import PreprocessConfig
 from hetero_fl.config.data import SHARED_KEYS, DataConfig, SharedSettings, SourceConfig
 from hetero_fl.config.population import SettingsProfile
 from hetero_fl.core.images import MAX_BYTE, to_floats
-from hetero_fl.core.stored_rows import Column, require_tensor
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import (
-    Block,
     Categories,
+    ColumnLayout,
     Dataset,
     Examples,
     Vocabulary,
-    spans_of,
 )
 from hetero_fl.data.labels import renumber_targets
 from hetero_fl.data.preprocessing import check_same_shape, required_columns
 from hetero_fl.data.registry import (
-    HUB_PREFIX,
     Key,
     check_links,
     check_roles,
     has_documented_classes,
     load_source,
     reads_key,
-    reads_own_npz,
     value_for_file,
 )
-from hetero_fl.data.sources.hugging_face import load_hub_inputs
 from hetero_fl.data.sources.image_files import image_files, read_image_files
-from hetero_fl.data.sources.npz_columns import read_inputs
-from hetero_fl.data.sources.npz_files import read_images
-from hetero_fl.data.sources.objects import to_examples
 from hetero_fl.data.splits import RowSelection, hold_out
-from hetero_fl.utils.code_permission import CODE_PREFIX
-from hetero_fl.utils.errors import UserError, check_names, suggest_or_list
+from hetero_fl.data.table import Table, build
+from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.seeding import keyed_generator
 
@@ -59,6 +51,10 @@ VALUE_KEYS: tuple[Key, ...] = ("read", "windows", "series", *SHARED_KEYS)
 SAME_SOURCE_KEYS: tuple[Key, ...] = ("task", "categories", "size")
 """Keys that determine how values become examples in files of one source only."""
 PROXY_COLUMNS = "data.proxy.columns"
+MISSING_ADVICE = (
+    "; if a client lacks it, set clients.defaults.preprocess.missing=indicate, or list the columns "
+    "of the client in its preprocess.columns"
+)
 VOCABULARY_ADVICE = (
     "set the same text (length, tokenizer, vocabulary, public), or path of movies, for both"
 )
@@ -69,59 +65,82 @@ def match_to_common(
     common_set: Dataset,
     where: str,
     needed: Collection[str] | None = None,
-    owner: str = "",
+    owner: str = "the main data set",
 ) -> Examples:
-    """Convert the training rows of a source to the classes and columns of the main data set.
+    """Convert the training rows of a source to the classes and features of the main data set.
 
-    Named classes and columns are matched by name, unnamed ones by number. The source may lack
-    classes, and columns or blocks that are not needed.
+    Named classes and features are matched by name, unnamed ones by number. The source may lack
+    classes, and features that are not needed.
 
     Args:
         own: Data set of the client.
         common_set: Main data set.
         where: Configuration key of the source, for error messages.
-        needed: Columns or blocks that the source must have. If None, all are required.
-        owner: Owner of the needed columns, for error messages. If empty, the main data set.
+        needed: Tensors or blocks that the source must have. If None, all are required.
+        owner: Owner of the needed columns, for error messages.
 
     Returns:
-        The training rows of the source, with the classes and columns of the main data set.
+        The training rows of the source, with the classes and features of the main data set.
 
     Raises:
         UserError: If the tasks differ, the source has an unknown class, column or block, or a
             needed column or block is missing.
     """
     y = match_labels(own, common_set, where)
-    if own.blocks or common_set.blocks:
-        _check_block_range(own, common_set, _place(where, own.name))
-        return replace(
-            own.train,
-            x=match_blocks(
-                require_tensor(own.train.x, "a multimodal data set"),
-                own.blocks,
-                common_set,
-                _place(where, own.name),
-                needed,
-            ),
-            y=y,
-        )
-    if any(pair not in common_set.categories for pair in own.categories):
+    if not set(own.categories) <= set(common_set.categories):
         raise UserError(
             f"{where}.categories: {own.name} encodes other values than the main data set; "
             "set data.categories only"
         )
     place = _place(where, own.name)
-    advice = (
-        "; set clients.defaults.preprocess.missing=indicate"
-        if owner
-        else "; if this client lacks it, set clients.defaults.preprocess.missing=indicate, or list "
-        "the columns of the client in its preprocess.columns"
+    return replace(
+        own.train, x=match_inputs(own, common_set, place, needed=needed, owner=owner), y=y
     )
-    x, extra = match_columns(
-        own.train.x, own.columns, common_set, place, needed=needed, owner=owner, advice=advice
+
+
+def match_inputs(
+    own: Dataset,
+    common_set: Dataset,
+    where: str,
+    *,
+    needed: Collection[str] | None,
+    owner: str = "the main data set",
+    may_have_more: bool = False,
+) -> Tensor:
+    """Return the training inputs of a source with the features of the main data set.
+
+    Examples that have the shape of a single block become this block (see also
+    `ColumnLayout.match`).
+    """
+    x = own.train.x
+    layout = own.layout
+    expected, found = (each.pixel_range or MAX_BYTE for each in (common_set, own))
+    if own.blocks and common_set.blocks and expected != found:
+        raise UserError(
+            f"{where}: expected pixels that were divided by {expected:g} as in other data, got "
+            f"{found:g}; pass pixel_range={max(expected, found):g} to join_images_and_table for "
+            "all data sets"
+        )
+    if common_set.blocks and not own.blocks and x.shape[1:] != common_set.train.x.shape[1:]:
+        shape = tuple(x.shape[1:])
+        candidates = [block for block in common_set.blocks if block.shape == shape]
+        if len(candidates) != 1:
+            known = ", ".join(f"{b.name} {b.shape}" for b in common_set.blocks)
+            raise UserError(
+                f"{where}: examples of shape {shape} match no single block of {common_set.name}; "
+                f"choose from {known}"
+            )
+        x = to_floats(x, common_set.pixel_range).flatten(1)
+        layout = ColumnLayout(blocks=tuple(candidates))
+    return common_set.layout.match(
+        x,
+        layout,
+        where,
+        needed=needed,
+        owner=owner,
+        advice=MISSING_ADVICE,
+        may_have_more=may_have_more,
     )
-    detail = " does not exist in the main data set"
-    check_names(extra, common_set.columns, f"{place}: column", detail)
-    return replace(own.train, x=x, y=y)
 
 
 def _place(where: str, name: str) -> str:
@@ -219,143 +238,6 @@ def source_with_task(
     return inherit_keys(source.model_copy(update=found), main, roles)
 
 
-def match_columns(
-    x: Column,
-    names: tuple[str, ...],
-    common_set: Dataset,
-    where: str,
-    *,
-    needed: Collection[str] | None = None,
-    owner: str = "",
-    advice: str = "",
-) -> tuple[Column, list[str]]:
-    """Rearrange columns in the order of the main data set.
-
-    Unnamed columns, and columns that are in this order already, are returned unchanged. A missing
-    column becomes NaN. If a text column exists but lacks one of its indicators, the indicator
-    becomes 0, as no row has the value.
-
-    Args:
-        x: Examples, shape `[..., columns]`.
-        names: Names of the columns of `x`.
-        common_set: Main data set.
-        where: Name of the examples, for error messages.
-        needed: Columns that must exist. If None, all are required.
-        owner: Owner of the needed columns, for error messages. If empty, the main data set.
-        advice: End of the error message for a missing column.
-
-    Returns:
-        The columns in the order of the main data set, and the names of unknown columns.
-
-    Raises:
-        UserError: If a needed column is missing.
-    """
-    if not names or not common_set.columns or names == common_set.columns:
-        return x, []
-    x = require_tensor(x, "a table")
-    encoded = common_set.layout.encoded_columns
-    prefixes = tuple(f"{column}=" for column, _ in common_set.categories)
-    existing = {encoded[name] for name in names if name in encoded}
-    absent = [
-        name
-        for name in common_set.columns
-        if name not in names and encoded.get(name) not in existing
-    ]
-    unknown = [
-        name for name in names if name not in common_set.columns and not name.startswith(prefixes)
-    ]
-    for name in absent:
-        column = encoded.get(name, name)
-        if needed is None or name in needed or column in needed:
-            raise UserError(
-                f"{where}: column '{column}' not found, which {owner or 'the main data set'} "
-                f"contains{suggest_or_list(column, unknown or names)}{advice}"
-            )
-    gap = x.new_full((*x.shape[:-1], 1), torch.nan)
-    x = (
-        torch.cat([x, gap, torch.zeros_like(gap)], -1)
-        if set(common_set.columns) - set(names)
-        else x
-    )
-    indices = [
-        names.index(n) if n in names else len(names) + (n not in absent) for n in common_set.columns
-    ]
-    return x[..., indices], unknown
-
-
-def _check_block_range(own: Dataset, common_set: Dataset, where: str) -> None:
-    """Raise UserError if the pixels in blocks were divided by another value."""
-    if own.blocks and own.pixel_range != common_set.pixel_range:
-        expected, found = (each.pixel_range or MAX_BYTE for each in (common_set, own))
-        raise UserError(
-            f"{where}: expected pixels that were divided by {expected:g} as in other data, got "
-            f"{found:g}; pass pixel_range={max(expected, found):g} to join_images_and_table for "
-            "all data sets"
-        )
-
-
-def match_blocks(
-    x: Tensor,
-    blocks: tuple[Block, ...],
-    common_set: Dataset,
-    where: str,
-    needed: Collection[str] | None = None,
-) -> Tensor:
-    """Rearrange blocks in the order of the main data set.
-
-    Blocks are matched by name. A missing block becomes NaN. Examples without blocks are returned
-    unchanged if they have the shape of a whole row. Otherwise, they are used as the only block with
-    their shape.
-
-    Args:
-        x: Examples, shape `[N, ...]`.
-        blocks: Blocks of the examples.
-        common_set: Main data set.
-        where: Name of the examples, for error messages.
-        needed: Blocks that must exist. If None, all are required.
-
-    Returns:
-        Rows with the blocks of the main data set, shape `[N, D]`.
-
-    Raises:
-        UserError: If a needed block is missing, a block is unknown or has another shape, or
-            examples without blocks match no single block.
-    """
-    if not blocks:
-        if tuple(x.shape[1:]) == tuple(common_set.train.x.shape[1:]):
-            return x
-        candidates = [b for b in common_set.blocks if b.shape == tuple(x.shape[1:])]
-        if len(candidates) != 1:
-            known = ", ".join(f"{b.name} {b.shape}" for b in common_set.blocks)
-            raise UserError(
-                f"{where}: examples of shape {tuple(x.shape[1:])} match no single block of "
-                f"{common_set.name}; choose from {known or 'none'}"
-            )
-        blocks = tuple(candidates)
-        x = to_floats(x, common_set.pixel_range).flatten(1)
-    parts = {
-        b.name: x[:, start:stop] for b, (start, stop) in zip(blocks, spans_of(blocks), strict=True)
-    }
-    shapes = {b.name: b.shape for b in common_set.blocks}
-    for name, shape in blocks:
-        if name not in shapes:
-            raise UserError(
-                f"{where}: block '{name}' does not exist in the main data set"
-                f"{suggest_or_list(name, shapes)}"
-            )
-        if shapes[name] != shape:
-            raise UserError(
-                f"{where}: block '{name}': expected shape {shapes[name]} as in the main data set, "
-                f"got {shape}"
-            )
-    required = [name for name in shapes if needed is None or name in needed]
-    detail = " not found, which the main data set contains"
-    check_names(required, parts, f"{where}: block", detail)
-    return torch.cat(
-        [parts.get(b.name, x.new_full((len(x), b.size), torch.nan)) for b in common_set.blocks], 1
-    )
-
-
 def load_unlabeled(
     config: SourceConfig, root: Path, where: str, vocabulary: Vocabulary | None = None
 ) -> Dataset:
@@ -377,16 +259,9 @@ def load_unlabeled(
     Raises:
         UserError: If the source cannot be loaded (see `load_source`) or has another vocabulary.
     """
-    try:
-        check_links(config, where)
-        if config.name.startswith(HUB_PREFIX):
-            found: Dataset | None = load_hub_inputs(config, root)
-        else:
-            found = _load_unlabeled_file(config, where)
-    except UserError as error:
-        raise UserError(f"{where}.{error}") from error
+    found = _load_flat_folder(config, root, where)
     if found is None:
-        found = load_source(config, root, where, missing=True)
+        found = load_source(config, root, where, missing=True, labeled=False)
     if found.vocabulary != vocabulary:
         raise UserError(
             f"{where}: {config.name}: the vocabulary differs from that of the main data set; "
@@ -408,38 +283,21 @@ def _load_labeled(
         raise UserError(f"data.proxy.labels=true needs matching labels: {error}") from error
 
 
-def _load_unlabeled_file(config: SourceConfig, where: str) -> Dataset | None:
-    """Return the examples of an unlabeled file, or None for other sources."""
-    if config.path is None or config.name.startswith(CODE_PREFIX):
+def _load_flat_folder(config: SourceConfig, root: Path, where: str) -> Dataset | None:
+    """Return the images of a folder without folders of classes, or None for other sources."""
+    if config.path is None or config.name != "image_folder":
         return None
     path = Path(config.path).expanduser()
-    is_npz = path.suffix.lower() == ".npz"
-    x: Column
-    columns: tuple[str, ...] = ()
-    if is_npz and config.name in ("activity", "speech"):
-        x, columns = read_inputs(path)
-    elif is_npz and not reads_own_npz(config.name):
-        x = read_images(path)
-    elif config.name == "table" and config.label is None:
-        # Imported here because loading pandas is slow.
-        from hetero_fl.data.sources.table_files import read_frame
-
-        categories = config.categories or {}
-        frame = read_frame(path, (), categories, config.read)
-        table = to_examples(frame, f"path: {path}", categories=categories)
-        x = table.train.x
-        columns = table.columns
-    elif (
-        config.name == "image_folder"
-        and (files := image_files(path))
-        and all(f.parent == path for f in files)
-    ):
-        x = read_image_files(files, config.size, config.stream)
-    else:
-        return None
-    file = f"{where}.path: {config.path}"
-    examples = Examples(x, row=torch.arange(1, len(x) + 1), files=(file,))
-    return Dataset(config.name, Task("regression", 1), examples, columns=columns)
+    try:
+        check_links(config, where)
+        files = image_files(path)
+        if not files or any(file.parent != path for file in files):
+            return None
+        x = read_image_files(files, config.size, root if config.stream else None)
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from error
+    place = f"{where}.path: {config.path}"
+    return build([Table(x, where=place)], None, config.name)
 
 
 def proxy_set(
@@ -491,7 +349,7 @@ def _hold_out(
     complete = rows
     detail = ""
     if names is not None:
-        x = require_tensor(train.x, PROXY_COLUMNS)
+        x = train.x
         complete = rows[dataset.layout.has_values(x[rows], names, PROXY_COLUMNS)]
         detail = f" with {' and '.join(names)}"
     if not len(rows):
@@ -548,20 +406,13 @@ def _load_proxy_set(
     else:
         own = load_unlabeled(read, root, where, dataset.vocabulary)
     given = own.train
-    x = given.x
     name = where if is_object else f"{where}: {source.name}"
-    if own.blocks or dataset.blocks:
-        _check_block_range(own, dataset, name)
-        # Clients for which all blocks are missing do not train on the proxy set.
-        x = match_blocks(require_tensor(x, "a multimodal data set"), own.blocks, dataset, name, ())
-    else:
-        needed = required_columns((p.settings for p in profiles), dataset.layout)
-        advice = "; set clients.defaults.preprocess.missing=indicate"
-        x, _ = match_columns(x, own.columns, dataset, name, needed=needed, advice=advice)
+    # Clients for which all blocks are missing do not train on the proxy set.
+    needed = required_columns((p.settings for p in profiles), dataset.layout)
+    needed = set() if dataset.blocks else needed
+    x = match_inputs(own, dataset, name, needed=needed, may_have_more=True)
     if config.proxy.columns is not None:
-        x = dataset.layout.keep_columns(
-            require_tensor(x, PROXY_COLUMNS), config.proxy.columns, PROXY_COLUMNS
-        )
+        x = dataset.layout.keep_columns(x, config.proxy.columns, PROXY_COLUMNS)
     clients = {profile.first: profile.settings for profile in profiles}
     check_same_shape(tuple(x.shape[1:]), where, clients=clients, common=dataset, server=server)
     examples = Examples(x, y, row=given.row, files=given.files)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -21,14 +21,7 @@ from hetero_fl.config.data import DataConfig
 from hetero_fl.config.population import Population
 from hetero_fl.core.image_transforms import apply_scanner
 from hetero_fl.core.images import MAX_BYTE
-from hetero_fl.core.stored_rows import (
-    Column,
-    StoredRows,
-    join_rows,
-    map_rows,
-    read_all,
-    require_tensor,
-)
+from hetero_fl.core.mapped_tensors import join_rows, map_rows, mapped_file, shareable
 from hetero_fl.core.task import Task
 from hetero_fl.data.client_rows import ClientRows, RemoteDataInfo, fingerprint
 from hetero_fl.data.client_sources import load_client_sources
@@ -61,6 +54,8 @@ PRIVATE = ("train", "validation", "test")
 PUBLIC = ("proxy", "common_test", "common_validation")
 CACHE_BYTES = 512 * 2**20
 CACHED_CLIENTS = 4096
+MAPPED_COST = 16
+"""Number of bytes of a mapped tensor that count as one in a cache."""
 
 
 def column_cache(max_bytes: float) -> BoundedCache[Columns]:
@@ -69,7 +64,10 @@ def column_cache(max_bytes: float) -> BoundedCache[Columns]:
 
 
 def _num_bytes(columns: Columns) -> int:
-    return sum(column.nbytes for column in columns.values())
+    return sum(
+        column.nbytes if mapped_file(column) is None else column.nbytes // MAPPED_COST
+        for column in columns.values()
+    )
 
 
 class FederatedData:
@@ -151,7 +149,6 @@ class FederatedData:
         self._views: BoundedCache[Preprocess] = BoundedCache(CACHED_CLIENTS)
         self._label_counts: BoundedCache[Tensor] = BoundedCache(CACHED_CLIENTS)
         self._has_proxy_values: dict[Hashable, bool] = {}
-        self._streamed_hash: str | None = None
         self._public_columns = column_cache(cache_bytes)
         self._private_columns = column_cache(cache_bytes)
 
@@ -192,7 +189,7 @@ class FederatedData:
 
     def n_rows(self, client: str, split: str) -> int:
         """Return the number of rows in the split "train", "validation" or "test" of a client."""
-        return self.client_rows.count(client, split)
+        return self.client_rows.of(client).count(split)
 
     def label_counts(self, client: str) -> Tensor:
         """Count the labels of the training rows of a client.
@@ -227,15 +224,6 @@ class FederatedData:
         else:
             counts = torch.full((self.task.outputs,), len(y))
         return counts.to(dtype)
-
-    @cached_property
-    def is_streamed(self) -> bool:
-        """Whether some rows are read from files when they are used (`data.stream`)."""
-        shares = [share for _, share in self.client_rows.rows_by_location()]
-        return any(
-            isinstance(share.examples.x, StoredRows)
-            for share in [*shares, *self.public_sets.values()]
-        )
 
     @property
     def is_distributed(self) -> bool:
@@ -395,9 +383,9 @@ class FederatedData:
 
     def raw_examples(self, name: str) -> Tensor:
         """Return the raw inputs x of a public set, shape `[N, ...]`."""
-        return read_all(self.public_sets[name].copy_rows().x)
+        return self.public_sets[name].copy_rows().x
 
-    def private_rows(self) -> Iterator[Column]:
+    def private_rows(self) -> Iterator[Tensor]:
         """Yield the raw inputs of each client's training rows, and of the pool if there is one."""
         for (_, split), share in self.client_rows.rows_by_location():
             if split in ("train", "pool"):
@@ -434,36 +422,31 @@ class FederatedData:
         return data
 
     def share_memory(self) -> None:
-        """Move the raw inputs and targets of all rows in memory to shared memory."""
+        """Move the raw inputs and targets of all rows to shared memory, unless they are mapped."""
         shares = [
             *self.public_sets.values(),
             *(share for _, share in self.client_rows.rows_by_location()),
         ]
         for examples in {id(s.examples): s.examples for s in shares}.values():
-            for tensor in (examples.x, examples.y):
-                if isinstance(tensor, Tensor):
-                    tensor.share_memory_()
+            examples.x = shareable(examples.x)
+            if examples.y is not None:
+                examples.y.share_memory_()
 
     def content_hash(self) -> str:
         """Return the SHA-256 hash of all examples and labels with their owners.
 
         For rows on another machine, the hash that the client reports is included. Two runs with the
-        same hash and configuration have the same data. Rows in files are read only once.
+        same hash and configuration have the same data.
         """
-        if self._streamed_hash is not None:
-            return self._streamed_hash
         located = [(("", name), share) for name, share in self.public_sets.items()]
         located += self.client_rows.rows_by_location()
         remote = [
             (client, info.content_hash)
             for client, info in sorted(self.client_rows.remote_info.items())
         ]
-        content_hash = fingerprint(
+        return fingerprint(
             (self.task.kind, self.task.outputs, *remote), sorted(located, key=lambda pair: pair[0])
         )
-        if self.is_streamed:
-            self._streamed_hash = content_hash
-        return content_hash
 
     def _raw_rows(self, client: str, split: str) -> Examples:
         """Return x and y of a client's split with the scanner applied, before preprocessing."""
@@ -474,13 +457,13 @@ class FederatedData:
         scanner = self._settings[client].scanner
         if scanner == ScannerConfig():
             return Examples(rows.x, rows.y)
-        check_scanner(rows.x, scanner, client)
         pixel_range = self.layout.pixel_range
         scan = partial(apply_scanner, config=scanner, generator=generator, pixel_range=pixel_range)
-        return Examples(map_rows(rows.x, scan), rows.y)
+        # Noise is drawn for all rows at once.
+        return Examples(scan(rows.x) if scanner.noise else map_rows(rows.x, scan), rows.y)
 
     def _preprocess(self, examples: Examples, preprocess: Preprocess) -> Columns:
-        columns: dict[str, Column] = {"x": map_rows(examples.x, preprocess)}
+        columns: dict[str, Tensor] = {"x": map_rows(examples.x, preprocess)}
         if examples.y is not None:
             columns["y"] = (
                 examples.y.to(torch.get_default_dtype())
@@ -509,12 +492,6 @@ class FederatedData:
                 f"{shapes}; set resize and channels"
             )
         return {name: join_rows([part[name] for part in parts]) for name in ("x", "y")}
-
-
-def check_scanner(x: Column, scanner: ScannerConfig, client: str) -> None:
-    """Raise UserError if the noise of a scanner cannot be sampled in batches."""
-    if scanner.noise:
-        require_tensor(x, f"scanner.noise of client '{client}'")
 
 
 def _select_usable(examples: Examples, view: Preprocess) -> Examples:
@@ -716,7 +693,7 @@ class PublicPack:
 def _public_columns(examples: Examples) -> dict[str, Any]:
     """Return all columns of public examples except groups and patients."""
     columns = {
-        "x": read_all(examples.x),
+        "x": examples.x,
         "y": examples.y,
         "time": examples.time,
         "unit": examples.unit,

@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hetero_fl.core.images import (
+    MAX_BYTE,
+    PIXEL_TYPES,
     are_booleans,
     as_numbers,
     as_pixels,
+    channels_first,
     check_pixels,
     in_range,
     to_floats,
@@ -32,7 +34,7 @@ def preprocess_inputs(model: SavedModel, x: Any) -> Tensor:
 
     NaN stands for a missing value. `x` may have the following formats:
 
-    - An array as accepted by `SavedModel.examples`.
+    - An array as accepted by `raw_examples`.
     - An array of whole rows as in the data set, if the model uses selected columns or blocks. If
       the model uses a single block, the array may contain the values of this block only.
     - A dictionary from the names of blocks to arrays of shape `[N, *shape]`, if the model uses
@@ -54,30 +56,107 @@ def preprocess_inputs(model: SavedModel, x: Any) -> Tensor:
     """
     view = Preprocess.of_model(model)
     if model.columns and len(model.arch.input_shape) == 1 and hasattr(x, "columns"):
-        x = _columns_by_name(x, model, view)
+        return view(_table_rows(x, model, view))
     if isinstance(x, Mapping):
-        rows = _join_blocks(x, view)
-        view = replace(view, raw=None, spans=None)
-        return _check_rows(rows, view)
-    shape = tuple(np.shape(x)[1:])
-    if view.raw is None or shape != view.raw:
-        if view.raw is not None and (len(view.blocks) != 1 or view.missing is not None):
-            raise UserError(
-                f"{WHERE}: expected shape (N, {', '.join(map(str, view.raw))}) as in the data set, "
-                f"got {tuple(np.shape(x))}"
-            )
-        return replace(view, raw=None, spans=None, blocks=())(model.examples(x))
-    return _check_rows(as_numbers(x, WHERE).to(torch.get_default_dtype()), view)
+        return _preprocess_rows(_block_rows(x, view), replace(view, raw=None, spans=None))
+    rows = as_numbers(x, WHERE)
+    shape = tuple(rows.shape)
+    if view.raw == shape[1:]:
+        return _preprocess_rows(rows.to(torch.get_default_dtype()), view)
+    if view.raw is not None and (len(view.blocks) != 1 or view.missing is not None):
+        raise UserError(
+            f"{WHERE}: expected shape (N, {', '.join(map(str, view.raw))}) as in the data set, "
+            f"got {shape}"
+        )
+    view = replace(view, raw=None, spans=None, blocks=())
+    return view(raw_examples(model, x, view))
 
 
-def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
+def raw_examples(model: SavedModel, x: Any, view: Preprocess) -> Tensor:
+    """Convert an array to the shape and type of training examples before preprocessing.
+
+    Args:
+        model: Saved model.
+        x: Images, shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, as uint8 or as floats in
+            0..1 or 0..255. Tables have the shape `[N, F]`, series `[N, T, F]`, and tokens `[N, T]`,
+            as returned by `Vocabulary.encode`.
+        view: Preprocessing of the examples.
+
+    Raises:
+        UserError: If `x` is not numeric, has another shape or an ambiguous range, or contains NaN
+            or infinity.
+    """
+    raw = as_numbers(x, WHERE)
+    shape = tuple(raw.shape)
+    is_image = len(model.arch.input_shape) == 3
+    if is_image and raw.ndim in (3, 4) and 0 not in shape:
+        raw = _pixels(raw, view.pixel_range)
+        candidates = [raw[:, None]] if raw.ndim == 3 else [raw, raw.movedim(-1, 1)]
+        accepted = [images for images in candidates if _accepts(images, model, view)]
+        if raw.ndim == 4 and len(accepted) != 1:
+            accepted = [channels_first(raw, WHERE)]
+        raw = (accepted or candidates)[0].contiguous()
+    if not _accepts(raw, model, view):
+        raise UserError(f"{WHERE}: expected {_expected_shapes(model, view)}, got shape {shape}")
+    if model.arch.vocabulary is not None:
+        return _tokens(raw, model.arch.vocabulary)
+    if not (is_image and raw.dtype in PIXEL_TYPES):
+        raw = raw.to(torch.get_default_dtype())
+    if (row := first_true((~torch.isfinite(raw)).flatten(1).any(1))) is not None:
+        raise UserError(f"{WHERE}: row {row}: NaN or infinite value")
+    if is_image:
+        raw = in_range({WHERE: raw})[0][WHERE]
+        check_pixels(raw, view.pixel_range, WHERE, complete=are_booleans(x))
+    return raw
+
+
+def _accepts(x: Tensor, model: SavedModel, view: Preprocess) -> bool:
+    """Return whether preprocessing converts examples to the shape of the model's input."""
+    if x.ndim < 2:
+        return False
+    try:
+        return view.shape(tuple(x.shape[1:])) == model.arch.input_shape
+    except UserError:
+        return False
+
+
+def _expected_shapes(model: SavedModel, view: Preprocess) -> str:
+    expected = model.arch.input_shape
+    if len(expected) != 3:
+        # In raw examples of a series, the steps precede the channels.
+        return f"(N, {', '.join(map(str, reversed(expected)))})"
+    channels = expected[0] if view.channels is None else "C"
+    size = f"{expected[1]}, {expected[2]}" if view.resize is None else "H, W"
+    return f"images (N, {channels}, {size}), uint8 or floats from 0 to 1"
+
+
+def _tokens(raw: Tensor, vocabulary: int) -> Tensor:
+    if raw.is_floating_point():
+        raise UserError(f"{WHERE}: expected integers, got floats")
+    if (row := first_true(((raw < 0) | (raw >= vocabulary)).any(1))) is not None:
+        token = next(int(t) for t in raw[row] if not 0 <= t < vocabulary)
+        raise UserError(
+            f"{WHERE}: row {row}: expected tokens from 0 to {vocabulary - 1}, got {token}"
+        )
+    return raw.long()
+
+
+def _pixels(raw: Tensor, pixel_range: float | None) -> Tensor:
+    """Return integer images as pixels of the model's type, and floats unchanged."""
+    pixels = as_pixels({WHERE: raw})[WHERE]
+    # Dark images of a wide type may have the many bits that the model expects.
+    is_deep = raw.dtype == torch.int64 and (pixel_range or 0) > MAX_BYTE
+    return pixels.to(torch.int32) if is_deep else pixels
+
+
+def _table_rows(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
     """Return the columns of a data frame in the order of the model, shape `[N, F]`.
 
     Missing columns are NaN. Unknown columns, such as the label, are ignored unless their name is
     similar to that of a missing column.
     """
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.table_columns import (
+    from hetero_fl.data.sources.tables.columns import (
         encode_indicators,
         normalize_frame,
         parse_numbers,
@@ -86,37 +165,43 @@ def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
 
     categories = dict(model.categories)
     frame = normalize_frame(frame, WHERE, categories)
-    names = list(frame.columns)
-    known = model.columns
-    encoded = ColumnLayout(known, categories=model.categories).encoded_columns
-    readable = [*known, *categories]
-    unknown = [name for name in names if name not in readable]
-    for column in view.names(known):
-        missing = encoded.get(column, column)
-        if column in names or missing in names:
-            continue
-        similar = closest_misspelling(missing, unknown)
-        if view.missing is None or similar is not None:
-            cure = "" if similar is None else f"; did you mean '{similar}'?"
-            raise UserError(f"{WHERE}: column '{missing}' not found, which the model needs{cure}")
-    rows = torch.full((len(frame), len(known)), torch.nan, dtype=torch.get_default_dtype())
-    for name in names:
+    dtype = torch.get_default_dtype()
+    columns: dict[str, Tensor] = {}
+    for name in frame.columns:
         if name in categories:
-            indices = [known.index(one) for one in indicator_names(name, categories[name])]
-            indicators = encode_indicators(frame[name], categories[name])
-            rows[:, indices] = torch.from_numpy(indicators).to(rows.dtype)
-        elif name in known:
+            names = indicator_names(name, categories[name])
+            indicators = torch.from_numpy(encode_indicators(frame[name], categories[name]))
+            columns |= zip(names, indicators.to(dtype).T, strict=True)
+        elif name in model.columns:
             numbers = parse_numbers(frame[name], WHERE, [])
             if numbers is None:
                 raise UserError(f"{WHERE}: column '{name}': expected numbers, got text")
-            rows[:, known.index(name)] = torch.tensor(numbers, dtype=rows.dtype)
-    for name in view.names(known):
-        if (row := first_true(_is_unusable(rows[:, known.index(name)], view))) is not None:
-            raise_cell_error(WHERE, row, encoded.get(name, name), "NaN or infinite value")
-    return rows
+            columns[name] = torch.tensor(numbers, dtype=dtype)
+    unknown = [name for name in frame.columns if name not in (*categories, *model.columns)]
+    gap = torch.full((len(frame),), torch.nan, dtype=dtype)
+    for column, feature in _needed_columns(model, view).items():
+        similar = closest_misspelling(feature, unknown)
+        if column not in columns and (view.missing is None or similar is not None):
+            cure = "" if similar is None else f"; did you mean '{similar}'?"
+            raise UserError(f"{WHERE}: column '{feature}' not found, which the model needs{cure}")
+        if (row := first_true(_is_unusable(columns.get(column, gap), view))) is not None:
+            raise_cell_error(WHERE, row, feature, "NaN or infinite value")
+    return torch.stack([columns.get(name, gap) for name in model.columns], 1)
 
 
-def _check_rows(rows: Tensor, view: Preprocess) -> Tensor:
+def _needed_columns(model: SavedModel, view: Preprocess) -> dict[str, str]:
+    """Return the feature of each column that a view selects, keyed by the name of the column."""
+    selected = view.names(model.columns)
+    layout = ColumnLayout(model.columns, categories=model.categories)
+    return {
+        column: feature.name
+        for feature in layout.features
+        for column in feature.columns
+        if column in selected
+    }
+
+
+def _preprocess_rows(rows: Tensor, view: Preprocess) -> Tensor:
     selected = view.select_columns(rows).flatten(1)
     if (row := first_true(_is_unusable(selected, view).any(1))) is not None:
         raise UserError(f"{WHERE}: row {row}: NaN or infinite value")
@@ -128,12 +213,11 @@ def _is_unusable(values: Tensor, view: Preprocess) -> Tensor:
     return values.isinf() if view.missing is not None else ~torch.isfinite(values)
 
 
-def _join_blocks(blocks: Mapping[str, Any], view: Preprocess) -> Tensor:
+def _block_rows(blocks: Mapping[str, Any], view: Preprocess) -> Tensor:
     """Concatenate blocks in the order of the view to rows `[N, D]`, with NaN for omitted blocks."""
     if not view.blocks:
         raise UserError(f"{WHERE}: expected an array, got a dictionary; the model uses no blocks")
-    names = [b.name for b in view.blocks]
-    check_names(blocks, names, f"{WHERE}: unknown block")
+    check_names(blocks, [b.name for b in view.blocks], f"{WHERE}: unknown block")
     parts = {name: as_numbers(values, f"{WHERE}: {name}") for name, values in blocks.items()}
     count = len(next(iter(parts.values()))) if parts else 0
     rows = []

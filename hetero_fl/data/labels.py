@@ -19,8 +19,8 @@ from torch import Tensor
 from hetero_fl.core.images import as_numbers
 from hetero_fl.core.task import Task, is_integer
 from hetero_fl.data.checks import ARRAY_NAMES, ExampleNames, first_true
-from hetero_fl.data.dataset import MAX_NUMBERED_CLASSES, Dataset, Examples, index_names
-from hetero_fl.utils.arrays import plain_array
+from hetero_fl.data.dataset import MAX_NUMBERED_CLASSES, Dataset, Examples
+from hetero_fl.utils.arrays import index_names, plain_array
 from hetero_fl.utils.errors import UserError, check_names, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import Caution, format_list

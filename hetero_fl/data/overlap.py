@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,9 @@ from torch import Tensor
 
 from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.core.images import to_floats
-from hetero_fl.core.stored_rows import Column, split_rows
 from hetero_fl.data.dataset import Dataset
-from hetero_fl.data.partition.groups import patient_names
 from hetero_fl.data.splits import RowSelection, Splits
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import Caution, format_list
 
 HASHED_BYTES = 2**20
@@ -29,13 +27,14 @@ FEW_VALUES = 10
 COPIED_SHARE = 0.9
 """Share of the rows of a set from which equal rows of a questionnaire are reported."""
 CHANCE = 0.01
-"""Expected number of equal rows from which rows of a table are taken to be equal by chance."""
+"""Expected number of copies of a row from which rows of a table are equal by chance."""
 MIN_TOKENS = 5
 """Number of different tokens below which equal texts are expected."""
 SAMPLED_ROWS = 4096
 """Number of rows from which the frequencies of the values of a table are estimated."""
 MAX_LISTED = 5
 """Maximum number of sets that a note lists."""
+NO_HASHES = np.zeros(0, np.uint64)
 POOL = ""
 """Key of the rows that clients sample, among the ids of clients."""
 PUBLIC_SETS = {
@@ -56,201 +55,105 @@ def check_paths(config: DataConfig, sources: Mapping[SourceConfig, Sequence[str]
         sources: Ids of the clients with their own sources, keyed by source.
 
     Raises:
-        UserError: If the path of the proxy set or of a client is also that of the main data set, or
-            the path of a client that of the proxy set, or if one of them lies in the other.
+        UserError: If the paths of two of the main data set, the proxy set and a client are equal,
+            or one lies in the other. The paths of two clients are not compared.
     """
     common: list[tuple[str, SourceConfig]] = [("data", config)]
     if config.proxy.source is not None:
-        _compare_paths("data.proxy.source", config.proxy.source, common)
         common.append(("data.proxy.source", config.proxy.source))
-    for source, owners in sources.items():
-        _compare_paths(f"clients: '{owners[0]}': data", source, common)
-
-
-def _compare_paths(
-    where: str, source: SourceConfig, others: Sequence[tuple[str, SourceConfig]]
-) -> None:
-    if source.path is None:
-        return
-    path = Path(source.path).expanduser().resolve()
-    for key, other in others:
-        if other.path is None or other.name != source.name:
+    own = [(f"clients: '{owners[0]}': data", source) for source, owners in sources.items()]
+    for (key, first), (where, second) in (*combinations(common, 2), *product(common, own)):
+        if first.path is None or second.path is None or first.name != second.name:
             continue
-        found = Path(other.path).expanduser().resolve()
-        if path == found:
-            relation = "is also"
-        elif path.is_relative_to(found):
-            relation = "lies in"
-        elif found.is_relative_to(path):
-            relation = "contains"
-        else:
-            continue
-        raise UserError(
-            f"{where}.path: '{source.path}' {relation} {key}.path='{other.path}', so that rows "
-            "would be in both; move them apart"
-        )
+        path = Path(first.path).expanduser().resolve()
+        other = Path(second.path).expanduser().resolve()
+        if path.is_relative_to(other) or other.is_relative_to(path):
+            raise UserError(
+                f"{where}.path: '{second.path}' overlaps {key}.path='{first.path}', so that rows "
+                "would be in both; move them apart"
+            )
 
 
 def notes_on_equal_rows(
     dataset: Dataset,
-    config: DataConfig,
     private: Mapping[str, Splits],
     public: Mapping[str, RowSelection],
     *,
-    sources: Mapping[str, object],
+    owners: Collection[str],
     advice: str,
 ) -> list[str]:
-    """Return warnings about equal inputs on both sides of a cut, and about copied rows.
+    """Return a warning about validation, test and public rows that are elsewhere, too, and copies.
 
-    The training rows of each client are compared with its validation and test rows and with the
-    public sets, and the rows of clients with those of other clients, unless a partition has divided
-    them. Of the rows of one source, at least two, and a hundredth of a set, must be equal. Rows
-    that are read from files when they are used are not compared, and neither are texts of which the
-    next word or item is predicted (see also `EqualRows`).
+    At least two rows, and a hundredth of a set, must be equal. Rows that are read from files when
+    they are used are not compared, and neither are texts of which the next word or item is
+    predicted (see also `EqualRows`).
 
     Args:
         dataset: Main data set.
-        config: Data configuration.
         private: Rows of the clients, keyed by client id, and those that clients sample (`POOL`).
         public: Public sets, keyed by name.
-        sources: Separate source of each client that has one, keyed by client id.
-        advice: What to change if a source contains equal rows.
+        owners: Clients whose rows no partition has put together, so that they are not those of
+            another client.
+        advice: What to do about equal rows.
     """
     if dataset.predicts_items:
         return []
-    everything = [part for own in private.values() for part in own.values()]
-    selections = [*everything, *public.values()]
+    selections = [part for own in private.values() for part in own.values()]
+    selections += public.values()
     equal = EqualRows(selections, dataset.pixel_range)
-    notes = _notes_on_clients(equal, config, private, sources, advice)
+    trained = equal.of(own["train"] for own in private.values())
+    # Validation and test sets that are given are not data of the client.
+    data = {
+        client: [part for part in own.values() if part.examples is own["train"].examples]
+        for client, own in private.items()
+    }
+    private_rows = equal.of(part for parts in data.values() for part in parts)
+    counts = _count_public_rows(dataset, equal, selections, public)
+    # Rounds and settings may be selected by validation sets, which therefore hold no test rows.
+    validation = [own["validation"] for own in private.values() if "validation" in own]
+    validation += [public[name] for name in ("common_validation",) if name in public]
     for name, rows in public.items():
-        compared = equal
-        x = rows.examples.x
-        if name == "proxy" and isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point():
-            # Columns without any value in the public set are not compared.
-            empty = x[rows.rows].isnan().all(0)
-            if len(rows.rows) and bool(empty.any()):
-                compared = EqualRows(selections, kept=~empty)
-        separate = set(sources)
-        if name == "proxy" and config.proxy.source is not None:
-            separate |= {*private, *public}
-        notes += _notes_on_patients(name, rows, private, separate)
-        found = _equal_to_public(compared, name, private, public, separate)
-        if found:
-            listed = format_list((f"{count:,} of {t}" for t, count in found.items()), MAX_LISTED)
-            is_separate = any(_title(other) in found for other in separate)
-            notes.append(
-                Caution(
-                    f"the {PUBLIC_SETS[name]} contains rows that are elsewhere, too: {listed}; "
-                    f"{'remove them from one of the two' if is_separate else advice}"
-                )
-            )
-    return notes
-
-
-def _equal_to_public(
-    equal: EqualRows,
-    name: str,
-    private: Mapping[str, Splits],
-    public: Mapping[str, RowSelection],
-    separate: Set[str],
-) -> dict[str, int]:
-    """Return the number of rows of each other set that are in a public set, if positive.
-
-    Args:
-        equal: Equal rows.
-        name: Name of the public set.
-        private: Rows of the clients, keyed by client id.
-        public: Public sets, keyed by name.
-        separate: Clients and public sets whose source is not that of the public set. Of the others,
-            only training rows are compared with test rows.
-    """
-    found: dict[str, int] = {}
-    # A client and the federation may be given the same validation or test set.
-    given = {"proxy": ("validation", "test"), "common_test": ("validation",)}.get(name, ())
-    for client, own in private.items():
-        compared = [
-            part
-            for split, part in own.items()
-            if split == "train"
-            or (client in separate and (split in given or part.examples is own["train"].examples))
-        ]
-        found[_title(client)] = equal.count(compared, [public[name]], client in separate)
-    for other in list(PUBLIC_SETS)[list(PUBLIC_SETS).index(name) + 1 :]:
-        if other in public:
-            found[_title(other)] = equal.count([public[other]], [public[name]], other in separate)
-    return {title: count for title, count in found.items() if count}
-
-
-def _notes_on_patients(
-    name: str, rows: RowSelection, private: Mapping[str, Splits], separate: Set[str]
-) -> list[str]:
-    """Return a warning for each separate client with patients of the names in a public set."""
-    public = patient_names(rows.examples, rows.rows)
-    notes: list[str] = []
-    for client in natural_order(separate & private.keys() if public else ()):
-        train = private[client]["train"]
-        if shared := natural_order(public & patient_names(train.examples, train.rows)):
-            names = format_list(shared, MAX_LISTED, quote=True)
-            notes.append(
-                Caution(
-                    f"{_title(client)} and the {PUBLIC_SETS[name]} have patients of the same "
-                    f"name: {names}; remove their rows from one of the two or, if each site "
-                    "numbers its patients, prefix the numbers with the site"
-                )
-            )
-    return notes
-
-
-def _notes_on_clients(
-    equal: EqualRows,
-    config: DataConfig,
-    private: Mapping[str, Splits],
-    sources: Mapping[str, object],
-    advice: str,
-) -> list[str]:
-    """Return warnings about equal rows within a client and in two clients."""
-    within: list[str] = []
+        if name != "proxy":
+            known = private_rows | equal.of(validation if name == "common_test" else ())
+            counts |= equal.count(f"the {PUBLIC_SETS[name]}", [rows], known)
     for client, own in private.items():
         held_out = [part for split, part in own.items() if split != "train"]
-        if count := equal.count(held_out, [own["train"]], separate=False):
-            size = sum(len(part.rows) for part in held_out)
-            within.append(f"{count:,} of {size:,} of client '{client}'")
-    notes: list[str] = []
-    if within:
-        notes.append(
-            Caution(
-                "rows of the local validation and test sets equal training rows, so scores may be "
-                f"too high: {format_list(within, MAX_LISTED)}; {advice}"
-            )
-        )
-    between = [
-        f"{count:,} of client '{first}' and client '{second}'"
-        for (first, second), count in equal.shared(private).items()
-        if POOL not in (first, second)
-        and (
-            sources.get(first) != sources.get(second)
-            or (first not in sources and config.partition.kind == "natural")
-        )
-    ]
-    if between:
-        listed = format_list(between, MAX_LISTED)
-        notes.append(Caution(f"rows of two clients are equal: {listed}; remove them from one"))
-    return notes
+        counts |= equal.count(f"validation and test of client '{client}'", held_out, trained)
+    known = equal.of(part for name in data if name not in owners for part in data[name])
+    for client in owners:
+        counts |= equal.count(f"client '{client}'", data[client], known)
+        known |= equal.of(data[client])
+    if not counts:
+        return []
+    listed = format_list((f"{count} of {title}" for title, count in counts.items()), MAX_LISTED)
+    return [Caution(f"rows are in several sets, so scores may be too high: {listed}; {advice}")]
 
 
-def _title(name: str) -> str:
-    """Return the title of a client or public set in messages."""
-    if name == POOL:
-        return "the rows that clients sample"
-    return f"the {PUBLIC_SETS[name]}" if name in PUBLIC_SETS else f"client '{name}'"
+def _count_public_rows(
+    dataset: Dataset,
+    equal: EqualRows,
+    selections: Sequence[RowSelection],
+    public: Mapping[str, RowSelection],
+) -> dict[str, str]:
+    """Return the number of rows of the proxy set that are in other sets (see `EqualRows.count`)."""
+    if "proxy" not in public:
+        return {}
+    proxy = public["proxy"]
+    x = proxy.examples.x
+    if isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point() and len(proxy.rows):
+        # Columns without any value in the public set are not compared.
+        kept = ~x[proxy.rows].isnan().all(0)
+        if not bool(kept.all()):
+            equal = EqualRows(selections, dataset.pixel_range, kept)
+    known = equal.of(part for part in selections if part is not proxy)
+    return equal.count("the proxy set", [proxy], known)
 
 
 class EqualRows:
     """The rows of a federation whose inputs occur at least twice.
 
-    Not included are images and series of a single value, texts of few words, and rows of tables
-    that are equal by chance, which are those of which more than `CHANCE` copies are expected if the
-    columns are independent.
+    Images and series of a single value, texts of few words, and rows of a table that may be equal
+    by chance do not count. Answers of a questionnaire count only if nearly all rows are equal.
 
     Args:
         selections: Rows to compare. Each row is hashed once.
@@ -265,138 +168,85 @@ class EqualRows:
         pixel_range: float | None = None,
         kept: Tensor | None = None,
     ) -> None:
-        used: dict[int, tuple[Tensor, Tensor]] = {}
-        for selection in selections:
-            x = selection.examples.x
-            if isinstance(x, Tensor) and (kept is None or x.shape[1:] == kept.shape):
-                _, mask = used.setdefault(id(x), (x, torch.zeros(len(x), dtype=torch.bool)))
-                mask[selection.rows] = True
-        image_types = {x.dtype for x, _ in used.values() if x.ndim == 4}
-        self._hashes: dict[int, np.ndarray] = {}
-        inputs: list[Tensor] = []
-        for key, (x, mask) in used.items():
-            rows = mask.nonzero().squeeze(1)
-            values = x if len(rows) == len(x) else x[rows]
-            if len(image_types) > 1:
-                values = to_floats(values, pixel_range)
-            inputs.append(values if kept is None else values[:, kept])
-            self._hashes[key] = np.zeros(len(x), dtype=np.uint64)
-            self._hashes[key][rows.numpy()] = row_hashes(inputs[-1])
-        hashes = [self._hashes[key][mask.numpy()] for key, (_, mask) in used.items()]
-        distinct, first, counts = np.unique(
-            np.concatenate([np.zeros(0, np.uint64), *hashes]),
-            return_index=True,
-            return_counts=True,
-        )
-        repeated = []
-        start = 0
-        for values in inputs:
-            here = (start <= first) & (first < start + len(values))
-            several = here & (counts > 1)
-            others = torch.from_numpy(first[here & ~several][:: len(first) // SAMPLED_ROWS + 1])
-            x = values[torch.from_numpy(first[several] - start)]
-            meaningful = _is_meaningful(x, values[others - start])
-            repeated.append(distinct[several][meaningful])
-            start += len(values)
-        # Dependent answers are equal more often than `CHANCE` says.
-        self._is_questionnaire = all(map(_has_few_values, inputs))
-        self._repeated = np.concatenate([np.zeros(0, np.uint64), *repeated])
-
-    def _of(self, parts: Iterable[RowSelection]) -> np.ndarray:
-        """Return the hashes of those rows that occur at least twice."""
-        found = [np.zeros(0, np.uint64)]
-        for part in parts:
-            hashes = self._hashes.get(id(part.examples.x))
-            if hashes is not None and len(self._repeated):
-                own = hashes[part.rows.numpy()]
-                found.append(own[np.isin(own, self._repeated)])
-        return np.concatenate(found)
-
-    def count(
-        self, parts: Collection[RowSelection], others: Collection[RowSelection], separate: bool
-    ) -> int:
-        """Return the number of rows of `parts` that equal a row of `others`.
-
-        Args:
-            parts: Rows to count.
-            others: Rows to compare with.
-            separate: Whether the rows come from separate sources. If False, the result is 0 unless
-                at least two rows, and the share `EQUAL_SHARE` of one side, are equal. The share of
-                a questionnaire is `COPIED_SHARE` in both cases.
-        """
-        own = self._of(parts)
-        other = self._of(others)
-        count = int(np.isin(own, other).sum())
-        smaller = min(sum(len(part.rows) for part in side) for side in (parts, others))
-        is_reported = separate and not self._is_questionnaire
-        return count if is_reported or count >= self._least(smaller) else 0
-
-    def _least(self, rows: int) -> float:
-        """Return the number of equal rows from which those of a set of so many are reported."""
-        return max(2, (COPIED_SHARE if self._is_questionnaire else EQUAL_SHARE) * rows)
-
-    def shared(self, private: Mapping[str, Splits]) -> dict[tuple[str, str], int]:
-        """Return the number of distinct rows that two clients share, keyed by their ids.
-
-        A row of several clients is counted for the first client and each other client, if the data
-        of one of the two, without a given validation or test set, contains it.
-        """
-        clients = list(private)
-        own = [np.unique(self._of(private[client].values())) for client in clients]
-        hashes = np.concatenate([np.zeros(0, np.uint64), *own])
-        owner = np.repeat(np.arange(len(own)), [len(each) for each in own])
-        data = [
-            self._of(part for part in splits.values() if part.examples is splits["train"].examples)
-            for splits in private.values()
-        ]
-        in_data = np.concatenate([np.zeros(0, bool), *map(np.isin, own, data)])
-        _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
-        is_counted = (owner[first][group] != owner) & (in_data[first][group] | in_data)
-        pairs = np.stack([owner[first][group], owner], 1)[is_counted]
-        found, counts = np.unique(pairs, axis=0, return_counts=True)
-        sizes = [sum(len(part.rows) for part in private[client].values()) for client in clients]
-        return {
-            (clients[a], clients[b]): int(count)
-            for (a, b), count in zip(found.tolist(), counts, strict=True)
-            if count >= self._least(min(sizes[a], sizes[b]))
+        inputs = {
+            id(x): x
+            for x in (selection.examples.x for selection in selections)
+            if isinstance(x, Tensor) and (kept is None or x.shape[1:] == kept.shape)
         }
+        has_types = len({x.dtype for x in inputs.values() if x.ndim == 4}) > 1
+        self._hashes: dict[int, np.ndarray] = {}
+        self._share = EQUAL_SHARE
+        for key, x in inputs.items():
+            values = to_floats(x, pixel_range) if has_types else x
+            values = values if kept is None else values[:, kept]
+            hashed = row_hashes(values)
+            first = torch.from_numpy(np.unique(hashed, return_index=True)[1])
+            self._share = max(self._share, _reported_share(values, first))
+            self._hashes[key] = np.where(_is_meaningful(values), hashed, 0)
+        hashes = np.concatenate([NO_HASHES, *self._hashes.values()])
+        distinct, counts = np.unique(hashes, return_counts=True)
+        repeated = distinct[counts > 1]
+        for own in self._hashes.values():
+            own[~np.isin(own, repeated)] = 0
+
+    def of(self, parts: Iterable[RowSelection]) -> set[int]:
+        """Return the hashes of those rows that occur at least twice."""
+        return {value for part in parts for value in self._repeated_hashes(part)}
+
+    def count(self, title: str, parts: Sequence[RowSelection], known: Set[int]) -> dict[str, str]:
+        """Return "N of M" rows of `parts` that have a known hash, keyed by title, unless few do."""
+        found = sum(value in known for part in parts for value in self._repeated_hashes(part))
+        total = sum(len(part.rows) for part in parts)
+        return {title: f"{found:,} of {total:,}"} if found >= max(2, self._share * total) else {}
+
+    def _repeated_hashes(self, part: RowSelection) -> list[int]:
+        hashes = self._hashes.get(id(part.examples.x))
+        if hashes is None:
+            return []
+        own = hashes[part.rows.numpy()]
+        return own[own != 0].tolist()
 
 
-def _is_meaningful(x: Tensor, others: Tensor) -> np.ndarray:
-    """Return whether it means anything that each row of `x` occurs twice, bool `[N]`.
-
-    Args:
-        x: Distinct rows that occur at least twice, shape `[N, ...]`.
-        others: Some of the other rows.
-    """
+def _is_meaningful(x: Tensor) -> np.ndarray:
+    """Return whether it means anything that a row occurs twice, bool `[N]`."""
     if x.dtype == torch.int64:
         tokens = x.sort(1).values
         return ((tokens[:, 1:] != tokens[:, :-1]).sum(1) + 1 >= MIN_TOKENS).numpy()
-    if x.ndim > 2:
-        flat = x.flatten(1)
-        return (flat != flat[:, :1]).any(1).numpy()
-    rows = np.nan_to_num(torch.cat([x, others]).numpy(), nan=np.finfo(np.float32).min)
-    expected = np.full(len(x), np.log(max(1, len(rows))))
-    for column in rows.T if len(x) else ():
-        _, value, counts = np.unique(column, return_inverse=True, return_counts=True)
-        with np.errstate(divide="ignore"):
-            expected += np.log((counts[value[: len(x)]] - 1) / max(1, len(rows) - 1))
-    return expected < np.log(CHANCE)
+    if x.ndim == 2:
+        return np.ones(len(x), dtype=bool)
+    flat = x.flatten(1)
+    return (flat != flat[:, :1]).any(1).numpy()
 
 
-def _has_few_values(x: Tensor) -> bool:
-    """Return whether examples are a table of which each column has at most `FEW_VALUES` values."""
-    if x.ndim != 2 or not x.is_floating_point():
-        return False
-    return all(len(np.unique(column)) <= FEW_VALUES for column in x[:SAMPLED_ROWS].numpy().T)
+def _reported_share(x: Tensor, distinct: Tensor) -> float:
+    """Return the share of the rows of a set from which equal rows are reported.
+
+    Rows of a table are not reported if they may be equal by chance, if the columns are independent.
+    Dependent answers of a questionnaire are equal more often.
+
+    Args:
+        x: Examples.
+        distinct: Indices of the distinct rows.
+    """
+    if x.ndim != 2 or not x.is_floating_point() or len(distinct) < 2:
+        return EQUAL_SHARE
+    expected = float(len(distinct))
+    most = 0
+    for column in x[distinct[:SAMPLED_ROWS]].numpy().T:
+        counts = np.unique(column, return_counts=True)[1]
+        expected *= (counts * (counts - 1)).sum() / (counts.sum() * (counts.sum() - 1))
+        most = max(most, len(counts))
+    if expected >= CHANCE:
+        return math.inf
+    return COPIED_SHARE if most <= FEW_VALUES else EQUAL_SHARE
 
 
-def row_hashes(x: Column) -> np.ndarray:
+def row_hashes(x: Tensor) -> np.ndarray:
     """Return a hash of each row of a column, uint64 `[N]`, which is equal for equal rows."""
     row_bytes = max(1, x.dtype.itemsize * math.prod(x.shape[1:]))
     keys = np.random.default_rng(0).integers(2**63, size=(2, -(-row_bytes // 8)), dtype=np.uint64)
     hashes = []
-    for batch in split_rows(x, max(1, HASHED_BYTES // row_bytes)):
+    for batch in x.split(max(1, HASHED_BYTES // row_bytes)):
         # The sum with 0 turns -0.0 into 0.0.
         flat = np.ascontiguousarray(batch.flatten(1).numpy() + 0)
         content = flat.view(np.uint8).reshape(len(flat), row_bytes)

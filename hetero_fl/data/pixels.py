@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hetero_fl.config.data import DataConfig
 from hetero_fl.core.images import DEEP_RANGES, MAX_BYTE, are_pixels, check_pixels, exceeds
-from hetero_fl.core.stored_rows import Column, split_rows
 from hetero_fl.data.client_rows import ClientRows
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.overlap import PUBLIC_SETS
@@ -126,7 +126,7 @@ def _unless_default(value: float | None) -> float | None:
     return None if value in (None, MAX_BYTE) else float(value)
 
 
-def _integer_images(sets: Mapping[str, Column]) -> dict[str, Column]:
+def _integer_images(sets: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the sets of integer images, each once."""
     distinct = {
         id(x): (name, x) for name, x in reversed(list(sets.items())) if are_pixels(x) and len(x)
@@ -134,13 +134,13 @@ def _integer_images(sets: Mapping[str, Column]) -> dict[str, Column]:
     return dict(reversed(list(distinct.values())))
 
 
-def _range_of(sets: Mapping[str, Column], advice: str) -> int:
+def _range_of(sets: Mapping[str, Tensor], advice: str) -> int:
     """Return the largest number of the bits that the pixels need: 1, 8 or a larger even number."""
     if all(x.dtype == torch.uint8 for x in sets.values()):
         return MAX_BYTE if any(exceeds(x, 1) for x in sets.values()) else 1
     high = 0
     for name, x in sets.items():
-        for part in split_rows(x, CHECKED_ROWS):
+        for part in x.split(CHECKED_ROWS):
             if (low := int(part.min())) < 0:
                 raise UserError(f"{name}: pixels must be >= 0, got {low}; {advice}")
             high = max(high, int(part.max()))

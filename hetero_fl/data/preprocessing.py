@@ -27,12 +27,10 @@ from hetero_fl.config.population import Population, SettingsProfile
 from hetero_fl.core.image_transforms import apply_transform
 from hetero_fl.core.images import to_floats
 from hetero_fl.core.saved_model import SavedModel, describe_invalid
-from hetero_fl.core.stored_rows import Column, StoredRows, require_tensor, split_rows
 from hetero_fl.data.dataset import (
     Block,
     ColumnLayout,
     Dataset,
-    Examples,
     Spans,
     spans_of,
 )
@@ -71,7 +69,7 @@ class Preprocess:
             tables, series and blocks. If None, examples are not normalized.
         std: Standard deviation to divide by, in the format of `mean`.
         raw: Shape of a raw example. If None, the shape is not known.
-        spans: Column ranges to select. If None, all columns are selected.
+        spans: Tensor ranges to select. If None, all columns are selected.
         blocks: Blocks in the selected columns. A single block is reshaped to its own shape unless
             `missing` is set.
         missing: If "indicate", NaN becomes 0 after normalization, and an indicator per column, or
@@ -161,7 +159,7 @@ class Preprocess:
     def resolve(
         cls,
         config: PreprocessConfig,
-        train_x_raw: Column | None = None,
+        train_x_raw: Tensor | None = None,
         where: str = "preprocess",
         layout: ColumnLayout = NOTHING,
         raw: Shape = (),
@@ -195,36 +193,34 @@ class Preprocess:
             raise UserError(
                 f"{where}.normalize=own needs training rows, got none; set mean and std instead"
             )
-        view.shape(tuple(train_x_raw.shape[1:]), where)
+        raw_rows = tuple(train_x_raw.shape[1:])
+        view.shape(raw_rows, where)
         means, stds = view._statistics(train_x_raw)
-        if len(view._selected_shape(tuple(train_x_raw.shape[1:]))) == 3:
+        if len(view._blank_values(raw_rows).shape) == 4:
             return replace(view, mean=float(means), std=float(stds))
         return replace(view, mean=tuple(means.tolist()), std=tuple(stds.tolist()))
 
-    def _statistics(self, x_raw: Column) -> tuple[Tensor, Tensor]:
+    def _statistics(self, x_raw: Tensor) -> tuple[Tensor, Tensor]:
         """Compute mean and standard deviation, float64 `[1]` for images, otherwise `[columns]`."""
-        image = len(self._selected_shape(tuple(x_raw.shape[1:]))) == 3
-        columns = 1 if image else self._selected_shape(tuple(x_raw.shape[1:]))[-1]
+        raw = tuple(x_raw.shape[1:])
+        blank = self._blank_values(raw)
+        columns = 1 if blank.ndim == 4 else blank.shape[-1]
         total, squares, rows = (torch.zeros(columns).double() for _ in range(3))
-        size = self._chunk_size(tuple(x_raw.shape[1:]))
-        for chunk in split_rows(x_raw, size):
+        largest = max(1, math.prod(raw), math.prod(self.shape(raw)))
+        size = min(CHUNK, max(1, CHUNK_VALUES // largest))
+        for chunk in x_raw.split(size):
             values = self._values(chunk).double().reshape(-1, columns)
             total = total + self._sum(values)
             rows = rows + (~values.isnan()).sum(0)
         rows = self._pool_block_sums(rows)
         mean = self._pool_block_sums(total) / rows.clamp(min=1)
         # A second pass is numerically more stable than a difference of large sums.
-        for chunk in split_rows(x_raw, size):
+        for chunk in x_raw.split(size):
             squares += self._sum(
                 (self._values(chunk).double().reshape(-1, columns) - mean).square()
             )
         squares = self._pool_block_sums(squares)
         return mean, torch.where(squares > 0, (squares / rows.clamp(min=1)).sqrt(), 1.0)
-
-    def _chunk_size(self, raw_shape: Shape) -> int:
-        """Return the number of rows that are processed at a time for statistics."""
-        values = max(math.prod(raw_shape), math.prod(self.shape(raw_shape)))
-        return min(CHUNK, max(1, CHUNK_VALUES // max(1, values)))
 
     def _sum(self, values: Tensor) -> Tensor:
         return values.sum(0) if self.missing is None else values.nansum(0)
@@ -250,24 +246,22 @@ class Preprocess:
         """
         if x_raw.dtype == torch.int64:
             return x_raw
-        shape = self.shape(tuple(x_raw.shape[1:]))
         x = self._values(x_raw)
-        if len(x) == 0:
-            return x.new_zeros(0, *shape)
+        if self.missing is not None and x.ndim == 4:
+            raise UserError(
+                "missing: does not apply to images, only to tables, series and blocks; remove it"
+            )
         if self.mean is not None and self.std is not None:
-            x = (x - self._broadcast(self.mean, x)) / self._broadcast(self.std, x)
+            x = (x - self._broadcast("mean", x)) / self._broadcast("std", x)
         if self.missing is not None:
             is_missing = x.isnan()
+            indicators = is_missing
             if self.blocks:
-                indicators = torch.stack(
-                    [is_missing[:, start:stop].all(1) for start, stop in spans_of(self.blocks)],
-                    dim=1,
-                )
-            else:
-                indicators = is_missing
+                of_blocks = [is_missing[:, slice(*span)].all(1) for span in spans_of(self.blocks)]
+                indicators = torch.stack(of_blocks, dim=1)
             x = torch.cat([x.masked_fill(is_missing, 0.0), indicators.to(x.dtype)], dim=-1)
         x = (x.transpose(1, 2) if x.ndim == 3 else x).contiguous()
-        if self.transform is None:
+        if self.transform is None or len(x) == 0:
             return x
         return apply_transform(self.transform, x, "preprocess.transform")
 
@@ -276,20 +270,31 @@ class Preprocess:
         dtype = torch.get_default_dtype()
         x = self.select_columns(x_raw)
         x = to_floats(x, self.pixel_range, dtype).to(dtype)
-        if len(x) == 0:
-            return x
-        x = x.reshape(-1, *self._selected_shape(tuple(x_raw.shape[1:])))
+        if len(self.blocks) == 1 and self.missing is None:
+            x = x.reshape(len(x), *self.blocks[0].shape)
+        if x.ndim != 4 and (self.resize is not None or self.channels is not None):
+            key = "resize" if self.resize is not None else "channels"
+            raise UserError(
+                f"{key}: applies to images only, got examples of shape {tuple(x.shape[1:])}; "
+                "remove it"
+            )
         if self.resize is not None and x.shape[-2:] != (self.resize, self.resize):
             x = F.interpolate(
                 x, size=(self.resize, self.resize), mode="bilinear", align_corners=False
             )
-        if self.channels is not None and self.channels != x.shape[1]:
-            x = (
-                x.mean(1, keepdim=True)
-                if self.channels == 1
-                else x.expand(-1, self.channels, -1, -1)
+        if self.channels is None or self.channels == x.shape[1]:
+            return x
+        if self.channels == 1:
+            return x.mean(1, keepdim=True)
+        if x.shape[1] != 1:
+            raise UserError(
+                f"channels: must be 1 or {x.shape[1]} for images with {x.shape[1]} channels, got "
+                f"{self.channels}"
             )
-        return x
+        return x.expand(-1, self.channels, -1, -1)
+
+    def _blank_values(self, raw_shape: Shape) -> Tensor:
+        return self._values(torch.zeros(1).expand(1, *raw_shape))
 
     def select_columns(self, x_raw: Tensor) -> Tensor:
         """Return the selected columns of raw examples, shape `[N, ..., columns]`."""
@@ -306,21 +311,16 @@ class Preprocess:
             for name in columns[start:stop]
         ]
 
-    def _selected_shape(self, raw_shape: Shape) -> Shape:
-        """Return the shape of the selected values, before `resize` and `channels`."""
-        if len(self.blocks) == 1 and self.missing is None:
-            return self.blocks[0].shape
-        return (
-            raw_shape
-            if self.spans is None
-            else (*raw_shape[:-1], sum(stop - start for start, stop in self.spans))
-        )
-
-    @staticmethod
-    def _broadcast(value: float | tuple[float, ...], x: Tensor) -> Tensor:
-        """Return a mean or standard deviation that broadcasts over channels or columns."""
-        numbers = torch.tensor(value, dtype=x.dtype)
-        return numbers[:, None, None] if x.ndim == 4 and numbers.ndim else numbers
+    def _broadcast(self, key: Literal["mean", "std"], x: Tensor) -> Tensor:
+        """Return the mean or standard deviation in a shape that broadcasts to that of `x`."""
+        numbers = torch.tensor(getattr(self, key), dtype=x.dtype)
+        if numbers.ndim == 0:
+            return numbers
+        count, axis = (x.shape[1], "channel") if x.ndim == 4 else (x.shape[-1], "column")
+        if len(numbers) != count:
+            wanted = "one number" + (f" or {count}, one per {axis}" if count > 1 else "")
+            raise UserError(f"normalize.{key}: expected {wanted}, got {len(numbers)}")
+        return numbers[:, None, None] if x.ndim == 4 else numbers
 
     def shape(self, raw_shape: Shape, where: str = "preprocess") -> Shape:
         """Return the shape of a preprocessed example, without the batch dimension.
@@ -334,39 +334,11 @@ class Preprocess:
                 images, `missing` with images, an impossible conversion of channels, or a number of
                 means or standard deviations that does not match the channels or columns.
         """
-        selected = self._selected_shape(raw_shape)
-        if self.missing is not None and len(selected) == 3:
-            raise UserError(
-                f"{where}.missing: does not apply to images, only to tables, series and blocks; "
-                "remove it"
-            )
-        output = self._output_shape(selected, where)
-        count, axis = (output[0], "channel") if len(selected) == 3 else (selected[-1], "column")
-        for name, value in (("mean", self.mean), ("std", self.std)):
-            if isinstance(value, tuple) and len(value) != count:
-                wanted = "one number" + (f" or {count}, one per {axis}" if count > 1 else "")
-                raise UserError(f"{where}.normalize.{name}: expected {wanted}, got {len(value)}")
-        return output
-
-    def _output_shape(self, selected_shape: Shape, where: str) -> Shape:
-        """Return the shape of a preprocessed example, given the shape of the selected values."""
-        if self.resize is None and self.channels is None:
-            indicators = 0 if self.missing is None else len(self.blocks) or selected_shape[-1]
-            output = (*selected_shape[:-1], selected_shape[-1] + indicators)
-            return output[::-1] if len(output) == 2 else output
-        if len(selected_shape) != 3:
-            key = "resize" if self.resize is not None else "channels"
-            raise UserError(
-                f"{where}.{key}: applies to images only, got examples of shape {selected_shape}; "
-                "remove it"
-            )
-        channels, height, width = selected_shape
-        if self.channels is not None and self.channels not in (1, channels) and channels != 1:
-            raise UserError(
-                f"{where}.channels: must be 1 or {channels} for images with {channels} channels, "
-                f"got {self.channels}"
-            )
-        return (self.channels or channels, self.resize or height, self.resize or width)
+        blank = torch.zeros(1).expand(1, *raw_shape)
+        try:
+            return tuple(replace(self, transform=None)(blank).shape[1:])
+        except UserError as error:
+            raise UserError(f"{where}.{error}") from None
 
 
 _ADAPTER = TypeAdapter(Preprocess)
@@ -381,8 +353,12 @@ def check_settings(profiles: Iterable[SettingsProfile], dataset: Dataset) -> Non
     """
     for profile in profiles:
         preprocessed_shape(profile.first, profile.settings, raw_shape(dataset), dataset.layout)
-        if dataset.vocabulary is not None:
-            _check_tokens(profile.first, profile.settings.preprocess)
+        for key in ("normalize", "missing") if dataset.vocabulary is not None else ():
+            if getattr(profile.settings.preprocess, key) is not None:
+                raise UserError(
+                    f"clients: '{profile.first}': preprocess.{key}: does not apply to tokens; "
+                    "remove it"
+                )
 
 
 def check_same_shape(
@@ -405,27 +381,20 @@ def check_same_shape(
     Raises:
         UserError: If the shapes differ for a client or the server.
     """
-    shapes = shape, raw_shape(common)
-    views = [
-        (
-            f"client '{client}'",
-            "its preprocess",
-            *(preprocessed_shape(client, settings, raw, common.layout) for raw in shapes),
-        )
-        for client, settings in clients.items()
-    ]
+    configs = {f"client '{client}'": settings.preprocess for client, settings in clients.items()}
     if server is not None:
-        place = "server.preprocess"
-        view = Preprocess.without_normalization(server, common.layout, shapes[1], place)
-        views.append(("the server", place, *(view.shape(raw, place) for raw in shapes)))
-    for participant, section, own_shape, common_shape in views:
-        if own_shape != common_shape:
-            is_image = len(own_shape) == 3
-            advice = f"; set {section}.resize or channels" if is_image else ""
+        configs["the server"] = server
+    for participant, config in configs.items():
+        section = "server.preprocess" if config is server else f"{participant}: preprocess"
+        view = Preprocess.without_normalization(config, common.layout, raw_shape(common), section)
+        found = view.shape(shape, section)
+        expected = view.shape(raw_shape(common), section)
+        if found != expected:
+            key = "server.preprocess" if config is server else "its preprocess"
+            advice = f"; set {key}.resize or channels" if len(found) == 3 else ""
             raise UserError(
-                f"{where}: expected examples of shape {common_shape} as in the main data set "
-                f"after preprocessing for {participant}, got "
-                f"{own_shape}{advice}"
+                f"{where}: expected examples of shape {expected} as in the main data set after "
+                f"preprocessing for {participant}, got {found}{advice}"
             )
 
 
@@ -478,14 +447,6 @@ def raw_shape(dataset: Dataset) -> Shape:
     return tuple(dataset.train.x.shape[1:])
 
 
-def _check_tokens(name: str, view: PreprocessConfig) -> None:
-    for key in ("normalize", "missing"):
-        if getattr(view, key) is not None:
-            raise UserError(
-                f"clients: '{name}': preprocess.{key}: does not apply to tokens; remove it"
-            )
-
-
 def _fixed_view(config: PreprocessConfig) -> PreprocessConfig:
     """Return a configuration without settings that depend on the rows of a client."""
     return config.model_copy(update={"normalize": None}) if config.normalize == "own" else config
@@ -515,48 +476,40 @@ def check_missing_values(
         UserError: If a client without `missing: indicate` uses a missing value.
     """
     located = private.rows_by_location()
-    selections = [*public.values(), *(share for _, share in located)]
-    incomplete = _sets_with_missing_values(share.examples for share in selections)
-    if not incomplete:
+    shares = [*public.values(), *(share for _, share in located)]
+    inputs = {id(share.examples.x): share.examples.x for share in shares}
+    if not any(map(_has_gap, inputs.values())):
         return []
-    incomplete_public = {n: s for n, s in public.items() if id(s.examples) in incomplete}
     raw = tuple(public["common_test"].examples.x.shape[1:])
     notes = []
     for profile in profiles:
         where = f"clients: '{profile.first}': preprocess"
         view = Preprocess.without_normalization(profile.settings.preprocess, layout, raw, where)
-        sets = dict(incomplete_public)
+        sets = dict(public)
+        if private.lazy_partition is not None:
+            sets["train"] = private.lazy_partition.pool
         if "proxy" in sets and is_all_missing(sets["proxy"], view):
+            del sets["proxy"]
             more = f" (and {profile.count - 1:,} more)" if profile.count > 1 else ""
             notes.append(
                 f"client '{profile.first}'{more} has none of the values of the proxy set and "
                 "is excluded from training on it"
             )
-            del sets["proxy"]
-        if private.lazy_partition is not None:
-            sets["train"] = private.lazy_partition.pool
-        if view.missing is None:
-            check_view(sets, view, layout, where)
+        check_view(sets, view, layout, where)
     for (client, split), share in located:
-        if client and id(share.examples) in incomplete:
-            config = clients[client].preprocess
+        if client:
             where = f"clients: '{client}': preprocess"
-            raw = tuple(share.examples.x.shape[1:])
+            config = clients[client].preprocess
             view = Preprocess.without_normalization(config, layout, raw, where)
-            if view.missing is None:
-                check_view({split: share}, view, layout, where)
+            check_view({split: share}, view, layout, where)
     return notes
 
 
-def _sets_with_missing_values(all_examples: Iterable[Examples]) -> set[int]:
-    """Return the `id` of all examples with missing values, each of which is read only once."""
-    sets = {id(examples): examples.x for examples in all_examples}
-    return {
-        key
-        for key, x in sets.items()
-        if x.is_floating_point()
-        and any(bool(rows.isnan().any()) for rows in split_rows(x, MISSING_CHUNK))
-    }
+def _has_gap(x: Tensor) -> bool:
+    """Return whether examples have missing values. Rows in files are read once."""
+    return x.is_floating_point() and any(
+        bool(rows.isnan().any()) for rows in x.split(MISSING_CHUNK)
+    )
 
 
 def check_view(
@@ -565,58 +518,64 @@ def check_view(
     layout: ColumnLayout,
     where: str,
 ) -> None:
-    """Check that sets have no missing values in the columns that a view selects.
+    """Check that a view without `missing: indicate` selects no missing values of sets.
 
     Args:
         sets: Sets of rows, keyed by name.
-        view: View without `missing: indicate`.
+        view: The view.
         layout: Names of the columns or blocks along the last axis of the examples.
         where: Configuration section of the view, for error messages.
 
     Raises:
         UserError: If a selected value is missing.
     """
-    names = [n for n, (start, stop) in layout.boundaries.items() for _ in range(start, stop)]
     for set_name, share in sets.items():
-        if not share.examples.x.is_floating_point():
+        gap = first_gap(share, view) if view.missing is None else None
+        if gap is None:
             continue
-        x = require_tensor(share.examples.x, "a check of missing values")
-        for rows in share.rows.split(MISSING_CHUNK):
-            missing = view.select_columns(x[rows]).isnan()
-            if not bool(missing.any()):
-                continue
+        names = [n for n, (start, stop) in layout.boundaries.items() for _ in range(start, stop)]
+        column = f"column '{view.names(names)[gap[1]]}'" if names else "one column"
+        section = where if where in CONFIG_SECTIONS else CONFIG_SECTIONS[0]
+        title = f"the {PUBLIC_SETS[set_name]}" if set_name in PUBLIC_SETS else set_name
+        place = share.examples.locate(gap[0], title)
+        other = f", or exclude the column by {section}.columns" if names else ""
+        # Rows that a program passes are those of the client by their name.
+        is_own = place.startswith(where.removesuffix("preprocess"))
+        prefix = "" if is_own else f"{where}.missing: "
+        raise UserError(
+            f"{prefix}{place} has no value in {column}; set {section}.missing=indicate{other}"
+        )
+
+
+def first_gap(share: RowSelection, view: Preprocess) -> tuple[int, int] | None:
+    """Return the row and the selected column of the first missing value, or None."""
+    if not share.examples.x.is_floating_point():
+        return None
+    x = share.examples.x
+    for rows in share.rows.split(MISSING_CHUNK):
+        missing = view.select_columns(x[rows]).isnan()
+        if bool(missing.any()):
             row, *_, column = missing.nonzero()[0].tolist()
-            column_name = f"column '{view.names(names)[column]}'" if names else "one column"
-            section = where if where in CONFIG_SECTIONS else CONFIG_SECTIONS[0]
-            title = f"the {PUBLIC_SETS[set_name]}" if set_name in PUBLIC_SETS else set_name
-            place = share.examples.locate(int(rows[row]), title)
-            other = f", or exclude the column by {section}.columns" if names else ""
-            # Rows that a program passes are those of the client by their name.
-            is_own = place.startswith(where.removesuffix("preprocess"))
-            prefix = "" if is_own else f"{where}.missing: "
-            raise UserError(
-                f"{prefix}{place} has no value in {column_name}; set "
-                f"{section}.missing=indicate{other}"
-            )
+            return int(rows[row]), column
+    return None
 
 
 def is_all_missing(share: RowSelection, view: Preprocess) -> bool:
     """Return whether the rows have only missing values in the columns that a view selects."""
-    x = share.examples.x
-    return x.is_floating_point() and all(
-        bool(view.select_columns(part).isnan().all())
-        for part in split_rows(x[share.rows], MISSING_CHUNK)
-    )
+    usable = usable_rows(share.examples.x[share.rows], replace(view, missing="indicate"))
+    return not bool(usable.any())
 
 
-def usable_rows(x_raw: Column, view: Preprocess) -> Tensor:
+def usable_rows(x_raw: Tensor, view: Preprocess) -> Tensor:
     """Return a mask `[N]` of the rows that a view can use.
 
     With `missing: indicate`, a row is usable if at least one selected value is present. Otherwise,
     a row is usable if all selected values are present.
     """
-    # Rows in files are images, which have no missing values.
-    if isinstance(x_raw, StoredRows) or not x_raw.is_floating_point():
+    if not x_raw.is_floating_point():
         return torch.ones(len(x_raw), dtype=torch.bool)
-    missing = view.select_columns(x_raw).isnan().flatten(1)
-    return ~(missing.any(1) if view.missing is None else missing.all(1))
+    usable = []
+    for part in x_raw.split(MISSING_CHUNK):
+        missing = view.select_columns(part).isnan().flatten(1)
+        usable.append(~(missing.any(1) if view.missing is None else missing.all(1)))
+    return torch.cat(usable)

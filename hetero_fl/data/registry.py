@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
+from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from hetero_fl.config.data import MoviesConfig, SharedSettings, SourceConfig
+from hetero_fl.config.errors import describe_error
 from hetero_fl.core.task import Task
-from hetero_fl.data.checks import check_examples
+from hetero_fl.data.checks import check_examples, check_inputs
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.sources.npz_files import check_image_size, medmnist_file, read_npz
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, describe_removed, suggest_file, suggest_or_list
 from hetero_fl.utils.extras import describe_missing_package
 from hetero_fl.utils.objects import OBJECT_PREFIX, find_object
-from hetero_fl.utils.registry import call_reference, is_internal
+from hetero_fl.utils.registry import Registry
 from hetero_fl.utils.serialization import check_entries
 from model_zoo.generators import own_generators
-from model_zoo.plugins import PluginError, Plugins
+from model_zoo.plugins import PluginError
 
 Key = Literal[
     "path",
+    "file",
+    "blocks",
+    "time",
+    "span",
     "columns",
     "label",
     "group",
@@ -78,37 +86,117 @@ REMOVED = {
 """What to use instead of the sources of earlier versions, keyed by former name."""
 PUBLIC_USER_KEYS = ("min_rating", "validation_users", "test_users", "public_users", "seed")
 """Keys of the section `movies` on which the users depend whose rows are public."""
-SourceFunction = Callable[[SourceConfig, Path], Dataset]
+Entry = TypeVar("Entry")
+SourceFunction = Callable[..., Dataset]
 """A function that takes a source configuration and the download folder and returns a data set.
 
 If the function raises a UserError, the message begins with the configuration key, such as `path: `.
 """
 
 
-@dataclass(frozen=True)
-class _Source:
-    load: SourceFunction
-    task: Task | None
-    keys: tuple[str, ...]
-    default_path: Path | None
-    folder_files: tuple[str, ...] = ()
+class Source(BaseModel):
+    """Base class of data sources, whose fields are keys of the section `data`.
+
+    Attributes:
+        documented_task: Learning task of the source, against which files in `path` are checked. If
+            None, the data determine the task.
+        keys: Keys of `data` that the source reads, besides its fields.
+        default_path: Simulated data in a file or folder, which the source reads if `path` is not
+            set. Such a source also reads `.npz` files itself.
+        folder_files: Patterns of files that only the folders contain that the source reads from
+            `path`, such as `train/*.npz`. If empty, the source may read files.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.data import Source, from_arrays, register_source
+        >>> @register_source("steps")
+        ... class Steps(Source):
+        ...     size: int = 8
+        ...
+        ...     def read(self, root, labeled=True):
+        ...         return from_arrays(torch.eye(self.size), torch.arange(self.size) % 2)
+    """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    documented_task: ClassVar[Task | None] = None
+    keys: ClassVar[tuple[str, ...]] = ()
+    default_path: ClassVar[Path | None] = None
+    folder_files: ClassVar[tuple[str, ...]] = ()
+    _config: SourceConfig = PrivateAttr(default_factory=SourceConfig)
+
+    @classmethod
+    def all_keys(cls) -> set[str]:
+        """Return the keys of `data` that the source reads."""
+        return {*cls.model_fields, *cls.keys}
+
+    @classmethod
+    def from_config(cls, config: SourceConfig) -> Source:
+        """Create a source with the settings of a configuration.
+
+        Raises:
+            UserError: If a setting is missing or invalid.
+        """
+        values = {key: getattr(config, key) for key in cls.model_fields if hasattr(config, key)}
+        settings = {key: value for key, value in values.items() if value is not None}
+        try:
+            source = cls.model_validate(settings)
+        except ValidationError as error:
+            raise UserError(describe_error(error, settings, cls)) from None
+        source._config = config
+        return source
+
+    @abstractmethod
+    def read(self, root: Path, labeled: bool = True) -> Dataset:
+        """Return the data set.
+
+        Args:
+            root: Folder for downloads.
+            labeled: Whether the labels are used.
+        """
 
 
-_sources: dict[str, _Source] = {}
+def source_of_function(
+    function: SourceFunction,
+    *,
+    task: Task | None = None,
+    keys: tuple[Key, ...] = (),
+    default_path: Path | None = None,
+    folder_files: tuple[str, ...] = (),
+) -> type[Source]:
+    """Return the class of a source that is a function of `SourceConfig` and the download folder.
+
+    Args:
+        function: The function.
+        task: See `Source.documented_task`.
+        keys: Keys that the function reads.
+        default_path: See `Source`.
+        folder_files: See `Source`.
+    """
+    takes_labeled = "labeled" in inspect.signature(function).parameters
+
+    class FunctionSource(Source):
+        __module__ = str(function.__module__)
+
+        def read(self, root: Path, labeled: bool = True) -> Dataset:
+            if labeled or not takes_labeled:
+                return function(self._config, root)
+            return function(self._config, root, labeled=False)
+
+    FunctionSource.documented_task = task
+    FunctionSource.keys = keys
+    FunctionSource.default_path = default_path
+    FunctionSource.folder_files = folder_files
+    return FunctionSource
 
 
-def _built_in_names() -> set[str]:
-    return {name for name, entry in _sources.items() if is_internal(entry.load)}
-
-
-def _check_plugin(found: object) -> str:
-    return "" if callable(found) else "expected a function of (config, root)"
-
-
-PLUGINS = Plugins(
-    "hetero_fl.sources", "data source", _built_in_names, _check_plugin, lambda source: source
+sources: Registry[type[Source]] = Registry(
+    "data source",
+    lambda: Source,
+    all_of="hetero_fl.data.list_sources()",
+    plugins="hetero_fl.sources",
+    adapter=source_of_function,
+    takes="config, root",
 )
-"""Data sources that installed packages provide."""
 
 
 def register_source(
@@ -118,25 +206,26 @@ def register_source(
     keys: tuple[Key, ...] = (),
     default_path: Path | None = None,
     folder_files: tuple[str, ...] = (),
-) -> Callable[[SourceFunction], SourceFunction]:
+) -> Callable[[Entry], Entry]:
     """Register a data source for `data.name`.
 
     Args:
         name: Name of the source.
-        task: Learning task of the source, against which files in `path` are checked. If None, the
+        task: Learning task of a function, against which files in `path` are checked. If None, the
             data determine the task.
-        keys: Keys of `SourceConfig`, besides `name`, that the function reads. The key `path` is
+        keys: Keys of `SourceConfig`, besides `name`, that a function reads. The key `path` is
             required unless `default_path` is set.
-        default_path: Simulated data in a file or folder, which the function reads if `path` is not
+        default_path: Simulated data in a file or folder, which a function reads if `path` is not
             set. Such a function also reads `.npz` files itself.
-        folder_files: Patterns of files that only the folders contain that the function reads from
+        folder_files: Patterns of files that only the folders contain that a function reads from
             `path`, such as `train/*.npz`. If empty, the function may read files.
 
     Returns:
-        A decorator that registers the function and returns it unchanged.
+        A decorator that registers the function, or the subclass of `Source`, and returns it
+        unchanged.
 
     Raises:
-        ValueError: If the name is already registered.
+        ValueError: If the name is that of a built-in source.
 
     Example:
         >>> import torch
@@ -148,11 +237,14 @@ def register_source(
         True
     """
 
-    def register(load: SourceFunction) -> SourceFunction:
-        if name in _sources:
-            raise ValueError(f"register_source: '{name}' already exists; choose another name")
-        _sources[name] = _Source(load, task, keys, default_path, folder_files)
-        return load
+    def register(entry: Entry) -> Entry:
+        found: Any = entry
+        if not isinstance(entry, type):
+            found = source_of_function(
+                found, task=task, keys=keys, default_path=default_path, folder_files=folder_files
+            )
+        sources(name)(found)
+        return entry
 
     return register
 
@@ -160,7 +252,7 @@ def register_source(
 def list_sources() -> list[str]:
     """Return the sorted names of all registered sources.
 
-    Sources of plug-ins are included. `data.name` also accepts `python:package.module:function` and
+    Sources of plug-ins are included. `data.name` also accepts `python:package.module:Name` and
     `medmnist:NAME`. The source `hf` is selected by `hf:NAME` or `hf:FOLDER`.
 
     Example:
@@ -168,34 +260,20 @@ def list_sources() -> list[str]:
         >>> "chest_xray" in list_sources()
         True
     """
-    for name, function in PLUGINS.load_all().items():
-        _add_plugin(name, function)
-    return sorted(_sources)
+    return sorted(sources)
 
 
-def _load_plugin(name: str, where: str) -> None:
-    """Register the source of a plug-in if a plug-in provides the name.
-
-    Raises:
-        UserError: If the plug-in cannot be loaded.
-    """
-    if name not in PLUGINS:
-        return
-    try:
-        _add_plugin(name, PLUGINS.load(name))
-    except PluginError as error:
-        raise UserError(f"{where}.name: {error}") from error
-
-
-def _add_plugin(name: str, function: SourceFunction) -> None:
-    """Register the function of a plug-in, unless `register_source` has registered it."""
-    _sources.setdefault(name, _Source(function, None, (), None))
+def _known(name: object) -> type[Source] | None:
+    """Return the registered source that reads a data set, without importing plug-ins."""
+    if str(name).startswith((CODE_PREFIX, OBJECT_PREFIX)):
+        return None
+    return sources.get_loaded(_registered_name(str(name)))
 
 
 def reads_key(name: object, key: Key) -> bool:
     """Return whether a registered source has this name and reads a configuration key."""
-    registered = _registered_name(str(name))
-    return registered in _sources and key in _sources[registered].keys
+    found = _known(name)
+    return found is not None and key in found.all_keys()
 
 
 def has_documented_classes(name: object, task: Task) -> bool:
@@ -207,8 +285,8 @@ def has_documented_classes(name: object, task: Task) -> bool:
         name: Name of the source of the data.
         task: Task of the data.
     """
-    registered = _registered_name(str(name))
-    known = _sources[registered].task if registered in _sources else None
+    found = _known(name)
+    known = None if found is None else found.documented_task
     return known is not None and (known.kind, known.names or task.names, known.outputs) == (
         task.kind,
         task.names,
@@ -237,7 +315,7 @@ def value_for_file(config: SourceConfig, key: str, value: Any) -> Any:
 
 def file_suffix(config: SourceConfig) -> str:
     """Return the suffix, in lower case, of the file that a source reads, or an empty string."""
-    entry = _sources.get(_registered_name(config.name))
+    entry = _known(config.name)
     path = config.path or (entry and entry.default_path) or ""
     return Path(path).suffix.lower()
 
@@ -248,23 +326,20 @@ def is_shipped(config: SourceConfig) -> bool:
     return config.name in SHIPPED and config.path is None and not reads_text
 
 
-def reads_folder(name: str) -> bool:
-    """Return whether a registered source has this name and reads folders of its own layout."""
-    return name in _sources and bool(_sources[name].folder_files)
-
-
 def needs_path(name: str) -> bool:
     """Return whether a registered source has this name and requires a local file or folder."""
-    _load_plugin(name, "data")
-    return reads_key(name, "path") and _sources[_registered_name(name)].default_path is None
+    if name not in sources and _known(name) is None:
+        return False
+    found = _known(name) or sources[name]
+    return "path" in found.all_keys() and found.default_path is None
 
 
 def reads_own_npz(name: str) -> bool:
     """Return whether a registered source has this name and its own layout of `.npz` files."""
-    entry = _sources.get(_registered_name(name))
+    entry = _known(name)
     return (
         entry is not None
-        and "path" in entry.keys
+        and "path" in entry.all_keys()
         and (entry.default_path is not None or bool(entry.folder_files))
     )
 
@@ -278,7 +353,7 @@ def _registered_name(name: str) -> str:
         from hetero_fl.data.sources.images import OUTPUTS
 
         data_set = name.removeprefix(MEDMNIST_PREFIX)
-        return name if data_set in _sources and data_set not in OUTPUTS else data_set
+        return name if data_set in sources and data_set not in OUTPUTS else data_set
     return name
 
 
@@ -316,7 +391,11 @@ def check_source(config: SourceConfig, where: str = "data") -> None:
 
 @own_generators()
 def load_source(
-    config: SourceConfig, root: Path, where: str = "data", missing: bool = False
+    config: SourceConfig,
+    root: Path,
+    where: str = "data",
+    missing: bool = False,
+    labeled: bool = True,
 ) -> Dataset:
     """Load a data set and check every row.
 
@@ -330,6 +409,8 @@ def load_source(
         root: Folder for downloads.
         where: Configuration section, for error messages.
         missing: Whether values may be missing (NaN).
+        labeled: Whether labels are needed. If False, sources with a parameter `labeled` read files
+            without labels, as examples without targets. The files may contain labels.
 
     Raises:
         UserError: If the name is unknown, a key is missing or does not apply to the source, the
@@ -348,16 +429,10 @@ def load_source(
         registered: Dataset = find_object(config.name, f"{where}.name")
         return registered
     if config.name.startswith(CODE_PREFIX):
-        found = call_reference(
-            config.name, f"{where}.name", "config, root", (config, root), Dataset
-        )
-        place = f"{where}.name: {config.name}"
-        dataset = _require_dataset(found, place)
-        _check(dataset, place, missing)
-        return dataset
+        return _load_own(config, root, where, missing, labeled)
     name, entry = _find_source(config, where)
     npz = file_suffix(config) == ".npz" and not reads_own_npz(name)
-    local = config.path is not None and (npz or "path" not in entry.keys)
+    local = config.path is not None and (npz or "path" not in entry.all_keys())
     _check_keys(config, name, entry, local, where)
     file = Path(config.path or "").expanduser()
     if (local or name == "npz") and file.suffix.lower() in TABLE_SUFFIXES and file.is_file():
@@ -368,15 +443,9 @@ def load_source(
     try:
         check_links(config, where)
         if config.path is not None and local:
-            dataset = _read_local_npz(config, name, entry)
-        elif config.path is None and "path" in entry.keys and entry.default_path is None:
-            raise UserError(f"path: missing; {name} reads a local file or folder")
+            dataset = _read_local_npz(config, root, name, entry, labeled)
         else:
-            default = config.model_copy(update={"path": str(entry.default_path)})
-            is_simulated = config.path is None and entry.default_path is not None
-            found = entry.load(default if is_simulated else config, root)
-            dataset = _require_dataset(found, f"name: {config.name}")
-            dataset.simulated |= is_simulated
+            dataset = _load_registered(config, root, name, entry, labeled)
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
     except ModuleNotFoundError as error:
@@ -389,7 +458,43 @@ def load_source(
             f"{where}.{dataset.first_missing}; fill or remove missing values, or set "
             "clients.defaults.preprocess.missing=indicate"
         )
-    _check(dataset, f"{where}.name: {name}", missing)
+    _check(dataset, f"{where}.name: {name}", missing, labeled)
+    return dataset
+
+
+def _load_registered(
+    config: SourceConfig, root: Path, name: str, entry: type[Source], labeled: bool
+) -> Dataset:
+    """Read a registered source, or the simulated data that it has."""
+    is_simulated = config.path is None and entry.default_path is not None
+    if is_simulated:
+        config = config.model_copy(update={"path": str(entry.default_path)})
+    elif config.path is None and "path" in entry.all_keys():
+        raise UserError(f"path: missing; {name} reads a local file or folder")
+    found = entry.from_config(config).read(root, labeled)
+    dataset = _require_dataset(found, f"name: {config.name}")
+    dataset.simulated |= is_simulated
+    return dataset
+
+
+def _load_own(
+    config: SourceConfig, root: Path, where: str, missing: bool, labeled: bool
+) -> Dataset:
+    """Load a data set by a function or class of the user that a reference names."""
+    place = f"{where}.name: {config.name}"
+    try:
+        own = sources[config.name]
+    except UserError as error:
+        raise UserError(f"{where}.name: {str(error).removeprefix('data source: ')}") from error
+    try:
+        found = own.from_config(config).read(root, labeled)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+    # A user's function may raise any exception, or call sys.exit.
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{place} raised {type(error).__name__}: {error}") from error
+    dataset = _require_dataset(found, place)
+    _check(dataset, place, missing, labeled)
     return dataset
 
 
@@ -422,13 +527,23 @@ def check_unread_keys(config: SourceConfig, where: str) -> None:
             )
 
 
-def _read_local_npz(config: SourceConfig, name: str, entry: _Source) -> Dataset:
+def _read_local_npz(
+    config: SourceConfig, root: Path, name: str, entry: type[Source], labeled: bool
+) -> Dataset:
     """Read the file that replaces the data of a source."""
     file = Path(config.path or "").expanduser()
     # A folder of MedMNIST has a file for each size.
-    by_size = "size" in entry.keys
+    by_size = "size" in entry.all_keys()
     file = file / medmnist_file(name, config.size) if by_size and file.is_dir() else file
-    dataset = read_npz(file, name, entry.task, config.task, config.patient, stream=config.stream)
+    dataset = read_npz(
+        file,
+        name,
+        entry.documented_task if labeled else None,
+        config.task,
+        config.patient,
+        root=root if config.stream else None,
+        labeled=labeled,
+    )
     if by_size and config.size is not None:
         check_image_size(dataset.train.x, config.size, file, name)
     return dataset
@@ -444,15 +559,17 @@ def _require_dataset(found: object, where: str) -> Dataset:
     return found
 
 
-def _check_keys(config: SourceConfig, name: str, entry: _Source, local: bool, where: str) -> None:
+def _check_keys(
+    config: SourceConfig, name: str, entry: type[Source], local: bool, where: str
+) -> None:
     """Reject keys that do not apply to the source or, if `local` is set, to a `.npz` file."""
     if config.path is not None and config.name.startswith(HUB_PREFIX):
         raise UserError(f"{where}.path: does not apply to source {name}; remove it")
     accepted = {
-        *entry.keys,
-        *(("follow_links",) if "path" in entry.keys or "columns" in entry.keys else ()),
+        *entry.all_keys(),
+        *(("follow_links",) if {"path", "columns"} & entry.all_keys() else ()),
         *(("patient",) if local else ()),
-        *(("task",) if local and entry.task is None else ()),
+        *(("task",) if local and entry.documented_task is None else ()),
     }
     for key in OPTIONAL_KEYS:
         if getattr(config, key) is not None and key not in accepted:
@@ -498,25 +615,27 @@ def check_roles(source: SourceConfig, main: SourceConfig, where: str) -> None:
             )
 
 
-def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:
+def _find_source(config: SourceConfig, where: str) -> tuple[str, type[Source]]:
     name = _registered_name(config.name)
-    _load_plugin(name, where)
-    if name not in _sources:
-        if removed := describe_removed(name, REMOVED):
-            raise UserError(f"{where}.name: {removed}")
-        if reader := _reader_for_suffix(config.name):
-            kind = "folder" if Path(name).is_dir() else "file"
-            raise UserError(
-                f"{where}.name: expected a source, got the {kind} '{config.name}'; set "
-                f"{where}.name={reader} and {where}.path={config.name}"
-            )
-        suffix = f".{name.lower().removeprefix('.')}"
-        hint = (
-            f"; did you mean 'table'? It reads {suffix} files" if suffix in TABLE_SUFFIXES else ""
+    if name in sources:
+        return name, sources[name]
+    if sources.plugins is not None and name in sources.plugins:
+        try:
+            sources.plugins.load(name)
+        except PluginError as error:
+            raise UserError(f"{where}.name: {error}") from error
+    if removed := describe_removed(name, REMOVED):
+        raise UserError(f"{where}.name: {removed}")
+    if reader := _reader_for_suffix(config.name):
+        kind = "folder" if Path(name).is_dir() else "file"
+        raise UserError(
+            f"{where}.name: expected a source, got the {kind} '{config.name}'; set "
+            f"{where}.name={reader} and {where}.path={config.name}"
         )
-        hint = hint or suggest_or_list(name, list_sources(), "hetero_fl.data.list_sources()")
-        raise UserError(f"{where}.name: unknown source '{config.name}'{hint}")
-    return name, _sources[name]
+    suffix = f".{name.lower().removeprefix('.')}"
+    hint = f"; did you mean 'table'? It reads {suffix} files" if suffix in TABLE_SUFFIXES else ""
+    hint = hint or suggest_or_list(name, list_sources(), "hetero_fl.data.list_sources()")
+    raise UserError(f"{where}.name: unknown source '{config.name}'{hint}")
 
 
 def _reader_for_suffix(name: str) -> str:
@@ -525,24 +644,23 @@ def _reader_for_suffix(name: str) -> str:
     if (path / "train_images.npy").is_file():
         return "npz"
     if path.is_dir():
-        for source, entry in _sources.items():
-            if any(any(path.glob(pattern)) for pattern in entry.folder_files):
+        for source in sources:
+            if any(any(path.glob(pattern)) for pattern in sources[source].folder_files):
                 return source
         return "image_folder"
     suffix = path.suffix.lower()
     return "table" if suffix in TABLE_SUFFIXES else {".npz": "npz", ".txt": "text"}.get(suffix, "")
 
 
-def _check(dataset: Dataset, where: str, missing: bool) -> None:
+def _check(dataset: Dataset, where: str, missing: bool, labeled: bool = True) -> None:
     local = {f"local {name}": examples for name, examples in dataset.local_sets.items()}
     for split, examples in (dataset.splits() | local).items():
-        check_examples(
-            examples,
-            dataset.task,
-            f"{where}: {split}",
-            missing=missing,
-            vocabulary=dataset.vocabulary,
-        )
+        place = f"{where}: {split}"
+        options: dict[str, Any] = {"missing": missing, "vocabulary": dataset.vocabulary}
+        if labeled or examples.y is not None:
+            check_examples(examples, dataset.task, place, **options)
+        else:
+            check_inputs(examples.x, place, **options)
         if examples.x.shape[1:] != dataset.train.x.shape[1:]:
             found = tuple(examples.x.shape[1:])
             expected = tuple(dataset.train.x.shape[1:])

@@ -6,7 +6,7 @@ Rows are held out at random, by patient, or by date.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,6 +74,7 @@ def hold_out(
     time: Tensor | None = None,
     span: int = 0,
     leave: int = 1,
+    where: str = "data",
     term: PatientTerm = PATIENTS,
 ) -> tuple[Tensor, Tensor]:
     """Cut rows in two: by date if there are times, by patient if there are patients, or at random.
@@ -95,6 +96,7 @@ def hold_out(
         time: Time of the last target of each row of the whole data set, int64 `[N]`.
         span: Maximum time between the first and the last target of a row.
         leave: Minimum number of patients that are not held out.
+        where: What the rows are, for error messages.
         term: What a patient is, for error messages.
 
     Returns:
@@ -102,13 +104,21 @@ def hold_out(
         `rows` with times.
 
     Raises:
-        UserError: If there are at most `leave` patients and rows are to be held out.
+        UserError: If there are at most `leave` patients and rows are to be held out, or a cut by
+            date leaves a part without rows.
     """
     if time is not None:
         times = time[rows]
         last = int(times.max())
         cut = last - round(amount * (last - int(times.min())))
-        return rows[times > cut + span], rows[times <= cut]
+        later = rows[times > cut + span]
+        earlier = rows[times <= cut]
+        if amount and not (len(later) and len(earlier)):
+            raise UserError(
+                f"{where} has {pluralize(len(rows), 'row')}, too few to split off {amount:.0%} by "
+                "date"
+            )
+        return later, earlier
     count = amount if isinstance(amount, int) else max(1, round(amount * len(rows)))
     if patient is not None:
         sampled = _sample_patients(patient[rows], count, generator, leave, term)
@@ -194,12 +204,12 @@ def with_test(dataset: Dataset) -> Dataset:
         patient=train.patient,
         time=train.time,
         span=dataset.span,
+        where=f"data.name: {dataset.name}",
         term=train.patient_term,
     )
     if not (len(held_out) and len(rest)):
-        how = "" if train.time is None else " by date"
         raise UserError(
-            f"data.name: {dataset.name}: has {len(rows)} rows, too few to split off a test set{how}"
+            f"data.name: {dataset.name}: has {len(rows)} rows, too few to split off a test set"
         )
     return replace(dataset, train=train.select_rows(rest), test=train.select_rows(held_out))
 
@@ -249,13 +259,9 @@ def common_sets(
             patient=train.patient,
             time=train.time,
             span=dataset.span,
+            where=f"data.validation: {dataset.name}",
             term=train.patient_term,
         )
-        if train.time is not None and not (len(held_out) and len(rows)):
-            raise UserError(
-                f"data.validation: {dataset.name} has too few rows to split off validation rows by "
-                f"date, got {config.validation:g}"
-            )
         validation = RowSelection(train, held_out)
     else:
         validation = RowSelection(dataset.train, rows[:0])
@@ -332,15 +338,36 @@ def split_clients(
         return splits
     removed = 0
     for own in splits.values():
-        validation = _without_patients(own["validation"], own["test"])
-        removed += len(own["validation"].rows) - len(validation.rows)
-        own["validation"] = validation
+        validation = own["validation"]
+        examples = validation.examples
+        if examples.patient is None or own["test"].examples.patient is None:
+            continue
+        tested = own["test"].examples.names_of("patient", own["test"].rows)
+        rows = validation.rows[~examples.rows_of("patient", tested, validation.rows)]
+        removed += len(validation.rows) - len(rows)
+        own["validation"] = RowSelection(examples, rows)
     if removed:
         notes.append(
             f"{pluralize(removed, 'row')} of patients in the test sets of the clients removed from "
             "their given validation sets"
         )
     return splits
+
+
+def _rows_of_same_groups(given: RowSelection, share: RowSelection) -> RowSelection:
+    """Return the rows of a given set that belong to the groups of a client's rows.
+
+    Raises:
+        UserError: If the given set has no groups.
+    """
+    if given.examples.group is None:
+        raise UserError(
+            "data.partition.kind=natural needs groups for the validation and test rows of a time "
+            "series; choose another kind"
+        )
+    names = share.examples.names_of("group", share.rows)
+    kept = given.examples.rows_of("group", names, given.rows)
+    return RowSelection(given.examples, given.rows[kept])
 
 
 def without_given(config: SplitConfig, given: Collection[str]) -> SplitConfig:
@@ -400,14 +427,10 @@ def split_client(
             time=examples.time,
             span=span,
             leave=1 + (name == "test" and config.validation > 0),
+            where=f"data.split: client '{client}'",
             term=examples.patient_term,
         )
         left -= part
-        if is_dated and part and not (len(parts[name]) and len(rest)):
-            raise UserError(
-                f"data.split: client '{client}' has {len(share.rows)} rows, too few to split off "
-                f"{name} rows by date"
-            )
     found = {"train": rest, "validation": parts["validation"], "test": parts["test"]}
     return {name: RowSelection(examples, rows) for name, rows in found.items()}
 
@@ -437,45 +460,3 @@ def _check_counts(
             "split into train, validation and test; give it more, or set data.split.validation or "
             "data.split.test to 0"
         )
-
-
-def _without_patients(selection: RowSelection, excluded: RowSelection) -> RowSelection:
-    """Return the rows of a selection whose patients do not occur among other rows."""
-    examples = selection.examples
-    other = excluded.examples
-    if examples.patient is None or other.patient is None:
-        return selection
-    names = _names(other.patient[excluded.rows], other.patient_names)
-    patient = examples.patient[selection.rows]
-    kept = ~_has_name(patient, examples.patient_names, names)
-    return RowSelection(examples, selection.rows[kept])
-
-
-def _rows_of_same_groups(given: RowSelection, share: RowSelection) -> RowSelection:
-    """Return the rows of a given set that belong to the groups of a client's rows.
-
-    Raises:
-        UserError: If the given set has no groups.
-    """
-    group = given.examples.group
-    if group is None:
-        raise UserError(
-            "data.partition.kind=natural needs groups for the validation and test rows of a time "
-            "series; choose another kind"
-        )
-    own = share.examples
-    assert own.group is not None
-    names = _names(own.group[share.rows], own.group_names)
-    kept = _has_name(group[given.rows], given.examples.group_names, names)
-    return RowSelection(given.examples, given.rows[kept])
-
-
-def _names(owner: Tensor, names: Sequence[str]) -> set[str]:
-    """Return the names of groups or patients, which are their numbers if they have no names."""
-    return {names[index] if names else str(index) for index in owner.unique().tolist()}
-
-
-def _has_name(owner: Tensor, names: Sequence[str], chosen: Collection[str]) -> Tensor:
-    """Return whether the group or patient of each row is one of the given names, bool `[N]`."""
-    matching = [i for i in owner.unique().tolist() if (names[i] if names else str(i)) in chosen]
-    return torch.isin(owner, torch.tensor(matching, dtype=torch.int64))

@@ -152,7 +152,7 @@ def read_settings(tree: Any, names: Collection[str], largest: int = MAX_PIXELS) 
 def data_info_tree(info: RemoteDataInfo) -> dict[str, Any]:
     """Return a client's data report as plain values."""
     return {
-        "rows": dict(info.rows),
+        "rows": dict(info.counts),
         "hash": info.content_hash,
         "labels": info.labels,
         "mean": None if info.view is None else info.view.mean,

@@ -17,7 +17,6 @@ from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import Batch
 from hetero_fl.core.participant import Columns, Participant
 from hetero_fl.core.plan import Fit, SampledBatches
-from hetero_fl.core.stored_rows import read_batches
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.utils.seeding import Key, keyed_generator, stream_key
 
@@ -112,7 +111,7 @@ class Batches:
 
     @cached_property
     def columns(self) -> Columns:
-        """The columns of all rows, keyed by name. Columns in memory are on the device."""
+        """The columns of all rows, keyed by name. Large mapped ones are not on the device."""
         return {n: self.memory.keep_column(column) for n, column in self.source.items()}
 
     @cached_property
@@ -141,9 +140,11 @@ class Batches:
                 drawn = self.fit.data.draw(keyed_generator(*self.stream, step), self.fit.data.size)
                 yield {n: t.to(self.device) for n, t in drawn.items()}
             return
-        readers = [read_batches(column, self.device_indices) for column in self.columns.values()]
-        for tensors in zip(*readers, strict=True):
-            yield {n: t.to(self.device) for n, t in zip(self.columns, tensors, strict=True)}
+        for rows in self.device_indices:
+            yield {
+                n: t.index_select(0, rows.to(t.device)).to(self.device)
+                for n, t in self.columns.items()
+            }
 
     def augment_batch(self, x: Tensor, step: int) -> Tensor:
         """Augment the images of a step at random.

@@ -6,16 +6,14 @@ Private states are the values that participants keep between rounds (`Participan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hetero_fl.core.mapped_tensors import mapped_file
 from hetero_fl.core.participant import Columns, move_tree
-from hetero_fl.core.stored_rows import Column
-
-ColumnT = TypeVar("ColumnT", bound=Column)
 
 CPU = torch.device("cpu")
 # Maximum size of the cache, as a fraction of the memory that is free when the first tensor is
@@ -67,7 +65,7 @@ class DeviceMemory:
         # Another process caches its own copies.
         return type(self), (self.device, self._keeps_copies, self.storage_device != CPU)
 
-    def keep(self, tensor: ColumnT) -> ColumnT:
+    def keep(self, tensor: Tensor) -> Tensor:
         """Return a cached, detached copy of a tensor on the device.
 
         The tensor itself is returned if it is already on the device, does not fit into the cache or
@@ -75,13 +73,11 @@ class DeviceMemory:
         the result in place.
 
         Args:
-            tensor: A tensor, or rows in files, which are returned unchanged. A tensor that was
-                modified in place is copied again. Modifications that do not increment the version
+            tensor: A tensor. If it was modified in place, it is copied again. Modifications that do
+                not increment the version
                 of the tensor (by `.data`, `.numpy()` or fused optimizers) are not detected.
         """
-        if not isinstance(tensor, Tensor) or not self._keeps_copies:
-            return tensor
-        if tensor.device.type == self.device.type:
+        if not self._keeps_copies or tensor.device.type == self.device.type:
             return tensor
         if self._max_copied_bytes is None:
             self._max_copied_bytes = int(CACHE_SHARE * free_bytes(self.device))
@@ -102,14 +98,18 @@ class DeviceMemory:
         """Move all tensors of a tree of dictionaries and lists to the storage device."""
         return move_tree(tree, self.storage_device)
 
-    def keep_column(self, column: Column) -> Column:
-        """Return a column on the device, cached as by `keep`, or unchanged if it is in files."""
-        return self.keep(column).to(self.device) if isinstance(column, Tensor) else column
+    def keep_column(self, column: Tensor) -> Tensor:
+        """Return a column on the device, cached as by `keep`.
+
+        A mapped column that does not fit into the cache is returned unchanged.
+        """
+        kept = self.keep(column)
+        return kept.to(self.device) if mapped_file(kept) is None else kept
 
     def columns_to_storage(self, columns: Columns) -> Columns:
         """Return the columns of a data set on the storage device.
 
-        Columns that do not fit into the cache and rows in files are returned unchanged.
+        Columns that do not fit into the cache are returned unchanged.
 
         Args:
             columns: Columns, keyed by name.

@@ -29,7 +29,6 @@ from hetero_fl.core.plan import (
     Step,
     forward_batch_size,
 )
-from hetero_fl.core.stored_rows import Column, split_rows, targets
 from hetero_fl.data.federated_data import PUBLIC
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import DivergedError, Work
@@ -91,7 +90,7 @@ def step_result(participant: Participant, step: OutputStep, outputs: Tensor) -> 
     """
     if isinstance(step, Predict):
         return outputs
-    return class_sums(outputs, targets(step.data.columns(participant)), participant.task.outputs)
+    return class_sums(outputs, step.data.columns(participant)["y"], participant.task.outputs)
 
 
 def prediction_generators(
@@ -122,7 +121,7 @@ class CachedOutputs:
         outputs: The outputs, shape `[N, ...]`.
     """
 
-    def __init__(self, x: Column, tensors: Mapping[str, Tensor], outputs: Tensor) -> None:
+    def __init__(self, x: Tensor, tensors: Mapping[str, Tensor], outputs: Tensor) -> None:
         self.outputs = outputs
         self._x = weakref.ref(x)
         self._tensors = dict(tensors)
@@ -131,7 +130,7 @@ class CachedOutputs:
     def _read_versions(self) -> list[int]:
         return [t._version for t in (self.outputs, *self._tensors.values())]
 
-    def matches(self, x: Column, tensors: Mapping[str, Tensor]) -> bool:
+    def matches(self, x: Tensor, tensors: Mapping[str, Tensor]) -> bool:
         """Return whether the outputs were computed from these rows and an equal model.
 
         Args:
@@ -243,7 +242,7 @@ class SerialBackend:
             layer.momentum = None
             layer.train()
         with prediction_generators(participant, step, self.templates):
-            for batch in split_rows(rows, step.batch_size):
+            for batch in rows.split(step.batch_size):
                 if len(batch) > 1:
                     module(self.templates.memory.keep(batch).to(self.templates.device))
         for name, layer in layers.items():
@@ -266,7 +265,7 @@ class SerialBackend:
         rows = self.templates.memory.keep(first.data.columns(participant)["x"])
         size = forward_batch_size(first.batch_size, rows, self.templates.device)
         with prediction_generators(participant, first, self.templates):
-            for batch in split_rows(rows, size):
+            for batch in rows.split(size):
                 features = module.forward_features(batch.to(self.templates.device))
                 logits = module.forward_head(features)
                 for parts, step in zip(batches, steps, strict=True):

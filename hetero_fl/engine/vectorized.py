@@ -32,7 +32,6 @@ from hetero_fl.core.plan import (
     Step,
     forward_batch_size,
 )
-from hetero_fl.core.stored_rows import StoredRows, require_tensor
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import Backend, Work, model_slots
 from hetero_fl.engine.serial import (
@@ -86,7 +85,7 @@ def run_stacked_outputs(work: OutputWork, templates: Templates) -> list[Any]:
         output = model.forward_features(x) if step.readout == "features" else model(x)
         return convert_output(step, output)
 
-    x = [templates.memory.keep(require_tensor(inputs[i], "runtime.chunk > 1")) for i in order]
+    x = [templates.memory.keep(inputs[i]) for i in order]
     batches: list[list[Tensor]] = [[] for _ in order]
     size = forward_batch_size(step.batch_size, x[0], device)
     with strict_vmap():
@@ -302,9 +301,6 @@ def vectorization_key(participant: Participant, step: Step) -> Any:
 
 def _runs_alone(participant: Participant, step: Fit | OutputStep, columns: Columns) -> bool:
     """Return whether a step is computed for one participant at a time."""
-    # Rows in files are read for one participant at a time.
-    if any(isinstance(column, StoredRows) for column in columns.values()):
-        return True
     if isinstance(step, Fit):
         # A user's optimizer may combine the elements of a tensor, for example in a norm.
         return step.optimizer.is_custom or step.anneal or step.keep is not None

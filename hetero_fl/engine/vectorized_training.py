@@ -20,11 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from hetero_fl.core.mapped_tensors import mapped_file
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import Batch, ModelViews
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit, FitReport
-from hetero_fl.core.stored_rows import require_tensor
 from hetero_fl.engine.batches import Batches
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.engine.templates import Templates, mixes_rows
@@ -123,6 +123,11 @@ class _Linear(torch.autograd.Function):
         return grad @ weight if needs_x else None, grad.t() @ x if needs_weight else None
 
 
+def _rows_on(column: Tensor, rows: Tensor) -> Tensor:
+    """Return rows of a column, which may be on the CPU, on the device of the indices."""
+    return column[rows.to(column.device)].to(rows.device)
+
+
 class StackedBatches:
     """Batches of equal fits of several participants, stacked to one batch per step.
 
@@ -147,16 +152,13 @@ class StackedBatches:
         self._table = torch.where(is_real, table, table[:, :1]).to(device)
         self._weights = is_real.to(torch.get_default_dtype()).to(device)
         # Rows of all participants, keyed by column, and whether all participants have the same
-        # rows.
-        self._columns: dict[str, tuple[Tensor, bool]] = {}
+        # rows. Mapped rows of several participants are not copied to one tensor.
+        self._columns: dict[str, tuple[list[Tensor], bool]] = {}
         for name, first in runs[0].source.items():
             shared = all(run.source[name] is first for run in runs)
-            # Fits on rows in files are not grouped (see `vectorization_key`).
-            parts = [
-                require_tensor(run.columns[name], "vectorization")
-                for run in (runs[:1] if shared else runs)
-            ]
-            self._columns[name] = (parts[0] if shared else torch.cat(parts), shared)
+            parts = [run.columns[name] for run in (runs[:1] if shared else runs)]
+            is_mapped = any(mapped_file(part) is not None for part in parts)
+            self._columns[name] = (parts if shared or is_mapped else [torch.cat(parts)], shared)
         n = torch.tensor([len(next(iter(run.source.values()))) for run in runs])
         self._offsets = (n.cumsum(0) - n).to(device)
 
@@ -192,10 +194,13 @@ class StackedBatches:
         longest = max(sizes)
         rows = self._table[table_rows, :longest]
         offset_rows = rows + self._offsets[who, None]
-        columns = {
-            name: all_rows[rows if shared else offset_rows]
-            for name, (all_rows, shared) in self._columns.items()
-        }
+        columns = {}
+        for name, (parts, shared) in self._columns.items():
+            if len(parts) == 1:
+                columns[name] = _rows_on(parts[0], rows if shared else offset_rows)
+            else:
+                own = [_rows_on(parts[i], row) for i, row in zip(members, rows, strict=True)]
+                columns[name] = torch.stack(own)
         if min(sizes) < longest:
             weight = self._weights[table_rows, :longest]
         if self.fit.augment is not None:

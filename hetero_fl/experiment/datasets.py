@@ -25,7 +25,7 @@ from hetero_fl.data.labels import (
     with_task,
 )
 from hetero_fl.data.registry import load_source
-from hetero_fl.data.sources.objects import is_frame, is_source, to_dataset, to_examples, to_pair
+from hetero_fl.data.sources.objects import is_frame, is_source, to_dataset, to_pair
 from hetero_fl.experiment.client import Client
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX, name_object
@@ -131,12 +131,13 @@ class FederationDatasets:
         if proxy is None:
             return None
         if not isinstance(proxy, numbers.Integral):
-            self.datasets["proxy"] = to_examples(
+            self.datasets["proxy"] = to_dataset(
                 proxy,
                 "proxy",
                 _column(proxy, label),
                 self._categories,
                 self._patients.get("proxy"),
+                labeled=False,
             )
             return None
         if isinstance(proxy, bool) or proxy < 1:
@@ -294,7 +295,7 @@ def _shared_categories(
     if not frames:
         return None
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.table_files import categories_of_frames
+    from hetero_fl.data.sources.tables.frames import categories_of_frames
 
     return categories_of_frames(frames)
 
@@ -340,11 +341,11 @@ def _read_common_labels(
 def _frame_labels(frame: Any, column: str | None, place: str, kind: str | None) -> dict[str, Any]:
     """Return the labels of a data frame, or nothing if `to_dataset` reports a missing column."""
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.table_columns import normalize_frame
-    from hetero_fl.data.sources.table_files import label_columns, label_values
+    from hetero_fl.data.sources.tables.columns import normalize_frame
+    from hetero_fl.data.sources.tables.frames import label_columns, label_values
 
     table = normalize_frame(frame, place)
-    columns = [] if column is None else label_columns(table, column)
+    columns = [] if column is None else label_columns(table.columns, column)
     if not columns or not set(columns) <= set(table.columns) or not len(table):
         return {}
     return {f"{place}: column '{column}'": label_values(table[columns], place, kind)}

@@ -15,16 +15,15 @@ from torch import Tensor
 
 from hetero_fl.config.data import SHARED_KEYS, ReadConfig, SourceConfig
 from hetero_fl.core.images import check_pixels
+from hetero_fl.core.mapped_tensors import map_rows
 from hetero_fl.core.metrics import score
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.core.stored_rows import map_rows
 from hetero_fl.core.task import Task
-from hetero_fl.data import Dataset, Examples, Preprocess, load_source, with_test
+from hetero_fl.data import ColumnLayout, Dataset, Examples, Preprocess, load_source, with_test
 from hetero_fl.data.external import (
     ROLE_KEYS,
     VALUE_KEYS,
     inherit_keys,
-    match_columns,
     source_with_task,
 )
 from hetero_fl.data.labels import renumber_targets
@@ -219,7 +218,7 @@ def load_as(run: Run, data: str, label: str | None, models: Mapping[str, SavedMo
     preprocesses = [model.preprocess for model in models.values()]
     missing = any(p.get("missing") or p.get("spans") for p in preprocesses)
     with data_argument():
-        return order_columns(load_source(source, CACHE.expanduser(), "data", missing), run, models)
+        return order_columns(load_source(source, CACHE.expanduser(), "data", missing), models)
 
 
 def from_objects(
@@ -240,7 +239,7 @@ def from_objects(
         label = (run.directory.config().get("data") or {}).get("label")
     kind = next(iter(models.values())).task.kind
     dataset = to_dataset(data, "data", label, task=kind)
-    return order_columns(dataset, run, models)
+    return order_columns(dataset, models)
 
 
 @contextmanager
@@ -323,7 +322,7 @@ def _file_source(source: SourceConfig, main: SourceConfig, model: SavedModel) ->
     return table.model_copy(update={k: name for k, name in copied.items() if name in columns})
 
 
-def order_columns(dataset: Dataset, run: Run, models: Mapping[str, SavedModel]) -> Dataset:
+def order_columns(dataset: Dataset, models: Mapping[str, SavedModel]) -> Dataset:
     """Reorder the columns of a data set to match the models of a run.
 
     Columns are matched by name. Columns that no model needs may be missing. If the data set or the
@@ -331,7 +330,6 @@ def order_columns(dataset: Dataset, run: Run, models: Mapping[str, SavedModel]) 
 
     Args:
         dataset: The data set.
-        run: The finished run.
         models: The models that are applied to the data set, keyed by client id or "server".
 
     Raises:
@@ -346,12 +344,16 @@ def order_columns(dataset: Dataset, run: Run, models: Mapping[str, SavedModel]) 
         preprocess = Preprocess.of_model(model)
         if preprocess.missing is None:
             needed.update(preprocess.names(known))
-    like = replace(dataset, name=f"of {run.path}", columns=known, categories=categories)
-    found = dataset.columns
+    layout = ColumnLayout(known, categories=categories)
     parts: dict[str, Any] = {}
     for split, examples in dataset.splits().items():
-        x, _ = match_columns(
-            examples.x, found, like, f"data: {dataset.name}", needed=needed, owner="the run's data"
+        x = layout.match(
+            examples.x,
+            dataset.layout,
+            f"data: {dataset.name}",
+            needed=needed,
+            owner="the run's data",
+            may_have_more=True,
         )
         parts[split] = replace(examples, x=x)
     return replace(dataset, columns=known, categories=categories, **parts)
@@ -359,7 +361,7 @@ def order_columns(dataset: Dataset, run: Run, models: Mapping[str, SavedModel]) 
 
 def _columns(path: Path, read: ReadConfig | None) -> list[str]:
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.table_files import read_frame
+    from hetero_fl.data.sources.tables.files import read_frame
 
     try:
         return list(map(str, read_frame(path, read=read).columns))

@@ -216,9 +216,6 @@ def open_session(
         prepared.notes.insert(0, f"{path}: no run to resume; starting a new one")
     # Identical results require the same executor, threads and device as before the interruption.
     started_with = check_resumed_choice(path, on_nodes) if is_resumed else None
-    if prepared.data.is_streamed:
-        # Damaged images are reported before the run directory is created.
-        prepared.data.content_hash()
     try:
         executor = NODES if on_nodes else config.runtime.executor
         if started_with is not None:

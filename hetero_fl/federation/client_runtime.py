@@ -35,7 +35,6 @@ from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Payload, report_with_loss
 from hetero_fl.core.plan import Plan, Rows
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.core.stored_rows import targets
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Examples
 from hetero_fl.engine.driver import (
@@ -437,7 +436,7 @@ class ClientRuntime:
             for c in clients:
                 evaluations[c].model = self._save_model(views[False][c], views[True][c]).encode()
         for name, (rows, is_personal) in EVALUATION_SETS.items():
-            labels = {c: targets(p.data(rows, None)) for c, p in clients.items()}
+            labels = {c: p.data(rows, None)["y"] for c, p in clients.items()}
             with_rows = {c: p for c, p in views[is_personal].items() if len(labels[c])}
             plans = {
                 c: self.algorithm.predict(p, Rows(rows), is_personal) for c, p in with_rows.items()
@@ -529,7 +528,7 @@ class ClientRuntime:
         if malicious is None or not malicious.has_trigger:
             return
         target = malicious.config.target
-        with_rows = {c: p for c, p in clients.items() if len(targets(p.data(TRIGGERED, None)))}
+        with_rows = {c: p for c, p in clients.items() if len(p.data(TRIGGERED, None)["y"])}
         plans = {c: self.algorithm.predict(p, Rows(TRIGGERED), False) for c, p in with_rows.items()}
         for c, logits in self._run(plans, with_rows).items():
             evaluations[c].triggered = float((logits.argmax(-1) == target).double().mean())

@@ -12,7 +12,6 @@ from hetero_fl.core.metrics import Scores, summarize_clients
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Predict, Recalibrate, Rows
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.core.stored_rows import targets
 from hetero_fl.engine.driver import Backend
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.executors.base import ClientAbsentError, Executor
@@ -150,7 +149,7 @@ def evaluate_server(
     server = replace(server, models={slot: tensors})
     scores = {}
     for name, rows in (("global", "common_test"), ("validation_global", "common_validation")):
-        y = targets(server.data(rows, view)).cpu()
+        y = server.data(rows, view)["y"].cpu()
         if len(y):
             (logits,) = backend.run([(server, Predict(slot, Rows(rows, preprocess=view)))])
             columns = federation.data.extra_columns(server.participant_id, rows)

@@ -23,7 +23,6 @@ from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import Batch, ModelViews
 from hetero_fl.core.participant import Columns, Participant, select_part
 from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows, SampledBatches, Step
-from hetero_fl.core.stored_rows import targets
 from hetero_fl.data.federated_data import PUBLIC
 from hetero_fl.engine.batches import MASK, Batches
 from hetero_fl.engine.device_memory import DeviceMemory
@@ -460,7 +459,7 @@ class PrivacyBackend(PrivacyLedger):
         # A row with infinite outputs would make the sum infinite, which reveals its presence.
         values = values.where(values.norm(dim=-1, keepdim=True).isfinite(), 0)
         values = values * (clip / values.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
-        sums, counts = class_sums(values, targets(step.data.columns(participant)), classes)
+        sums, counts = class_sums(values, step.data.columns(participant)["y"], classes)
         key = (*participant.stream("class sums"), "noise")
         deviation = (
             math.sqrt(2) * self.privacy.statistics_noise * self.privacy.known_noise_multiplier

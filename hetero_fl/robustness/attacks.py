@@ -17,7 +17,6 @@ from hetero_fl.config.population import Population
 from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
 from hetero_fl.core.participant import ClientInfo, Columns
 from hetero_fl.core.payload import Payload
-from hetero_fl.core.stored_rows import require_tensor, targets
 from hetero_fl.core.task import Task
 from hetero_fl.robustness.rules import (
     PredictionRule,
@@ -218,7 +217,7 @@ class LabelFlip(Attack):
 
     @override
     def poison_rows(self, columns: Columns, context: AttackContext) -> Columns:
-        y = targets(columns)
+        y = columns["y"]
         classes = context.task.outputs
         if context.task.kind == "multilabel":
             return {**columns, "y": 1 - y}
@@ -243,8 +242,8 @@ class Backdoor(Attack):
 
     @override
     def poison_rows(self, columns: Columns, context: AttackContext) -> Columns:
-        x = require_tensor(columns["x"], "attacks.name=backdoor")
-        y = targets(columns)
+        x = columns["x"]
+        y = columns["y"]
         generator = keyed_generator(context.seed, "attack", "stamped", context.malicious[0])
         count = max(1, round(self.config.stamped * len(x)))
         indices = torch.randperm(len(x), generator=generator)[:count]
@@ -268,8 +267,8 @@ class Backdoor(Attack):
 
     @override
     def triggered_rows(self, columns: Columns, context: AttackContext) -> Columns | None:
-        x = require_tensor(columns["x"], "attacks.name=backdoor")
-        y = targets(columns)
+        x = columns["x"]
+        y = columns["y"]
         others = y != self.config.target
         return {"x": self.stamp_trigger(x[others], x), "y": y[others]}
 
@@ -471,7 +470,7 @@ class MaliciousClients:
             return self.attack.poison_rows(rows, context) if is_train and is_poisoned else rows
 
         def poisoned_counts() -> Tensor:
-            y = targets(poisoned_data("train", None))
+            y = poisoned_data("train", None)["y"]
             is_multiclass = self.task.kind == "multiclass"
             counts = torch.bincount(y, minlength=self.task.outputs) if is_multiclass else y.sum(0)
             return counts.to(torch.get_default_dtype())

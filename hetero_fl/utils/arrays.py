@@ -1,15 +1,18 @@
-"""Arrays of users as plain NumPy arrays, in which missing entries are NaN or None."""
+"""Arrays of users as plain NumPy arrays, in which missing entries are NaN or None, and names."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.ordering import natural_order
 
 MISSING_TYPES = ("NoneType", "NAType", "NaTType", "MaskedConstant")
 """Names of the types of missing entries. pandas is not imported only to compare with `pd.NA`."""
@@ -92,3 +95,44 @@ def _fill(values: np.ndarray, missing: np.ndarray) -> np.ndarray:
     )
     filled[~missing] = present
     return filled.astype(values.dtype) if values.dtype.kind == "f" else filled
+
+
+def index_names(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
+    """Convert values to indices into their distinct names.
+
+    Args:
+        values: Values of any type. Each value is converted to a string, and surrounding spaces are
+            removed.
+
+    Returns:
+        Indices, int64 `[N]`, and the distinct names in natural order.
+    """
+    texts = [str(value).strip() for value in values]
+    names = tuple(natural_order(set(texts)))
+    indices = {name: i for i, name in enumerate(names)}
+    return torch.tensor([indices[name] for name in texts], dtype=torch.int64), names
+
+
+def owner_list(values: Any, rows: int, where: str) -> list[Any]:
+    """Return the groups or patients of rows as a list.
+
+    Args:
+        values: Group or patient of each row, `[N]` or `[N, 1]` numbers or strings.
+        rows: Number of rows.
+        where: Name of the values, for error messages.
+
+    Raises:
+        UserError: If there is not one value for each row, or a value is missing.
+    """
+    plain = plain_array(values)
+    found = np.asarray(plain.tolist() if hasattr(plain, "tolist") else plain, dtype=object)
+    if found.shape not in ((rows,), (rows, 1)):
+        raise UserError(f"{where}: expected shape ({rows},), one entry per row, got {found.shape}")
+    missing = missing_entries(found.reshape(-1))
+    if missing.any():
+        row = int(missing.argmax())
+        raise UserError(f"{where}: row {row}: missing value; fill or remove missing values")
+    # Names of integers are equal in integer arrays and in float arrays.
+    return [
+        int(value) if isinstance(value, float) and value % 1 == 0 else value for value in found.flat
+    ]

@@ -12,6 +12,7 @@ EXTRAS = {
     "pandas": "tables",
     "scipy": "tables",
     "pyarrow": "tables",
+    "pydicom": "dicom",
     "medmnist": "datasets",
     "datasets": "datasets",
     "transformers": "datasets",

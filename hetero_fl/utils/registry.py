@@ -11,6 +11,7 @@ import os
 import sys
 import types
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Any, TypeVar, cast
 
 import cloudpickle
@@ -30,6 +31,7 @@ from model_zoo import register_model
 from model_zoo.plugins import PluginError, Registry as BaseRegistry
 
 T = TypeVar("T")
+Entry = TypeVar("Entry")
 
 # Objects received from another process, kept alive until this process ends.
 _kept: list[Any] = []
@@ -46,14 +48,57 @@ class Registry(BaseRegistry[T]):
         all_of: Command that lists all names. If empty, error messages mention no command.
         plugins: Group of entry points with which packages provide further classes. If empty, there
             are no plug-ins.
+        adapter: Function that makes a class of a function. If None, functions are not accepted.
+        takes: Arguments of these functions, for error messages.
+        names: Set to which names are added that are not built in, for a configuration to accept.
     """
 
     def __init__(
-        self, kind: str, base: Callable[[], type], all_of: str = "", plugins: str = ""
+        self,
+        kind: str,
+        base: Callable[[], type],
+        all_of: str = "",
+        plugins: str = "",
+        *,
+        adapter: Callable[[Any], T] | None = None,
+        takes: str | None = None,
+        names: set[str] | None = None,
     ) -> None:
         super().__init__(kind, "hetero_fl", self._check_plugin, plugins)
         self._base = base
         self._all_of = all_of
+        self._adapter = adapter
+        self._takes = takes
+        self._names = names if names is not None else set()
+        self._names.update(entry_points(group=plugins).names if names is not None else ())
+
+    def __call__(self, name: str) -> Callable[[Entry], Entry]:
+        """Return a decorator that registers a class, or a function, under a name.
+
+        Raises:
+            ValueError: If the class is not built in, but the name is.
+            TypeError: If functions are accepted, and it is neither a function nor a subclass of the
+                base class.
+        """
+        decorate = super().__call__(name)
+
+        def register(entry: Entry) -> Entry:
+            decorate(entry)
+            if not self._is_built_in(entry):
+                self._names.add(name)
+            return entry
+
+        return register
+
+    def find(self, name: str) -> T | None:
+        """Return the class with a name, or None if there is no such class.
+
+        Raises:
+            PluginError: If the plug-in that provides the name cannot be loaded.
+        """
+        found = super().find(name)
+        # The module of a plug-in may register the name with options.
+        return self._known.get(name, found)
 
     def __contains__(self, name: object) -> bool:
         try:
@@ -71,8 +116,7 @@ class Registry(BaseRegistry[T]):
                 name cannot be imported.
         """
         if name.startswith((CODE_PREFIX, OBJECT_PREFIX)):
-            imported: T = import_reference(name, self.kind, self._base())
-            return imported
+            return self._convert(import_reference(name, self.kind, self._base(), self._takes))
         try:
             found = self.find(name)
         except PluginError as error:
@@ -100,16 +144,27 @@ class Registry(BaseRegistry[T]):
             return None
         return cast("T", found)
 
+    def _convert(self, entry: Any) -> T:
+        """Return a class, which the adapter makes of a function.
+
+        Raises:
+            TypeError: If functions are accepted, and it is neither a function nor a subclass of the
+                base class.
+        """
+        if self._adapter is None:
+            return cast("T", entry)
+        if problem := self._check_plugin(entry):
+            raise TypeError(f"{self.kind}: {problem}, got {entry!r}")
+        return cast("T", entry) if isinstance(entry, type) else self._adapter(entry)
+
     def _check_plugin(self, found: object) -> str:
         base = self._base()
         if isinstance(found, type) and issubclass(found, base):
             return ""
-        return f"expected a subclass of {base.__module__}.{base.__qualname__}"
-
-
-def is_internal(found: object) -> bool:
-    """Return whether a class or function is part of hetero_fl."""
-    return str(getattr(found, "__module__", "")).startswith("hetero_fl.")
+        if self._adapter is not None and callable(found) and not isinstance(found, type):
+            return ""
+        function = "" if self._takes is None else f"a function of ({self._takes}) or "
+        return f"expected {function}a subclass of {base.__module__}.{base.__qualname__}"
 
 
 def split_label(label: str) -> tuple[str, list[str]]:

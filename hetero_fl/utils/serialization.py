@@ -400,9 +400,7 @@ def check_entries(folder: Path, where: str = "", advice: str = "") -> None:
     Raises:
         UserError: If a link leaves the folder, or an entry is a pipe, a socket or a device.
     """
-    root = folder.resolve()
-    is_repository = re.compile(r"(datasets|models|spaces)--.+").fullmatch
-    home = next((place for place in root.parents if is_repository(place.name)), root)
+    home = allowed_root(folder)
     pending = [str(folder)]
     while pending:
         # Readers report the folders that they cannot open.
@@ -418,6 +416,16 @@ def check_entries(folder: Path, where: str = "", advice: str = "") -> None:
                     pending.append(entry.path)
                 elif not target and not entry.is_file():
                     raise UserError(f"{where}{entry.path}: expected a file or a folder")
+
+
+def allowed_root(folder: Path) -> Path:
+    """Return the folder to whose files links in a folder may lead.
+
+    This is the folder, or that of its repository if it is a snapshot in a hub cache.
+    """
+    root = folder.resolve()
+    is_repository = re.compile(r"(datasets|models|spaces)--.+").fullmatch
+    return next((place for place in root.parents if is_repository(place.name)), root)
 
 
 def check_name(name: str, where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from hetero_fl.core.images import channels_first, to_shape
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
-from hetero_fl.data import from_arrays
+from hetero_fl.data import Preprocess, from_arrays
+from hetero_fl.data.inference import raw_examples
 from hetero_fl.data.sources.npz_files import read_npz
 from hetero_fl.utils.errors import UserError
 
@@ -80,6 +82,10 @@ def saved(shape: tuple[int, ...], name: str = "mlp", **preprocess: object) -> Sa
     return SavedModel(arch.initial_tensors(0), arch, dict(preprocess), Task("multiclass", 2))
 
 
+def raw(model: SavedModel, x: Any) -> torch.Tensor:
+    return raw_examples(model, x, Preprocess.of_model(model))
+
+
 def test_predict_accepts_unambiguous_images() -> None:
     model, front = saved((3, 8, 8)), np.moveaxis(BYTES, -1, 1)
     for x in (
@@ -89,11 +95,12 @@ def test_predict_accepts_unambiguous_images() -> None:
         BYTES.astype(float),
         torch.from_numpy(front.copy()).long(),
     ):
-        assert np.array_equal(model.examples(x).numpy(), front)
-    assert saved((1, 8, 8)).examples(BYTES[..., 0]).shape == (6, 1, 8, 8)
-    assert saved((1, 3, 3)).examples(np.zeros((5, 3, 3, 1))).shape == (5, 1, 3, 3)
-    assert saved((3, 32, 32), resize=32, channels=3).examples(BYTES[..., :1]).shape == (6, 1, 8, 8)
-    assert saved((4,)).examples(np.arange(8).reshape(2, 4)).dtype == torch.float32
+        assert np.array_equal(raw(model, x).numpy(), front)
+    assert raw(saved((1, 8, 8)), BYTES[..., 0]).shape == (6, 1, 8, 8)
+    assert raw(saved((1, 3, 3)), np.zeros((5, 3, 3, 1))).shape == (5, 1, 3, 3)
+    resized = saved((3, 32, 32), resize=32, channels=3)
+    assert raw(resized, BYTES[..., :1]).shape == (6, 1, 8, 8)
+    assert raw(saved((4,)), np.arange(8).reshape(2, 4)).dtype == torch.float32
 
 
 def test_to_shape_converts_examples() -> None:

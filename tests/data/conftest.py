@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hetero_fl.config.data import PARTITION_KINDS, registered_partition_kinds
-from hetero_fl.data import Dataset, make_images
-from hetero_fl.data.partition import registry
+from hetero_fl.config.data import registered_partition_kinds
+from hetero_fl.data import Dataset, make_images, register_partition
 from tests.support.file_server import serve
 
 
@@ -49,11 +48,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 @pytest.fixture
 def registering(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Remove the kinds of partition that a test registers."""
-    # Examples of the documentation may have registered kinds of the same names.
-    own = {kind: p for kind, p in registry._partitions.items() if kind in PARTITION_KINDS}
-    monkeypatch.setattr(registry, "_partitions", own)
     before = set(registered_partition_kinds)
-    registered_partition_kinds.clear()
+    monkeypatch.setattr(register_partition, "_known", dict(register_partition._known))
     yield
-    registered_partition_kinds.clear()
-    registered_partition_kinds.update(before)
+    registered_partition_kinds.intersection_update(before)

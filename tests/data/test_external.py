@@ -299,7 +299,7 @@ def test_client_classes_and_columns_are_matched_by_name(tmp_path: Path) -> None:
     assert torch.equal(columns["x"][:, 0], -columns["x"][:, 1]) and columns["x"][:, 0].min() > 0
     assert torch.equal(columns["y"], columns["x"][:, 0].long() % 3)
     for change, words in (
-        (rows.rename(columns={"u": "w"}), "column 'u' not found, which the main data set contains"),
+        (rows.drop(columns="u"), "column 'u' not found, which the main data set contains"),
         (rows.assign(w=1), "column 'w' does not exist in the main data set"),
         (
             rows.replace({"kind": {"y": "yy"}}),

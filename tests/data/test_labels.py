@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
 import hetero_fl as hfl
 from hetero_fl.config.clients import ClientSettings
@@ -44,57 +43,6 @@ def read_csv(folder: Path, y: np.ndarray, **settings: Any) -> Dataset:
     labels = pd.DataFrame(y.reshape(len(y), -1)).add_prefix("y")
     pd.concat([FRAME, labels], axis=1).to_csv(folder / "d.csv", index=False)
     return load(folder, "table", "d.csv", label=",".join(labels.columns), **settings)
-
-
-def read_hub(_folder: Path, y: np.ndarray) -> Dataset:
-    datasets = pytest.importorskip("datasets")
-    return to_dataset(datasets.Dataset.from_pandas(FRAME.assign(y=y)), "data", "y")
-
-
-def read_htfllib(folder: Path, y: np.ndarray) -> Dataset:
-    for split in ("train", "test"):
-        (folder / split).mkdir()
-        np.savez(folder / split / "0.npz", x=X, y=y)
-    return load(folder, "htfllib", "")
-
-
-def read_images(folder: Path, y: np.ndarray) -> Dataset:
-    for row, label in enumerate(y):
-        (folder / str(label)).mkdir(exist_ok=True)
-        pixels = np.full((4, 4), row, dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / str(label) / f"{row:02}.png")
-    return load(folder, "image_folder", "")
-
-
-WAYS: dict[str, Callable[[Path, np.ndarray], Dataset]] = {
-    "arrays": lambda _folder, y: to_dataset((X, y), "data"),
-    "tensors": lambda _folder, y: to_dataset((torch.tensor(X), torch.tensor(y)), "data"),
-    "frame": lambda _folder, y: to_dataset(FRAME.assign(y=y), "data", "y"),
-    "hub": read_hub,
-    "npz": read_npz,
-    "csv": read_csv,
-    "htfllib": read_htfllib,
-    "images": read_images,
-}
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_classes_are_the_sorted_distinct_labels(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for way, labels in itertools.product(WAYS, [(0, 1, 2), (1, 2, 3), (0, 2), (2, 10)]):
-        folder = tmp_path / f"{way} {labels}"
-        folder.mkdir()
-        y = np.resize(labels, ROWS)
-        with subtests.test(way=way, labels=labels):
-            dataset = WAYS[way](folder, y)
-
-            values, expected = np.unique(y, return_inverse=True)
-            assert dataset.task.kind == "multiclass"
-            assert dataset.task.output_names == tuple(map(str, values))
-            # The images of a folder are sorted by class, and their pixels have their rows as value.
-            rows = np.arange(ROWS)
-            if way == "images":
-                rows = dataset.train.x[:, 0, 0, 0].long().numpy()
-            assert dataset.train.labels.tolist() == expected[rows].tolist()
 
 
 def test_ambiguous_kind_is_a_caution_that_names_the_key(
@@ -205,28 +153,6 @@ def test_similar_names_are_a_caution() -> None:
         first, second = (np.resize([each, "no"], ROWS) for each in (name, other))
         found = cautions_of(hfl.Federation(clients(first, second)))
         assert any("differ only in case, white space or Unicode form" in note for note in found)
-
-
-@each_case("name", ("text", "activity"))
-def test_similar_names_are_a_caution_in_every_source(name: str, tmp_path: Path) -> None:
-    labels = np.repeat(["walk", "Walk"], 320)
-    path = tmp_path / ("t.txt" if name == "text" else "a.csv")
-    frame = pd.DataFrame({"activity": labels, "v": np.arange(640.0)})
-    lines = [f"{label}\t{row} words" for row, label in enumerate(labels)]
-    path.write_text("\n".join(lines) if name == "text" else frame.to_csv(index=False))
-    keys = {
-        "text": {"text": {"predict": "class", "tokenizer": "hashing"}},
-        "activity": {"windows": {"length": 4}},
-    }
-    config = {
-        "data": {"name": name, "path": str(path), **keys[name]},
-        "clients": {"groups": [{"name": "a", "model": "text_cnn" if name == "text" else "mlp"}]},
-        "algorithm": {"name": "local"},
-    }
-
-    found = cautions(hfl.prepare(config).notes)
-
-    assert any("classes 'Walk' and 'walk' differ only in case" in note for note in found)
 
 
 def test_classes_without_training_rows_are_a_caution(subtests: pytest.Subtests) -> None:
@@ -516,31 +442,6 @@ def test_from_arrays_warns_about_many_integers(y: np.ndarray, kind: str, other: 
         dataset = from_arrays(np.zeros((90, 2)), y)
 
     assert dataset.task.kind == kind
-
-
-def test_from_arrays_names_classes_after_text(subtests: pytest.Subtests) -> None:
-    letters = ["b", "a", "a"] * 4
-    column = np.array(letters, dtype=object)[:, None]
-    for y in (np.array(letters), letters, column, pd.Series(letters)):
-        with subtests.test(kind=type(y)):
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                dataset = from_arrays(TWELVE, y, test=(TWELVE[:2], ["c", "a"]))
-
-            assert dataset.task == Task("multiclass", 3, ("a", "b", "c"))
-            assert targets(dataset) == [1, 0, 0] * 4
-            assert dataset.test is not None
-            assert dataset.test.labels.tolist() == [2, 0]
-    given = from_arrays(TWELVE, letters, task=Task("multiclass", 3, ("b", "c", "a")))
-    assert targets(given) == [0, 2, 2] * 4
-
-
-def test_from_arrays_reads_named_or_single_channels_as_series() -> None:
-    x = np.random.default_rng(0).random((12, 8, 8))
-
-    assert from_arrays(x, ONE_TO_THREE - 1, columns=tuple("abcdefgh")).train.x.shape == (12, 8, 8)
-    assert from_arrays(x[:, :, :1], ONE_TO_THREE - 1).train.x.shape == (12, 8, 1)
-    assert from_arrays(x[:, None], ONE_TO_THREE - 1).train.x.shape == (12, 1, 8, 8)
 
 
 def test_run_keeps_class_names(tmp_path: Path) -> None:

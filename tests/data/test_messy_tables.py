@@ -69,46 +69,6 @@ def test_label_may_be_the_number_of_a_column(owner: str) -> None:
     assert layout_of(federation).columns == ("0", "1")
 
 
-def test_saved_index_is_no_feature(tmp_path: Path) -> None:
-    path = tmp_path / "table.csv"
-    frame = make_frame()
-    shuffled = frame.sample(frac=1, random_state=0)
-    for header in (None, "Unnamed: 0", "Unnamed: 0.1"):
-        shuffled.to_csv(path, index_label=header)
-        assert layout_of(federation_of(path)).columns == ("age", "dose"), header
-    frame.set_index(frame.index / 2).to_csv(path)
-    assert layout_of(federation_of(path)).columns == ("age", "dose")
-
-
-def test_feature_with_the_name_of_an_index_level_is_kept() -> None:
-    frame = make_frame()
-    levels = frame.assign(level_0=frame.index, level_1=frame.index % 7)
-
-    dataset = to_dataset(levels, "data", "sick")
-
-    assert dataset.columns == ("age", "dose", "level_1")
-    assert "left out: level_0 (saved index)" in dataset.notes[0]
-
-
-def test_column_without_a_name_that_repeats_is_left_out_with_a_caution() -> None:
-    frame = make_frame()
-
-    dataset = to_dataset(frame.assign(**{"Unnamed: 3": frame.index % 7}), "data", "sick")
-
-    (caution,) = (note for note in dataset.notes if isinstance(note, Caution))
-    assert dataset.columns == ("age", "dose")
-    assert "'Unnamed: 3' has no name and repeats" in caution
-
-
-def test_nullable_column_without_values_is_read() -> None:
-    frame = make_frame()
-
-    dataset = to_dataset(frame.assign(empty=pd.array([None] * 100, dtype="Int64")), "data", "sick")
-
-    assert dataset.columns == ("age", "dose", "empty")
-    assert bool(dataset.train.x[:, 2].isnan().all())
-
-
 def test_marker_among_numbers_is_a_missing_value(tmp_path: Path) -> None:
     frame = make_frame()
     blank = frame.assign(age=frame.age.mask(frame.index % 9 == 0))
@@ -189,26 +149,6 @@ def test_question_mark_as_label_is_a_missing_value(tmp_path: Path) -> None:
     check_refused(r"row 4, column 'sick': missing value", layout_of, federation_of(path))
 
 
-def test_minus_sign_among_text_is_a_category(tmp_path: Path) -> None:
-    path = tmp_path / "table.csv"
-    frame = make_frame()
-    frame.assign(test=np.where(frame.dose > 0, "+", "-")).to_csv(path, index=False)
-
-    assert layout_of(federation_of(path)).categories == (("test", ("+", "-")),)
-
-
-def test_csv_file_may_have_any_usual_separator_and_name(tmp_path: Path) -> None:
-    for separator, name in (
-        (",", "at\u202f3\u00a0PM"),
-        (";", "me\u0301decins"),
-        ("|", "\u200esites"),
-        ("\t", "می\u200cشود"),
-    ):
-        path = tmp_path / f"{name}.csv"
-        make_frame().to_csv(path, index=False, sep=separator)
-        assert layout_of(federation_of(path)).columns == ("age", "dose"), name
-
-
 def test_backslash_in_double_quotes_is_refused(tmp_path: Path, subtests: pytest.Subtests) -> None:
     for written in (
         r'"C:\new\table.csv"',
@@ -234,13 +174,6 @@ def read_listed(frame: pd.DataFrame, folder: Path, **listed: tuple[str, ...]) ->
     frame.to_csv(folder / "table.csv", index=False)
     source = SourceConfig(name="table", path=str(folder / "table.csv"), label="sick")
     return [load(source, categories=listed), to_dataset(frame, "data", "sick", categories=listed)]
-
-
-def test_listed_categories_are_no_missing_values(tmp_path: Path) -> None:
-    frame = pd.DataFrame({"test": ["+", "?"] * 10, "grade": ["1", "NA"] * 10, "sick": [0, 1] * 10})
-
-    for dataset in read_listed(frame, tmp_path, test=("+", "?"), grade=("1", "NA")):
-        assert torch.equal(dataset.train.x, torch.eye(2).repeat(10, 2))
 
 
 def test_all_markers_of_pandas_are_missing_values_in_listed_columns(tmp_path: Path) -> None:
@@ -351,53 +284,11 @@ def federated(
     return federate(load(common, categories=config.categories), config, clients, 0)
 
 
-def test_text_columns_with_few_values_become_indicators(tmp_path: Path) -> None:
-    source = table(
-        tmp_path / "t.csv", note=[f"free text {i}" for i in range(60)], when="2024-01-01"
-    )
-
-    dataset = load(source)
-
-    assert dataset.columns == ("crp", "ward=A", "ward=B", "ward=C", "when=2024-01-01")
-    assert dataset.categories == (("ward", WARDS), ("when", ("2024-01-01",)))
-    assert torch.equal(dataset.train.x[:6, 1:4], torch.eye(3).repeat(2, 1))
-    assert dataset.notes == (
-        "table t.csv: label ill; columns used: crp, ward, when; encoded "
-        "as indicators: ward (A, B, C), when (2024-01-01); "
-        "left out: note (text, 60 different values)",
-    )
-
-
 def test_columns_with_20_values_are_left_out(tmp_path: Path) -> None:
     for values, columns in ((19, 20), (20, 1)):
         source = table(tmp_path / "t.csv", wards=tuple(f"w{i}" for i in range(values)))
         assert len(load(source).columns) == columns
     check_refused("duplicate column 'ward=A'", load, table(tmp_path / "t.csv", **{"ward=A": 1.0}))
-
-
-def test_configured_categories_take_precedence(tmp_path: Path) -> None:
-    source = table(tmp_path / "t.csv", grade=[1, 2, 3] * 20)
-
-    assert load(source, categories={}).columns == ("crp", "grade")
-    assert "left out: ward (text)" in load(source, categories={}).notes[0]
-    dataset = load(source, categories={"grade": ("3", "1", "2")})
-    assert dataset.columns == ("crp", "grade=3", "grade=1", "grade=2")
-    assert dataset.train.x[:3, 1:].tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 0]]
-
-
-def test_empty_and_unknown_cells_are_zero_and_noted(tmp_path: Path) -> None:
-    source = table(tmp_path / "t.csv", ward=["A", " B ", None, "C", ""] + ["A"] * 55)
-
-    dataset = load(source, categories={"ward": ("A", "B")})
-
-    assert dataset.train.x[:5, 1:].tolist() == [[1, 0], [0, 1], [0, 0], [0, 0], [0, 0]]
-    assert dataset.notes[1:] == (
-        (
-            "table t.csv: column 'ward': 1 of 60 rows have none of "
-            "A, B (row 4: 'C'); their indicators are 0"
-        ),
-        "table t.csv: column 'ward': 2 of 60 cells are empty (row 3); their indicators are 0",
-    )
 
 
 @each_case(
@@ -585,7 +476,7 @@ def test_new_file_uses_encoding_of_run(finished: hfl.Run, tmp_path: Path) -> Non
 
     found = hfl.evaluate(finished, str(path))
     joined = join(finished, str(path), out=tmp_path / "join", patients=[20], seeds=[0], epochs=1)
-    ordered = order_columns(load(source), finished, finished.models)
+    ordered = order_columns(load(source), finished.models)
 
     predicted = finished.predict("own", frame[["crp", "ward"]], personal=False).argmax(1).numpy()
     assert found["own"]["accuracy"] == pytest.approx((predicted == (frame.ill == "yes")).mean())

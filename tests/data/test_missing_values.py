@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import hetero_fl as hfl
 from hetero_fl.data import Vocabulary, from_arrays
-from hetero_fl.data.sources.objects import to_dataset
 from tests.support.cases import each_case
 from tests.support.mistakes import check_refused, refusal
 from tests.support.python_federations import QUIET
@@ -252,13 +251,6 @@ def test_missing_entries_train_as_nan(x: Any) -> None:
     )
 
 
-def test_masked_integers_become_nan() -> None:
-    masked = from_arrays(np.ma.masked_array(INTEGERS, mask=MASK), LABELS).train.x
-
-    assert torch.equal(masked.isnan(), torch.from_numpy(MASK))
-    assert torch.equal(masked.nan_to_num(), torch.from_numpy(INTEGERS * ~MASK).float())
-
-
 def test_null_values_of_frames_equal_nan() -> None:
     plain = pd.DataFrame(WITH_NAN, columns=list("abc")).assign(y=LABELS)
 
@@ -282,45 +274,3 @@ def test_prediction_treats_masked_entries_as_missing() -> None:
 
     assert np.array_equal(run.predict("a", MASKED), run.predict("a", WITH_NAN))
     check_refused("expected integers", of_words.predict, "a", np.ma.masked_array(TOKENS, mask=MASK))
-
-
-@each_case("part", ("x", "y", "group", "patient"))
-def test_lists_of_tensors_with_gradients_are_read_as_arrays(part: str) -> None:
-    given = {
-        "x": X,
-        "y": X[:, 0],
-        "group": LABELS.astype(float),
-        "patient": np.arange(40.0) // 2,
-    }
-    tensors = [torch.tensor(value, requires_grad=True) for value in given[part]]
-
-    found = from_arrays(**{**given, part: tensors}).train
-    expected = from_arrays(**given).train
-
-    assert torch.equal(found.x, expected.x) and torch.equal(found.labels, expected.labels)
-    assert found.group_names == expected.group_names == ("0", "1")
-    assert found.patient_names == expected.patient_names
-
-
-def test_items_with_gradients_are_read_as_arrays() -> None:
-    class Tensors(torch.utils.data.Dataset):  # type: ignore[type-arg]
-        def __len__(self) -> int:
-            return len(LABELS)
-
-        def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-            x = torch.tensor(X[row], requires_grad=True)
-            return x, x[0]
-
-    found = to_dataset(Tensors(), "data").train
-
-    assert torch.equal(found.x, torch.from_numpy(X).float())
-    assert torch.equal(found.labels[:, 0], torch.from_numpy(X[:, 0]).float())
-
-
-def test_groups_and_patients_may_be_columns() -> None:
-    column = (LABELS + 0.0)[:, None]
-
-    found = from_arrays(X, LABELS, group=column, patient=column).train
-
-    assert found.group_names == found.patient_names == ("0", "1")
-    assert found.group is not None and found.group.tolist() == LABELS.tolist()

@@ -259,23 +259,6 @@ def test_images_of_several_files_are_pooled(tmp_path: Path) -> None:
     assert data.task.outputs == 4 and (data.n_test, data.n_proxy) == (36, 10)
 
 
-@each_case("common", (False, True))
-def test_unused_test_rows_of_a_clients_file_are_noted(common: bool, tmp_path: Path) -> None:
-    tested = {"test_images": np.zeros((9, 8, 8), np.uint8), "test_labels": np.arange(9) % 2}
-    config = npz_configuration(tmp_path, **tested)
-    if common:
-        config["data"]["path"] = str(tmp_path / "common.npz")
-        (tmp_path / "east.npz").rename(tmp_path / "common.npz")
-        del config["clients"]["groups"][2]
-
-    notes = [note for note in dealt(config).notes if "not used" in note]
-
-    assert notes == [
-        "clients: 'north': data: the test rows of the source are not used; rows are held "
-        "out of its training rows instead (data.split)"
-    ]
-
-
 def test_run_without_common_file_is_evaluated(tmp_path: Path) -> None:
     write(tmp_path)
     config = configuration(tmp_path, label="ill", patient="patient")
@@ -313,7 +296,7 @@ def test_classes_of_one_client_only_are_noted(tmp_path: Path) -> None:
 
 HERE = Path(".")
 ROWS = {"a": slice(40), "b": slice(40, 80)}
-OVERLAP = "contains rows that are elsewhere, too"
+OVERLAP = "rows are in several sets"
 
 
 def write_table(path: Path, rows: range) -> str:
@@ -344,9 +327,9 @@ def test_copies_of_global_rows_in_a_file_of_a_client_are_noted(tmp_path: Path) -
     copy = write_table(tmp_path / "copy.csv", range(200))
 
     assert shared(divide(main, {"path": apart})) == []
-    (validation, test) = shared(divide(main, {"path": copy}))
-    assert validation.startswith("the global validation set") and "16 of client 'own'" in validation
-    assert test.startswith("the global test set") and "40 of client 'own'" in test
+    (note,) = shared(divide(main, {"path": copy}))
+    assert "16 of 16 of the global validation set" in note
+    assert "40 of 40 of the global test set" in note and "of client 'own'" in note
 
 
 def test_copy_of_the_file_of_another_client_is_a_caution(tmp_path: Path) -> None:
@@ -354,7 +337,7 @@ def test_copy_of_the_file_of_another_client_is_a_caution(tmp_path: Path) -> None
 
     found = [n for n in hfl.prepare(configuration(tmp_path)).notes if isinstance(n, Caution)]
 
-    assert any("rows of two clients are equal: " in n and "of client 'north'" in n for n in found)
+    assert any(" of client 'south'" in note for note in shared(found))
 
 
 def test_copies_of_private_and_global_rows_in_a_public_file_are_noted(tmp_path: Path) -> None:
@@ -364,9 +347,7 @@ def test_copies_of_private_and_global_rows_in_a_public_file_are_noted(tmp_path: 
 
     (note,) = shared(divide(config))
 
-    assert note.startswith("the proxy set") and "of client 'site_0'" in note
-    assert "of client 'site_1'" in note and "of the global test set" in note
-    assert "validation set" in note
+    assert "100 of 200 of the proxy set" in note and "client" not in note
 
 
 def test_rows_held_out_as_proxy_set_are_not_noted(tmp_path: Path) -> None:
@@ -389,18 +370,18 @@ def test_copies_of_recordings_are_found(tmp_path: Path) -> None:
 
     (note,) = shared(divide(config, {"path": str(copy)}))
 
-    assert note.startswith("the global test set") and "24 of client 'own'" in note
+    assert "24 of 24 of the global test set" in note
 
 
 @pytest.mark.parametrize(
     ("main", "own", "proxy", "words"),
     [
-        ("words", "./words", None, "'own': data.path: '{own}' is also data.path="),
-        ("words", "words/inner", None, "'own': data.path: '{own}' lies in data.path="),
-        ("words/inner", "words", None, "'own': data.path: '{own}' contains data.path="),
-        ("words", None, "words", "data.proxy.source.path: '{proxy}' is also data.path="),
-        ("words", None, "words/inner", "data.proxy.source.path: '{proxy}' lies in data.path="),
-        ("other", "words", "words/inner", "'own': data.path: '{own}' contains data.proxy.source"),
+        ("words", "./words", None, "'own': data.path: '{own}' overlaps data.path="),
+        ("words", "words/inner", None, "'own': data.path: '{own}' overlaps data.path="),
+        ("words/inner", "words", None, "'own': data.path: '{own}' overlaps data.path="),
+        ("words", None, "words", "data.proxy.source.path: '{proxy}' overlaps data.path="),
+        ("words", None, "words/inner", "data.proxy.source.path: '{proxy}' overlaps data.path="),
+        ("other", "words", "words/inner", "'own': data.path: '{own}' overlaps data.proxy.source"),
     ],
 )
 def test_folder_that_is_read_twice_is_refused(
@@ -467,7 +448,7 @@ def test_columns_without_public_values_are_compared_between_other_sets(tmp_path:
     # Each value of the first column occurs in four rows, which differ in the second column.
     (note,) = notes_with_public_column(tmp_path, np.stack([rows // 4, rows], 1))
 
-    assert note.startswith("the proxy set")
+    assert "several sets, so scores may be too high: 200 of 200 of the proxy set; " in note
 
 
 @each_case(("dtype", "pixel_range"), ((np.uint8, 255), (np.uint16, 4095)))
@@ -480,6 +461,20 @@ def test_copies_of_images_of_another_type_are_found(dtype: Any, pixel_range: int
 
     copied = hfl.Federation(clients, test=(as_floats[:40], y), proxy=as_floats[40:])
 
-    proxy, test = shared(list(copied.prepare(hfl.FedMD()).notes))
-    assert proxy.startswith("the proxy set") and "40 of client 'b'" in proxy
-    assert test.startswith("the global test set") and "of client 'a'" in test
+    (note,) = shared(list(copied.prepare(hfl.FedMD()).notes))
+    assert "40 of 40 of the proxy set" in note and "40 of 40 of the global test set" in note
+
+
+@pytest.mark.parametrize("is_own", [False, True])
+def test_test_rows_in_a_given_validation_set_are_noted(is_own: bool) -> None:
+    x, y = np.random.default_rng(0).normal(size=(120, 3)).astype(np.float32), np.arange(120) % 2
+    given = (x[80:], y[80:])
+    clients = [
+        hfl.Client(name, "linear", (x[rows], y[rows]), validation=given if is_own else None)
+        for name, rows in ROWS.items()
+    ]
+
+    same = hfl.Federation(clients, test=given, validation=None if is_own else given)
+
+    (note,) = shared(list(same.prepare(hfl.FedAvg()).notes))
+    assert "40 of 40 of the global test set" in note

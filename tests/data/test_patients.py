@@ -30,10 +30,9 @@ from hetero_fl.data import (
     federate,
     from_arrays,
     load_source,
-    partition_rows,
     with_test,
 )
-from hetero_fl.data.partition.groups import most_common_stratum, move_patients_to_short_clients
+from hetero_fl.data.partition.units import most_common_stratum
 from hetero_fl.data.splits import hold_out
 from hetero_fl.utils.errors import UserError
 from tests.support.federated_data import PLAIN, PLAIN_CLIENT, THREE, numbered, rows_of
@@ -133,49 +132,6 @@ def test_patient_stratum_is_the_most_frequent_label() -> None:
     strata = torch.tensor([2, 0, 2, 1, 1, 0, 4])
     # the lowest of equally frequent strata
     assert most_common_stratum(strata, torch.tensor([0, 0, 0, 1, 2, 2, 3])).tolist() == [2, 1, 0, 4]
-
-
-def test_small_clients_are_filled_up_by_patient() -> None:
-    owner, size = torch.tensor([0, 0, 0, 1, -1]), torch.tensor([6, 3, 5, 1, 50])
-    filled = move_patients_to_short_clients(owner, size, 2, 4, torch.tensor([0, 1, 2, 3, 4]))
-    assert filled.tolist() == [1, 0, 0, 1, -1]
-    check_refused(
-        r"min_size: .* a client gets only 7 rows, got 8",
-        move_patients_to_short_clients,
-        owner,
-        size,
-        2,
-        8,
-        torch.arange(5),
-    )
-
-
-def test_labels_are_still_skewed_by_dirichlet() -> None:
-    patient = torch.arange(3000) // 3
-    y = patient % 3
-    parts = partition_rows(
-        y,
-        None,
-        PartitionConfig(kind="dirichlet", alpha=0.1),
-        [1] * 6,
-        THREE_CLASSES,
-        seed=0,
-        patient=patient,
-    )
-    share = torch.stack([torch.bincount(y[p], minlength=3) / len(p) for p in parts])
-    assert share.max(1).values.mean() > 0.6
-
-
-def test_patients_with_one_row_are_partitioned_like_rows() -> None:
-    """Check that patients with one row each are partitioned like rows."""
-    y = torch.arange(300) % 3
-    for kind in ("iid", "quantity"):
-        config = PartitionConfig(kind=kind)
-        plain, full = (
-            partition_rows(y, None, config, [1, 2], THREE_CLASSES, seed=0, patient=p)
-            for p in (None, torch.arange(300))
-        )
-        assert all(torch.equal(a, b) for a, b in zip(plain, full, strict=True))
 
 
 def test_patient_with_rows_in_two_groups_is_refused() -> None:

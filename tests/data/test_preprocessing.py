@@ -27,6 +27,7 @@ from hetero_fl.data import (
     Block,
     ColumnLayout,
     Dataset,
+    Examples,
     FederatedData,
     Preprocess,
     apply_scanner,
@@ -35,7 +36,7 @@ from hetero_fl.data import (
     from_arrays,
     load_source,
 )
-from hetero_fl.data.external import match_blocks, match_columns
+from hetero_fl.data.external import match_inputs
 from hetero_fl.data.inference import preprocess_inputs
 from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.text import Caution
@@ -450,15 +451,18 @@ def test_external_sets_are_matched_by_name() -> None:
         torch.rand(6, 10), torch.arange(6) % 2, blocks=BLOCKS.blocks, name="common"
     )
     pixels = torch.randint(0, 256, (5, 1, 2, 3), dtype=torch.uint8)
-    seen = match_blocks(pixels, (), common, "here", ())
+    own = Dataset("own", common.task, Examples(pixels))
+    seen = match_inputs(own, common, "here", needed=())
     assert torch.equal(seen[:, :6], pixels.flatten(1) / 255) and seen[:, 6:].isnan().all()
-    swapped = match_blocks(torch.arange(10.0)[None], BLOCKS.blocks[::-1], common, "here")
-    assert swapped[0].tolist() == [4, 5, 6, 7, 8, 9, 0, 1, 2, 3]
-    tables = from_arrays(torch.rand(6, 4), torch.arange(6) % 2, columns=TABLE.columns)
-    x, extra = match_columns(
-        torch.arange(3.0)[None], ("bmi", "age", "new"), tables, "here", needed={"age"}
-    )
-    assert x[0, [0, 2]].tolist() == [1, 0] and x[0, [1, 3]].isnan().all() and extra == ["new"]
+    swapped = ColumnLayout(blocks=BLOCKS.blocks[::-1])
+    x = BLOCKS.match(torch.arange(10.0)[None], swapped, "here")
+    assert x[0].tolist() == [4, 5, 6, 7, 8, 9, 0, 1, 2, 3]
+    other = ColumnLayout(("bmi", "age", "new"))
+    x = TABLE.match(torch.arange(3.0)[None], other, "here", needed={"age"}, may_have_more=True)
+    assert x[0, [0, 2]].tolist() == [1, 0] and x[0, [1, 3]].isnan().all()
+    wards = ColumnLayout(("age", "ward=A", "ward=B"), categories=(("ward", ("A", "B")),))
+    own = ColumnLayout(("ward=B", "age"), categories=(("ward", ("B",)),))
+    assert wards.match(torch.tensor([[1.0, 30.0]]), own, "here").tolist() == [[30, 0, 1]]
 
 
 def test_table_with_missing_values_trains(tmp_path: Any) -> None:

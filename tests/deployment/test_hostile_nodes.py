@@ -398,9 +398,9 @@ def test_what_nodes_say_is_read() -> None:
     rows = {"train": 9, "validation": 2, "test": 3}
 
     told = {"rows": rows, "hash": "a" * 64, "labels": None, "mean": None, "std": None}
-    assert read_data_info(told, 3).rows == rows
+    assert read_data_info(told, 3).counts == rows
     own_view = {**told, "mean": 0.5, "std": 1.0}
-    assert read_data_info(own_view, 3, Preprocess()).rows == rows
+    assert read_data_info(own_view, 3, Preprocess()).counts == rows
     assert read_settings(large, (), largest=2000) == large["settings"]
     for state in ("", "a" * 64):
         assert read(ReadyHead, {"state": state, "shared_key": ""}, "ready").state == state

@@ -16,7 +16,6 @@ from hetero_fl.experiment import prepare
 from hetero_fl.experiment.compatibility import RULES_AFTER_PREPARATION, RULES_ON_LOADING
 from hetero_fl.utils.errors import UserError
 from tests.support.federations import config
-from tests.support.image_folders import stored_dataset
 
 RULES = {**RULES_ON_LOADING, **RULES_AFTER_PREPARATION}
 THIS_MODULE = f"python:{__name__}"
@@ -205,7 +204,6 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     "trigger_of_other_task": attacked("backdoor"),
     "trigger_without_images": attacked("backdoor"),
     "attack_after_the_run": attacked("sign_flip", section={"from_round": 9}),
-    "trigger_in_files": attacked("backdoor"),
     "trigger_larger_than_images": attacked("backdoor", section={"trigger": 9}),
     "unknown_class_in_attack": attacked("backdoor", section={"target": 10}),
     "asynchronous_single_uploads": config("kt_pfl", runtime=ASYNC),
@@ -255,7 +253,6 @@ DATASETS: dict[str, Dataset] = {
     "attack_on_classes": make_table(kind="regression"),
     "trigger_of_other_task": make_table(kind="multilabel"),
     "trigger_without_images": make_table(),
-    "trigger_in_files": stored_dataset(),
 }
 
 

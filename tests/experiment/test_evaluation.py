@@ -86,7 +86,7 @@ def test_table_targets_are_matched_by_name(tmp_path: Path) -> None:
     # errors are 0.5 for y1 and 0 for y2, and large in the column order of the table
     assert scores["mae"] == pytest.approx(0.25)
     for source, label, message in (
-        (table, None, r"^label: missing; set the column of the labels, choose from x, y1, y2"),
+        (table, None, r"^label: missing; name the column of the labels; choose from x, y1, y2"),
         (table, "y3", r"^label: column 'y3' not found in"),
         (
             tmp_path / "tt.csv",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import hetero_fl as hfl
-from hetero_fl.data.partition.context import PartitionContext
+from hetero_fl.data import Units
 from hetero_fl.privacy import dp_sgd
 from model_zoo.generators import generator_hash
 from tests.support.python_federations import QUIET, images, same_models, without_seconds
@@ -89,8 +89,8 @@ def noisy_metric(_predictions: Tensor, _y: Tensor) -> float:
     return draw()
 
 
-def random_parts(context: PartitionContext) -> list[Tensor]:
-    return list(torch.from_numpy(np.random.permutation(context.num_rows)).chunk(4))
+def random_parts(units: Units) -> list[Tensor]:
+    return list(torch.from_numpy(np.random.permutation(len(units))).chunk(4))
 
 
 def states() -> list[Any]:

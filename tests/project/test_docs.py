@@ -28,7 +28,7 @@ from hetero_fl.cli.commands import APP
 from hetero_fl.config.data import registered_partition_kinds
 from hetero_fl.config.load import read_config_file
 from hetero_fl.core.participant import ClientInfo, Participant
-from hetero_fl.data.partition import registry as partitions
+from hetero_fl.data import register_partition
 from hetero_fl.deployment.config import load_site_config
 from hetero_fl.experiment.configuration import load_config
 from model_zoo import list_models
@@ -75,7 +75,7 @@ def new_folder(folder: Path) -> Iterator[None]:
         patch.setattr("hetero_fl.experiment.session.write_presentation", lambda *_: None)
         # Undo registrations of the page.
         patch.setattr(register_algorithm, "_known", dict(register_algorithm._known))
-        patch.setattr(partitions, "_partitions", dict(partitions._partitions))
+        patch.setattr(register_partition, "_known", dict(register_partition._known))
         yield
     registered_partition_kinds.intersection_update(kinds)
     # Another page may use the same module names.

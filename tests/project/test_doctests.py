@@ -48,8 +48,9 @@ def public_objects() -> Iterator[tuple[str, object]]:
 def test_examples_of_package_run(
     package: str, subtests: pytest.Subtests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # An example registers a data source, which later tests in this process must not see.
-    monkeypatch.setattr(registry, "_sources", dict(registry._sources))
+    # Examples register sources and partitions, which later tests in this process must not see.
+    for known in (registry.sources, data.register_partition):
+        monkeypatch.setattr(known, "_known", dict(known._known))
     for name in PACKAGES[package]:
         with subtests.test(module=name):
             folder = tmp_path / name

@@ -1,17 +1,12 @@
-"""Folders of small images and arrays for tests of images that are read in batches."""
+"""Folders, tables and arrays of small images."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
+import pandas as pd
 from PIL import Image
-from torch import Tensor
-
-from hetero_fl.core.stored_rows import StoredRows, read_all
-from hetero_fl.data import Dataset, make_images
 
 CLASSES = ("blue", "green", "red")
 
@@ -43,23 +38,32 @@ def make_arrays(rows: int, side: int = 8) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([colored_image(rng, int(label), side) for label in labels]), labels
 
 
-class TensorReader:
-    """Reader of the rows of a tensor, as if they were in files."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-        self.shape = tuple(x.shape[1:])
-        self.dtype = x.dtype
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def read(self, rows: np.ndarray) -> Tensor:
-        return self.x[torch.from_numpy(rows)]
-
-
-def stored_dataset() -> Dataset:
-    """Return a small data set whose training images are read in batches."""
-    dataset = make_images(400, 60)
-    train = replace(dataset.train, x=StoredRows(TensorReader(read_all(dataset.train.x))))
-    return replace(dataset, train=train)
+def write_image_table(path: Path, rows: int = 24, suffix: str = "csv") -> Path:
+    """Write color images of two sites and a table that names them, and return the table."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for row in range(rows):
+        label = row % len(CLASSES)
+        site = ("north", "south")[row // 2 % 2]
+        (path / site).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(colored_image(rng, label, 8)).save(path / site / f"{row:02}.png")
+        lines.append(
+            {
+                "file": f"{site}/{row:02}.png",
+                "site": site,
+                "number": f"{row:02}",
+                "y": CLASSES[label],
+                "patient": f"p{row // 3}",
+                "day": f"2024-01-{1 + row:02}",
+                "fold": ("train", "val", "test")[max(0, row - rows + 3)],
+                "age": 20.5 + row,
+                "pulse": 60 + row,
+            }
+        )
+    frame = pd.DataFrame(lines)
+    table = path / f"rows.{suffix}"
+    if suffix == "parquet":
+        frame.to_parquet(table)
+    else:
+        frame.to_csv(table, sep="\t" if suffix == "tsv" else ",", index=False)
+    return table

@@ -19,13 +19,12 @@ import numpy as np
 import pandas as pd
 
 from hetero_fl.config.data import SourceConfig
-from hetero_fl.core.stored_rows import read_all
 from hetero_fl.data import load_source
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.integrity import verify
 from hetero_fl.utils.errors import UserError
-from tests.support import benchmark_folders, driving_folders, movielens_folders, speech_folders
-from tests.support.image_folders import make_image_folder
+from tests.support import benchmark_folders, movielens_folders, speech_folders
+from tests.support.image_folders import make_image_folder, write_image_table
 from tests.support.run_directories import Case, write_run
 
 SECONDS = 20
@@ -61,7 +60,7 @@ class Reader(NamedTuple):
             path = {"name": self.source, "path": str(folder / self.file)}
             place = {"name": f"hf:{folder}"} if self.source == "hf" else path
             source = SourceConfig.model_validate({**place, **self.keys})
-            read_all(load_source(source, folder.parent / "downloads", missing=True).train.x)
+            load_source(source, folder.parent / "downloads", missing=True)
 
 
 READERS = (
@@ -75,7 +74,10 @@ READERS = (
     Reader(lambda p: make_image_folder(p, 9, suffix="tif"), "image_folder"),
     Reader(lambda p: benchmark_folders.write_camelyon17(p, 1), "camelyon17", "", {"size": 8}),
     Reader(lambda p: benchmark_folders.write_iwildcam(p, 9), "iwildcam", "", {"size": 8}),
-    Reader(driving_folders.write_driving_folder, "driving", "", {"driving": {"gap": 1}}),
+    Reader(write_image_table, "image_table", "rows.csv", {"file": "file", "label": "y"}),
+    Reader(
+        write_image_table, "image_table", "rows.csv", {"file": "{site}/{number}.png", "label": "y"}
+    ),
     Reader(speech_folders.write_speech_folder, "speech"),
     Reader(lambda p: (p / "a.txt").write_text("the cat sat on the mat\n" * 9), "text", "", HASHING),
     Reader(lambda p: movielens_folders.write_movielens_folder(p, "latest"), "movies"),

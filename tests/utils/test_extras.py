@@ -29,9 +29,7 @@ SCENARIOS = sorted({page.stem for page in (ROOT / "docs/scenarios").glob("*.md")
 def hide_packages(monkeypatch: pytest.MonkeyPatch, hidden: Collection[str]) -> None:
     """Make packages look as if they are not installed."""
     for name in list(sys.modules):
-        loads_hidden = name.startswith(
-            ("hetero_fl.data.sources.table_", "hetero_fl.data.sources.recordings")
-        )
+        loads_hidden = name.startswith("hetero_fl.data.sources.tables.")
         if name.partition(".")[0] in hidden or loads_hidden:
             monkeypatch.delitem(sys.modules, name)
     for name in hidden:

@@ -65,11 +65,11 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     monkeypatch.delitem(sys.modules, "other_package", raising=False)
     for owner, name in (
         (register_algorithm, "_known"),
-        (registry, "_sources"),
+        (registry.sources, "_known"),
         (register_logger, "_known"),
     ):
         monkeypatch.setattr(owner, name, dict(getattr(owner, name)))
-    groups: Any = (register_algorithm.plugins, register_logger.plugins, registry.PLUGINS)
+    groups: Any = (register_algorithm.plugins, register_logger.plugins, registry.sources.plugins)
 
     def refresh() -> None:
         for group in groups:

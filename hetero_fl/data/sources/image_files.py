@@ -1,48 +1,54 @@
-"""Image files, which are read into memory or when they are used."""
+"""Image files, which are decoded into memory, or once into a file that is mapped."""
 
 from __future__ import annotations
 
+import hashlib
+import math
+import os
+import shutil
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.config.data import StreamConfig
-from hetero_fl.core.stored_rows import Column, StoredRows
+from hetero_fl.core.mapped_tensors import map_array
 from hetero_fl.utils.errors import UserError, one_line
-from hetero_fl.utils.serialization import check_memory
+from hetero_fl.utils.extras import check_extra
+from hetero_fl.utils.serialization import check_memory, make_folder
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM")
 """Formats of Pillow that are read. Others, such as EPS, may start programs."""
 MAX_PIXELS = 89_478_485
 """Maximum number of pixels of an image, above which Pillow warns of decompression bombs."""
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
-ORIENTATION_TAG = 0x0112
-"""EXIF tag of the orientation of an image."""
-TIFF_SIZE_TAGS = (0x0100, 0x0101)
-"""Tags of the width and height of a TIFF file."""
-ROTATED = (5, 6, 7, 8)
-"""EXIF orientations of images that are rotated by 90 degrees."""
+DICOM = ".dcm"
+"""Suffix of DICOM files, which pydicom reads."""
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", DICOM}
 DAMAGED_EXIF = (SyntaxError, ValueError, TypeError, KeyError, struct.error)
 """Errors of Pillow for damaged EXIF data."""
+DECODED = "decoded"
+"""Folder of decoded images in the folder for downloads."""
+Allocate = Callable[[tuple[int, ...], np.dtype[Any], str], np.ndarray]
+"""A function of the shape, the type and a place for messages that returns an array."""
 
 
 def read_image_files(
-    files: Sequence[Path], side: int | None = None, stream: StreamConfig | None = None
-) -> Column:
+    files: Sequence[Path], side: int | None = None, root: Path | None = None
+) -> Tensor:
     """Read image files, as grayscale if all images are grayscale, otherwise as RGB.
 
     Args:
         files: Files to read.
         side: Height and width in pixels to which images are resized. If None, images keep their
             size.
-        stream: Settings for reading images when they are used. If None, all images are read into
-            memory. Otherwise, only the sizes and color modes are read.
+        root: Folder for downloads, in which the images are decoded to a file unless the same files
+            have been decoded before. The result is mapped from this file. If None, the images are
+            read into memory.
 
     Returns:
         Images, uint8 `[N, C, H, W]`, or int32 if the files have more than 8 bits per pixel.
@@ -50,73 +56,62 @@ def read_image_files(
     Raises:
         UserError: If a file is not an image, or the images have different sizes or bits.
     """
-    places = [f"path: {file}" for file in files]
-    if stream is None:
-        return stack_images((_read(file, side) for file in files), places, files[0].name)
-    headers = [_read_header(file) for file in files]
-    sizes = [header.size for header in headers]
-    if side is None:
-        check_sizes(sizes, places, files[0].name)
-    _check_bits([header.is_deep for header in headers], places, files[0].name)
-    width, height = (side, side) if side else sizes[0]
-    channels = 1 if all(header.is_gray for header in headers) else 3
-    dtype = torch.int32 if headers[0].is_deep else torch.uint8
-    reader = ImageFileReader(files, side, (channels, height, width), dtype)
-    return StoredRows(reader, stream)
+    if root is None:
+        return stack_images((_read(file, side) for file in files), _places(files), files[0].name)
+    folder = root / DECODED
+    decoded = folder / f"{_content_key(files, side)}.npy"
+    if not decoded.is_file():
+        make_cache(folder)
+        _decode(files, side, decoded)
+    return map_array(decoded, folder)
 
 
-class ImageFileReader:
-    """Reader of image files (see `RowReader`).
+def make_cache(folder: Path) -> None:
+    """Create a folder for decoded images or scratch files, which must be writable."""
+    try:
+        make_folder(folder)
+    except UserError as error:
+        raise UserError(f"root: {error}") from None
 
-    Args:
-        files: Files to read.
-        side: Height and width in pixels to which images are resized. If None, images keep their
-            size.
-        shape: Shape of an image, `(C, H, W)`.
-        dtype: Type of the pixels, uint8 or int32.
-    """
 
-    def __init__(
-        self,
-        files: Sequence[Path],
-        side: int | None,
-        shape: tuple[int, int, int],
-        dtype: torch.dtype,
-    ) -> None:
-        # Strings take less memory than paths.
-        self._files = [str(file) for file in files]
-        self._side = side
-        self.shape: tuple[int, ...] = shape
-        self.dtype = dtype
+def _places(files: Sequence[Path]) -> list[str]:
+    return [f"path: {file}" for file in files]
 
-    def __len__(self) -> int:
-        return len(self._files)
 
-    def read(self, rows: np.ndarray) -> Tensor:
-        """Read images (see `RowReader.read`)."""
-        images = torch.empty(len(rows), *self.shape, dtype=self.dtype)
-        for image, row in zip(images, rows, strict=True):
-            image.copy_(torch.tensor(self._read_image(Path(self._files[row]))))
-        return images
-
-    def _read_image(self, file: Path) -> np.ndarray:
-        """Return the pixels of an image, `[C, H, W]` or `[1, H, W]`."""
+def _content_key(files: Sequence[Path], side: int | None) -> str:
+    """Return a hash of the names, sizes and times of files, and of the size of the images."""
+    digest = hashlib.sha256(f"1 {side}".encode())
+    for file in files:
         try:
-            pixels = _read(file, self._side)
-        except UserError as error:
-            raise UserError(f"data.{error}") from error
-        channels, height, width = self.shape
-        if pixels.shape[:2] != (height, width):
-            raise UserError(
-                f"data.path: {file}: expected {width}x{height} pixels as on loading, got "
-                f"{pixels.shape[1]}x{pixels.shape[0]}; the file has changed"
-            )
-        if pixels.ndim == 3 and channels == 1:
-            raise UserError(
-                f"data.path: {file}: expected a grayscale image as on loading, got a color image; "
-                "the file has changed"
-            )
-        return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+            found = file.stat()
+        except OSError as error:
+            raise UserError(f"path: {file}: file not found") from error
+        name = os.fsencode(file.absolute())
+        digest.update(b"\0%s %d %d" % (name, found.st_size, found.st_mtime_ns))
+    return digest.hexdigest()
+
+
+def _decode(files: Sequence[Path], side: int | None, target: Path) -> None:
+    """Write decoded images to a `.npy` file, which appears when it is complete."""
+    with TemporaryDirectory(dir=target.parent, prefix="decoding_") as folder:
+        part = Path(folder) / target.name
+
+        def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], _: str) -> np.ndarray:
+            # A file with fewer channels remains mapped until its images are copied.
+            part.unlink(missing_ok=True)
+            needed = math.prod(shape) * dtype.itemsize
+            if needed > (free := shutil.disk_usage(folder).free):
+                raise UserError(
+                    f"stream: {target.parent}: needs {needed / 2**30:,.1f} GiB for decoded images, "
+                    f"of which {free / 2**30:,.1f} GiB are free; set data.root to another folder"
+                )
+            return np.lib.format.open_memmap(part, "w+", dtype, shape)
+
+        images = (_read(file, side) for file in files)
+        pixels = _stack(images, _places(files), files[0].name, allocate)
+        # `flush` writes to the disk.
+        pixels.flush()  # type: ignore[attr-defined]
+        os.replace(part, target)
 
 
 def stack_images(decoded: Iterable[np.ndarray], places: Sequence[str], first: str) -> Tensor:
@@ -134,53 +129,41 @@ def stack_images(decoded: Iterable[np.ndarray], places: Sequence[str], first: st
     Raises:
         UserError: If the images have different sizes or bits, or do not fit into the memory.
     """
-    images: list[np.ndarray] = []
-    for place, image in zip(places, decoded, strict=True):
-        images.append(image)
-        if image.shape[:2] != images[0].shape[:2]:
-            sizes = [each.shape[1::-1] for each in (images[0], image)]
-            check_sizes(sizes, (places[0], place), first)
-        if len(images) == 1:
-            check_memory(len(places) * image.nbytes, place)
-    has_color = any(image.ndim == 3 for image in images)
-    _check_bits([image.dtype != np.uint8 for image in images], places, first)
-    if has_color:
-        images = [
-            image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
-            for image in images
-        ]
-        return torch.from_numpy(np.moveaxis(np.stack(images), -1, 1).copy())
-    return torch.from_numpy(np.stack(images)[:, None])
+
+    def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], place: str) -> np.ndarray:
+        check_memory(math.prod(shape) * dtype.itemsize, place)
+        return np.empty(shape, dtype)
+
+    return torch.from_numpy(_stack(decoded, places, first, allocate))
 
 
-def check_sizes(sizes: Sequence[tuple[int, ...]], places: Sequence[str], first: str) -> None:
-    """Check that all images have the same size.
-
-    Args:
-        sizes: Width and height of each image in pixels.
-        places: Place of each image, for error messages.
-        first: Name of the first image, for error messages.
-
-    Raises:
-        UserError: If the images have different sizes.
-    """
-    for place, (width, height) in zip(places, sizes, strict=True):
-        if (width, height) != sizes[0]:
+def _stack(
+    decoded: Iterable[np.ndarray], places: Sequence[str], first: str, allocate: Allocate
+) -> np.ndarray:
+    """Copy images to an allocated array (see `stack_images`)."""
+    pixels: np.ndarray = np.empty((0, 0, 0, 0))
+    for row, (place, image) in enumerate(zip(places, decoded, strict=True)):
+        height, width = image.shape[:2]
+        channels = 3 if image.ndim == 3 else 1
+        if row == 0:
+            pixels = allocate((len(places), channels, height, width), image.dtype, place)
+        if (height, width) != pixels.shape[2:]:
             raise UserError(
-                f"{place}: expected {sizes[0][0]}x{sizes[0][1]} pixels as in {first}, got "
+                f"{place}: expected {pixels.shape[3]}x{pixels.shape[2]} pixels as in {first}, got "
                 f"{width}x{height}; set data.size to resize all images"
             )
-
-
-def _check_bits(are_deep: Sequence[bool], places: Sequence[str], first: str) -> None:
-    """Raise UserError if only some images have more than 8 bits per pixel."""
-    for place, is_deep in zip(places, are_deep, strict=True):
-        if is_deep != are_deep[0]:
-            expected, found = ("16", "8") if are_deep[0] else ("8", "16")
+        if image.dtype != pixels.dtype:
+            expected, found = ("8", "16") if pixels.dtype == np.uint8 else ("16", "8")
             raise UserError(
                 f"{place}: expected {expected} bits per pixel as in {first}, got {found}; save all "
                 "images with the same number of bits"
             )
+        if channels > pixels.shape[1]:
+            gray = pixels
+            pixels = allocate((len(places), channels, height, width), gray.dtype, place)
+            pixels[:row] = gray[:row]
+        pixels[row] = image if channels == 1 else np.moveaxis(image, -1, 0)
+    return pixels
 
 
 def image_files(path: Path) -> list[Path]:
@@ -222,51 +205,36 @@ def open_image(content: Path | AbstractContextManager[IO[bytes]], where: str = "
 
 def _read(file: Path, side: int | None) -> np.ndarray:
     """Return the pixels of an image file (see `image_pixels`)."""
+    if file.suffix.lower() == DICOM:
+        return _read_dicom(file, side)
     with open_image(file) as opened:
         return image_pixels(opened, side)
 
 
-class _Header(NamedTuple):
-    """Width and height in pixels, and whether the image is grayscale and has more than 8 bits."""
-
-    size: tuple[int, int]
-    is_gray: bool
-    is_deep: bool
-
-
-def _read_header(file: Path) -> _Header:
-    with open_image(file) as opened:
-        width, height = opened.size
-        if opened.format == "TIFF":
-            # Some versions of Pillow have swapped the size of a rotated image.
-            width, height = (opened.tag_v2[tag] for tag in TIFF_SIZE_TAGS)
-        size = (height, width) if _is_rotated(opened, file) else (width, height)
-        return _Header(size, is_grayscale(opened), opened.mode.startswith("I"))
-
-
-def _is_rotated(image: Any, file: Path) -> bool:
-    """Return whether the EXIF orientation of an image swaps its width and height."""
+def _read_dicom(file: Path, side: int | None) -> np.ndarray:
+    """Return the stored values of a DICOM file with one frame, in which larger is brighter."""
+    check_extra("dicom", ["pydicom"], f"path: {file}: a DICOM file")
+    import pydicom
     from PIL import Image
 
+    if not file.is_file():
+        raise UserError(f"path: {file}: file not found")
     try:
-        if image.format == "PNG" and "exif" not in image.info and not _has_exif(file):
-            # The method of PNG images would read the pixels to find the data behind them.
-            return Image.Image.getexif(image).get(ORIENTATION_TAG) in ROTATED
-        return image.getexif().get(ORIENTATION_TAG) in ROTATED
-    except DAMAGED_EXIF:
-        return False
-
-
-def _has_exif(file: Path) -> bool:
-    """Return whether a PNG file has EXIF data, which may follow the pixels."""
-    with file.open("rb") as content:
-        content.seek(8)
-        while len(header := content.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", header)
-            if kind == b"eXIf":
-                return True
-            content.seek(length + 4, 1)
-    return False
+        content = pydicom.dcmread(file)
+        if content.Rows * content.Columns > MAX_PIXELS:
+            raise ValueError(f"more than {MAX_PIXELS:,} pixels")
+        if int(content.get("NumberOfFrames") or 1) > 1:
+            raise ValueError("more than one frame; save each frame to a file")
+        pixels = content.pixel_array
+        if pixels.min() < 0:
+            raise ValueError(f"pixels must be >= 0, got {pixels.min()}")
+        if content.PhotometricInterpretation == "MONOCHROME1":
+            pixels = 2**content.BitsStored - 1 - pixels.astype(np.int32)
+        pixels = pixels.astype(np.uint8 if content.BitsStored <= 8 else np.int32)
+        return _resized(Image.fromarray(pixels), side)
+    # pydicom raises exceptions of many types for damaged files.
+    except Exception as error:
+        raise UserError(f"path: {file}: not a readable image ({one_line(error, 200)})") from error
 
 
 def _upright(image: Any) -> Any:
@@ -318,4 +286,11 @@ def image_pixels(image: Any, side: int | None) -> np.ndarray:
         image = Image.fromarray(np.asarray(image).astype(np.int32))
     else:
         image = image.convert(mode)
+    return _resized(image, side)
+
+
+def _resized(image: Any, side: int | None) -> np.ndarray:
+    """Return the pixels of a Pillow image, which is resized unless `side` is None."""
+    from PIL import Image
+
     return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR) if side else image)

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.config.data import SourceConfig, StreamConfig
+from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, with_patients
 from hetero_fl.data.registry import TABLE_SUFFIXES, register_source
 from hetero_fl.data.sources.files import EMBEDDED, download_folder
 from hetero_fl.data.sources.image_files import SUFFIXES, image_files, read_image_files
 from hetero_fl.data.sources.npz_files import medmnist_file, read_npz
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import UserError, check_names
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import format_list
 
@@ -65,14 +65,15 @@ def digits(_config: SourceConfig, _root: Path) -> Dataset:
 
 
 @register_source("npz", keys=("path", "task", "patient", "stream"))
-def npz(config: SourceConfig, _root: Path) -> Dataset:
+def npz(config: SourceConfig, root: Path, labeled: bool = True) -> Dataset:
     """Load a local `.npz` file or folder in the MedMNIST layout (see `read_npz`)."""
     return read_npz(
         Path(str(config.path)).expanduser(),
         "npz",
         kind=config.task,
         patient=config.patient,
-        stream=config.stream,
+        root=root if config.stream else None,
+        labeled=labeled,
     )
 
 
@@ -87,7 +88,7 @@ FOLDER_SPLITS = {
 
 
 @register_source("image_folder", keys=("path", "group", "patient", "size", "stream"))
-def image_folder(config: SourceConfig, _root: Path) -> Dataset:
+def image_folder(config: SourceConfig, root: Path) -> Dataset:
     """Load the images in the folder `config.path` (see `read_image_folder`).
 
     If `config.group` is set, for example to "site", the folder must contain a subfolder for each
@@ -99,7 +100,7 @@ def image_folder(config: SourceConfig, _root: Path) -> Dataset:
         grouped=config.group is not None,
         patient=config.patient,
         side=config.size,
-        stream=config.stream,
+        root=root if config.stream else None,
     )
 
 
@@ -109,7 +110,7 @@ def read_image_folder(
     grouped: bool = False,
     patient: str | None = None,
     side: int | None = None,
-    stream: StreamConfig | None = None,
+    root: Path | None = None,
 ) -> Dataset:
     """Read a folder of images with one folder per class.
 
@@ -123,8 +124,8 @@ def read_image_folder(
             `patients_of_files`). If None, the images have no patients.
         side: Height and width in pixels to which images are resized. If None, images keep their
             size.
-        stream: Settings for reading images when they are used. If None, all images are read into
-            memory.
+        root: Folder for downloads, in which images are decoded to a file that is mapped. If None,
+            they are read into memory.
 
     Raises:
         UserError: If the folder or its images are missing, there are folders of splits but no
@@ -149,7 +150,7 @@ def read_image_folder(
     owners = None
     if patient is not None:
         owners = patients_of_files([file for file, _, _ in all_files], path, patient)
-    images = read_image_files([file for file, _, _ in all_files], side, stream)
+    images = read_image_files([file for file, _, _ in all_files], side, root)
     splits = {}
     begin = 0
     for split, entries in files.items():
@@ -190,8 +191,8 @@ def patients_of_files(files: Sequence[Path], folder: Path, patient: str) -> list
     paths = [file.relative_to(folder).as_posix() for file in files]
     if Path(patient).suffix.lower() in TABLE_SUFFIXES:
         # Imported here because loading pandas is slow.
-        from hetero_fl.data.sources.table_columns import check_columns, parse_names
-        from hetero_fl.data.sources.table_files import read_frame
+        from hetero_fl.data.sources.tables.columns import check_columns, parse_names
+        from hetero_fl.data.sources.tables.files import read_frame
 
         names = ("file", "patient")
         try:
@@ -243,13 +244,10 @@ def _split_folders(path: Path) -> dict[str, Path]:
     folders = _folders(path)
     if not any(folder.name in FOLDER_SPLITS for folder in folders):
         return {"train": path}
+    names = [folder.name for folder in folders]
+    check_names(names, FOLDER_SPLITS, f"path: {path}: unknown split folder")
     splits: dict[str, Path] = {}
     for folder in folders:
-        if folder.name not in FOLDER_SPLITS:
-            raise UserError(
-                f"path: {path}: unknown split folder '{folder.name}'; choose from "
-                f"{', '.join(FOLDER_SPLITS)}"
-            )
         split = FOLDER_SPLITS[folder.name]
         first = splits.setdefault(split, folder)
         if first != folder:
@@ -258,10 +256,7 @@ def _split_folders(path: Path) -> dict[str, Path]:
                 "set; remove one of them"
             )
     if "train" not in splits:
-        raise UserError(
-            f"path: {path}: folder 'train' not found, only "
-            f"{', '.join(folder.name for folder in splits.values())}"
-        )
+        raise UserError(f"path: {path}: folder 'train' not found, only {', '.join(names)}")
     return splits
 
 
@@ -320,7 +315,10 @@ def _medmnist_loader(name: str, task: Task) -> Callable[[SourceConfig, Path], Da
                 f"size: must be one of {', '.join(map(str, SIDES))} for {name}, got {config.size}; "
                 "preprocess.resize changes the size of images"
             )
-        info = _medmnist_info(name)
+        # `load_source` reports that the package is missing.
+        import medmnist
+
+        info = medmnist.INFO[name]
         file = medmnist_file(name, config.size)
         suffix = file.removeprefix(name).removesuffix(".npz")
         from torchvision.datasets.utils import download_url
@@ -334,18 +332,6 @@ def _medmnist_loader(name: str, task: Task) -> Callable[[SourceConfig, Path], Da
         return dataset
 
     return load
-
-
-def _medmnist_info(name: str) -> dict[str, Any]:
-    try:
-        import medmnist
-    except ImportError as error:
-        raise UserError(
-            f"name: {name} needs the medmnist package; run pip install 'hetero_fl[datasets]', or "
-            "set data.path to a local file"
-        ) from error
-    info: dict[str, Any] = medmnist.INFO[name]
-    return info
 
 
 for _name, _outputs in OUTPUTS.items():

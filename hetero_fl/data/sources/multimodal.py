@@ -1,9 +1,9 @@
-"""Join images and a table by patient into a data set with two blocks."""
+"""Images and numbers as two blocks of one row, from arrays and a table."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +12,60 @@ from torch import Tensor
 
 from hetero_fl.config.data import DataConfig
 from hetero_fl.core.images import to_floats
-from hetero_fl.core.stored_rows import require_tensor
+from hetero_fl.core.mapped_tensors import mapped_file, store_rows
 from hetero_fl.core.task import Task
-from hetero_fl.data.arrays import from_arrays
 from hetero_fl.data.client_rows import ClientRows
-from hetero_fl.data.dataset import Block, Dataset, Examples, index_names
-from hetero_fl.data.pixels import choose_range
+from hetero_fl.data.dataset import Block, Dataset, Examples
+from hetero_fl.data.pixels import PixelRange, choose_range
+from hetero_fl.data.table import from_arrays
+from hetero_fl.utils.arrays import index_names
 from hetero_fl.utils.errors import UserError, suggest_similar
 from hetero_fl.utils.text import format_list
 
 if TYPE_CHECKING:
     import pandas as pd
+
+JOINED_ROWS = 256
+"""Number of rows whose blocks are joined at a time."""
+
+
+def choose_block_range(images: Tensor, chosen: float | None, advice: str) -> PixelRange:
+    """Return the value of integer pixels of a block that becomes 1 (see `choose_range`).
+
+    Args:
+        images: All images of the data set.
+        chosen: The value, if it is given.
+        advice: How to change the value, for messages.
+    """
+    rows = Examples(images, torch.zeros(len(images)))
+    dataset = Dataset("images", Task("regression", 1), rows, pixel_range=chosen)
+    is_chosen = chosen is not None
+    return choose_range(dataset, DataConfig(), ClientRows({}), {}, advice, is_chosen=is_chosen)
+
+
+def join_blocks(
+    images: Tensor, image_of: Tensor, numbers: Tensor, pixel_range: float | None
+) -> Tensor:
+    """Return rows of the pixels of an image and of numbers.
+
+    Args:
+        images: Images `[M, C, H, W]`.
+        image_of: Index of the image of each row, or -1, of which the pixels are NaN, int64 `[N]`.
+        numbers: Numbers of each row, float32 `[N, F]`.
+        pixel_range: Value of integer pixels that becomes 1.
+
+    Returns:
+        Rows, float32 `[N, C * H * W + F]`.
+    """
+
+    def join(rows: Tensor) -> Tensor:
+        pixels = to_floats(images[image_of[rows]].flatten(1), pixel_range).float()
+        pixels[image_of[rows] < 0] = torch.nan
+        return torch.cat([pixels, numbers[rows]], 1)
+
+    parts = map(join, torch.arange(len(numbers)).split(JOINED_ROWS))
+    file = mapped_file(images)
+    return torch.cat(list(parts)) if file is None else store_rows(parts, file.scratch)
 
 
 def join_images_and_table(
@@ -93,8 +136,8 @@ def join_images_and_table(
         tensor([61., 54.])
     """
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.table_columns import check_columns, parse_names
-    from hetero_fl.data.sources.table_files import features
+    from hetero_fl.data.sources.tables.columns import check_columns, parse_names
+    from hetero_fl.data.sources.tables.frames import features
 
     frame, where = _read_table(table, (by, table_group))
     if len(frame) == 0:
@@ -102,26 +145,17 @@ def join_images_and_table(
     if pixel_range is not None and not 0 < pixel_range < math.inf:
         raise UserError(f"{name}: pixel_range: must be > 0 and finite, got {pixel_range:g}")
     image_set = from_arrays(images, y, patient=patient, group=group, name=name)
-    if image_set.train.x.ndim != 4:
+    pictures = image_set.train
+    if pictures.x.ndim != 4:
         raise UserError(
             f"{name}: images: expected shape [rows, channels, height, width], got "
-            f"{tuple(image_set.train.x.shape)}"
+            f"{tuple(pictures.x.shape)}"
         )
     special = {"by": by, "label": label, "table_group": table_group}
     check_columns(frame, special.items(), where)
-    image_ids = [str(value) for value in image_set.train.patient_names]
-    table_ids = _match_id_format(list(parse_names(frame[by], where)), image_ids)
-    _check_unique(table_ids, where, by)
-    with_image = set(image_ids)
-    without_image = [row for row, table_id in enumerate(table_ids) if table_id not in with_image]
-    _check_overlap(table_ids, image_ids, where, by)
-    if without_image and label is None:
-        row = without_image[0]
-        raise UserError(
-            f"{where}: row {row + 1}, column '{by}': patient '{table_ids[row]}' has no image"
-            f"{suggest_similar(table_ids[row], image_ids)} (pass label to keep patients without "
-            "images)"
-        )
+    image_ids = list(pictures.patient_names)
+    table_ids = _match_id_format(parse_names(frame[by], where).tolist(), image_ids)
+    without_image = _check_ids(table_ids, image_ids, where, by, is_left_join=label is None)
     rest = frame.drop(columns=[column for column in special.values() if column is not None])
     check_columns(rest, [("columns", column) for column in columns or ()], where)
     rest = rest if columns is None else rest[columns]
@@ -129,22 +163,26 @@ def join_images_and_table(
     if columns is not None and left_out:
         column, kind = next(iter(left_out.items()))
         raise UserError(f"{where}: column '{column}': expected numbers, got {kind}")
-    image_set = replace(image_set, pixel_range=pixel_range)
-    pixels = choose_range(
-        image_set,
-        DataConfig(),
-        ClientRows({}),
-        {},
-        "pass pixel_range=MAXIMUM",
-        is_chosen=pixel_range is not None,
+    pixels = choose_block_range(pictures.x, pixel_range, "pass pixel_range=MAXIMUM")
+    owners = [image_ids[owner] for owner in pictures.patient.tolist()]  # type: ignore[union-attr]
+    owners += [table_ids[row] for row in without_image]
+    row_of = {table_id: row for row, table_id in enumerate(table_ids)}
+    # Patients who are not in the table have the last row, which is NaN.
+    table_rows = torch.tensor([row_of.get(owner, len(table_ids)) for owner in owners])
+    numbers = torch.cat([values, values.new_full((1, values.shape[1]), torch.nan)])[table_rows]
+    image_of = torch.cat([torch.arange(len(pictures)), torch.full((len(without_image),), -1)])
+    train = Examples(
+        join_blocks(pictures.x, image_of, numbers, pixels.value),
+        torch.cat(
+            [pictures.labels, _labels_of(frame, label, without_image, image_set.task, where)]
+        ),
     )
-    train = _join_rows(image_set.train, values, table_ids, without_image, pixels.value)
-    if label is not None and without_image:
-        labels = _table_labels(frame[label], without_image, image_set.task, where)
-        groups = _table_groups(frame, without_image, table_group, image_set.train, where)
-        owners = [table_ids[row] for row in without_image]
-        train = _append_labels(train, image_set.train, labels, groups, owners)
-    both = len(with_image & set(table_ids))
+    train.patient, train.patient_names = index_names(owners)
+    if pictures.group is not None:
+        groups = [pictures.group_names[group] for group in pictures.group.tolist()]
+        groups += _groups_of(frame, table_group, without_image, where)
+        train.group, train.group_names = index_names(groups)
+    both = len(set(image_ids) & set(table_ids))
     notes = [
         *image_set.notes,
         *pixels.notes,
@@ -153,6 +191,7 @@ def join_images_and_table(
     ]
     if left_out:
         notes.append(f"{where}: columns excluded because not numeric: {format_list(left_out)}")
+    shapes = tuple(pictures.x.shape[1:]), (len(used),)
     return Dataset(
         name,
         image_set.task,
@@ -160,27 +199,16 @@ def join_images_and_table(
         simulated=simulated,
         about=about,
         notes=tuple(notes),
-        blocks=(
-            Block(blocks[0], tuple(image_set.train.x.shape[1:])),
-            Block(blocks[1], (len(used),)),
-        ),
+        blocks=tuple(map(Block, blocks, shapes)),
         pixel_range=pixels.value,
     )
-
-
-def _check_overlap(table_ids: list[str], image_ids: list[str], where: str, by: str) -> None:
-    if not set(table_ids) & set(image_ids):
-        raise UserError(
-            f"{where}: row 1, column '{by}': no patient of the table has an image, got "
-            f"'{table_ids[0]}'; images are of {format_list(image_ids)}"
-        )
 
 
 def _read_table(table: Any, names: tuple[str | None, ...]) -> tuple[pd.DataFrame, str]:
     import pandas as pd
 
-    from hetero_fl.data.sources.table_columns import normalize_frame
-    from hetero_fl.data.sources.table_files import read_frame
+    from hetero_fl.data.sources.tables.columns import normalize_frame
+    from hetero_fl.data.sources.tables.files import read_frame
 
     if isinstance(table, pd.DataFrame):
         return normalize_frame(table, "table"), "table"
@@ -208,7 +236,15 @@ def _normalize_id(patient_id: str) -> str:
     return patient_id
 
 
-def _check_unique(table_ids: list[str], where: str, by: str) -> None:
+def _check_ids(
+    table_ids: Sequence[str], image_ids: Sequence[str], where: str, by: str, *, is_left_join: bool
+) -> list[int]:
+    """Return the rows of the patients without an image.
+
+    Raises:
+        UserError: If a patient occurs twice or no patient has an image, or if a patient has none in
+            a left join.
+    """
     first: dict[str, int] = {}
     for row, table_id in enumerate(table_ids):
         if table_id in first:
@@ -217,88 +253,61 @@ def _check_unique(table_ids: list[str], where: str, by: str) -> None:
                 f"row {first[table_id] + 1}; keep one row per patient"
             )
         first[table_id] = row
+    with_image = set(image_ids)
+    missing = [row for row, table_id in enumerate(table_ids) if table_id not in with_image]
+    if len(missing) == len(table_ids):
+        raise UserError(
+            f"{where}: row 1, column '{by}': no patient of the table has an image, got "
+            f"'{table_ids[0]}'; images are of {format_list(image_ids)}"
+        )
+    if missing and is_left_join:
+        row = missing[0]
+        raise UserError(
+            f"{where}: row {row + 1}, column '{by}': patient '{table_ids[row]}' has no image"
+            f"{suggest_similar(table_ids[row], image_ids)} (pass label to keep patients without "
+            "images)"
+        )
+    return missing
 
 
-def _join_rows(
-    images: Examples,
-    values: Tensor,
-    table_ids: list[str],
-    without_image: list[int],
-    pixel_range: float | None,
-) -> Examples:
-    """Return N images with the table values of their patients, then M patients without images.
-
-    The rows have shape `[N + M, D]`. If M > 0, the rows have no labels, groups and patients yet.
-    """
-    assert images.patient is not None
-    x = require_tensor(images.x, "a multimodal data set")
-    pixels = to_floats(x.flatten(1), pixel_range).float()
-    row_of = {table_id: row for row, table_id in enumerate(table_ids)}
-    patient_rows = [row_of.get(image_id, len(table_ids)) for image_id in images.patient_names]
-    rows = torch.tensor(patient_rows)[images.patient]
-    table = torch.cat([values, values.new_full((1, values.shape[1]), torch.nan)])
-    x = torch.cat([pixels, table[rows]], dim=1)
-    if without_image:
-        table_only = values[torch.tensor(without_image)]
-        no_pixels = table_only.new_full((len(table_only), pixels.shape[1]), torch.nan)
-        return Examples(torch.cat([x, torch.cat([no_pixels, table_only], dim=1)]))
-    return Examples(
-        x, images.y, images.group, images.group_names, images.patient, images.patient_names
-    )
-
-
-def _table_labels(column: pd.Series, rows: list[int], task: Task, where: str) -> list[int]:
+def _labels_of(
+    frame: pd.DataFrame, label: str | None, rows: Sequence[int], task: Task, where: str
+) -> Tensor:
     """Return the classes of the patients in the selected rows of the table."""
-    from hetero_fl.data.sources.table_columns import parse_numbers
+    from hetero_fl.data.sources.tables.columns import parse_numbers
 
-    labels = parse_numbers(column, where)
+    if label is None or not rows:
+        return torch.empty(0, dtype=torch.int64)
+    labels = parse_numbers(frame[label], where)
     if labels is None:
-        raise UserError(f"{where}: column '{column.name}': expected class numbers, got text")
+        raise UserError(f"{where}: column '{label}': expected class numbers, got text")
     try:
         classes = {float(name): index for index, name in enumerate(task.output_names)}
     except ValueError:
         raise UserError(
-            f"y: expected class numbers as in column '{column.name}' of the table, got "
+            f"y: expected class numbers as in column '{label}' of the table, got "
             f"'{task.output_names[0]}'; number the classes"
         ) from None
     for row in rows:
         if labels[row] not in classes:
             raise UserError(
-                f"{where}: row {row + 1}, column '{column.name}': unknown class {labels[row]:g}; "
+                f"{where}: row {row + 1}, column '{label}': unknown class {labels[row]:g}; "
                 f"choose from {format_list(task.output_names)}"
             )
-    return [classes[labels[row]] for row in rows]
+    return torch.tensor([classes[labels[row]] for row in rows])
 
 
-def _table_groups(
-    frame: pd.DataFrame, rows: list[int], table_group: str | None, images: Examples, where: str
+def _groups_of(
+    frame: pd.DataFrame, column: str | None, rows: Sequence[int], where: str
 ) -> list[str]:
     """Return the groups of patients in selected rows of the table, or [] without groups."""
-    from hetero_fl.data.sources.table_columns import parse_names
+    from hetero_fl.data.sources.tables.columns import parse_names
 
-    if images.group is None:
+    if not rows:
         return []
-    if table_group is None:
+    if column is None:
         raise UserError(
             "table_group: missing; the images have groups, so name the column with the groups of "
             "patients without an image"
         )
-    groups = list(parse_names(frame[table_group], where))
-    return [groups[row] for row in rows]
-
-
-def _append_labels(
-    train: Examples, images: Examples, labels: list[int], groups: list[str], owners: list[str]
-) -> Examples:
-    """Add the labels, groups and patients to the joined rows."""
-    assert images.patient is not None
-    y = torch.cat([images.labels, torch.tensor(labels)])
-    patient, patient_names = index_names(
-        [images.patient_names[i] for i in images.patient.tolist()] + owners
-    )
-    if images.group is None:
-        return Examples(train.x, y, None, (), patient, patient_names)
-    group, group_names = index_names(
-        [images.group_names[g] for g in images.group.tolist()] + groups
-    )
-    return Examples(train.x, y, group, group_names, patient, patient_names)
+    return parse_names(frame[column], where).iloc[list(rows)].tolist()

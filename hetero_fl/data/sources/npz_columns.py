@@ -7,17 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import ExampleNames
-from hetero_fl.data.dataset import Dataset, Examples, index_names, owner_list
-from hetero_fl.data.labels import read_labels
+from hetero_fl.data.dataset import Dataset, Examples
 from hetero_fl.data.sources.npz_files import LABELS, NAMES, ArraySpec, first_gap, read_arrays
+from hetero_fl.data.table import Table, build
+from hetero_fl.utils.arrays import index_names, owner_list
 from hetero_fl.utils.errors import UserError, check_names
 
-SPLITS = ("train", "validation", "test")
-"""Values of the array `split`."""
 INPUTS = {
     "x": ArraySpec(("N T F", "N F"), gaps=2),
     "columns": ArraySpec(("F",), NAMES, required=False),
@@ -32,14 +30,15 @@ def read_columns(
     *,
     needs_group: bool = False,
     task: Task | None = None,
+    labeled: bool = True,
 ) -> Dataset:
     """Read a `.npz` file with an array for each column of a table.
 
     The file contains `x`, series `[N, T, F]` or a table `[N, F]`, and classes, as names or numbers
     `[N]` or one-hot rows `[N, L]`, which are read as by `from_arrays`. It may also contain the
-    group of each row `[N]`, `split` `[N]` with the values of `SPLITS` (otherwise, all rows are
-    training rows), and `columns`, the names of the F channels or columns. Only training rows keep
-    their groups.
+    group of each row `[N]`, `split` `[N]` with the values `train`, `validation` and `test`
+    (otherwise, all rows are training rows), and `columns`, the names of the F channels or columns.
+    Only training rows keep their groups.
 
     Args:
         path: File to read.
@@ -49,36 +48,40 @@ def read_columns(
         needs_group: Whether the array of the groups must exist.
         task: Task whose class numbers the file contains. If None, the classes are those of the
             file.
+        labeled: Whether to read labels, groups and splits. If False, all rows are training rows.
 
     Raises:
         UserError: If the file is malformed. The message names the array and the row.
     """
     where = f"path: {path}"
-    specs = {
-        **INPUTS,
-        group: ArraySpec(("N",), NAMES, "x", required=needs_group),
-        "split": ArraySpec(("N",), NAMES, "x", required=False),
-        label: ArraySpec(LABELS, None, "x"),
-    }
+    specs = INPUTS
+    if labeled:
+        specs = {
+            **INPUTS,
+            group: ArraySpec(("N",), NAMES, "x", required=needs_group),
+            "split": ArraySpec(("N",), NAMES, "x", required=False),
+            label: ArraySpec(LABELS, None, "x"),
+        }
     arrays = read_arrays(path, specs)
-    x, columns = _inputs(arrays, where)
-    place = f"{where}: {label}"
-    task, targets, notes = read_labels(
-        {place: arrays[label]}, place, task=task or "multiclass", names=ExampleNames(in_config=True)
-    )
-    check_classes(task, path)
-    parts = split_examples(Examples(x, targets[place]), arrays, SPLITS, group, where)
-    return Dataset(
-        name,
-        task,
-        parts["train"],
-        parts.get("validation"),
-        parts.get("test"),
+    x = torch.from_numpy(arrays["x"].astype(np.float32))
+    columns = tuple(map(str, arrays.get("columns", ())))
+    if columns and len(columns) != x.shape[-1]:
+        raise UserError(f"{where}: columns: expected {x.shape[-1]} names, got {len(columns)}")
+    names = ExampleNames("x", label, in_config=True)
+    split = arrays.get("split", "train")
+    table = Table(x, arrays.get(label), split, where, names, arrays.get(group))
+    dataset = build(
+        [table],
+        task or "multiclass",
+        where,
+        name=name,
         about=f"{len(x):,} rows of {path.name}",
         columns=columns,
-        notes=tuple(notes),
-        first_missing=first_gap(x, f"{where}: x"),
+        first_missing=first_gap(x, table.x_place),
     )
+    if labeled:
+        check_classes(dataset.task, path)
+    return dataset
 
 
 def check_classes(task: Task, path: Path) -> None:
@@ -91,19 +94,6 @@ def check_classes(task: Task, path: Path) -> None:
         raise UserError(
             f"label: expected at least two classes in {path}, got {task.output_names[0]} only"
         )
-
-
-def read_inputs(path: Path) -> tuple[Tensor, tuple[str, ...]]:
-    """Read the inputs of a file as in `read_columns`, which needs no other arrays.
-
-    Returns:
-        The inputs, float32 `[N, T, F]` or `[N, F]`, and the names of the channels or columns, which
-        are empty if the file has none.
-
-    Raises:
-        UserError: If the file is malformed.
-    """
-    return _inputs(read_arrays(path, INPUTS), f"path: {path}")
 
 
 def split_examples(
@@ -139,12 +129,3 @@ def split_examples(
         train = parts[splits[0]]
         train.group, train.group_names = index_names(owners[row] for row in index[splits[0]])
     return parts
-
-
-def _inputs(arrays: Mapping[str, np.ndarray], where: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Return the inputs in arrays, and the names of the channels (see `read_inputs`)."""
-    x = arrays["x"]
-    columns = tuple(map(str, arrays.get("columns", ())))
-    if columns and len(columns) != x.shape[-1]:
-        raise UserError(f"{where}: columns: expected {x.shape[-1]} names, got {len(columns)}")
-    return torch.from_numpy(x.astype(np.float32)), columns

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -13,22 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.config.data import StreamConfig
 from hetero_fl.core.images import (
     MAX_CHANNELS,
-    USUAL_CHANNELS,
     as_numbers,
     as_pixels,
-    channels_first,
-    in_range,
 )
-from hetero_fl.core.stored_rows import Column, StoredRows
+from hetero_fl.core.mapped_tensors import map_array, open_array, store_rows
 from hetero_fl.core.task import Task
-from hetero_fl.data.checks import ExampleNames, check_examples, first_true, note_identifiers
-from hetero_fl.data.dataset import Dataset, Examples, with_patients
-from hetero_fl.data.labels import read_labels
+from hetero_fl.data.checks import ExampleNames, first_true
+from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.sources.files import visible_files
-from hetero_fl.utils.errors import UserError, one_line, suggest_file
+from hetero_fl.data.sources.image_files import make_cache
+from hetero_fl.data.table import Table, build
+from hetero_fl.utils.errors import UserError, suggest_file
 from hetero_fl.utils.serialization import check_memory
 
 PREFIXES = {"train": "train", "validation": "val", "test": "test"}
@@ -41,6 +38,8 @@ DATES = ("M", "datetime64")
 IMAGES = ("N H W", "N H W C")
 TABLE = ("N F",)
 LABELS = ("N", "N L")
+MAPPED_ROWS = 256
+"""Number of mapped images that are converted at a time."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,8 @@ def read_npz(
     kind: str | None = None,
     patient: str | None = None,
     *,
-    stream: StreamConfig | None = None,
+    root: Path | None = None,
+    labeled: bool = True,
 ) -> Dataset:
     """Read a `.npz` file, or a folder of `.npy` files, in the MedMNIST layout.
 
@@ -118,143 +118,99 @@ def read_npz(
             inferred from the labels.
         patient: Name of the array with the patient of each training row. If None, the array
             "patient" is used if it exists.
-        stream: Settings for reading the images of a folder when they are used. They are integers
-            `[N, H, W]` or `[N, H, W, C]`. If None, all images are read into memory.
+        root: Folder for scratch files. If it is set, the images of a folder, integers `[N, H, W]`
+            or `[N, H, W, C]`, are mapped (see `map_images`), otherwise read into memory.
+        labeled: Whether to read labels. If False, only the training images are read.
 
     Raises:
         UserError: If the file is missing or malformed. The message names the array and the row.
     """
     where = f"path: {path}"
-    if stream is not None and not path.is_dir():
+    if root is not None and not path.is_dir():
         raise UserError(
             f"stream: needs a folder of .npy files, got '{path}'; save each array with numpy.save, "
             "or remove stream"
         )
-    specs = {
-        patient or PATIENT: ArraySpec(LABELS, NAMES, "train_images", required=patient is not None)
-    }
-    for prefix in PREFIXES.values():
+    patient_array = patient or PATIENT
+    specs = {patient_array: ArraySpec(LABELS, NAMES, "train_images", required=patient is not None)}
+    for split, prefix in PREFIXES.items():
         images = f"{prefix}_images"
-        specs[images] = _image_spec(is_table=task is None, required=prefix == "train")
-        specs[f"{prefix}_labels"] = ArraySpec(LABELS, None, images, required=False)
+        if labeled or split == "train":
+            shapes = IMAGES + (TABLE if task is None else ())
+            specs[images] = ArraySpec(shapes, required=split == "train", gaps=2)
+        if labeled:
+            specs[f"{prefix}_labels"] = ArraySpec(LABELS, None, images, required=False)
     arrays = read_arrays(path, specs)
-    prefixes = {s: prefix for s, prefix in PREFIXES.items() if f"{prefix}_images" in arrays}
-    for prefix in prefixes.values():
-        if f"{prefix}_labels" not in arrays:
+    tables = []
+    for split, prefix in PREFIXES.items():
+        names = ExampleNames(f"{prefix}_images", f"{prefix}_labels", in_config=True)
+        if names.x not in arrays:
+            continue
+        if labeled and names.y not in arrays:
             raise UserError(
-                f"{where}: array '{prefix}_labels' not found, which '{prefix}_images' needs; add it"
+                f"{where}: array '{names.y}' not found, which '{names.x}' needs; add it"
             )
-    task, targets, notes = read_labels(
-        {f"{where}: {prefix}_labels": arrays[f"{prefix}_labels"] for prefix in prefixes.values()},
-        f"{where}: labels",
-        task=task or kind,
-        names=ExampleNames(in_config=True),
-    )
-    read: Sequence[Column]
-    if stream is not None:
-        files = [path / f"{prefix}_images.npy" for prefix in prefixes.values()]
-        read = [StoredRows(NpyReader(file), stream) for file in files]
-    else:
-        read = images_of_arrays(
-            {f"{where}: {p}_images": arrays[f"{p}_images"] for p in prefixes.values()}
-        )
-    splits = {}
-    gap = ""
-    for (split, prefix), x, y in zip(prefixes.items(), read, targets.values(), strict=True):
-        names = ExampleNames(f"{prefix}_images", f"{prefix}_labels")
-        splits[split] = Examples(x, y)
-        check_examples(splits[split], task, where, names=names, missing=True)
-        gap = gap or first_gap(x, f"{where}: {names.x}")
-        if x.shape[1:] != splits["train"].x.shape[1:]:
-            raise UserError(
-                f"{where}: {names.x}: expected rows of shape {arrays['train_images'].shape[1:]} as "
-                f"in train_images, got shape {arrays[names.x].shape}"
-            )
-    train = splits["train"]
-    if (patients := arrays.get(patient or PATIENT)) is not None:
-        train = with_patients(train, patients, f"{where}: {patient or PATIENT}")
-    advice = "" if patients is not None else ", or move it to an array 'patient'"
-    return Dataset(
-        name,
-        task,
-        train,
-        splits.get("validation"),
-        splits.get("test"),
+        x: Any = arrays[names.x] if root is None else map_images(path / f"{names.x}.npy", root)
+        tables.append(Table(x, arrays.get(names.y), split, where, names))
+    tables[0].patient = arrays.get(patient_array)
+    if root is None:
+        check_memory(sum(table.x.nbytes for table in tables), where)
+    dataset = build(
+        tables,
+        task or kind,
+        where,
+        name=name,
+        channels="last" if root is None else "",
         about=f"local {'folder' if path.is_dir() else 'file'} {path.name}",
-        notes=(*notes, *note_identifiers(train.x, (), advice)),
-        first_missing=gap,
     )
+    gaps = (
+        first_gap(part.x, table.x_place)
+        for part, table in zip(dataset.splits().values(), tables, strict=True)
+    )
+    dataset.first_missing = next(filter(None, gaps), "")
+    return dataset
 
 
-def _image_spec(*, is_table: bool, required: bool = True) -> ArraySpec:
-    """Return the requirements of images, which may be a table if `is_table` is set."""
-    return ArraySpec(IMAGES + (TABLE if is_table else ()), required=required, gaps=2)
-
-
-def first_gap(x: Column, where: str) -> str:
+def first_gap(x: Tensor, where: str) -> str:
     """Return the location of the first missing value of a table, or an empty string."""
-    row = first_true(x.isnan().any(1)) if isinstance(x, Tensor) and x.ndim == 2 else None
+    row = first_true(x.isnan().any(1)) if x.ndim == 2 else None
     return "" if row is None else f"{where}: row {row}: missing value"
 
 
-class NpyReader:
-    """Reader of images in a `.npy` file, which is memory-mapped (see `RowReader`).
+def map_images(file: Path, root: Path) -> Tensor:
+    """Map the images of a `.npy` file.
 
     Args:
-        file: File with integers `[N, H, W]` or `[N, H, W, C]`.
+        file: File with integers `[N, H, W]` or `[N, H, W, C]`. Other types than uint8 and int32 are
+            copied to a scratch file of int32.
+        root: Folder for scratch files.
+
+    Returns:
+        Images, uint8 or int32 `[N, C, H, W]`.
     """
-
-    def __init__(self, file: Path) -> None:
-        array = map_array(file)
-        if array.dtype.kind not in "bui":
-            raise UserError(f"path: {file}: expected images as integers, got {array.dtype}")
-        channels = array.shape[3:]
-        if (
-            array.ndim not in (3, 4)
-            or 0 in array.shape[1:]
-            or max(channels, default=0) > MAX_CHANNELS
-        ):
-            raise UserError(
-                f"path: {file}: expected shape (N, H, W) or (N, H, W, C), got {array.shape}"
-            )
-        self._file = file
-        self._length = len(array)
-        self.shape = (*(channels or (1,)), *array.shape[1:3])
-        self.dtype = torch.uint8 if array.dtype in (np.uint8, np.bool_) else torch.int32
-
-    def __len__(self) -> int:
-        return self._length
-
-    def read(self, rows: np.ndarray) -> Tensor:
-        """Read images (see `RowReader.read`)."""
-        # Rows are read after the data set is loaded, which adds the section to the key.
-        where = f"data.path: {self._file}"
-        array = map_array(self._file, "data.path")
-        if len(array) != self._length:
-            raise UserError(f"{where}: expected {self._length} rows, got {len(array)}")
-        values = array[rows]
-        values = values[:, None] if values.ndim == 3 else np.moveaxis(values, -1, 1)
-        pixels = as_numbers(values, where)
-        as_pixels({where: pixels})
-        return pixels.to(self.dtype)
+    where = f"path: {file}"
+    array = open_array(file)
+    if array.dtype.kind not in "bui":
+        raise UserError(f"{where}: expected images as integers, got {array.dtype}")
+    if (
+        array.ndim not in (3, 4)
+        or 0 in array.shape
+        or max(array.shape[3:], default=0) > MAX_CHANNELS
+    ):
+        raise UserError(f"{where}: expected shape (N, H, W) or (N, H, W, C), got {array.shape}")
+    make_cache(root)
+    if array.dtype in (np.uint8, np.bool_, np.int32) and array.flags.c_contiguous:
+        x = map_array(file, root)
+    else:
+        x = store_rows(_deep_parts(array, where), str(root))
+    return x[:, None] if x.ndim == 3 else x.movedim(-1, 1)
 
 
-def map_array(file: Path, key: str = "path") -> np.ndarray:
-    """Map a `.npy` file into memory, read-only.
-
-    Args:
-        file: The file.
-        key: Configuration key of the path, for error messages.
-
-    Raises:
-        UserError: If the file is missing or damaged.
-    """
-    try:
-        return np.lib.format.open_memmap(file, mode="r")
-    except Exception as error:
-        # numpy raises many kinds of errors for a damaged file.
-        reason = one_line(f"{type(error).__name__}: {error}", 200)
-        raise UserError(f"{key}: {file}: not a readable .npy file ({reason})") from error
+def _deep_parts(array: np.ndarray, where: str) -> Iterator[Tensor]:
+    """Yield the rows of an array of integers as int32."""
+    for start in range(0, len(array), MAPPED_ROWS):
+        rows = as_numbers(array[start : start + MAPPED_ROWS], where)
+        yield as_pixels({where: rows})[where].to(torch.int32)
 
 
 def medmnist_file(name: str, size: int | None) -> str:
@@ -262,7 +218,7 @@ def medmnist_file(name: str, size: int | None) -> str:
     return f"{name}.npz" if size in (None, 28) else f"{name}_{size}.npz"
 
 
-def check_image_size(images: Column, size: int, path: Path, name: str) -> None:
+def check_image_size(images: Tensor, size: int, path: Path, name: str) -> None:
     """Check that images `[N, C, H, W]` that were read from a file have the configured size.
 
     Raises:
@@ -277,19 +233,6 @@ def check_image_size(images: Column, size: int, path: Path, name: str) -> None:
         f"size: expected {size}x{size} pixels in {path}, got {width}x{height}"
         f"{hint or '; remove size, or set path to the file of this size'}"
     )
-
-
-def read_images(path: Path) -> Tensor:
-    """Read the training images of a `.npz` file in the MedMNIST layout, without labels.
-
-    Returns:
-        Images, integers or float32 `[N, C, H, W]`, or rows of a table, float32 `[N, F]`.
-
-    Raises:
-        UserError: If the file is missing or malformed.
-    """
-    arrays = read_arrays(path, {"train_images": _image_spec(is_table=True)})
-    return images_of_arrays({f"path: {path}: train_images": arrays["train_images"]})[0]
 
 
 def has_images(path: Path) -> bool:
@@ -318,7 +261,9 @@ def read_arrays(path: Path, specs: Mapping[str, ArraySpec]) -> dict[str, np.ndar
     aligned = [(spec.rows, name) for name, spec in specs.items() if spec.rows is not None]
     if path.is_dir():
         files = {file.stem: file for file in visible_files(path, "*.npy")}
-        arrays = {name: map_array(file) for name, file in files.items() if name in specs}
+        arrays: dict[str, np.ndarray] = {
+            name: open_array(file) for name, file in files.items() if name in specs
+        }
         check_rows({name: array.shape for name, array in arrays.items()}, aligned, where)
         names = list(files)
     else:
@@ -414,33 +359,3 @@ def _unreadable_reason(path: Path, error: Exception) -> str:
     if "pickle" in str(error):
         return ": contains an array of Python objects; save arrays of numbers"
     return f" ({type(error).__name__}: {error})"
-
-
-def images_of_arrays(raw: Mapping[str, np.ndarray]) -> list[Tensor]:
-    """Return images `[N, C, H, W]`, integers or float32, or tables `[N, F]` as float32.
-
-    Args:
-        raw: Numbers `[N, H, W]`, `[N, H, W, C]`, `[N, C, H, W]` or `[N, F]`, keyed by the name that
-            error messages quote.
-
-    Raises:
-        UserError: If the value range or axis order of images is ambiguous.
-    """
-    check_memory(sum(x.nbytes for x in raw.values()), next(iter(raw)))
-    # A tensor must not share the memory of a file.
-    numbers = {where: as_numbers(np.array(x), where) for where, x in raw.items()}
-    numbers |= as_pixels({where: x for where, x in numbers.items() if x.ndim > 2})
-    read = {where: _to_images(x, where) for where, x in numbers.items()}
-    ranged, _ = in_range({where: x for where, x in read.items() if x.ndim == 4})
-    return list((read | ranged).values())
-
-
-def _to_images(x: Tensor, where: str) -> Tensor:
-    shape = tuple(x.shape)
-    if x.ndim == 3:
-        x = x[:, None]
-    elif x.ndim == 4 and shape[-1] > MAX_CHANNELS and shape[1] not in USUAL_CHANNELS:
-        raise UserError(f"{where}: expected shape (N, H, W) or (N, H, W, C), got {shape}")
-    elif x.ndim == 4:
-        x = channels_first(x, where, documented="last")
-    return x.float() if x.is_floating_point() or x.ndim == 2 else x

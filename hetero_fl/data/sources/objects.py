@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,21 +13,18 @@ from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.arrays import from_arrays
 from hetero_fl.data.checks import DIVIDED_PATIENTS
-from hetero_fl.data.dataset import Dataset, Examples, with_patients
+from hetero_fl.data.dataset import Dataset, with_patients
 from hetero_fl.data.registry import HUB_PREFIX
-from hetero_fl.data.sources.hugging_face import read_hub_splits
+from hetero_fl.data.table import Table, build
 from hetero_fl.utils.arrays import plain_array
-from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_or_list
+from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.text import pluralize
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 Categories = Mapping[str, tuple[str, ...]]
-_NO_TASK = Task("regression", 1)
-"""Placeholder for the task of unlabeled examples, whose value is never used."""
 KINDS = (
     "a pair (x, y) of arrays or tensors, a pandas DataFrame with label='COLUMN', a map-style torch "
     "Dataset, a Hugging Face Dataset, or a hetero_fl.data.Dataset"
@@ -41,6 +37,9 @@ def to_dataset(
     label: str | None = None,
     categories: Categories | None = None,
     patient: Any = None,
+    *,
+    task: Task | str | None = None,
+    labeled: bool = True,
     **options: Any,
 ) -> Dataset:
     """Convert data of any supported type to a data set.
@@ -60,8 +59,12 @@ def to_dataset(
         patient: Column of the patients in a DataFrame or a Hugging Face data set, or the patient of
             each row, `[N]` numbers or strings. If None, the rows have no patients, except those of
             a `hetero_fl.data.Dataset`.
-        **options: Arguments of `from_arrays` for pairs and torch data sets, such as `num_classes`
-            or `columns`. The kind of `task` applies to all types.
+        task: Kind of the task, or the task. If None, the labels determine it.
+        labeled: Whether labels are needed. If False, data may be an array or tensor of examples,
+            all columns of a DataFrame may be features, and labels of a Hugging Face data set are
+            dropped.
+        **options: Arguments of `hetero_fl.data.table.build` for pairs and torch data sets, such as
+            `num_classes` or `columns`.
 
     Raises:
         TypeError: If the data is of another type.
@@ -79,13 +82,23 @@ def to_dataset(
             f"{where}: patient: expected the patient of each row of {type(data).__name__}, as only "
             f"data frames have columns, got '{patient}'"
         )
+    kind = getattr(task, "kind", task)
     if is_frame(data):
-        kind = options.get("task")
-        return _from_frame(
-            data, where, label, categories, patient, kind=getattr(kind, "kind", kind)
-        )
+        # Imported here because loading pandas is slow.
+        from hetero_fl.data.sources.tables.frames import read_table
+
+        labeled = labeled or label is not None
+        options = {"patient": patient, "kind": kind, "categories": categories}
+        return read_table(data, where, label, labeled=labeled, **options)
     if _is_hugging_face(data):
-        return _from_hugging_face(data, where, label, categories, patient, **options)
+        config = SourceConfig(
+            name=HUB_PREFIX,
+            label=label,
+            categories=None if categories is None else dict(categories),
+            patient=patient if isinstance(patient, str) else None,
+            task=kind,
+        )
+        return _from_hugging_face(data, where, config, patient, labeled=labeled)
     if label is not None:
         raise UserError(
             f"{where}: label: applies to a DataFrame or a Hugging Face Dataset, got "
@@ -93,15 +106,12 @@ def to_dataset(
         )
     if isinstance(data, Dataset):
         return data if patient is None else _with_patients(data, patient, where)
-    if isinstance(data, torch.utils.data.Dataset):
-        x, y = _from_torch(data, where)
+    if isinstance(data, Tensor | np.ndarray) and not labeled:
+        x, y = data, None
     else:
-        x, y = _pair(data, where)
-    with warnings.catch_warnings():
-        # The same remarks are in the notes of the data set.
-        warnings.simplefilter("ignore")
-        dataset = from_arrays(x, y, name=where, patient=patient, **options)
-        return replace(dataset, name="arrays")
+        x, y = to_pair(data, where)
+    table = Table(x, y, where=where, patient=patient)
+    return build([table], task, where, name="arrays", source=where, channels="first", **options)
 
 
 def _with_patients(dataset: Dataset, patient: Any, where: str) -> Dataset:
@@ -120,54 +130,10 @@ def to_pair(data: Any, where: str) -> Any:
         data: Data of any type that `to_dataset` accepts.
         where: Name of the data in error messages.
     """
-    if isinstance(data, tuple | list):
-        return _pair(data, where)
-    is_torch = isinstance(data, torch.utils.data.Dataset) and not _is_hugging_face(data)
-    return _from_torch(data, where) if is_torch else data
-
-
-def to_examples(
-    data: Any,
-    where: str,
-    label: str | None = None,
-    categories: Categories | None = None,
-    patient: str | None = None,
-) -> Dataset:
-    """Convert data whose labels are not needed to a data set, for example a proxy set.
-
-    Labels of a Hugging Face data set are dropped.
-
-    Args:
-        data: Data of any type that `to_dataset` accepts, or an array or tensor of examples.
-        where: Name of the data in error messages.
-        label: Column of the labels in a DataFrame or a Hugging Face data set. If None, all columns
-            of a DataFrame are features.
-        categories: Text columns of a DataFrame to one-hot encode, with their values.
-        patient: Column of the patients in a DataFrame or a Hugging Face data set.
-    """
-    if isinstance(data, Tensor | np.ndarray):
-        return _unlabeled(from_arrays(data, np.zeros(len(data)), name=where, task=_NO_TASK))
-    if is_frame(data) and label is None:
-        # Imported here because loading pandas is slow.
-        from hetero_fl.data.sources.table_columns import normalize_frame, parse_names
-        from hetero_fl.data.sources.table_files import features
-
-        frame = normalize_frame(data, where, categories)
-        owners = [] if patient is None else [patient]
-        x, columns, _ = features(frame.drop(columns=owners), where, [], categories)
-        examples = Examples(x, row=torch.arange(1, len(x) + 1), files=(where,))
-        for column in owners:
-            examples = with_patients(examples, parse_names(frame[column], where), where)
-        return Dataset(where, _NO_TASK, examples, columns=columns)
-    if _is_hugging_face(data):
-        return _unlabeled(
-            _from_hugging_face(data, where, label, categories, patient, labeled=False)
-        )
-    return to_dataset(data, where, label, categories, patient)
-
-
-def _unlabeled(dataset: Dataset) -> Dataset:
-    return replace(dataset, train=replace(dataset.train, y=None))
+    if has_columns(data) or isinstance(data, Dataset):
+        return data
+    is_torch = isinstance(data, torch.utils.data.Dataset)
+    return _from_torch(data, where) if is_torch else _pair(data, where)
 
 
 def is_source(data: Any) -> bool:
@@ -187,28 +153,6 @@ def is_frame(data: Any) -> bool:
 
 def _is_hugging_face(data: Any) -> bool:
     return type(data).__module__.partition(".")[0] == "datasets"
-
-
-def _from_frame(
-    frame: pd.DataFrame,
-    where: str,
-    label: str | None,
-    categories: Categories | None,
-    patient: Any,
-    *,
-    kind: str | None = None,
-) -> Dataset:
-    # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.table_files import read_table
-
-    columns = list(map(str, frame.columns))
-    if label is None:
-        raise UserError(
-            f"{where}: label: missing; name the column of the labels{suggest_or_list('', columns)}"
-        )
-    labels = [label] if label in columns else [part.strip() for part in label.split(",")]
-    check_names(labels, columns, f"{where}: label: column", " not found")
-    return read_table(frame, where, label, patient=patient, kind=kind, categories=categories)
 
 
 def _from_torch(data: Any, where: str) -> tuple[Any, Any]:
@@ -286,31 +230,16 @@ def _pair(data: Any, where: str) -> tuple[Any, Any]:
 
 
 def _from_hugging_face(
-    data: Any,
-    where: str,
-    label: str | None,
-    categories: Categories | None,
-    patient: Any,
-    *,
-    labeled: bool = True,
-    num_classes: int | None = None,
-    task: Task | str | None = None,
+    data: Any, where: str, config: SourceConfig, patient: Any, *, labeled: bool
 ) -> Dataset:
     """Convert a Hugging Face data set of images, texts, arrays or columns of a table."""
+    # Imported here because loading pandas is slow.
+    from hetero_fl.data.sources.hugging_face.conversion import read_hub_splits
+
     if isinstance(data, Mapping) or not hasattr(data, "__len__"):
         raise TypeError(
             f"{where}: expected a datasets.Dataset, got {type(data).__name__}; choose one split of "
             "a DatasetDict, and collect the items of an IterableDataset"
         )
-    given = None if categories is None else dict(categories)
-    kind = task.kind if isinstance(task, Task) else task
-    column = patient if isinstance(patient, str) else None
-    config = SourceConfig(name=HUB_PREFIX, label=label, categories=given, patient=column, task=kind)
-    return read_hub_splits(
-        {"train": data},
-        where,
-        config,
-        labeled=labeled,
-        num_classes=num_classes,
-        patient=None if column else patient,
-    )
+    owners = None if config.patient else patient
+    return read_hub_splits({"train": data}, where, config, labeled=labeled, patient=owners)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from hetero_fl.config.data import SourceConfig, SpeechConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import Dataset, Examples, index_names
+from hetero_fl.data.dataset import Dataset, Examples
 from hetero_fl.data.partition.groups import largest_groups
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.files import (
@@ -34,6 +34,7 @@ from hetero_fl.data.sources.files import (
     read_lines,
 )
 from hetero_fl.data.sources.npz_columns import read_columns
+from hetero_fl.utils.arrays import index_names
 from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_similar
 from hetero_fl.utils.ordering import natural_order
 
@@ -53,7 +54,7 @@ FILE_NAME = re.compile(r"(?P<speaker>.+)_nohash_[0-9]+\.wav", re.IGNORECASE)
     default_path=EMBEDDED / "speech.npz",
     folder_files=("*/*_nohash_*.wav",),
 )
-def speech(config: SourceConfig, _root: Path) -> Dataset:
+def speech(config: SourceConfig, _root: Path, labeled: bool = True) -> Dataset:
     """Read a folder of recordings (see `read_speech_folder`), or features from a `.npz` file.
 
     The inputs of a `.npz` file (see `read_columns`) are log-mel features, and its groups are in the
@@ -64,7 +65,7 @@ def speech(config: SourceConfig, _root: Path) -> Dataset:
     settings = config.speech or SpeechConfig()
     if path.suffix.lower() != ".npz":
         return read_speech_folder(path, settings)
-    return read_columns(path, "speech", group="device")
+    return read_columns(path, "speech", group="device", labeled=labeled)
 
 
 @register_source("speech_public", keys=("speech",))
@@ -360,8 +361,6 @@ def mel_filters(rate: int, transform_size: int, bands: int) -> Tensor:
     return torch.minimum(rising, falling).clamp(min=0).float()
 
 
-NO_LENGTH = 0xFFFFFFFF
-"""Number of bytes in the header of a file that was written before its length was known."""
 PCM = b"\x01\x00"
 EXTENSIBLE = b"\xfe\xff"
 """Format of a header that is followed by a sub-format."""
@@ -386,8 +385,6 @@ def read_wav(path: Path, rate: int, max_samples: int | None = None) -> Tensor:
     where = f"path: {path}"
     try:
         content = path.read_bytes()
-        if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
-            raise UserError(f"{where}: not a WAV file; convert it to WAV")
         with wave.open(io.BytesIO(_simplify_header(content))) as file:
             width = file.getsampwidth()
             channels = file.getnchannels()
@@ -408,8 +405,6 @@ def read_wav(path: Path, rate: int, max_samples: int | None = None) -> Tensor:
             f"{where}: not a readable WAV file ({reason}); save it as PCM with 16 bits"
         ) from error
     sample_bytes = channels * width
-    if count == NO_LENGTH // sample_bytes:
-        raise UserError(f"{where}: the header has no length, as in a stream; save the file again")
     if len(samples) != count * sample_bytes:
         raise UserError(
             f"{where}: the file is truncated, expected {count} samples, got "

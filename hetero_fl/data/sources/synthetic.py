@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hetero_fl.config.data import SourceConfig
-from hetero_fl.core.stored_rows import read_all
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Block, Dataset, Examples
 from hetero_fl.data.registry import register_source
@@ -172,12 +171,12 @@ def xray_genes(config: SourceConfig, root: Path) -> Dataset:
         EMBEDDED / "xray_genes.npz", "xray_genes", group="hospital", task=CHEST_XRAY
     )
     for split, part in genes.splits().items():
-        pixels = read_all(images.splits()[split].x).flatten(1).float() / 255
-        part.x = torch.cat([pixels, read_all(part.x)], 1)
+        pixels = images.splits()[split].x.flatten(1).float() / 255
+        part.x = torch.cat([pixels, part.x], 1)
     train = genes.train
     assert train.group is not None
     names = torch.tensor([name.startswith("institute") for name in train.group_names])
-    read_all(train.x)[names[train.group], : BLOCKS[0].size] = torch.nan
+    train.x[names[train.group], : BLOCKS[0].size] = torch.nan
     return replace(
         genes,
         simulated=True,

@@ -7,26 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from hetero_fl.config.data import SourceConfig, TextConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import (
-    Dataset,
-    Examples,
-    PatientTerm,
-    Vocabulary,
-    index_names,
-    note_unspaced,
-    split_words,
-)
+from hetero_fl.data.dataset import Dataset, Examples, PatientTerm, Vocabulary
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.files import EMBEDDED, read_lines
+from hetero_fl.utils.arrays import index_names
 from hetero_fl.utils.errors import UserError, suggest_file
 from hetero_fl.utils.ordering import natural_order
-from hetero_fl.utils.text import pluralize
+from hetero_fl.utils.text import note_unspaced, pluralize, split_words
 
 TEXTS = PatientTerm("text", "data.text.predict=next keeps the rows of each text together")
 
@@ -51,71 +44,84 @@ def text(config: SourceConfig, _root: Path) -> Dataset:
     # A single word has no next word.
     min_words = 2 if settings.predict == "next" else 1
     least = pluralize(min_words, "word")
-    dropped = 0
-    messages: list[list[str]] = []
-    classes: list[str] = []
-    owners: list[str] = []
-    for file in files:
-        for number, line in read_lines(file):
-            label, message = (
-                _split_label(line, f"path: {file}: line {number}")
-                if settings.predict == "class"
-                else ("", line)
-            )
-            words = split_words(message)
-            if len(words) >= min_words:
-                messages.append(words)
-                classes.append(label)
-                owners.append(file.stem)
-            else:
-                dropped += 1
+    found = _read_messages(files, labeled=settings.predict == "class")
+    messages = [message for message in found if len(message.words) >= min_words]
     if not messages:
         raise UserError(f"path: {path}: no line has {least}")
-    y, names = index_names(classes)
-    train, text_indices = make_examples(messages, y.tolist(), settings, vocabulary)
+    classes = tuple(natural_order({message.label for message in messages}))
+    train = _examples(messages, classes, settings, vocabulary, grouped=config.group is not None)
     if len(train) == 0:
         raise UserError(
             f"text.public: {settings.public} has none of the words in {path}; choose text of the "
             "same kind"
         )
-    if config.group:
-        group, train.group_names = index_names(owners)
-        train.group = group[text_indices]
-    task = make_task(settings, vocabulary, names)
-    about = f"{len(messages):,} lines of {path.name}, {vocabulary.size:,} tokens"
-    notes = note_unspaced(messages)
-    if dropped:
+    notes = note_unspaced(message.words for message in messages)
+    if dropped := len(found) - len(messages):
         notes = (f"{pluralize(dropped, 'line')} with fewer than {least} left out", *notes)
-    return Dataset("text", task, train, about=about, notes=notes, vocabulary=vocabulary)
+    return Dataset(
+        "text",
+        make_task(settings, vocabulary, classes),
+        train,
+        about=f"{len(messages):,} lines of {path.name}, {vocabulary.size:,} tokens",
+        notes=notes,
+        vocabulary=vocabulary,
+    )
 
 
-def make_examples(
-    texts: Sequence[Sequence[str]],
-    classes: Sequence[int],
+class Message(NamedTuple):
+    """A line of a text file.
+
+    Attributes:
+        owner: Name of the file without its suffix.
+        label: Class, or an empty string.
+        words: Words of the message.
+    """
+
+    owner: str
+    label: str
+    words: list[str]
+
+
+def _read_messages(files: Sequence[Path], *, labeled: bool) -> list[Message]:
+    """Read the lines of files, which start with a class and a tab if `labeled` is set."""
+    messages = []
+    for file in files:
+        for number, line in read_lines(file):
+            label, tab, text = line.partition("\t") if labeled else ("", "", line)
+            if labeled and not (tab and label.strip() and text.strip()):
+                raise UserError(
+                    f"path: {file}: line {number}: expected a class, a tab and a text, got "
+                    f"'{line[:40]}'"
+                )
+            messages.append(Message(file.stem, label.strip(), split_words(text)))
+    return messages
+
+
+def _examples(
+    messages: Sequence[Message],
+    classes: tuple[str, ...],
     settings: TextConfig,
     vocabulary: Vocabulary,
-) -> tuple[Examples, Tensor]:
-    """Convert texts to examples of the task.
+    *,
+    grouped: bool = False,
+) -> Examples:
+    """Convert messages to examples of the task, which are grouped by file if `grouped` is set.
 
-    For next-word prediction, each text is treated as a patient, so that the words of a text are
-    never divided between splits.
-
-    Args:
-        texts: Texts as sequences of words.
-        classes: Class number of each text.
-        settings: Text settings.
-        vocabulary: Vocabulary.
-
-    Returns:
-        Examples, and the index of the text of each example, int64 `[N]`.
+    For next-word prediction, each message is treated as a patient, so that its words are never
+    divided between splits.
     """
+    texts = [message.words for message in messages]
     if settings.predict == "class":
-        examples = Examples(
-            vocabulary.encode(texts, settings.length), torch.tensor(classes, dtype=torch.int64)
-        )
-        return examples, torch.arange(len(texts))
-    x, y, text_indices = vocabulary.continuations(texts, settings.length)
-    return Examples(x, y, patient=text_indices, patient_term=TEXTS), text_indices
+        y = torch.tensor([classes.index(message.label) for message in messages])
+        rows = torch.arange(len(messages))
+        examples = Examples(vocabulary.encode(texts, settings.length), y)
+    else:
+        x, y, rows = vocabulary.continuations(texts, settings.length)
+        examples = Examples(x, y, patient=rows, patient_term=TEXTS)
+    if grouped:
+        group, examples.group_names = index_names(message.owner for message in messages)
+        examples.group = group[rows]
+    return examples
 
 
 def make_task(settings: TextConfig, vocabulary: Vocabulary, classes: tuple[str, ...]) -> Task:
@@ -146,7 +152,7 @@ def read_vocabulary(settings: TextConfig) -> Vocabulary:
     public = Path(settings.public).expanduser()
     lines = [line for _, line in read_lines(public, "text.public")]
     if settings.predict == "class":
-        # Public text may have classes, as in `_split_label`.
+        # Public text may have classes, as in `_read_messages`.
         lines = [line.partition("\t")[2] or line for line in lines]
     vocabulary = Vocabulary.from_texts(map(split_words, lines), settings.vocabulary)
     if len(vocabulary.words) < 2:
@@ -168,13 +174,6 @@ def _files(path: Path) -> list[Path]:
     return [files[name] for name in natural_order(files)]
 
 
-def _split_label(line: str, where: str) -> tuple[str, str]:
-    label, tab, message = line.partition("\t")
-    if not tab or not label.strip() or not message.strip():
-        raise UserError(f"{where}: expected a class, a tab and a text, got '{line[:40]}'")
-    return label.strip(), message
-
-
 PHRASES = EMBEDDED / "phrases"
 """Folder with a file of simulated messages of each phone and of each other set."""
 PHONES = 12
@@ -188,23 +187,17 @@ def phone_messages(config: SourceConfig, _root: Path) -> Dataset:
     Each phone has its own mix of topics, its own habits and three private contacts whose names do
     not occur in public text.
     """
-    text = config.text or TextConfig()
-    vocabulary = _phrase_vocabulary(text)
-    names = tuple(f"phone_{i + 1:02d}" for i in range(PHONES))
-    phones = [_read_phrases(name) for name in names]
-    messages = [message for phone in phones for message in phone]
-    train, text_indices = _phrase_examples(messages, text, vocabulary)
-    counts = torch.tensor([len(phone) for phone in phones])
-    train.group = torch.arange(PHONES).repeat_interleave(counts)[text_indices]
-    train.group_names = names
+    settings = config.text or TextConfig()
+    vocabulary = _phrase_vocabulary(settings)
+    messages = _read_phrases(*(f"phone_{i + 1:02d}" for i in range(PHONES)))
     validation, test = (
-        _phrase_examples(_read_phrases(name), text, vocabulary)[0]
+        _examples(_read_phrases(name), TOPICS, settings, vocabulary)
         for name in ("validation", "test")
     )
     return Dataset(
         "phrases",
-        make_task(text, vocabulary, TOPICS),
-        train,
+        make_task(settings, vocabulary, TOPICS),
+        _examples(messages, TOPICS, settings, vocabulary, grouped=True),
         validation,
         test,
         simulated=True,
@@ -216,35 +209,26 @@ def phone_messages(config: SourceConfig, _root: Path) -> Dataset:
 @register_source("phrases_public", keys=("text",))
 def phrases_public(config: SourceConfig, _root: Path) -> Dataset:
     """Read the simulated public messages that define the vocabulary, for use as a proxy set."""
-    text = config.text or TextConfig()
-    vocabulary = _phrase_vocabulary(text)
+    settings = config.text or TextConfig()
+    vocabulary = _phrase_vocabulary(settings)
     messages = _read_phrases("public")
     return Dataset(
         "phrases_public",
-        make_task(text, vocabulary, TOPICS),
-        _phrase_examples(messages, text, vocabulary)[0],
+        make_task(settings, vocabulary, TOPICS),
+        _examples(messages, TOPICS, settings, vocabulary),
         simulated=True,
         about=f"{len(messages):,} public messages, {vocabulary.size:,} tokens",
         vocabulary=vocabulary,
     )
 
 
-def _read_phrases(name: str) -> list[tuple[str, list[str]]]:
-    """Return the topic and the words of each message in a file of the package."""
-    path = PHRASES / f"{name}.txt"
-    labeled = [_split_label(line, f"path: {path}: line {n}") for n, line in read_lines(path)]
-    return [(topic, split_words(message)) for topic, message in labeled]
+def _read_phrases(*names: str) -> list[Message]:
+    """Return the messages in files of the package, whose classes are topics."""
+    return _read_messages([PHRASES / f"{name}.txt" for name in names], labeled=True)
 
 
-def _phrase_examples(
-    messages: Sequence[tuple[str, Sequence[str]]], text: TextConfig, vocabulary: Vocabulary
-) -> tuple[Examples, Tensor]:
-    """Return examples, and the index of the message of each example (see `make_examples`)."""
-    topics = [TOPICS.index(topic) for topic, _ in messages]
-    return make_examples([words for _, words in messages], topics, text, vocabulary)
-
-
-def _phrase_vocabulary(text: TextConfig) -> Vocabulary:
-    if text.tokenizer == "hashing":
-        return Vocabulary(buckets=text.vocabulary)
-    return Vocabulary.from_texts((words for _, words in _read_phrases("public")), text.vocabulary)
+def _phrase_vocabulary(settings: TextConfig) -> Vocabulary:
+    if settings.tokenizer == "hashing":
+        return Vocabulary(buckets=settings.vocabulary)
+    words = (message.words for message in _read_phrases("public"))
+    return Vocabulary.from_texts(words, settings.vocabulary)

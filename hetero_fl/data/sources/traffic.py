@@ -8,25 +8,22 @@ with targets in two periods are excluded.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from hetero_fl.config.data import WEEK, SeriesConfig, SourceConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import (
-    Dataset,
-    Examples,
-    concatenate_examples,
-    index_names,
-    owner_list,
-)
+from hetero_fl.data.checks import first_true
+from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.files import EMBEDDED
 from hetero_fl.data.sources.npz_files import DATES, NAMES, ArraySpec, read_arrays
+from hetero_fl.utils.arrays import index_names, owner_list
 from hetero_fl.utils.errors import UserError, check_names
 
 HOUR = 3600
@@ -54,35 +51,28 @@ class HourlySeries:
     lanes: np.ndarray
     weather: np.ndarray
 
-    @property
-    def end(self) -> int:
-        """Last hour, in hours since 1970."""
-        return self.start + len(self.value) - 1
 
-
-@dataclass(frozen=True)
-class Periods:
-    """The boundaries of the training, validation and test periods.
+class Periods(NamedTuple):
+    """The ends of the training and validation periods. The test period follows.
 
     Attributes:
         train: Last hour of the training period, in hours since 1970.
-        validation: Last hour of the validation period, in hours since 1970. The test period
-            follows.
+        validation: Last hour of the validation period, in hours since 1970.
     """
 
     train: int
     validation: int
 
-    @classmethod
-    def from_series(cls, sites: Sequence[HourlySeries], config: SeriesConfig) -> Periods:
-        """Divide the time from the first to the last hour of all sites into three periods.
 
-        `config.validation` and `config.test` are the shares of the last two periods.
-        """
-        first = min(s.start for s in sites)
-        last = max(s.end for s in sites)
-        validation = last - round(config.test * (last - first))
-        return cls(validation - round(config.validation * (last - first)), validation)
+def divide_time(sites: Sequence[HourlySeries], config: SeriesConfig) -> Periods:
+    """Divide the time from the first to the last hour of all sites into three periods.
+
+    `config.validation` and `config.test` are the shares of the last two periods.
+    """
+    first = min(site.start for site in sites)
+    last = max(site.start + len(site.value) - 1 for site in sites)
+    validation = last - round(config.test * (last - first))
+    return Periods(validation - round(config.validation * (last - first)), validation)
 
 
 def make_windows(
@@ -122,7 +112,7 @@ def make_windows(
     Raises:
         UserError: If a site has no training row, or the mean value of a site is not positive.
     """
-    periods = Periods.from_series(sites, config)
+    periods = divide_time(sites, config)
     parts: dict[str, list[Examples]] = {"train": [], "validation": [], "test": []}
     names = tuple(s.name for s in sites)
     task = _task(config, unit)
@@ -278,7 +268,7 @@ def _baseline_outputs(above: torch.Tensor, task: Task) -> torch.Tensor:
 
 
 def _date(hour: int) -> str:
-    return str(np.datetime64(hour, "h")).replace("T", " ") + " h"
+    return str(np.datetime64(int(hour), "h")).replace("T", " ") + " h"
 
 
 TRAFFIC = EMBEDDED / "traffic.npz"
@@ -305,12 +295,12 @@ def traffic(config: SourceConfig, _root: Path) -> Dataset:
         sites = read_series(path, series, label, group, needs_group=config.group is not None)
     else:
         # Imported here because loading pandas is slow.
-        from hetero_fl.data.sources.recordings import read_sites
-        from hetero_fl.data.sources.table_files import read_frame
+        from hetero_fl.data.sources.tables.files import read_frame
+        from hetero_fl.data.sources.tables.recordings import read_hours
 
         frame = read_frame(path, (group,), read=config.read)
         is_named = config.group is not None or group in frame.columns
-        sites = read_sites(frame, path, series, label, group if is_named else None)
+        sites = read_hours(frame, path, series, label, group if is_named else None)
     if path == TRAFFIC and series.sites is None:
         sites = [site for site in sites if site.name != PUBLIC]
     try:
@@ -358,25 +348,65 @@ def read_series(
         specs[name] = ArraySpec(("N",), rows=config.time, required=is_required, gaps=1)
     arrays = read_arrays(path, specs)
     hours = arrays[config.time].astype("datetime64[h]").astype(np.int64)
-    owners = arrays.get(group, np.full(len(hours), path.stem))
-    site_of, known = index_names(owner_list(owners, len(hours), f"{where}: {group}"))
+    owners = owner_list(
+        arrays.get(group, np.full(len(hours), path.stem)), len(hours), f"{where}: {group}"
+    )
+    columns = {name: arrays[name] for name in required if name in arrays}
+    return split_sites(hours, owners, columns, config, label=label, path=path)
+
+
+def split_sites(
+    hours: np.ndarray,
+    owners: Iterable[object],
+    columns: Mapping[str, np.ndarray],
+    config: SeriesConfig,
+    *,
+    label: str,
+    path: Path,
+    first_row: int = 0,
+    skips_gaps: bool = False,
+) -> list[HourlySeries]:
+    """Return the hourly series of the sites of a file, in the natural order of their names.
+
+    Args:
+        hours: Hour of each row, in hours since 1970, int64 `[N]`.
+        owners: Site of each row.
+        columns: Values `[N]`, keyed by column. Other columns are not measured.
+        config: Series settings.
+        label: Column of the values.
+        path: The file, for error messages.
+        first_row: Number of the first row, for error messages.
+        skips_gaps: Whether hours may be missing.
+
+    Raises:
+        UserError: If the rows of a site are unsorted or duplicated, or an hour is missing.
+    """
+    site_of, known = index_names(owners)
     check_names(config.sites or (), known, "series.sites: site", f" not found in {path}")
-    missing = np.full(len(hours), np.nan)
     series = []
     for site in (name for name in known if config.sites is None or name in config.sites):
         rows = np.flatnonzero(site_of.numpy() == known.index(site))
-        if (np.diff(hours[rows]) != 1).any():
+        steps = np.diff(hours[rows])
+        is_wrong = steps < 1
+        cure = "sort the rows and remove duplicates"
+        if not is_wrong.any() and not skips_gaps:
+            is_wrong = steps > 1
+            cure = "add the missing hours, or for a table set series.gaps=skip"
+        if (index := first_true(is_wrong)) is not None:
+            row = rows[index + 1]
             raise UserError(
-                f"{where}: {config.time}: expected one entry per hour of site '{site}', in order; "
-                "sort the hours and add missing ones"
+                f"path: {path}: row {row + first_row}, column '{config.time}': expected the hour "
+                f"after {_date(hours[rows[index]])} of site '{site}', got {_date(hours[row])}; "
+                f"{cure}"
             )
-        value, lanes, weather = (
-            np.array([arrays.get(name, missing)[rows] for name in names], np.float64)
-            for names in ((label,), config.lanes, config.weather)
-        )
-        start = int(hours[rows[0]])
-        shape = (-1, len(rows))
-        series.append(
-            HourlySeries(site, start, value[0], lanes.reshape(shape).T, weather.reshape(shape).T)
-        )
+        position = hours[rows] - hours[rows[0]]
+        parts = []
+        for names in ((label,), config.lanes, config.weather):
+            hourly = np.full((position[-1] + 1, len(names)), np.nan)
+            for index, name in enumerate(names):
+                if name in columns:
+                    hourly[position, index] = columns[name][rows]
+            parts.append(hourly)
+        value, lanes, weather = parts
+        series.append(HourlySeries(site, int(hours[rows[0]]), value[:, 0], lanes, weather))
     return series

@@ -28,7 +28,6 @@ from hetero_fl.core.objectives import Batch, Context, ModelView, ModelViews, Obj
 from hetero_fl.core.participant import Participant, copy_tensors
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Fit, Plan, Rows, Step
-from hetero_fl.core.stored_rows import read_all, require_tensor, targets
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, Preprocess
 from hetero_fl.data.federated_data import unprocessed_rows
@@ -540,11 +539,11 @@ def invert(
     data = prepared.data
     preprocess = prepared.federation.client_infos[client].preprocess
     train = data.columns(client, "train", preprocess)
-    raw = require_tensor(unprocessed_rows(data, client, ["train"]).x, "the inversion of updates")
+    raw = unprocessed_rows(data, client, ["train"]).x
     low, high = _pixel_range(raw, preprocess)
-    mean_input = read_all(data.columns(client, "common_test", preprocess)["x"]).mean(0)
-    x = read_all(train["x"])
-    y = targets(train)
+    mean_input = data.columns(client, "common_test", preprocess)["x"].mean(0)
+    x = train["x"]
+    y = train["y"]
     blind = ((mean_input - low) / (high - low))[0]
     scores = []
     pictures = []

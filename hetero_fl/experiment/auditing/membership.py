@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hetero_fl.core.mapped_tensors import map_rows
 from hetero_fl.core.objectives import supervised_loss
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.core.stored_rows import map_rows
 from hetero_fl.core.task import Task
 from hetero_fl.data import FederatedData, Preprocess, row_strata
 from hetero_fl.data.client_rows import ClientRows
 from hetero_fl.data.dataset import Examples, concatenate_examples
 from hetero_fl.data.federated_data import unprocessed_rows
-from hetero_fl.data.partition.groups import most_common_stratum
+from hetero_fl.data.partition.units import most_common_stratum
 from hetero_fl.data.splits import RowSelection
 from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.reporting.run import Run

@@ -367,11 +367,6 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "attacks.from_round: must be <= {run.federation.num_rounds}, the last round (rounds), "
         "got {run.config.attacks.from_round}",
     ),
-    "trigger_in_files": CompatibilityRule(
-        ("attacks.name", "data.stream"),
-        lambda run: run.has_trigger and run.federation.data.is_streamed,
-        "{run.attack} needs all images in memory; remove data.stream",
-    ),
     "trigger_larger_than_images": CompatibilityRule(
         ("attacks.trigger", "images"),
         lambda run: run.has_trigger and run.small_image(),

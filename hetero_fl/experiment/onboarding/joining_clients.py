@@ -18,12 +18,11 @@ from hetero_fl.config.load import Overrides, override_list
 from hetero_fl.core.images import check_pixels
 from hetero_fl.core.metrics import Scores, score
 from hetero_fl.core.model_spec import Tensors
-from hetero_fl.core.stored_rows import require_tensor
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, FederatedData, Preprocess, row_strata, with_test
 from hetero_fl.data.client_rows import ClientRows
 from hetero_fl.data.dataset import ColumnLayout, Examples, Vocabulary
-from hetero_fl.data.partition.groups import most_common_stratum
+from hetero_fl.data.partition.units import most_common_stratum
 from hetero_fl.data.preprocessing import NOTHING, check_missing_values, usable_rows
 from hetero_fl.data.splits import RowSelection
 from hetero_fl.experiment.configuration import load_config
@@ -287,7 +286,7 @@ class JoiningClients:
     def _transfer_rows(self, preprocess: Preprocess) -> tuple[Tensor, str]:
         """Choose the raw rows for which the teacher computes predictions, and describe the rows."""
         public = self.source_run.public
-        private = require_tensor(self.site.train.x, "join")
+        private = self.site.train.x
         if public is not None:
             has_shape = preprocess.shape(tuple(public.shape[1:])) == preprocess.shape(
                 tuple(private.shape[1:])

@@ -25,9 +25,9 @@ from hetero_fl.algorithms.round_parts import (
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.population import Population
+from hetero_fl.core.mapped_tensors import map_rows
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.core.stored_rows import Column, map_rows
 from hetero_fl.core.task import Task
 from hetero_fl.data import Preprocess
 from hetero_fl.data.overlap import row_hashes
@@ -126,7 +126,7 @@ class TransferSource:
         means = {n: torch.stack([t[n] for t in sent if n in t]).mean(0) for n in names}
         return means or None
 
-    def consensus(self, x: Column) -> Tensor:
+    def consensus(self, x: Tensor) -> Tensor:
         """Combine the predictions of all clients' models on raw rows.
 
         Each model uses the preprocessing of its client. If a row lacks values that a model needs,
@@ -199,7 +199,7 @@ class TransferSource:
             return None
         return self.prepared.data.raw_examples("proxy")
 
-    def num_seen(self, x: Column) -> int:
+    def num_seen(self, x: Tensor) -> int:
         """Return the number of raw rows that were training rows in the run.
 
         The result is 0 if the data of the run is not available or has another shape.
@@ -212,7 +212,7 @@ class TransferSource:
             seen |= np.isin(given, row_hashes(rows))
         return int(seen.sum())
 
-    def overlap(self, x: Column, rows: str, description: str) -> str:
+    def overlap(self, x: Tensor, rows: str, description: str) -> str:
         """Describe how many raw rows were training rows in the run.
 
         The text is empty if there are no such rows.

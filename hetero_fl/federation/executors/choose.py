@@ -328,8 +328,6 @@ def choose_executor(config: Config, federation: FederationSpec) -> ExecutorChoic
         reasons.append(
             f"{chunk} clients at a time: small steps of {group} clients with one architecture"
         )
-    if chunk > 1 and federation.data.is_streamed:
-        reasons.append("data.stream: clients with images in files run one after the other")
     for key, executors in EXECUTOR_KEYS.items():
         if getattr(runtime, key) is not None and executor not in executors:
             reasons.append(f"runtime.{key}: has no effect except with {', '.join(executors)}")
@@ -422,11 +420,9 @@ def _vectorizable_group(
 def _num_worth_vectorizing(federation: FederationSpec, cohort: int, on_cpu: bool) -> int:
     """Return the expected number of clients of a round that benefit from vectorization.
 
-    The result is 0 if the number is too small, if at most half of all clients have a suitable
-    architecture, or if the rows are read from files.
+    The result is 0 if the number is too small, or if at most half of all clients have a suitable
+    architecture.
     """
-    if federation.data.is_streamed:
-        return 0
     members, share = _vectorizable_group(federation, cohort, only_small=on_cpu)
     fewest = MIN_VECTORIZED_CLIENTS if on_cpu else 2
     return int(members) if members >= fewest and share > 0.5 else 0

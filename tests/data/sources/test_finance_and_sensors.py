@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from hetero_fl.config.data import DataConfig, WindowsConfig
 from hetero_fl.data import federate
@@ -44,63 +43,6 @@ def samples(tmp_path: Path) -> Path:
     )
     rows.to_csv(tmp_path / "samples.csv", index=False)
     return tmp_path / "samples.csv"
-
-
-def test_windows_contain_one_person_and_activity(samples: Path) -> None:
-    found = read_source("activity", samples, windows=WindowsConfig(length=10, time="t"))
-    train = found.train
-    assert (
-        found.columns == ("ax", "az")
-        and found.task.names == ("sit", "walk")
-        and not found.simulated
-    )
-    # 5 samples of a run are left over, twice
-    assert train.x[:, 0, 0].tolist() == [0, 10, 25, 35, 45, 55, 65, 75]
-    assert train.y is not None and train.y.tolist() == [1, 1, 0, 0, 1, 1, 1, 1]
-    assert (
-        train.group is not None
-        and train.group.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-        and train.patient is None
-    )
-    half = read_source(
-        "activity", samples, windows=WindowsConfig(length=10, step=5, time="t")
-    ).train
-    # overlapping ones stay together
-    assert half.patient is not None and half.patient.unique().tolist() == [0, 1, 2]
-    assert half.x[:4, 0, 0].tolist() == [0, 5, 10, 15]
-
-
-def test_npz_with_windows_is_loaded(tmp_path: Path) -> None:
-    path = tmp_path / "w.npz"
-    np.savez(
-        path,
-        x=np.ones((4, 8, 2)),
-        y=["a", "b", "a", "b"],
-        person=[1, 1, 2, 2],
-        columns=["ax", "ay"],
-    )
-    found = read_source("activity", path)
-    assert (
-        found.train.x.dtype == torch.float32
-        and found.columns == ("ax", "ay")
-        and found.task.names == ("a", "b")
-    )
-    assert found.train.group_names == ("1", "2")
-
-
-def test_npz_with_splits_has_global_sets(tmp_path: Path) -> None:
-    path = tmp_path / "w.npz"
-    split = ["train", "test", "train", "validation"]
-    np.savez(path, x=np.arange(4.0)[:, None], y=list("abab"), person=[7, 8, 9, 9], split=split)
-
-    found = read_source("activity", path)
-
-    assert found.train.x.tolist() == [[0], [2]] and found.train.group_names == ("7", "9")
-    assert found.validation is not None and found.validation.x.tolist() == [[3]]
-    assert found.test is not None and found.test.x.tolist() == [[1]] and found.test.group is None
-    assert found.test.labels.tolist() == [1] and not found.simulated
-    refused = refusal(read_source, "activity", path, windows=WindowsConfig(length=2))
-    assert "data.windows: does not apply to .npz files such as w.npz; remove it" in refused
 
 
 def test_invalid_recordings_raise_one_line(samples: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Images of a folder, in memory and read when they are used."""
+"""Images of a folder, in memory and decoded to a file that is mapped."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,11 +20,10 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from hetero_fl import prepare
-from hetero_fl.config.data import StreamConfig
-from hetero_fl.core.stored_rows import StoredRows, read_all, split_rows
+from hetero_fl.core.mapped_tensors import mapped_file
 from hetero_fl.data import Dataset
+from hetero_fl.data.sources import image_files
 from hetero_fl.data.sources.image_files import read_image_files
-from hetero_fl.data.sources.images import read_image_folder
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
 from tests.support.federated_data import read_source
@@ -67,24 +69,16 @@ def test_folders_name_splits_and_groups(tmp_path: Path) -> None:
     ]
 
 
-def test_single_color_image_makes_all_rgb(tmp_path: Path) -> None:
+def test_pixels_keep_their_bits_and_become_rgb_together(tmp_path: Path) -> None:
     files = [save(tmp_path / "a" / "0.png", 7), save(tmp_path / "a" / "1.png", 9, mode="RGB")]
     x = read_image_files(files)
     assert x.shape == (2, 3, 5, 6)
     assert x[0, :, 0, 0].tolist() == [7, 7, 7] and x[1, :, 0, 0].tolist() == [9, 0, 255]
-
-
-def test_deep_grayscale_keeps_all_bits(tmp_path: Path) -> None:
-    Image.fromarray(np.full((4, 4), 0x7F30, dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert read_image_files([tmp_path / "deep.png"])[0, 0, 0, 0] == 0x7F30
-    Image.fromarray(np.full((4, 4), 0x17F30, dtype=np.int32)).save(tmp_path / "deeper.tif")
-    assert read_image_files([tmp_path / "deeper.tif"])[0, 0, 0, 0] == 0x17F30
-
-
-def test_images_are_scaled_on_reading(tmp_path: Path) -> None:
-    save(tmp_path / "a" / "0.png", 7)
-    save(tmp_path / "b" / "1.png", 9, size=(20, 30))
-    assert read_image_folder(tmp_path, side=8).train.x.shape == (2, 1, 8, 8)
+    for value, dtype, name in ((0x7F30, np.uint16, "deep.png"), (0x17F30, np.int32, "deeper.tif")):
+        Image.fromarray(np.full((4, 4), value, dtype=dtype)).save(tmp_path / name)
+        assert read_image_files([tmp_path / name])[0, 0, 0, 0] == value
+    save(tmp_path / "a" / "1.png", 9, size=(20, 30))
+    assert read_image_files(files, 8).shape == (2, 1, 8, 8)
 
 
 def save_all(*folders: str) -> Callable[[Path], object]:
@@ -164,11 +158,9 @@ def test_images_are_turned_upright(suffix: str, place: str, dtype: Any, tmp_path
     save_turned(file, pixels, place)
 
     in_memory = read_image_files([file])
-    streamed = read_image_files([file], stream=StreamConfig())
 
     expected = np.rot90(pixels, -1)
     assert np.abs(in_memory[0, 0].numpy() - expected.astype(int)).max() <= 4 * (suffix == "jpg")
-    assert torch.equal(next(split_rows(streamed, 1)), in_memory)
 
 
 def test_empty_class_folder_is_named(tmp_path: Path, subtests: pytest.Subtests) -> None:
@@ -193,107 +185,109 @@ def test_empty_class_folder_is_named(tmp_path: Path, subtests: pytest.Subtests) 
             )
 
 
-STREAM = StreamConfig(workers=2, prefetch=2)
-
-
-def load_streamed(path: Path, **settings: object) -> Dataset:
-    return read_source("image_folder", path, **{"stream": True, **settings})
-
-
-def train_images(dataset: Dataset) -> StoredRows:
-    assert isinstance(dataset.train.x, StoredRows)
-    return dataset.train.x
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return make_image_folder(tmp_path / "images", 30)
 
 
-def test_streamed_images_equal_images_in_memory(tmp_path: Path) -> None:
+def load_mapped(path: Path, **keys: object) -> Dataset:
+    return read_source("image_folder", path, path.parent / "root", **{"stream": True, **keys})
+
+
+def decoded(path: Path) -> set[str]:
+    """Return the names of the files of decoded images, of which no part remains."""
+    return {file.name for file in (path.parent / "root" / "decoded").iterdir()}
+
+
+def test_mapped_images_equal_images_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "images"
     for split, rows in (("train", 12), ("val", 6), ("test", 9)):
-        make_image_folder(tmp_path / split, rows)
+        make_image_folder(path / split, rows)
 
     for size in (None, 5):
-        streamed = load_streamed(tmp_path, size=size).splits()
-        in_memory = load_streamed(tmp_path, size=size, stream=False).splits()
+        mapped = load_mapped(path, size=size).splits()
+        in_memory = load_mapped(path, size=size, stream=False).splits()
 
-        assert list(streamed) == list(in_memory)
+        assert list(mapped) == list(in_memory)
         for split, examples in in_memory.items():
-            assert isinstance(examples.x, torch.Tensor)
-            assert isinstance(streamed[split].x, StoredRows)
-            assert torch.equal(read_all(streamed[split].x), examples.x)
-            assert torch.equal(streamed[split].labels, examples.labels)
+            assert mapped_file(mapped[split].x) is not None and mapped_file(examples.x) is None
+            assert torch.equal(mapped[split].x, examples.x)
+            assert torch.equal(mapped[split].labels, examples.labels)
 
 
-def test_streamed_images_of_several_modes_equal_images_in_memory(tmp_path: Path) -> None:
+def test_images_of_several_modes_equal_images_in_memory(tmp_path: Path) -> None:
     modes = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
-    for number in range(1, len(modes) + 1):
-        files = []
-        for mode in modes[:number]:
-            files.append(tmp_path / f"{mode.replace(';', '')}.tif")
-            Image.new(mode, (6, 5), 1).save(files[-1])
-        assert torch.equal(
-            read_all(read_image_files(files, None, STREAM)), read_all(read_image_files(files))
-        )
+    files = []
+    for mode in modes:
+        files.append(tmp_path / f"{mode}.tif")
+        Image.new(mode, (6, 5), 1).save(files[-1])
+        in_memory = read_image_files(files)
+        assert torch.equal(read_image_files(files, None, tmp_path), in_memory)
+        assert torch.equal(read_image_files(files[::-1]), in_memory.flip(0))
 
 
-def test_no_pixels_are_read_on_loading(folder: Path) -> None:
+def test_images_are_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_mapped(folder).train.x
+    names = decoded(folder)
+    monkeypatch.setattr(image_files, "_read", lambda *_: pytest.fail("decoded again"))
+
+    # A section of earlier versions means true.
+    second = load_mapped(folder, stream={"workers": 2, "prefetch": 2}).train.x
+
+    assert torch.equal(first, second) and len(names) == 1 and decoded(folder) == names
+
+
+@pytest.mark.parametrize("change", ["pixels", "size", "new", "gone"])
+def test_changed_images_are_decoded_again(change: str, folder: Path) -> None:
+    load_mapped(folder)
+    names = decoded(folder)
     file = folder / "red" / "000002.png"
-    file.write_bytes(file.read_bytes()[:60])
-
-    images = train_images(load_streamed(folder))
-
-    assert images.shape == (30, 3, 8, 8)
-    check_refused(r"data\.path: .*000002\.png: not a readable image", read_all, images)
-
-
-def test_images_of_different_sizes_are_named_on_loading(folder: Path) -> None:
-    Image.new("RGB", (7, 8)).save(folder / "green" / "000001.png")
-
-    check_refused(r"000001\.png: expected 8x8 .* got 7x8; set data\.size", load_streamed, folder)
-    assert train_images(load_streamed(folder, size=4)).shape == (30, 3, 4, 4)
-
-
-def test_unreadable_headers_are_named_on_loading(folder: Path) -> None:
-    (folder / "red" / "000002.png").write_bytes(b"text")
-    check_refused(r"000002\.png: not a readable image", load_streamed, folder)
-
-    (folder / "red" / "000002.png").unlink()
-    Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(folder / "red" / "000002.tif")
-    check_refused(r"000002\.tif: not a readable image .*mode F", load_streamed, folder)
-
-
-@pytest.mark.parametrize(
-    ("replacement", "message"),
-    [
-        (None, "file not found"),
-        (Image.new("RGB", (9, 8)), "expected 8x8 pixels as on loading, got 9x8; the file has"),
-        (Image.new("RGB", (8, 8)), "expected a grayscale image as on loading, got a color image"),
-    ],
-)
-def test_files_that_change_after_loading_are_named(
-    tmp_path: Path, replacement: Image.Image | None, message: str
-) -> None:
-    file = tmp_path / "a" / "0.png"
-    file.parent.mkdir()
-    Image.new("L", (8, 8)).save(file)
-    images = train_images(load_streamed(tmp_path))
-
-    if replacement is None:
+    if change == "pixels":
+        content = Image.new("RGB", (8, 8), 7)
+        size = file.stat().st_size
+        content.save(file)
+        # A file of the same size differs in its time.
+        file.write_bytes(file.read_bytes().ljust(size, b"\0"))
+    elif change == "gone":
         file.unlink()
+    elif change == "new":
+        shutil.copy(file, folder / "red" / "000100.png")
+
+    x = load_mapped(folder, size=4 if change == "size" else None).train.x
+
+    expected = load_mapped(folder, size=4 if change == "size" else None, stream=False).train.x
+    assert torch.equal(x, expected) and decoded(folder) > names
+
+
+@pytest.mark.parametrize("problem", ["damage", "interrupt", "disk", "root"])
+def test_interrupted_decoding_leaves_no_file(
+    problem: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if problem == "damage":
+        (folder / "red" / "000002.png").write_bytes(b"text")
+        check_refused(r"^data\.path: .*000002\.png: not a readable image", load_mapped, folder)
+    elif problem == "root":
+        (folder.parent / "root").write_text("")
+        check_refused(r"^data\.root: .*root.decoded: not writable", load_mapped, folder)
+        return
+    elif problem == "disk":
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=99))
+        check_refused(
+            r"^data\.stream: .*GiB for decoded images, of which 0\.0", load_mapped, folder
+        )
     else:
-        replacement.save(file)
+        monkeypatch.setattr(image_files, "_read", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            load_mapped(folder)
+    assert decoded(folder) == set()
 
-    check_refused(rf"^data\.path: .*0\.png: {message}", read_all, images)
 
+def test_processes_decode_at_the_same_time(folder: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = [dataset.train.x for dataset in pool.map(load_mapped, [folder] * 4)]
 
-def test_grayscale_image_among_color_images_is_repeated(folder: Path) -> None:
-    Image.new("L", (8, 8), 7).save(folder / "green" / "000001.png")
-
-    images = train_images(load_streamed(folder))
-
-    assert (images.read(torch.tensor([10])) == 7).all()
+    assert all(torch.equal(x, load_mapped(folder, stream=False).train.x) for x in found)
+    assert len(decoded(folder)) == 1
 
 
 @pytest.fixture(scope="module")
@@ -326,18 +320,9 @@ def test_damaged_image_is_read_or_named_in_one_line(
     file = small / f"damaged.{suffix}"
     file.write_bytes(data[: int(keep * len(data))])
 
-    for stream in (None, STREAM):
-        try:
-            x = read_all(read_image_files([file], 8, stream))
-        except UserError as error:
-            assert "\n" not in str(error) and f"damaged.{suffix}" in str(error)
-        else:
-            assert x.dtype == torch.uint8 and x.shape[2:] == (8, 8)
-
-
-def test_folder_that_disappears_is_named(folder: Path) -> None:
-    images = train_images(load_streamed(folder))
-
-    shutil.rmtree(folder)
-
-    check_refused("file not found", images.read, torch.tensor([0]))
+    try:
+        x = read_image_files([file], 8)
+    except UserError as error:
+        assert "\n" not in str(error) and f"damaged.{suffix}" in str(error)
+    else:
+        assert x.dtype == torch.uint8 and x.shape[2:] == (8, 8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,10 +16,9 @@ from hetero_fl.data import Dataset
 from hetero_fl.data.sources.files import EMBEDDED
 from hetero_fl.data.sources.movies import read_ratings
 from hetero_fl.data.sources.movies.histories import Ratings, User, assign_roles, make_dataset
-from tests.support.cases import each_case
 from tests.support.federated_data import read_source
 from tests.support.mistakes import check_broken_folders, check_refused
-from tests.support.movielens_folders import MOVIES, draw_ratings, write_movielens_folder
+from tests.support.movielens_folders import write_movielens_folder
 
 
 def simulated_ratings() -> Ratings:
@@ -35,44 +33,6 @@ def load(
     **keys: Any,
 ) -> Dataset:
     return read_source(name, path, root, group=group, movies=keys or None)
-
-
-@each_case(
-    ("layout", "encoding"),
-    itertools.product(("100k", "1m", "latest"), (None, "utf-8-sig", "utf-8")),
-)
-def test_all_layouts_give_the_same_histories(
-    layout: str, encoding: str | None, tmp_path: Path
-) -> None:
-    """Files of all layouts, with and without a byte order mark."""
-    write_movielens_folder(tmp_path, layout)
-    if encoding is not None:
-        for file in tmp_path.iterdir():
-            text = file.read_text("utf-8" if layout == "latest" else "latin-1")
-            file.write_text(text, encoding)
-
-    ratings = read_ratings(tmp_path, None, 0.0)
-
-    assert len(ratings.titles) == MOVIES and ratings.titles[1] == "Léon (1994)"
-    assert ratings.titles[3] == "Movie 3, The (1953) [4]"
-    expected = {
-        user: sorted((t, m - 1) for u, m, _, t in draw_ratings(24) if u == user)
-        for user in range(1, 25)
-    }
-    for user in ratings.users:
-        assert user.movies.tolist() == [movie for _, movie in expected[int(user.name)]]
-    groups = {str(user) for user in expected} if layout == "latest" else {"zip_1", "zip_9", "other"}
-    assert {user.group for user in ratings.users} == groups
-
-
-def test_equal_times_keep_the_order_of_the_file_and_low_ratings_are_ignored(tmp_path: Path) -> None:
-    folder = write_movielens_folder(tmp_path)
-    rows = ["1\t7\t4\t100", "1\t5\t4\t100", "1\t6\t2\t100", "1\t2\t3\t90"]
-    (folder / "u.data").write_text("\n".join(rows))
-
-    (user,) = read_ratings(folder, "user", 3.0).users
-
-    assert user.movies.tolist() == [1, 6, 4] and user.group == "1"
 
 
 def make_user(number: int, movies: Sequence[int]) -> User:
@@ -186,72 +146,6 @@ def test_popularity_is_that_of_public_users() -> None:
     assert load(name="movies_public").simulated
     without = load(public_users=0).test
     assert without is not None and not without.baselines
-
-
-def test_users_are_numbered_in_the_folder_or_in_each_group(tmp_path: Path) -> None:
-    folder = write_movielens_folder(tmp_path)
-
-    for group in ("region", "user"):
-        train = load(folder, group=group).train
-        # 17 users train, and the tokens of 30 movies suffice for all.
-        assert train.x[:, 0].unique().tolist() == list(range(1, 18))
-        assert torch.equal(train.patient + 1, train.x[:, 0])
-    many = write_movielens_folder(tmp_path / "many", users=84)
-    train = load(many).train
-    assert train.group is not None
-    for group in range(3):
-        rows = train.group == group
-        numbers = train.x[rows, 0].unique().tolist()
-        assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) > 10
-
-
-def test_groups_and_users_of_a_folder(tmp_path: Path) -> None:
-    folder = write_movielens_folder(tmp_path)
-
-    dataset = load(folder)
-
-    train = dataset.train
-    assert train.group_names == ("other", "zip_1", "zip_9")
-    # The group with the most movies is kept.
-    assert load(folder, groups=1).train.group_names == ("zip_9",)
-    assert len(load(folder, group="user").train.group_names) == 17
-    assert train.patient is not None and train.group is not None
-    assert len(train.patient_names) == len(train.patient.unique()) > 10
-    for user in train.patient.unique():
-        assert len(train.group[train.patient == user].unique()) == 1
-
-
-def test_names_are_kept_as_they_are(tmp_path: Path) -> None:
-    write_movielens_folder(tmp_path, "latest")
-    rows = [
-        '"anna",2, 4.5,-5\r',
-        "",
-        "anna, 7,3,12",
-        "a user of twelve,2,1,0",
-        "NA,1,0,3",
-        "001,1,0,3",
-    ]
-    rows += ["NA,9,5.0,3", "anna,3,4,12", "a user of twelve,9,2,-100", "001,4,1,2"]
-    content = "\n".join(["userId,movieId,rating,timestamp", *rows])
-    (tmp_path / "ratings.csv").write_text(content, encoding="utf-8-sig", newline="")
-
-    users = {user.name: user.movies.tolist() for user in read_ratings(tmp_path, None, 0.0).users}
-
-    # Equal times keep the order of the file.
-    assert users == {"001": [3, 0], "NA": [0, 8], "a user of twelve": [8, 1], "anna": [1, 6, 2]}
-
-
-def test_users_csv_has_the_regions(tmp_path: Path) -> None:
-    folder = write_movielens_folder(tmp_path, "latest")
-    regions = {user: ("north", "the south")[user % 2] for user in range(1, 25)}
-    lines = [f"{user},{region}" for user, region in regions.items()]
-    (folder / "users.csv").write_text("\n".join(["userId,region", *lines]))
-
-    for group in (None, "region"):
-        users = read_ratings(folder, group, 0.0).users
-        assert {int(user.name): user.group for user in users} == regions
-    assert load(folder, groups=1).train.group_names in {("north",), ("the south",)}
-    assert len(load(folder, group="user").train.group_names) == 17
 
 
 def change_line(file: Path, number: int, line: str) -> None:
@@ -561,10 +455,3 @@ def test_malformed_folder_raises_one_line(subtests: pytest.Subtests) -> None:
         cases = [(name, *case) for name, own, *case in BROKEN if own == layout]
         write = partial(write_movielens_folder, layout=layout)
         check_broken_folders(subtests, cases, write, load)
-
-
-def test_seed_selects_other_roles() -> None:
-    for name in ("movies", "movies_public"):
-        first, again, other = (load(name=name, seed=seed).train.x for seed in (0, 0, 1))
-        assert torch.equal(first, again)
-        assert first.shape != other.shape or not torch.equal(first, other)

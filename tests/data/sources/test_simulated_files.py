@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hetero_fl.core.stored_rows import read_all
 from hetero_fl.data import Dataset
 from hetero_fl.data.sources.files import EMBEDDED
 from tests.support.federated_data import read_source
@@ -36,7 +35,7 @@ ROWS = {
 def hash_of(dataset: Dataset) -> str:
     digest = hashlib.sha256()
     for part in (*dataset.splits().values(), *dataset.local_sets.values()):
-        for column in (read_all(part.x), part.labels):
+        for column in (part.x, part.labels):
             digest.update(np.ascontiguousarray(column.numpy()).tobytes())
     return digest.hexdigest()[:16]
 
@@ -50,7 +49,7 @@ def test_rows_are_those_of_published_results(subtests: pytest.Subtests) -> None:
 
 def test_bank_rows_have_the_columns_of_their_bank() -> None:
     train = read_source("bank_fraud").train
-    x = read_all(train.x)
+    x = train.x
 
     assert train.group is not None and train.group.bincount().tolist() == [
         2400,

@@ -15,6 +15,7 @@ from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data import (
     Dataset,
+    Source,
     from_arrays,
     list_sources,
     load_source,
@@ -23,9 +24,8 @@ from hetero_fl.data import (
     register_source,
     with_test,
 )
-from hetero_fl.data.registry import _sources
+from hetero_fl.data.registry import sources
 from tests.support.benchmark_folders import write_client_folder, write_iwildcam
-from tests.support.driving_folders import write_driving_folder
 from tests.support.mistakes import check_refused, refusal
 from tests.support.movielens_folders import write_movielens_folder
 from tests.support.speech_folders import write_speech_folder
@@ -146,7 +146,7 @@ def test_source_can_be_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_source_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hetero_fl.data.registry._sources", dict(_sources))
+    monkeypatch.setattr(sources, "_known", dict(sources._known))
 
     def broken(config: SourceConfig, root: Path) -> Dataset:
         dataset = make_table(rows=40, test_rows=9)
@@ -160,21 +160,24 @@ def test_source_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
         SourceConfig(name="mine"),
         Path(),
     )
-    with pytest.raises(ValueError, match="already"):
-        register_source("mine")(broken)
+    with pytest.raises(ValueError, match="'digits' is a built-in data source"):
+        register_source("digits")(broken)
 
 
-def test_from_arrays_reads_images_groups_and_splits() -> None:
-    x, y = np.zeros((6, 8, 8), dtype=np.uint8), [0, 1, 2, 0, 1, 2]
+def test_source_can_be_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_known", dict(sources._known))
 
-    dataset = from_arrays(x, y, test=(x[:2], y[:2]), group=["b", "a", "b", "a", "c", "c"])
+    @register_source("numbers")
+    class Numbers(Source):
+        size: int = 8
 
-    assert dataset.task == Task("multiclass", 3) and dataset.train.x.shape == (6, 1, 8, 8)
-    assert dataset.train.group is not None and dataset.train.group.tolist() == [1, 0, 1, 0, 2, 2]
-    assert dataset.train.group_names == ("a", "b", "c")
-    assert dataset.test is not None and dataset.test.x.shape == (2, 1, 8, 8)
-    assert dataset.validation is None
-    assert from_arrays(x.astype(float).reshape(6, -1), y).train.x.dtype == torch.float32
+        def read(self, root: Path, labeled: bool = True) -> Dataset:
+            return from_arrays(torch.eye(self.size), torch.arange(self.size) % 2)
+
+    assert len(load_source(SourceConfig(name="numbers"), Path()).train) == 8
+    assert len(load_source(SourceConfig(name="numbers", size=4), Path()).train) == 4
+    words = r"data\.label: does not apply to source numbers"
+    check_refused(words, load_source, SourceConfig(name="numbers", label="y"), Path())
 
 
 def test_missing_test_set_is_split_from_training_rows() -> None:
@@ -198,7 +201,6 @@ def test_path_as_source_name_is_refused(
     for layout in ("100k", "1m", "latest"):
         write_movielens_folder(tmp_path / f"ml-{layout}", layout)
     write_speech_folder(tmp_path / "words")
-    write_driving_folder(tmp_path / "drives", {"car": 10}, ())
     write_iwildcam(tmp_path / "cameras")
     write_client_folder(tmp_path / "clients")
 
@@ -210,7 +212,6 @@ def test_path_as_source_name_is_refused(
         ("ml-1m", "folder 'ml-1m'; set data.name=movies and data.path=ml-1m"),
         ("ml-latest", "folder 'ml-latest'; set data.name=movies and data.path=ml-latest"),
         ("words", "folder 'words'; set data.name=speech and data.path=words"),
-        ("drives", "folder 'drives'; set data.name=driving and data.path=drives"),
         ("cameras", "folder 'cameras'; set data.name=iwildcam and data.path=cameras"),
         ("clients", "folder 'clients'; set data.name=htfllib and data.path=clients"),
     ):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from hetero_fl.data import Dataset, Vocabulary, from_arrays
-from hetero_fl.data.dataset import EMPTY, FIRST, UNKNOWN, split_words
+from hetero_fl.data import Dataset, Vocabulary
+from hetero_fl.data.dataset import EMPTY, FIRST, UNKNOWN
 from hetero_fl.data.sources import text as phrases
+from hetero_fl.utils.text import split_words
 from tests.support.cases import each_case
 from tests.support.federated_data import read_source
 from tests.support.mistakes import check_refused
@@ -113,18 +114,6 @@ def test_hashing_needs_no_corpus_and_is_stable() -> None:
     assert all(FIRST <= hashed.number(f"w{i}") < hashed.size for i in range(200))
 
 
-def test_phones_use_private_words() -> None:
-    dataset, public = load("phrases"), load("phrases_public")
-    assert dataset.vocabulary is not None and dataset.vocabulary == public.vocabulary
-    assert (dataset.train.x == UNKNOWN).any()  # private words are unknown tokens
-    assert (
-        (public.train.x == UNKNOWN).float().mean()
-        < 0.01
-        < (dataset.train.x == UNKNOWN).float().mean()
-    )
-    assert dataset.simulated and public.simulated
-
-
 def test_messages_are_not_split_and_phones_differ() -> None:
     dataset = load("phrases", length=5)
     train = dataset.train
@@ -165,30 +154,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_file_per_phone_is_loaded(folder: Path) -> None:
-    found = load("text", folder / "phones", "file", public=str(folder / "public.txt"))
-    assert found.train.group_names == ("ann", "bob") and found.vocabulary is not None
-    assert found.vocabulary.words == ("at", "see", "the", "you", "gym", "pool")
-    assert not any("secret" in word for word in found.vocabulary.words)
-    assert len(found.train) == 30 * 4 + 30 * 3  # "bank" and the secrets are no targets
-    hashed = load("text", folder / "phones", "file", tokenizer="hashing", vocabulary=64)
-    assert hashed.vocabulary == Vocabulary(buckets=64) and hashed.task.outputs == 64
-    single = load("text", folder / "phones" / "ann.txt", tokenizer="hashing")
-    assert single.train.group is None and len(single.train) == 30 * 5
-
-
-def test_labeled_texts_are_loaded(tmp_path: Path) -> None:
-    path = tmp_path / "mail.txt"
-    lines = ["spam\tbuy now !", "ham\tsee you"] * 3
-    path.write_text("\n".join([*lines, "ham\t😀😀", "spam\t😡"]), encoding="utf-8")
-
-    found = load("text", path, predict="class", tokenizer="hashing", length=4)
-
-    assert found.task.names == ("ham", "spam") and found.train.x.shape == (6, 4)
-    assert found.train.labels.tolist() == [1, 0] * 3
-    assert "2 lines with fewer than 1 word left out" in found.notes
-
-
 def test_invalid_text_files_raise_one_line(folder: Path) -> None:
     (folder / "bad.txt").write_bytes(b"fine here\nnot \xff here\n")
     (folder / "mail.txt").write_text("spam\tbuy\nno class\n", encoding="utf-8")
@@ -218,9 +183,3 @@ def test_invalid_text_files_raise_one_line(folder: Path) -> None:
         ),
     ):
         check_refused(words, load, "text", folder / path, group, **text)
-
-
-def test_tokens_may_be_arrays() -> None:
-    known = Vocabulary(("a", "b"))
-    own_vocabulary = from_arrays([[0, 1], [2, 3]], [0, 1], vocabulary=known)
-    assert own_vocabulary.vocabulary == known and own_vocabulary.train.x.dtype == torch.int64

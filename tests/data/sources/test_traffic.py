@@ -17,7 +17,7 @@ from hetero_fl.data import Dataset, Examples
 from hetero_fl.data.sources.traffic import (
     HOUR,
     HourlySeries,
-    Periods,
+    divide_time,
     make_windows,
 )
 from tests.support.cases import each_case
@@ -50,94 +50,6 @@ def written(frame: pd.DataFrame, tmp_path: Path, name: str = "t.csv") -> Path:
     path = tmp_path / name
     frame.to_csv(path, index=False, sep="\t" if name.endswith(".tsv") else ",")
     return path
-
-
-def test_simulated_sets_are_marked_and_disjoint_from_proxy() -> None:
-    data, public = load(), load(sites=("public",))
-    assert (
-        data.simulated
-        and data.task.unit == "vehicles"
-        and data.task.names == ("1 h ahead", "3 h ahead")
-    )
-    assert data.train.group_names == ("camera_1", "camera_2", "sensor_1", "sensor_2")
-    assert public.train.group_names == ("public",) and public.columns == data.columns
-    assert data.columns[-5:] == ("temperature", "rain", "lane_1", "lane_2", "lane_3")
-
-
-@each_case("name", ("t.csv", "t.tsv"))
-def test_junctions_are_loaded_from_file(name: str, tmp_path: Path) -> None:
-    data = load(written(table(), tmp_path, name))
-    assert not data.simulated and data.train.group_names == ("1", "2") and data.test is not None
-    # no weather, no lanes
-    assert data.train.x[..., -5:].isnan().all() and torch.isfinite(data.train.x[..., :-5]).all()
-    assert data.notes[0].startswith("traffic: training until 2023-01-1")
-    shuffled = (
-        table().sample(frac=1, random_state=0).sort_values("DateTime", kind="stable")
-    )  # hour by hour, sites mixed
-    assert torch.equal(
-        load(written(shuffled, tmp_path, name)).train.x.nan_to_num(),
-        data.train.x.nan_to_num(),
-    )
-
-
-def test_arrays_are_read_like_a_table(tmp_path: Path) -> None:
-    frame = table().assign(lane_1=np.arange(800) % 7, when=0)
-    frame["when"] = pd.to_datetime(frame["DateTime"])
-    keys: dict[str, Any] = {"time": "when", "lanes": ("lane_1",)}
-    arrays = {name: frame[name].to_numpy() for name in ("Vehicles", "lane_1")}
-    arrays["Junction"] = frame["Junction"].to_numpy(str)
-    path = tmp_path / "t.npz"
-
-    def write(**changes: Any) -> Path:
-        when = frame["when"].to_numpy("datetime64[s]")
-        np.savez(path, **{"when": when, **arrays, **changes})
-        return path
-
-    found, expected = load(write(), **keys), load(written(frame, tmp_path), **keys)
-
-    assert found.columns == expected.columns and not found.simulated
-    for name, part in found.splits().items():
-        other = columns_of(expected.splits()[name])
-        for column, values in columns_of(part).items():
-            assert torch.equal(values.nan_to_num(), other[column].nan_to_num()), column
-    one = load(write(), sites=("2",), **keys)
-    assert one.train.group_names == ("2",)
-    for changes, more, words in (
-        ({"Vehicles": arrays["Junction"]}, {}, "Vehicles: expected numbers, got <U1"),
-        ({"when": np.arange(800)}, {}, "when: expected datetime64, got int64"),
-        (
-            {"when": frame["when"].to_numpy()[::-1]},
-            {},
-            "when: expected one entry per hour of site '1', in order; sort the hours and add mis",
-        ),
-        ({"lane_1": np.ones((800, 2))}, {}, "lane_1: expected shape (N,), got (800, 2)"),
-        ({"when": frame["when"].to_numpy()[:9]}, {}, "expected 9 rows as in when, got 800"),
-        ({}, {"format": "%d/%m/%Y"}, "data.series.format: does not apply to .npz files"),
-        ({}, {"gaps": "skip"}, "data.series.gaps: does not apply to .npz files such as t.npz; re"),
-        ({}, {"time": "hour"}, "array 'hour' not found"),
-        ({}, {"lanes": ("left",)}, "array 'left' not found; the file has"),
-        ({}, {"sites": ("3",)}, "data.series.sites: site '3' not found in"),
-    ):
-        assert words in refusal(load, write(**changes), **{**keys, **more})
-
-
-def test_columns_are_configurable(tmp_path: Path) -> None:
-    frame = table().rename(columns={"DateTime": "when", "Vehicles": "cars", "Junction": "place"})
-    frame["left"], frame["warm"] = (
-        frame["cars"] / 2,
-        np.where(np.arange(len(frame)) % 50 == 3, np.nan, 4.0),
-    )
-    path = written(frame, tmp_path)
-    data = load(
-        path, "cars", "place", time="when", lanes=("left",), weather=("warm",), sites=("2",)
-    )
-    assert (
-        data.columns[-2:] == ("warm", "left")
-        and data.task.unit == "cars"
-        and data.train.group_names == ("2",)
-    )
-    assert torch.allclose(data.train.x[..., -1], data.train.x[..., 0] / 2)
-    assert 0 < data.train.x[..., -2].isnan().float().mean() < 0.05
 
 
 @each_case(
@@ -196,18 +108,18 @@ MISTAKES: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
     ),
     "order": (
         lambda frame: frame.iloc[[*range(410), 411, 410, *range(412, 800)]],
-        "data.path: PATH: row 412, column 'DateTime': rows of site '2' must be sorted by date, "
-        "got '2023-01-01 10:00' after '2023-01-01 11:00'",
+        "data.path: PATH: row 412, column 'DateTime': expected the hour after 2023-01-01 11 h of "
+        "site '2', got 2023-01-01 10 h; sort the rows",
     ),
     "twice": (
         lambda frame: frame.iloc[[*range(6), *range(5, 800)]],
-        "data.path: PATH: row 7, column 'DateTime': duplicate date '2023-01-01 05:00' of site "
-        "'1', first in row 6",
+        "data.path: PATH: row 7, column 'DateTime': expected the hour after 2023-01-01 05 h of "
+        "site '1', got 2023-01-01 05 h; sort the rows and remove duplicates",
     ),
     "gap": (
         lambda frame: frame.drop(index=range(20, 23)),
-        "data.path: PATH: row 21, column 'DateTime': 3 hours of site '1' missing before "
-        "'2023-01-01 23:00'; add them",
+        "data.path: PATH: row 21, column 'DateTime': expected the hour after 2023-01-01 19 h of "
+        "site '1', got 2023-01-01 23 h; add the missing hours, or for a table set series.gaps=skip",
     ),
     "minutes": (
         with_cell(9, "DateTime", "2023-01-01 09:20"),
@@ -265,7 +177,7 @@ def make_dataset(sites: list[HourlySeries], config: SeriesConfig = CONFIG) -> Da
 
 def test_window_layout() -> None:
     one = site()
-    data, periods = make_dataset([one]), Periods.from_series([one], CONFIG)
+    data, periods = make_dataset([one]), divide_time([one], CONFIG)
     mean = one.value[: periods.train + 1 - START].mean()
     assert data.columns == (
         "cars",
@@ -307,7 +219,7 @@ def test_window_layout() -> None:
 def test_training_targets_precede_later_periods() -> None:
     data, periods = (
         make_dataset([site(), site("b", 700, 300, 1)]),
-        Periods.from_series([site()], CONFIG),
+        divide_time([site()], CONFIG),
     )
     assert data.validation is not None and data.test is not None and data.span == 3 * HOUR
     last = {
@@ -352,7 +264,7 @@ EVERY: list[dict[str, Any]] = [
 def test_rows_do_not_depend_on_the_periods_after_theirs(settings: Any) -> None:
     config = CONFIG.model_copy(update=settings)
     sites = [site(), site("b", 700, 300, 1)]
-    periods = Periods.from_series(sites, config)
+    periods = divide_time(sites, config)
     plain = make_dataset(sites, config).splits()
 
     for name, end in (("train", periods.train), ("validation", periods.validation)):
@@ -367,7 +279,7 @@ def test_rows_do_not_depend_on_the_periods_after_theirs(settings: Any) -> None:
 def test_inputs_and_baselines_do_not_depend_on_later_hours(settings: Any) -> None:
     config = CONFIG.model_copy(update=settings)
     # In the validation period, level and scales are fixed.
-    end = Periods.from_series([site()], config).train + 29
+    end = divide_time([site()], config).train + 29
     plain, other = (make_dataset([each], config) for each in (site(), changed(site(), end)))
 
     for name, part in plain.splits().items():
@@ -398,7 +310,7 @@ def test_missing_hours_omit_dependent_rows() -> None:
     missing_hours = set((full.time // HOUR).tolist()) - set((fewer.time // HOUR).tolist())
     now = {hour - START - 4 for hour in missing_hours}
     needed = {now for now in range(200, 700) if 300 in needs(now)}
-    assert now == {n for n in needed if n + 4 <= Periods.from_series([one], CONFIG).train - START}
+    assert now == {n for n in needed if n + 4 <= divide_time([one], CONFIG).train - START}
     assert torch.isfinite(fewer.x[..., :3]).all()
 
 
@@ -417,7 +329,7 @@ def test_unmeasured_values_are_missing() -> None:
 def test_busy_hours_are_classified() -> None:
     one = site()
     config = CONFIG.model_copy(update={"target": "busy", "busy": 0.7})
-    data, periods = make_dataset([one], config), Periods.from_series([one], config)
+    data, periods = make_dataset([one], config), divide_time([one], config)
     assert (
         data.task.kind == "multilabel"
         and data.task.names == ("1 h ahead", "4 h ahead")

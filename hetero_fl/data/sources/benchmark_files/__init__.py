@@ -1,5 +1,5 @@
-"""Files in the layouts of published benchmarks: PFLlib and HtFLlib, LEAF, and WILDS."""
+"""Files in the layouts of published benchmarks: PFLlib and HtFLlib, and LEAF."""
 
-from hetero_fl.data.sources.benchmark_files import htfllib, leaf, wilds
+from hetero_fl.data.sources.benchmark_files import htfllib, leaf
 
-__all__ = ["htfllib", "leaf", "wilds"]
+__all__ = ["htfllib", "leaf"]

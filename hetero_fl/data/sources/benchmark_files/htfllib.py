@@ -12,18 +12,15 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.data import SourceConfig
-from hetero_fl.core.images import as_numbers, as_pixels, dtype_name
-from hetero_fl.core.stored_rows import Column
+from hetero_fl.core.images import as_numbers, as_pixels
 from hetero_fl.core.task import Task
-from hetero_fl.data.checks import check_examples
-from hetero_fl.data.dataset import Dataset, Examples
-from hetero_fl.data.labels import class_numbers
+from hetero_fl.data.checks import ExampleNames
+from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.benchmark_files.client_sets import (
     MAX_CLASSES,
     SPLITS,
-    client_dataset,
-    read_classes,
+    build_clients,
 )
 from hetero_fl.data.sources.benchmark_files.pickled_arrays import (
     PickledArray,
@@ -32,6 +29,7 @@ from hetero_fl.data.sources.benchmark_files.pickled_arrays import (
 )
 from hetero_fl.data.sources.files import check_folder, visible_files
 from hetero_fl.data.sources.npz_files import check_headers, read_header
+from hetero_fl.data.table import Table
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.serialization import check_memory
@@ -63,45 +61,16 @@ def read_client_folder(path: Path) -> Dataset:
         UserError: If a file is missing or malformed, or the files do not match.
     """
     names = _client_names(path)
-    rows: dict[str, dict[str, Examples]] = {split: {} for split in SPLITS}
-    for split in SPLITS:
-        for name in names:
-            rows[split][name] = _read_rows(path / split / f"{name}.npz")
+    tables = [_read_rows(path, split, name) for split in SPLITS for name in names]
     classes = _configured_classes(path / "config.json")
-    places = {
-        f"path: {path / split / f'{name}.npz'}": (split, name)
-        for split in SPLITS
-        for name in names
-        if split == "train" or len(rows[split][name])
-    }
-    parts = {place: rows[split][name] for place, (split, name) in places.items()}
-    notes: list[str] = []
-    if classes is None:
-        task, parts, notes = read_classes(parts, f"path: {path}: y")
-    else:
-        task = Task("multiclass", classes)
-    first = rows["train"][names[0]]
-    for where, part in parts.items():
-        check_examples(part, task, where)
-        if (part.x.shape[1:], part.x.dtype) != (first.x.shape[1:], first.x.dtype):
-            raise UserError(
-                f"{where}: x: expected rows like those of train/{names[0]}.npz, "
-                f"{_describe(first.x)}, got {_describe(part.x)}"
-            )
-        split, name = places[where]
-        rows[split][name] = part
-    return client_dataset(
+    return build_clients(
         "htfllib",
-        task,
-        rows,
+        tables,
+        None if classes is None else Task("multiclass", classes),
+        path,
         noun="client",
-        notes=notes,
         about=f"files of {len(names)} clients in {path.name}",
     )
-
-
-def _describe(x: Column) -> str:
-    return f"{dtype_name(x)} of shape {tuple(x.shape[1:])}"
 
 
 def _client_names(path: Path) -> list[str]:
@@ -145,8 +114,9 @@ def _configured_classes(path: Path) -> int | None:
     return classes
 
 
-def _read_rows(path: Path) -> Examples:
+def _read_rows(folder: Path, split: str, client: str) -> Table:
     """Read the rows of a client, of which there may be none."""
+    path = folder / split / f"{client}.npz"
     where = f"path: {path}"
     if path.is_dir():
         raise UserError(f"{where}: expected a file, got a folder")
@@ -160,11 +130,12 @@ def _read_rows(path: Path) -> Examples:
         reason = one_line(error, 200) if readable else "the content is damaged"
         reason = error.strerror or reason if isinstance(error, OSError) else reason
         raise UserError(f"{where}: not a readable client file ({reason})") from error
-    y = class_numbers(_labels(content["y"], f"{where}: y"), f"{where}: y")
+    y = content["y"][:, 0] if content["y"].shape[1:] == (1,) else content["y"]
+    if y.ndim != 1:
+        raise UserError(f"{where}: y: expected class numbers of shape (N,), got {y.shape}")
     x = _inputs(content["x"], f"{where}: x")
-    if len(x) != len(y):
-        raise UserError(f"{where}: y: expected {len(x)} rows as in x, got {len(y)}")
-    return Examples(x, y)
+    # Bytes of a pickle cannot be written to, which torch does not support.
+    return Table(x, y.copy(), split, where, ExampleNames(in_config=True), client)
 
 
 def _read_content(path: Path) -> dict[str, np.ndarray]:
@@ -232,14 +203,6 @@ def _as_array(value: object, where: str, count: int | None = None) -> np.ndarray
     if not isinstance(content, np.ndarray) or content.dtype.kind not in "buif":
         raise UserError(f"{where}: expected an array of numbers, got {type(content).__name__}")
     return content
-
-
-def _labels(y: np.ndarray, where: str) -> np.ndarray:
-    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
-    if y.ndim != 1:
-        raise UserError(f"{where}: expected class numbers of shape (N,), got {y.shape}")
-    # Bytes of a pickle cannot be written to, which torch does not support.
-    return y.copy()
 
 
 def _inputs(x: np.ndarray, where: str) -> Tensor:

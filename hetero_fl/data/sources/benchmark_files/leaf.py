@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hetero_fl.config.data import SourceConfig
-from hetero_fl.core.stored_rows import Column
 from hetero_fl.core.task import Task
-from hetero_fl.data.checks import check_examples
-from hetero_fl.data.dataset import FIRST, UNKNOWN, Dataset, Examples, Vocabulary
+from hetero_fl.data.checks import ExampleNames
+from hetero_fl.data.dataset import FIRST, UNKNOWN, Dataset, Vocabulary
 from hetero_fl.data.labels import class_numbers
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.benchmark_files.client_sets import (
     SPLITS,
-    client_dataset,
-    read_classes,
+    build_clients,
 )
 from hetero_fl.data.sources.files import check_folder, visible_files
+from hetero_fl.data.table import Table
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.serialization import read_json
 from hetero_fl.utils.text import format_list, pluralize
@@ -70,29 +69,52 @@ def read_leaf_folder(path: Path) -> Dataset:
     files = {split: visible_files(path / split, "*.json") for split in SPLITS}
     if not files["train"]:
         raise UserError(f"path: {path}: expected files train/*.json, found none")
-    rows: dict[str, dict[str, Examples]] = {split: {} for split in SPLITS}
-    places: dict[tuple[str, str], str] = {}
+    tables: list[Table] = []
     notes: list[str] = []
     for split in SPLITS:
+        seen: set[str] = set()
         unknown: dict[str, int] = {}
         for file in files[split]:
             content = _read_users(file)
             for user in list(content):
-                where = f"path: {file}: user '{one_line(user)}'"
-                if user in rows[split]:
+                title = one_line(user)
+                where = f"path: {file}: user '{title}'"
+                if title in seen:
                     raise UserError(f"{where}: occurs twice in {split}")
+                seen.add(title)
                 # Removed from the content, whose lists need much more memory than arrays.
                 user_rows = content.pop(user)
-                rows[split][user] = _user_examples(user_rows, where)
-                places[split, user] = where
-                if left_out := len(user_rows["x"]) - len(rows[split][user]):
+                x, y = _read_rows(user_rows, where)
+                tables.append(Table(x, y, split, where, ExampleNames(in_config=True), user))
+                if left_out := len(user_rows["x"]) - len(y):
                     unknown[one_line(user, 80)] = left_out
         if unknown:
             notes.append(
                 f"{split}: {pluralize(sum(unknown.values()), 'row')} left out, whose next "
                 f"character is unknown, of {format_list(unknown, quote=True)}"
             )
-    return _leaf_dataset(path, rows, places, notes)
+    is_text = any(table.x.dtype == torch.int64 for table in tables if len(table.y))
+    return build_clients(
+        "leaf",
+        tables,
+        _known_task(tables, is_text),
+        path,
+        noun="user",
+        notes=notes,
+        about=f"LEAF files of {sum(t.split == 'train' for t in tables):,} users in {path.name}",
+        vocabulary=CHARACTERS if is_text else None,
+    )
+
+
+def _known_task(tables: Sequence[Table], is_text: bool) -> Task | None:
+    """Return the task of Shakespeare or FEMNIST, or None for other data sets."""
+    names = CHARACTERS.names if is_text else FEMNIST_CLASSES
+    if not is_text:
+        largest = max((int(table.y.max()) for table in tables if len(table.y)), default=0)
+        is_image = any(table.x.ndim == 4 for table in tables)
+        if not is_image or not 10 <= largest < len(FEMNIST_CLASSES):
+            return None
+    return Task("multiclass", len(names), names)
 
 
 def _read_users(path: Path) -> dict[str, Any]:
@@ -114,8 +136,8 @@ def _read_users(path: Path) -> dict[str, Any]:
     return user_data
 
 
-def _user_examples(user_rows: object, where: str) -> Examples:
-    """Convert the lists x and y of a user. A user may have no rows."""
+def _read_rows(user_rows: object, where: str) -> tuple[Tensor, np.ndarray]:
+    """Return the inputs and class numbers of a user, who may have no rows."""
     if not isinstance(user_rows, dict):
         raise UserError(f"{where}: expected the keys x and y, got {one_line(user_rows, 80)}")
     for key in ("x", "y"):
@@ -126,15 +148,14 @@ def _user_examples(user_rows: object, where: str) -> Examples:
     if len(x) != len(y):
         raise UserError(f"{where}: y: expected {len(x)} rows as in x, got {len(y)}")
     if not x:
-        return Examples(torch.empty(0), torch.empty(0, dtype=torch.int64))
+        return torch.empty(0), np.empty(0, dtype=np.int64)
     if isinstance(x[0], str):
-        return _text_examples(x, y, where)
-    values = _numbers(x, 2, f"{where}: x").astype(np.float32)
-    labels = class_numbers(_numbers(y, 1, f"{where}: y"), f"{where}: y")
-    inputs = torch.from_numpy(values)
+        return _read_texts(x, y, where)
+    inputs = torch.from_numpy(_numbers(x, 2, f"{where}: x").astype(np.float32))
     if inputs.shape[1] == SIDE * SIDE:
         inputs = inputs.reshape(-1, 1, SIDE, SIDE)
-    return Examples(inputs, labels)
+    labels = class_numbers(_numbers(y, 1, f"{where}: y"), f"{where}: y")
+    return inputs, labels.numpy()
 
 
 def _numbers(values: list[Any], ndim: int, where: str) -> np.ndarray:
@@ -143,38 +164,25 @@ def _numbers(values: list[Any], ndim: int, where: str) -> np.ndarray:
         array = np.asarray(values)
     except (ValueError, OverflowError):
         array = np.empty(0, dtype=object)
-    if array.ndim != ndim or array.dtype.kind not in "iuf" or 0 in array.shape:
-        length = len(values[0]) if isinstance(values[0], list) else 0
-        for row, value in enumerate(values):
-            problem = _number_problem(value) if ndim == 1 else _row_problem(value, length)
-            if problem:
-                raise UserError(f"{where}: row {row}: {problem}")
-        raise UserError(f"{where}: expected numbers of at most 64 bits")
-    return array
-
-
-def _row_problem(value: object, length: int) -> str:
-    """Return what is wrong with a row, which should be a list of numbers, or an empty string."""
-    if not isinstance(value, list) or not value:
-        return f"expected {length or 'a list of'} numbers, got {_quote(value)}"
-    if len(value) != length:
-        return f"expected {length} numbers, got {len(value)}"
-    return next(filter(None, map(_number_problem, value)), "")
-
-
-def _number_problem(value: object) -> str:
-    """Return what is wrong with a number, or an empty string."""
-    if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool)):
-        return ""
-    other = READABLE_SETS if isinstance(value, str | list) else ""
-    return f"expected a number, got {_quote(value)}{other}"
+    if array.ndim == ndim and array.dtype.kind in "iuf" and 0 not in array.shape:
+        return array
+    length = len(values[0]) if isinstance(values[0], list) else 1
+    expected = "a number" if ndim == 1 else f"a list of {pluralize(length, 'number')}"
+    for row, value in enumerate(values):
+        cells = value if ndim == 2 else [value]
+        is_list = isinstance(cells, list) and len(cells) == length > 0
+        if not is_list or not all(type(cell) in (int, float) for cell in cells):
+            raise UserError(
+                f"{where}: row {row}: expected {expected}, got {_quote(value)}{READABLE_SETS}"
+            )
+    raise UserError(f"{where}: expected numbers of at most 64 bits")
 
 
 def _quote(value: object) -> str:
     return one_line(repr(value) if isinstance(value, str) else value, 80)
 
 
-def _text_examples(texts: list[Any], targets: list[Any], where: str) -> Examples:
+def _read_texts(texts: list[Any], targets: list[Any], where: str) -> tuple[Tensor, np.ndarray]:
     """Convert texts and their next characters to tokens and classes, without unknown targets."""
     length = len(texts[0])
     if str(texts[0]).lower().endswith(IMAGE_SUFFIXES):
@@ -193,65 +201,5 @@ def _text_examples(texts: list[Any], targets: list[Any], where: str) -> Examples
     numbers = {character: FIRST + i for i, character in enumerate(LETTERS)}
     known = [row for row, target in enumerate(targets) if target in numbers]
     tokens = [[numbers.get(c, UNKNOWN) for c in texts[row]] for row in known]
-    return Examples(
-        torch.tensor(tokens, dtype=torch.int64).reshape(-1, length),
-        torch.tensor([numbers[targets[row]] - FIRST for row in known], dtype=torch.int64),
-    )
-
-
-def _leaf_dataset(
-    path: Path,
-    rows: Mapping[str, dict[str, Examples]],
-    places: Mapping[tuple[str, str], str],
-    notes: Sequence[str],
-) -> Dataset:
-    """Return the data set of the rows of all users.
-
-    Args:
-        path: Folder, for the description and error messages.
-        rows: Rows, keyed by split and user.
-        places: File and user in error messages, keyed by split and user.
-        notes: Remarks on how the rows were read.
-    """
-    present = {
-        (split, user): part for split in SPLITS for user, part in rows[split].items() if len(part)
-    }
-    if not any(split == "train" for split, _ in present):
-        raise UserError(f"path: {path}: no user in train has rows")
-    first = next(iter(present.values()))
-    for key, part in present.items():
-        if (part.x.shape[1:], part.x.dtype) != (first.x.shape[1:], first.x.dtype):
-            raise UserError(
-                f"{places[key]}: x: expected rows of {_describe_row(first.x)} as for the first "
-                f"user, got {_describe_row(part.x)}"
-            )
-    is_text = first.x.dtype == torch.int64
-    if is_text:
-        task = Task("multiclass", len(CHARACTERS.names), CHARACTERS.names)
-    else:
-        largest = max(int(part.labels.max()) for part in present.values())
-        is_femnist = first.x.ndim == 4 and 10 <= largest < len(FEMNIST_CLASSES)
-        task = Task("multiclass", len(FEMNIST_CLASSES), FEMNIST_CLASSES)
-        if not is_femnist:
-            parts = {places[key]: part for key, part in present.items()}
-            task, parts, remarks = read_classes(parts, f"path: {path}: y")
-            present = {key: parts[places[key]] for key in present}
-            notes = [*notes, *remarks]
-    vocabulary = CHARACTERS if is_text else None
-    for (split, user), part in present.items():
-        check_examples(part, task, places[split, user], vocabulary=vocabulary)
-        rows[split][user] = part
-    return client_dataset(
-        "leaf",
-        task,
-        rows,
-        noun="user",
-        notes=notes,
-        about=f"LEAF files of {len(rows['train']):,} users in {path.name}",
-        vocabulary=vocabulary,
-    )
-
-
-def _describe_row(x: Column) -> str:
-    kind = "characters" if x.dtype == torch.int64 else "numbers"
-    return f"{math.prod(x.shape[1:])} {kind}"
+    y = np.array([numbers[targets[row]] - FIRST for row in known], dtype=np.int64)
+    return torch.tensor(tokens, dtype=torch.int64).reshape(-1, length), y

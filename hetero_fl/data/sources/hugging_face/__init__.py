@@ -4,7 +4,6 @@
 or that `load_dataset` reads. Columns and splits are mapped by name.
 """
 
-from hetero_fl.data.sources.hugging_face.conversion import read_hub_splits
-from hetero_fl.data.sources.hugging_face.source import hugging_face, load_hub_inputs
+from hetero_fl.data.sources.hugging_face.source import hugging_face
 
-__all__ = ["hugging_face", "load_hub_inputs", "read_hub_splits"]
+__all__ = ["hugging_face"]

@@ -18,8 +18,6 @@ from hetero_fl.data.sources.files import (
     download_folder,
     quiet_unless_terminal,
 )
-from hetero_fl.data.sources.hugging_face.columns import feature_kind
-from hetero_fl.data.sources.hugging_face.conversion import read_hub_splits
 from hetero_fl.data.sources.images import FOLDER_SPLITS
 from hetero_fl.utils.code_permission import iterate_strings
 from hetero_fl.utils.errors import UserError, one_line, suggest_file
@@ -33,25 +31,21 @@ SPLIT_OF = {**FOLDER_SPLITS, "dev": "validation"}
 @register_source(
     "hf", keys=("columns", "label", "group", "patient", "task", "size", "text", "categories")
 )
-def hugging_face(config: SourceConfig, root: Path) -> Dataset:
+def hugging_face(config: SourceConfig, root: Path, labeled: bool = True) -> Dataset:
     """Load a data set of the Hugging Face hub (`hf:NAME`, `hf:NAME:SUBSET`) or a folder.
 
     A folder was written by `save_to_disk` of `datasets`, or contains Parquet, JSON, CSV or image
-    files that `load_dataset` reads. The splits `train`, `validation` and `test` are used.
+    files that `load_dataset` reads. The splits `train`, `validation` and `test` are used. Without
+    labels, only the training rows are read.
     """
     splits, notes = _load_splits(config, root)
-    dataset = read_hub_splits(splits, f"name: {config.name}", config)
+    if not labeled:
+        splits = {"train": splits["train"]}
+    # Imported here because loading pandas is slow.
+    from hetero_fl.data.sources.hugging_face.conversion import read_hub_splits
+
+    dataset = read_hub_splits(splits, f"name: {config.name}", config, labeled=labeled)
     return replace(dataset, name=_title(config.name), source="", notes=(*notes, *dataset.notes))
-
-
-def load_hub_inputs(config: SourceConfig, root: Path) -> Dataset:
-    """Load the training rows of a data set that needs no labels, for a proxy set.
-
-    The targets of the result have no meaning.
-    """
-    splits, _ = _load_splits(config, root)
-    where = f"name: {config.name}"
-    return read_hub_splits({"train": splits["train"]}, where, config, labeled=False)
 
 
 def _title(name: str) -> str:
@@ -67,12 +61,8 @@ def _load_splits(config: SourceConfig, root: Path) -> tuple[dict[str, Any], list
     path = Path(reference).expanduser()
     if not reference or reference == name:
         raise UserError(f"name: expected hf:NAME of a data set or hf:FOLDER, got '{name}'")
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(
-            f"name: {name} needs the package datasets; run pip install 'hetero_fl[datasets]'"
-        ) from error
+    import datasets
+
     if path.is_file():
         raise UserError(f"name: {name}: expected a folder, got a file; give its folder")
     if path.is_dir():
@@ -129,6 +119,9 @@ def _load_folder(datasets: Any, path: Path, config: SourceConfig, root: Path) ->
 
 def _image_files(splits: Mapping[str, Any]) -> Iterator[str]:
     """Yield the files that data sets name in their columns of images."""
+    # Imported here because loading pandas is slow.
+    from hetero_fl.data.sources.hugging_face.columns import feature_kind
+
     for part in splits.values():
         images = [name for name, kind in part.features.items() if feature_kind(kind) == "image"]
         for chunk in (chunk for name in images for chunk in part.data.column(name).chunks):

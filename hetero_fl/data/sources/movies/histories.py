@@ -12,8 +12,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from hetero_fl.config.data import MoviesConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import EMPTY, FIRST, Dataset, Examples, Vocabulary, index_names
+from hetero_fl.data.dataset import EMPTY, FIRST, Dataset, Examples, Vocabulary
 from hetero_fl.data.partition.groups import largest_groups
+from hetero_fl.utils.arrays import index_names
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_key
 from hetero_fl.utils.seeding import keyed_numpy_generator

@@ -10,20 +10,17 @@ from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.files import EMBEDDED
 from hetero_fl.data.sources.npz_columns import read_columns
-from hetero_fl.utils.errors import UserError
 
 
 @register_source("table", keys=("path", "label", "group", "patient", "task", "categories", "read"))
-def table(config: SourceConfig, _root: Path) -> Dataset:
+def table(config: SourceConfig, _root: Path, labeled: bool = True) -> Dataset:
     """Load a CSV, TSV or Parquet file (see `read_table`)."""
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.table_files import read_frame, read_table
+    from hetero_fl.data.sources.tables.files import read_frame
+    from hetero_fl.data.sources.tables.frames import read_table
 
     path = Path(str(config.path)).expanduser()
     frame = read_frame(path, (config.group, config.patient), config.categories or (), config.read)
-    if config.label is None:
-        columns = ", ".join(frame.columns[:20])
-        raise UserError(f"label: missing; set the column of the labels, choose from {columns}")
     return read_table(
         frame,
         path,
@@ -31,7 +28,8 @@ def table(config: SourceConfig, _root: Path) -> Dataset:
         group=config.group,
         patient=config.patient,
         kind=config.task,
-        categories=config.categories,
+        categories=config.categories if labeled else config.categories or {},
+        labeled=labeled,
     )
 
 
@@ -50,7 +48,7 @@ def bank_fraud(config: SourceConfig, _root: Path) -> Dataset:
     keys=("path", "label", "group", "windows", "read"),
     default_path=EMBEDDED / "activity.npz",
 )
-def activity(config: SourceConfig, _root: Path) -> Dataset:
+def activity(config: SourceConfig, _root: Path, labeled: bool = True) -> Dataset:
     """Read labeled windows from a `.npz` file, or samples from a table (see `read_samples`).
 
     The classes of a `.npz` file (see `read_columns`) are in the array `config.label` (default:
@@ -65,9 +63,10 @@ def activity(config: SourceConfig, _root: Path) -> Dataset:
             config.label or "y",
             config.group or "person",
             needs_group=config.group is not None,
+            labeled=labeled,
         )
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.recordings import read_samples
+    from hetero_fl.data.sources.tables.recordings import read_samples
 
     windows = config.windows or WindowsConfig()
     return read_samples(path, windows, config.label, config.group, config.read)

@@ -230,26 +230,6 @@ def column_as_text(column: pd.Series) -> pd.Series:
     return text[text != ""].astype(object).reindex(column.index)
 
 
-def find_categories(frame: pd.DataFrame, where: str) -> dict[str, tuple[str, ...]]:
-    """Return the values of the text columns to one-hot encode by default, keyed by column.
-
-    These are the columns with at least one and fewer than `MANY_CATEGORIES` distinct values.
-
-    Raises:
-        UserError: If a column contains both numbers and text.
-    """
-    categories = {}
-    for name in frame.columns:
-        if (
-            is_categorical(frame[name])
-            and parse_numbers(frame[name], where, [], CATEGORICAL) is None
-        ):
-            values = category_values([frame[name]])
-            if 0 < len(values) < MANY_CATEGORIES:
-                categories[name] = values
-    return categories
-
-
 def category_values(columns: Sequence[pd.Series]) -> tuple[str, ...]:
     """Return the values of a categorical column in several tables.
 

@@ -1,4 +1,4 @@
-"""Steering angles from camera frames: drives in the layouts of Udacity, or simulated drives.
+"""Steering angles from camera frames of drives, which are simulated unless a file is given.
 
 A row has three blocks: the frame of a camera, the speed and the position of the vehicle.
 """
@@ -10,11 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hetero_fl.config.data import DrivingConfig, SourceConfig
-from hetero_fl.core.images import to_floats
-from hetero_fl.core.stored_rows import require_tensor
+from hetero_fl.core.images import as_numbers, to_floats
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import (
     Block,
@@ -24,16 +22,11 @@ from hetero_fl.data.dataset import (
     concatenate_examples,
 )
 from hetero_fl.data.registry import register_source
-from hetero_fl.data.sources.driving.drive_files import (
-    LOGS,
-    read_drive,
-    read_frames,
-)
-from hetero_fl.data.sources.files import EMBEDDED, check_folder
+from hetero_fl.data.sources.files import EMBEDDED
 from hetero_fl.data.sources.npz_columns import split_examples
-from hetero_fl.data.sources.npz_files import NAMES, ArraySpec, images_of_arrays, read_arrays
-from hetero_fl.utils.errors import UserError, check_names
-from hetero_fl.utils.ordering import natural_order
+from hetero_fl.data.sources.npz_files import NAMES, ArraySpec, read_arrays
+from hetero_fl.data.table import convert_images
+from hetero_fl.utils.errors import UserError
 
 TASK = Task("regression", 1, ("steering angle",), "degrees")
 STATE = (Block("speed", (1,)), Block("position", (2,)))
@@ -61,10 +54,9 @@ ARRAYS = {
     "driving",
     keys=("path", "driving"),
     default_path=DRIVING,
-    folder_files=("*/interpolated.csv", "*/driving_log.csv"),
 )
 def driving(config: SourceConfig, _root: Path) -> Dataset:
-    """Read drives from a folder (see `read_driving_folder`) or a `.npz` file (see `read_drives`).
+    """Read drives from a `.npz` file (see `read_drives`).
 
     The simulated file has four vehicles (groups), two with a color camera by day and two with a
     gray camera by night. The validation and test sets contain other vehicles on other roads.
@@ -72,7 +64,10 @@ def driving(config: SourceConfig, _root: Path) -> Dataset:
     path = Path(str(config.path)).expanduser()
     settings = config.driving or DrivingConfig()
     if path.suffix.lower() != ".npz":
-        return read_driving_folder(path, settings)
+        raise UserError(
+            f"path: {path}: folders of drives were removed; use image_table "
+            "(docs/scenarios/driving_hetero.md), or a .npz file"
+        )
     parts, frame = read_drives(path, settings)
     names = parts["train"].group_names
     group = parts["train"].group
@@ -98,17 +93,14 @@ def driving(config: SourceConfig, _root: Path) -> Dataset:
 def driving_public(config: SourceConfig, _root: Path) -> Dataset:
     """Read simulated frames of other vehicles on other roads, without speeds and positions."""
     settings = config.driving or DrivingConfig()
-    advice = "set name=driving and path to public drives"
-    parts, frame = read_drives(Path(str(config.path)), settings, advice)
+    parts, frame = read_drives(Path(str(config.path)), settings)
     rows = parts["public"]
-    rows.x = require_tensor(rows.x, "a public set")[:, : frame.size]
+    rows.x = rows.x[:, : frame.size]
     about = f"{len(rows):,} public frames"
     return Dataset("driving_public", TASK, rows, about=about, blocks=(frame,))
 
 
-def read_drives(
-    path: Path, settings: DrivingConfig, advice: str = "set path to a folder"
-) -> tuple[dict[str, Examples], Block]:
+def read_drives(path: Path, settings: DrivingConfig) -> tuple[dict[str, Examples], Block]:
     """Read the drives of a `.npz` file.
 
     The file has the arrays `frame`, uint8 or floats from 0 to 1 `[N, 3, H, W]` or `[N, H, W, 3]`,
@@ -120,7 +112,6 @@ def read_drives(
     Args:
         path: File to read.
         settings: Driving settings.
-        advice: What to do for frames of another size.
 
     Returns:
         The rows of each split, of which those for training have groups, and the block of a frame.
@@ -130,7 +121,7 @@ def read_drives(
     """
     where = f"path: {path}"
     arrays = read_arrays(path, ARRAYS)
-    frames = images_of_arrays({f"{where}: frame": arrays["frame"]})[0]
+    frames = convert_images({f"{where}: frame": as_numbers(arrays["frame"], where)}, "last")[0][0]
     if frames.dtype == torch.int32:
         raise UserError(
             f"{where}: frame: expected uint8 or floats from 0 to 1, got {arrays['frame'].dtype}; "
@@ -141,102 +132,18 @@ def read_drives(
         if getattr(settings, key) not in (size, DrivingConfig.model_fields[key].default):
             raise UserError(
                 f"driving.{key}: the frames of {path.name} have {width}x{height} pixels, got "
-                f"{getattr(settings, key)}; remove it, or {advice}"
+                f"{getattr(settings, key)}; remove it, or set path to other drives"
             )
     state = np.column_stack([arrays["speed"], arrays["position"]])
-    rows = _rows(frames, state, arrays["angle"], settings)
-    parts = split_examples(rows, arrays, SPLITS, "vehicle", where)
-    return parts, Block("frame", tuple(frames.shape[1:]))
-
-
-def read_driving_folder(path: Path, settings: DrivingConfig) -> Dataset:
-    """Read a folder with a folder for each vehicle.
-
-    The folder of a vehicle contains the log and the images of one drive (see
-    `hetero_fl.data.sources.driving.drive_files.read_drive`). A folder that contains a log itself is
-    that of a single vehicle. The last frames of each drive are the local validation and test rows.
-    The global validation set consists of all local validation rows, and the global test set of the
-    frames of `settings.test_vehicles`, or of all local test rows.
-
-    Args:
-        path: Folder to read.
-        settings: Driving settings.
-
-    Returns:
-        A data set whose groups are the vehicles.
-
-    Raises:
-        UserError: If a folder, a log or an image is missing or malformed.
-    """
-    check_folder(path)
-    folders = _vehicle_folders(path)
-    held_out = settings.test_vehicles or ()
-    check_names(held_out, folders, f"driving.test_vehicles: {path} has no folder")
-    names = tuple(name for name in folders if name not in held_out)
-    if not names:
-        raise UserError(
-            f"driving.test_vehicles: {path} has no further vehicle, none is left for training"
-        )
-    drives = {name: _read(folder, settings) for name, folder in folders.items()}
-    parts = _split_drives(names, [drives[name] for name in names], settings)
-    others = [drives[name] for name in held_out]
-    count = sum(map(len, drives.values()))
-    return Dataset(
-        "driving",
-        TASK,
-        parts["train"],
-        parts["validation"],
-        concatenate_examples(others) if others else parts["test"],
-        about=f"{count:,} frames of {path.name}, {len(names)} vehicles for training",
-        blocks=(Block("frame", (3, settings.height, settings.width)), *STATE),
-        local_sets={"validation": parts["validation"], "test": parts["test"]},
-    )
-
-
-def _vehicle_folders(path: Path) -> dict[str, Path]:
-    """Return the folders of the vehicles in natural order, keyed by name."""
-    if any((path / log).is_file() for log in LOGS):
-        return {path.resolve().name: path}
-    names = natural_order(
-        entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."
-    )
-    if not names:
-        files = ", ".join(sorted(entry.name for entry in path.iterdir())) or "an empty folder"
-        raise UserError(
-            f"path: {path}: expected a folder for each vehicle, with {' or '.join(LOGS)}, got "
-            f"{files}"
-        )
-    return {name: path / name for name in names}
-
-
-def _read(folder: Path, settings: DrivingConfig) -> Examples:
-    """Return the rows of the drive in a folder."""
-    frames = read_drive(folder, settings)
-    pixels = read_frames([folder / frame.name for frame in frames], settings)
-    angles = np.array([frame.angle for frame in frames])
-    state = np.array([frame.state for frame in frames])
-    return _rows(torch.from_numpy(pixels), state, angles, settings)
-
-
-def _rows(
-    pixels: Tensor, state: np.ndarray, angles: np.ndarray, settings: DrivingConfig
-) -> Examples:
-    """Return rows of three blocks, with the angles in units of `settings.scale`.
-
-    Args:
-        pixels: Frames, uint8 or floats from 0 to 1 `[N, 3, H, W]`.
-        state: Speed, latitude and longitude, `[N, 3]`.
-        angles: Steering angles in degrees, `[N]`.
-        settings: Driving settings.
-    """
-    frames = to_floats(pixels, None).flatten(1)
-    y = torch.from_numpy(angles / settings.scale).float()[:, None]
-    return Examples(
-        torch.cat([frames, torch.from_numpy(state).float()], 1),
+    y = torch.from_numpy(arrays["angle"] / settings.scale).float()[:, None]
+    rows = Examples(
+        torch.cat([to_floats(frames, None).flatten(1), torch.from_numpy(state).float()], 1),
         y,
         unit=torch.full((len(y),), settings.scale),
         baselines={"straight": torch.zeros_like(y)},
     )
+    parts = split_examples(rows, arrays, SPLITS, "vehicle", where)
+    return parts, Block("frame", tuple(frames.shape[1:]))
 
 
 def _split_drives(

@@ -118,6 +118,9 @@ class SplitModel(nn.Module):
         Args:
             num_classes: Number of outputs. If 0, the model returns its features.
 
+        Raises:
+            ModelError: If the width of the features is not known.
+
         Example:
             >>> import torch
             >>> from model_zoo import create_model
@@ -126,6 +129,11 @@ class SplitModel(nn.Module):
             >>> model(torch.rand(2, 1, 8, 8)).shape
             torch.Size([2, 5])
         """
+        if num_classes and not self.num_features:
+            raise ModelError(
+                "reset_classifier: the width of the features is not known, as the head has no "
+                "linear layer; set head to a module of your own"
+            )
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model_zoo import (
+    ModelError,
     SplitModel,
     batch_norm_buffers,
     create_model,
@@ -82,6 +83,8 @@ def test_classifier_is_replaced_as_in_timm() -> None:
     assert model(x).shape == (2, 6)
     model.reset_classifier(0)
     assert torch.equal(model(x), model.forward_features(x))
+    with pytest.raises(ModelError, match="width of the features is not known"):
+        SplitModel(nn.Flatten(), nn.Identity()).reset_classifier(3)
 
 
 @each_case("name", [name for name in MODELS if name not in HEAVY])

@@ -176,6 +176,7 @@ class FedBABU(FedPer):
     """
 
     title = "FedBABU"
+    _broadcasts_means = FedAvg._broadcasts_means
     evaluated_when = (
         "after aggregation and fine-tuning of the client's copy, on both test sets (the server's "
         "own model: before fine-tuning)"

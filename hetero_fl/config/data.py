@@ -413,7 +413,7 @@ class SourceConfig(ConfigSection):
     blocks: dict[str, tuple[str, ...]] | None = Field(
         None,
         min_length=1,
-        description="`image_table`: columns of numbers of each block beside the block `image`, "
+        description="`image_table`: columns of numbers of each further block, "
         "such as `{vitals: [age, pulse]}`; rows without a file then have no image; `null`: images "
         "only",
     )

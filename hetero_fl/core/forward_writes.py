@@ -1,4 +1,4 @@
-"""What the forward pass of a module writes: state that a federation keeps, and caches."""
+"""State and caches that the forward pass of a module writes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Every reader gives the rows, labels and remarks that `readers.yaml` records for its fixtures.
 
-`python -m tests.contracts.test_readers` writes the file anew. A change of it is a change of the
+`python -m tests.contracts.test_readers` writes the file again. A change of it is a change of the
 data of users, which the changelog names.
 """
 

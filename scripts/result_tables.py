@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.league.results import BenchmarkResults  # noqa: E402
 from benchmarks.record import MEASUREMENTS, archivable_commit  # noqa: E402
 from benchmarks.robustness.attacks import table as attack_tables  # noqa: E402
 from benchmarks.science import published  # noqa: E402
@@ -37,7 +38,6 @@ from benchmarks.science.replication_tables import (  # noqa: E402
     score_table,
 )
 from hetero_fl.core.task import Task  # noqa: E402
-from hetero_fl.experiment.benchmark.results import BenchmarkResults  # noqa: E402
 from hetero_fl.reporting.comparison import plots  # noqa: E402
 from hetero_fl.reporting.plots import style  # noqa: E402
 from hetero_fl.reporting.rendering import markdown_table  # noqa: E402

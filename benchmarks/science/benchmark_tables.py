@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hetero_fl.experiment.benchmark.protocol import MAIN_GROUP
-from hetero_fl.experiment.benchmark.results import METRICS, BenchmarkResults
-from hetero_fl.reporting.benchmark.scores import FederationScores, RowName, row_title
-from hetero_fl.reporting.benchmark.tables import (
+from benchmarks.league.protocol import MAIN_GROUP
+from benchmarks.league.results import METRICS, BenchmarkResults
+from benchmarks.league.scores import FederationScores, RowName, row_title
+from benchmarks.league.tables import (
     SIGNIFICANT,
     format_points,
     score_cell,

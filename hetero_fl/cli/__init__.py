@@ -43,7 +43,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 VERBOSE = re.compile(r"-q*v[qv]*|--verbose")
 
 # Commands that are repeated to continue.
-REPEATABLE = ("benchmark", "compare")
+REPEATABLE = ("compare",)
 # Commands whose runs have checkpoints.
 RESUMABLE = ("train", "federate")
 # Options that may also precede the command.

@@ -22,7 +22,7 @@ from hetero_fl.cli.deployment_commands import (
     shared_key,
     status,
 )
-from hetero_fl.cli.experiment_commands import audit, benchmark, check, compare, export, join
+from hetero_fl.cli.experiment_commands import audit, check, compare, export, join
 from hetero_fl.cli.run_options import (
     METHODS_HINT,
     PATH,
@@ -263,7 +263,6 @@ APP = OrderedGroup(
         shared_key,
         status,
         compare,
-        benchmark,
         evaluate,
         join,
         audit,
@@ -279,6 +278,7 @@ APP = OrderedGroup(
 )
 
 REMOVED_COMMANDS = {
+    "benchmark": "python -m benchmarks league, in a checkout of the repository",
     "watch": "output.loggers=[tensorboard] and tensorboard --logdir runs",
     "server": "flower-superlink, and hetero-fl flower-app with flwr run (docs/how_to/deploy.md)",
     "node": "flower-supernode --node-config 'site=\"FILE\"' (docs/how_to/deploy.md), or audit-log "

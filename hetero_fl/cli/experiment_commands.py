@@ -1,4 +1,4 @@
-"""The commands `audit`, `compare`, `benchmark`, `export`, `join` and `check`."""
+"""The commands `audit`, `compare`, `export`, `join` and `check`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hetero_fl.utils.errors import UserError, echo
 from hetero_fl.utils.text import split_top_level
 
 if TYPE_CHECKING:
-    from hetero_fl.experiment.comparison.study import Study
+    from hetero_fl.experiment.study import Study
 
 
 @command(epilog=examples("hetero-fl audit runs/my-run --attack membership --shadows 8"))
@@ -200,7 +200,7 @@ def compare(
     """
     from hetero_fl import experiment
     from hetero_fl.cli.printing import print_comparison
-    from hetero_fl.experiment.comparison.study import Study
+    from hetero_fl.experiment.study import Study
 
     loaded = Study.load(study) if study else None
     source = _option_or_study("config", config, loaded)
@@ -237,110 +237,6 @@ def compare(
     )
     print_comparison(comparison)
     make_printer(quiet)(f"details, pictures and runs: {comparison.path / 'report.html'}")
-
-
-@command(
-    epilog=examples(
-        "hetero-fl benchmark",
-        "hetero-fl benchmark digits sensors",
-        "hetero-fl benchmark digits --repeat fedavg/all",
-        "hetero-fl benchmark --pause && python -m benchmarks speed && hetero-fl benchmark",
-    )
-)
-@click.argument(
-    "names",
-    nargs=-1,
-    metavar="[NAME]...",
-    help="Federations to run, by the name of the file without .yaml.  [default: all]",
-)
-@click.option(
-    "--folder",
-    type=PATH,
-    metavar="DIR",
-    default=Path("configs/benchmark"),
-    help="Folder with protocol.yaml and one file for each federation.",
-)
-@click.option(
-    "--archive",
-    type=PATH,
-    metavar="DIR",
-    help="Folder of the archive, to which the results of each run are added. Required with "
-    "--folder.  [default: docs/benchmark]",
-)
-@click.option(
-    "--out",
-    type=PATH,
-    metavar="DIR",
-    default=Path("runs/benchmark"),
-    help="Folder of unfinished runs and the log.",
-)
-@click.option(
-    "--jobs", type=click.IntRange(min=1), help="Number of parallel runs.  [default: one per core]"
-)
-@click.option(
-    "--pause",
-    is_flag=True,
-    help="Make the benchmark that is running in --out end after its current runs, and wait for it.",
-)
-@click.option(
-    "--tables",
-    is_flag=True,
-    help="Start no runs; only write results.md and its plots from the archive.",
-)
-@click.option(
-    "--repeat",
-    metavar="ROW",
-    help="Repeat the archived runs of a row of one federation, such as fedavg/all, and print "
-    "archived and repeated scores.",
-)
-@allow_code_option
-@quiet_option
-def benchmark(
-    *,
-    names: tuple[str, ...],
-    folder: Path,
-    archive: Path | None,
-    out: Path,
-    jobs: int | None,
-    pause: bool,
-    tables: bool,
-    repeat: str | None,
-    allow_code: bool,
-    quiet: bool,
-) -> None:
-    """Tune methods and compare them in several federations.
-
-    The learning rate and further settings of each method are chosen by the validation scores of
-    separate seeds. Archived runs are not repeated: to continue an interrupted benchmark, repeat the
-    command.
-    """
-    from hetero_fl.experiment.benchmark import repetition, runner
-    from hetero_fl.experiment.benchmark.archive import archive_folder
-    from hetero_fl.experiment.benchmark.results import BenchmarkResults
-
-    if pause:
-        runner.pause_benchmark(out)
-        return
-    archive = archive_folder(folder, archive)
-    if tables:
-        BenchmarkResults(folder, archive).write()
-        echo(archive / "results.md")
-        return
-    options: dict[str, Any] = {
-        "out": out,
-        "archive": archive,
-        "jobs": jobs,
-        "quiet": quiet,
-        "allow_code": code_permission(allow_code),
-    }
-    if repeat is None:
-        runner.benchmark(folder, names, **options)
-        echo(archive / "results.md")
-        return
-    if len(names) != 1:
-        raise UserError(f"--repeat: expected the name of one federation, got {len(names)}")
-    scores = repetition.repeat_row(names[0], repeat, folder, **options)
-    echo(repetition.repetition_table(scores))
 
 
 def _parse_pairs(option: str, entries: tuple[str, ...], expected: str) -> dict[str, str]:

@@ -19,7 +19,6 @@ from hetero_fl.cli import main
 from hetero_fl.config import Config, resolve_config
 from hetero_fl.config.errors import section_at
 from hetero_fl.experiment import runner
-from hetero_fl.experiment.comparison.search import SearchSettings
 from hetero_fl.experiment.configuration import describe_changes
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
@@ -173,18 +172,6 @@ def test_a_comparison_reuses_runs_of_an_earlier_version(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(changed))
     with pytest.raises(UserError, match=r"has other settings \(channel.entropy was removed; use t"):
         hetero_fl.compare(source, "local", "0", out=tmp_path, jobs=1, quiet=True)
-
-
-def test_a_search_is_continued_from_an_earlier_version(tmp_path: Path) -> None:
-    current = resolve_config(load_config(config("local", "linear", 2, devices={}, faults={})))
-    settings = SearchSettings(1, {}, {"local": current})
-
-    same = settings.continue_from(SearchSettings(1, {}, {"local": with_many(current)}), tmp_path)
-
-    assert same == settings
-    changed = SearchSettings(1, {}, {"local": with_value(current, "channel.entropy", True)})
-    with pytest.raises(UserError, match=r"has other settings \(channel.entropy was removed; use t"):
-        settings.continue_from(changed, tmp_path)
 
 
 def test_code_that_only_the_saved_configuration_names_is_not_imported(

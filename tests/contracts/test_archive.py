@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.league.archive import ConfigArchive, RunArchive
+from benchmarks.league.league import repeat_row
+from benchmarks.league.protocol import Benchmark
+from benchmarks.league.results import MAIN_GROUP, BenchmarkResults
 from benchmarks.record import MEASUREMENTS, archivable_commit
 from hetero_fl.config.load import read_config_file
-from hetero_fl.experiment.benchmark.archive import ConfigArchive, RunArchive
-from hetero_fl.experiment.benchmark.protocol import Benchmark
-from hetero_fl.experiment.benchmark.repetition import repeat_row
-from hetero_fl.experiment.benchmark.results import MAIN_GROUP, BenchmarkResults
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import RunFailedError
 from scripts import result_tables
@@ -96,7 +96,7 @@ def test_archived_runs_have_the_present_configurations_and_defaults(name: str) -
     runs = RunArchive(ARCHIVE / f"{name}.csv").rows.values()
     assert {f"{run['method']}/{run['components']}" for run in runs} <= archive.configs.keys()
     assert archive.configs.keys() <= current.keys()
-    assert archive.outdated(current) == {}, "repeat the runs with `hetero-fl benchmark`"
+    assert archive.outdated(current) == {}, "repeat the runs with `python -m benchmarks league`"
 
 
 @each_case("name", MAIN)
@@ -114,7 +114,7 @@ def test_pages_have_the_tables_of_the_archive(subtests: pytest.Subtests) -> None
             text = page.read_text(encoding="utf-8")
             assert text == result_tables.written(text), "run `make tables`"
     page = (ARCHIVE / "results.md").read_text(encoding="utf-8")
-    assert page == BenchmarkResults(FOLDER, ARCHIVE).page(), "run `hetero-fl benchmark --tables`"
+    assert page == BenchmarkResults(FOLDER, ARCHIVE).page(), "run `league --tables`"
 
 
 class Figures(Formatter):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
-from hetero_fl.experiment.comparison import compare as comparison
-from hetero_fl.experiment.comparison.jobs import ComparisonJob, run_job
+from hetero_fl.experiment import comparison
+from hetero_fl.experiment.jobs import Job, run_job
 
 
 @pytest.fixture
@@ -17,17 +18,16 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def run_jobs(
         source: Any,
-        base: list[str],
-        work: list[ComparisonJob],
-        jobs: int,
-        progress: Any,
-        *,
+        base: Sequence[str],
+        jobs: Sequence[Job],
+        *_: Any,
         allow_code: Any = False,
-    ) -> dict[ComparisonJob, str]:
-        for job in work:
+        **__: Any,
+    ) -> Iterator[tuple[Job, str | None]]:
+        for job in jobs:
             run_job(source, [*base, *job.overrides], job.out, allow_code)
             ran.append(job.out.name)
-        return {}
+            yield job, None
 
     monkeypatch.setattr(comparison, "run_jobs", run_jobs)
     return ran

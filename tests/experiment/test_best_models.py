@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import hetero_fl
+from benchmarks.league.protocol import Benchmark
 from hetero_fl.cli import main
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.experiment.benchmark.protocol import Benchmark
-from hetero_fl.experiment.comparison import search
+from hetero_fl.experiment.comparison import NO_REPORT as NO_REPORT_OF_TRIALS
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
 from tests.support.federations import config
@@ -131,7 +131,7 @@ def test_benchmark_and_search_save_no_best_models() -> None:
     benchmark = load_config({}, plan.federation_overrides(next(iter(plan.federations))))
 
     assert not benchmark.output.best_models
-    assert not load_config({}, search.NO_REPORT).output.best_models
+    assert not load_config({}, NO_REPORT_OF_TRIALS).output.best_models
 
 
 def test_best_models_on_the_command_line(

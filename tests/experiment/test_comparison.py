@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.cli import main
-from hetero_fl.experiment import compare
-from hetero_fl.experiment.comparison import compare as comparison
-from hetero_fl.experiment.comparison.jobs import ComparisonJob, Variant, run_job
+from hetero_fl.core.task import Task
+from hetero_fl.experiment import compare, comparison
+from hetero_fl.experiment.jobs import Job, Variant, run_job
+from hetero_fl.experiment.tuning import Grid, best_trial, rate
 from hetero_fl.reporting.formatting import algorithm_base, algorithm_name
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import RunFailedError, UserError
@@ -49,27 +51,26 @@ def test_grid_works_without_local_test_rows(tmp_path: Path, in_process: list[str
 def test_grid_rates_only_settings_that_finished_with_every_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rate = "clients.defaults.optimizer.lr"
+    lr = "clients.defaults.optimizer.lr"
 
-    def run_jobs(source: Any, base: Any, work: list[ComparisonJob], *_: Any, **__: Any) -> Any:
-        diverged = [
-            job for job in work if "seed=1" in job.overrides and f"{rate}=0.05" in job.point
-        ]
-        diverged += [job for job in work if job.variant.label == "fedavg" and job.seed == 0]
-        for job in work:
-            if job not in diverged:
-                run_job(source, [*base, *job.overrides], job.out)
-        return dict.fromkeys(diverged, "diverged")
+    def run_jobs(source: Any, base: Any, jobs: list[Job], *_: Any, **__: Any) -> Any:
+        for job in jobs:
+            is_better_rate = job.seed == 1 and f"{lr}=0.05" in job.point
+            if is_better_rate or (job.variant.label == "fedavg" and job.seed == 0):
+                yield job, "diverged"
+                continue
+            run_job(source, [*base, *job.overrides], job.out)
+            yield job, None
 
     monkeypatch.setattr(comparison, "run_jobs", run_jobs)
     out = tmp_path / "out"
 
     with pytest.raises(RunFailedError) as caught:
-        compare(small(), "local,fedavg", [0, 1], out=out, grid={rate: ["1e-9", "0.05"]})
+        compare(small(), "local,fedavg", [0, 1], out=out, grid={lr: ["1e-9", "0.05"]})
 
     rows = list(csv.DictReader((out / "comparison.csv").read_text().splitlines()))
     # The better rate of Local has finished with one of two seeds.
-    assert [(row["algorithm"], row["seed"], row[rate]) for row in rows] == [
+    assert [(row["algorithm"], row["seed"], row[lr]) for row in rows] == [
         ("local", "0", "1e-9"),
         ("local", "1", "1e-9"),
     ]
@@ -105,29 +106,27 @@ def test_report_shows_candidates_with_validation_scores(
     assert section.count("**") == 4
 
 
-def test_choice_uses_the_metric_of_the_task(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from hetero_fl.core.task import Task
-
-    class Finished:
-        def __init__(self, path: Path) -> None:
-            first = path.name == "first"
-            both = {"auroc": 0.9, "mae": 1.0} if first else {"auroc": 0.6, "mae": 3.0}
-            accuracy = {"balanced_accuracy": 0.1 if first else 0.7}
-            self.metrics = [{"validation": {"personal": None, "global": {**both, **accuracy}}}]
-
-    monkeypatch.setattr(comparison, "Run", Finished)
-    variant = Variant.parse("local")
-    points = [("lr=1",), ("lr=2",)]
-    jobs = [
-        ComparisonJob(variant, p, 0, Path(name))
-        for p, name in zip(points, ("first", "second"), strict=True)
+@pytest.mark.parametrize(
+    ("kind", "best"), [("multilabel", 0), ("regression", 0), ("multiclass", 1)]
+)
+def test_choice_uses_the_metric_of_the_task(kind: Any, best: int, tmp_path: Path) -> None:
+    scores = [
+        {"auroc": 0.9, "mae": 1.0, "balanced_accuracy": 0.1},
+        {"auroc": 0.6, "mae": 3.0, "balanced_accuracy": 0.7},
     ]
-    for kind, best in (("multilabel", 0), ("regression", 0), ("multiclass", 1)):
-        task = Task(kind, 3)  # type: ignore[arg-type]
-        scores = comparison._mean_validation_scores(jobs, task)
-        assert comparison._choose(scores, {variant: points}) == {variant: points[best]}
+    grid = Grid({"lr": ["1", "2"]})
+    ratings = {}
+    for point, found in zip(grid.points, scores, strict=True):
+        job = Job.in_folder(tmp_path, Variant.parse("local"), point, 0)
+        job.out.mkdir()
+        record = {"round": 1, "seconds": {}, "validation": {"personal": None, "global": found}}
+        (job.out / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        (job.out / "summary.json").touch()
+        ratings[point] = rate([job], Task(kind, 3), {})
+
+    trial = best_trial(grid.trials(ratings))
+
+    assert trial is not None and trial.point == grid.points[best]
 
 
 @pytest.mark.slow

@@ -9,22 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
-from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
 from hetero_fl.cli import main
-from hetero_fl.experiment import compare, run
-from hetero_fl.experiment.comparison import jobs as comparison_jobs
-from hetero_fl.experiment.comparison.jobs import ComparisonJob, JobPool, Variant, run_folder
+from hetero_fl.experiment import compare, jobs, run
+from hetero_fl.experiment.jobs import Job, Variant
 from hetero_fl.reporting.run_directory import RunDirectory, lock_folder
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.processes import UNGUARDED
-from hetero_fl.utils.recorded_warnings import RecordedWarning
 from tests.support.cases import each_case
 from tests.support.federations import config
 
@@ -41,39 +38,17 @@ def small(**changes: Any) -> dict[str, Any]:
     return config("local", "linear", 2, rounds=1, **changes)
 
 
-def run_with_defect(*arguments: Any, **keywords: Any) -> None:
-    if "seed=1" in keywords["overrides"]:
-        raise ZeroDivisionError("a defect")
-    run(*arguments, **keywords)
-
-
-def job_with_defect(*arguments: Any) -> None:
-    """Execute a run in a worker, with a defect for one of the seeds."""
-    comparison_jobs.run = run_with_defect  # type: ignore[assignment]
-    comparison_jobs.run_job(*arguments)
-
-
-@pytest.mark.slow
-def test_unexpected_exception_fails_only_its_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_unexpected_exception_fails_the_run_with_a_traceback_in_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("c.yaml").write_text(yaml.safe_dump(small()))
-    monkeypatch.setattr(comparison_jobs, "run_job", job_with_defect)
-    flags = ["--config", "c.yaml", "--algorithms", "local", "--seeds", "1,0", "--out", "out"]
+    monkeypatch.setattr(jobs, "run_prepared", Mock(side_effect=ZeroDivisionError("a defect")))
+    log = tmp_path / "run" / "log.txt"
 
-    assert main([*flags, "--jobs", "1"], command="compare") == 1
+    with pytest.raises(RunFailedError) as caught:
+        jobs.run_job(small(), [], log.parent)
 
-    log = Path("out/runs/local-seed1/log.txt")
-    line = f"local seed 1: ZeroDivisionError: a defect (see {log})"
-    assert line in capsys.readouterr().err
-    assert log.read_text().startswith("Traceback") and "run_with_defect" in log.read_text()
-    assert [row.split(",")[1] for row in Path("out/comparison.csv").read_text().split()[1:]] == [
-        "0"
-    ]
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    assert main([*flags, "--jobs", "1"], command="compare") == 0
+    assert str(caught.value) == f"ZeroDivisionError: a defect (see {log})"
+    assert log.read_text().startswith("Traceback")
 
 
 @pytest.mark.slow
@@ -96,18 +71,23 @@ def test_derived_settings_do_not_differ(
     if method == DENSE:
         # As if the first run had been made with another student.
         other = f"{DENSE}:student=site_2"
-        first, renamed = (run_folder(Variant.parse(each), (), 0) for each in (DENSE, other))
-        (runs / first).rename(runs / renamed)
+        first, renamed = (
+            Job.in_folder(runs, Variant.parse(each), (), 0).out for each in (DENSE, other)
+        )
+        first.rename(renamed)
         with pytest.raises(UserError, match=r"algorithm\.student: was 'site_1', is now 'site_2'"):
             compare(small(), [other], [0], out=tmp_path / "out")
 
 
-def test_names_of_run_folders_are_unique_and_short() -> None:
+def test_names_of_run_folders_are_unique_and_short(tmp_path: Path) -> None:
     variant = Variant.parse("hybrid:teacher=mean")
-    short = run_folder(variant, ("seeds=[1,2]",), 3)
-    assert short == "hybrid_teacher=mean-seeds=_1_2_-seed3"
+
+    def name_of(point: tuple[str, ...], seed: int) -> str:
+        return Job.in_folder(tmp_path, variant, point, seed).out.name
+
+    assert name_of(("seeds=[1,2]",), 3) == "hybrid_teacher=mean-seeds=_1_2_-seed3"
     points = [tuple(f"algorithm.setting_{i}={value}" for i in range(20)) for value in (1, 2)]
-    long = {run_folder(variant, point, seed) for point in points for seed in (0, 1)}
+    long = {name_of(point, seed) for point in points for seed in (0, 1)}
     assert len(long) == 4
     assert max(map(len, long)) < 220
 
@@ -115,23 +95,18 @@ def test_names_of_run_folders_are_unique_and_short() -> None:
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_killed_process_fails_only_its_run(tmp_path: Path) -> None:
     killed = "python:tests.support.failing_methods:Killed"
+    methods = [killed, "local", "python:tests.support.failing_methods:Warns"]
 
-    with pytest.raises(RunFailedError) as caught:
-        compare(
-            small(),
-            [killed, "local", "fedavg"],
-            out=tmp_path / "out",
-            jobs=2,
-            overrides=["rounds=2"],
-        )
+    with pytest.warns(UserWarning, match="few rows"), pytest.raises(RunFailedError) as caught:
+        compare(small(), methods, out=tmp_path / "out", jobs=2, overrides=["rounds=2"])
 
     assert str(caught.value).splitlines() == [
         "1 of 3 runs failed",
         f"{killed} seed 0: its process was killed, possibly for lack of memory; run the command "
         "again to continue",
     ]
-    for name in ("local", "fedavg"):
-        directory = RunDirectory(tmp_path / f"out/runs/{name}-seed0")
+    for name in methods[1:]:
+        directory = RunDirectory(tmp_path / "out" / "runs" / f"{name.replace(':', '_')}-seed0")
         assert directory.finished
         assert "serial executor: one core" in (directory.path / "log.txt").read_text()
 
@@ -276,58 +251,5 @@ def test_compare_ends_with_a_line_for_each_failed_run(
     assert lines[-3] == "failed: 2 of 2 runs failed"
     assert [line.partition(": ")[0] for line in lines[-2:]] == ["local seed 0", "fedavg seed 0"]
     assert captured.out == "" and "Traceback" not in captured.err
+    assert "was killed" not in captured.err
     assert [line for line in lines if line.startswith("2/2 fedavg seed 0: failed: ")]
-
-
-def test_remaining_time_follows_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def finish(job: ComparisonJob) -> None:
-        job.out.mkdir()
-        (job.out / "config.yaml").write_text("{}")
-        (job.out / "summary.json").write_text("{}")
-
-    def left_at(seconds: float, job: ComparisonJob) -> str:
-        monkeypatch.setattr("time.monotonic", lambda: seconds)
-        return schedule.remaining_after(job)
-
-    work = [
-        ComparisonJob(Variant.parse("local"), (), seed, tmp_path / str(seed)) for seed in range(6)
-    ]
-    finish(work[0])
-    monkeypatch.setattr("time.monotonic", lambda: 100.0)
-    schedule = comparison_jobs._Schedule(work)
-
-    assert left_at(100.0, work[0]) == "", "earlier runs do not count"
-    finish(work[1])
-    assert left_at(110.0, work[1]) == "(about 40 s left)", "four runs remain"
-    assert left_at(111.0, work[2]) == "(about 33 s left)", "failed runs do not count"
-    for job in work[3:5]:
-        finish(job)
-        left = left_at(130.0, job)
-    assert left == "(about 10 s left)"
-    assert left_at(140.0, work[5]) == ""
-
-
-def test_warning_that_is_an_error_fails_no_run() -> None:
-    pool = JobPool({}, [])
-    future: Future[Any] = Future()
-    future.set_result((None, [RecordedWarning("few rows", UserWarning, __file__, 1)], None))
-    pool._busy[future] = ProcessPoolExecutor(1)
-
-    with warnings.catch_warnings(), pool:
-        warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="few rows"):
-            pool.release(future)
-
-
-def test_warnings_of_a_failed_run_are_issued() -> None:
-    def fail() -> None:
-        warnings.warn("few rows", stacklevel=1)
-        raise RuntimeError("no rows")
-
-    pool = JobPool({}, [])
-    future: Future[Any] = Future()
-    future.set_result(comparison_jobs._with_warnings(fail))
-    pool._busy[future] = ProcessPoolExecutor(1)
-
-    with pool, pytest.warns(UserWarning, match="few rows"):
-        assert pool.release(future) == "no rows"

@@ -211,18 +211,13 @@ def test_resume_command_names_the_script_as_started(
         ),
         ("reporting.run.Run", ["join", "a run", "--data", "digits"], "interrupted\n"),
         (
-            "experiment.comparison.compare.ComparisonPlan",
+            "experiment.comparison.plan_comparison",
             ["compare", "--config", "c.yaml", "--algorithms", "local", "--out", "a b"],
             "interrupted; to resume: hetero-fl compare --config c.yaml --algorithms local "
             "--out 'a b'\n",
         ),
-        (
-            "experiment.benchmark.runner.benchmark",
-            ["benchmark", "--out", "a b"],
-            "interrupted; to resume: hetero-fl benchmark --out 'a b'\n",
-        ),
     ],
-    ids=["train", "join", "compare", "benchmark"],
+    ids=["train", "join", "compare"],
 )
 def test_interrupt_before_the_first_checkpoint_says_how_to_resume(
     work: str,

@@ -47,7 +47,7 @@ TEST_FOLDERS = {
     "references",
     "support",
 }
-BENCHMARK_FOLDERS = {"robustness", "scale", "science", "speed"}
+BENCHMARK_FOLDERS = {"league", "robustness", "scale", "science", "speed"}
 
 
 class Import(NamedTuple):

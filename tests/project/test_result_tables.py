@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import record
+from benchmarks.league.protocol import Benchmark
+from benchmarks.league.results import BenchmarkResults
 from benchmarks.science.benchmark_tables import archive_table
 from benchmarks.science.comparison_tables import (
     ComparisonTable,
@@ -21,8 +23,6 @@ from benchmarks.science.published import TABLES
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import method_title
 from hetero_fl.core.task import Task
-from hetero_fl.experiment.benchmark.protocol import Benchmark
-from hetero_fl.experiment.benchmark.results import BenchmarkResults
 from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
 from scripts import result_tables
 from tests.support.run_directories import Case, write_run

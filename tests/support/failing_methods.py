@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,15 @@ class Killed(FedAvg):  # type: ignore[misc,valid-type]
     def train(self, client: Any, received: Any) -> Any:
         if self.is_killed and client.round_context.round_idx == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        return (yield from super().train(client, received))
+
+
+class Warns(FedAvg):  # type: ignore[misc,valid-type]
+    """Federated averaging that issues a warning in the second round."""
+
+    def train(self, client: Any, received: Any) -> Any:
+        if client.round_context.round_idx == 1:
+            warnings.warn("few rows", stacklevel=1)
         return (yield from super().train(client, received))
 
 

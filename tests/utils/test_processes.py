@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hetero_fl.reporting.run_directory import is_locked
 from hetero_fl.utils import processes
 
 IMPORTS = """
@@ -37,7 +38,7 @@ assert threading.active_count() == 1
 def test_fork_server_imports_start_no_threads() -> None:
     modules = [
         "hetero_fl.federation.executors.processes",
-        "hetero_fl.experiment.comparison.compare",
+        "hetero_fl.experiment.jobs",
         "hetero_fl.deployment.flower.worker",
     ]
     code = IMPORTS.format(names=[*processes.PRELOADED, *modules])
@@ -62,33 +63,29 @@ def test_worker_gets_the_current_environment(monkeypatch: pytest.MonkeyPatch) ->
 
 
 ORPHANED = """
-import os, signal, time
-from hetero_fl.experiment.comparison.jobs import JobPool
+import hetero_fl
 if __name__ == "__main__":
-    with JobPool({}, []) as pool:
-        print(pool.submit(os.getpid).result()[0], flush=True)
-        pool.submit(time.sleep, 600)
-        os.kill(os.getpid(), signal.SIGKILL)
+    source = {"data": {"name": "digits"}, "clients": {"count": 2}, "rounds": 100000}
+    hetero_fl.compare(source, "local", out="out", jobs=1)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_comparison_worker_ends_with_its_parent(tmp_path: Path) -> None:
-    script = tmp_path / "orphaned.py"
-    script.write_text(ORPHANED)
-
-    ended = subprocess.run(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, check=False, timeout=120
-    )
-
-    worker = int(ended.stdout)
-    deadline = time.monotonic() + 30
-    while processes.is_process_running(worker) and time.monotonic() < deadline:
+    (tmp_path / "orphaned.py").write_text(ORPHANED)
+    run = tmp_path / "out" / "runs" / "local-seed0"
+    deadline = time.monotonic() + 300
+    parent = subprocess.Popen([sys.executable, "orphaned.py"], cwd=tmp_path)
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    is_running = processes.is_process_running(worker)
-    if is_running:
-        os.kill(worker, signal.SIGKILL)
-    assert not is_running
+    assert is_locked(run)
+
+    parent.kill()
+
+    parent.wait()
+    while is_locked(run) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_locked(run)
 
 
 def test_second_sigterm_raises_and_the_first_without_work() -> None:

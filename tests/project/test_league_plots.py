@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from hetero_fl.reporting.benchmark.plots import draw_costs
-from hetero_fl.reporting.benchmark.scores import CostPoint
+from benchmarks.league.plots import draw_costs
+from benchmarks.league.scores import CostPoint
 
 
 @pytest.mark.parametrize("largest", [3.0, 50.0, 2245.0])

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.league.protocol import Benchmark
 from hetero_fl.config.load import read_config_file
-from hetero_fl.experiment.benchmark.protocol import Benchmark
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 PROTOCOL: dict[str, Any] = {
     "seeds": [0, 1],
     "tuning": {

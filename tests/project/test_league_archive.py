@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.league.archive import ConfigArchive, RunArchive, flatten_config
 from hetero_fl.config import Config
-from hetero_fl.experiment.benchmark.archive import ConfigArchive, RunArchive, flatten_config
 from hetero_fl.experiment.configuration import load_config
 
 KEY = {"method": "fedavg", "components": "all", "settings": "a=1", "seed": 3}

@@ -1,10 +1,9 @@
-"""Benchmarks from end to end: tuning, archive, continuation, pauses and failures."""
+"""The league from end to end: tuning, archive, continuation and failures."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,12 @@ import pytest
 import torch
 import yaml
 
-from hetero_fl.cli import main
-from hetero_fl.experiment.benchmark import repetition, runner
-from hetero_fl.experiment.benchmark.archive import RunArchive
-from hetero_fl.experiment.benchmark.repetition import repeat_row, repetition_table
-from hetero_fl.experiment.benchmark.results import BenchmarkResults
-from hetero_fl.experiment.benchmark.runner import PAUSE, benchmark, pause_benchmark
-from hetero_fl.experiment.comparison.jobs import KILLED, ComparisonJob, run_job
-from hetero_fl.reporting.run_directory import lock_folder
-from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
+from benchmarks.league import league
+from benchmarks.league.archive import RunArchive
+from benchmarks.league.league import main, repeat_row, run_league
+from benchmarks.league.results import BenchmarkResults, repetition_table
+from hetero_fl.experiment.jobs import KILLED, Job, run_job
+from hetero_fl.utils.errors import RunFailedError, UserError
 
 CONFIG = {
     "data": {"name": "digits", "train_limit": 300, "validation": 0.1},
@@ -77,47 +73,33 @@ def write(folder: Path, protocol: Any, **federations: Any) -> None:
 class InProcess:
     """Replacement of `run_jobs` that executes the runs in this process and counts them."""
 
-    def __init__(self, edit: Callable[[ComparisonJob], str | None] = lambda _job: None) -> None:
+    def __init__(self, edit: Callable[[Job], str | None] = lambda _job: None) -> None:
         self.edit = edit
-        self.jobs: list[ComparisonJob] = []
+        self.jobs: list[Job] = []
 
     def __call__(
-        self,
-        source: Any,
-        base: list[str],
-        work: Sequence[ComparisonJob],
-        *_args: Any,
-        on_end: Callable[[ComparisonJob, str | None], None] = lambda _job, _error: None,
-        should_stop: Callable[[], bool] = lambda: False,
-        **_options: Any,
-    ) -> dict[ComparisonJob, str]:
-        failed: dict[ComparisonJob, str] = {}
-        for job in work:
+        self, source: Any, base: list[str], jobs: Sequence[Job], *_: Any
+    ) -> Iterator[tuple[Job, str | None]]:
+        for job in jobs:
             error = self.edit(job)
             if error is None:
                 run_job(source, [*base, *job.overrides], job.out)
-            else:
-                failed[job] = error
             self.jobs.append(job)
-            on_end(job, error)
-            if should_stop():
-                break
-        return failed
+            yield job, error
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> InProcess:
     """Execute the runs of benchmarks in this process."""
     replacement = InProcess()
-    for module in (runner, repetition):
-        monkeypatch.setattr(module, "run_jobs", replacement)
+    monkeypatch.setattr(league, "run_jobs", replacement)
     return replacement
 
 
 def start(folder: Path, *names: str) -> Path:
     archive = folder.parent / "archive"
     out = folder.parent / "out"
-    benchmark(folder, names, out=out, archive=archive, jobs=1, quiet=True)
+    run_league(folder, names, out=out, archive=archive, jobs=1, quiet=True)
     return archive
 
 
@@ -190,15 +172,14 @@ def test_a_row_can_be_repeated_with_its_tuned_settings(folder: Path, runs: InPro
 
 
 def test_results_of_another_benchmark_do_not_overwrite_the_published_archive(
-    folder: Path, runs: InProcess
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match=r"files: requires a folder for its results \(--archive"):
-        benchmark(folder, ["first"], out=folder.parent / "out")
-    with pytest.raises(UserError, match="requires a folder for its results"):
-        repeat_row("first", "local/all", folder)
-    assert main(["benchmark", "--folder", str(folder), "--tables"]) == 2
-    assert main(["benchmark", "--folder", str(folder), "--archive", "no", "--tables"]) == 2
-    assert not runs.jobs
+    monkeypatch.setattr(sys, "argv", ["league", "--folder", str(folder), "--tables"])
+
+    with pytest.raises(SystemExit):
+        main()
+
+    assert "requires --archive, a folder for its results" in capsys.readouterr().err
 
 
 def test_rows_without_archived_runs_cannot_be_repeated(folder: Path, runs: InProcess) -> None:
@@ -274,40 +255,21 @@ def test_killed_trials_and_failed_runs_are_not_archived(folder: Path, runs: InPr
     assert len(RunArchive(archive / "first.csv").rows) == 3
 
 
-def test_a_paused_benchmark_continues(folder: Path, runs: InProcess) -> None:
-    pause = folder.parent / "out" / PAUSE
-    runs.edit = lambda _job: pause.touch()
-    with pytest.raises(Interrupted):
+def test_an_interrupted_benchmark_continues(folder: Path, runs: InProcess) -> None:
+    def interrupt(job: Job) -> None:
+        if runs.jobs:
+            raise KeyboardInterrupt
+
+    runs.edit = interrupt
+    with pytest.raises(KeyboardInterrupt):
         start(folder, "first")
     (first,) = runs.jobs
 
     runs.edit = lambda _job: None
     archive = start(folder, "first")
 
-    assert not pause.exists()
     assert first not in runs.jobs[1:]
     assert len(RunArchive(archive / "first.csv").rows) == 4
-
-
-def test_pause_waits_until_the_benchmark_has_ended(tmp_path: Path) -> None:
-    ended: list[float] = []
-
-    def hold() -> None:
-        with lock_folder(tmp_path):
-            while not (tmp_path / PAUSE).exists():
-                time.sleep(0.01)
-            time.sleep(0.3)
-            ended.append(time.monotonic())
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    while not (tmp_path / ".lock").exists():
-        time.sleep(0.01)
-    pause_benchmark(tmp_path)
-    assert ended and time.monotonic() >= ended[0]
-    thread.join()
-    with pytest.raises(UserError, match="folder not found"):
-        pause_benchmark(tmp_path / "missing")
 
 
 INVALID: list[tuple[dict[str, Any], str]] = [
@@ -366,15 +328,21 @@ def test_settings_can_be_tuned_again_in_a_variant(folder: Path, runs: InProcess)
 def test_command_in_worker_processes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def command(*arguments: str) -> None:
+        places = ["--folder", "files", "--archive", "docs", "--out", "runs", "--jobs", "2"]
+        monkeypatch.setattr(sys, "argv", ["league", *arguments, *places])
+        main()
+
     monkeypatch.chdir(folder.parent)
-    arguments = ["--folder", "files", "--archive", "docs", "--out", "runs", "--jobs", "2"]
-    assert main(["benchmark", "first", *arguments, "-q"]) == 0
+    command("first")
     assert capsys.readouterr().out.strip() == "docs/results.md"
     assert len(RunArchive(Path("docs/first.csv")).rows) == 4
     page = Path("docs/results.md").read_text(encoding="utf-8")
     assert page == BenchmarkResults("files", "docs").page()
     Path("docs/results.md").unlink()
-    assert main(["benchmark", *arguments, "--tables"]) == 0
+    command("--tables")
     assert Path("docs/results.md").read_text(encoding="utf-8") == page
-    assert main(["benchmark", "frist", *arguments]) == 2
-    assert "unknown federation 'frist'; did you mean 'first'?" in capsys.readouterr().err
+    command("first", "--repeat", "local/all", "--seeds", "1")
+    assert "| Metric " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="unknown federation 'frist'; did you mean 'first'"):
+        command("frist")

@@ -7,11 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hetero_fl.experiment.benchmark.archive import RunArchive
-from hetero_fl.experiment.benchmark.protocol import Benchmark, BenchmarkRow, Tuning
-
-Trial = dict[str, Any]
-"""Settings to try, keyed by setting."""
+from benchmarks.league.archive import RunArchive
+from benchmarks.league.protocol import Benchmark, BenchmarkRow, Tuning, Values
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,8 @@ class TunedSettings:
         tuned: The values that were tried, in the order of the choices.
     """
 
-    settings: Trial
-    remaining: list[Trial] = field(default_factory=list)
+    settings: Values
+    remaining: list[Values] = field(default_factory=list)
     tuned: tuple[TunedKey, ...] = ()
 
     @property
@@ -77,7 +74,7 @@ def next_trials(row: BenchmarkRow, tuning: Tuning, scores: Mapping[str, float]) 
         scores: Mean validation score of finished trials, keyed by their settings as text. Larger is
             better.
     """
-    settings: Trial = dict.fromkeys(tuning.keys, tuning.learning_rates[0])
+    settings: Values = dict.fromkeys(tuning.keys, tuning.learning_rates[0])
     settings |= {key: values[0] for key, values in row.tuned.items()}
     grids = [_Grid(LEARNING_RATE, tuning.keys, tuning.learning_rates, tuning.wider)]
     for key, values in row.tuned.items():
@@ -122,7 +119,7 @@ class _Grid(NamedTuple):
 
 
 def _choose(
-    row: BenchmarkRow, settings: Trial, grids: Sequence[_Grid], scores: Mapping[str, float]
+    row: BenchmarkRow, settings: Values, grids: Sequence[_Grid], scores: Mapping[str, float]
 ) -> TunedSettings:
     """Choose settings one after the other, starting with the given settings."""
     tuned: list[TunedKey] = []

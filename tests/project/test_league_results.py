@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from hetero_fl.experiment.benchmark.results import BEST, BenchmarkResults
-from hetero_fl.experiment.benchmark.tuning import LEARNING_RATE, TunedKey, TunedSettings
+from benchmarks.league.results import BEST, BenchmarkResults
+from benchmarks.league.tuning import LEARNING_RATE, TunedKey, TunedSettings
 
 GLOBAL = "global_last_balanced_accuracy"
 SEEDS = range(5)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from hetero_fl.reporting.benchmark.scores import CostPoint, Effect
+from benchmarks.league.scores import CostPoint, Effect
 from hetero_fl.reporting.plots import style
 
 

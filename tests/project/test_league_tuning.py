@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.experiment.benchmark.protocol import BenchmarkRow, Tuning
-from hetero_fl.experiment.benchmark.tuning import (
+from benchmarks.league.protocol import BenchmarkRow, Tuning
+from benchmarks.league.tuning import (
     FINAL_LEARNING_RATE,
     LEARNING_RATE,
     TunedSettings,

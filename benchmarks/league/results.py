@@ -7,16 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from hetero_fl.experiment.benchmark.archive import RunArchive
-from hetero_fl.experiment.benchmark.protocol import MAIN_GROUP, Benchmark
-from hetero_fl.experiment.benchmark.tuning import (
-    FINAL_LEARNING_RATE,
-    LEARNING_RATE,
-    TunedKey,
-    TunedSettings,
-    choices_of,
-)
-from hetero_fl.reporting.benchmark.scores import (
+from jinja2 import StrictUndefined, Template
+
+from benchmarks.league.archive import RunArchive
+from benchmarks.league.plots import draw_costs, draw_effects, draw_ranks
+from benchmarks.league.protocol import MAIN_GROUP, Benchmark
+from benchmarks.league.scores import (
     CostPoint,
     Effect,
     FederationScores,
@@ -25,11 +21,19 @@ from hetero_fl.reporting.benchmark.scores import (
     primary_tests,
     row_title,
 )
-from hetero_fl.reporting.benchmark.tables import (
+from benchmarks.league.tables import (
     cost_table,
     primary_table,
     rank_table,
+    score_cell,
     score_table,
+)
+from benchmarks.league.tuning import (
+    FINAL_LEARNING_RATE,
+    LEARNING_RATE,
+    TunedKey,
+    TunedSettings,
+    choices_of,
 )
 from hetero_fl.reporting.comparison.significance import (
     critical_difference,
@@ -37,9 +41,11 @@ from hetero_fl.reporting.comparison.significance import (
 )
 from hetero_fl.reporting.formatting import algorithm_name, capitalize_first, format_range
 from hetero_fl.reporting.methods import is_reference
-from hetero_fl.reporting.rendering import render
+from hetero_fl.reporting.plots import style
+from hetero_fl.reporting.rendering import markdown_table
 from hetero_fl.utils.errors import UserError
 
+TEMPLATE = Path(__file__).with_name("results.md.jinja")
 METRICS = {
     "global_last_balanced_accuracy": "Global test, balanced accuracy (%)",
     "global_last_auroc": "Global test, AUROC (%)",
@@ -299,10 +305,6 @@ class BenchmarkResults:
         """
         if not self.archive.is_dir():
             raise UserError(f"{self.archive}: folder not found; choose the archive of a benchmark")
-        # Imported here because loading matplotlib is slow.
-        from hetero_fl.reporting.benchmark.plots import draw_costs, draw_effects, draw_ranks
-        from hetero_fl.reporting.plots import style
-
         primary = self.benchmark.protocol.primary
         pictures = {}
         with style.plot_style():
@@ -333,8 +335,14 @@ class BenchmarkResults:
         primary = self.benchmark.protocol.primary
         tests = self.primary_tests()
         main = self.groups[MAIN_GROUP]
-        return render(
-            "benchmark.md",
+        template = Template(
+            TEMPLATE.read_text(encoding="utf-8"),
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+        )
+        return template.render(
             explained=(self.archive / "README.md").exists(),
             facts=self.facts(),
             primary=primary_table(tests, primary.method) if tests else "",
@@ -418,3 +426,25 @@ class BenchmarkResults:
                     )
                 )
         return points
+
+
+def repetition_table(scores: Mapping[str, Mapping[int, tuple[float, float]]]) -> str:
+    """Format means of archived and repeated scores, and the differences of single runs.
+
+    Args:
+        scores: The archived and the repeated score of each seed, keyed by column of the archive.
+    """
+    lines = []
+    for metric, values in scores.items():
+        before = {seed: pair[0] for seed, pair in values.items()}
+        after = {seed: pair[1] for seed, pair in values.items()}
+        factor, decimals = (1, 2) if metric.endswith("_loss") else (100, 1)
+        differences = [factor * abs(after[seed] - before[seed]) for seed in values]
+        sizes = [
+            f"{size:.{decimals}f}" for size in (statistics.mean(differences), max(differences))
+        ]
+        lines.append(
+            [METRICS[metric], score_cell(before, metric), score_cell(after, metric), *sizes]
+        )
+    header = ["Metric", "Archived", "Repeated", "Mean difference of a run", "Largest difference"]
+    return markdown_table(header, lines, ("left", *["right"] * 4))

@@ -11,8 +11,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from hetero_fl.config.base import ConfigSection
 from hetero_fl.core.metrics import CLASSIFICATION, MANY, RANKING, RARE, REGRESSION
-from hetero_fl.experiment.comparison.jobs import Variant
-from hetero_fl.experiment.comparison.study import read_section
+from hetero_fl.experiment.jobs import Variant
+from hetero_fl.experiment.study import read_section
 from hetero_fl.utils.errors import UserError, check_names
 
 PROTOCOL = "protocol.yaml"
@@ -28,6 +28,8 @@ SCORE_COLUMNS = [
 MAIN_GROUP = "Federations"
 """Heading of the main tables, over whose federations methods are ranked."""
 
+Values = dict[str, Any]
+"""Values of tuned settings, keyed by setting."""
 Seeds = Annotated[list[NonNegativeInt], Field(min_length=1)]
 
 
@@ -57,7 +59,7 @@ class BenchmarkRow(ConfigSection):
         """The method and its fixed settings."""
         return Variant.parse(":".join([self.method, *self.settings]))
 
-    def overrides(self, settings: dict[str, Any]) -> tuple[str, ...]:
+    def overrides(self, settings: Values) -> tuple[str, ...]:
         """Return tuned settings as overrides of a configuration, `key.path=value`."""
         entries = [f"{key}={_plain(value)}" for key, value in settings.items()]
         return Variant.parse(":".join([self.method, *entries])).overrides[1:]

@@ -11,12 +11,7 @@ from typing import Any
 
 from hetero_fl.config import Config, resolve_config, resume_relevant
 from hetero_fl.experiment.configuration import describe_changes
-from hetero_fl.utils.errors import UserError
 
-PUBLISHED = Path("configs/benchmark")
-"""Folder of the published benchmark, relative to the repository."""
-PUBLISHED_ARCHIVE = Path("docs/benchmark")
-"""Folder of its archive."""
 Key = tuple[str, ...]
 
 KEY_COLUMNS = ("method", "components", "settings", "seed")
@@ -25,24 +20,6 @@ DIGITS = 6
 """Number of significant digits of archived numbers."""
 IGNORED_KEYS = ("data.path", "data.root", "name", "seed")
 """Keys that differ between machines or runs without changing the results of a seed."""
-
-
-def archive_folder(folder: str | Path, archive: str | Path | None) -> Path:
-    """Return the folder of the archive, by default that of the published benchmark.
-
-    Args:
-        folder: Folder of the benchmark.
-        archive: The given folder, if any.
-
-    Raises:
-        UserError: If no folder is given and the benchmark is not the published one, whose archive
-            must not be mixed with others.
-    """
-    if archive is not None:
-        return Path(archive)
-    if Path(folder) != PUBLISHED:
-        raise UserError(f"{folder}: requires a folder for its results (--archive, or archive=)")
-    return PUBLISHED_ARCHIVE
 
 
 class RunArchive:

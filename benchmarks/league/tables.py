@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from hetero_fl.reporting.benchmark.scores import FederationScores, PrimaryTest, RowName, row_title
+from benchmarks.league.scores import FederationScores, PrimaryTest, RowName, row_title
 from hetero_fl.reporting.comparison.differences import format_p
 from hetero_fl.reporting.formatting import MISSING, algorithm_name, format_significant
 from hetero_fl.reporting.rendering import markdown_table

@@ -1,0 +1,1 @@
+"""The benchmark of docs/benchmark: tuned comparisons of methods in several federations."""

@@ -1,1 +1,0 @@
-"""Benchmarks: tuned comparisons of methods in several federations, archived run by run."""

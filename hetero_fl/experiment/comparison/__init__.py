@@ -1,1 +1,0 @@
-"""Comparison of methods over seeds: plan, search for settings, runs and results."""

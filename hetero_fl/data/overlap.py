@@ -84,9 +84,8 @@ def notes_on_equal_rows(
 ) -> list[str]:
     """Return a warning about validation, test and public rows that are elsewhere, too, and copies.
 
-    At least two rows, and a hundredth of a set, must be equal. Rows that are read from files when
-    they are used are not compared, and neither are texts of which the next word or item is
-    predicted (see also `EqualRows`).
+    At least two rows, and a hundredth of a set, must be equal. Texts of which the next word or item
+    is predicted are not compared (see also `EqualRows`).
 
     Args:
         dataset: Main data set.
@@ -214,8 +213,11 @@ def _is_meaningful(x: Tensor) -> np.ndarray:
         return ((tokens[:, 1:] != tokens[:, :-1]).sum(1) + 1 >= MIN_TOKENS).numpy()
     if x.ndim == 2:
         return np.ones(len(x), dtype=bool)
-    flat = x.flatten(1)
-    return (flat != flat[:, :1]).any(1).numpy()
+    found = np.empty(len(x), dtype=bool)
+    for rows in _parts(x):
+        flat = x[rows].flatten(1)
+        found[rows] = (flat != flat[:, :1]).any(1).numpy()
+    return found
 
 
 def _reported_share(x: Tensor, distinct: Tensor) -> float:
@@ -243,16 +245,30 @@ def _reported_share(x: Tensor, distinct: Tensor) -> float:
 
 def row_hashes(x: Tensor) -> np.ndarray:
     """Return a hash of each row of a column, uint64 `[N]`, which is equal for equal rows."""
-    row_bytes = max(1, x.dtype.itemsize * math.prod(x.shape[1:]))
+    row_bytes = _row_bytes(x)
     keys = np.random.default_rng(0).integers(2**63, size=(2, -(-row_bytes // 8)), dtype=np.uint64)
-    hashes = []
-    for batch in x.split(max(1, HASHED_BYTES // row_bytes)):
+    hashes = np.empty(len(x), dtype=np.uint64)
+    for rows in _parts(x):
         # The sum with 0 turns -0.0 into 0.0.
-        flat = np.ascontiguousarray(batch.flatten(1).numpy() + 0)
+        flat = np.ascontiguousarray(x[rows].flatten(1).numpy() + 0)
         content = flat.view(np.uint8).reshape(len(flat), row_bytes)
         words = np.pad(content, ((0, 0), (0, -row_bytes % 8))).view(np.uint64)
         # The key of each position makes the hash depend on the order of the words.
         mixed = (words ^ keys[0]) * np.uint64(0x9E3779B97F4A7C15)
         mixed ^= mixed >> np.uint64(32)
-        hashes.append((mixed * (2 * keys[1] + np.uint64(1))).sum(1, dtype=np.uint64))
-    return np.concatenate(hashes)
+        hashes[rows] = (mixed * (2 * keys[1] + np.uint64(1))).sum(1, dtype=np.uint64)
+    return hashes
+
+
+def _row_bytes(x: Tensor) -> int:
+    return max(1, x.dtype.itemsize * math.prod(x.shape[1:]))
+
+
+def _parts(x: Tensor) -> list[slice]:
+    """Return the rows in parts.
+
+    Results of the parts belong into an array that exists before: small arrays between the large
+    ones of the parts would keep their memory from being used again.
+    """
+    size = max(1, HASHED_BYTES // _row_bytes(x))
+    return [slice(start, start + size) for start in range(0, len(x), size)]

@@ -8,6 +8,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -218,7 +219,7 @@ class ClientSettings(ConfigSection):
         None, description="local steps per round, instead of `epochs`; `null`: see `epochs`"
     )
     batch_size: PositiveInt = Field(32, description="examples per step of local training")
-    class_weights: Literal["balanced"] | list[float] | None = Field(
+    class_weights: Literal["balanced"] | list[NonNegativeFloat] | None = Field(
         None,
         description="weights of the classes in the cross-entropy: one number per class, or "
         "`balanced` for inverse class frequencies; `null`: equal weights",

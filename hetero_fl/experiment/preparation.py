@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
+from hetero_fl.algorithms.base import is_user_method
 from hetero_fl.algorithms.round_parts import shared_parts
 from hetero_fl.communication.homomorphic import SharedKey, check_tenseal
 from hetero_fl.config import Config, expand_population
@@ -22,17 +23,8 @@ from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.data.client_sources import has_common_source, pool_client_files
 from hetero_fl.data.registry import check_unread_keys
 from hetero_fl.engine.driver import translate_user_errors
-from hetero_fl.experiment.compatibility import (
-    LATER_NOTES,
-    NOTES,
-    RULES_ON_LOADING,
-    ConfigFacts,
-    RunFacts,
-    check_compatibility,
-    check_rules,
-    check_user_code,
-    compatibility_notes,
-)
+from hetero_fl.experiment import compatibility
+from hetero_fl.experiment.compatibility import Facts, RunFacts
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.privacy_budget import PrivacyBudget
 from hetero_fl.experiment.starting_models import StartingTensors, starting_tensors
@@ -47,6 +39,7 @@ from hetero_fl.federation.store import StateStore, checkpoint_files
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.privacy.accounting import opacus_accountants
 from hetero_fl.privacy.server_side import ServerPrivacy
+from hetero_fl.robustness.attacks import import_user_classes
 from hetero_fl.utils.code_permission import CodePermission, find_references, hash_modules
 from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import UserError
@@ -244,7 +237,7 @@ def check_method(config: Config) -> Algorithm:
         UserError: If the settings of the configuration cannot be combined.
     """
     method = make_algorithm(config)
-    check_rules(RULES_ON_LOADING, ConfigFacts(config, expand_population(config.clients), method))
+    compatibility.check(Facts(config, expand_population(config.clients), method), "config")
     if config.channel.homomorphic is not None:
         check_tenseal()
     return method
@@ -308,17 +301,21 @@ def prepare(
     config = config.model_copy(
         update={"algorithm": {"name": name, **method.model_dump(mode="json")}}
     )
+    import_user_classes(config.aggregation, config.attacks)
     facts = RunFacts(config, method, federation)
-    check_compatibility(facts)
-    notes = [*data.notes, *derived, *compatibility_notes(NOTES, facts)]
+    _check_models(federation.client_infos)
+    compatibility.check(facts, "run")
+    if is_user_method(method):
+        compatibility.check_user_method(facts)
+    compatibility.check(facts, "uploads")
+    notes = [*data.notes, *derived, *compatibility.notes(facts)]
     notes += _describe_user_models(federation.client_infos)
     if facts.is_async:
         config, federation = _set_asynchronous(facts)
     config, federation, budget = _solve_privacy(config, method, federation)
     if budget is not None:
         notes.append(budget.description())
-    notes += compatibility_notes(LATER_NOTES, facts)
-    notes += check_user_code(federation)
+    notes += compatibility.check_user_code(federation)
     choose_device(config.runtime.device)
     notes += simulation_notes(federation, config)
     start = starting_tensors(config.init_from, federation, permission)
@@ -350,6 +347,23 @@ def _check_defaults(config: Config, overrides: Sequence[str]) -> None:
                 f"clients.defaults.{key}: has no effect, because every client sets "
                 f"{key.partition('.')[0]} itself; remove it"
             )
+
+
+def _check_models(client_infos: ClientDirectory) -> None:
+    """Check that the models that the method adds to those of the clients can be created.
+
+    Raises:
+        UserError: If a model cannot be created.
+    """
+    checked = {profile.arch for profile in client_infos.profiles}
+    for profile in client_infos.profiles:
+        for slot, arch in profile.models.items():
+            try:
+                if arch not in checked:
+                    arch.check()
+            except ModelError as error:
+                raise UserError(f"algorithm.{slot}: {error}") from None
+            checked.add(arch)
 
 
 def _describe_user_models(client_infos: ClientDirectory) -> list[str]:

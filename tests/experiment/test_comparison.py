@@ -190,7 +190,7 @@ def test_all_selects_the_methods_that_the_configuration_allows(
     compare(source, "ALL", out=tmp_path / "out")
     assert in_process == ["fedavg-seed0", "centralized-seed0", "local-seed0"]
     text = (tmp_path / "out" / "comparison.md").read_text()
-    assert "- **Without FedMD:** algorithm.name=fedmd requires a proxy set" in text
+    assert "- **Without FedMD:** algorithm.name=fedmd cannot be combined with" in text
     assert (
         "- **Without FedGKT:** algorithm.name=fedgkt requires clients that share features" in text
     )

@@ -1,4 +1,4 @@
-"""Rules on combinations of features: each is violated by a configuration and names both keys."""
+"""Features that exclude each other, and rules: one line names both keys."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hetero_fl.core.payload import Item, ItemSpec
 from hetero_fl.core.plan import Predict
 from hetero_fl.data import Dataset, make_table
 from hetero_fl.experiment import prepare
-from hetero_fl.experiment.compatibility import RULES_AFTER_PREPARATION, RULES_ON_LOADING
-from hetero_fl.utils.errors import UserError
+from hetero_fl.experiment.compatibility.features import FEATURES
+from hetero_fl.experiment.compatibility.rules import RULES
 from tests.support.federations import config
+from tests.support.mistakes import refusal
 
-RULES = {**RULES_ON_LOADING, **RULES_AFTER_PREPARATION}
 THIS_MODULE = f"python:{__name__}"
 ASYNC = {"threads": 1, "mode": "async"}
 NOISE = {"noise_multiplier": 1.0, "delta": 1e-4}
@@ -77,7 +77,7 @@ def weighted(weights: Any) -> dict[str, Any]:
     return config(clients__defaults__class_weights=weights)
 
 
-# a configuration that violates each rule, and no rule before it
+# Configurations that violate each rule, or in which features exclude each other.
 VIOLATIONS: dict[str, dict[str, Any]] = {
     "cohort_larger_than_population": config(clients__per_round=9),
     "sampled_clients_share_rarely": config(clients__per_round=2, clients__defaults__share_every=2),
@@ -163,8 +163,7 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
         clients__overrides=[{"match": "site_2", "logit_adjustment": True}],
     ),
     "number_of_class_weights": weighted([1] * 9),
-    "negative_class_weights": weighted([1] * 9 + [-1]),
-    "class_weights_without_effect": weighted([0] * 10),
+    "zero_class_weights": weighted([0] * 10),
     "batches_of_one": config(clients__defaults__batch_size=1),
     "secure_sum_of_single_uploads": secure("kt_pfl"),
     "secure_sum_compression": config(
@@ -186,6 +185,7 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
         ]
     ),
     "homomorphic_compression": encrypted(channel__compress=[{"quantize": 8}]),
+    "homomorphic_broadcasts": encrypted(channel__compress_down=["half"]),
     "homomorphic_server_model": encrypted("fedmd", server__model="linear"),
     "large_homomorphic_range": encrypted(channel__homomorphic={"range": 1e14}),
     "many_homomorphic_fraction_bits": encrypted(channel__homomorphic={"fraction_bits": 45}),
@@ -256,15 +256,34 @@ DATASETS: dict[str, Dataset] = {
 }
 
 
-def test_rule_refusal_is_one_line_with_both_keys(subtests: pytest.Subtests) -> None:
-    assert len(RULES) == len(RULES_ON_LOADING) + len(RULES_AFTER_PREPARATION)
-    assert set(VIOLATIONS) == set(RULES) >= set(DATASETS)
-    for name, rule in RULES.items():
-        with subtests.test(rule=name):
-            with pytest.raises(UserError) as refusal:
-                prepare(VIOLATIONS[name], dataset=DATASETS.get(name))
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    """Return the messages of all configurations that violate something."""
+    return [
+        refusal(prepare, source, dataset=DATASETS.get(name)) for name, source in VIOLATIONS.items()
+    ]
 
-            line = str(refusal.value)
+
+def test_features_that_exclude_each_other_are_named(lines: list[str]) -> None:
+    words = [line.partition(", because it needs ") for line in lines if "because it needs" in line]
+    refused = {need.partition(";")[0] for _, _, need in words}
+
+    needs = {need for feature in FEATURES for need in feature.needs}
+    assert needs == {need for feature in FEATURES for need in feature.denies} == refused
+    keys = {feature.key for feature in FEATURES}
+    for settings, _, _ in words:
+        one, other = settings.split(" cannot be combined with ")
+        assert {one.partition("=")[0], other.partition("=")[0]} <= keys
+
+
+def test_rule_is_violated_in_one_line_with_both_keys(
+    lines: list[str], subtests: pytest.Subtests
+) -> None:
+    for rule in RULES:
+        with subtests.test(message=rule.message):
             words = [re.escape(part) for part in re.split(r"\{[^{}]*\}", rule.message)]
-            assert re.fullmatch(".*".join(words), line)
-            assert [key for key in rule.keys if key.rpartition(".")[2] not in line] == []
+            found = [line for line in lines if re.fullmatch(".*".join(words), line)]
+
+            assert found
+            for line in found:
+                assert [key for key in rule.keys if key.rpartition(".")[2] not in line] == []

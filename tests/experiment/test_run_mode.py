@@ -26,7 +26,7 @@ def test_every_method_supports_asynchronous_mode_or_refuses_it(subtests: pytest.
             if method not in SYNCHRONOUS:
                 assert prepare(source).config.runtime.mode == "async"
                 continue
-            words = f"^runtime.mode=async cannot be combined with algorithm.name={method}"
+            words = f"^algorithm.name={method} cannot be combined with runtime.mode=async"
             with pytest.raises(UserError, match=words):
                 prepare(source)
 

@@ -1,13 +1,9 @@
-"""Properties of a run that depend on its configuration only.
-
-Compatibility rules are functions of these properties. A client profile is a set of clients with
-equal settings. An item is a named part of an upload, such as a model or class statistics.
-"""
+"""Facts that follow from the configuration of a run, on which features and rules depend."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from hetero_fl.algorithms import Algorithm
@@ -18,9 +14,6 @@ from hetero_fl.config.data import PARTITION_KINDS, SourceConfig
 from hetero_fl.config.population import Population
 from hetero_fl.config.schema import CLIENT_OPTIONS
 from hetero_fl.utils.objects import OBJECT_PREFIX
-
-ROBUST_KEYS = ("rule", "predictions", "statistics")
-"""Keys of the section `aggregation` that select a rule, each for a different kind of item."""
 
 PARTITION_KEYS = {
     "dirichlet": ("alpha", "cap"),
@@ -38,13 +31,13 @@ def first(elements: Iterable[T]) -> T | None:
     return next(iter(elements), None)
 
 
-class ConfigFacts:
-    """Properties of a run that depend on its configuration only.
+class Facts:
+    """Facts that follow from the configuration alone.
 
     Args:
         config: The configuration.
         clients: The population of clients.
-        algorithm: The method with the settings of the configuration.
+        algorithm: The method.
     """
 
     def __init__(self, config: Config, clients: Population, algorithm: Algorithm) -> None:
@@ -52,10 +45,34 @@ class ConfigFacts:
         self.clients = clients
         self.algorithm = algorithm
         self.name = str(config.algorithm["name"])
-        self.privacy = config.privacy
+        self.settings = [(profile.first, profile.settings) for profile in clients.profiles]
         self.unit = config.privacy.unit if config.privacy else ""
+        # The norms of uploaded items are clipped.
+        self.is_bounded = self.unit in ("client", "local")
         self.policy = algorithm.needs.asynchronous or AsyncPolicy()
         self.is_async = config.runtime.mode == "async" or algorithm.needs.asynchronous is not None
+        # Without uploads, there are no sums.
+        self.secure_sum = config.channel.secure_sum if algorithm.uploads else None
+        self.homomorphic = config.channel.homomorphic if algorithm.uploads else None
+        self.num_wanted = config.clients.per_round or len(clients)
+
+    def changed_value(self, key: str) -> Any:
+        """Return the value of a key, or None if it is the default or its section is not set."""
+        section: Any = self.config
+        *sections, name = key.split(".")
+        for part in sections:
+            section = getattr(section, part)
+            if section is None:
+                return None
+        value = getattr(section, name)
+        return None if value == type(section).model_fields[name].get_default() else value
+
+    def of_client(self, value: Callable[[ClientSettings], object]) -> str:
+        """Return a value that is set for a client, with the id of the client, or ""."""
+        for client, settings in self.settings:
+            if found := value(settings):
+                return f"{found} ({client})"
+        return ""
 
     def enabled_options(self) -> Iterator[tuple[str, str, Any]]:
         """Yield the key, name and value of each client option that the configuration enables."""
@@ -68,37 +85,47 @@ class ConfigFacts:
                 if value := getattr(settings, name):
                     yield place + name, name, value
 
-    def given_models(self) -> dict[str, str] | None:
-        """Describe the models that initialize the run, if any, and how to run without them."""
-        source = self.config.init_from
-        if not source:
-            return None
-        if source.startswith(OBJECT_PREFIX):
-            return {"found": "init='given'", "advice": "pass model classes, or set init='seeded'"}
-        return {"found": f"init_from={source}", "advice": "remove one of them"}
-
     def unused_option(self) -> str | None:
         """Return the key of a client option that is set but not used by the method, or None."""
         unused = unused_options(self.algorithm)
+        if not predicts_proxy_set(self.algorithm):
+            unused.add("proxy_predictions")
         for key, name, value in self.enabled_options():
             if name in unused:
                 return key
-            if (
-                name == "recalibrate"
-                and "proxy_predictions" in value
-                and not predicts_proxy_set(self.algorithm)
-            ):
+            if name == "recalibrate" and unused.intersection(value):
                 return f"{key}: proxy_predictions"
         return None
 
-    def unused_partition(self) -> bool:
+    def prior_option(self) -> str | None:
+        """Return the key of a client option that is set and uses class frequencies, or None."""
+        options = ("logit_adjustment", "local_prior", "prior_correction")
+        return first(key for key, name, _ in self.enabled_options() if name in options)
+
+    @property
+    def given_start(self) -> str | None:
+        """Describe the models that initialize the run, if any."""
+        source = self.config.init_from
+        is_object = source is not None and source.startswith(OBJECT_PREFIX)
+        return "given modules, without init='seeded'" if is_object else source
+
+    def single_items(self) -> str:
+        """Return the names of items that the method processes individually instead of as a sum."""
+        return ", ".join(n for n, spec in self.algorithm.uploads.items() if spec.use == "each")
+
+    def compressing_stage(self, key: str, allowed: tuple[str, ...] = ()) -> str | None:
+        """Return the kind of a compression stage that is not among the allowed ones, or None."""
+        stages = getattr(self.config.channel, key)
+        return first(stage.kind for stage in stages if stage.kind not in allowed)
+
+    def has_unused_partition(self) -> bool:
         """Return whether a partition is set, but no two clients divide a data set."""
         partition = self.config.data.partition
         default = type(partition)(min_size=partition.min_size)
-        is_set = partition.kind != "natural" and partition.model_dump() != default.model_dump()
-        if not is_set or any(p.settings.data is None for p in self.clients.profiles):
+        if partition.kind == "natural" or partition.model_dump() == default.model_dump():
             return False
-        return len({p.settings.data for p in self.clients.profiles}) == len(self.clients)
+        sources = {settings.data for _, settings in self.settings}
+        return None not in sources and len(sources) == len(self.clients)
 
     def unused_size(self) -> str | None:
         """Return a client whose size is set although its data is not divided, or None."""
@@ -108,11 +135,9 @@ class ConfigFacts:
         # The default applies to the clients without data of their own.
         default = self.config.clients.defaults.size if owners[None] else 1.0
         return first(
-            profile.first
-            for profile in self.clients.profiles
-            if profile.settings.data is not None
-            and owners[profile.settings.data] == 1
-            and profile.settings.size != default
+            client
+            for client, settings in self.settings
+            if settings.data is not None and owners[settings.data] == 1 and settings.size != default
         )
 
     def unused_partition_setting(self) -> str | None:
@@ -127,63 +152,12 @@ class ConfigFacts:
                 return key
         return None
 
-    def unused_proxy_setting(self) -> str | None:
-        """Return a key of `data.proxy` that is set although there is no proxy set, or None."""
-        proxy = self.config.data.proxy
-        if proxy.size or proxy.source is not None:
-            return None
-        return "labels" if proxy.labels else "columns" if proxy.columns is not None else None
-
-    def single_uploads(self) -> str | None:
-        """Return a setting that requires individual uploads at the server.
-
-        Returns:
-            The setting as `key=value`, or None if there is no such setting.
-        """
-        for key in ROBUST_KEYS:
-            if (value := getattr(self.config.aggregation, key)) != "mean":
-                return f"aggregation.{key}={value}"
-        attacks = self.config.attacks
-        return None if attacks is None else f"attacks.name={attacks.name}"
-
-    def compressing_setting(self) -> str | None:
-        """Return a compression setting as `key=stage`, or None if messages are not compressed."""
-        channel = self.config.channel
-        for key in ("compress", "compress_down"):
-            if stage := first(getattr(channel, key)):
-                return f"{key}={stage.kind}"
-        return None
-
-    def num_wanted(self) -> int:
-        """Return the number of uploads that complete a round."""
-        return self.config.clients.per_round or len(self.clients)
-
-    def num_sampled(self) -> int:
-        """Return the number of clients sampled for a round."""
-        return self.config.cohort.num_sampled(self.config.clients.per_round, len(self.clients))
-
-    def min_survivors(self) -> int:
-        """Return the number of clients that must complete secure aggregation.
-
-        The result is 0 if secure aggregation is disabled.
-        """
+    def unreachable_threshold(self) -> dict[str, int] | None:
+        """Return the sampled and the required clients if too few uploads of a cohort are used."""
+        per_round = self.config.clients.per_round
         secure_sum = self.config.channel.secure_sum
-        return 0 if secure_sum is None else secure_sum.min_survivors(self.num_sampled())
-
-    def rare_sender(self) -> dict[str, Any] | None:
-        """Return a client that does not upload in every round, or None.
-
-        Returns:
-            A dictionary with the client under `client` and its `share_every` under `every`.
-        """
-        for profile in self.clients.profiles:
-            if profile.settings.share_every > 1:
-                return {"client": profile.first, "every": profile.settings.share_every}
-        return None
-
-    def waiting_setting(self) -> str | None:
-        """Return a key of `cohort` with a value other than the default, or None."""
-        cohort = self.config.cohort
-        default = type(cohort)()
-        names = [n for n in type(default).model_fields if getattr(cohort, n) != getattr(default, n)]
-        return min(names, default=None)
+        if per_round is None or secure_sum is None:
+            return None
+        sampled = self.config.cohort.num_sampled(per_round, len(self.clients))
+        survivors = secure_sum.min_survivors(sampled)
+        return {"sampled": sampled, "survivors": survivors} if survivors > per_round else None

@@ -1,23 +1,19 @@
-"""Rules that also depend on the data and the models, which are checked before training."""
+"""Rules on the values of settings, and notes on settings that may not be intended."""
 
 from __future__ import annotations
 
-from hetero_fl.aggregation.robust_means import PARAMETERS
-from hetero_fl.algorithms.base import broadcasts_means, is_user_method
-from hetero_fl.algorithms.proxy_distillation import InitialPhase
-from hetero_fl.config.communication import num_fraction_bits
-from hetero_fl.experiment.compatibility.config_facts import first
-from hetero_fl.experiment.compatibility.rule import CompatibilityRule, check_rules
-from hetero_fl.experiment.compatibility.run_facts import RunFacts
-from hetero_fl.experiment.compatibility.user_code import check_user_method
-from hetero_fl.robustness.attacks import import_user_classes
-from hetero_fl.robustness.rules import prediction_rule
-from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.text import pluralize
-from model_zoo import ModelError
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-ROUNDING = ("quantize", "half")
-"""Kinds of compression that keep all tensor elements, so that compressed uploads can be summed."""
+from hetero_fl.aggregation.robust_means import PARAMETERS
+from hetero_fl.experiment.compatibility.config_facts import Facts, first
+from hetero_fl.experiment.compatibility.features import Stage, check_features
+from hetero_fl.experiment.compatibility.run_facts import RunFacts
+from hetero_fl.federation.channel import idle_stages
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.text import Caution, pluralize
+
 MIN_CLIENTS_IN_SUM = 3
 """Smallest cohort for secure aggregation.
 
@@ -27,24 +23,97 @@ MAX_CLIENTS_IN_SUM = 200
 """Largest cohort for secure aggregation, in which each client shares masks with all others."""
 MAX_IN_ONE_PLACE = 10_000
 """Largest number of clients for methods that collect all rows or models in one place."""
+PRECISION_OF_MEANS = 1e-6
+"""Absolute error above which the rounding of sums is noted."""
 
-BOUNDED = ("client", "local")
-"""Values of `privacy.unit` for which the norms of uploaded items are clipped."""
 
-RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
-    "over_selection_without_time": CompatibilityRule(
-        ("cohort.over_selection", "devices"),
-        lambda run: run.config.cohort.over_selection > 1 and not run.takes_time(),
-        "cohort.over_selection: requires devices; without them all uploads arrive at the same time",
+@dataclass(frozen=True)
+class Rule:
+    """A rule on the values of settings, or a note on settings that may not be intended.
+
+    Args:
+        keys: The two configuration keys that the rule concerns.
+        found: Function that returns a false value if a run satisfies the rule, and otherwise what
+            violates the rule, or a list of violations.
+        message: Format string of the message. The field `{run}` is the argument of `found`. If a
+            violation is a mapping, its keys are additional fields. Any other violation is the field
+            `{found}`.
+        stage: When the rule is checked, see `Feature`.
+        line_type: Type of the lines: `Caution` if results, or the protection of clients, may not be
+            what the configuration suggests.
+    """
+
+    keys: tuple[str, str]
+    found: Callable[[Any], Any]
+    message: str
+    stage: Stage = "run"
+    line_type: type[str] = str
+
+    def lines(self, run: Facts) -> Iterator[str]:
+        """Yield one message for each violation."""
+        found = self.found(run) or []
+        for violation in found if isinstance(found, list) else [found]:
+            values = violation if isinstance(violation, Mapping) else {"found": violation}
+            yield self.line_type(self.message.format(run=run, **values))
+
+
+MEANS_ADVICE = (
+    "choose fedavg with server_lr=1 and without weighting=sum, fedmd with align=0, fd or fedproto"
+)
+
+RULES = (
+    # Settings without effect
+    Rule(
+        ("clients.per_round", "clients"),
+        lambda run: (run.config.clients.per_round or 0) > len(run.clients) and len(run.clients),
+        "clients.per_round: must be <= {found}, the number of clients, got "
+        "{run.config.clients.per_round}",
+        stage="config",
     ),
-    "patience_without_validation": CompatibilityRule(
-        ("evaluation.patience", "validation rows"),
-        lambda run: run.config.evaluation.patience is not None and not run.has_validation,
-        "evaluation.patience: has no effect without validation rows; set data.validation or "
-        "data.split.validation > 0 (Federation, Client: pass validation=...), or remove patience",
+    Rule(
+        ("cohort.least", "clients.per_round"),
+        lambda run: run.config.cohort.least > run.num_wanted and run.num_wanted,
+        "cohort.least: must be <= {found}, the clients in a round (clients.per_round), got "
+        "{run.config.cohort.least}",
+        stage="config",
+    ),
+    Rule(
+        ("cohort.over_selection", "channel.secure_sum"),
+        lambda run: run.unreachable_threshold(),
+        "cohort.over_selection={run.config.cohort.over_selection:g} is too large: only the first "
+        "{run.config.clients.per_round} of {sampled} sampled clients are used, but "
+        "channel.secure_sum.threshold requires {survivors}; choose a smaller over_selection or "
+        "threshold",
+        stage="config",
+    ),
+    Rule(
+        ("data.partition", "clients"),
+        lambda run: run.has_unused_partition(),
+        "data.partition: has no effect, because all clients have data of their own; remove it",
+        stage="config",
+    ),
+    Rule(
+        ("clients", "size"),
+        lambda run: run.unused_size(),
+        "clients: '{found}': size: has no effect, because the client has data of its own; remove "
+        "it",
+        stage="config",
+    ),
+    Rule(
+        ("data.partition", "data.partition.kind"),
+        lambda run: run.unused_partition_setting(),
+        "data.partition.{found}: has no effect with kind={run.config.data.partition.kind}; remove "
+        "it, or set another kind",
+        stage="config",
+    ),
+    Rule(
+        ("clients", "algorithm.name"),
+        lambda run: run.unused_option(),
+        "{found}: not used by algorithm.name={run.name}; remove it",
+        stage="config",
     ),
     # Methods
-    "task_of_method": CompatibilityRule(
+    Rule(
         ("algorithm.name", "data set"),
         lambda run: (
             run.task.kind not in run.algorithm.needs.tasks and ", ".join(run.algorithm.needs.tasks)
@@ -52,79 +121,43 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "algorithm.name={run.name} supports {found} tasks, but the data set has a "
         "{run.task.kind} task",
     ),
-    "no_proxy_set": CompatibilityRule(
-        ("algorithm.name", "data.proxy.size"),
-        lambda run: run.algorithm.needs.has_required_proxy and not run.num_proxy,
-        "algorithm.name={run.name} requires a proxy set; set data.proxy.size > 0 to make "
-        "training rows public, or data.proxy.source",
-    ),
-    "no_proxy_labels": CompatibilityRule(
-        ("algorithm.initial_phase", "data.proxy.labels"),
-        lambda run: (
-            run.algorithm.needs.proxy_set == "labeled" and not run.federation.data.has_proxy_labels
-        ),
-        "algorithm.initial_phase=true makes {run.name} train on labels of the proxy set, but "
-        "data.proxy.labels is false; set it to true, or set algorithm.initial_public_epochs=0",
-    ),
-    "no_shares": CompatibilityRule(
+    Rule(
         ("algorithm.name", "shares"),
         lambda run: run.missing_shares(),
         "algorithm.name={run.name} requires clients that share {found}; add it to "
         "shares of some or all clients",
     ),
-    "large_population": CompatibilityRule(
+    Rule(
         ("algorithm.name", "clients"),
         lambda run: run.algorithm.needs.all_clients and run.num_clients > MAX_IN_ONE_PLACE,
         f"algorithm.name={{run.name}} needs the rows or models of all clients in one place, "
         f"which supports at most {MAX_IN_ONE_PLACE:,} clients, got {{run.num_clients:,}}",
     ),
-    "unknown_part": CompatibilityRule(
-        ("clients.common", "model"),
+    Rule(
+        ("clients", "model"),
         lambda run: run.unknown_prefix(),
         "{key}: no model has a tensor with prefix '{prefix}'{hint}",
     ),
-    "part_of_other_model": CompatibilityRule(
-        ("algorithm.name", "shares"),
-        lambda run: run.part_of_other_model(),
-        "shares: the auxiliary model that algorithm.name={run.name} averages has no part "
-        "'{found}'; add backbone or parameters",
-    ),
-    "nothing_to_average": CompatibilityRule(
+    Rule(
         ("algorithm.name", "model"),
-        lambda run: sum(profile.count for profile in run.clients_alone) == run.num_clients,
+        lambda run: sum(profile.count for profile in run.clients_alone(all)) == run.num_clients,
         "algorithm.name={run.name} averages parameters, but no two clients upload the same tensor; "
         "give clients the same model, let their shares overlap, or set clients.common",
+        stage="uploads",
     ),
     # Training
-    "class_weights_of_other_task": CompatibilityRule(
-        ("class_weights", "data set"),
-        lambda run: (
-            run.task.kind != "multiclass"
-            and first(
-                profile.first
-                for profile in run.profiles
-                if profile.settings.class_weights is not None
-            )
-        ),
-        "clients: '{found}': class_weights: requires a multiclass task, but the data set has a "
-        "{run.task.kind} task",
-    ),
-    "number_of_class_weights": CompatibilityRule(
+    Rule(
         ("class_weights", "class"),
-        lambda run: first(
-            {"client": client, "count": len(weights)}
-            for client, weights in run.class_weights.items()
-            if len(weights) != run.task.outputs
-        ),
+        lambda run: run.invalid_class_weights(),
         "clients: '{client}': class_weights: expected {run.task.outputs} numbers, one for each "
-        "class, got {count}",
+        "class and not all 0, got {found}",
     ),
-    "prior_of_other_task": CompatibilityRule(
+    Rule(
         ("prior", "data set"),
         lambda run: run.task.kind != "multiclass" and run.prior_option(),
         "{found}: requires a multiclass task, but the data set has a {run.task.kind} task",
     ),
-    "correction_of_adjusted_predictions": CompatibilityRule(
+    Rule(
         ("prior_correction", "logit_adjustment"),
         lambda run: first(
             profile.first
@@ -134,58 +167,27 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "clients: '{found}': prior_correction cannot be combined with logit_adjustment, after "
         "which predictions contain no prior; set one of them to false",
     ),
-    "correction_without_counts": CompatibilityRule(
+    Rule(
         ("prior_correction", "shares"),
         lambda run: run.uncorrectable_client(),
         "clients: '{found}': prior_correction requires statistics in shares, because the server of "
         "algorithm.name={run.name} predicts with the client's model",
     ),
-    "alignment_of_mixed_predictions": CompatibilityRule(
+    Rule(
         ("algorithm.align", "logit_adjustment"),
         lambda run: run.differently_adjusted(),
         "algorithm.align: requires the same logit_adjustment or prior_correction of all clients, "
         "but predictions of {without} do not include its class prior, those of {other} do; set "
         "algorithm.align=0, or the same value for all clients",
     ),
-    "negative_class_weights": CompatibilityRule(
-        ("class_weights", "weights"),
-        lambda run: first(
-            {"client": client, "weight": min(weights)}
-            for client, weights in run.class_weights.items()
-            if min(weights) < 0
-        ),
-        "clients: '{client}': class_weights: must be >= 0, got {weight:g}",
-    ),
-    "class_weights_without_effect": CompatibilityRule(
-        ("class_weights", "training row"),
-        lambda run: run.weightless_client(),
-        "clients: '{client}': class_weights: {weights} is 0 for every training row of the "
-        "client; increase a weight",
-    ),
-    "batches_of_one": CompatibilityRule(
+    Rule(
         ("batch_size", "model"),
         lambda run: run.batch_of_one(),
         "{key}, but {model} has BatchNorm, which cannot train on batches of one row; choose 2 "
         "or more, or a model without BatchNorm",
     ),
-    # Secure aggregation
-    "secure_sum_of_single_uploads": CompatibilityRule(
-        ("algorithm.name", "channel.secure_sum"),
-        lambda run: run.secure_sum and run.items_used_singly(),
-        "algorithm.name={run.name} cannot be combined with channel.secure_sum, which reveals "
-        "only the sum of uploads, because it needs single uploads ({found}); choose hybrid, "
-        "fedmd, fedavg or fedproto, or remove channel.secure_sum",
-    ),
-    "secure_sum_compression": CompatibilityRule(
-        ("channel.compress", "channel.secure_sum"),
-        lambda run: (
-            run.secure_sum
-            and first(s.kind for s in run.config.channel.compress if s.kind not in ROUNDING)
-        ),
-        "channel.compress={found} cannot be combined with channel.secure_sum, which sums "
-        "complete vectors; choose quantize or half, or remove one of them",
-    ),
-    "secure_sum_of_few": CompatibilityRule(
+    # Sums
+    Rule(
         ("channel.secure_sum", "clients.per_round"),
         lambda run: (
             run.secure_sum and run.cohort < MIN_CLIENTS_IN_SUM and pluralize(run.cohort, "client")
@@ -193,173 +195,73 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         f"channel.secure_sum: requires {MIN_CLIENTS_IN_SUM} or more clients in a round "
         f"(clients.per_round), got {{found}}",
     ),
-    "secure_sum_of_many": CompatibilityRule(
+    Rule(
         ("channel.secure_sum", "clients.per_round"),
         lambda run: run.secure_sum and run.cohort > MAX_CLIENTS_IN_SUM and f"{run.cohort:,}",
         f"channel.secure_sum: at most {MAX_CLIENTS_IN_SUM} clients in a round "
         f"(clients.per_round), got {{found}}, because each client shares masks with all others; "
         f"set clients.per_round={MAX_CLIENTS_IN_SUM}, or use channel.homomorphic",
     ),
-    "high_threshold": CompatibilityRule(
+    Rule(
         ("channel.secure_sum.threshold", "clients.per_round"),
-        lambda run: (
-            run.secure_sum
-            and run.secure_sum.min_survivors(run.cohort) > run.cohort
-            and run.secure_sum.min_survivors(run.cohort)
-        ),
+        lambda run: run.invalid_threshold(),
         "channel.secure_sum.threshold: must be <= {run.cohort}, the clients in a round "
-        "(clients.per_round), got {found}",
+        "(clients.per_round), and more than half of them, got {found}; choose {least} or more",
     ),
-    "low_threshold": CompatibilityRule(
-        ("channel.secure_sum.threshold", "clients.per_round"),
-        lambda run: (
-            run.secure_sum
-            and 2 * run.secure_sum.min_survivors(run.cohort) <= run.cohort
-            and {"least": run.secure_sum.min_survivors(run.cohort), "more": run.cohort // 2 + 1}
-        ),
-        "channel.secure_sum.threshold: must be more than half of the {run.cohort} clients in a "
-        "round (clients.per_round), got {least}; choose {more} or more",
+    Rule(
+        ("range", "clients.per_round"),
+        lambda run: run.summed and run.summed["most"] < 1 and run.summed,
+        "channel.{key}.range: {range:g} is too large; sums over {run.cohort} clients "
+        "(clients.per_round) exceed {limit}",
     ),
-    "large_range": CompatibilityRule(
-        ("channel.secure_sum.range", "clients.per_round"),
-        lambda run: run.secure_sum and run.secure_sum.max_fraction_bits(run.cohort) < 1,
-        "channel.secure_sum.range: {run.secure_sum.range:g} is too large; sums over "
-        "{run.cohort} clients (clients.per_round) exceed 64-bit integers",
+    Rule(
+        ("fraction_bits", "range"),
+        lambda run: run.summed and run.summed["bits"] > run.summed["most"] and run.summed,
+        "channel.{key}.fraction_bits: must be <= {most}, got {bits}; with "
+        "channel.{key}.range={range:g}, sums over {run.cohort} clients would exceed {limit}",
     ),
-    "many_fraction_bits": CompatibilityRule(
-        ("channel.secure_sum.fraction_bits", "channel.secure_sum.range"),
-        lambda run: (
-            run.secure_sum
-            and num_fraction_bits(run.secure_sum, run.cohort)
-            > run.secure_sum.max_fraction_bits(run.cohort)
-            and {
-                "bits": num_fraction_bits(run.secure_sum, run.cohort),
-                "most": run.secure_sum.max_fraction_bits(run.cohort),
-            }
-        ),
-        "channel.secure_sum.fraction_bits: must be <= {most}, got {bits}; with "
-        "channel.secure_sum.range={run.secure_sum.range:g}, sums over {run.cohort} clients "
-        "would exceed 64-bit integers",
-    ),
-    # Homomorphic encryption
-    "homomorphic_server_step": CompatibilityRule(
-        ("algorithm.name", "channel.homomorphic"),
-        lambda run: run.homomorphic and not broadcasts_means(run.algorithm),
-        "algorithm.name={run.name} cannot be combined with channel.homomorphic here, because its "
-        "broadcasts are not the means of the last uploads; choose fedavg with server_lr=1 and "
-        "without weighting=sum, fedmd with align=0, fd or fedproto, or remove channel.homomorphic",
-    ),
-    "homomorphic_shares": CompatibilityRule(
+    Rule(
         ("clients.defaults.shares", "channel.homomorphic"),
         lambda run: run.homomorphic and run.unequal_shares(),
         "clients.defaults.shares: {found} shares other layers than others of its architecture, "
         "but with channel.homomorphic all of them receive one sum; give them the same shares",
+        stage="uploads",
     ),
-    "homomorphic_compression": CompatibilityRule(
-        ("channel.compress", "channel.homomorphic"),
-        lambda run: run.homomorphic and run.compressing_setting(),
-        "channel.{found} cannot be combined with channel.homomorphic, which encrypts every number; "
-        "remove one of them",
-    ),
-    "homomorphic_server_model": CompatibilityRule(
-        ("server.model", "channel.homomorphic"),
-        lambda run: run.homomorphic and run.federation.student is not None,
-        "server.model cannot be combined with channel.homomorphic, because the server cannot read "
-        "a model; remove one of them",
-    ),
-    "large_homomorphic_range": CompatibilityRule(
-        ("channel.homomorphic.range", "clients.per_round"),
-        lambda run: run.homomorphic and run.homomorphic.max_fraction_bits(run.cohort) < 1,
-        "channel.homomorphic.range: {run.homomorphic.range:g} is too large; sums over "
-        "{run.cohort} clients (clients.per_round) exceed the modulus of ciphertexts",
-    ),
-    "many_homomorphic_fraction_bits": CompatibilityRule(
-        ("channel.homomorphic.fraction_bits", "channel.homomorphic.range"),
-        lambda run: (
-            run.homomorphic
-            and num_fraction_bits(run.homomorphic, run.cohort)
-            > run.homomorphic.max_fraction_bits(run.cohort)
-            and {
-                "bits": num_fraction_bits(run.homomorphic, run.cohort),
-                "most": run.homomorphic.max_fraction_bits(run.cohort),
-            }
-        ),
-        "channel.homomorphic.fraction_bits: must be <= {most}, got {bits}; with "
-        "channel.homomorphic.range={run.homomorphic.range:g}, sums over {run.cohort} clients "
-        "would exceed the modulus of ciphertexts",
-    ),
-    # Robust aggregation
-    "robustness_without_uploads": CompatibilityRule(
-        ("aggregation.rule", "algorithm.name"),
-        lambda run: run.sends_nothing and run.single_uploads(),
-        "{found} cannot be combined with algorithm.name={run.name}, which has no uploads to "
-        "aggregate; choose another method",
-    ),
-    "idle_rule": CompatibilityRule(
+    # Robust aggregation and attacks
+    Rule(
         ("aggregation", "algorithm.name"),
-        lambda run: run.idle_rule(),
+        lambda run: run.idle_rules(),
         "aggregation.{key}={value} has no effect: {run.name} does not aggregate {items} here; "
         "use mean, or choose another algorithm.name",
+        stage="uploads",
     ),
-    "rule_beside_model": CompatibilityRule(
+    Rule(
         ("aggregation.rule", "algorithm.name"),
         lambda run: (
             "rule" in run.rules
-            and first(name for name, how in run.dry_round[1] if how in PARAMETERS)
+            and first(name for name, how in run.aggregated_items if how in PARAMETERS)
         ),
         "aggregation.rule={run.config.aggregation.rule} cannot be combined with "
         "algorithm.name={run.name}, which averages '{found}' separately from its model",
+        stage="uploads",
     ),
-    "exclusive_rule": CompatibilityRule(
-        ("aggregation.predictions", "data set"),
-        lambda run: (
-            run.task.kind != "multiclass"
-            and "predictions" in run.rules
-            and prediction_rule[run.rules["predictions"]].exclusive
-            and run.rules["predictions"]
-        ),
-        "aggregation.predictions={found} requires a multiclass task, but the data set has a "
-        "{run.task.kind} task",
-    ),
-    "outvoted_rule": CompatibilityRule(
-        ("aggregation.rule", "aggregation.malicious"),
+    Rule(
+        ("aggregation", "aggregation.malicious"),
         lambda run: run.outvoted_rule(),
         "aggregation.{key}={value} tolerates {malicious} "
         "(aggregation.malicious={run.config.aggregation.malicious:g}) "
-        "among {least} or more clients, but {senders} upload {item}; {advice}",
+        "among {least} or more clients, but {senders} upload {item}; set aggregation.malicious to "
+        "{most} or less, or use the model for more clients",
+        stage="uploads",
     ),
-    # Attacks
-    "attack_on_nothing": CompatibilityRule(
+    Rule(
         ("attacks.name", "algorithm.name"),
-        lambda run: run.attack and run.missing_targets(),
-        "{run.attack} changes {found}, which algorithm.name={run.name} does not upload here",
+        lambda run: run.missing_targets(),
+        "attacks.name={run.config.attacks.name} changes {found}, which algorithm.name={run.name} "
+        "does not upload here",
+        stage="uploads",
     ),
-    "attack_on_factors": CompatibilityRule(
-        ("attacks.name", "algorithm.name"),
-        lambda run: (
-            "updates" in run.acts_on and any(spec.ranks for spec in run.algorithm.uploads.values())
-        ),
-        "{run.attack} cannot be combined with algorithm.name={run.name}, which uploads "
-        "factors of updates; choose label_flip",
-    ),
-    "attack_on_classes": CompatibilityRule(
-        ("attacks.name", "data set"),
-        lambda run: "data" in run.acts_on and run.task.kind == "regression",
-        "{run.attack} requires a classification task, but the data set has a regression task",
-    ),
-    "trigger_of_other_task": CompatibilityRule(
-        ("attacks.name", "data set"),
-        lambda run: run.has_trigger and run.task.kind != "multiclass",
-        "{run.attack} requires a multiclass task, but the data set has a {run.task.kind} task",
-    ),
-    "trigger_without_images": CompatibilityRule(
-        ("attacks.name", "images"),
-        lambda run: (
-            run.has_trigger and any(len(profile.arch.input_shape) != 3 for profile in run.profiles)
-        ),
-        "{run.attack} requires images, but the data of some clients are not images",
-    ),
-    "attack_after_the_run": CompatibilityRule(
+    Rule(
         ("attacks.from_round", "rounds"),
         lambda run: (
             run.config.attacks and run.config.attacks.from_round > run.federation.num_rounds
@@ -367,50 +269,25 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "attacks.from_round: must be <= {run.federation.num_rounds}, the last round (rounds), "
         "got {run.config.attacks.from_round}",
     ),
-    "trigger_larger_than_images": CompatibilityRule(
+    Rule(
         ("attacks.trigger", "images"),
-        lambda run: run.has_trigger and run.small_image(),
+        lambda run: run.small_image(),
         "attacks.trigger: must be <= {found}, the side length of the images in pixels, got "
         "{run.config.attacks.trigger}",
     ),
-    "unknown_class_in_attack": CompatibilityRule(
-        ("attacks.target", "classes"),
-        lambda run: run.unknown_class(),
+    Rule(
+        ("attacks", "classes"),
+        lambda run: run.unknown_classes(),
         "attacks.{key}: class must be < {run.task.outputs}, the number of classes, got {value}",
     ),
     # Asynchronous runs
-    "asynchronous_single_uploads": CompatibilityRule(
-        ("runtime.mode", "algorithm.name"),
-        lambda run: run.is_async and (run.algorithm.needs.all_clients or run.items_used_singly()),
-        "runtime.mode=async cannot be combined with algorithm.name={run.name}, which needs "
-        "all uploads of one cohort",
-    ),
-    "asynchronous_proxy_rows": CompatibilityRule(
-        ("algorithm.proxy_rows", "runtime.mode"),
-        lambda run: run.is_async and run.drawn_proxy_rows(),
-        "algorithm.proxy_rows={found} cannot be combined with runtime.mode=async, because "
-        "predictions of different versions must be on the same rows; remove it, or lower "
-        "data.proxy.size",
-    ),
-    "buffer_of_one": CompatibilityRule(
-        ("runtime.buffer", "algorithm.name"),
-        lambda run: run.policy.buffer_size == 1 and run.config.runtime.buffer,
-        "runtime.buffer={found} cannot be combined with algorithm.name={run.name}, which "
-        "aggregates after each upload",
-    ),
-    "two_buffers": CompatibilityRule(
-        ("runtime.buffer", "algorithm.buffer"),
-        lambda run: run.policy.buffer_size and run.config.runtime.buffer,
-        "runtime.buffer={found} cannot be combined with algorithm.name={run.name}, which uses "
-        "algorithm.buffer={run.policy.buffer_size}",
-    ),
-    "instant_clients": CompatibilityRule(
+    Rule(
         ("devices", "runtime.mode"),
         lambda run: run.is_async and run.instant_client(),
         "{key}: tasks of {client} take no time, so that with runtime.mode=async it would run "
         "before all other clients; set speed, up or down for all clients (devices, machine)",
     ),
-    "large_buffer": CompatibilityRule(
+    Rule(
         ("buffer", "rounds"),
         lambda run: (
             run.is_async
@@ -421,150 +298,191 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "{run.concurrency} clients, got {run.buffer_size}",
     ),
     # Privacy
-    "private_rows_in_one_place": CompatibilityRule(
-        ("privacy.unit", "algorithm.name"),
-        lambda run: run.unit and run.algorithm.needs.all_clients and not run.algorithm.uploads,
-        "privacy.unit={run.unit} cannot be combined with algorithm.name={run.name}, which "
-        "collects all private rows in one place",
-    ),
-    "private_statistics": CompatibilityRule(
-        ("preprocess.normalize", "privacy.unit"),
-        lambda run: (
-            run.unit
-            and first(
-                profile.first
-                for profile in run.profiles
-                if profile.settings.preprocess.normalize == "own"
-            )
-        ),
-        "clients: '{found}': preprocess.normalize=own cannot be combined with "
-        "privacy.unit={run.unit}, because no noise is added to these statistics; set fixed "
-        "numbers",
-    ),
-    "private_initial_phase": CompatibilityRule(
-        ("algorithm.initial_phase", "privacy.unit"),
-        lambda run: (
-            run.unit == "record"
-            and isinstance(run.algorithm, InitialPhase)
-            and run.algorithm.initial_phase
-        ),
-        "algorithm.initial_phase=true cannot be combined with privacy.unit={run.unit}, which "
-        "does not account for its epochs on private rows; set it to false, or set "
-        "privacy.unit=client or local",
-    ),
-    "private_rows_sent": CompatibilityRule(
-        ("privacy.unit", "algorithm.name"),
-        lambda run: (
-            run.unit
-            and first(
-                name
-                for name, spec in run.uploadable.items()
-                if spec.kind == "rows" and spec.rows_of == "train"
-            )
-        ),
-        "privacy.unit={run.unit} cannot be combined with algorithm.name={run.name}, which "
-        "uploads '{found}' of every private row",
-    ),
-    "private_records_mixed": CompatibilityRule(
+    Rule(
         ("model", "privacy.unit"),
         lambda run: run.unit == "record" and run.mixing_model(),
-        "{key}={model} cannot be combined with privacy.unit={run.unit}, because {reason}; choose "
-        "{other}",
+        "{key}={model} cannot be combined with privacy.unit={run.unit}: {reason}; choose {other}",
     ),
-    "private_fine_tuning": CompatibilityRule(
-        ("fine_tune_epochs", "privacy.unit"),
-        lambda run: run.unit == "record" and run.private_fine_tuning(),
-        "clients: '{found}': fine_tune_epochs cannot be combined with privacy.unit={run.unit}, "
-        "which does not account for training before evaluation; set it to 0",
-    ),
-    "private_records_in_evaluation": CompatibilityRule(
-        ("privacy.unit", "algorithm.name"),
-        lambda run: run.unit == "record" and run.trains_before_evaluation(),
-        "privacy.unit={run.unit} cannot be combined with algorithm.name={run.name}, which "
-        "trains on private rows before evaluation without accounting",
-    ),
-    "private_records_unaccounted": CompatibilityRule(
-        ("privacy.unit", "algorithm.name"),
-        lambda run: run.unit == "record" and run.unaccountable_training(),
-        "privacy.unit={run.unit} cannot be combined with algorithm.name={run.name}: {found}",
-    ),
-    "clip_of_unknown_item": CompatibilityRule(
+    Rule(
         ("privacy.clip", "algorithm.name"),
-        lambda run: run.unit in BOUNDED and run.unknown_clip(),
+        lambda run: run.is_bounded and run.unknown_clip(),
         "privacy.clip: algorithm.name={run.name} does not upload '{item}'{hint}",
     ),
-    "votes_without_classes": CompatibilityRule(
-        ("privacy.votes", "algorithm.name"),
+)
+
+NOTES = (
+    Rule(
+        ("channel", "algorithm.name"),
+        lambda run: idle_stages(run.name, run.algorithm, run.federation),
+        "{found}",
+    ),
+    # Sums
+    Rule(
+        ("range", "clients.per_round"),
+        lambda run: run.summed and run.summed["step"] > PRECISION_OF_MEANS and run.summed,
+        "channel.{key} rounds the weighted values of clients to multiples of {step:.1g}; "
+        "change channel.{key}.{change} for more binary digits",
+        line_type=Caution,
+    ),
+    Rule(
+        ("channel.secure_sum.threshold", "clients.per_round"),
         lambda run: (
-            run.privacy
-            and run.privacy.votes
-            and (
-                run.task.kind != "multiclass"
-                or not any(spec.prediction_type for spec in run.uploadable.values())
-            )
+            run.secure_sum
+            and run.secure_sum.threshold is not None
+            and (2 * run.secure_sum.min_survivors(run.cohort) - run.cohort - 1 or "none")
         ),
-        "privacy.votes: requires a method that uploads class predictions of a multiclass task, "
-        "got algorithm.name={run.name}",
+        "channel.secure_sum.threshold: the server learns single uploads if more than {found} of "
+        "the {run.cohort} clients collude with it",
     ),
-    "bounded_factors": CompatibilityRule(
-        ("privacy.unit", "algorithm.name"),
+    Rule(
+        ("channel.compress", "channel.secure_sum"),
+        lambda run: run.secure_sum is not None and bool(run.config.channel.compress),
+        "channel.compress rounds the values that clients upload; with channel.secure_sum it does "
+        "not make messages smaller",
+    ),
+    Rule(
+        ("channel.secure_sum", "model"),
+        lambda run: run.secure_sum and run.clients_alone_in_sum(),
+        "channel.secure_sum does not hide some items of {found}: no other client uploads these "
+        "tensors, so their sum equals the client's upload",
+        line_type=Caution,
+    ),
+    Rule(
+        ("channel.homomorphic", "data set"),
+        lambda run: run.homomorphic is not None,
+        "channel.homomorphic: the server cannot read its models, so their scores are missing; "
+        "clients evaluate the models that they decrypt",
+    ),
+    # Privacy
+    Rule(
+        ("privacy.unit", "model"),
+        lambda run: run.is_bounded and run.unshared_tensor(),
+        "privacy.unit={run.unit}: '{name}' of {model}, and whatever else training changes without "
+        "noise, stays at the clients, so the server has no model to deploy",
+    ),
+    Rule(
+        ("privacy.delta", "clients"),
+        lambda run: run.weakly_protected(),
+        "privacy.delta: {run.config.privacy.delta:g} allows a mechanism that reveals one of "
+        "{found}; choose less than one over their number",
+        line_type=Caution,
+    ),
+    # Methods
+    Rule(
+        ("algorithm.initial_phase", "data.proxy.labels"),
+        lambda run: run.algorithm.needs.proxy_set == "labeled",
+        "{run.name} trains on the labels of the proxy set before a client's first round "
+        "(algorithm.initial_phase)",
+    ),
+    Rule(
+        ("algorithm.name", "model"),
+        lambda run: ", ".join(dict.fromkeys(p.arch.spec_id for p in run.clients_alone(all))),
+        "{run.name} averages clients with the same architecture: only one client has each of "
+        "{found}",
+    ),
+    Rule(
+        ("clients", "model"),
+        lambda run: run.similar_modules(),
+        "{run.name} does not average the modules of '{one}' and '{other}': they have the same "
+        "class and tensors, but differ in {names}; create them with equal values to average them",
+        line_type=Caution,
+    ),
+    Rule(
+        ("algorithm.teacher", "data set"),
+        lambda run: run.idle_teacher_settings(),
+        "{found}, because the data set has a {run.task.kind} task",
+    ),
+    Rule(
+        ("recalibrate", "data.proxy.size"),
         lambda run: (
-            run.unit in BOUNDED
-            and first(name for name, spec in run.uploadable.items() if spec.ranks)
+            not run.num_proxy
+            and first(key for key, name, _ in run.enabled_options() if name == "recalibrate")
         ),
-        "privacy.unit={run.unit} cannot be combined with algorithm.name={run.name}, because "
-        "the shape of '{found}' depends on private values",
+        "{found} has no effect without a proxy set (data.proxy.size is 0)",
     ),
-    "private_clients_single_uploads": CompatibilityRule(
-        ("privacy.unit", "algorithm.name"),
+    Rule(
+        ("server.model", "data.proxy.size"),
+        lambda run: run.config.server.model and run.federation.student is None,
+        "server.model is ignored: a server model is distilled from a consensus on a proxy set, "
+        "which this run does not have",
+    ),
+    Rule(
+        ("evaluation.clients", "clients"),
+        lambda run: run.num_evaluated(),
+        "evaluation.clients: every evaluation uses the same {found:,} of {run.num_clients:,} "
+        "clients",
+    ),
+    # Robust aggregation and attacks
+    Rule(
+        ("aggregation.rule", "algorithm.name"),
+        lambda run: run.rules and run.unprotected_items(),
+        "aggregation.{key}=mean: {items} of malicious clients are averaged without protection",
+        line_type=Caution,
+    ),
+    Rule(
+        ("aggregation.rule", "algorithm.name"),
+        lambda run: run.rules and sorted({n for n, how in run.aggregated_items if how == "counts"}),
+        "{found} are summed without protection from malicious clients",
+        line_type=Caution,
+    ),
+    Rule(
+        ("attacks.name", "clients"),
+        lambda run: run.named_malicious(),
+        "{count:,} of {run.num_clients:,} clients are malicious ({run.config.attacks.name}, from "
+        "round {run.config.attacks.from_round}): {ids}; scores are means over the other clients",
+    ),
+    # Asynchronous runs
+    Rule(
+        ("runtime.mode", "algorithm.name"),
+        lambda run: run.is_async and run.config.runtime.mode == "sync",
+        "runtime.mode=async: {run.name} aggregates uploads as they arrive",
+    ),
+    Rule(
+        ("runtime.staleness", "runtime.mode"),
+        lambda run: run.is_async and run.staleness.unused_keys,
+        "{run.staleness_key}.{found} is ignored because the staleness kind is {run.staleness.kind}",
+    ),
+    Rule(
+        ("runtime.staleness", "runtime.buffer"),
         lambda run: (
-            run.unit == "client"
-            and first(name for name, spec in run.uploadable.items() if spec.use == "each")
+            run.is_async
+            and run.buffer_size == 1
+            and run.policy.staleness is None
+            and run.staleness.kind != "constant"
         ),
-        "privacy.unit={run.unit} cannot be combined with algorithm.name={run.name}, which "
-        "needs single uploads ('{found}'); set privacy.unit=local",
+        "runtime.staleness has no effect with runtime.buffer=1: the weighted mean of one upload is "
+        "that upload; consider algorithm.name=fedasync, whose server steps shrink with staleness",
     ),
-    "bounded_uploads_share_rarely": CompatibilityRule(
-        ("share_every", "privacy.unit"),
-        lambda run: run.unit in BOUNDED and run.rare_sender(),
-        "clients: '{client}': share_every={every} cannot be combined with "
-        "privacy.unit={run.unit}, because an update is relative to the broadcast of the same "
-        "round",
+    Rule(
+        ("devices", "runtime.mode"),
+        lambda run: (
+            run.is_async and run.config.devices is None and not run.federation.data.is_distributed
+        ),
+        "devices: not set, so tasks take no time and tasks that start together end together",
     ),
-    "parameters_without_start": CompatibilityRule(
-        ("privacy.unit", "algorithm.name"),
-        lambda run: run.unit in BOUNDED and run.item_without_start(),
-        "privacy.unit={run.unit} cannot be combined with algorithm.name={run.name}, because "
-        "'{found}' is not relative to a broadcast",
-    ),
-}
+)
+"""Rules whose lines are notes for the log on settings that are valid but may not be intended."""
 
 
-def check_compatibility(run: RunFacts) -> None:
-    """Check that the data, models, method and settings of a prepared run can be combined.
-
-    The rules in `RULES_AFTER_PREPARATION` are checked, and each auxiliary model is built once.
-    User-defined methods are also checked in a dry run.
+def check(run: Facts, stage: Stage) -> None:
+    """Check all features and rules that are known at a stage.
 
     Args:
-        run: Properties of the run.
+        run: The facts.
+        stage: "config" before data is loaded, "run" before dry runs of the method, or "uploads"
+            before training.
 
     Raises:
-        UserError: If a rule is violated, an auxiliary model cannot be built, or user-defined code
-            is invalid.
-        RunFailedError: If a user-defined method fails in the dry run.
+        UserError: If two features exclude each other, or a rule is violated.
     """
-    import_user_classes(run.config.aggregation, run.config.attacks)
-    checked = {profile.arch for profile in run.profiles}
-    for profile in run.profiles:
-        for slot, arch in profile.models.items():
-            if arch in checked:
-                continue
-            try:
-                arch.check()
-            except ModelError as error:
-                raise UserError(f"algorithm.{slot}: {error}") from None
-            checked.add(arch)
-    check_rules(RULES_AFTER_PREPARATION, run)
-    if is_user_method(run.algorithm):
-        check_user_method(run.algorithm, run.federation)
+    if stage != "uploads":
+        check_features(run, stage)
+    for rule in RULES:
+        if rule.stage == stage:
+            for line in rule.lines(run):
+                raise UserError(line)
+
+
+def notes(run: RunFacts) -> list[str]:
+    """Return the lines of all notes that apply to a run."""
+    return [line for note in NOTES for line in note.lines(run)]

@@ -1,14 +1,14 @@
-"""Properties of a run that depend on what its clients upload.
+"""Facts that follow from what the clients of a run upload.
 
 The method declares uploads. Their names, shapes and tensors are computed on first use with dry runs
-of the method.
+of the method. An item is a named part of an upload, such as a model or class statistics.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -16,31 +16,37 @@ from typing import Any
 from torch import Tensor
 
 from hetero_fl.aggregation import Upload, Uploads
+from hetero_fl.aggregation.uploads import owners_of_item
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast
 from hetero_fl.algorithms.round_parts import (
     permitted_part,
-    shareable_tensors,
-    shared_part,
     shared_parts,
 )
-from hetero_fl.communication.vector_layout import TensorKey, VectorLayout
 from hetero_fl.config import Config
-from hetero_fl.core.participant import ClientInfo, ClientProfile, floating_tensors
+from hetero_fl.config.base import StalenessConfig
+from hetero_fl.core.model_spec import Owner
+from hetero_fl.core.participant import ClientInfo, ClientProfile, Participant, floating_tensors
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.engine.driver import run_plan, translate_user_errors
-from hetero_fl.experiment.compatibility.config_facts import ConfigFacts, first
+from hetero_fl.experiment.compatibility.config_facts import Facts
 from hetero_fl.federation.expected import ExpectedUploads, first_broadcasts
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.summed_uploads.derived_setup import DerivedSetup
 from hetero_fl.privacy.client_side import uploadable_items
+from hetero_fl.robustness.rules import RobustRule, Rule, prediction_rule, rule
 from hetero_fl.utils.errors import suggest_or_list
-from hetero_fl.utils.objects import get_object
-from hetero_fl.utils.text import format_list
+from hetero_fl.utils.text import pluralize
+
+ITEMS_OF_RULES = {
+    "rule": ("models", "parameters"),
+    "predictions": ("rows", "predictions"),
+    "statistics": ("class_sums", "class sums"),
+}
+"""Kind and description of the items to which each key of the section `aggregation` applies."""
 
 
-class UploadFacts(ConfigFacts):
-    """Properties of a run that depend on what its clients upload.
+class UploadFacts(Facts):
+    """Facts that follow from what the clients of a run upload.
 
     Args:
         config: The configuration.
@@ -52,19 +58,26 @@ class UploadFacts(ConfigFacts):
         super().__init__(config, federation.client_infos.clients, algorithm)
         self.federation = federation
         self.task = federation.task
+        self.profiles = federation.client_infos.profiles
+        self.settings = [(profile.first, profile.settings) for profile in self.profiles]
         self.num_clients = len(federation.client_infos)
         self.num_proxy = federation.data.n_proxy
-        self.profiles = federation.client_infos.profiles
         self.cohort = federation.cohort
-        # Without uploads, secure aggregation and homomorphic encryption are not used.
-        self.secure_sum = config.channel.secure_sum if algorithm.uploads else None
-        self.homomorphic = config.channel.homomorphic if algorithm.uploads else None
         self.concurrency = config.clients.per_round or self.num_clients
         self.num_uploads = config.rounds * self.concurrency
         self.buffer_size = self.policy.buffer_size or config.runtime.buffer or self.concurrency
+        # Staleness settings of the method, or of `runtime.staleness` if the method has none.
+        own = self.policy.staleness
+        self.staleness: StalenessConfig = own or config.runtime.staleness
+        self.staleness_key = "runtime.staleness" if own is None else "algorithm"
         self.sends_nothing = algorithm.needs.all_clients or not algorithm.uploads
         self.malicious = federation.malicious
-        self.attack = f"attacks.name={config.attacks.name}" if config.attacks else None
+        self.has_trigger = self.malicious is not None and self.malicious.has_trigger
+        self.acts_on = set(self.malicious.attack.acts_on) if self.malicious else set()
+        aggregation = config.aggregation.model_dump(include=set(ITEMS_OF_RULES))
+        self.rules = {key: name for key, name in aggregation.items() if name != "mean"}
+
+    # Items
 
     @cached_property
     def declared(self) -> dict[str, ItemSpec]:
@@ -74,18 +87,32 @@ class UploadFacts(ConfigFacts):
     @cached_property
     def shared(self) -> set[str]:
         """Kinds of data that at least one client shares, named as in the setting `shares`."""
-        settings = [profile.settings for profile in self.profiles]
-        named = {share for own in settings for share in own.shares}
-        return named | {"parameters" for own in settings if permitted_part(own.shares)}
+        named = {share for _, own in self.settings for share in own.shares}
+        return named | {"parameters" for _, own in self.settings if permitted_part(own.shares)}
+
+    @property
+    def shares_model(self) -> bool:
+        """Whether clients upload an item `model`."""
+        model = self.declared.get("model")
+        return model is not None and model.needed_share in self.shared
 
     @cached_property
     def uploadable(self) -> dict[str, ItemSpec]:
         """Items that at least one client may upload, keyed by name."""
         return uploadable_items(self.algorithm, self.federation)
 
-    def items_used_singly(self) -> str:
-        """Return the names of items that the method processes individually instead of as a sum."""
-        return ", ".join(n for n, spec in self.algorithm.uploads.items() if spec.use == "each")
+    @property
+    def publishes_rows(self) -> bool:
+        """Whether private rows, or values for each of them, leave the clients."""
+        if self.algorithm.needs.all_clients and not self.algorithm.uploads:
+            return True
+        return any(s.kind == "rows" and s.rows_of == "train" for s in self.uploadable.values())
+
+    @property
+    def predicts_classes(self) -> bool:
+        """Whether clients upload class predictions of a multiclass task."""
+        has_predictions = any(spec.prediction_type for spec in self.uploadable.values())
+        return has_predictions and self.task.kind == "multiclass"
 
     def missing_shares(self) -> str | None:
         """Describe the kinds of data that the method requires if no client shares any of these.
@@ -95,145 +122,32 @@ class UploadFacts(ConfigFacts):
         needed = {spec.needed_share for spec in self.declared.values()}
         return " or ".join(sorted(needed)) if needed and not needed & self.shared else None
 
+    # Parts of models
+
     def unknown_prefix(self) -> dict[str, str] | None:
-        """Return a configured prefix that matches no tensor name, or None.
+        """Return a configured prefix that matches no tensor of an averaged model, or None.
 
         Returns:
             A dictionary with the prefix, its configuration key and a suggestion, under `prefix`,
             `key` and `hint`.
         """
-        prefixes = dict.fromkeys(self.federation.common, "clients.common") | self._named_parts
-        names = self._tensor_names if prefixes else set()
+        prefixes = dict.fromkeys(self.federation.common, "clients.common")
+        for client, own in self.settings:
+            parts = [part for part in map(str, own.shares) if part.endswith(".")]
+            prefixes |= dict.fromkeys(parts, f"clients: '{client}': shares")
+        slots = shared_parts(self.algorithm) or ["model"]
+        pairs = product(self.profiles, slots)
+        archs = {profile.models[slot] for profile, slot in pairs if slot in profile.models}
+        tensors = [self.federation.initial_tensors(arch) for arch in archs] if prefixes else []
+        names = {name for own in tensors for name in floating_tensors(own)}
         for prefix, key in prefixes.items():
             if not any(name.startswith(prefix) for name in names):
                 depth = range(1, max(1, prefix.count(".")) + 1)
-                parts = {".".join(name.split(".")[:i]) + "." for name in names for i in depth}
-                return {"key": key, "prefix": prefix, "hint": suggest_or_list(prefix, parts)}
+                known = {".".join(name.split(".")[:i]) + "." for name in names for i in depth}
+                return {"key": key, "prefix": prefix, "hint": suggest_or_list(prefix, known)}
         return None
 
-    def part_of_other_model(self) -> str | None:
-        """Return a prefix in `shares` that matches no tensor of the averaged model, or None.
-
-        Only methods that average an auxiliary model are checked.
-        """
-        slots = shared_parts(self.algorithm)
-        if not self._named_parts or "model" in slots:
-            return None
-        for profile, slot in product(self.profiles, slots):
-            part = shared_part(self.algorithm, profile.settings, slot)
-            names = profile.models[slot].shapes
-            if any(part is None or name.startswith(part) for name in names):
-                return None
-        return first(self._named_parts)
-
-    def unequal_shares(self) -> str | None:
-        """Return the first client whose `shares` differ from those of its architecture, or None.
-
-        Clients that upload nothing are not compared.
-        """
-        parts: dict[str, list[Any]] = {}
-        slots = list(shared_parts(self.algorithm))
-        for profile in self.profiles:
-            own = [shared_part(self.algorithm, profile.settings, slot) for slot in slots]
-            is_sender = any(part != () for part in own)
-            if is_sender and parts.setdefault(profile.arch.spec_id, own) != own:
-                return profile.first
-        return None
-
-    @cached_property
-    def _named_parts(self) -> dict[str, str]:
-        return {
-            part: f"clients: '{profile.first}': shares"
-            for profile in self.profiles
-            for part in map(str, profile.settings.shares)
-            if part.endswith(".")
-        }
-
-    @cached_property
-    def _tensor_names(self) -> set[str]:
-        archs = {profile.arch for profile in self.profiles}
-        tensors = [floating_tensors(self.federation.initial_tensors(arch)) for arch in archs]
-        return {name for own in tensors for name in own}
-
-    @cached_property
-    def clients_alone(self) -> list[ClientProfile]:
-        """Profiles of clients whose uploaded tensors no other client uploads.
-
-        The list is empty if the clients upload items other than averaged models.
-        """
-        travel = {
-            spec.kind
-            for spec in self.declared.values()
-            if spec.needed_share in self.shared and (spec.kind != "rows" or self.num_proxy)
-        }
-        model = self.declared.get("model")
-        if model is None or model.use != "sum" or not travel <= {"params", "update"}:
-            return []
-        if self.num_clients == 1:
-            return []
-        common = self.federation.common
-        sent = []
-        for profile in self.profiles:
-            family = profile.arch.family_id
-            # Tensors with equal keys are averaged (see `hetero_fl.aggregation.means`).
-            own: set[tuple[str, tuple[int, ...], str]] = set()
-            for name, tensor in self.shareable_tensors(profile).items():
-                is_common = bool(common) and name.startswith(common)
-                own.add((name, tuple(tensor.shape), "") if is_common else (name, (), family))
-            sent.append((profile, own))
-        return _lone_owners(sent, all)
-
-    def shareable_tensors(self, profile: ClientProfile) -> Mapping[str, Tensor]:
-        """Return the model tensors that the clients of a profile upload, keyed by name."""
-        part = shared_part(self.algorithm, profile.settings)
-        initial = self.federation.initial_tensors(profile.arch)
-        return shareable_tensors(self.algorithm, profile.arch, initial, part)
-
-    def architectures_alone(self) -> dict[str, str] | None:
-        """Return the architectures of `clients_alone` and a matching verb, or None without any."""
-        groups = dict.fromkeys(profile.arch.spec_id for profile in self.clients_alone)
-        if not groups:
-            return None
-        return {"groups": ", ".join(groups), "verb": "has" if len(groups) == 1 else "have"}
-
-    def similar_modules(self) -> dict[str, str] | None:
-        """Describe two modules with equal tensors that are not averaged, or return None.
-
-        The modules are objects of one class, with other values of some attributes.
-        """
-        model = self.declared.get("model")
-        if model is None or model.needed_share not in self.shared:
-            return None
-        owners: dict[str, str] = {}
-        for profile in self.profiles:
-            if get_object(profile.arch.name) is not None:
-                owners.setdefault(profile.arch.name, profile.first)
-        groups: dict[object, list[str]] = {}
-        for name in owners:
-            groups.setdefault(get_object(name).signature, []).append(name)
-        # If modules of a group differ, one of them differs from the first.
-        for one, *others in groups.values():
-            for other in others:
-                if names := get_object(one).differences(get_object(other)):
-                    found = format_list(names, 3, quote=True)
-                    return {"one": owners[one], "other": owners[other], "names": found}
-        return None
-
-    def clients_alone_in_sum(self) -> str:
-        """Describe the clients with an uploaded tensor that no other client uploads.
-
-        The text is empty if there are no such clients.
-        """
-        derived = DerivedSetup(self.algorithm, self.federation)
-        layout = VectorLayout(derived.expectations.specs, self.federation.common)
-        sent = []
-        for profile in self.profiles:
-            # The index of the first round in which the client uploads is `share_every` - 1.
-            form = derived.upload_form(profile.first, profile.settings.share_every - 1)
-            keys: set[TensorKey] = set(layout.tensor_keys(profile.arch.spec_id, form))
-            sent.append((profile, keys))
-        alone = _lone_owners(sent, any)
-        return self.federation.client_infos.format_clients(alone) if alone else ""
+    # Dry runs
 
     @cached_property
     def expectations(self) -> ExpectedUploads:
@@ -246,62 +160,196 @@ class UploadFacts(ConfigFacts):
         with translate_user_errors():
             return first_broadcasts(self.algorithm, self.federation)
 
-    def unknown_clip(self) -> dict[str, str] | None:
-        """Return an item in `privacy.clip` that the method does not upload, or None."""
-        clip = self.privacy.clip if self.privacy else None
-        uploads = self.algorithm.uploads
-        unknown = first(n for n in clip if n not in uploads) if isinstance(clip, dict) else None
-        if unknown is None:
-            return None
-        return {"item": unknown, "hint": suggest_or_list(unknown, uploads)}
+    def trains_before_evaluation(self) -> bool:
+        """Return whether clients train on private rows before an evaluation of the models."""
+        privacy = self.expectations.privacy
+        # Only called for record-level privacy.
+        assert privacy is not None
+        with translate_user_errors():
+            for info, received in self.broadcasts:
+                client = self.expectations.placeholder_client(info, 0)
+                ledger = privacy.make_ledger(self.expectations.backend)
+                assert ledger is not None
+                for hook in (self.algorithm.deploy, self.algorithm.personalize):
+                    run_plan(client, hook(client, received), ledger)
+                if ledger.charges[client.participant_id]:
+                    return True
+        return False
+
+    # Clients that upload the same tensors
+
+    @cached_property
+    def uploaded(self) -> dict[str, Mapping[str, Item]]:
+        """Items that the first client of each profile uploads, with placeholder values.
+
+        The round is the first one in which all clients upload.
+        """
+        with translate_user_errors():
+            server = self.server_of_round()
+            items = {}
+            for client, _ in self.settings:
+                info = self.federation.client_infos[client]
+                broadcast = call_broadcast(self.algorithm, server, info)
+                index = server.round_context.round_idx
+                items[client] = self.expectations.expected_items(info, broadcast, index)
+            return items
+
+    def server_of_round(self) -> Participant:
+        """Return the initial server, in the first round in which all clients upload."""
+        intervals = {own.share_every for _, own in self.settings}
+        index = min(math.lcm(*intervals), self.federation.num_rounds) - 1
+        server = self.federation.server()
+        server.round_context = self.federation.round_context(index)
+        self.algorithm.setup(server)
+        return server
+
+    @cached_property
+    def aggregated_items(self) -> set[tuple[str, str]]:
+        """Names of the aggregated items, each with the kind of the aggregation (see `Uploads`)."""
+        infos = self.federation.client_infos
+        sent = [Upload(infos[c], Payload(dict(items))) for c, items in self.uploaded.items()]
+        received = Uploads(sent, self.algorithm.uploads, self.federation.common)
+        server = self.server_of_round()
+        with translate_user_errors():
+            run_plan(server, self.algorithm.aggregate(server, received), self.expectations.backend)
+        return received.aggregated_items
+
+    @cached_property
+    def uploaded_tensors(self) -> list[tuple[ClientProfile, dict[tuple[str, Owner], None]]]:
+        """The tensors that the clients of each profile upload.
+
+        A tensor is the name of an item and an owner. Equal tensors are combined.
+        """
+        found = []
+        for profile in self.profiles:
+            tensors: dict[tuple[str, Owner], None] = {}
+            for name, item in self.uploaded[profile.first].items():
+                spec = self.expectations.specs[name]
+                group = profile.arch.spec_id
+                _, owners = owners_of_item(item, group, spec, self.federation.common)
+                if spec.kind != "counts":
+                    tensors |= dict.fromkeys((name, owner) for owner in owners.values())
+            found.append((profile, tensors))
+        return found
+
+    def clients_alone(self, test: Callable[[Iterable[bool]], bool]) -> list[ClientProfile]:
+        """Return the profiles of clients with summed tensors that no other client uploads.
+
+        Args:
+            test: `all` if no other client may upload any of the client's tensors. `any` if at least
+                one tensor must not be uploaded by another client.
+        """
+        has_sums = any(spec.use == "sum" for spec in self.declared.values())
+        if not has_sums or self.num_clients == 1:
+            return []
+        count = Counter[tuple[str, Owner]]()
+        for profile, tensors in self.uploaded_tensors:
+            count.update(dict.fromkeys(tensors, profile.count))
+        specs = self.expectations.specs
+        alone = {tensor for tensor, n in count.items() if n == 1 and specs[tensor[0]].use == "sum"}
+        return [p for p, tensors in self.uploaded_tensors if test(t in alone for t in tensors)]
+
+    def clients_alone_in_sum(self) -> str:
+        """Describe the clients with an uploaded tensor that no other client uploads, or ""."""
+        alone = self.clients_alone(any)
+        return self.federation.client_infos.format_clients(alone) if alone else ""
+
+    def unequal_shares(self) -> str | None:
+        """Return the first client that uploads other tensors than others of its architecture.
+
+        Clients that upload nothing are not compared.
+        """
+        first_tensors: dict[str, dict[tuple[str, Owner], None]] = {}
+        for profile, tensors in self.uploaded_tensors:
+            if tensors and first_tensors.setdefault(profile.arch.spec_id, tensors) != tensors:
+                return profile.first
+        return None
 
     def item_without_start(self) -> str | None:
         """Return an item of parameters that is not relative to a broadcast, or None."""
-        with translate_user_errors():
-            for info, received in self.broadcasts:
-                for name, item in self.expectations.expected_items(info, received, 0).items():
-                    if item.kind == "params" and not isinstance(item.values, dict):
-                        return name
+        for items in self.uploaded.values():
+            for name, item in items.items():
+                if item.kind == "params" and not isinstance(item.values, dict):
+                    return name
         return None
 
+    # Robust rules and attacks
+
     @cached_property
-    def dry_round(self) -> tuple[dict[str, Mapping[str, Item]], set[tuple[str, str]]]:
-        """Result of a dry run of the first round in which all clients upload.
+    def items_by_rule(self) -> dict[str, list[str]]:
+        """Names of the items to which each key of the section `aggregation` applies."""
+        combined = self.aggregated_items
+        return {
+            key: sorted(name for name, how in combined if how == kind)
+            for key, (kind, _) in ITEMS_OF_RULES.items()
+        }
 
-        The first element contains the uploaded items, keyed by the first client of each profile.
-        The second element contains the items that the server aggregates (see
-        `Uploads.aggregated_items`).
+    def unprotected_items(self) -> list[dict[str, str]]:
+        """Return the items that are averaged without a robust rule, by the key of the rule."""
+        return [
+            {"key": key, "items": ", ".join(items)}
+            for key, items in self.items_by_rule.items()
+            if items and key not in self.rules
+        ]
+
+    def idle_rules(self) -> list[dict[str, str]]:
+        """Return the aggregation rules that apply to no item."""
+        return [
+            {"key": key, "value": value, "items": ITEMS_OF_RULES[key][1]}
+            for key, value in self.rules.items()
+            if not self.items_by_rule[key]
+        ]
+
+    def outvoted_rule(self) -> dict[str, Any] | None:
+        """Return an aggregation rule for which an item has too few uploads, or None."""
+        config = self.config.aggregation
+        for key, value in self.rules.items():
+            # The median of class sums requires as many clients as the base class.
+            combiner: RobustRule = Rule(config)
+            if key != "statistics":
+                combiner = (rule if key == "rule" else prediction_rule)[value](config)
+            for item, name, senders in self._senders():
+                malicious = config.num_malicious(senders)
+                least = combiner.min_clients(malicious)
+                if item in self.items_by_rule[key] and senders < least:
+                    tolerated = (f for f in range(senders) if combiner.min_clients(f) <= senders)
+                    return {
+                        "key": key,
+                        "value": value,
+                        "malicious": pluralize(malicious, "malicious client"),
+                        "least": least,
+                        "senders": senders,
+                        "item": name,
+                        "most": max(tolerated, default=0),
+                    }
+        return None
+
+    def _senders(self) -> Iterator[tuple[str, str, int]]:
+        """Yield the item, the name and the largest number of uploads of each tensor in a round."""
+        counts = Counter[tuple[str, Owner]]()
+        for profile, tensors in self.uploaded_tensors:
+            counts.update(dict.fromkeys(tensors, profile.count))
+        for (item, (name, _, group)), count in counts.items():
+            described = f"{name} of {group}" if group else name or item
+            is_single = self.expectations.specs[item].use == "each"
+            yield item, described, min(self.num_clients if is_single else count, self.cohort)
+        # The server also combines predictions that it computes with uploaded models.
+        for item in {name for name, _ in self.aggregated_items} - {item for item, _ in counts}:
+            yield item, item, min(self.num_clients, self.cohort)
+
+    def missing_targets(self) -> str | None:
+        """Describe the data that the attack changes if no client uploads such data.
+
+        The result is None if a client uploads such data, and without an attack.
         """
-        with translate_user_errors():
-            intervals = {profile.settings.share_every for profile in self.profiles}
-            index = min(math.lcm(*intervals), self.federation.num_rounds) - 1
-            server = self.federation.server()
-            server.round_context = self.federation.round_context(index)
-            self.algorithm.setup(server)
-            sent = {}
-            uploads = []
-            for profile in self.profiles:
-                info = self.federation.client_infos[profile.first]
-                broadcast = call_broadcast(self.algorithm, server, info)
-                items = self.expectations.expected_items(info, broadcast, index)
-                sent[profile.first] = items
-                uploads.append(Upload(info, Payload(dict(items))))
-            received = Uploads(uploads, self.algorithm.uploads, self.federation.common)
-            run_plan(server, self.algorithm.aggregate(server, received), self.expectations.backend)
-            return sent, received.aggregated_items
-
-
-def _lone_owners(
-    sent: list[tuple[ClientProfile, set[Any]]], test: Callable[[Iterable[bool]], bool]
-) -> list[ClientProfile]:
-    """Return the profiles of clients with uploaded tensors that no other client uploads.
-
-    Args:
-        sent: Pairs of a profile and the keys of the uploaded tensors.
-        test: `all` if no other client may upload any of the tensors. `any` if at least one tensor
-            must not be uploaded by another client.
-    """
-    owners = Counter[Any]()
-    for profile, keys in sent:
-        owners.update(dict.fromkeys(keys, profile.count))
-    return [profile for profile, keys in sent if test(owners[key] == 1 for key in keys)]
+        if not self.acts_on:
+            return None
+        present = {"data"}
+        for item in (item for sent in self.uploaded.values() for item in sent.values()):
+            if item.kind in ("params", "update", "class_sums"):
+                present.add("updates")
+            elif item.kind == "rows" and isinstance(item.values, Tensor):
+                present |= {"rows"} if item.values.is_floating_point() else set()
+        described = {"data": "labeled rows", "updates": "updates", "rows": "predictions"}
+        missing = [described[kind] for kind in sorted(self.acts_on)]
+        return None if self.acts_on & present else " and ".join(missing)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from hetero_fl.config.load import (
 )
 from hetero_fl.experiment.tutorial import is_tutorial, translate_tutorial
 from hetero_fl.reporting.loggers import make_loggers
-from hetero_fl.utils.code_permission import ALLOW_CODE, CODE_PREFIX, CodePermission, find_references
+from hetero_fl.utils.code_permission import ALLOW_CODE, CodePermission, find_references
 from hetero_fl.utils.errors import UserError, closest
 from hetero_fl.utils.objects import iterate_objects
 
@@ -36,14 +36,12 @@ class DraftConfig:
         raw: The configuration as plain values, with overrides.
         overrides: The overrides, as `key.path=value`.
         source: Name of the configuration file, for error messages.
-        written: The configuration as plain values, without overrides.
     """
 
     config: Config
     raw: dict[str, Any]
     overrides: list[str]
     source: str
-    written: dict[str, Any]
 
     @property
     def code_references(self) -> dict[str, str]:
@@ -57,45 +55,23 @@ class DraftConfig:
     def key_source(self, key: str) -> str:
         """Return the origin of a key.
 
-        The origin is the last override that sets the key or a section around it. If there is none,
-        the origin is the configuration file.
+        The origin is the last override that sets the key, a section around it or a key in it. If
+        there is none, the origin is the configuration file.
         """
         where = self.source
         for override in self.overrides:
             named = override.partition("=")[0]
-            if key == named or key.startswith(f"{named}."):
+            if f"{key}.".startswith(f"{named}.") or named.startswith(f"{key}."):
                 where = override
         return where
 
     def error(self, line: str) -> UserError:
         """Create an error whose message is prefixed with the origin of the key.
 
-        If the key is a section, the origin is the last override within the section whose removal
-        changes the error. If only the removal of all overrides within the section changes the
-        error, the origin is the last of these overrides.
-
         Args:
             line: Error message that begins with a key.
         """
-        key = key_of(line)
-        where = self.key_source(key)
-        # The search tries other combinations of overrides and must not import code.
-        names_code = bool(find_references([self.raw, self.written])) or any(
-            CODE_PREFIX in o for o in self.overrides
-        )
-        if where == self.source and not names_code:
-            where = self._override_in(key, line) or where
-        return UserError(prefix_origin(where, line))
-
-    def _override_in(self, section: str, line: str) -> str | None:
-        inside = [o for o in self.overrides if o.startswith(f"{section}.")]
-        if not inside or _find_error(self.written, []) == line:
-            return None
-        for override in reversed(inside):
-            if _find_error(self.written, [o for o in self.overrides if o != override]) != line:
-                return override
-        outside = [o for o in self.overrides if o not in inside]
-        return inside[-1] if _find_error(self.written, outside) != line else None
+        return UserError(prefix_origin(self.key_source(key_of(line)), line))
 
 
 def load_config(
@@ -206,25 +182,10 @@ def draft_config(source: Source, overrides: Overrides = ()) -> DraftConfig:
         raw, overrides = translate_tutorial(raw, overrides, where)
     values = apply_overrides(raw, overrides)
     try:
-        return DraftConfig(Config.model_validate(values), values, overrides, where, raw)
+        return DraftConfig(Config.model_validate(values), values, overrides, where)
     except ValidationError as error:
-        draft = DraftConfig(Config(), values, overrides, where, raw)
+        draft = DraftConfig(Config(), values, overrides, where)
         raise draft.error(describe_error(error, values, own=_method_keys(values))) from None
-
-
-def _find_error(raw: dict[str, Any], overrides: Sequence[str]) -> str | None:
-    """Return the first error in a configuration, or None if the configuration is valid.
-
-    The configuration must not contain references to code.
-    """
-    try:
-        values = apply_overrides(raw, overrides)
-        _validate_algorithm(Config.model_validate(values).algorithm)
-    except ValidationError as error:
-        return describe_error(error, values, own=_method_keys(values))
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def _load_algorithm_config(draft: DraftConfig, permission: CodePermission) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
-from hetero_fl.config.base import ConfigSection, choice_type, format_value
+from hetero_fl.config.base import ConfigSection, choice_type
 from hetero_fl.config.errors import describe_error, prefix_origin
+from hetero_fl.config.load import apply_overrides
 from hetero_fl.config.schema import Config
 from hetero_fl.utils.errors import UserError, suggest_or_list, suggest_similar
 
@@ -72,7 +72,7 @@ def is_tutorial(raw: Mapping[str, Any]) -> bool:
 
 
 def translate_tutorial(
-    raw: Mapping[str, Any], overrides: Iterable[str], where: str
+    raw: dict[str, Any], overrides: Sequence[str], where: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Translate a file in the tutorial's format to a configuration.
 
@@ -88,55 +88,34 @@ def translate_tutorial(
     Raises:
         UserError: If a key is missing or unknown, or a value is invalid.
     """
-    raw = dict(raw)
-    remaining = []
-    source: dict[str, str] = {}
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if equals and key in KEYS:
-            raw[key] = _parse_value(override, value)
-            source[key] = override
-        elif (
+    own = [override for override in overrides if override.partition("=")[0] in KEYS]
+    remaining = [override for override in overrides if override not in own]
+    raw = apply_overrides(raw, own)
+    origins = {override.partition("=")[0]: override for override in own}
+    for override in remaining:
+        key = override.partition("=")[0]
+        if (
             "." not in key
             and key not in Config.model_fields
             and (hint := suggest_similar(key, KEYS))
         ):
             raise UserError(prefix_origin(override, f"{key}: unknown key{hint}"))
-        else:
-            remaining.append(override)
-    _check_tutorial_keys(raw, where)
+    for key in raw.keys() - KEYS:
+        raise UserError(
+            f"{where}: {key}: unknown key of the tutorial's format{suggest_or_list(key, KEYS)} "
+            "(other settings can be given on the command line as key.path=value)"
+        )
     try:
         settings = Tutorial.model_validate(raw)
     except ValidationError as error:
         line = describe_error(error, raw, Tutorial)
-        origin = source.get(line.partition(": ")[0], where)
+        origin = origins.get(line.partition(": ")[0], where)
         raise UserError(prefix_origin(origin, line)) from None
     if settings.k > settings.no_models:
-        origin = source.get("k") or source.get("no_models", where)
+        origin = origins.get("k") or origins.get("no_models", where)
         line = f"k: must be <= no_models, which is {settings.no_models}, got {settings.k}"
         raise UserError(prefix_origin(origin, line))
     return _to_configuration(settings), remaining
-
-
-def _check_tutorial_keys(raw: Mapping[str, Any], where: str) -> None:
-    for key in raw:
-        if key not in KEYS:
-            raise UserError(
-                f"{where}: {key}: unknown key of the tutorial's format{suggest_or_list(key, KEYS)} "
-                "(other settings can be given on the command line as key.path=value)"
-            )
-    for key in KEYS:
-        if key not in raw:
-            raise UserError(
-                f"{where}: {key}: missing; the tutorial's format requires {', '.join(KEYS)}"
-            )
-
-
-def _parse_value(override: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
-        raise UserError(f"{override}: expected a YAML value, got {format_value(text)}") from None
 
 
 def _to_configuration(tutorial: Tutorial) -> dict[str, Any]:

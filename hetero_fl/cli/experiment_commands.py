@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     "--out",
     type=PATH,
     metavar="DIR",
-    help="Output folder for audit.json, audit.png and audit.html.  [default: RUN/audit]",
+    help="Output folder for audit.json and audit.html.  [default: RUN/audit]",
 )
 @allow_code_option
 @quiet_option
@@ -84,7 +84,7 @@ def audit(
     from rich.table import Table
 
     from hetero_fl import experiment
-    from hetero_fl.experiment.auditing.report import audit_tables
+    from hetero_fl.experiment.auditing.audit import audit_tables
     from hetero_fl.reporting.terminal import Terminal
 
     folder = out or run / "audit"
@@ -390,7 +390,7 @@ def join(
     The result is compared with training from scratch.
     """
     from hetero_fl import experiment
-    from hetero_fl.experiment.onboarding.transfer import TransferSource
+    from hetero_fl.experiment.joining.transfer import TransferSource
     from hetero_fl.reporting.run import Run
 
     num_patients = parse_numbers("--patients", patients)

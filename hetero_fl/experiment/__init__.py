@@ -4,7 +4,7 @@ from hetero_fl.experiment.auditing.audit import audit
 from hetero_fl.experiment.comparison import compare
 from hetero_fl.experiment.evaluation import evaluate
 from hetero_fl.experiment.exporting.export import export
-from hetero_fl.experiment.onboarding.joining_clients import join
+from hetero_fl.experiment.joining.join import join
 from hetero_fl.experiment.preparation import PreparedRun, prepare
 from hetero_fl.experiment.runner import run
 

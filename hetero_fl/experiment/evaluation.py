@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.config.data import SHARED_KEYS, ReadConfig, SourceConfig
+from hetero_fl.config.data import SHARED_KEYS, SourceConfig
 from hetero_fl.core.images import check_pixels
 from hetero_fl.core.mapped_tensors import map_rows
 from hetero_fl.core.metrics import score
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
-from hetero_fl.data import ColumnLayout, Dataset, Examples, Preprocess, load_source, with_test
+from hetero_fl.data import ColumnLayout, Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.external import (
     ROLE_KEYS,
     VALUE_KEYS,
@@ -29,7 +29,6 @@ from hetero_fl.data.external import (
 from hetero_fl.data.labels import renumber_targets
 from hetero_fl.data.preprocessing import usable_rows
 from hetero_fl.data.registry import (
-    Key,
     has_documented_classes,
     reads_key,
     reads_own_npz,
@@ -39,7 +38,7 @@ from hetero_fl.data.sources.images import is_grouped
 from hetero_fl.data.sources.npz_files import has_images
 from hetero_fl.data.sources.objects import has_columns, to_dataset
 from hetero_fl.experiment.client import column_name
-from hetero_fl.experiment.onboarding.transfer import TransferSource
+from hetero_fl.experiment.finished_runs import note_on_training_rows, prepare_again
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import ArgumentError, UserError, printable, suggest_file
@@ -96,43 +95,50 @@ def evaluate(
         >>> sorted(scores["server"])[:3]
         ['accuracy', 'auroc', 'average_precision']
     """
-    named_label = column_name(label)
     run = Run.open(run, allow_code)
     models = run.load_models(client)
-    if isinstance(data, str | Path):
-        title = str(data)
-        CodePermission.from_argument(allow_code).check_caller_references(
-            find_references({"--data": title})
-        )
-        dataset = load_as(run, title, named_label, models)
-    else:
-        dataset = from_objects(run, data, named_label, models)
-        title = dataset.name
+    dataset = load_for_models(run, data, column_name(label), models, allow_code)
+    title = str(data) if isinstance(data, str | Path) else dataset.name
     # A named source without a test split is split as in a federation. The name of the run's source
-    # takes precedence over a file, as in `load_as`.
+    # takes precedence over a file, as in `load_for_models`.
     configured = run.directory.config().get("data") or {}
     is_named = isinstance(data, str) and (data == configured.get("name") or not Path(data).exists())
     dataset_with_test = with_test(dataset) if is_named else dataset
     examples = dataset_with_test.test or dataset_with_test.train
+    is_range_chosen = configured.get("range") is not None
     results = {}
     for name, model in models.items():
         y = targets_of_models(run, examples.labels, dataset, model.task, title)
-        _check_model_fits(name, model, dataset, examples, data=title)
-        is_chosen = configured.get("range") is not None
-        pixel_range = model.preprocess.get("pixel_range")
-        check_pixels(examples.x, pixel_range, f"data: {title}", complete=not is_chosen)
+        check_fits(name, model, dataset, title)
         preprocess = Preprocess.of_model(model)
+        unusable = ~usable_rows(examples.x, preprocess)
+        if preprocess.missing is None and bool(unusable.any()):
+            place = examples.locate(int(unusable.to(torch.uint8).argmax()), "the data")
+            raise ArgumentError(
+                f"data: {title}: {place} has no value that the model of {name} needs"
+            )
+        check_pixels(
+            examples.x, preprocess.pixel_range, f"data: {title}", complete=not is_range_chosen
+        )
         logits = model.logits(map_rows(examples.x, preprocess), personal)
         results[name] = score(model.task, logits, y, examples.unit, excluded=examples.excluded)
-    rows = f"the {pluralize(len(examples), 'row')} of {title}"
-    if run.directory.finished and (
-        note := TransferSource(run).overlap(examples.x, rows, "the models")
-    ):
+    for note in _notes_on_rows(run, examples.x, title):
         if log is None:
             warnings.warn(printable(note), UserWarning, stacklevel=2)
         else:
             log(note)
     return results
+
+
+def _notes_on_rows(run: Run, x: Tensor, title: str) -> list[str]:
+    """Return a note if rows were training rows of a finished run whose data is available."""
+    if not run.directory.finished:
+        return []
+    try:
+        prepared = prepare_again(run)
+    except UserError:
+        return []
+    return note_on_training_rows(prepared, x, f"the {pluralize(len(x), 'row')} of {title}")
 
 
 def targets_of_models(run: Run, y: Tensor, dataset: Dataset, known: Task, title: str) -> Tensor:
@@ -154,92 +160,80 @@ def targets_of_models(run: Run, y: Tensor, dataset: Dataset, known: Task, title:
         return renumber_targets(y, dataset.task, known, f"data: {title}", numbered=numbered)
 
 
-def _check_model_fits(
-    name: str, model: SavedModel, dataset: Dataset, examples: Examples, *, data: str
-) -> None:
-    """Raise ArgumentError if a model cannot process the examples of a data set."""
+def check_fits(name: str, model: SavedModel, dataset: Dataset, title: str) -> None:
+    """Check that examples of a data set have the shape that a model requires.
+
+    Args:
+        name: Client id or "server".
+        model: The model.
+        dataset: The data set.
+        title: Name of the data set in messages.
+
+    Raises:
+        ArgumentError: If the shapes or vocabularies differ.
+    """
     preprocess = Preprocess.of_model(model)
-    x = examples.x
-    raw_shape = tuple(x.shape[1:])
+    raw_shape = tuple(dataset.train.x.shape[1:])
     if preprocess.raw not in (None, raw_shape):
         raise ArgumentError(
-            f"data: {data} has examples of shape {raw_shape}, "
+            f"data: {title} has examples of shape {raw_shape}, "
             f"but the model of {name} was trained on {preprocess.raw}"
         )
     input_shape = preprocess.shape(raw_shape)
     if input_shape != model.arch.input_shape:
         raise ArgumentError(
-            f"data: {data} has examples of shape {input_shape} after preprocessing, "
+            f"data: {title} has examples of shape {input_shape} after preprocessing, "
             f"but the model of {name} expects {model.arch.input_shape}"
         )
-    vocabulary_size = dataset.vocabulary.size if dataset.vocabulary else None
-    if vocabulary_size != model.arch.vocabulary:
+    tokens = dataset.vocabulary.size if dataset.vocabulary else 0
+    if tokens != (model.arch.vocabulary or 0):
         raise ArgumentError(
-            f"data: {data} has {_describe_tokens(vocabulary_size)}, "
-            f"but the model of {name} expects {_describe_tokens(model.arch.vocabulary)}"
-        )
-    if preprocess.missing is not None:
-        return
-    unusable = ~usable_rows(x, preprocess)
-    if bool(unusable.any()):
-        row = int(unusable.to(torch.uint8).argmax())
-        raise ArgumentError(
-            f"data: {data}: {examples.locate(row, 'the data')} has no value that the model of "
-            f"{name} needs"
+            f"data: {title} has a vocabulary of {tokens:,} tokens, "
+            f"but the model of {name} expects {model.arch.vocabulary or 0:,}"
         )
 
 
-def _describe_tokens(vocabulary_size: int | None) -> str:
-    if vocabulary_size is None:
-        return "no tokens"
-    return f"tokens from a vocabulary of {vocabulary_size:,}"
-
-
-def load_as(run: Run, data: str, label: str | None, models: Mapping[str, SavedModel]) -> Dataset:
-    """Load a data set for the models of a run.
+def load_for_models(
+    run: Run,
+    data: Any,
+    label: str | None,
+    models: Mapping[str, SavedModel],
+    allow_code: bool | CodePermission,
+) -> Dataset:
+    """Load a data set for the models of a run, with columns in the order of the run's.
 
     A local file is read with the settings of the run's data, such as the task, the image size, and
     the group and patient columns.
 
     Args:
         run: The finished run.
-        data: Name of a data source, or path of a local file or folder.
+        data: Name of a data source, path of a local file or folder, or examples of any type that
+            `Client.data` accepts.
         label: Label column of a table. If None, the label column of the run is used.
         models: The models that are applied to the data set, keyed by client id or "server".
+        allow_code: Whether code that the name of the source refers to may be executed.
 
     Raises:
-        UserError: If the data set does not exist or cannot be read with these settings.
+        UserError: If the data set does not exist, cannot be read with these settings, or does not
+            have the columns of the run.
     """
-    path = Path(data)
+    if not isinstance(data, str | Path):
+        if label is None and has_columns(data):
+            label = (run.directory.config().get("data") or {}).get("label")
+        kind = next(iter(models.values())).task.kind
+        return order_columns(to_dataset(data, "data", label, task=kind), models)
+    name = str(data)
+    path = Path(name)
+    permission = CodePermission.from_argument(allow_code)
+    permission.check_caller_references(find_references({"--data": name}))
     # A missing file is reported here, unless the argument can be the name of a source.
-    if not path.exists() and ":" not in data and (path.suffix or len(path.parts) > 1):
-        raise ArgumentError(f"data: file or folder '{data}' not found{suggest_file(path)}")
-    source = _source_as(run, data, label, models)
+    if not path.exists() and ":" not in name and (path.suffix or len(path.parts) > 1):
+        raise ArgumentError(f"data: file or folder '{name}' not found{suggest_file(path)}")
+    source = _source_as(run, name, label, models)
     preprocesses = [model.preprocess for model in models.values()]
     missing = any(p.get("missing") or p.get("spans") for p in preprocesses)
     with data_argument():
         return order_columns(load_source(source, CACHE.expanduser(), "data", missing), models)
-
-
-def from_objects(
-    run: Run, data: Any, label: str | None, models: Mapping[str, SavedModel]
-) -> Dataset:
-    """Convert examples in memory to a data set whose columns are in the order of the run's.
-
-    Args:
-        run: The finished run.
-        data: Examples of any type that `Client.data` accepts.
-        label: Label column of a data frame. If None, the label column of the run is used.
-        models: The models that are applied to the data set, keyed by client id or "server".
-
-    Raises:
-        UserError: If the examples are malformed, or their columns do not match those of the run.
-    """
-    if label is None and has_columns(data):
-        label = (run.directory.config().get("data") or {}).get("label")
-    kind = next(iter(models.values())).task.kind
-    dataset = to_dataset(data, "data", label, task=kind)
-    return order_columns(dataset, models)
 
 
 @contextmanager
@@ -279,14 +273,10 @@ def _source_as(
             key: value_for_file(source, key, getattr(main, key)) for key in VALUE_KEYS
         }
         return source.model_copy(update=same)
-    if any(_share_key(main.name, data, key) for key in SHARED_KEYS) or not path.exists():
+    shared = [key for key in SHARED_KEYS if reads_key(main.name, key) and reads_key(data, key)]
+    if shared or not path.exists():
         return inherit_keys(source, main)
     return _file_source(source, main, next(iter(models.values())))
-
-
-def _share_key(name: str, other: str, key: Key) -> bool:
-    """Return whether two sources read a key, which determines how values become examples."""
-    return reads_key(name, key) and reads_key(other, key)
 
 
 def _file_source(source: SourceConfig, main: SourceConfig, model: SavedModel) -> SourceConfig:
@@ -317,7 +307,13 @@ def _file_source(source: SourceConfig, main: SourceConfig, model: SavedModel) ->
         return file.model_copy(update={"name": "image_folder", "group": group, **kept})
     table = file.model_copy(update={"name": "table"})
     table = source_with_task(table, model.task, model.categories, main=main)
-    columns = _columns(path, table.read)
+    # Imported here because loading pandas is slow.
+    from hetero_fl.data.sources.tables.files import read_frame
+
+    try:
+        columns = list(map(str, read_frame(path, read=table.read).columns))
+    except UserError as error:
+        raise ArgumentError(f"data.{error}") from None
     copied = {key: getattr(main, key) for key in ("group", "patient")}
     return table.model_copy(update={k: name for k, name in copied.items() if name in columns})
 
@@ -357,13 +353,3 @@ def order_columns(dataset: Dataset, models: Mapping[str, SavedModel]) -> Dataset
         )
         parts[split] = replace(examples, x=x)
     return replace(dataset, columns=known, categories=categories, **parts)
-
-
-def _columns(path: Path, read: ReadConfig | None) -> list[str]:
-    # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.tables.files import read_frame
-
-    try:
-        return list(map(str, read_frame(path, read=read).columns))
-    except UserError as error:
-        raise ArgumentError(f"data.{error}") from None

@@ -490,8 +490,7 @@ def test_exported_models_score_text_columns(finished: hfl.Run, tmp_path: Path) -
     from hetero_fl.experiment.exporting import score
     from hetero_fl.experiment.exporting.graph import inputs_of
 
-    (one,) = inputs_of(finished.models["own"])
-    record = one.record()
+    (record,) = inputs_of(finished.models["own"])
     (tmp_path / "new.csv").write_text("ward,crp\nB,0.5\n D ,-0.5\n,0\n")
 
     assert (

@@ -113,7 +113,7 @@ def test_masks_beside_bytes_are_refused_everywhere() -> None:
     for use in uses:
         check_refused("from 0 to 255 as in training, got 0 and 1 only", use)
     with pytest.raises(ValueError, match="from 0 to 255, or floats from 0 to 1, got bool"):
-        to_input(masks, spec.record())
+        to_input(masks, spec)
     black = np.zeros_like(photos)
     federation(photos, test=black).prepare(hfl.FedAvg())
     hfl.evaluate(run, (black, Y))
@@ -215,7 +215,7 @@ def test_range_is_saved_with_the_model(tmp_path: Path) -> None:
     assert np.allclose(predict(TWELVE), predict(scaled), atol=1e-6)
     assert np.allclose(predict(TWELVE // 64), predict((TWELVE // 64 / 4095)[:, None]), atol=1e-6)
     (spec,) = inputs_of(saved.load_models(name)[name])
-    assert np.allclose(to_input(TWELVE, spec.record()), scaled)
+    assert np.allclose(to_input(TWELVE, spec), scaled)
     as_integers, as_floats = (
         hfl.evaluate(run, (x, Y), client=name, log=print)[name] for x in (TWELVE, scaled)
     )

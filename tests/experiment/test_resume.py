@@ -27,7 +27,7 @@ WORK = (
     "experiment.auditing.audit.attack_membership",
     "experiment.evaluation.score",
     "experiment.exporting.export._export_model",
-    "experiment.onboarding.joining_clients.JoiningClients.run_transfer",
+    "experiment.joining.join.JoiningClients.run_transfer",
     "federation.store.Checkpoints.save",
 )
 

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import time
+from base64 import b64encode
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from PIL import Image
+from torch import Tensor
 
 from hetero_fl.data import Dataset
-from hetero_fl.experiment.auditing.inversion import Json, Protect, attack_uploads
+from hetero_fl.experiment.auditing.inversion import Protect, attack_uploads
 from hetero_fl.experiment.auditing.membership import attack_membership
-from hetero_fl.experiment.preparation import PreparedRun, prepare
-from hetero_fl.federation.store import checkpoint_files, read_checkpoint
+from hetero_fl.experiment.finished_runs import prepare_again
+from hetero_fl.reporting.formatting import algorithm_name, format_duration
+from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.run import Run
+from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.reporting.summary import PRIVACY_UNITS
 from hetero_fl.utils.code_permission import CodePermission
-from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
+from hetero_fl.utils.errors import ArgumentError, suggest_or_list
 from hetero_fl.utils.serialization import make_folder
+from hetero_fl.utils.text import pluralize
 
 # Defaults: number of attacked clients, of shadow runs, and of inverted training steps.
 CLIENTS = 2
 SHADOWS = 4
 IMAGES = 3
 Attack = Literal["membership", "inversion", "both"]
+Json = dict[str, Any]
+Table = list[tuple[str, ...]]
+# Words of the tables for values in `audit.json`.
+ATTACKS = {"loss": "loss", "lira": "LiRA"}
+WAYS = {"blind": "none (mean image)"}
+LABELS = {"read": "recovered", "misread": "wrong", "known": "assumed known", None: ""}
+# PSNR in dB from which a reconstruction counts as exact.
+EXACT = 99.0
 
 
 def audit(
@@ -40,7 +57,7 @@ def audit(
 ) -> Json:
     """Attack a finished run and report what its models and uploads reveal about training rows.
 
-    The results are written to `audit.json`, `audit.png` and `audit.html`.
+    The results are written to `audit.json` and, with the reconstructed images, to `audit.html`.
 
     Args:
         run: A finished run or its directory.
@@ -82,8 +99,7 @@ def audit(
     _check_arguments(attack, shadows, images)
     chosen = _chosen_clients(run, clients)
     run.load_models()
-    prepared = prepare(run.config(), dataset=dataset, allow_code=run.permission)
-    _check_data(run, prepared)
+    prepared = prepare_again(run, dataset)
     folder = Path(out) if out is not None else run.path / "audit"
     make_folder(folder)
     summary = run.summary
@@ -120,10 +136,9 @@ def audit(
         if not pictures and attack == "inversion":
             raise ArgumentError(f"attack: inversion does not apply: {notes[0]}")
     content["seconds"] = time.perf_counter() - started
-    # Imported here because loading matplotlib is slow.
-    from hetero_fl.experiment.auditing.report import write_audit
-
-    write_audit(folder, content, pictures)
+    directory = RunDirectory(folder)
+    directory.write_json("audit.json", content)
+    directory.write_text("audit.html", audit_page(content, pictures))
     return content
 
 
@@ -151,13 +166,78 @@ def _chosen_clients(run: Run, clients: Sequence[str] | None) -> list[str]:
     return chosen
 
 
-def _check_data(run: Run, prepared: PreparedRun) -> None:
-    """Raise UserError if the data differs from the data that the run was trained on."""
-    checkpoints = checkpoint_files(run.path / "checkpoint")
-    if not checkpoints:
-        return
-    if read_checkpoint(checkpoints[-1])[0]["data"] != prepared.data.content_hash():
-        raise UserError(
-            f"{run.path}: the data differs from the data that this run was trained on; "
-            "restore it, or pass it as dataset="
+def audit_tables(content: Json) -> dict[str, Table]:
+    """Format the results of the attacks that were made.
+
+    Args:
+        content: The content of `audit.json`.
+
+    Returns:
+        The rows of each table, keyed by title. The first row has the names of the columns.
+    """
+    membership: Table = [
+        ("client", "attack", "rows in / out", "AUROC ± s.e.", "TPR at 1% FPR", "verdict")
+    ]
+    for row in content["membership"]:
+        direction = "above chance" if row["auroc"] > 0.5 else "below chance"
+        membership.append(
+            (
+                row["client"],
+                ATTACKS[row["attack"]],
+                f"{row['members']} / {row['others']}",
+                f"{row['auroc']:.3f} ± {row['auroc_se']:.3f}",
+                f"{row['hits']:.1%}",
+                "at chance" if row["at_chance"] else direction,
+            )
         )
+    inversion: Table = [("client", "step", "upload", "PSNR", "SSIM", "label")]
+    for row in content["inversion"]:
+        inversion.append(
+            (
+                row["client"],
+                str(row["step"]),
+                WAYS.get(row["way"], row["way"]),
+                "exact" if row["psnr"] >= EXACT else f"{row['psnr']:.1f} dB",
+                f"{row['ssim']:.2f}",
+                LABELS[row.get("label")],
+            )
+        )
+    tables = {"membership inference": membership, "gradient inversion": inversion}
+    return {title: table for title, table in tables.items() if len(table) > 1}
+
+
+def audit_page(content: Json, pictures: Sequence[Json]) -> str:
+    """Render the results as an HTML page.
+
+    Args:
+        content: The content of `audit.json`.
+        pictures: Original and reconstructed images (see `attack_uploads`).
+    """
+    subtitle = (
+        algorithm_name(content["algorithm"]),
+        content["data"],
+        pluralize(content["rounds"], "round"),
+    )
+    return render(
+        "audit.html",
+        title=f"Audit of {content['run']}",
+        subtitle=" · ".join(subtitle),
+        privacy=content["privacy"],
+        whose=PRIVACY_UNITS.get((content["privacy"] or {}).get("unit", ""), ""),
+        tables=audit_tables(content),
+        pictures=[
+            {**each, "images": {way: _encode(image) for way, image in each["images"].items()}}
+            for each in pictures
+        ],
+        notes=content["notes"],
+        time=format_duration(content["seconds"]),
+    )
+
+
+def _encode(image: Tensor) -> str:
+    """Return an image in [0, 1], `[C, H, W]`, as a PNG in base64. Three channels are colors."""
+    shown = image if len(image) == 3 else image.mean(0).expand(3, -1, -1)
+    buffer = BytesIO()
+    pixels = (255 * shown.clamp(0, 1)).round().byte()
+    Image.fromarray(pixels.movedim(0, -1).numpy()).save(buffer, "png")
+    return b64encode(buffer.getvalue()).decode("ascii")

@@ -9,7 +9,6 @@ the observed gradient (Geiping et al. 2020, equation 4).
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -31,9 +30,8 @@ from hetero_fl.core.plan import Fit, Plan, Rows, Step
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, Preprocess
 from hetero_fl.data.federated_data import unprocessed_rows
-from hetero_fl.engine.driver import translate_user_errors
+from hetero_fl.engine.driver import advance_plan, translate_user_errors
 from hetero_fl.experiment.preparation import PreparedRun, prepare
-from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import ArgumentError, RunFailedError
 from hetero_fl.utils.seeding import Key, keyed_generator
 from model_zoo import SplitModel
@@ -59,32 +57,26 @@ def psnr(found: Tensor, true: Tensor) -> float:
     return float(-10 * (found - true).square().mean().clamp(min=1e-10).log10())
 
 
-def ssim(found: Tensor, true: Tensor, window: int = 7) -> float:
+def ssim(found: Tensor, true: Tensor) -> float:
     """Compute the structural similarity of two images (Wang et al. 2004, equation 13).
 
     Args:
         found: An image in [0, 1], `[C, H, W]`.
         true: An image in [0, 1], `[C, H, W]`.
-        window: Side length of the windows in pixels. For smaller images, the shorter image side is
-            used.
 
     Returns:
-        The mean over all windows, which is 1 for equal images.
+        The mean over all windows of 7 x 7 pixels, which is 1 for equal images. For smaller images,
+        the shorter image side is used.
     """
-    window = min(window, *true.shape[-2:])
-    a = found[None].double()
-    b = true[None].double()
-
-    def mean(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, window, stride=1)
-
-    def covariance(x: Tensor, y: Tensor) -> Tensor:
-        return window**2 / (window**2 - 1) * (mean(x * y) - mean(x) * mean(y))
-
+    side = min(7, *true.shape[-2:])
+    windows = torch.stack([found, true]).double().unfold(2, side, 1).unfold(3, side, 1).flatten(-2)
+    a, b = windows
+    mean_a, mean_b = windows.mean(-1)
+    covariance = ((a - mean_a[..., None]) * b).sum(-1) / (side**2 - 1)
     c1 = 0.01**2
     c2 = 0.03**2
-    same = (2 * mean(a) * mean(b) + c1) * (2 * covariance(a, b) + c2)
-    total = (mean(a) ** 2 + mean(b) ** 2 + c1) * (covariance(a, a) + covariance(b, b) + c2)
+    same = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    total = (mean_a**2 + mean_b**2 + c1) * (a.var(-1) + b.var(-1) + c2)
     return float((same / total).mean())
 
 
@@ -161,7 +153,7 @@ class SingleStepMethod:
         self.calls.append([])
         while True:
             try:
-                requested = plan.send(answer)
+                requested = advance_plan(client, plan, answer)
             except StopIteration as stop:
                 return stop.value
             if isinstance(requested, list):
@@ -170,14 +162,13 @@ class SingleStepMethod:
                 answer = yield self._limit_step(requested)
 
     def _limit_step(self, step: Step) -> Step:
-        if not (
-            isinstance(step, Fit) and isinstance(step.data, Rows) and step.data.name == "train"
-        ):
+        rows = step.data if isinstance(step, Fit) else None
+        if not isinstance(rows, Rows) or rows.name != "train":
             return step
-        extra_columns = {name: column[self.row] for name, column in step.data.extra_columns.items()}
+        extra_columns = {name: column[self.row] for name, column in rows.extra_columns.items()}
         limited = replace(
-            step,
-            data=replace(step.data, rows=self.row, extra_columns=extra_columns),
+            cast(Fit, step),
+            data=replace(rows, rows=self.row, extra_columns=extra_columns),
             epochs=1,
             steps=1,
             batch_size=1,
@@ -203,8 +194,6 @@ def reason_not_invertible(prepared: PreparedRun, client: str) -> str | None:
             f"{prepared.name}: '{client}' uploads no model parameters, "
             "so there is no gradient to invert"
         )
-    if prepared.data.vocabulary is not None:
-        return f"{prepared.data.name}: examples are tokens; inversion needs images"
     if len(shape) != 3:
         return (
             f"{prepared.data.name}: examples of '{client}' have shape {shape}; "
@@ -214,33 +203,8 @@ def reason_not_invertible(prepared: PreparedRun, client: str) -> str | None:
 
 
 @translate_user_errors()
-def _request_upload(
-    trainer: FederatedTrainer, client_id: str, round_idx: int
-) -> tuple[Payload, Payload]:
-    """Train one client in a round, and return the broadcast and the upload.
-
-    Raises:
-        RunFailedError: If the client sends no upload.
-        PayloadError: If the upload does not have the expected structure.
-    """
-    trainer.set_round(round_idx)
-    client_info = trainer.federation.client_infos[client_id]
-    payload = trainer.link.broadcast(client_info)
-    request = Message("train", trainer.link.content(payload), round_idx)
-    (arrival,) = trainer.executor.run([client_id], lambda _: request)
-    if not isinstance(arrival.reply, Message):
-        raise RunFailedError(f"round {round_idx + 1}: {client_id} sent no upload: {arrival.reply}")
-    received = trainer.link.received(payload)
-    return received, trainer.link.decode_upload(
-        client_info, arrival.reply.content, received, round_idx
-    )
-
-
 def observe_upload(
-    prepared: PreparedRun,
-    client: str,
-    row: Tensor,
-    protect: Protect | None = None,
+    prepared: PreparedRun, client: str, row: Tensor, protect: Protect | None = None
 ) -> ObservedUpload:
     """Run one training step of a client on one row and return what the server observes.
 
@@ -256,6 +220,7 @@ def observe_upload(
 
     Raises:
         UserError: If the upload does not depend on the training step.
+        RunFailedError: If the client sends no upload.
     """
     client_info = prepared.federation.client_infos[client]
     rate = client_info.settings.optimizer.lr
@@ -266,9 +231,17 @@ def observe_upload(
     )
     config = prepared.config.model_copy(update={"runtime": runtime})
     trainer = replace(prepared, config=config, method=cast(Algorithm, method)).make_trainer()
+    link = trainer.link
     try:
         prepared.start.load_into(trainer)
-        received, sent = _request_upload(trainer, client, index)
+        trainer.set_round(index)
+        payload = link.broadcast(client_info)
+        received = link.received(payload)
+        request = Message("train", link.content(payload), index)
+        (arrival,) = trainer.executor.run([client], lambda _: request)
+        if not isinstance(arrival.reply, Message):
+            raise RunFailedError(f"round {index + 1}: {client} sent no upload: {arrival.reply}")
+        sent = link.decode_upload(client_info, arrival.reply.content, received, index)
     finally:
         trainer.executor.close()
     fits = [fit for fit in method.calls[0] if MODEL in fit.train]
@@ -285,8 +258,7 @@ def observe_upload(
     }
     if protect is not None:
         update = protect(update)
-    gradient = {name: -tensor / rate for name, tensor in update.items()}
-    if not any(bool(g.any()) for g in gradient.values()):
+    if not any(bool(change.any()) for change in update.values()):
         raise ArgumentError(
             f"clients: '{client}': the update is all zeros, so the upload reveals nothing"
         )
@@ -296,6 +268,7 @@ def observe_upload(
     for layer in module.modules():
         if isinstance(layer, nn.modules.dropout._DropoutNd):
             layer.eval()
+    gradient = {name: -change / rate for name, change in update.items()}
     return ObservedUpload(module, gradient, fits[-1].objective, fits[-1].context)
 
 
@@ -495,7 +468,7 @@ def attack_uploads(
             f"channel.{summed}: the server does not see single uploads; the results show what an "
             "upload would reveal without it"
         )
-    if protect is not None and "as trained" in ways:
+    elif protect is not None:
         ways["with protect"] = (prepared, protect)
     scores: list[Json] = []
     pictures: list[Json] = []
@@ -520,7 +493,7 @@ def invert(
     """Attack several training steps of a client, each on one image.
 
     If possible, the label is computed from the upload. Otherwise, the attacker is assumed to know
-    it. The blind guess is the mean image of the global test set.
+    it. The blind guess, which uses no upload, is the mean image of the global test set.
 
     Args:
         ways: Variants of the attack, keyed by name. Each variant is a prepared run and a function
@@ -532,56 +505,51 @@ def invert(
 
     Returns:
         The scores, one dictionary for the blind guess and each variant of each step, and the
-        images, one dictionary for each step: the original under `true`, and the reconstructions
-        under `found`, keyed by variant. Images are in [0, 1], `[C, H, W]`.
+        images, one dictionary for each step with the keys `client`, `step` and `images`: the
+        original under "original", and the reconstructions, keyed by variant. Images are in [0, 1],
+        `[C, H, W]`.
     """
     prepared, _ = next(iter(ways.values()))
-    data = prepared.data
     preprocess = prepared.federation.client_infos[client].preprocess
-    train = data.columns(client, "train", preprocess)
-    raw = unprocessed_rows(data, client, ["train"]).x
-    low, high = _pixel_range(raw, preprocess)
-    mean_input = data.columns(client, "common_test", preprocess)["x"].mean(0)
-    x = train["x"]
-    y = train["y"]
-    blind = ((mean_input - low) / (high - low))[0]
+    train = prepared.data.columns(client, "train", preprocess)
+    low, high = _pixel_range(unprocessed_rows(prepared.data, client, ["train"]).x, preprocess)
+    common_test = prepared.data.columns(client, "common_test", preprocess)["x"]
+    blind = ((common_test.mean(0) - low) / (high - low))[0]
     scores = []
     pictures = []
     for number in range(images):
         draws = keyed_generator("audit", seed, "inversion", client, number)
-        row = torch.randperm(len(y), generator=draws)[:1]
-        true = ((x[row] - low) / (high - low))[0]
+        row = torch.randperm(len(train["y"]), generator=draws)[:1]
+        true = ((train["x"][row] - low) / (high - low))[0]
+        y = train["y"][row]
+        picture = {"original": true}
         step = {"client": client, "step": number + 1}
         scores.append(
             {**step, "way": "blind", "psnr": psnr(blind, true), "ssim": ssim(blind, true)}
         )
-        found = {}
         for way, (variant, protect) in ways.items():
-            started = time.perf_counter()
             upload = observe_upload(variant, client, row, protect)
-            read = read_label(upload, data.task)
-            label = y[row] if read is None else read
-            best, distance = reconstruct(
-                upload, label, (low, high), "audit", seed, "start", client, number
-            )
-            found[way] = best[0]
+            label = read_label(upload, prepared.data.task)
+            known = y if label is None else label
+            key = ("audit", seed, "start", client, number)
+            best, distance = reconstruct(upload, known, (low, high), *key)
+            picture[way] = best[0]
             result = {
-                "psnr": psnr(found[way], true),
-                "ssim": ssim(found[way], true),
+                "psnr": psnr(best[0], true),
+                "ssim": ssim(best[0], true),
                 "distance": distance,
-                "label": _label_source(read, y[row]),
-                "seconds": time.perf_counter() - started,
+                "label": _label_source(label, y),
             }
             scores.append({**step, "way": way, **result})
             log(f"{client}, step {number + 1} of {images}, {way}: PSNR {result['psnr']:.1f} dB")
-        pictures.append({**step, "true": true, "found": found})
+        pictures.append({**step, "images": picture})
     return scores, pictures
 
 
-def _label_source(read: Tensor | None, true: Tensor) -> str:
-    if read is None:
+def _label_source(found: Tensor | None, true: Tensor) -> str:
+    if found is None:
         return "known"
-    return "read" if bool((read == true).all()) else "misread"
+    return "read" if bool((found == true).all()) else "misread"
 
 
 def _pixel_range(x: Tensor, preprocess: Preprocess) -> tuple[Tensor, Tensor]:

@@ -49,33 +49,18 @@ def confidence(task: Task, logits: Tensor, y: Tensor) -> Tensor:
 
     Args:
         task: The task of the model.
-        logits: Model outputs, `[N, outputs]`.
+        logits: Model outputs, float64 `[N, outputs]`.
         y: Class indices `[N]`, or targets `[N, outputs]`.
 
     Returns:
         Confidence, float64 `[N]`.
     """
-    z = logits.double()
     if task.kind == "multiclass":
-        others = z.scatter(1, y[:, None], -torch.inf).logsumexp(1)
-        return z.gather(1, y[:, None]).squeeze(1) - others
+        others = logits.scatter(1, y[:, None], -torch.inf).logsumexp(1)
+        return logits.gather(1, y[:, None]).squeeze(1) - others
     if task.kind == "multilabel":
-        return ((2 * y - 1) * z).mean(1)
-    return -supervised_loss(task.kind, z, y.double()).clamp(min=MIN_VARIANCE).log()
-
-
-def loss_score(task: Task, logits: Tensor, y: Tensor) -> Tensor:
-    """Return the negative loss, which is typically larger for members (Yeom et al. 2018).
-
-    Args:
-        task: The task of the model.
-        logits: Model outputs, `[N, outputs]`.
-        y: Class indices `[N]`, or targets `[N, outputs]`.
-
-    Returns:
-        Scores, float64 `[N]`.
-    """
-    return -supervised_loss(task.kind, logits.double(), y.double() if y.is_floating_point() else y)
+        return ((2 * y - 1) * logits).mean(1)
+    return -supervised_loss(task.kind, logits, y).clamp(min=MIN_VARIANCE).log()
 
 
 def likelihood_ratio(target: Tensor, shadows: Tensor, inside: Tensor) -> Tensor:
@@ -96,14 +81,12 @@ def likelihood_ratio(target: Tensor, shadows: Tensor, inside: Tensor) -> Tensor:
     Returns:
         (φ - μ) / σ, `[N]`, which is typically larger for members.
     """
-    means = []
-    squares = torch.zeros((), dtype=target.dtype)
-    freedom = 0
-    for side in (inside, ~inside):
-        means.append((shadows * side).sum(0) / side.sum(0))
-        squares = squares + ((shadows - means[-1]) * side).square().sum()
-        freedom += int((side.sum(0) - 1).sum())
-    return (target - (means[0] + means[1]) / 2) / (squares / freedom).clamp(min=MIN_VARIANCE).sqrt()
+    mean_in = (shadows * inside).sum(0) / inside.sum(0)
+    mean_out = (shadows * ~inside).sum(0) / (~inside).sum(0)
+    residuals = shadows - torch.where(inside, mean_in, mean_out)
+    # Two means are estimated for each example.
+    variance = residuals.square().sum() / (shadows.numel() - 2 * len(target))
+    return (target - (mean_in + mean_out) / 2) / variance.clamp(min=MIN_VARIANCE).sqrt()
 
 
 def score_attack(scores: Tensor, member: Tensor) -> dict[str, Any]:
@@ -125,20 +108,16 @@ def score_attack(scores: Tensor, member: Tensor) -> dict[str, Any]:
           [1, 1].
         - `at_chance`: whether `auroc` differs from 0.5 by at most two standard errors.
     """
-    ins = scores[member]
-    outs = scores[~member].sort().values
-    # The area is P(member score > non-member score), where ties count half.
-    below = torch.searchsorted(outs, ins) + torch.searchsorted(outs, ins, right=True)
-    auroc = float(below.double().mean()) / (2 * len(outs))
-    error = auroc_error(auroc, len(ins), len(outs))
-    allowed = int(FALSE_ALARMS * len(outs))
-    levels = scores.unique().flip(0)
-    rates = [[float((side >= level).double().mean()) for side in (outs, ins)] for level in levels]
+    levels = scores.unique().flip(0)[:, None]
+    hits = torch.cat([torch.zeros(1), (scores[member] >= levels).double().mean(1)])
+    alarms = torch.cat([torch.zeros(1), (scores[~member] >= levels).double().mean(1)])
+    auroc = float(torch.trapezoid(hits, alarms))
+    error = auroc_error(auroc, int(member.sum()), int((~member).sum()))
     return {
         "auroc": auroc,
         "auroc_se": error,
-        "hits": float((ins > outs[len(outs) - 1 - allowed]).double().mean()),
-        "curve": [[0.0, 0.0], *rates],
+        "hits": float(hits[alarms <= FALSE_ALARMS].max()),
+        "curve": torch.stack([alarms, hits], 1).tolist(),
         "at_chance": abs(auroc - 0.5) <= 2 * error,
     }
 
@@ -208,11 +187,8 @@ class Candidates:
         label = most_common_stratum(self.stratum, unit)
         assignments = []
         for pair in range(shadows // 2):
-            tiebreak = torch.rand(
-                len(label),
-                generator=keyed_generator("audit", seed, "halves", client, pair),
-                dtype=torch.float64,
-            )
+            draws = keyed_generator("audit", seed, "halves", client, pair)
+            tiebreak = torch.rand(len(label), generator=draws, dtype=torch.float64)
             # Sort by stratum, in random order within each stratum.
             order = torch.argsort(label.double() + tiebreak)
             chosen = torch.zeros(len(label), dtype=torch.bool)
@@ -258,9 +234,8 @@ def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
         rows = torch.nonzero(stratum == value).squeeze(1)
         sides = [rows[rows < len(train)], rows[rows >= len(train)]]
         n = min(map(len, sides))
-        pairs.append(
-            torch.stack([side[torch.randperm(len(side), generator=draws)[:n]] for side in sides], 1)
-        )
+        chosen = [side[torch.randperm(len(side), generator=draws)[:n]] for side in sides]
+        pairs.append(torch.stack(chosen, 1))
     pair = torch.cat(pairs)
     pair = pair[torch.randperm(len(pair), generator=draws)[:MAX_CANDIDATES]]
     if len(pair) < MIN_CANDIDATES:
@@ -268,16 +243,16 @@ def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
             f"clients: '{client}' has only {len(pair)} pairs of a training row and another row "
             f"of the same class, but an attack needs {MIN_CANDIDATES}; choose another client"
         )
-    chosen = torch.cat([pair[:, 0], pair[:, 1]])
-    rest = torch.ones(len(train), dtype=torch.bool)
-    rest[pair[:, 0]] = False
+    rows = pair.T.flatten()
+    is_other = torch.ones(len(train), dtype=torch.bool)
+    is_other[pair[:, 0]] = False
     unit = torch.arange(len(both)) if both.patient is None else both.patient
     return Candidates(
-        examples=both.select_rows(chosen),
-        member=torch.arange(len(chosen)) < len(pair),
-        others=train.select_rows(rest.nonzero().squeeze(1)),
-        unit=unit[chosen],
-        stratum=stratum[chosen],
+        examples=both.select_rows(rows),
+        member=rows < len(train),
+        others=train.select_rows(is_other.nonzero().squeeze(1)),
+        unit=unit[rows],
+        stratum=stratum[rows],
     )
 
 
@@ -295,54 +270,38 @@ def train_shadow(
         rounds: Number of rounds.
 
     Returns:
-        The final models of these clients, keyed by client id, and the model of the server under
-        "server".
+        The final models of these clients, keyed by client id.
     """
-    client_rows = prepared.data.client_rows
+    known = prepared.data.client_rows
     resampled = {
-        client: {**client_rows[client], "train": RowSelection.all_rows(examples)}
+        client: {**known[client], "train": RowSelection.all_rows(examples)}
         for client, examples in train.items()
     }
-    rows = ClientRows({**client_rows.assigned, **resampled}, client_rows.lazy_partition)
+    rows = ClientRows({**known.assigned, **resampled}, known.lazy_partition)
     data = prepared.data.with_rows(rows, unscanned=train)
-    original = prepared.federation
+    infos = prepared.federation.client_infos
     models = (
-        {client_id: info.models for client_id, info in original.client_infos.items()}
+        {client_id: info.models for client_id, info in infos.items()}
         if prepared.method.needs.models_per_client
-        else [profile.models for profile in original.client_infos.profiles]
+        else [profile.models for profile in infos.profiles]
     )
     federation = replace(
-        original, data=data, seed=seed, evaluated_clients=list(train), _initial={}
+        prepared.federation, data=data, seed=seed, evaluated_clients=list(train), _initial={}
     ).with_models(models)
-    shadow = replace(prepared, data=data, federation=federation)
-    saved: dict[str, SavedModel] = {}
+    trainer = replace(prepared, data=data, federation=federation).make_trainer()
     with TemporaryDirectory() as folder:
 
-        def load(name: str, model: bytes) -> None:
-            path = Path(folder) / f"{name}.safetensors"
-            path.write_bytes(model)
-            saved[name] = SavedModel.load(path, allow_code=True)
+        def save(name: str, model: bytes) -> None:
+            (Path(folder) / name).write_bytes(model)
 
-        trainer = shadow.make_trainer()
         try:
             prepared.start.load_into(trainer)
             while trainer.completed < rounds:
                 trainer.run_round()
-            trainer.evaluate(details=True, save=load)
+            trainer.evaluate(details=True, save=save)
         finally:
             trainer.executor.close()
-    return saved
-
-
-def client_logits(model: SavedModel, examples: Examples) -> Tensor:
-    """Compute the personalized logits of a saved model for raw examples, `[N, outputs]`."""
-    return model.logits(map_rows(examples.x, Preprocess.of_model(model)), personal=True)
-
-
-def targets(examples: Examples) -> Tensor:
-    """Return the labels of examples, with float labels in the default floating-point type."""
-    y = examples.labels
-    return y.to(torch.get_default_dtype()) if y.is_floating_point() else y
+        return {client: SavedModel.load(Path(folder) / client, allow_code=True) for client in train}
 
 
 def attack_membership(
@@ -370,26 +329,32 @@ def attack_membership(
         One dictionary for each client and attack, with the keys `client`, `attack` ("loss" or
         "lira"), `members`, `others` (numbers of rows), and those of `score_attack`.
     """
+    task = prepared.data.task
     rows = {client: candidates(prepared.data, client, seed) for client in clients}
     if any(c.examples.time is not None for c in rows.values()):
         notes.append(
             "rows are split by date: non-members are later than members, so the loss attack "
             "may detect dates instead of membership"
         )
-    ratios = {}
+    scores: dict[tuple[str, str], Tensor] = {}
+    for client, c in rows.items():
+        logits, y = _predictions(run.models[client], c.examples)
+        scores[client, "loss"] = -supervised_loss(task.kind, logits, y)
     if shadows:
         ratios = _likelihood_ratios(run, prepared, rows, shadows=shadows, seed=seed, log=log)
-    found = []
-    for client, c in rows.items():
-        logits = client_logits(run.models[client], c.examples)
-        scores = {"loss": loss_score(prepared.data.task, logits, targets(c.examples))}
-        if shadows:
-            scores["lira"] = ratios[client]
-        counts = {"members": int(c.member.sum()), "others": int((~c.member).sum())}
-        for attack, values in scores.items():
-            score = score_attack(values, c.member)
-            found.append({"client": client, "attack": attack, **counts, **score})
-    return found
+        scores |= {(client, "lira"): ratio for client, ratio in ratios.items()}
+    return [
+        {
+            "client": client,
+            "attack": attack,
+            "members": int(c.member.sum()),
+            "others": int((~c.member).sum()),
+            **score_attack(scores[client, attack], c.member),
+        }
+        for client, c in rows.items()
+        for attack in ("loss", "lira")
+        if (client, attack) in scores
+    ]
 
 
 def _likelihood_ratios(
@@ -408,27 +373,29 @@ def _likelihood_ratios(
         f"{pluralize(shadows, 'shadow run')} of {pluralize(rounds, 'round')}; "
         f"the run itself trained for {seconds:.0f} s"
     )
-
-    def confidences(models: Mapping[str, SavedModel]) -> dict[str, Tensor]:
-        return {
-            client: confidence(
-                prepared.data.task, client_logits(models[client], c.examples), targets(c.examples)
-            )
-            for client, c in rows.items()
-        }
-
     inside = {client: c.shadow_assignments(shadows, seed, client) for client, c in rows.items()}
-    shadow_confidences = []
+    found: dict[str, list[Tensor]] = {client: [] for client in rows}
+
+    def add_confidence(models: Mapping[str, SavedModel]) -> None:
+        for client, c in rows.items():
+            logits, y = _predictions(models[client], c.examples)
+            found[client].append(confidence(prepared.data.task, logits, y))
+
     for shadow in range(shadows):
         started = time.perf_counter()
         train = {client: c.shadow_rows(inside[client][shadow]) for client, c in rows.items()}
         shadow_seed = stream_key("audit", seed, "shadow", shadow) >> 1
-        models = train_shadow(prepared, train, shadow_seed, rounds)
-        shadow_confidences.append(confidences(models))
+        add_confidence(train_shadow(prepared, train, shadow_seed, rounds))
         log(f"shadow {shadow + 1} of {shadows}: {time.perf_counter() - started:.0f} s")
+    add_confidence(run.models)
     return {
-        client: likelihood_ratio(
-            target, torch.stack([each[client] for each in shadow_confidences]), inside[client]
-        )
-        for client, target in confidences(run.models).items()
+        client: likelihood_ratio(target, torch.stack(of_shadows), inside[client])
+        for client, (*of_shadows, target) in found.items()
     }
+
+
+def _predictions(model: SavedModel, examples: Examples) -> tuple[Tensor, Tensor]:
+    """Return the personalized logits of a model for raw examples, float64, and the targets."""
+    logits = model.logits(map_rows(examples.x, Preprocess.of_model(model)), personal=True)
+    y = examples.labels
+    return logits.double(), y.double() if y.is_floating_point() else y

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,18 +25,28 @@ from hetero_fl.experiment.exporting.model_card import FORM, card_facts, card_mar
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import ArgumentError, UserError, describe_removed, suggest_or_list
+from hetero_fl.utils.extras import check_extra
 from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.serialization import make_folder, sha256_of, write_atomically
 
 SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors"}
 # Metadata key under which an ONNX file contains the description of its inputs and outputs.
 ABOUT = "hetero_fl"
+ROWS = "rows"
 # Number of examples for tracing a model.
 TRACED_EXAMPLES = 3
 # Batch sizes for checking an exported file.
 BATCHES = (1, 2, 7)
 TOLERANCE = 1e-5
-ROWS = "rows"
+# Warnings of the torch exporter that do not affect the result.
+IGNORED_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    ("_check_is_size will be removed", FutureWarning),
+    (r"`torch\.jit\.\w+` is (deprecated|not supported)", FutureWarning),
+    # Issued for models with a GRU.
+    (r"The tensor attributes? .* assigned during export", UserWarning),
+    # Issued if several inputs share the batch axis.
+    ("# The axis name: batch will not be used", UserWarning),
+)
 Scorer = Callable[[tuple[Tensor, ...]], Tensor]
 Log = Callable[[str], None]
 
@@ -56,19 +65,6 @@ class ExportedFile(NamedTuple):
     model: Path
     card: Path
     largest_difference: float | None
-
-
-def check_onnx() -> None:
-    """Raise UserError if a package for writing or running ONNX files is not installed."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ArgumentError(
-            f"file_format: onnx needs {error.name}, which is not installed; "
-            "run pip install 'hetero_fl[export]'"
-        ) from None
 
 
 def load_scorer(content: bytes) -> Scorer:
@@ -92,44 +88,50 @@ def load_scorer(content: bytes) -> Scorer:
     return predict
 
 
-def export_graph(
-    graph: ExportedModel, examples: tuple[Tensor, ...], about: Mapping[str, Any]
-) -> bytes:
+def export_graph(name: str, model: SavedModel, personal: bool) -> bytes:
     """Export a model to ONNX.
 
+    The description of the inputs and outputs is stored in the metadata of the file.
+
     Args:
-        graph: The model to export. The model is set to evaluation mode.
-        examples: A tensor for each input, with two or more examples for tracing the model.
-        about: Description of the inputs and outputs, which is stored in the metadata of the file.
+        name: Client id or "server".
+        model: The model to export.
+        personal: Whether to include the client's label frequencies.
 
     Returns:
         The content of the ONNX file.
 
     Raises:
-        Exception: If torch cannot export the model. The type of the exception depends on the model.
+        UserError: If torch cannot export the model.
     """
+    about = interface(model)
     sizes = {
         name: torch.export.Dim(name, min=1) for name in ("batch", "channels", "height", "width")
     }
     dynamic_axes = [
-        {
-            axis: sizes[size]
-            for axis, size in enumerate(("batch", *spec.shape))
-            if isinstance(size, str)
-        }
-        for spec in graph.inputs
+        {axis: sizes[size] for axis, size in enumerate(spec["shape"]) if isinstance(size, str)}
+        for spec in about["inputs"]
     ]
-    with torch.no_grad(), _ignore_export_warnings():
-        program = torch.onnx.export(
-            graph.eval(),
-            examples,
-            input_names=[spec.name for spec in graph.inputs],
-            output_names=[OUTPUTS[graph.kind]],
-            dynamic_shapes=(tuple(dynamic_axes),),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+    examples = draw_inputs(model, TRACED_EXAMPLES, keyed_generator("export", ROWS, TRACED_EXAMPLES))
+    with torch.no_grad(), warnings.catch_warnings():
+        for message, category in IGNORED_WARNINGS:
+            warnings.filterwarnings("ignore", message, category)
+        try:
+            program = torch.onnx.export(
+                ExportedModel(model, personal).eval(),
+                examples,
+                input_names=[spec["name"] for spec in about["inputs"]],
+                output_names=[about["output"]["name"]],
+                dynamic_shapes=(tuple(dynamic_axes),),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        except Exception as error:
+            # A user-defined model may use operations that ONNX does not support.
+            raise UserError(
+                f"{name}: {model.arch.name} cannot be exported to onnx: {_root_cause(error)}"
+            ) from error
     # The result is only None if a file name is passed.
     assert program is not None
     # The metadata of nodes contains file paths of this machine, which must not be published.
@@ -137,23 +139,6 @@ def export_graph(
         node.metadata_props.clear()
     program.model.metadata_props[ABOUT] = json.dumps(about, sort_keys=True)
     return program.model_proto.SerializeToString()
-
-
-@contextmanager
-def _ignore_export_warnings() -> Iterator[None]:
-    """Ignore warnings of the torch exporter that do not affect the result."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "_check_is_size will be removed", FutureWarning)
-        warnings.filterwarnings(
-            "ignore", r"`torch\.jit\.\w+` is (deprecated|not supported)", FutureWarning
-        )
-        # Issued for models with a GRU.
-        warnings.filterwarnings(
-            "ignore", r"The tensor attributes? .* assigned during export", UserWarning
-        )
-        # Issued if several inputs share the batch axis.
-        warnings.filterwarnings("ignore", "# The axis name: batch will not be used", UserWarning)
-        yield
 
 
 def export(
@@ -218,16 +203,20 @@ def export(
             "label frequencies"
         )
     if file_format == "onnx":
-        check_onnx()
+        check_extra("export", ("onnx", "onnxruntime", "onnxscript"), "format onnx")
     default = run.directory.models_folder(run.selection).relative_to(run.path / "models")
     folder = run.path / "export" / default if out is None else Path(out)
     make_folder(folder)
     exported = {}
     for name, model in models.items():
-        exported[name] = _export_model(
+        file = _export_model(
             run, name, model, file_format=file_format, folder=folder, personal=personal
         )
-        log(f"{name}: {exported[name].model.name}{_describe_difference(exported[name])}")
+        check = ""
+        if file.largest_difference is not None:
+            check = f", differs from the run's predictions by at most {file.largest_difference:.1e}"
+        log(f"{name}: {file.model.name}{check}")
+        exported[name] = file
     if file_format != "safetensors":
         _write(folder / "score.py", Path(score.__file__).read_bytes())
     return exported
@@ -242,7 +231,7 @@ def _export_model(
         model.module()
         content = run.model_file(name).read_bytes()
     else:
-        content = _onnx_content(name, model, personal)
+        content = export_graph(name, model, personal)
         largest = _largest_difference(run, name, load_scorer(content), personal)
     stem = f"{name}-personal" if personal else name
     file = folder / f"{stem}{SUFFIXES[file_format]}"
@@ -288,7 +277,7 @@ def _other_formats(card_path: Path, source: str) -> list[dict[str, Any]]:
 def interface(model: SavedModel) -> dict[str, Any]:
     """Describe the inputs and outputs of a model, for the metadata of exported files."""
     return {
-        "inputs": [spec.record() for spec in inputs_of(model)],
+        "inputs": inputs_of(model),
         "output": {
             "name": OUTPUTS[model.task.kind],
             "shape": ["batch", model.task.outputs],
@@ -297,17 +286,6 @@ def interface(model: SavedModel) -> dict[str, Any]:
         "task": model.task.kind,
         "names": list(model.task.output_names),
     }
-
-
-def _onnx_content(name: str, model: SavedModel, personal: bool) -> bytes:
-    examples = draw_inputs(model, TRACED_EXAMPLES, keyed_generator("export", ROWS, TRACED_EXAMPLES))
-    try:
-        return export_graph(ExportedModel(model, personal), examples, interface(model))
-    except Exception as error:
-        # A user-defined model may use operations that ONNX does not support.
-        raise UserError(
-            f"{name}: {model.arch.name} cannot be exported to onnx: {_root_cause(error)}"
-        ) from error
 
 
 def _largest_difference(run: Run, name: str, scorer: Scorer, personal: bool) -> float:
@@ -332,7 +310,8 @@ def _largest_difference(run: Run, name: str, scorer: Scorer, personal: bool) -> 
                 f"{name}: {model.arch.name} exported to onnx fails for a batch of {size} "
                 f"(use x.shape[0] instead of len(x) in the model): {_root_cause(error)}"
             ) from error
-        largest = max(largest, _relative_difference(found, expected))
+        difference = (found - expected).abs() / expected.abs().clamp(min=1)
+        largest = max(largest, float(difference.nan_to_num(nan=torch.inf).max()))
     if not largest <= TOLERANCE:
         raise UserError(
             f"{name}: {model.arch.name} exported to onnx predicts differently than in the run, "
@@ -341,25 +320,11 @@ def _largest_difference(run: Run, name: str, scorer: Scorer, personal: bool) -> 
     return largest
 
 
-def _relative_difference(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape:
-        return float("inf")
-    difference = (found - expected).abs() / expected.abs().clamp(min=1)
-    return float(difference.nan_to_num(nan=torch.inf).max())
-
-
 def _root_cause(error: BaseException) -> str:
     """Return the type and the first message line of the innermost cause of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-
-
-def _describe_difference(file: ExportedFile) -> str:
-    difference = file.largest_difference
-    if difference is None:
-        return ""
-    return f", differs from the run's predictions by at most {difference:.1e}"
 
 
 def _write(path: Path, content: bytes) -> None:

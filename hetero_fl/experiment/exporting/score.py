@@ -48,17 +48,19 @@ def read_arrays(path: Path, inputs: list[Spec]) -> dict[str, Any]:
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     names = [spec["name"] for spec in inputs]
+    given = ", ".join(arrays)
     if len(inputs) == 1:
-        known = (*names, *NAMES) if len(arrays) > 1 else arrays
-        found = [name for name in known if name in arrays]
-        if found:
-            arrays[names[0]] = arrays[found[0]]
-    missing = [spec for spec in inputs if spec["name"] not in arrays]
-    if len(missing) == len(inputs) or not all(spec.get("gaps") for spec in missing):
-        raise ValueError(f"expected arrays {', '.join(names)}, got {', '.join(arrays)}")
-    rows = next(len(arrays[name]) for name in names if name in arrays)
-    absent = {spec["name"]: np.full((rows, *spec["shape"][1:]), np.nan) for spec in missing}
-    return {name: {**arrays, **absent}[name] for name in names}
+        # A single input may have another name.
+        for name in NAMES if len(arrays) > 1 else list(arrays):
+            if name in arrays:
+                arrays.setdefault(names[0], arrays[name])
+    rows = max((len(arrays[name]) for name in names if name in arrays), default=0)
+    for spec in inputs:
+        if rows and spec.get("gaps"):
+            arrays.setdefault(spec["name"], np.full((rows, *spec["shape"][1:]), np.nan))
+    if not all(name in arrays for name in names):
+        raise ValueError(f"expected arrays {', '.join(names)}, got {given}")
+    return {name: arrays[name] for name in names}
 
 
 def read_table(path: Path, spec: Spec) -> Any:
@@ -76,41 +78,38 @@ def read_table(path: Path, spec: Spec) -> Any:
         ValueError: If a column is not in the file or a cell is not a number.
     """
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    header = list(reader.fieldnames or [])
-    text = spec.get("categories", {})
+        header, *rows = [row for row in csv.reader(file) if row] or [[]]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(header):
+            raise ValueError(f"row {number}: expected {len(header)} cells as in the header")
+    cells = {name: [row[i].strip() for row in rows] for i, name in enumerate(header)}
+    sources = {}
+    for name, values in spec.get("categories", {}).items():
+        sources |= {f"{name}={value}": name for value in values}
+        # 1.0 is the category 1.
+        plain = [
+            cell if cell in values else re.sub(r"^([+-]?\d+)\.0*$", r"\1", cell)
+            for cell in cells.get(name, [])
+        ]
+        for value in values if name in header else ():
+            cells.setdefault(f"{name}={value}", [str(int(cell == value)) for cell in plain])
     columns = spec.get("columns") or header
-    sources = {f"{name}={category}": name for name in text for category in text[name]}
-    absent = [n for n in columns if n not in header and sources.get(n) not in header]
+    absent = [sources.get(name, name) for name in columns if name not in cells]
     if absent and not spec.get("gaps"):
-        name = sources.get(absent[0], absent[0])
-        raise ValueError(f"column '{name}' not found; the file has {', '.join(header)}")
+        raise ValueError(f"column '{absent[0]}' not found; the file has {', '.join(header)}")
     table = np.full((len(rows), len(columns)), np.nan)
-    for i, row in enumerate(rows):
-        if None in row or None in row.values():
-            raise ValueError(f"row {i + 1}: expected {len(header)} cells as in the header")
-        cells = {**indicators(row, text), **row}
-        for j, column in enumerate(columns):
-            cell = cells.get(column, "").strip()
-            try:
-                table[i, j] = np.nan if cell in ("", "?") else float(cell)
-            except ValueError:
-                place = f"row {i + 1}, column '{column}'"
-                raise ValueError(f"{place}: expected a number, got '{cell}'") from None
+    for j, name in enumerate(columns):
+        for i, cell in enumerate(cells.get(name, [])):
+            table[i, j] = to_number(cell, f"row {i + 1}, column '{name}'")
     return table
 
 
-def indicators(row: dict[str, str], text: dict[str, list[str]]) -> dict[str, str]:
-    """Return the cells of the columns NAME=VALUE for the text columns of a row."""
-    found: dict[str, str] = {}
-    for name in text.keys() & row.keys():
-        cell = row[name].strip()
-        if cell not in text[name]:
-            # 1.0 is the category 1.
-            cell = re.sub(r"^([+-]?\d+)\.0*$", r"\1", cell)
-        found |= {f"{name}={category}": str(int(cell == category)) for category in text[name]}
-    return found
+def to_number(cell: str, place: str) -> float:
+    """Return the number in a cell, or NaN for a missing value."""
+    try:
+        return np.nan if cell in ("", "?") else float(cell)
+    except ValueError:
+        raise ValueError(f"{place}: expected a number, got '{cell}'") from None
 
 
 def to_input(x: Any, spec: Spec, first_row: int = 0) -> Any:
@@ -130,6 +129,8 @@ def to_input(x: Any, spec: Spec, first_row: int = 0) -> Any:
         ValueError: If the array does not contain valid examples.
     """
     name = spec["name"]
+    ranges = {"image": (0, 1), "tokens": (0, spec.get("tokens", 0) - 1)}
+    low, high = ranges.get(spec["kind"], (-np.inf, np.inf))
     if x.dtype.kind not in "buif" or x.ndim == 0:
         raise ValueError(f"{name}: expected an array of numbers, got {x.dtype} of shape {x.shape}")
     if spec["kind"] == "image":
@@ -137,18 +138,15 @@ def to_input(x: Any, spec: Spec, first_row: int = 0) -> Any:
     if not shapes_match(x.shape[1:], spec):
         shape = ", ".join(["N", *map(str, spec["shape"][1:])])
         raise ValueError(f"{name}: expected shape ({shape}), got {x.shape}")
-    ranges = {"image": (0, 1), "tokens": (0, spec.get("tokens", 0) - 1)}
-    low, high = ranges.get(spec["kind"], (-np.inf, np.inf))
     valid = np.isfinite(x) & (x >= low - OVERSHOOT) & (x <= high + OVERSHOOT)
     if spec["kind"] == "tokens":
         valid &= x == np.floor(x)
     if spec.get("gaps"):
         valid |= np.isnan(x)
     if not valid.all():
-        expected = f"numbers from {low} to {high}" if spec["kind"] in ranges else "finite numbers"
-        raise ValueError(
-            f"{name}: row {np.argwhere(~valid)[0][0] + first_row}: expected {expected}"
-        )
+        row = np.argwhere(~valid)[0][0] + first_row
+        expected = "finite numbers" if np.isinf(low) else f"numbers from {low} to {high}"
+        raise ValueError(f"{name}: row {row}: expected {expected}")
     return np.ascontiguousarray(x, dtype=spec["dtype"])
 
 

@@ -13,7 +13,6 @@ import hetero_fl
 from hetero_fl.cli import main
 from hetero_fl.data.federated_data import unprocessed_rows
 from hetero_fl.experiment.auditing.audit import audit
-from hetero_fl.experiment.auditing.inversion import without_protection
 from hetero_fl.experiment.auditing.membership import candidates, train_shadow
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.utils.errors import UserError
@@ -118,11 +117,13 @@ def test_audit_command_writes_json_figure_and_page(
     content = json.loads((folder / "audit.json").read_text())
     assert [row["attack"] for row in content["membership"]] == ["loss"]
     assert [row["way"] for row in content["inversion"]] == ["blind", "as trained"]
-    assert (folder / "audit.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "audit.html").read_text()
-    assert "Gradient inversion" in page
-    assert "whether its models reveal which rows they were trained on, and" in page
-    assert "whether the images can be reconstructed from a client's upload" in page
+    for words in (
+        "whether its models reveal which rows they were trained on, and",
+        "whether the images can be reconstructed from a client's upload",
+        "data:image/png;base64,",
+    ):
+        assert words in page
     # a second audit overwrites the first
     assert main(["audit", str(result.path), *flags]) == 0
 
@@ -160,8 +161,3 @@ def test_audit_refuses_changed_data(run: hetero_fl.Run, tmp_path: Path) -> None:
             audit(run, attack="membership", shadows=0, out=tmp_path)
     finally:
         (run.path / "config.yaml").write_text(text)
-
-
-def test_without_protection_keeps_unprotected_configurations() -> None:
-    plain = prepare(overfit(epochs=1)).config
-    assert without_protection(plain) == plain

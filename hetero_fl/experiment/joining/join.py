@@ -16,18 +16,19 @@ from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.load import Overrides, override_list
 from hetero_fl.core.images import check_pixels
-from hetero_fl.core.metrics import Scores, score
+from hetero_fl.core.metrics import score
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.task import Task
-from hetero_fl.data import Dataset, FederatedData, Preprocess, row_strata, with_test
+from hetero_fl.data import Dataset, FederatedData, row_strata, with_test
 from hetero_fl.data.client_rows import ClientRows
-from hetero_fl.data.dataset import ColumnLayout, Examples, Vocabulary
+from hetero_fl.data.dataset import Examples
 from hetero_fl.data.partition.units import most_common_stratum
-from hetero_fl.data.preprocessing import NOTHING, check_missing_values, usable_rows
+from hetero_fl.data.preprocessing import check_missing_values, usable_rows
 from hetero_fl.data.splits import RowSelection
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.experiment.evaluation import from_objects, load_as, targets_of_models
-from hetero_fl.experiment.onboarding.transfer import TransferSource
+from hetero_fl.experiment.evaluation import check_fits, load_for_models, targets_of_models
+from hetero_fl.experiment.finished_runs import note_on_training_rows
+from hetero_fl.experiment.joining.transfer import TransferSource
 from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.experiment.starting_models import StartingTensors
 from hetero_fl.federation.federation import FederationSpec
@@ -66,22 +67,33 @@ class JoiningSite:
     """The data of a joining client.
 
     Args:
-        train: Training rows.
-        test: Test rows.
-        counts: Numbers of labeled patients or examples to compare, in increasing order.
-        unit: Unit of `counts`, "patients" or "examples".
+        dataset: Training and test rows, with the targets of the run.
         task: The task of the run.
-        layout: Columns of the data.
-        vocabulary: Vocabulary of texts, or None for other data.
     """
 
-    train: Examples
-    test: Examples
-    counts: tuple[int, ...]
-    unit: str
+    dataset: Dataset
     task: Task
-    layout: ColumnLayout = NOTHING
-    vocabulary: Vocabulary | None = None
+
+    @property
+    def train(self) -> Examples:
+        """Training rows."""
+        return self.dataset.train
+
+    @property
+    def test(self) -> Examples:
+        """Test rows."""
+        assert self.dataset.test is not None
+        return self.dataset.test
+
+    @property
+    def unit(self) -> str:
+        """What is counted, "patients" or "examples"."""
+        return "examples" if self.train.patient is None else "patients"
+
+    def available(self) -> int:
+        """Return the number of labeled patients, or of examples if the data has no patients."""
+        patient = self.train.patient
+        return len(self.train) if patient is None else len(patient.unique())
 
     def rows(self, count: int, seed: int) -> Tensor:
         """Return the indices of the training rows of `count` randomly sampled patients.
@@ -105,59 +117,34 @@ class JoiningSite:
         place = torch.empty_like(draws)
         for value in label.unique():
             members = torch.nonzero(label == value).squeeze(1)
-            place[members[draws[members].argsort()]] = (
-                torch.arange(len(members), dtype=torch.float64) + 0.5
-            ) / len(members)
+            ranks = torch.arange(len(members), dtype=torch.float64)
+            place[members[draws[members].argsort()]] = (ranks + 0.5) / len(members)
         # Random draws break ties between labels.
         chosen = (place + 1e-4 * draws / len(label)).argsort()[:count]
         return torch.nonzero(torch.isin(unit, chosen)).squeeze(1)
 
 
+@dataclass
 class JoiningClients:
     """Variants of a joining client with different numbers of labels, which train independently.
-
-    The starting point of a client is "scratch", "backbone", "teacher" or "both" (see `join`).
 
     Args:
         source_run: The finished run.
         site: The data of the joining client.
-        name: Name of the data set.
+        counts: Numbers of labeled patients or examples to compare, in increasing order.
         model: Name of the model.
         epochs: Number of epochs of fine-tuning.
         overrides: Client settings, or settings of the section `runtime`, as `key=value`.
-
-    Attributes:
-        transfer: Raw rows for which the teacher computes predictions, or None without a teacher.
-        teacher_on: Description of the rows in `transfer`. Empty without a teacher.
+        public: Raw rows for which the teacher computes predictions, or None without a teacher.
     """
 
-    def __init__(
-        self,
-        source_run: TransferSource,
-        site: JoiningSite,
-        *,
-        name: str,
-        model: str,
-        epochs: int,
-        overrides: Sequence[str],
-    ) -> None:
-        self.source_run = source_run
-        self.site = site
-        self.name = name
-        self.model = model
-        self.epochs = epochs
-        settings, fits = source_run.settings_for(model)
-        adopted = settings.model_dump(mode="json", exclude_unset=True)
-        self.defaults = {
-            key: value for key, value in adopted.items() if key not in NOT_ADOPTED_SETTINGS
-        }
-        if not fits:
-            self.defaults["model"] = model
-        self.overrides = [
-            o if o.startswith("runtime.") else f"clients.defaults.{o}" for o in overrides
-        ]
-        self.transfer: Tensor | None = None
-        self.teacher_on = ""
+    source_run: TransferSource
+    site: JoiningSite
+    counts: tuple[int, ...]
+    model: str
+    epochs: int
+    overrides: Sequence[str] = ()
+    public: Tensor | None = None
 
     def config(self, seed: int, times: int = 1) -> Config:
         """Return the configuration of a run with one client for each number of labels.
@@ -166,153 +153,126 @@ class JoiningClients:
             seed: Seed of the run.
             times: Factor by which the number of training steps is multiplied.
         """
-        batch = int(self.defaults.get("batch_size", ClientSettings().batch_size))
+        settings, fits = self.source_run.settings_for(self.model)
+        adopted = settings.model_dump(mode="json", exclude_unset=True)
+        defaults = {key: value for key, value in adopted.items() if key not in NOT_ADOPTED_SETTINGS}
+        if not fits:
+            defaults["model"] = self.model
+        batch = int(defaults.get("batch_size", ClientSettings().batch_size))
         groups = [
             {"name": f"with_{n}", "steps": times * max(MIN_STEPS, self.epochs * -(-n // batch))}
-            for n in self.site.counts
+            for n in self.counts
         ]
         source = {
             "name": "join",
             "seed": seed,
             "rounds": 1,
-            "clients": {"defaults": self.defaults, "groups": groups},
+            "clients": {"defaults": defaults, "groups": groups},
             "runtime": {"executor": "serial", "device": self.source_run.config.runtime.device},
         }
-        return load_config(source, self.overrides)
+        overrides = [
+            o if o.startswith("runtime.") else f"clients.defaults.{o}" for o in self.overrides
+        ]
+        return load_config(source, overrides)
 
     def federation(self, config: Config) -> tuple[FederatedData, FederationSpec]:
         """Create the data and the federation for a configuration from `config`."""
         clients = expand_population(config.clients)
-        site = self.site
+        train = self.site.train
+        test = self.site.test
         none = torch.zeros(0, dtype=torch.int64)
         private = {
             f"with_{n}": {
-                "train": RowSelection(site.train, site.rows(n, config.seed)),
-                "validation": RowSelection(site.train, none),
-                "test": RowSelection(site.test, torch.arange(len(site.test))),
+                "train": RowSelection(train, self.site.rows(n, config.seed)),
+                "validation": RowSelection(train, none),
+                "test": RowSelection.all_rows(test),
             }
-            for n in site.counts
+            for n in self.counts
         }
         # Only local test rows are evaluated.
-        public = {
-            name: RowSelection(site.test, none) for name in ("common_test", "common_validation")
-        }
-        if self.transfer is not None:
-            public["proxy"] = RowSelection(
-                Examples(self.transfer), torch.arange(len(self.transfer))
-            )
-        client_rows = ClientRows(private)
+        public = {name: RowSelection(test, none) for name in ("common_test", "common_validation")}
+        if self.public is not None:
+            public["proxy"] = RowSelection.all_rows(Examples(self.public))
+        model = next(iter(self.source_run.models.values()))
+        layout = replace(self.site.dataset.layout, pixel_range=model.preprocess.get("pixel_range"))
         data = FederatedData(
             self.source_run.task,
-            self.name,
+            self.site.dataset.name,
             clients,
-            client_rows,
+            ClientRows(private),
             public,
             seed=config.seed,
-            layout=site.layout,
-            vocabulary=site.vocabulary,
+            layout=layout,
+            vocabulary=self.site.dataset.vocabulary,
         )
-        check_missing_values(clients.profiles, clients, client_rows, public, layout=site.layout)
+        check_missing_values(clients.profiles, clients, data.client_rows, public, layout=layout)
         return data, FederationSpec.from_config(
             config.model_copy(update={"privacy": None}), data, clients, student=False
         )
 
-    def transfer_options(self, requested: str | None) -> dict[str, TransferredParts]:
+    def transfer_options(self, requested: str | None) -> tuple[dict[str, TransferredParts], str]:
         """Return the tensors that the joining clients receive for each starting point.
 
-        With a teacher, the attributes `transfer` and `teacher_on` are set.
+        With a teacher, `public` is set.
 
         Args:
             requested: "backbone", "teacher" or "both". If None, all starting points that the run
                 provides are included.
 
         Returns:
-            The tensors, keyed by starting point. The starting point "scratch" has no tensors and is
-            always included.
+            The tensors, keyed by starting point, and a description of the rows in `public`. The
+            starting point "scratch" has no tensors and is always included.
 
         Raises:
             UserError: If the run does not provide the requested starting point.
         """
-        _, federation = self.federation(self.config(0))
-        client_info = next(iter(federation.client_infos.values()))
-        options: dict[str, TransferredParts] = {SCRATCH: {}}
         if requested not in (None, BACKBONE, TEACHER, BOTH):
             raise ArgumentError(
                 f"transfer: unknown choice '{requested}'; choose from {BACKBONE}, {TEACHER}, {BOTH}"
             )
+        source_run = self.source_run
+        _, federation = self.federation(self.config(0))
+        client_info = next(iter(federation.client_infos.values()))
+        parts: TransferredParts = {}
+        problems = {}
+        teacher_on = ""
         if requested != TEACHER:
-            backbone = self.source_run.backbone(client_info.arch)
+            backbone = source_run.backbone(client_info.arch)
             if backbone is not None:
-                options[BACKBONE] = {BACKBONE: backbone}
+                parts[BACKBONE] = backbone
             else:
-                problem = (
-                    f"no client in {self.source_run.run.path} shared the backbone of a "
-                    f"{client_info.arch.spec_id}"
+                problems[BACKBONE] = (
+                    f"no client in {source_run.run.path} shared the backbone of a "
+                    f"{client_info.arch.spec_id}; choose teacher, or the model "
+                    f"{source_run.most_common_model}"
                 )
-                advice = f"choose teacher, or the model {self.source_run.most_common_model}"
-                self._report_missing(problem, advice, requested)
         if requested != BACKBONE:
-            self._add_teacher(options, client_info.preprocess, requested)
-        if BACKBONE in options and TEACHER in options:
-            options[BOTH] = {**options[BACKBONE], **options[TEACHER]}
-        if requested is None:
-            return options
-        return {name: options[name] for name in (SCRATCH, requested)}
-
-    def _add_teacher(
-        self, options: dict[str, TransferredParts], preprocess: Preprocess, requested: str | None
-    ) -> None:
-        """Add the teacher's predictions to the starting points, if there are usable rows."""
-        rows, self.teacher_on = self._transfer_rows(preprocess)
-        teacher = self.source_run.consensus(rows)
-        usable = usable_rows(rows, preprocess) & ~teacher.isnan().any(1)
-        if bool(usable.any()):
-            self.transfer = rows[usable]
-            options[TEACHER] = {TEACHER: teacher[usable]}
-            return
-        problem = (
-            f"{self.teacher_on}: no row is usable for both the joining client and a model of the "
-            "run"
-        )
-        self._report_missing(problem, "choose backbone", requested)
-        self.teacher_on = ""
-
-    def _report_missing(self, problem: str, advice: str, requested: str | None) -> None:
-        """Raise ArgumentError if the missing starting point is requested, else add a note."""
-        if requested is not None:
-            raise ArgumentError(f"transfer: {problem}; {advice}")
-        self.source_run.notes.append(problem)
-
-    def _transfer_rows(self, preprocess: Preprocess) -> tuple[Tensor, str]:
-        """Choose the raw rows for which the teacher computes predictions, and describe the rows."""
-        public = self.source_run.public
-        private = self.site.train.x
-        if public is not None:
-            has_shape = preprocess.shape(tuple(public.shape[1:])) == preprocess.shape(
-                tuple(private.shape[1:])
-            )
-            if has_shape and bool(usable_rows(public, preprocess).any()):
-                return public, f"the run's {len(public):,} public rows"
-            self.source_run.notes.append(
-                "the run's public rows have no values that the joining client uses"
-                if has_shape
-                else "the run's public rows have another shape than the joining client's rows"
-            )
-        return private, f"the joining client's {len(private):,} training rows, without labels"
-
-    def consensus_scores(self) -> Scores:
-        """Score the consensus of the run's models on all test rows that a model can use."""
-        test = self.site.test
-        logits = self.source_run.consensus(test.x)
-        usable = ~logits.isnan().any(1)
-        test = test.select_rows(usable.nonzero().squeeze(1))
-        return score(
-            self.source_run.task,
-            logits[usable],
-            test.labels,
-            test.unit,
-            excluded=test.excluded,
-        )
+            x = self.site.train.x
+            rows = source_run.public_rows(client_info.preprocess, tuple(x.shape[1:]))
+            teacher_on = f"the joining client's {len(x):,} training rows, without labels"
+            if rows is not None:
+                teacher_on = f"the run's {len(rows):,} public rows"
+            rows = x if rows is None else rows
+            teacher = source_run.consensus(rows)
+            usable = usable_rows(rows, client_info.preprocess) & ~teacher.isnan().any(1)
+            if bool(usable.any()):
+                self.public = rows[usable]
+                parts[TEACHER] = teacher[usable]
+            else:
+                problems[TEACHER] = (
+                    f"{teacher_on}: no row is usable for both the joining client and a model of "
+                    "the run; choose backbone"
+                )
+                teacher_on = ""
+        if requested is not None and problems:
+            raise ArgumentError(f"transfer: {next(iter(problems.values()))}")
+        source_run.notes.extend(problems.values())
+        options: dict[str, TransferredParts] = {SCRATCH: {}}
+        if requested != BOTH:
+            options |= {name: {name: part} for name, part in parts.items()}
+        if len(parts) == 2:
+            options[BOTH] = parts
+        return options, teacher_on
 
     def run_transfer(
         self, seed: int, option: str, parts: TransferredParts, save_path: Path | None
@@ -335,28 +295,26 @@ class JoiningClients:
         trainer = PreparedRun(
             config, JoiningClient(), federation, data, [], StartingTensors()
         ).make_trainer()
-        last = f"with_{self.site.counts[-1]}"
 
         def save(client_id: str, encoded: bytes) -> None:
-            if save_path is not None and client_id == last:
-                save_path.parent.mkdir(exist_ok=True)
+            if save_path is not None and client_id == f"with_{self.counts[-1]}":
                 write_atomically(save_path, encoded)
 
         try:
             trainer.server.state.update(parts)
             trainer.run_round()
-            result = trainer.evaluate(
-                details=save_path is not None, save=save if save_path is not None else None
-            )
+            result = trainer.evaluate(details=True, save=save)
         finally:
             trainer.executor.close()
         return [
             {
+                "begins": option,
+                "seed": seed,
                 "patients": n,
                 "rows": data.n_rows(f"with_{n}", "train"),
                 **result.clients[f"with_{n}"].scores["personal"],
             }
-            for n in self.site.counts
+            for n in self.counts
         ]
 
 
@@ -430,100 +388,98 @@ def join(
     seeds = list(dict.fromkeys(seeds))
     if not seeds:
         raise ArgumentError("seeds: expected one or more integers, got none")
-    is_named = isinstance(data, str | Path)
-    CodePermission.from_argument(allow_code).check_caller_references(
-        find_references(
-            {"--data": str(data) if is_named else None, "--model": model, "overrides": overrides}
-        )
-    )
+    permission = CodePermission.from_argument(allow_code)
+    permission.check_caller_references(find_references({"--model": model, "overrides": overrides}))
     # A folder with results is rejected, because joining cannot be resumed.
     check_vacant(out, alternatives="")
     models = source_run.run.load_models()
     for model_of_client in models.values():
         # The tensors of a file may not fit the model.
         model_of_client.module()
-    dataset = (
-        load_as(source_run.run, str(data), label, models)
-        if is_named
-        else from_objects(source_run.run, data, label, models)
-    )
-    site = _joining_site(dataset, source_run, patients)
-    model_name = model or source_run.most_common_model
+    dataset = load_for_models(source_run.run, data, label, models, allow_code)
+    site = _joining_site(dataset, source_run)
     joining = JoiningClients(
         source_run,
         site,
-        name=dataset.name,
-        model=model_name,
-        epochs=epochs,
-        overrides=overrides,
+        _counts(site, patients, source_run.notes),
+        model or source_run.most_common_model,
+        epochs,
+        overrides,
     )
-    options = joining.transfer_options(transfer)
+    options, teacher_on = joining.transfer_options(transfer)
     for split, examples in (("training", site.train), ("test", site.test)):
-        if note := source_run.overlap(examples.x, f"the joining client's {split} rows", "it"):
-            source_run.notes.append(note)
+        if source_run.prepared is not None:
+            rows_of_split = f"the joining client's {split} rows"
+            source_run.notes += note_on_training_rows(
+                source_run.prepared, examples.x, rows_of_split, "it"
+            )
     make_folder(out)
     rows: list[dict[str, Any]] = []
     for seed in seeds:
         for option, parts in options.items():
             save_path = None if seed != seeds[0] else out / "models" / f"{option}.safetensors"
-            rows += [
-                {"begins": option, "seed": seed, **scores}
-                for scores in joining.run_transfer(seed, option, parts, save_path)
-            ]
+            rows += joining.run_transfer(seed, option, parts, save_path)
             log(f"seed {seed}, {option}: done")
+    # Rows that no model can use are not scored.
+    consensus = source_run.consensus(site.test.x)
+    usable = ~consensus.isnan().any(1)
+    test = site.test.select_rows(usable.nonzero().squeeze(1))
     content = {
         "run": source_run.run.summary["name"],
         "algorithm": source_run.run.summary["algorithm"],
         "data": dataset.name,
-        "model": model_name,
+        "model": joining.model,
         "unit": site.unit,
-        "patients": list(site.counts),
+        "patients": list(joining.counts),
         "seeds": seeds,
         "epochs": epochs,
         "n_test": len(site.test),
-        "teacher_on": joining.teacher_on or None,
-        "consensus": joining.consensus_scores(),
+        "teacher_on": teacher_on or None,
+        "consensus": score(
+            site.task, consensus[usable], test.labels, test.unit, excluded=test.excluded
+        ),
         "notes": source_run.notes,
         "rows": rows,
     }
     # Imported here because loading matplotlib is slow.
-    from hetero_fl.experiment.onboarding.report import write_join
+    from hetero_fl.experiment.joining.report import write_join
 
-    write_join(out, content, source_run.task)
+    write_join(out, content, site.task)
     return content
 
 
-def _joining_site(
-    dataset: Dataset, source_run: TransferSource, patients: Sequence[int]
-) -> JoiningSite:
+def _joining_site(dataset: Dataset, source_run: TransferSource) -> JoiningSite:
+    """Return the data of a joining client, with the targets of the run and a test set."""
     task = source_run.task
     dataset = with_test(dataset)
-    assert dataset.test is not None
-    parts = []
-    for examples in (dataset.train, dataset.test):
+    pixel_range = next(iter(source_run.models.values())).preprocess.get("pixel_range")
+    parts: dict[str, Any] = {}
+    for split, examples in dataset.splits().items():
         y = targets_of_models(source_run.run, examples.labels, dataset, task, dataset.name)
-        parts.append(replace(examples, y=y, group=None, group_names=()))
-    train, test = parts
-    available = len(train) if train.patient is None else len(train.patient.unique())
-    unit = "examples" if train.patient is None else "patients"
+        parts[split] = replace(examples, y=y, group=None, group_names=())
+        check_pixels(examples.x, pixel_range, f"data: {dataset.name}", complete=True)
+    for name, model in source_run.models.items():
+        check_fits(name, model, dataset, dataset.name)
+    return JoiningSite(replace(dataset, **parts), task)
+
+
+def _counts(site: JoiningSite, patients: Sequence[int], notes: list[str]) -> tuple[int, ...]:
+    """Return the numbers of labels to compare, and note those that are not available."""
+    available = site.available()
     requested = sorted(set(patients))
     if not requested or requested[0] < 2:
         raise ArgumentError(
             "patients: expected integers >= 2, such as 10,30,100, "
             f"got {', '.join(map(str, requested)) or 'none'}"
         )
-    counts = tuple(n for n in requested if n <= available)
-    if not counts:
+    name = site.dataset.name
+    if requested[0] > available:
         raise ArgumentError(
-            f"patients: must be <= {available}, the number of labeled training {unit} in "
-            f"{dataset.name}, got {requested[0]}"
+            f"patients: must be <= {available}, the number of labeled training {site.unit} in "
+            f"{name}, got {requested[0]}"
         )
-    if len(counts) < len(requested):
-        source_run.notes.append(
-            f"{dataset.name} has {available} labeled training {unit}; larger numbers are skipped"
+    if requested[-1] > available:
+        notes.append(
+            f"{name} has {available} labeled training {site.unit}; larger numbers are skipped"
         )
-    model = next(iter(source_run.models.values()))
-    layout = replace(dataset.layout, pixel_range=model.preprocess.get("pixel_range"))
-    for part in parts:
-        check_pixels(part.x, layout.pixel_range, f"data: {dataset.name}", complete=True)
-    return JoiningSite(train, test, counts, unit, task, layout, dataset.vocabulary)
+    return tuple(n for n in requested if n <= available)

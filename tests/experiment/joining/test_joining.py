@@ -18,13 +18,14 @@ from hetero_fl.core.metrics import metric_names
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import from_arrays
-from hetero_fl.experiment.onboarding.joining_clients import (
+from hetero_fl.experiment.finished_runs import num_training_rows
+from hetero_fl.experiment.joining.join import (
     SCRATCH_STEP_FACTOR,
     JoiningClients,
     JoiningSite,
 )
-from hetero_fl.experiment.onboarding.report import defined_metrics, draw_join, is_clearly_better
-from hetero_fl.experiment.onboarding.transfer import TransferSource
+from hetero_fl.experiment.joining.report import defined_metrics, is_clearly_better
+from hetero_fl.experiment.joining.transfer import TransferSource
 from hetero_fl.utils.errors import UserError
 from tests.support.federations import broadcasts, config, rounds_of, same_bits, set_method
 
@@ -227,28 +228,27 @@ def test_join_accepts_a_pair_of_arrays_and_notes_training_rows(
     }
 
 
-def test_num_seen_counts_rows_of_the_run(data_folder: Folder) -> None:
+def test_training_rows_of_the_run_are_counted(data_folder: Folder) -> None:
     transfer_source = TransferSource(hetero_fl.Run(data_folder / "run"))
     assert transfer_source.prepared is not None
     private_rows = list(transfer_source.prepared.data.private_rows())
     other = torch.from_numpy(np.load(data_folder / "new.npz")["train_images"])[:50, None]
     rows = torch.cat([private_rows[0][:3], private_rows[0][:1], private_rows[2][-2:], other])
 
-    assert transfer_source.num_seen(rows) == 6
-    assert transfer_source.num_seen(rows[:, :, 1:]) == 0
+    assert num_training_rows(transfer_source.prepared, rows) == 6
+    assert num_training_rows(transfer_source.prepared, rows[:, :, 1:]) == 0
 
 
 def test_joining_site_rows_are_nested_keep_patients_together_and_the_label_mix() -> None:
     patient = [i // 3 for i in range(90)]
-    examples = from_arrays(torch.rand(90, 4), [0, 1] * 45, patient=patient).train
-    site = JoiningSite(examples, examples, (5, 20), "patients", Task("multiclass", 2))
+    examples = from_arrays(torch.rand(90, 4), [0, 1] * 45, patient=patient)
+    site = JoiningSite(examples, Task("multiclass", 2))
     few, many = site.rows(5, 1), site.rows(20, 1)
     assert len(few) == 15 and len(many) == 60 and set(few.tolist()) <= set(many.tolist())
     assert not torch.equal(few, site.rows(5, 2))
 
     label = torch.tensor([0] * 30 + [1] * 90)
-    train = from_arrays(torch.rand(120, 4), label).train
-    site = JoiningSite(train, train, (8,), "examples", Task("multiclass", 2))
+    site = JoiningSite(from_arrays(torch.rand(120, 4), label), Task("multiclass", 2))
     drawn = [site.rows(8, seed) for seed in range(20)]
     assert {int(label[rows].sum()) for rows in drawn} == {6}
     assert len(site.rows(120, 0)) == 120
@@ -295,22 +295,6 @@ def test_join_command_refuses_flags_and_prints_the_table(
     assert capsys.readouterr().err.endswith("join-mlp: already exists; choose another folder\n")
     with pytest.raises(UserError, match="seeds: expected one or more integers, got none"):
         join(data_folder, out.with_name("other"), seeds=())
-
-
-def test_band_of_shares_is_clipped_at_one() -> None:
-    row = {"begins": "scratch", **dict.fromkeys(("accuracy", "balanced_accuracy", "auroc"), 0.9)}
-    wide = {f"{m}_std": 0.2 for m in row if m != "begins"}
-    table = [{"patients": n, **row, **wide} for n in (10, 30)]
-    content = {
-        "table": table,
-        "rows": [row],
-        "patients": [10, 30],
-        "unit": "patients",
-        "consensus": dict.fromkeys(row),
-    }
-    for axes in draw_join(content, Task("multiclass", 2)).axes:
-        (band,) = axes.collections
-        assert band.get_paths()[0].vertices[:, 1].max() == 1
 
 
 @pytest.mark.parametrize(("option", "times"), [(SCRATCH, SCRATCH_STEP_FACTOR), ("backbone", 1)])

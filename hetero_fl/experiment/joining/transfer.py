@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,13 +28,13 @@ from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import Preprocess
-from hetero_fl.data.overlap import row_hashes
 from hetero_fl.data.preprocessing import usable_rows
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.experiment.preparation import PreparedRun, make_algorithm, prepare
+from hetero_fl.experiment.finished_runs import prepare_again
+from hetero_fl.experiment.preparation import PreparedRun, make_algorithm
 from hetero_fl.federation.federation import protect
 from hetero_fl.reporting.run import Run
-from hetero_fl.utils.errors import ArgumentError, UserError
+from hetero_fl.utils.errors import UserError
 
 BODY = ("backbone.",)
 
@@ -139,33 +137,18 @@ class TransferSource:
             Logits of the mean probabilities, or the mean predictions for regression,
             `[N, outputs]`. Rows that no model can use contain NaN.
 
-        Raises:
-            UserError: If the rows do not fit the models.
         """
-        logits = []
-        usable = []
-        for model in self.models.values():
-            preprocess = Preprocess.of_model(model)
-            found = preprocess.shape(tuple(x.shape[1:]), "the run's preprocessing")
-            if found != model.arch.input_shape:
-                raise ArgumentError(
-                    f"data: examples have shape {found} after preprocessing, "
-                    f"but the run's models expect {model.arch.input_shape}"
-                )
-            usable.append(usable_rows(x, preprocess))
-            logits.append(model.logits(map_rows(x, preprocess)))
-        mask = torch.stack(usable)[..., None]
-        count = mask.sum(0)
-        stacked = torch.stack(logits)
-
-        def mean(values: Tensor) -> Tensor:
-            return values.masked_fill(~mask, 0.0).sum(0) / count
-
+        preprocesses = {name: Preprocess.of_model(model) for name, model in self.models.items()}
+        usable = torch.stack([usable_rows(x, each) for each in preprocesses.values()])[..., None]
+        logits = torch.stack(
+            [model.logits(map_rows(x, preprocesses[name])) for name, model in self.models.items()]
+        )
+        count = usable.sum(0)
         if self.task.kind == "regression":
-            return mean(stacked)
+            return logits.masked_fill(~usable, 0.0).sum(0) / count
         if self.task.kind == "multilabel":
-            return mean(stacked.sigmoid()).logit(eps=1e-7)
-        return stacked.log_softmax(-1).masked_fill(~mask, -torch.inf).logsumexp(0) - count.log()
+            return (logits.sigmoid().masked_fill(~usable, 0.0).sum(0) / count).logit(eps=1e-7)
+        return logits.log_softmax(-1).masked_fill(~usable, -torch.inf).logsumexp(0) - count.log()
 
     @cached_property
     def prepared(self) -> PreparedRun | None:
@@ -174,58 +157,32 @@ class TransferSource:
         If the data is not available or has changed, the value is None and a note is added to
         `notes`.
         """
-        known: dict[str, Any] = self.run.summary["data"]
         try:
-            prepared = prepare(self.config)
+            return prepare_again(self.run)
         except UserError as error:
-            self.notes.append(f"the run's data is not available ({error})")
+            self.notes.append(f"the run's public and training rows are not available ({error})")
             return None
-        data = prepared.data
-        found = {
-            "name": data.name,
-            "n_train": data.n_train,
-            "n_proxy": data.n_proxy,
-            "n_test": data.n_test,
-        }
-        if any(known[key] != value for key, value in found.items()):
-            self.notes.append("the run's data has changed since the run")
-            return None
-        return prepared
 
-    @property
-    def public(self) -> Tensor | None:
-        """Raw public rows of the run, or None if there are none or the data is not available."""
-        if self.prepared is None or not self.prepared.data.n_proxy:
-            return None
-        return self.prepared.data.raw_examples("proxy")
+    def public_rows(self, preprocess: Preprocess, shape: tuple[int, ...]) -> Tensor | None:
+        """Return the raw public rows of the run that a joining client can use.
 
-    def num_seen(self, x: Tensor) -> int:
-        """Return the number of raw rows that were training rows in the run.
-
-        The result is 0 if the data of the run is not available or has another shape.
-        """
-        if self.prepared is None or tuple(x.shape[1:]) != self.prepared.data.input_shape:
-            return 0
-        given = row_hashes(x)
-        seen = np.zeros(len(given), dtype=bool)
-        for rows in self.prepared.data.private_rows():
-            seen |= np.isin(given, row_hashes(rows))
-        return int(seen.sum())
-
-    def overlap(self, x: Tensor, rows: str, description: str) -> str:
-        """Describe how many raw rows were training rows in the run.
-
-        The text is empty if there are no such rows.
+        If there are public rows but none is usable, a note is added to `notes`.
 
         Args:
-            x: Raw rows, `[N, ...]`.
-            rows: Description of the rows, for the note.
-            description: Description of the models whose scores are too optimistic, for the note.
+            preprocess: Preprocessing of the joining client.
+            shape: Shape of a raw example of the joining client.
+
+        Returns:
+            The rows, or None if no row is usable or the data of the run is not available.
         """
-        count = self.num_seen(x)
-        if not count:
-            return ""
-        verb = "is also in the run's" if count == 1 else "are also in the run's"
-        return (
-            f"{count} of {rows} {verb} training rows: scores are too optimistic for {description}"
-        )
+        if self.prepared is None or not self.prepared.data.n_proxy:
+            return None
+        public = self.prepared.data.raw_examples("proxy")
+        if preprocess.shape(tuple(public.shape[1:])) != preprocess.shape(shape):
+            problem = "have another shape than the joining client's rows"
+        elif not bool(usable_rows(public, preprocess).any()):
+            problem = "have no values that the joining client uses"
+        else:
+            return public
+        self.notes.append(f"the run's public rows {problem}")
+        return None

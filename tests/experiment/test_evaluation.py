@@ -20,7 +20,6 @@ from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.experiment import evaluate, prepare
-from hetero_fl.experiment.evaluation import renumber_targets
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import UserError
 
@@ -154,15 +153,6 @@ def test_prepare_notes_the_columns_of_a_table(tmp_path: Path) -> None:
         "encoded as indicators: ward (a, b, c); left out: none"
     )
     assert ["set data.patient=" in note for note in notes] == [False, True, True]
-
-
-def test_renumber_targets_uses_the_class_numbers_of_the_models() -> None:
-    found = Task("multiclass", 3, ("a", "b", "c"))
-    known = Task("multiclass", 3, ("b", "c", "a"))
-
-    y = renumber_targets(torch.tensor([0, 1, 2, 0]), found, known, "--data")
-
-    assert y.tolist() == [2, 0, 1, 2]
 
 
 def test_label_defaults_to_the_configuration_of_the_run(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def read_table(path: Path, spec: Spec) -> Any:
         if len(row) != len(header):
             raise ValueError(f"row {number}: expected {len(header)} cells as in the header")
     cells = {name: [row[i].strip() for row in rows] for i, name in enumerate(header)}
-    sources = {}
+    sources: dict[str, str] = {}
     for name, values in spec.get("categories", {}).items():
         sources |= {f"{name}={value}": name for value in values}
         # 1.0 is the category 1.

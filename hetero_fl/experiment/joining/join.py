@@ -62,66 +62,34 @@ TransferredParts = dict[str, Tensors | Tensor]
 """Backbone tensors, teacher predictions, or both, that a joining client receives."""
 
 
-@dataclass(frozen=True)
-class JoiningSite:
-    """The data of a joining client.
+def labeled_rows(train: Examples, task: Task, count: int, seed: int) -> Tensor:
+    """Return the indices of the training rows of `count` randomly sampled patients.
+
+    Sampling is stratified by label, so that the label distribution is similar for all counts. For a
+    given seed, a larger sample includes all patients of a smaller sample.
 
     Args:
-        dataset: Training and test rows, with the targets of the run.
-        task: The task of the run.
+        train: Training rows.
+        task: Task of the labels.
+        count: Number of patients, or number of examples if the data has no patients.
+        seed: Seed of the sample.
+
+    Returns:
+        Indices of training rows, int64 `[N]`.
     """
-
-    dataset: Dataset
-    task: Task
-
-    @property
-    def train(self) -> Examples:
-        """Training rows."""
-        return self.dataset.train
-
-    @property
-    def test(self) -> Examples:
-        """Test rows."""
-        assert self.dataset.test is not None
-        return self.dataset.test
-
-    @property
-    def unit(self) -> str:
-        """What is counted, "patients" or "examples"."""
-        return "examples" if self.train.patient is None else "patients"
-
-    def available(self) -> int:
-        """Return the number of labeled patients, or of examples if the data has no patients."""
-        patient = self.train.patient
-        return len(self.train) if patient is None else len(patient.unique())
-
-    def rows(self, count: int, seed: int) -> Tensor:
-        """Return the indices of the training rows of `count` randomly sampled patients.
-
-        Sampling is stratified by label, so that the label distribution is similar for all counts.
-        For a given seed, a larger sample includes all patients of a smaller sample.
-
-        Args:
-            count: Number of patients, or number of examples if the data has no patients.
-            seed: Seed of the sample.
-
-        Returns:
-            Indices of training rows, int64 `[N]`.
-        """
-        unit = torch.arange(len(self.train)) if self.train.patient is None else self.train.patient
-        unit = unit.unique(return_inverse=True)[1]
-        label = most_common_stratum(row_strata(self.train.labels, self.task), unit)
-        draws = torch.rand(
-            len(label), generator=keyed_generator("join", seed, "labelled"), dtype=torch.float64
-        )
-        place = torch.empty_like(draws)
-        for value in label.unique():
-            members = torch.nonzero(label == value).squeeze(1)
-            ranks = torch.arange(len(members), dtype=torch.float64)
-            place[members[draws[members].argsort()]] = (ranks + 0.5) / len(members)
-        # Random draws break ties between labels.
-        chosen = (place + 1e-4 * draws / len(label)).argsort()[:count]
-        return torch.nonzero(torch.isin(unit, chosen)).squeeze(1)
+    unit = torch.arange(len(train)) if train.patient is None else train.patient
+    unit = unit.unique(return_inverse=True)[1]
+    label = most_common_stratum(row_strata(train.labels, task), unit)
+    generator = keyed_generator("join", seed, "labelled")
+    draws = torch.rand(len(label), generator=generator, dtype=torch.float64)
+    place = torch.empty_like(draws)
+    for value in label.unique():
+        members = torch.nonzero(label == value).squeeze(1)
+        ranks = torch.arange(len(members), dtype=torch.float64)
+        place[members[draws[members].argsort()]] = (ranks + 0.5) / len(members)
+    # Random draws break ties between labels.
+    chosen = (place + 1e-4 * draws / len(label)).argsort()[:count]
+    return torch.nonzero(torch.isin(unit, chosen)).squeeze(1)
 
 
 @dataclass
@@ -130,7 +98,7 @@ class JoiningClients:
 
     Args:
         source_run: The finished run.
-        site: The data of the joining client.
+        dataset: Training and test rows of the joining client, with the targets of the run.
         counts: Numbers of labeled patients or examples to compare, in increasing order.
         model: Name of the model.
         epochs: Number of epochs of fine-tuning.
@@ -139,7 +107,7 @@ class JoiningClients:
     """
 
     source_run: TransferSource
-    site: JoiningSite
+    dataset: Dataset
     counts: tuple[int, ...]
     model: str
     epochs: int
@@ -178,12 +146,14 @@ class JoiningClients:
     def federation(self, config: Config) -> tuple[FederatedData, FederationSpec]:
         """Create the data and the federation for a configuration from `config`."""
         clients = expand_population(config.clients)
-        train = self.site.train
-        test = self.site.test
+        train = self.dataset.train
+        test = self.dataset.splits()["test"]
         none = torch.zeros(0, dtype=torch.int64)
         private = {
             f"with_{n}": {
-                "train": RowSelection(train, self.site.rows(n, config.seed)),
+                "train": RowSelection(
+                    train, labeled_rows(train, self.source_run.task, n, config.seed)
+                ),
                 "validation": RowSelection(train, none),
                 "test": RowSelection.all_rows(test),
             }
@@ -194,16 +164,16 @@ class JoiningClients:
         if self.public is not None:
             public["proxy"] = RowSelection.all_rows(Examples(self.public))
         model = next(iter(self.source_run.models.values()))
-        layout = replace(self.site.dataset.layout, pixel_range=model.preprocess.get("pixel_range"))
+        layout = replace(self.dataset.layout, pixel_range=model.preprocess.get("pixel_range"))
         data = FederatedData(
             self.source_run.task,
-            self.site.dataset.name,
+            self.dataset.name,
             clients,
             ClientRows(private),
             public,
             seed=config.seed,
             layout=layout,
-            vocabulary=self.site.dataset.vocabulary,
+            vocabulary=self.dataset.vocabulary,
         )
         check_missing_values(clients.profiles, clients, data.client_rows, public, layout=layout)
         return data, FederationSpec.from_config(
@@ -247,7 +217,7 @@ class JoiningClients:
                     f"{source_run.most_common_model}"
                 )
         if requested != BACKBONE:
-            x = self.site.train.x
+            x = self.dataset.train.x
             rows = source_run.public_rows(client_info.preprocess, tuple(x.shape[1:]))
             teacher_on = f"the joining client's {len(x):,} training rows, without labels"
             if rows is not None:
@@ -397,17 +367,18 @@ def join(
         # The tensors of a file may not fit the model.
         model_of_client.module()
     dataset = load_for_models(source_run.run, data, label, models, allow_code)
-    site = _joining_site(dataset, source_run)
+    dataset = _labeled_as_in_run(dataset, source_run)
+    test = dataset.splits()["test"]
     joining = JoiningClients(
         source_run,
-        site,
-        _counts(site, patients, source_run.notes),
+        dataset,
+        _counts(dataset, patients, source_run.notes),
         model or source_run.most_common_model,
         epochs,
         overrides,
     )
     options, teacher_on = joining.transfer_options(transfer)
-    for split, examples in (("training", site.train), ("test", site.test)):
+    for split, examples in (("training", dataset.train), ("test", test)):
         if source_run.prepared is not None:
             rows_of_split = f"the joining client's {split} rows"
             source_run.notes += note_on_training_rows(
@@ -421,22 +392,22 @@ def join(
             rows += joining.run_transfer(seed, option, parts, save_path)
             log(f"seed {seed}, {option}: done")
     # Rows that no model can use are not scored.
-    consensus = source_run.consensus(site.test.x)
+    consensus = source_run.consensus(test.x)
     usable = ~consensus.isnan().any(1)
-    test = site.test.select_rows(usable.nonzero().squeeze(1))
+    known = test.select_rows(usable.nonzero().squeeze(1))
     content = {
         "run": source_run.run.summary["name"],
         "algorithm": source_run.run.summary["algorithm"],
         "data": dataset.name,
         "model": joining.model,
-        "unit": site.unit,
+        "unit": _unit(dataset),
         "patients": list(joining.counts),
         "seeds": seeds,
         "epochs": epochs,
-        "n_test": len(site.test),
+        "n_test": len(test),
         "teacher_on": teacher_on or None,
         "consensus": score(
-            site.task, consensus[usable], test.labels, test.unit, excluded=test.excluded
+            source_run.task, consensus[usable], known.labels, known.unit, excluded=known.excluded
         ),
         "notes": source_run.notes,
         "rows": rows,
@@ -444,42 +415,46 @@ def join(
     # Imported here because loading matplotlib is slow.
     from hetero_fl.experiment.joining.report import write_join
 
-    write_join(out, content, site.task)
+    write_join(out, content, source_run.task)
     return content
 
 
-def _joining_site(dataset: Dataset, source_run: TransferSource) -> JoiningSite:
-    """Return the data of a joining client, with the targets of the run and a test set."""
-    task = source_run.task
+def _labeled_as_in_run(dataset: Dataset, source_run: TransferSource) -> Dataset:
+    """Return a data set with a test set, the targets of the run and no groups."""
     dataset = with_test(dataset)
     pixel_range = next(iter(source_run.models.values())).preprocess.get("pixel_range")
     parts: dict[str, Any] = {}
     for split, examples in dataset.splits().items():
-        y = targets_of_models(source_run.run, examples.labels, dataset, task, dataset.name)
+        y = targets_of_models(
+            source_run.run, examples.labels, dataset, source_run.task, dataset.name
+        )
         parts[split] = replace(examples, y=y, group=None, group_names=())
         check_pixels(examples.x, pixel_range, f"data: {dataset.name}", complete=True)
     for name, model in source_run.models.items():
         check_fits(name, model, dataset, dataset.name)
-    return JoiningSite(replace(dataset, **parts), task)
+    return replace(dataset, **parts)
 
 
-def _counts(site: JoiningSite, patients: Sequence[int], notes: list[str]) -> tuple[int, ...]:
+def _unit(dataset: Dataset) -> str:
+    return "examples" if dataset.train.patient is None else "patients"
+
+
+def _counts(dataset: Dataset, patients: Sequence[int], notes: list[str]) -> tuple[int, ...]:
     """Return the numbers of labels to compare, and note those that are not available."""
-    available = site.available()
+    patient = dataset.train.patient
+    available = len(dataset.train) if patient is None else len(patient.unique())
+    rows = f"labeled training {_unit(dataset)}"
     requested = sorted(set(patients))
     if not requested or requested[0] < 2:
         raise ArgumentError(
             "patients: expected integers >= 2, such as 10,30,100, "
             f"got {', '.join(map(str, requested)) or 'none'}"
         )
-    name = site.dataset.name
     if requested[0] > available:
         raise ArgumentError(
-            f"patients: must be <= {available}, the number of labeled training {site.unit} in "
-            f"{name}, got {requested[0]}"
+            f"patients: must be <= {available}, the number of {rows} in {dataset.name}, "
+            f"got {requested[0]}"
         )
     if requested[-1] > available:
-        notes.append(
-            f"{name} has {available} labeled training {site.unit}; larger numbers are skipped"
-        )
+        notes.append(f"{dataset.name} has {available} {rows}; larger numbers are skipped")
     return tuple(n for n in requested if n <= available)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,34 +68,6 @@ def test_exported_files_predict_as_the_run(run: hetero_fl.Run, tmp_path: Path) -
     found = export.load_scorer(personal.model.read_bytes())((x,))
     torch.testing.assert_close(found, run.predict("site_2", x), atol=1e-5, rtol=0)
     assert not torch.allclose(found, run.predict("site_2", x, personal=False), atol=1e-2)
-
-
-@pytest.mark.slow
-def test_export_of_a_run_on_x_rays(tmp_path: Path) -> None:
-    require_onnx()
-    source = config(
-        "fedmd",
-        ["lenet", {"name": "resnet", "widths": [4, 8], "blocks": [1, 1]}],
-        clients=2,
-        **BARE,
-    )
-    limits = {"train_limit": 160, "test_limit": 60, "proxy": {"size": 20}}
-    source["data"] |= {"name": "chest_xray", **limits}
-    source["clients"]["defaults"]["preprocess"] = {"normalize": "own"}
-    medical = hetero_fl.run(source, out=tmp_path / "run")
-    result = hetero_fl.export(medical)
-    x = hetero_fl.prepare(source).federation.data.raw_examples("common_test")
-    assert x.dtype == torch.uint8 and len(x) == 60
-    for name, file in result.items():
-        score = export.load_scorer(file.model.read_bytes())
-        torch.testing.assert_close(
-            score((x.float() / 255,)), medical.predict(name, x, personal=False), atol=1e-5, rtol=0
-        )
-        client_info = json.loads(file.model.with_suffix(".json").read_text())
-        assert (
-            client_info["names"] == ["normal", "pneumonia"] and "CC BY 4.0" in file.card.read_text()
-        )
-        assert client_info["model"]["label_frequencies"] == "none"
 
 
 @pytest.fixture(scope="module")
@@ -210,18 +181,6 @@ def test_export_flags_raise_one_line(
     assert main(["export", str(run.path), *flags]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and words in err
-
-
-def test_missing_package_names_the_extra(
-    run: hetero_fl.Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(
-        UserError,
-        match=r"onnx needs onnx, which is not installed; run pip install 'hetero_fl\[export\]'",
-    ):
-        hetero_fl.export(run)
 
 
 def test_export_refuses_a_file_that_predicts_differently(

@@ -22,7 +22,7 @@ from hetero_fl.experiment.finished_runs import num_training_rows
 from hetero_fl.experiment.joining.join import (
     SCRATCH_STEP_FACTOR,
     JoiningClients,
-    JoiningSite,
+    labeled_rows,
 )
 from hetero_fl.experiment.joining.report import defined_metrics, is_clearly_better
 from hetero_fl.experiment.joining.transfer import TransferSource
@@ -239,19 +239,19 @@ def test_training_rows_of_the_run_are_counted(data_folder: Folder) -> None:
     assert num_training_rows(transfer_source.prepared, rows[:, :, 1:]) == 0
 
 
-def test_joining_site_rows_are_nested_keep_patients_together_and_the_label_mix() -> None:
+def test_labeled_rows_are_nested_keep_patients_together_and_the_label_mix() -> None:
+    task = Task("multiclass", 2)
     patient = [i // 3 for i in range(90)]
-    examples = from_arrays(torch.rand(90, 4), [0, 1] * 45, patient=patient)
-    site = JoiningSite(examples, Task("multiclass", 2))
-    few, many = site.rows(5, 1), site.rows(20, 1)
+    train = from_arrays(torch.rand(90, 4), [0, 1] * 45, patient=patient).train
+    few, many = labeled_rows(train, task, 5, 1), labeled_rows(train, task, 20, 1)
     assert len(few) == 15 and len(many) == 60 and set(few.tolist()) <= set(many.tolist())
-    assert not torch.equal(few, site.rows(5, 2))
+    assert not torch.equal(few, labeled_rows(train, task, 5, 2))
 
     label = torch.tensor([0] * 30 + [1] * 90)
-    site = JoiningSite(from_arrays(torch.rand(120, 4), label), Task("multiclass", 2))
-    drawn = [site.rows(8, seed) for seed in range(20)]
+    train = from_arrays(torch.rand(120, 4), label).train
+    drawn = [labeled_rows(train, task, 8, seed) for seed in range(20)]
     assert {int(label[rows].sum()) for rows in drawn} == {6}
-    assert len(site.rows(120, 0)) == 120
+    assert len(labeled_rows(train, task, 120, 0)) == 120
     assert len({tuple(rows.tolist()) for rows in drawn}) == 20
 
 

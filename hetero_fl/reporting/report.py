@@ -27,8 +27,7 @@ from hetero_fl.reporting.formatting import (
 )
 from hetero_fl.reporting.methods import docstring_paragraph, method_class
 from hetero_fl.reporting.plots import style
-from hetero_fl.reporting.plots.clients import FEW
-from hetero_fl.reporting.plots.scores import PANELS
+from hetero_fl.reporting.plots.clients import FEW, PANELS
 from hetero_fl.reporting.rendering import format_environment, render
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.reporting.shown_metrics import shown_metrics

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hetero_fl.reporting.plots import clients, rounds, scores, style
+from hetero_fl.reporting.plots import clients, rounds, style
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import one_line
 
@@ -25,9 +25,9 @@ PLOTS: dict[str, Callable[[Json, Sequence[Json], Json], Figure | None]] = {
     "time": partial(rounds.plot_curves, x="time"),
     "outcomes": lambda _summary, records, _details: rounds.plot_outcomes(records),
     "privacy": lambda summary, records, _: rounds.plot_privacy(summary, records),
-    "forecasts": lambda summary, _, details: scores.plot_forecasts(summary, details),
-    "confusion": lambda summary, _, details: scores.plot_confusion(summary, details),
-    "calibration": lambda summary, _, details: scores.plot_calibration(summary, details),
+    "forecasts": lambda summary, _, details: clients.plot_forecasts(summary, details),
+    "confusion": lambda summary, _, details: clients.plot_confusion(summary, details),
+    "calibration": lambda summary, _, details: clients.plot_calibration(summary, details),
 }
 """Functions of the summary, the records and the details of a run, in the order of the report.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -154,28 +155,26 @@ def remove_axes(axes: Axes) -> None:
     axes.tick_params(length=0)
 
 
-def text_color(shade: float) -> str:
-    """Return a readable color for text on a cell of the color map `Blues`.
-
-    Args:
-        shade: Position of the cell in the color map, in [0, 1].
-    """
-    return "white" if shade > 0.55 else INK
-
-
-SLANTED: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
-"""Properties of slanted tick labels, which do not overlap."""
+def add_legend(figure: Figure, columns: int = 3) -> None:
+    """Add one legend below a figure for the labels of all panels."""
+    handles: dict[str, Artist] = {}
+    for axes in figure.axes:
+        found, labels = axes.get_legend_handles_labels()
+        handles |= dict(zip(labels, found, strict=True))
+    place: Any = "outside lower center"
+    figure.legend(list(handles.values()), list(handles), loc=place, ncols=columns)
 
 
 def draw_band(
     axes: Axes,
-    x: Sequence[float],
+    x: Sequence[float] | np.ndarray,
     mean: np.ndarray,
     deviation: np.ndarray,
     *,
     metric: str,
     color: str,
     alpha: float,
+    label: str = "",
 ) -> None:
     """Draw a band of one standard deviation around a curve.
 
@@ -188,37 +187,86 @@ def draw_band(
             in `SMALLER_IS_BETTER`.
         color: Color of the curve.
         alpha: Opacity of the band.
+        label: Text of the legend.
     """
     limits = np.stack([mean - deviation, mean + deviation])
     if metric not in SMALLER_IS_BETTER and metric != "r2":
         limits = limits.clip(0, 1)
     # A band at a single point has no area, so it is drawn as a thick line.
     width = 0 if len(x) > 1 else 5
-    axes.fill_between(x, *limits, color=color, alpha=alpha, linewidth=width)
+    axes.fill_between(x, *limits, color=color, alpha=alpha, linewidth=width, label=label)
 
 
-def add_colorbar(figure: Figure, image: AxesImage, axes: Any, label: str, **place: Any) -> Axes:
-    """Add a color bar without a frame to a figure.
+def draw_grid(count: int, side: float, xlabel: str, ylabel: str) -> tuple[Figure, list[Axes]]:
+    """Create a figure with a grid of square panels, with labels at its left and lower border.
 
     Args:
-        figure: Figure that contains the axes.
-        image: Image whose colors the color bar explains.
-        axes: The axes, or a list of axes, next to which the color bar is placed.
-        label: Label of the color bar.
-        **place: Size and padding, passed to `Figure.colorbar`.
-
-    Returns:
-        The axes of the color bar.
+        count: Number of panels.
+        side: Side of a panel in inches, with its title.
+        xlabel: Label of the x axes.
+        ylabel: Label of the y axes.
     """
-    bar = figure.colorbar(image, ax=axes, **place)
+    columns = min(4, count)
+    rows = -(-count // columns)
+    made = figure(rows * side + 1.0, min(WIDTH, columns * side + 1.0))
+    # The compressed layout removes the space between square panels.
+    made.set_layout_engine("compressed")
+    grid = [made.add_subplot(rows, columns, position) for position in range(1, count + 1)]
+    for index, axes in enumerate(grid):
+        is_left = index % columns == 0
+        is_lowest = index + columns >= count
+        axes.set_box_aspect(1)
+        axes.tick_params(labelleft=is_left, labelbottom=is_lowest)
+        axes.set(xlabel=xlabel if is_lowest else "", ylabel=ylabel if is_left else "")
+    return made, grid
+
+
+def draw_heat_map(
+    axes: Axes,
+    shades: np.ndarray,
+    names: Sequence[str],
+    columns: Sequence[str],
+    *,
+    texts: Sequence[Sequence[str]] = (),
+    largest: float | None = None,
+    max_labels: int = 40,
+) -> AxesImage:
+    """Draw a matrix as a heat map with labels.
+
+    Args:
+        axes: Axes to draw on.
+        shades: The matrix. NaN is drawn in gray.
+        names: Labels of the rows.
+        columns: Labels of the columns.
+        texts: Texts of the cells, row by row. If empty, the cells have no text.
+        largest: Value of the darkest color. If None, the maximum of the matrix.
+        max_labels: Maximum number of labels of the rows and of the columns. Of more labels, every
+            second, third, ... one is shown.
+    """
+    image = axes.imshow(
+        shades, aspect="auto", cmap="Blues", vmin=0, vmax=largest, interpolation="nearest"
+    )
+    remove_axes(axes)
+    axes.set_facecolor(NO_DATA)
+    depth = np.asarray(image.norm(shades))
+    look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": MIN_FONT_SIZE}
+    for row, line in enumerate(texts):
+        for column, text in enumerate(line):
+            # The relative depth of NaN is not above 0.55, so that its text is dark.
+            is_dark = depth[row, column] > 0.55
+            axes.text(column, row, text, color="white" if is_dark else INK, **look)
+    for axis, labels in ((axes.xaxis, columns), (axes.yaxis, names)):
+        shown = range(0, len(labels), -(-len(labels) // max_labels))
+        axis.set_ticks(shown, [shorten(labels[i], 14) for i in shown], fontsize=MIN_FONT_SIZE)
+    is_narrow = len(columns) * max(map(len, columns)) > 20
+    axes.tick_params(axis="x", rotation=90 if is_narrow else 0)
+    return image
+
+
+def add_colorbar(figure: Figure, image: AxesImage, label: str) -> Axes:
+    """Add a color bar without a frame at the right of a figure."""
+    bar = figure.colorbar(image, ax=figure.axes, fraction=0.03, pad=0.015, aspect=30)
     bar.set_label(label)
     bar.outline.set_visible(False)
+    bar.ax.yaxis.set_major_locator(ticks())
     return bar.ax
-
-
-def evenly_spaced_positions(count: int, max_labels: int) -> range:
-    """Return at most `max_labels` evenly spaced positions that start at 0 and are below `count`.
-
-    Both arguments must be positive.
-    """
-    return range(0, count, -(-count // max_labels))

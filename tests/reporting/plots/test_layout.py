@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from hetero_fl.reporting.plots import clients as client_plots, rounds, scores, style
+from hetero_fl.reporting.plots import PLOTS, style
 from hetero_fl.reporting.run_directory import RunDirectory
 
 LONG = "university_hospital_of_north_rhine_"
@@ -77,15 +77,9 @@ def test_labels_do_not_overlap(
     summary, records, details = (
         named(run) if long else (run.summary(), run.metrics(), run.details())
     )
+    names = ("curves", "clients", "labels", "communication", "confusion", "calibration")
     with style.plot_style():
-        figures = {
-            "curves": rounds.plot_curves(summary, records, details, "round"),
-            "clients": client_plots.plot_client_scores(summary, details),
-            "labels": client_plots.plot_labels(summary, details),
-            "communication": rounds.plot_curves(summary, records, details, "bytes"),
-            "confusion": scores.plot_confusion(summary, details),
-            "calibration": scores.plot_calibration(summary, details),
-        }
+        figures = {name: PLOTS[name](summary, records, details) for name in names}
     for name, figure in figures.items():
         assert figure is not None and figure.get_figwidth() <= style.WIDTH
         shown = texts(figure)

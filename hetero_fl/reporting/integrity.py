@@ -22,8 +22,6 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import CodecError, refuse_malformed, sha256_of
 from hetero_fl.utils.text import format_list, pluralize
 
-# Fields of the executor choice in `environment.json` that do not affect results.
-IRRELEVANT_CHOICES = ("workers", "reasons")
 CHANGED = "modified since the run wrote it"
 MISSING = "missing"
 
@@ -45,25 +43,15 @@ def verify(path: str | Path, *, models: bool = True) -> dict[str, str]:
         UserError: If the path is not a run directory.
     """
     directory = RunDirectory.open(path)
-    # The checkpoints and the summary are looked up first, because an active run writes each line of
-    # metrics before the checkpoint, and the checksums before the summary.
+    # Looked up first, because an active run writes each line of metrics before the checkpoint, and
+    # the checksums before the summary.
     checkpoints = checkpoint_files(directory.path / "checkpoint")
     finished = directory.finished
-    problems = _unreadable_files(directory)
-    rounds = 0 if METRICS in problems else len(directory.lines())
-    expected = max(map(checkpoint_round, checkpoints), default=0)
-    if finished and "summary.json" not in problems:
-        expected = directory.summary()["rounds_completed"]
-    if rounds < expected:
-        problems.setdefault(METRICS, _missing_lines(directory, rounds, expected))
-    sums = _read_checksums(directory, problems)
-    if sums and (finished or models):
-        _check_checksums(directory, sums, models, problems)
-    elif finished:
-        problems.setdefault(CHECKSUMS, f"{MISSING} or empty")
+    problems = _unreadable_files(directory, finished)
+    if finished:
+        _check_checksums(directory, models, problems)
     if models:
-        # A run may have been killed between the last line and the checkpoint of that round.
-        _check_checkpoints(directory, checkpoints, expected if finished else rounds - 1, problems)
+        _check_checkpoints(directory, checkpoints, finished, problems)
     return problems
 
 
@@ -112,7 +100,7 @@ def check_resumable(
             modified, or if the data or the code has changed.
     """
     if saved is not None:
-        problems = _unreadable_files(directory)
+        problems = _unreadable_files(directory, directory.finished)
         _compare(directory, saved, checkpoint_name(saved["run"]["completed"]), problems)
         refuse_damaged(directory.path, problems)
     elif result := _first_result(directory):
@@ -155,65 +143,41 @@ def identity(directory: RunDirectory) -> dict[str, Any]:
     }
 
 
-def _unreadable_files(directory: RunDirectory) -> dict[str, str]:
+def _unreadable_files(directory: RunDirectory, finished: bool) -> dict[str, str]:
     """Return the problems of text files that are missing or do not have the right format."""
-    readers: dict[str, Callable[[], Any]] = {"config.yaml": directory.config}
-    if directory.finished:
-        readers |= {"summary.json": lambda: _summary(directory), "details.json": directory.details}
-    if (directory.path / METRICS).exists():
-        readers[METRICS] = directory.metrics
+    readers: dict[str, Callable[[], Any]] = {
+        "config.yaml": directory.config,
+        METRICS: directory.metrics,
+    }
+    if finished:
+        readers |= {
+            "summary.json": directory.summary,
+            "details.json": directory.details,
+            CHECKSUMS: directory.checksums,
+        }
     problems = {}
     for name, read in readers.items():
-        if not (directory.path / name).exists():
-            problems[name] = MISSING
-            continue
         try:
             read()
         except UserError as error:
-            problems[name] = _describe_error(error, directory, name)
+            problem = str(error).removeprefix(f"{directory.path / name}: ")
+            problems[name] = problem if (directory.path / name).exists() else MISSING
     return problems
 
 
-def _summary(directory: RunDirectory) -> dict[str, Any]:
-    """Return the summary, or raise UserError if the summary lacks required keys."""
-    summary = directory.summary()
-    clients = summary.get("clients", [])
-    has_ids = isinstance(clients, list) and all(
-        isinstance(c, dict) and isinstance(c.get("id"), str) for c in clients
-    )
-    if not isinstance(summary.get("rounds_completed"), int) or not has_ids:
-        raise UserError("not the summary of a run")
-    return summary
-
-
-def _missing_lines(directory: RunDirectory, rounds: int, expected: int) -> str:
-    if not (directory.path / METRICS).exists():
-        return f"{MISSING}; expected a line for each of {pluralize(expected, 'round')}"
-    return f"expected {expected} lines, one for each round, got {rounds}"
-
-
-def _read_checksums(directory: RunDirectory, problems: dict[str, str]) -> dict[str, str]:
-    try:
-        return directory.checksums()
-    except UserError as error:
-        problems[CHECKSUMS] = _describe_error(error, directory, CHECKSUMS)
-        return {}
-
-
-def _check_checksums(
-    directory: RunDirectory, sums: Mapping[str, str], models: bool, problems: dict[str, str]
-) -> None:
-    """Compare the files of a run with their checksums, and add problems.
+def _check_checksums(directory: RunDirectory, models: bool, problems: dict[str, str]) -> None:
+    """Compare the files of a finished run with their checksums, and add problems.
 
     Args:
         directory: The run directory.
-        sums: The checksums, keyed by file name.
         models: Whether to read models.
         problems: Problems of the directory, keyed by file name.
     """
+    sums = {} if CHECKSUMS in problems else directory.checksums()
     for name in (*ALWAYS, "summary.json"):
         if name not in sums:
-            problems.setdefault(CHECKSUMS, f"no checksum of {name}")
+            problems.setdefault(CHECKSUMS, f"missing, or contains no checksum of {name}")
+            return
     for name, checksum in sums.items():
         path = directory.path / name
         try:
@@ -223,27 +187,29 @@ def _check_checksums(
                 problems.setdefault(name, CHANGED)
         except OSError as error:
             problems.setdefault(name, f"cannot be read ({error.strerror})")
-    for path in directory.all_model_files():
-        if (name := directory.name_of(path)) not in sums:
+    for name in map(directory.name_of, directory.all_model_files()):
+        if name not in sums:
             problems[name] = "does not belong to this run"
 
 
 def _check_checkpoints(
-    directory: RunDirectory, files: list[Path], least: int, problems: dict[str, str]
+    directory: RunDirectory, files: list[Path], finished: bool, problems: dict[str, str]
 ) -> None:
     """Read the newest checkpoints, compare the run directory with them, and add problems.
 
     Args:
         directory: The run directory.
         files: Checkpoints of the run, the newest last.
-        least: Smallest valid round of the newest checkpoint.
+        finished: Whether the run has finished.
         problems: Problems of the directory, keyed by file name.
     """
-    newest = max(map(checkpoint_round, files), default=-1)
-    if newest < least:
-        problems[f"checkpoint/{checkpoint_name(least)}"] = MISSING
-    elif not files and (result := _first_result(directory)):
+    rounds = 0 if METRICS in problems else len(directory.lines())
+    # A run may have been killed between the last line and the checkpoint of that round.
+    least = rounds if finished else rounds - 1
+    if not files and (result := _first_result(directory)):
         problems["checkpoint"] = f"{MISSING}, although {result} exists"
+    elif files and checkpoint_round(files[-1]) < least:
+        problems[f"checkpoint/{checkpoint_name(least)}"] = MISSING
     for path in reversed(files[-KEPT_CHECKPOINTS:]):
         try:
             with refuse_malformed():
@@ -283,12 +249,15 @@ def _compare(
         return
     if checkpoint_name(completed) != name:
         problems[f"checkpoint/{name}"] = f"contains the state after {pluralize(completed, 'round')}"
-    lines = [] if METRICS in problems else directory.lines()
-    if len(lines) < completed:
-        problems.setdefault(METRICS, _missing_lines(directory, len(lines), completed))
-    elif sha256(b"".join(lines[:completed])).hexdigest() != known["metrics"]:
-        problems.setdefault(METRICS, f"{CHANGED} (lines 1 to {completed})")
-    if _result_relevant(environment.get("choice")) != _result_relevant(saved["choice"]):
+    if METRICS not in problems:
+        written = b"".join(directory.lines()[:completed])
+        if sha256(written).hexdigest() != known["metrics"]:
+            exists = (directory.path / METRICS).exists()
+            problems[METRICS] = f"{CHANGED} (lines 1 to {completed})" if exists else MISSING
+    # The number of workers does not affect results.
+    free = {"workers": None, "reasons": None}
+    choice = environment.get("choice")
+    if not isinstance(choice, dict) or {**choice, **free} != {**saved["choice"], **free}:
         problems.setdefault("environment.json", f"choice {CHANGED}")
     if "config.yaml" not in problems and (difference := _changed_settings(directory, known)):
         problems["config.yaml"] = f"{CHANGED}: {difference}"
@@ -304,14 +273,3 @@ def _changed_settings(directory: RunDirectory, known: Mapping[str, Any]) -> str 
     before = {"rounds": known["rounds"], **resume_relevant(json.loads(known["config"]))}
     now = {"rounds": known["rounds"] if is_extended else rounds, **resume_relevant(config)}
     return describe_difference(before, now)
-
-
-def _result_relevant(choice: Any) -> Any:
-    """Return the fields of the recorded executor choice that affect results."""
-    if not isinstance(choice, Mapping):
-        return choice
-    return {key: value for key, value in choice.items() if key not in IRRELEVANT_CHOICES}
-
-
-def _describe_error(error: UserError, directory: RunDirectory, name: str) -> str:
-    return str(error).removeprefix(f"{directory.path / name}: ")

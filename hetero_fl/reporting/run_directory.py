@@ -72,39 +72,25 @@ def lock_folder(folder: Path) -> Iterator[list[str]]:
     """
     make_folder(folder)
     lock = _folder_lock(folder)
+    notes = []
     try:
-        is_supported = _try_lock(lock)
+        lock.acquire()
     except Timeout:
         raise UserError(
             f"{folder}: in use by another process; wait for it to end or choose another folder"
         ) from None
     except OSError as error:
-        raise UserError(
-            f"{folder}: not writable ({error.strerror}); choose another folder"
-        ) from None
-    warning = (
-        f"{folder}: the file system has no locks; do not start a second process in this folder"
-    )
+        if error.errno != errno.ENOSYS:
+            raise UserError(
+                f"{folder}: not writable ({error.strerror}); choose another folder"
+            ) from None
+        notes = [
+            f"{folder}: the file system has no locks; do not start a second process in this folder"
+        ]
     try:
-        yield [] if is_supported else [warning]
+        yield notes
     finally:
         lock.release()
-
-
-def _try_lock(lock: BaseFileLock) -> bool:
-    """Acquire a lock and return True, or return False if the file system has no locks."""
-    try:
-        lock.acquire()
-    except OSError as error:
-        if error.errno == errno.ENOSYS:
-            return False
-        raise
-    return True
-
-
-def _folder_lock(folder: Path) -> BaseFileLock:
-    # The fallback is a plain file that would remain after a crash.
-    return FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
 
 
 def is_locked(folder: Path) -> bool:
@@ -116,13 +102,18 @@ def is_locked(folder: Path) -> bool:
         return False
     lock = _folder_lock(folder)
     try:
-        _try_lock(lock)
+        lock.acquire()
     except Timeout:
         return True
     except OSError:
         return False
     lock.release()
     return False
+
+
+def _folder_lock(folder: Path) -> BaseFileLock:
+    # The fallback is a plain file that would remain after a crash.
+    return FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
 
 
 def has_run(path: Path) -> bool:
@@ -175,7 +166,8 @@ class RunDirectory:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._metrics_hash: hashlib._Hash | None = None
+        # Hash of the lines of metrics that this instance wrote, or kept when it resumed the run.
+        self._metrics_hash = hashlib.sha256()
 
     @classmethod
     def create(
@@ -269,19 +261,18 @@ class RunDirectory:
             ValueError: If the record contains NaN or infinity.
         """
         line = (json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode()
-        metrics_hash = self._hash_of_metrics()
         with open(self.path / METRICS, "ab") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        metrics_hash.update(line)
+        self._metrics_hash.update(line)
 
     def metrics_checksum(self) -> str:
         """Return the SHA-256 checksum of the lines of `metrics.jsonl` that the run has committed.
 
         Later changes to the file by other processes do not affect the checksum.
         """
-        return self._hash_of_metrics().hexdigest()
+        return self._metrics_hash.hexdigest()
 
     def rewind_metrics(self, completed: int) -> None:
         """Remove all lines of `metrics.jsonl` after the first `completed` rounds.
@@ -308,11 +299,6 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"{self.path / METRICS}: cannot be read ({error.strerror})") from None
         return [line + b"\n" for line in content.split(b"\n")[:-1]]
-
-    def _hash_of_metrics(self) -> hashlib._Hash:
-        if self._metrics_hash is None:
-            self._metrics_hash = hashlib.sha256(b"".join(self.lines()))
-        return self._metrics_hash
 
     @property
     def finished(self) -> bool:
@@ -426,17 +412,14 @@ class RunDirectory:
         return deepcopy(content) if isinstance(content, dict) else {}
 
     def metrics(self) -> list[Json]:
-        """Return the records in `metrics.jsonl` in order.
-
-        An incomplete last line is ignored.
+        """Return the records in `metrics.jsonl` in order, see `lines`.
 
         Raises:
             UserError: If the file cannot be read, or if the lines are not the records of
                 consecutive rounds.
         """
-        complete_lines = self.read_text(METRICS).split("\n")[:-1]
         records = []
-        for number, line in enumerate(complete_lines, 1):
+        for number, line in enumerate(self.lines(), 1):
             where = f"{self.path / METRICS}: line {number}"
             try:
                 record = _with_current_keys(json.loads(line))

@@ -107,15 +107,15 @@ def edit(line: bytes) -> bytes:
 FINISHED = {
     "lines missing": (
         remove("metrics.jsonl"),
-        "metrics.jsonl: missing; expected a line for each of 4 rounds",
+        "metrics.jsonl: missing",
     ),
     "last line missing": (
         lines(lambda kept: kept[:-1]),
-        "metrics.jsonl: expected 4 lines, one for each round, got 3",
+        "metrics.jsonl: modified since the run wrote it",
     ),
     "cut within a line": (
         lines(lambda kept: [*kept[:1], kept[1][:9]]),
-        "metrics.jsonl: expected 4 lines, one for each round, got 1",
+        "metrics.jsonl: modified since the run wrote it",
     ),
     "first line missing": (
         lines(lambda kept: kept[1:]),
@@ -158,10 +158,13 @@ FINISHED = {
         replace(CHECKSUMS, "  config", " config"),
         "SHA256SUMS: line 1: expected a checksum and a file name",
     ),
-    "checksums missing": (remove(CHECKSUMS), "SHA256SUMS: missing or empty"),
+    "checksums missing": (
+        remove(CHECKSUMS),
+        "SHA256SUMS: missing, or contains no checksum of config.yaml",
+    ),
     "checksums empty": (
         lambda path: (path / CHECKSUMS).write_text(""),
-        "SHA256SUMS: missing or empty",
+        "SHA256SUMS: missing, or contains no checksum of config.yaml",
     ),
     "choice missing": (replace("environment.json", '"choice"', '"chosen"'), "environment.json: "),
     "lines in a folder": (
@@ -174,7 +177,7 @@ DEEP = {
         flip("models/site_2.safetensors"),
         "models/site_2.safetensors: modified since the run wrote it",
     ),
-    "checkpoints missing": (no_checkpoints, "checkpoint/round-000004.ckpt: missing"),
+    "checkpoints missing": (no_checkpoints, "checkpoint: missing, although metrics.jsonl exists"),
     "newest checkpoint missing": (
         remove("checkpoint/round-000004.ckpt"),
         "checkpoint/round-000004.ckpt: missing",
@@ -235,7 +238,6 @@ def test_results_are_written_again_without_the_summary(
     prepared_runs: Path,
     tmp_path: Path,
     subtests: pytest.Subtests,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     cases = ("model missing", "details missing", "checksums", "checksums missing", "summary edited")
     for case in cases:
@@ -243,9 +245,6 @@ def test_results_are_written_again_without_the_summary(
             path = Path(shutil.copytree(prepared_runs / "finished", tmp_path / case))
             DAMAGED[case][0](path)
             (path / "summary.json").unlink()
-            if case == "model missing":
-                assert f"error: {path / 'summary.json'}: missing" in check(path, capsys)
-
             assert main(["train", "--quiet", "--resume", "--out", str(path)]) == 0
 
             assert main(["check", str(path)]) == 0
@@ -316,11 +315,11 @@ def test_resume_of_finished_run_reports_it(
 UNFINISHED = {
     "lines missing": (
         remove("metrics.jsonl"),
-        "metrics.jsonl: missing; expected a line for each of 3 rounds",
+        "metrics.jsonl: missing",
     ),
     "last line missing": (
         lines(lambda kept: kept[:-1]),
-        "metrics.jsonl: expected 3 lines, one for each round, got 2",
+        "metrics.jsonl: modified since the run wrote it (lines 1 to 3)",
     ),
     "line edited": (
         lines(lambda kept: [edit(kept[0]), *kept[1:]]),

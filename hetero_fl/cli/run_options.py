@@ -230,7 +230,7 @@ def load_checked_run(
         from hetero_fl.cli.printing import print_check, print_draft
         from hetero_fl.experiment import prepare
         from hetero_fl.experiment.configuration import draft_config
-        from hetero_fl.reporting.loggers import check_loggers
+        from hetero_fl.reporting.run_loggers import check_loggers
 
         draft = draft_config(config, overrides)
         if refused := dict(permission.find_refused(draft.code_references, draft.key_source)):

@@ -32,9 +32,9 @@ from hetero_fl.federation.simulation.conditions import unused_simulation_keys
 from hetero_fl.federation.store import StateStore, checkpoint_files
 from hetero_fl.federation.trainer import min_clients
 from hetero_fl.privacy.noise import SecretNoiseSource
-from hetero_fl.reporting.loggers.run_loggers import check_loggers
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
+from hetero_fl.reporting.run_loggers import check_loggers
 from hetero_fl.utils.environment import use_deterministic_algorithms
 from hetero_fl.utils.errors import RunFailedError, UserError, one_line
 from hetero_fl.utils.serialization import write_atomically

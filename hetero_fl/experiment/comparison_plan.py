@@ -16,7 +16,7 @@ from hetero_fl.experiment.preparation import prepare
 from hetero_fl.experiment.tuning import Budget, Grid, OptunaSearch, Space
 from hetero_fl.experiment.used_settings import used_settings
 from hetero_fl.reporting.comparison.facts import UsedSettings
-from hetero_fl.reporting.loggers import check_loggers
+from hetero_fl.reporting.run_loggers import check_loggers
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import available_cores
 from hetero_fl.utils.errors import ArgumentError, UserError

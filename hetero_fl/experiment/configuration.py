@@ -21,7 +21,7 @@ from hetero_fl.config.load import (
     read_config_file,
 )
 from hetero_fl.experiment.tutorial import is_tutorial, translate_tutorial
-from hetero_fl.reporting.loggers import make_loggers
+from hetero_fl.reporting.run_loggers import make_loggers
 from hetero_fl.utils.code_permission import ALLOW_CODE, CodePermission, find_references
 from hetero_fl.utils.errors import UserError, closest
 from hetero_fl.utils.objects import iterate_objects

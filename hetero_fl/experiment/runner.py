@@ -20,10 +20,10 @@ from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.executors.base import NODES
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, require_engine
 from hetero_fl.reporting.integrity import check_inputs, refuse_damaged, verify
-from hetero_fl.reporting.loggers import check_loggers
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import LOG, RunDirectory, check_vacant, has_run, lock_folder
+from hetero_fl.reporting.run_loggers import check_loggers
 from hetero_fl.reporting.summary import Patience
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.environment import describe_environment

@@ -13,9 +13,9 @@ from hetero_fl.federation.executors.choose import ExecutorChoice
 from hetero_fl.federation.store import Checkpoints, StateStore
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.reporting.integrity import check_resumable, identity
-from hetero_fl.reporting.loggers import RunLoggers, make_loggers
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run_directory import BEST_MODELS, RunDirectory
+from hetero_fl.reporting.run_loggers import RunLoggers, make_loggers
 from hetero_fl.reporting.summary import BestRounds, Patience, collect_details, summarize
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import CodecError, refuse_malformed, write_atomically
@@ -185,7 +185,7 @@ class RunSession:
         config = prepared.config
         budget = prepared.budget
         planned = self._num_planned()
-        history = _read_history(directory)
+        history = directory.metrics()
         best = BestRounds(prepared.federation.task, history)
         patience = Patience(prepared.federation.task, config.evaluation.patience, history)
         setup_seconds = time.perf_counter() - self._started
@@ -257,7 +257,7 @@ class RunSession:
         summary = summarize(
             prepared.config,
             prepared.federation,
-            history=_read_history(directory),
+            history=directory.metrics(),
             traffic=trainer.traffic,
             setup_seconds=setup_seconds,
             evaluation=evaluation,
@@ -339,11 +339,6 @@ def _record_changes(directory: RunDirectory, config: Config) -> None:
     current = {"rounds": config.rounds, "output": config.output.model_dump(mode="json")}
     if recorded != {**recorded, **current}:
         directory.write_config({**recorded, **current})
-
-
-def _read_history(directory: RunDirectory) -> list[Record]:
-    """Read the records of all completed rounds, which are not kept in memory."""
-    return directory.metrics() if (directory.path / "metrics.jsonl").exists() else []
 
 
 def _evaluate(

@@ -212,7 +212,7 @@ def test_sources_of_plugins_are_loaded_by_name_or_refused_in_one_line(
         ("1 / 0", "lines", "output.loggers.0.kind: logger 'lines' of other_package 1.0 cannot be "
          "loaded: ZeroDivisionError: division by zero"),
         ("class Lines: pass", "lines", "output.loggers.0.kind: logger 'lines' of other_package 1.0 "
-         "is not valid: expected a subclass of hetero_fl.reporting.loggers.base.Logger"),
+         "is not valid: expected a subclass of hetero_fl.reporting.loggers.Logger"),
     ],
 )  # fmt: skip
 def test_mistakes_with_the_logger_of_a_plugin_are_one_line(

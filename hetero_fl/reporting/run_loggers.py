@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.schema import Config, LoggerConfig
-from hetero_fl.reporting.loggers.base import LoggedRun, Logger, register_logger
+from hetero_fl.reporting.loggers import LoggedRun, Logger, register_logger
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import RunFailedError, UserError, one_line
 from hetero_fl.utils.text import pluralize
@@ -22,17 +22,19 @@ STATE = "loggers.json"
 """File in the run directory with the number of logged rounds and the state of each logger."""
 
 
-def make_logger(entry: LoggerConfig, index: int = 0) -> Logger:
-    """Create the logger of an entry of `output.loggers`.
-
-    Args:
-        entry: The entry.
-        index: Index of the entry, for error messages.
+def make_loggers(config: Config) -> dict[str, Logger]:
+    """Create the loggers of a configuration, keyed by kind.
 
     Raises:
-        UserError: If the kind is unknown or a setting is invalid.
+        UserError: If a kind is unknown or a setting is invalid.
     """
-    where = f"output.loggers.{index}"
+    return {
+        entry.kind: _make_logger(entry, f"output.loggers.{index}")
+        for index, entry in enumerate(config.output.loggers)
+    }
+
+
+def _make_logger(entry: LoggerConfig, where: str) -> Logger:
     try:
         logger_type = register_logger[entry.kind]
     except UserError as error:
@@ -46,17 +48,6 @@ def make_logger(entry: LoggerConfig, index: int = 0) -> Logger:
     # The validation of a user-defined logger may raise any exception.
     except (Exception, SystemExit) as error:
         raise UserError(f"{where}: {entry.kind} is not valid ({_describe(error)})") from error
-
-
-def make_loggers(config: Config) -> dict[str, Logger]:
-    """Create the loggers of a configuration, keyed by kind.
-
-    Raises:
-        UserError: If a kind is unknown or a setting is invalid.
-    """
-    return {
-        entry.kind: make_logger(entry, index) for index, entry in enumerate(config.output.loggers)
-    }
 
 
 def check_loggers(config: Config) -> None:
@@ -114,37 +105,35 @@ class RunLoggers:
         """
         if not self._loggers:
             return
-        self._state = self._read_state()
-        config = self._directory.config()
-        run_id = str(self._directory.environment().get("run") or self._directory.path.name)
+        self._state = _read_state(self._directory)
+        environment = self._directory.environment()
         for kind, logger in self._loggers.items():
-            known = self._state.get(kind, {})
-            rounds = 0 if logger.rewrites else known.get("rounds", 0)
-            run = LoggedRun(
+            known = self._state.setdefault(kind, {"rounds": 0, "state": {}})
+            if logger.rewrites:
+                known["rounds"] = 0
+            self._runs[kind] = LoggedRun(
                 name=self._name,
                 path=self._directory.path,
-                run_id=run_id,
-                config=deepcopy(config),
-                first_round=rounds + 1,
+                run_id=str(environment.get("run") or self._directory.path.name),
+                config=self._directory.config(),
+                first_round=known["rounds"] + 1,
                 log=self._log,
-                state=dict(known.get("state", {})),
+                state=known["state"],
             )
-            self._runs[kind] = run
             try:
-                logger.start(run)
-                self._state[kind] = {"rounds": rounds, "state": _copy_state(run.state)}
+                self._call(kind, partial(logger.start, self._runs[kind]))
             except (Exception, SystemExit) as error:
                 raise RunFailedError(
                     f"output.loggers: {kind} did not start ({_describe(error)}); correct or remove "
                     "the logger and continue with --resume"
                 ) from error
-        self._write_state()
         self._send(history)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Log a round, after earlier rounds that a logger has not accepted."""
-        self._catch_up(record["round"] - 1)
-        self._send([record])
+        completed = record["round"]
+        is_behind = any(self._state[kind]["rounds"] < completed - 1 for kind in self._loggers)
+        self._send(self._directory.metrics()[:completed] if is_behind else [record])
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Log the end of the run.
@@ -153,23 +142,19 @@ class RunLoggers:
             summary: Content of `summary.json`.
         """
         completed = summary["rounds_completed"]
-        self._catch_up(completed)
+        if any(self._state[kind]["rounds"] < completed for kind in self._loggers):
+            self._send(self._directory.metrics()[:completed])
         for kind, logger in self._loggers.items():
             missing = completed - self._state[kind]["rounds"]
             if missing > 0:
                 self._log(f"{kind}: {pluralize(missing, 'round')} could not be logged")
-            self._call(kind, partial(logger.finish, deepcopy(summary)), "the end of the run")
+            self._try(kind, partial(logger.finish, deepcopy(summary)), "the end of the run")
 
     def close(self) -> None:
         """Close all loggers that were started."""
-        while self._runs:
-            kind, _ = self._runs.popitem()
-            self._call(kind, self._loggers[kind].close, "the end of the run")
-
-    def _catch_up(self, completed: int) -> None:
-        """Log the rounds in `metrics.jsonl`, up to a round, that a logger has not accepted."""
-        if any(self._state[kind]["rounds"] < completed for kind in self._loggers):
-            self._send(self._directory.metrics()[:completed])
+        for kind in list(self._runs):
+            self._try(kind, self._loggers[kind].close, "the end of the run")
+            del self._runs[kind]
 
     def _send(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Pass on records to each logger, in order, from the first round that it has not accepted.
@@ -179,65 +164,52 @@ class RunLoggers:
         for kind, logger in self._loggers.items():
             state = self._state[kind]
             for record in records:
-                if record["round"] != state["rounds"] + 1:
-                    continue
                 # A logger may modify its copy.
                 log = partial(logger.log, deepcopy(record))
-                if self._call(kind, log, f"round {record['round']}"):
+                is_next = record["round"] == state["rounds"] + 1
+                if is_next and self._try(kind, log, f"round {record['round']}"):
                     state["rounds"] = record["round"]
-        self._write_state()
+        if self._loggers:
+            self._directory.write_json(STATE, self._state)
 
-    def _call(self, kind: str, action: Callable[[], None], what: str) -> bool:
-        """Call a logger and return whether it succeeded."""
+    def _try(self, kind: str, action: Callable[[], None], what: str) -> bool:
+        """Call a logger and return whether it succeeded.
+
+        A failure of a service or of a user-defined logger does not stop the run. The first of
+        several failures in succession is printed.
+        """
         try:
-            action()
-        # A failure of a service or of a user-defined logger must not stop the run.
+            self._call(kind, action)
         except (Exception, SystemExit) as error:
-            self._warn(kind, f"{kind}: {what} could not be logged", error)
+            if kind not in self._failing:
+                self._log(f"{kind}: {what} could not be logged ({_describe(error)})")
+            self._failing.add(kind)
             return False
         self._failing.discard(kind)
         return True
 
-    def _warn(self, what: str, line: str, error: BaseException) -> None:
-        """Print the first of several failures in succession."""
-        if what not in self._failing:
-            self._log(f"{line} ({_describe(error)})")
-        self._failing.add(what)
+    def _call(self, kind: str, action: Callable[[], None]) -> None:
+        """Call a logger and keep a copy of its state, which must be serializable as JSON."""
+        action()
+        text = json.dumps(self._runs[kind].state, allow_nan=False)
+        self._state[kind]["state"] = json.loads(text)
 
-    def _read_state(self) -> dict[str, Any]:
-        if not (self._directory.path / STATE).exists():
-            return {}
-        where = self._directory.path / STATE
-        try:
-            state = json.loads(self._directory.read_text(STATE))
-            if all(isinstance(entry["rounds"], int) for entry in state.values()):
-                return dict(state)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            pass
+
+def _read_state(directory: RunDirectory) -> dict[str, Any]:
+    """Return the number of logged rounds and the state of each logger, keyed by kind."""
+    if not (directory.path / STATE).exists():
+        return {}
+    try:
+        state = json.loads(directory.read_text(STATE))
+        return {
+            kind: {"rounds": int(e["rounds"]), "state": dict(e["state"])}
+            for kind, e in state.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(
-            f"{where}: not valid; restore the file, or delete it to log all rounds again"
-        )
-
-    def _write_state(self) -> None:
-        """Write the state of each logger, or its last valid state."""
-        if not self._loggers:
-            return
-        for kind, run in self._runs.items():
-            try:
-                self._state[kind]["state"] = _copy_state(run.state)
-            except (ValueError, TypeError, RecursionError) as error:
-                self._warn(f"state of {kind}", f"{kind}: the state could not be saved", error)
-        self._directory.write_json(STATE, self._state)
-
-
-def _copy_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of the state of a logger.
-
-    Raises:
-        ValueError: If the state contains NaN or a circular reference.
-        TypeError: If the state contains a value that JSON does not support.
-    """
-    return dict(json.loads(json.dumps(state, allow_nan=False)))
+            f"{directory.path / STATE}: not valid; restore the file, or delete it to log all "
+            "rounds again"
+        ) from None
 
 
 def _describe(error: BaseException) -> str:

@@ -32,22 +32,17 @@ class ProgressBar:
 
     def __init__(self) -> None:
         self._handle: Any = None
-        self._done = 0
-        self._total = 0
 
-    def update(self, text: str, done: int | None = None, total: int | None = None) -> None:
+    def update(self, text: str, done: int, total: int) -> None:
         """Show the bar, or update the bar if it is already shown.
 
         Args:
             text: The line below the bar.
-            done: Number of completed rounds or runs. If None, the previous number is kept.
-            total: Number of all rounds or runs. If None, the previous number is kept.
+            done: Number of completed rounds or runs.
+            total: Number of all rounds or runs.
         """
-        self._done = self._done if done is None else done
-        self._total = self._total if total is None else total
-        bar = f'<progress value="{self._done}" max="{max(self._total, 1)}"></progress>'
-        count = f" {self._done}/{self._total}" if self._total else ""
-        self.show(f"<div>{bar}{count}</div><div><small>{escape(text)}</small></div>")
+        bar = f'<progress value="{done}" max="{max(total, 1)}"></progress>'
+        self.show(f"<div>{bar} {done}/{total}</div><div><small>{escape(text)}</small></div>")
 
     def finish(self, text: str) -> None:
         """Replace the bar by a line of text."""

@@ -15,8 +15,7 @@ from traceback import format_exception
 from types import TracebackType
 from typing import Any, TextIO
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,7 +26,6 @@ from rich.progress import (
 from rich.text import Text
 
 from hetero_fl.reporting.formatting import (
-    capitalize_first,
     format_arrivals,
     format_bytes,
     format_duration,
@@ -45,9 +43,8 @@ logger = logging.getLogger("hetero_fl")
 class Progress:
     """Show the progress of a run, as a context manager.
 
-    In a terminal, the progress is a live display. In a notebook, it is a progress bar. To other
-    streams, one line is written for each evaluated round. On exit, the terminal is restored, and an
-    error is written to the log.
+    One line is written for each evaluated round. A terminal and a notebook also show a progress
+    bar. On exit, the terminal is restored, and an error is written to the log.
 
     Args:
         log_path: File to which log lines are appended. If None, no log file is written.
@@ -57,6 +54,7 @@ class Progress:
 
     Attributes:
         unit: Unit of errors in a regression.
+        is_terminal: Whether a progress bar is shown in a terminal.
     """
 
     def __init__(
@@ -71,25 +69,24 @@ class Progress:
         self._console = console or Terminal(
             stderr=True, highlight=False, soft_wrap=True, quiet=hide
         )
-        self._log_path = log_path
-        self._log: TextIO | None = None
-        self._no_output = logging.NullHandler()
-        self._live: Live | None = None
         self._bar = Bar(
             TextColumn("round"),
             MofNCompleteColumn(),
             BarColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}", style="dim"),
+            TextColumn("{task.description}", style="dim", markup=False),
             console=self._console,
+            transient=True,
         )
-        self._task = Text("", style="dim")
-        self._scores = Text("")
+        self._task = self._bar.add_task("", total=0)
+        self._log_path = log_path
+        self._log: TextIO | None = None
+        self._no_output = logging.NullHandler()
         self._rounds = 0
-        self._completed = 0
         self._first = 0
         self._started = 0.0
         self.unit = ""
+        self.is_terminal = self._console.is_terminal
 
     def __enter__(self) -> Progress:
         if not self._console.quiet:
@@ -114,11 +111,6 @@ class Progress:
             self._log.close()
             self._log = None
 
-    @property
-    def is_terminal(self) -> bool:
-        """Whether a live display is shown."""
-        return self._console.is_terminal
-
     def start(self, rounds: int, clients: int, done: int = 0) -> None:
         """Start the display.
 
@@ -129,25 +121,16 @@ class Progress:
         """
         self._rounds = rounds
         self._first = done
-        self._completed = done
         self._started = time.monotonic()
-        if self._notebook is not None:
-            self._notebook.update("", done, rounds)
         resumed = f", {done} of them already completed" if done else ""
         self.log(f"{pluralize(clients, 'client')}, {pluralize(rounds, 'round')}{resumed}")
         if self.is_terminal:
-            self._bar_task = self._bar.add_task("round", total=rounds, completed=done, left="")
-            self._live = Live(
-                Group(self._bar, self._task, self._scores),
-                console=self._console,
-                refresh_per_second=4,
-                transient=True,
-            )
-            self._live.start()
+            self._bar.start()
+        self._show("", done, rounds)
 
     def show_task(self, text: str) -> None:
         """Show the current task in a terminal, such as `hospital_2 trains resnet18`."""
-        self._task.plain = text
+        self._bar.update(self._task, description=text)
 
     def finish_round(self, record: Mapping[str, Any]) -> None:
         """Report a completed round.
@@ -155,35 +138,22 @@ class Progress:
         Args:
             record: Record of the round, as in `metrics.jsonl`.
         """
-        self._completed = record["round"]
+        completed = record["round"]
         # A simulation may have many failures, so only their number is logged.
         if "simulated" not in record:
             for client, reason in record["failed"].items():
-                self.log(f"round {self._completed}: {client} dropped ({reason})")
+                self.log(f"round {completed}: {client} dropped ({reason})")
         if ("counts" in record or "diverged" in record) and (arrivals := format_arrivals(record)):
-            self.log(f"round {self._completed}: {arrivals}")
+            self.log(f"round {completed}: {arrivals}")
         for client, reason in record.get("absent", {}).items():
-            self.log(f"round {self._completed}: {client} not evaluated ({reason})")
-        if self._live is not None:
-            self._bar.update(self._bar_task, completed=self._completed, left=self._time_left())
-        if "personal" in record:
-            self._show_evaluation(record)
-        elif self._notebook is not None:
-            self._notebook.update(self._time_left(), self._completed)
-
-    def _show_evaluation(self, record: Mapping[str, Any]) -> None:
-        scores = format_evaluation(record, self.unit)
-        if not scores:
-            return
-        line = f"round {self._completed}/{self._rounds}  {scores}"
-        self.write(line)
-        left = self._time_left()
-        if self._notebook is not None:
-            text = f"{capitalize_first(scores)}{f' ({left})' if left else ''}"
-            self._notebook.update(text, self._completed)
-        elif self._live is None:
-            self._print(line + (f"  ({left})" if left else ""))
-        self._scores.plain = capitalize_first(scores)
+            self.log(f"round {completed}: {client} not evaluated ({reason})")
+        left = self._time_left(completed)
+        scores = format_evaluation(record, self.unit) if "personal" in record else ""
+        if scores:
+            line = f"round {completed}/{self._rounds}  {scores}"
+            self.write(line)
+            self._print(line + left)
+        self._show(f"{scores}{left}", completed, self._rounds)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Report the end of the run.
@@ -201,7 +171,7 @@ class Progress:
         line = f"{line}; {scores}" if scores else line
         self.log(line)
         if self._notebook is not None:
-            self._notebook.finish(capitalize_first(line))
+            self._notebook.finish(line)
 
     def finish_job(self, line: str, done: int, total: int) -> None:
         """Report a finished run of a comparison.
@@ -212,8 +182,7 @@ class Progress:
             total: Number of all runs.
         """
         self.log(f"{done}/{total} {line}")
-        if self._notebook is not None:
-            self._notebook.update(line, done, total)
+        self._show(line, done, total)
 
     def log(self, line: str) -> None:
         """Print one line and append the line to the log file.
@@ -235,15 +204,22 @@ class Progress:
         if self._log is not None:
             self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
 
-    def _time_left(self) -> str:
-        completed_here = self._completed - self._first
-        if completed_here < 1 or self._completed >= self._rounds:
-            return ""
-        seconds_per_round = (time.monotonic() - self._started) / completed_here
-        return f"{format_duration(seconds_per_round * (self._rounds - self._completed))} left"
-
     def _print(self, line: str) -> None:
         self._console.print(Text(line))
+
+    def _show(self, text: str, done: int, total: int) -> None:
+        """Update the progress bar in a terminal or a notebook."""
+        self._bar.update(self._task, completed=done, total=total)
+        if self._notebook is not None:
+            self._notebook.update(text, done, total)
+
+    def _time_left(self, completed: int) -> str:
+        """Return the estimated time of the remaining rounds in parentheses."""
+        completed_here = completed - self._first
+        if completed_here < 1 or completed >= self._rounds:
+            return ""
+        seconds_per_round = (time.monotonic() - self._started) / completed_here
+        return f"  ({format_duration(seconds_per_round * (self._rounds - completed))} left)"
 
     def _write_failure(self, error: Exception) -> None:
         """Log the error that ended the run, with the traceback of the cause."""
@@ -253,6 +229,5 @@ class Progress:
             self._log.writelines(map(printable_lines, format_exception(cause)))
 
     def _stop(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        if self._bar.live.is_started:
+            self._bar.stop()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ from hetero_fl.data.inference import preprocess_inputs
 from hetero_fl.reporting.formatting import (
     TEST_NAMES,
     algorithm_name,
-    format_bytes,
     format_final_evaluation,
     format_metric,
     is_metric,
@@ -25,7 +25,7 @@ from hetero_fl.reporting.formatting import (
     population,
 )
 from hetero_fl.reporting.integrity import CHANGED, refuse_damaged, verify
-from hetero_fl.reporting.notebook import Picture, html_items, html_table
+from hetero_fl.reporting.notebook import Picture, html_table
 from hetero_fl.reporting.run_directory import BEST_MODELS, RunDirectory, check_vacant
 from hetero_fl.utils.code_permission import CodePermission, find_references, reference_to
 from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
@@ -185,16 +185,12 @@ class Run:
         """
         if not self.selection:
             return next(record for record in reversed(self.metrics) if "clients" in record)
-        # Imported here because its imports are slow.
-        from hetero_fl.reporting.summary import BestRounds
-
         # The server's model is selected by its own score.
         key = "server" if (client, self.selection) == ("server", "global") else self.selection
-        rounds = BestRounds(self.models[client].task, self.metrics).rounds
-        return self.metrics[rounds[key] - 1]
+        return self.metrics[self.summary[key]["best_by_validation"]["round"] - 1]
 
     def __repr__(self) -> str:
-        if not (self.path / "summary.json").exists():
+        if not self.directory.finished:
             return f"Run({str(self.path)!r}: not finished)"
         summary = self.summary
         details = self.directory.details()
@@ -205,29 +201,20 @@ class Run:
         return f"Run({str(self.path)!r}: {about}, {clients}, seed {summary['seed']};\n    {scores})"
 
     def _repr_html_(self) -> str:
-        if not (self.path / "summary.json").exists():
-            return html_items("Run", {"directory": str(self.path), "state": "not finished"})
-        summary = self.summary
-        unit = self.directory.details().get("unit", "")
-        traffic = summary["communication"]
-        items = {
-            "method": algorithm_name(summary["algorithm"]),
-            "data": summary["data"]["name"],
-            "rounds": f"{summary['rounds_completed']}, seed {summary['seed']}",
-            "exchanged": f"{format_bytes(traffic['up_bytes'])} up, "
-            f"{format_bytes(traffic['down_bytes'])} down",
-            "directory": str(self.path),
-        }
-        tests = {test: summary[test]["last"] for test in TEST_NAMES if summary[test]}
-        metrics = list(dict.fromkeys(m for last in tests.values() for m in last if is_metric(m)))
-        rows = [
-            [TEST_NAMES[test], *(format_metric(last.get(m), m) for m in metrics)]
-            for test, last in tests.items()
-        ]
-        table = html_table(["test", *(metric_name(m, unit) for m in metrics)], rows)
+        parts = [f"<pre>{escape(repr(self))}</pre>"]
+        if self.directory.finished:
+            tests = {test: self.summary[test]["last"] for test in TEST_NAMES if self.summary[test]}
+            names = dict.fromkeys(name for last in tests.values() for name in last)
+            metrics = list(filter(is_metric, names))
+            rows = [
+                [TEST_NAMES[test], *(format_metric(last.get(m), m) for m in metrics)]
+                for test, last in tests.items()
+            ]
+            parts.append(html_table(["test", *map(metric_name, metrics)], rows))
         curves = self.path / "plots" / "curves.png"
-        picture = Picture(curves)._repr_html_() if curves.is_file() else ""
-        return f"{html_items('Run', items)}{table}{picture}"
+        if curves.is_file():
+            parts.append(Picture(curves)._repr_html_())
+        return "".join(parts)
 
     @property
     def path(self) -> Path:
@@ -470,23 +457,18 @@ def history_frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     # Imported here because loading pandas is slow.
     import pandas as pd
 
-    return pd.DataFrame(
-        _metric_rows(records), columns=["round", "client", "test", "metric", "value"]
-    )
-
-
-def _metric_rows(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Any, ...]]:
+    rows: list[tuple[Any, ...]] = []
     for record in records:
-        number = record["round"]
-        for client, loss in record.get("train_loss", {}).items():
-            yield number, client, "train", "loss", loss
+        parts: list[tuple[str, str, Any]] = [
+            (client, "train", {"loss": loss})
+            for client, loss in record.get("train_loss", {}).items()
+        ]
         for client, scores in (record.get("clients") or {}).items():
-            for test in TESTS:
-                for metric, value in (scores.get(test) or {}).items():
-                    yield number, client, test, metric, value
-        for test in TESTS:
-            for metric, value in (record.get(test) or {}).items():
+            parts += [(client, test, scores.get(test)) for test in TESTS]
+        parts += [("mean", test, record.get(test)) for test in TESTS]
+        parts.append(("server", "global", record.get("server")))
+        for client, test, scores in parts:
+            for metric, value in (scores or {}).items():
                 if is_metric(metric):
-                    yield number, "mean", test, metric, value
-        for metric, value in (record.get("server") or {}).items():
-            yield number, "server", "global", metric, value
+                    rows.append((record["round"], client, test, metric, value))
+    return pd.DataFrame(rows, columns=["round", "client", "test", "metric", "value"])

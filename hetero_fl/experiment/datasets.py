@@ -185,10 +185,6 @@ class FederationDatasets:
             return {"data": dict(client.data)}
         return {"data": self._source(_place(client))}
 
-    def of(self, client: Client) -> Dataset | None:
-        """Return a data set with the columns of a client's inputs, or None for a source."""
-        return self.datasets.get("common", self.datasets.get(_place(client)))
-
     def _source(self, place: str) -> dict[str, Any]:
         """Return a data set as a source of the configuration."""
         title = place.removeprefix("clients: ").replace("'", "")

@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from html import escape
@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.config.base import OptimizerConfig, Settings
-from hetero_fl.config.clients import ClientSettings, PreprocessConfig
+from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.config.data import DataConfig, PartitionConfig
 from hetero_fl.config.describe import to_yaml
@@ -35,9 +35,7 @@ from hetero_fl.config.schema import (
     ServerConfig,
 )
 from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
-from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.task import Task
-from hetero_fl.data import Dataset, Preprocess
 from hetero_fl.data.labels import Kind
 from hetero_fl.data.sources.objects import is_source
 from hetero_fl.experiment.client import Client, column_name, plain_value
@@ -48,7 +46,6 @@ from hetero_fl.experiment.preparation import PreparedRun, prepare
 from hetero_fl.experiment.runner import Callback, default_out, run_prepared
 from hetero_fl.experiment.starting_models import GivenModels
 from hetero_fl.experiment.wording import errors_with_arguments, with_arguments
-from hetero_fl.federation.federation import check_model
 from hetero_fl.reporting.comparison.result import Comparison
 from hetero_fl.reporting.notebook import html_items, html_table
 from hetero_fl.reporting.run import Run
@@ -65,7 +62,22 @@ MethodLike = Algorithm | type[Algorithm] | str | None
 
 
 class Sections(TypedDict, total=False):
-    """Sections of the configuration that `Federation.train` accepts as arguments."""
+    """Sections of the configuration, which are arguments of everything that trains a federation.
+
+    Attributes:
+        aggregation: Aggregation of uploads, such as `Aggregation(rule="median")`.
+        attacks: Simulated attacks.
+        channel: Compression and secure aggregation.
+        cohort: Sampling of the clients that take part in a round.
+        devices: Simulated devices.
+        evaluation: Evaluation schedule and additional metrics.
+        faults: Simulated faults.
+        output: Optional output files.
+        privacy: Differential privacy.
+        runtime: Execution settings, such as the mode (synchronous or asynchronous), executor and
+            device.
+        server: Training of models at the server.
+    """
 
     aggregation: AggregationConfig | None
     attacks: AttacksConfig | None
@@ -214,8 +226,6 @@ class Federation:
             given = GivenModels(modules)
             self._objects.append(given)
             self._config["init_from"] = name_object(f"{name}: modules", given)
-        for client in self.clients:
-            _check_indicators(client, section, datasets.of(client))
 
     @classmethod
     def from_config(
@@ -299,7 +309,8 @@ class Federation:
             method: See `train`.
             rounds: See `train`.
             overrides: See `train`.
-            **sections: Sections of the configuration, see `train`.
+            **sections: Sections of the configuration, such as `privacy=Privacy(unit="client")` (see
+                `Sections`).
 
         Returns:
             The run, ready to train.
@@ -309,9 +320,6 @@ class Federation:
             UserError: If the federation, the method and the settings do not fit together, or the
                 data cannot be loaded.
         """
-        for name in sections.keys() - Sections.__annotations__.keys():
-            hint = suggest_or_list(name, [*Sections.__annotations__, "rounds", "overrides"])
-            raise TypeError(f"prepare() got an unexpected keyword argument '{name}'{hint}")
         config = self._configuration(method, rounds, sections)
         kept = (*self._objects, method, sections)
         given = override_list(overrides)
@@ -333,17 +341,7 @@ class Federation:
         callbacks: Sequence[Callback] = (),
         quiet: bool | None = None,
         overrides: Overrides = (),
-        aggregation: AggregationConfig | None = None,
-        attacks: AttacksConfig | None = None,
-        channel: ChannelConfig | None = None,
-        cohort: CohortConfig | None = None,
-        devices: DevicesConfig | None = None,
-        evaluation: EvaluationConfig | None = None,
-        faults: FaultsConfig | None = None,
-        output: OutputConfig | None = None,
-        privacy: PrivacyConfig | None = None,
-        runtime: RuntimeConfig | None = None,
-        server: ServerConfig | None = None,
+        **sections: Unpack[Sections],
     ) -> Run:
         """Train the clients with a method and return the finished run.
 
@@ -360,36 +358,13 @@ class Federation:
             quiet: Whether to hide the progress display. If None, progress is shown in notebooks
                 only.
             overrides: Changes to the configuration, such as `["evaluation.every=5"]`.
-            aggregation: Aggregation of uploads, such as `Aggregation(rule="median")`.
-            attacks: Simulated attacks.
-            channel: Compression and secure aggregation.
-            cohort: Sampling of the clients that take part in a round.
-            devices: Simulated devices.
-            evaluation: Evaluation schedule and additional metrics.
-            faults: Simulated faults.
-            output: Optional output files.
-            privacy: Differential privacy.
-            runtime: Execution settings, such as the mode (synchronous or asynchronous), executor
-                and device.
-            server: Training of models at the server.
+            **sections: Sections of the configuration, such as `privacy=Privacy(unit="client")` (see
+                `Sections`).
 
         Raises:
             UserError: If the federation, the method and the settings do not fit together.
             RunFailedError: If the run cannot continue.
         """
-        sections: Sections = {
-            "aggregation": aggregation,
-            "attacks": attacks,
-            "channel": channel,
-            "cohort": cohort,
-            "devices": devices,
-            "evaluation": evaluation,
-            "faults": faults,
-            "output": output,
-            "privacy": privacy,
-            "runtime": runtime,
-            "server": server,
-        }
         prepared = self.prepare(method, rounds=rounds, overrides=overrides, **sections)
         temporary, out = run_directory(self, prepared, out, resume)
         run = run_prepared(prepared, out=out, resume=resume, callbacks=callbacks, quiet=quiet)
@@ -407,17 +382,7 @@ class Federation:
         jobs: int | None = None,
         quiet: bool | None = None,
         overrides: Overrides = (),
-        aggregation: AggregationConfig | None = None,
-        attacks: AttacksConfig | None = None,
-        channel: ChannelConfig | None = None,
-        cohort: CohortConfig | None = None,
-        devices: DevicesConfig | None = None,
-        evaluation: EvaluationConfig | None = None,
-        faults: FaultsConfig | None = None,
-        output: OutputConfig | None = None,
-        privacy: PrivacyConfig | None = None,
-        runtime: RuntimeConfig | None = None,
-        server: ServerConfig | None = None,
+        **sections: Unpack[Sections],
     ) -> Comparison:
         """Train the federation with several methods and seeds.
 
@@ -436,18 +401,8 @@ class Federation:
             quiet: Whether to hide the progress display. If None, progress is shown in notebooks
                 only.
             overrides: Changes to the configuration.
-            aggregation: Aggregation of uploads, such as `Aggregation(rule="median")`.
-            attacks: Simulated attacks.
-            channel: Compression and secure aggregation.
-            cohort: Sampling of the clients that take part in a round.
-            devices: Simulated devices.
-            evaluation: Evaluation schedule and additional metrics.
-            faults: Simulated faults.
-            output: Optional output files.
-            privacy: Differential privacy.
-            runtime: Execution settings, such as the mode (synchronous or asynchronous), executor
-                and device.
-            server: Training of models at the server.
+            **sections: Sections of the configuration, such as `privacy=Privacy(unit="client")` (see
+                `Sections`).
 
         Raises:
             UserError: If the federation, a method and the settings do not fit together.
@@ -462,19 +417,6 @@ class Federation:
             >>> comparison.frame["algorithm"].tolist()
             ['local', 'fedavg']
         """
-        sections: Sections = {
-            "aggregation": aggregation,
-            "attacks": attacks,
-            "channel": channel,
-            "cohort": cohort,
-            "devices": devices,
-            "evaluation": evaluation,
-            "faults": faults,
-            "output": output,
-            "privacy": privacy,
-            "runtime": runtime,
-            "server": server,
-        }
         if isinstance(methods, str | Algorithm) or not isinstance(methods, Iterable):
             raise TypeError(f"methods: expected a list of methods, got {methods!r}")
         if not isinstance(seeds, Iterable):
@@ -537,8 +479,15 @@ class Federation:
     def _configuration(
         self, method: MethodLike, rounds: int | None, sections: Sections
     ) -> dict[str, Any]:
-        """Return the configuration of a run, see `train`."""
+        """Return the configuration of a run, see `train`.
+
+        Raises:
+            TypeError: If a section is unknown.
+        """
         config = dict(self._config)
+        for name in sections.keys() - Sections.__annotations__.keys():
+            hint = suggest_or_list(name, [*Sections.__annotations__, "rounds", "overrides"])
+            raise TypeError(f"unexpected keyword argument '{name}'{hint}")
         for key, value in sections.items():
             if value is not None:
                 config[key] = _plain_section(key, value)
@@ -651,20 +600,6 @@ def _method_name(method_type: type[Algorithm]) -> str:
 def _is_configured(data: Any) -> bool:
     """Return whether data is the name or the configuration of a source."""
     return isinstance(data, str) or is_source(data)
-
-
-def _check_indicators(client: Client, section: Mapping[str, Any], dataset: Dataset | None) -> None:
-    """Check that a module accepts indicators of missing values, which double the columns."""
-    shared = section.get("defaults", {}).get("preprocess", {})
-    settings = {**shared, **client.settings.get("preprocess", {})}
-    if client.given is None or dataset is None or settings.get("missing") is None:
-        return
-    where = f"clients: '{client.name}'"
-    raw = tuple(dataset.train.x.shape[1:])
-    config = PreprocessConfig.model_validate(settings)
-    view = Preprocess.without_normalization(config, dataset.layout, raw, f"{where}: preprocess")
-    arch = ModelSpec.from_config(client.model_config, dataset.task.outputs, view.shape(raw))
-    check_model(arch, f"{where}: model", view)
 
 
 def _check_names(clients: Sequence[Client]) -> None:

@@ -9,13 +9,9 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from typing_extensions import Unpack
 
-from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.config.load import Overrides
-from hetero_fl.config.privacy import PrivacyConfig
-from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
-from hetero_fl.config.schema import EvaluationConfig, OutputConfig, RuntimeConfig, ServerConfig
-from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.experiment.federation import Federation, MethodLike, Sections, run_directory
@@ -41,17 +37,7 @@ class Trainer:
         resume: Whether to continue from the newest checkpoint in `out`.
         quiet: Whether to hide the progress display. If None, progress is shown in notebooks only.
         overrides: Changes to the configuration.
-        aggregation: Aggregation of uploads, such as `Aggregation(rule="median")`.
-        attacks: Simulated attacks.
-        channel: Compression and secure aggregation.
-        cohort: Sampling of the clients that take part in a round.
-        devices: Simulated devices.
-        evaluation: Evaluation schedule and additional metrics.
-        faults: Simulated faults.
-        output: Optional output files.
-        privacy: Differential privacy.
-        runtime: Execution settings, such as synchronous or asynchronous mode, executor and device.
-        server: Training of models at the server.
+        **sections: Sections of the configuration, see `Federation.train`.
 
     Attributes:
         path: The run directory.
@@ -83,31 +69,8 @@ class Trainer:
         resume: bool = False,
         quiet: bool | None = None,
         overrides: Overrides = (),
-        aggregation: AggregationConfig | None = None,
-        attacks: AttacksConfig | None = None,
-        channel: ChannelConfig | None = None,
-        cohort: CohortConfig | None = None,
-        devices: DevicesConfig | None = None,
-        evaluation: EvaluationConfig | None = None,
-        faults: FaultsConfig | None = None,
-        output: OutputConfig | None = None,
-        privacy: PrivacyConfig | None = None,
-        runtime: RuntimeConfig | None = None,
-        server: ServerConfig | None = None,
+        **sections: Unpack[Sections],
     ) -> None:
-        sections: Sections = {
-            "aggregation": aggregation,
-            "attacks": attacks,
-            "channel": channel,
-            "cohort": cohort,
-            "devices": devices,
-            "evaluation": evaluation,
-            "faults": faults,
-            "output": output,
-            "privacy": privacy,
-            "runtime": runtime,
-            "server": server,
-        }
         self._prepared = federation.prepare(method, rounds=rounds, overrides=overrides, **sections)
         temporary, self.path = run_directory(federation, self._prepared, out, resume)
         self._kept = [federation, method, temporary, sections]

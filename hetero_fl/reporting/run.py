@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data.inference import preprocess_inputs
+from hetero_fl.data.sources.objects import is_frame
 from hetero_fl.reporting.formatting import (
     TEST_NAMES,
     algorithm_name,
@@ -383,7 +383,7 @@ class Run:
         saved.keep(*self._kept)
         return saved
 
-    def predict(self, client: str, x: Any, personal: bool = True, unit: Any = None) -> Tensor:
+    def predict(self, client: str, x: Any, personal: bool = True, unit: Any = None) -> pd.DataFrame:
         """Predict raw examples with the model of a client.
 
         The examples are preprocessed as on that client.
@@ -402,20 +402,28 @@ class Run:
                 are returned in the unit of the training targets.
 
         Returns:
-            Class probabilities, or predicted values for a regression, shape `[N, outputs]`.
+            Class probabilities, or predicted values for a regression: a data frame with one row for
+            each example and one column for each output. The columns are the names of the classes or
+            targets if they have names, or else numbers from 0. If `x` is a data frame, the index is
+            that of `x`.
 
         Raises:
             UserError: If there is no such client, or the model cannot process the examples.
         """
+        check_extra("tables", ["pandas"], "Run.predict")
+        # Imported here because loading pandas is slow.
+        import pandas as pd
+
         model = self.load_models(client)[client]
-        logits = model.logits(preprocess_inputs(model, x), personal)
+        values = model.logits(preprocess_inputs(model, x), personal)
         if model.task.kind == "multilabel":
-            return logits.sigmoid()
-        if model.task.kind != "regression":
-            return logits.softmax(-1)
-        if unit is None:
-            return logits
-        return logits * torch.as_tensor(unit, dtype=logits.dtype).reshape(-1, 1)
+            values = values.sigmoid()
+        elif model.task.kind != "regression":
+            values = values.softmax(-1)
+        elif unit is not None:
+            values = values * torch.as_tensor(unit, dtype=values.dtype).reshape(-1, 1)
+        index = x.index if is_frame(x) else None
+        return pd.DataFrame(values.numpy(), index, model.task.names or None)
 
     def plot(self) -> list[Path]:
         """Draw the plots of the run, save the plots in `plots/` and return the paths."""

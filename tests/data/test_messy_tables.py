@@ -137,7 +137,7 @@ def test_frame_and_file_are_applied_like_the_training_data(tmp_path: Path) -> No
     of_frame = hfl.evaluate(run, frame, label=0, log=print)
     of_file = hfl.evaluate(run, tmp_path / "ROWS.NPZ", log=print)
 
-    assert torch.equal(predicted, run.predict("a", values))
+    assert predicted.equals(run.predict("a", values))
     assert of_frame["a"]["accuracy"] == of_file["a"]["accuracy"]
 
 
@@ -454,7 +454,7 @@ def test_predict_uses_encoding_of_run(finished: hfl.Run) -> None:
     found = finished.predict("own", frame)
 
     rows = [[0.5, 0, 1, 0], [-0.5, 0, 0, 0], [0.0, 0, 0, 0]]
-    assert torch.equal(found, finished.predict("own", rows))
+    assert found.equals(finished.predict("own", rows))
     check_refused(
         "column 'ward' not found, which the model needs", finished.predict, "own", frame[["crp"]]
     )
@@ -478,7 +478,8 @@ def test_new_file_uses_encoding_of_run(finished: hfl.Run, tmp_path: Path) -> Non
     joined = join(finished, str(path), out=tmp_path / "join", patients=[20], seeds=[0], epochs=1)
     ordered = order_columns(load(source), finished.models)
 
-    predicted = finished.predict("own", frame[["crp", "ward"]], personal=False).argmax(1).numpy()
+    predicted = finished.predict("own", frame[["crp", "ward"]], personal=False)
+    predicted = predicted.to_numpy().argmax(1)
     assert found["own"]["accuracy"] == pytest.approx((predicted == (frame.ill == "yes")).mean())
     assert joined["n_test"] == 16 and joined["rows"]
     assert load(source).columns == ("crp", "ward=B", "ward=D")

@@ -142,7 +142,7 @@ def test_best_models_on_the_command_line(
     flags = ["--best", "global"]
     images = np.zeros((2, 8, 8), np.uint8)
     of_best = run.best("global").predict("site_1", images)
-    assert not torch.equal(of_best, run.predict("site_1", images))
+    assert not of_best.equals(run.predict("site_1", images))
 
     assert main(["evaluate", "run", "--data", "digits", "--json", "scores.json", *flags]) == 0
     assert main(["export", "run", "--client", "site_1", "--format", "safetensors", *flags]) == 0

@@ -66,15 +66,14 @@ def test_evaluate_and_predict_match_columns_by_name(
     assert evaluate(run, str(tmp_path / "turned.csv")) == scores
     assert evaluate(run, turned, label="y") == scores
     expected = run.predict("c_1", x)
-    assert torch.equal(run.predict("c_1", features[["c", "b", "a"]]), expected)
+    assert run.predict("c_1", features[["c", "b", "a"]]).equals(expected)
     # Additional columns are ignored.
     with_label = features.assign(y=1, pid="p7")
-    assert torch.equal(run.predict("c_1", with_label), expected)
+    assert run.predict("c_1", with_label).equals(expected)
     if absent is not None:
         with_nan = torch.tensor(features.assign(**{absent: np.nan}).to_numpy())
-        assert torch.equal(
-            run.predict("c_1", with_label.drop(columns=absent)), run.predict("c_1", with_nan)
-        )
+        found = run.predict("c_1", with_label.drop(columns=absent))
+        assert found.equals(run.predict("c_1", with_nan))
     mistakes = [
         (with_label.rename(columns={"a": "aa"}), "x: column 'a' not found, .*; did you mean 'aa'"),
         (features[["a", "b", "b"]], "predict: x: column 'b' occurs 2 times"),

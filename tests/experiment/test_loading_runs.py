@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor, nn
 
 import hetero_fl as hfl
@@ -89,7 +88,7 @@ def test_module_is_passed_again_after_a_restart(model: Any, tmp_path: Path) -> N
         warnings.simplefilter("error")
         run = hfl.Run.load(path, models={"inst": model})
 
-    assert torch.equal(run.predict("inst", ROWS), expected)
+    assert run.predict("inst", ROWS).equals(expected)
     assert isinstance(run.model("inst"), Net)
     assert hfl.evaluate(run, images(30, 5))["inst"]["accuracy"] is not None
     assert hfl.export(run, "inst", "safetensors")["inst"].model.is_file()
@@ -131,7 +130,7 @@ def test_importable_class_is_permitted_or_passed(tmp_path: Path) -> None:
         {"models": {"inst": Digits(3)}},
     ]
     for permission in permissions:
-        assert torch.equal(hfl.Run.load(path, **permission).predict("inst", ROWS), expected)
+        assert hfl.Run.load(path, **permission).predict("inst", ROWS).equals(expected)
 
 
 UNSUITABLE: list[tuple[Any, str]] = [
@@ -176,4 +175,4 @@ def test_transform_is_found_when_the_federation_is_created_again(tmp_path: Path)
         return 2 * x
 
     again = federation("mlp", preprocess=hfl.Preprocess(transform=double))
-    assert torch.equal(run.predict("inst", ROWS), expected) and again
+    assert run.predict("inst", ROWS).equals(expected) and again

@@ -51,6 +51,10 @@ def pixels(count: int) -> torch.Tensor:
 
 
 @pytest.mark.slow
+def predictions(run: hetero_fl.Run, client: str, x: Any, personal: bool = True) -> torch.Tensor:
+    return torch.from_numpy(run.predict(client, x, personal).to_numpy())
+
+
 def test_exported_files_predict_as_the_run(run: hetero_fl.Run, tmp_path: Path) -> None:
     require_onnx()
     result = hetero_fl.export(run, out=tmp_path)
@@ -61,13 +65,13 @@ def test_exported_files_predict_as_the_run(run: hetero_fl.Run, tmp_path: Path) -
         for count in (1, 3, 50):
             x = pixels(count)
             torch.testing.assert_close(
-                score((x,)), run.predict(name, x, personal=False), atol=1e-5, rtol=0
+                score((x,)), predictions(run, name, x, personal=False), atol=1e-5, rtol=0
             )
         assert file.largest_difference is not None and file.largest_difference < 1e-5
     assert personal.model.stem == "site_2-personal"
     found = export.load_scorer(personal.model.read_bytes())((x,))
-    torch.testing.assert_close(found, run.predict("site_2", x), atol=1e-5, rtol=0)
-    assert not torch.allclose(found, run.predict("site_2", x, personal=False), atol=1e-2)
+    torch.testing.assert_close(found, predictions(run, "site_2", x), atol=1e-5, rtol=0)
+    assert not torch.allclose(found, predictions(run, "site_2", x, personal=False), atol=1e-2)
 
 
 @pytest.fixture(scope="module")

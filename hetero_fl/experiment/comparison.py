@@ -29,7 +29,7 @@ from hetero_fl.reporting.formatting import algorithm_name
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory, lock_folder
-from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.code_permission import AllowCode
 from hetero_fl.utils.errors import Interrupted, RunFailedError
 from hetero_fl.utils.extras import check_extra
 from hetero_fl.utils.processes import exit_if_importing
@@ -49,9 +49,9 @@ def compare(
     space: Space | None = None,
     budget: int | str = 20,
     jobs: int | None = None,
-    quiet: bool | None = None,
+    quiet: bool = False,
     origins: Mapping[str, str] | None = None,
-    allow_code: bool | CodePermission = False,
+    allow_code: AllowCode = False,
 ) -> Comparison:
     """Run every algorithm with every seed and write a table, figures and a report into `out`.
 
@@ -76,7 +76,7 @@ def compare(
         budget: Number of trials of each algorithm in the search, or hours of training, such as
             `1.5h`.
         jobs: Number of runs at a time. If None, one run per core, with one thread each.
-        quiet: Whether to hide the progress display. If None, progress is shown in notebooks only.
+        quiet: Whether to hide the progress display.
         origins: Names of the places where entries of `algorithms` and `overrides` were set, keyed
             by entry. The report shows the origins next to the settings.
         allow_code: Whether code that a file refers to may be executed (see
@@ -114,7 +114,7 @@ def compare(
         space=space,
         budget=str(budget),
         jobs=jobs,
-        permission=CodePermission.from_argument(allow_code),
+        permission=allow_code,
         origins=origins or {},
     )
     with lock_folder(plan.out) as lock_notes, Progress(plan.out / "log.txt", quiet) as progress:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset
 from hetero_fl.data.client_sources import OWN_DATA
-from hetero_fl.data.dataset import Examples
 from hetero_fl.data.external import match_to_common
 from hetero_fl.data.labels import (
     ALL_LABELS,
@@ -29,6 +28,21 @@ from hetero_fl.data.sources.objects import is_frame, is_source, to_dataset, to_p
 from hetero_fl.experiment.client import Client
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX, name_object
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Data of a client or of the federation, and the columns of its labels and patients.
+
+    Attributes:
+        data: The data, as the program passes it.
+        label: Column of the labels.
+        patient: Column of the patients, or the patient of each row.
+    """
+
+    data: Any
+    label: str | None = None
+    patient: Any = None
 
 
 class FederationDatasets:
@@ -64,101 +78,41 @@ class FederationDatasets:
             _check_client(client, sets)
         if "validation" in sets and "test" not in sets and "data" not in sets:
             raise UserError("validation: requires a global test set; pass test=...")
-        self._named = _plain_source(sets.get("data"))
+        self._named = plain_source(sets.get("data"))
         self._client_sources = {
             str(client.data["name"]) for client in clients if is_source(client.data)
         }
-        given = {
-            _place(client, part): (data, client.label or _column(data, label))
-            for client in clients
-            for part, data in client.parts().items()
-            if not is_source(data)
-        }
-        given |= {
-            name: (data, _column(data, label))
-            for name, data in sets.items()
-            if name != "proxy" and not (name == "data" and self._named)
-        }
-        users = [data for c in clients if c.label is None for data in c.parts().values()]
-        users += sets.values()
-        if label is not None and not any(_column(data, label) for data in users):
-            raise UserError(
-                "label: no data frame or Hugging Face Dataset without a label of its own has a "
-                f"column '{label}'{_suggest_column(label, users)}"
-            )
-        self._patients = _patients(clients, sets, patient)
-        pairs = {place: (to_pair(data, place), column) for place, (data, column) in given.items()}
-        owners = {place: own for place, own in self._patients.items() if isinstance(own, str)}
-        self._categories = _shared_categories(
-            {**pairs, "proxy": (sets.get("proxy"), _column(sets.get("proxy"), label))},
-            owners,
-        )
-        read, found, notes = _read_common_labels(pairs, task, num_classes)
-        self.datasets = {
-            place: to_dataset(
-                data,
-                place,
-                pairs[place][1],
-                self._categories,
-                self._patients.get(place),
-                task=found,
-            )
-            for place, data in read.items()
-        }
-        for place, data in read.items():
-            if isinstance(data, tuple) and isinstance(found, Task):
-                # The targets are class numbers, but the labels need not be.
-                self.datasets[place] = replace(self.datasets[place], task=found)
-        _drop_repeated_notes(self.datasets)
+        parts = _parts(clients, sets, label, patient)
+        categories = _shared_categories(parts)
+        proxy = parts.pop("proxy", None)
+        self.datasets = _read_parts(parts, categories, task, num_classes)
         if self._named and ("test" in sets or "validation" in sets):
             root = Path(DataConfig().root).expanduser()
             self.datasets["data"] = load_source(SourceConfig.model_validate(self._named), root)
-        _check_kinds(self.datasets, task, num_classes)
         _share_task(self.datasets, task, num_classes)
-        if notes:
-            first = next(iter(self.datasets))
-            with_notes = (*notes, *self.datasets[first].notes)
-            self.datasets[first] = replace(self.datasets[first], notes=with_notes)
         for client in clients:
-            self._add_own_sets(client)
-        self._proxy_size = self._add_proxy(sets, label)
-        if "data" in self.datasets or "test" in self.datasets:
-            self.datasets["common"] = _common_set(self.datasets)
-
-    def _add_proxy(self, sets: Mapping[str, Any], label: str | None) -> int | None:
-        """Add the proxy set, or return its size if its rows are to be held out."""
-        proxy = sets.get("proxy")
-        if proxy is None:
-            return None
-        if not isinstance(proxy, numbers.Integral):
+            own = {
+                name: self.datasets.pop(_place(client, name))
+                for name in client.parts()
+                if name != "data"
+            }
+            if own:
+                main = self.datasets[_place(client)]
+                self.datasets[_place(client)] = _with_splits(
+                    main, own, f"clients: '{client.name}': "
+                )
+        self._proxy_size = None
+        if proxy is not None and isinstance(proxy.data, numbers.Integral):
+            self._proxy_size = _check_proxy_size(proxy.data, sets)
+        elif proxy is not None:
             self.datasets["proxy"] = to_dataset(
-                proxy,
-                "proxy",
-                _column(proxy, label),
-                self._categories,
-                self._patients.get("proxy"),
-                labeled=False,
+                proxy.data, "proxy", proxy.label, categories, proxy.patient, labeled=False
             )
-            return None
-        if isinstance(proxy, bool) or proxy < 1:
-            raise UserError(f"proxy: expected examples, or a number of rows >= 1, got {proxy}")
-        if "test" in sets and "data" not in sets:
-            raise UserError(
-                f"proxy: {proxy} rows cannot be held out of the clients' data if `test` is given; "
-                "pass public examples"
-            )
-        return int(proxy)
-
-    def _add_own_sets(self, client: Client) -> None:
-        """Move the validation and test examples of a client into the client's data set."""
-        for part in ("validation", "test"):
-            own = self.datasets.pop(_place(client, part), None)
-            if own is None:
-                continue
-            dataset = self.datasets[_place(client)]
-            examples = _matched(own, dataset, _place(client, part))
-            dataset = _with_split(dataset, part, examples)
-            self.datasets[_place(client)] = dataset
+        splits = ["validation", "test"]
+        given = {name: self.datasets[name] for name in splits if name in self.datasets}
+        if "data" in self.datasets or "test" in given:
+            main = self.datasets["data"] if "data" in self.datasets else _no_rows(given["test"])
+            self.datasets["common"] = _with_splits(main, given)
 
     def config(self) -> dict[str, Any]:
         """Return the section `data` of the configuration."""
@@ -191,15 +145,6 @@ class FederationDatasets:
         return {"name": name_object(title, self.datasets[place])}
 
 
-def _drop_repeated_notes(datasets: dict[str, Dataset]) -> None:
-    """Keep the first of equal notes in place. Notes that do not name their data may be equal."""
-    said: set[str] = set()
-    for place, dataset in datasets.items():
-        kept = tuple(note for note in dataset.notes if note not in said)
-        said.update(kept)
-        datasets[place] = replace(dataset, notes=kept)
-
-
 def _place(client: Client, part: str = "data") -> str:
     return f"clients: '{client.name}': {part}"
 
@@ -224,11 +169,82 @@ def _check_client(client: Client, sets: Mapping[str, Any]) -> None:
         )
 
 
-def _column(data: Any, label: str | None) -> str | None:
-    """Return `label` if the data has a column of this name, or all columns that it names."""
+def _check_proxy_size(size: Any, sets: Mapping[str, Any]) -> int:
+    """Return the number of rows to hold out as a proxy set, which must be possible."""
+    if isinstance(size, bool) or size < 1:
+        raise UserError(f"proxy: expected examples, or a number of rows >= 1, got {size}")
+    if "test" in sets and "data" not in sets:
+        raise UserError(
+            f"proxy: {size} rows cannot be held out of the clients' data if `test` is given; pass "
+            "public examples"
+        )
+    return int(size)
+
+
+def _parts(
+    clients: Sequence[Client], sets: Mapping[str, Any], label: str | None, patient: Any
+) -> dict[str, _Part]:
+    """Return all data except sources, keyed by the name that error messages use for it.
+
+    A column of the federation, or of a client, applies to all its data frames that have the column.
+
+    Raises:
+        UserError: If a column or the patients apply to no data.
+    """
+    parts: dict[str, _Part] = {}
+    for client in clients:
+        for name, data in client.parts().items():
+            if name == "data" and is_source(data):
+                continue
+            is_used = name == "data" or _has_column(data, client.patient)
+            parts[_place(client, name)] = _Part(
+                data, client.label, client.patient if is_used else None
+            )
+    for name, data in sets.items():
+        if name != "data" or not plain_source(data):
+            parts[name] = _Part(data)
+    _use_column(parts, "label", label)
+    if patient is None or isinstance(patient, str):
+        _use_column(parts, "patient", patient)
+    elif "data" not in parts:
+        raise UserError(
+            "patient: has one entry for each row of data=..., which is not given as arrays or a "
+            "data set; pass Client(patient=...) for the rows of a client"
+        )
+    else:
+        parts["data"] = replace(parts["data"], patient=patient)
+    # The items of a torch data set are read once.
+    return {
+        place: part if place == "proxy" else replace(part, data=to_pair(part.data, place))
+        for place, part in parts.items()
+    }
+
+
+def _use_column(parts: dict[str, _Part], key: str, column: str | None) -> None:
+    """Set the column of labels or patients of all data that has the column, in place."""
+    if column is None:
+        return
+    users = {
+        place: part
+        for place, part in parts.items()
+        if getattr(part, key) is None and _has_column(part.data, column)
+    }
+    if not users:
+        known = {name for part in parts.values() for name in _column_names(part.data)}
+        raise UserError(
+            f"{key}: no data frame or Hugging Face Dataset without a {key} of its own has a column "
+            f"'{column}'{suggest_or_list(column, known)}"
+        )
+    for place, part in users.items():
+        parts[place] = replace(part, **{key: column})
+
+
+def _has_column(data: Any, column: Any) -> bool:
+    """Return whether the data has a column of this name, or all columns that it names."""
+    if not isinstance(column, str):
+        return False
     names = set(_column_names(data))
-    parts = {part.strip() for part in (label or "").split(",")}
-    return label if label in names or parts <= names else None
+    return column in names or {part.strip() for part in column.split(",")} <= names
 
 
 def _column_names(data: Any) -> list[str]:
@@ -236,58 +252,17 @@ def _column_names(data: Any) -> list[str]:
     return list(map(str, columns))
 
 
-def _suggest_column(name: str, sets: Iterable[Any]) -> str:
-    """Return the end of a message: the column that is similar to a name, or all columns."""
-    return suggest_or_list(name, {column for data in sets for column in _column_names(data)})
-
-
-def _patients(clients: Sequence[Client], sets: Mapping[str, Any], patient: Any) -> dict[str, Any]:
-    """Return the argument `patient` of `to_dataset`, keyed by the name of the data in messages.
-
-    A column of the federation, or of a client, applies to all its data frames that have the column.
-
-    Raises:
-        UserError: If the patients apply to no data.
-    """
-    found: dict[str, Any] = {}
-    for client in clients:
-        for part, data in client.parts().items():
-            if part == "data" and client.patient is not None:
-                found[_place(client)] = client.patient
-                continue
-            own = patient if client.patient is None else client.patient
-            if isinstance(own, str) and _column(data, own):
-                found[_place(client, part)] = own
-    if isinstance(patient, str):
-        found |= {name: patient for name, data in sets.items() if _column(data, patient)}
-        if patient not in found.values():
-            given = [*sets.values(), *(data for c in clients for data in c.parts().values())]
-            raise UserError(
-                f"patient: no data frame or Hugging Face Dataset has a column '{patient}'"
-                f"{_suggest_column(patient, given)}"
-            )
-    elif patient is not None:
-        if "data" not in sets or is_source(sets["data"]) or isinstance(sets["data"], str):
-            raise UserError(
-                "patient: has one entry for each row of data=..., which is not given as arrays or "
-                "a data set; pass Client(patient=...) for the rows of a client"
-            )
-        found["data"] = patient
-    return found
-
-
-def _shared_categories(
-    parts: Mapping[str, tuple[Any, str | None]], owners: Mapping[str, str]
-) -> dict[str, tuple[str, ...]] | None:
+def _shared_categories(parts: Mapping[str, _Part]) -> dict[str, tuple[str, ...]] | None:
     """Return the values of the text columns of all data frames, or None if there are no frames.
 
-    Columns of patients, which are the values of `owners`, are left out.
+    Columns of patients are left out.
     """
-    frames = {
-        place: (data.drop(columns=[c for c in data.columns if str(c) == owners.get(place)]), label)
-        for place, (data, label) in parts.items()
-        if is_frame(data)
-    }
+    frames = {}
+    for place, part in parts.items():
+        if is_frame(part.data):
+            is_column = isinstance(part.patient, str)
+            owners = [c for c in part.data.columns if is_column and str(c) == part.patient]
+            frames[place] = (part.data.drop(columns=owners), part.label)
     if not frames:
         return None
     # Imported here because loading pandas is slow.
@@ -296,58 +271,76 @@ def _shared_categories(
     return categories_of_frames(frames)
 
 
-def _read_common_labels(
-    parts: Mapping[str, tuple[Any, str | None]],
+def _read_parts(
+    parts: Mapping[str, _Part],
+    categories: Mapping[str, tuple[str, ...]] | None,
     task: Task | str | None,
     num_classes: int | None,
-) -> tuple[dict[str, Any], Task | str | None, list[str]]:
-    """Read the labels of all pairs and data frames, which determine the task together.
+) -> dict[str, Dataset]:
+    """Convert the data, whose labels determine the task together.
 
     Args:
-        parts: The data and its label column, keyed by the name that error messages use.
+        parts: The data, keyed by the name that error messages use for it.
+        categories: Text columns to one-hot encode, with their values.
         task: Kind of the task, or the task.
         num_classes: Number of classes, or None.
 
-    Returns:
-        The data, in which pairs have targets of the task; the task, or its kind if there are no
-        such labels; and notes.
-
     Raises:
-        UserError: If labels do not match each other or the task.
+        UserError: If the data is invalid, or labels do not match each other or the task.
     """
     if isinstance(task, Task):
         check_num_classes(task, num_classes)
     kind = task.kind if isinstance(task, Task) else task
     labels: dict[str, Any] = {}
-    for place, (data, column) in parts.items():
-        if is_frame(data):
-            labels |= _frame_labels(data, column, place, kind)
-        elif isinstance(data, tuple | list):
-            labels[f"{place}: y"] = data[1]
-    read = {place: data for place, (data, _) in parts.items()}
-    if not labels:
-        return read, kind, []
-    found, targets, notes = read_labels(labels, ALL_LABELS, task=kind, num_classes=num_classes)
-    for place, data in read.items():
-        if isinstance(data, tuple | list):
-            read[place] = (data[0], targets[f"{place}: y"])
-    return read, found, [] if isinstance(task, Task) else notes
+    for place, part in parts.items():
+        labels |= _labels(part, place, kind)
+    found: Task | str | None = kind
+    targets: dict[str, Any] = {}
+    notes: list[str] = []
+    if labels:
+        found, targets, notes = read_labels(labels, ALL_LABELS, task=kind, num_classes=num_classes)
+    # Notes that do not name their data are given once.
+    pending = [] if isinstance(task, Task) else notes
+    known: set[str] = set()
+    datasets = {}
+    for place, part in parts.items():
+        data = part.data
+        is_pair = isinstance(data, tuple | list)
+        if is_pair:
+            data = (data[0], targets[f"{place}: y"])
+        dataset = to_dataset(data, place, part.label, categories, part.patient, task=found)
+        if is_pair and isinstance(found, Task):
+            # The targets are class numbers, but the labels need not be.
+            dataset = replace(dataset, task=found)
+        remarks = [note for note in (*pending, *dataset.notes) if note not in known]
+        datasets[place] = replace(dataset, notes=tuple(remarks))
+        known.update(remarks)
+        pending = []
+    return datasets
 
 
-def _frame_labels(frame: Any, column: str | None, place: str, kind: str | None) -> dict[str, Any]:
-    """Return the labels of a data frame, or nothing if `to_dataset` reports a missing column."""
+def _labels(part: _Part, place: str, kind: str | None) -> dict[str, Any]:
+    """Return the labels of a pair or a data frame, keyed by their place.
+
+    The result is empty for other data, and for a data frame without the column of the labels, which
+    `to_dataset` reports.
+    """
+    if isinstance(part.data, tuple | list):
+        return {f"{place}: y": part.data[1]}
+    if not is_frame(part.data) or part.label is None:
+        return {}
     # Imported here because loading pandas is slow.
     from hetero_fl.data.sources.tables.columns import normalize_frame
     from hetero_fl.data.sources.tables.frames import label_columns, label_values
 
-    table = normalize_frame(frame, place)
-    columns = [] if column is None else label_columns(table.columns, column)
-    if not columns or not set(columns) <= set(table.columns) or not len(table):
+    table = normalize_frame(part.data, place)
+    columns = label_columns(table.columns, part.label)
+    if not set(columns) <= set(table.columns) or not len(table):
         return {}
-    return {f"{place}: column '{column}'": label_values(table[columns], place, kind)}
+    return {f"{place}: column '{part.label}'": label_values(table[columns], place, kind)}
 
 
-def _plain_source(data: Any) -> dict[str, Any] | None:
+def plain_source(data: Any) -> dict[str, Any] | None:
     """Return the configuration section of a data source.
 
     Args:
@@ -361,18 +354,6 @@ def _plain_source(data: Any) -> dict[str, Any] | None:
     return dict(data) if is_source(data) else None
 
 
-def _check_kinds(
-    datasets: Mapping[str, Dataset], task: Task | str | None, num_classes: int | None
-) -> None:
-    """Raise UserError if the given task or number of classes does not apply to all data sets."""
-    kind = "multiclass" if num_classes is not None else getattr(task, "kind", task)
-    if kind is not None and not datasets:
-        raise UserError("task, num_classes: apply to data in memory, not to sources; remove them")
-    for place, dataset in datasets.items():
-        if kind not in (None, dataset.task.kind):
-            raise UserError(f"{place}: expected a {kind} task, got {dataset.task.kind}")
-
-
 def _share_task(
     datasets: dict[str, Dataset], task: Task | str | None, num_classes: int | None
 ) -> None:
@@ -384,10 +365,16 @@ def _share_task(
         num_classes: Number of classes, or None.
 
     Raises:
-        UserError: If a class or an output is unknown, or if some labels are class names and others
-            numbers.
+        UserError: If a data set has another kind of task, a class or an output is unknown, or some
+            labels are class names and others numbers.
     """
+    kind = "multiclass" if num_classes is not None else getattr(task, "kind", task)
+    if kind is not None and not datasets:
+        raise UserError("task, num_classes: apply to data in memory, not to sources; remove them")
     tasks = {place: dataset.task for place, dataset in datasets.items()}
+    for place, own in tasks.items():
+        if kind not in (None, own.kind):
+            raise UserError(f"{place}: expected a {kind} task, got {own.kind}")
     if isinstance(task, Task):
         known = numbered_task(task, tasks.values())
         owner = "task"
@@ -403,37 +390,33 @@ def _share_task(
         datasets[place] = with_task(dataset, known, place, owner)
 
 
-def _common_set(datasets: Mapping[str, Dataset]) -> Dataset:
-    """Combine the rows to divide and the global test and validation sets into one data set."""
-    main = datasets.get("data")
-    if main is None:
-        # All clients have data of their own, so there are no training rows to divide.
-        given = datasets["test"]
-        main = replace(given, name=OWN_DATA, train=given.train.select_rows(torch.arange(0)))
-    common = main
-    for part in ("validation", "test"):
-        if part in datasets:
-            # A data set with a test split is evaluated on this split.
-            own = datasets[part].splits().get(part, datasets[part].train)
-            examples = _matched(replace(datasets[part], train=own), common, part)
-            common = _with_split(common, part, examples)
-    return common
+def _no_rows(dataset: Dataset) -> Dataset:
+    """Return a data set without training rows, for clients that all have data of their own."""
+    return replace(dataset, name=OWN_DATA, train=dataset.train.select_rows(torch.arange(0)))
 
 
-def _matched(own: Dataset, dataset: Dataset, place: str) -> Examples:
-    """Return the examples with the classes and columns of another data set of the same shape."""
-    examples = match_to_common(own, dataset, place)
-    shape = tuple(dataset.train.x.shape[1:])
-    if tuple(examples.x.shape[1:]) != shape:
-        raise UserError(
-            f"{place}: expected examples of shape {shape} as in the training data, got "
-            f"{tuple(examples.x.shape[1:])}"
-        )
-    return examples
+def _with_splits(main: Dataset, given: Mapping[str, Dataset], where: str = "") -> Dataset:
+    """Return a data set with other validation or test examples.
 
+    Args:
+        main: The data set.
+        given: Data sets with the classes and columns of `main`, keyed by the split that they
+            replace. A data set that has this split is used only with the rows of the split.
+        where: Start of the names of these data sets in messages.
 
-def _with_split(dataset: Dataset, part: str, examples: Examples) -> Dataset:
-    """Return the data set with other validation or test examples."""
-    if part == "validation":
-        return replace(dataset, validation=examples)
-    return replace(dataset, test=examples)
+    Raises:
+        UserError: If the examples do not match those of `main`.
+    """
+    shape = tuple(main.train.x.shape[1:])
+    changed: dict[str, Any] = {}
+    for split, dataset in given.items():
+        own = replace(dataset, train=dataset.splits().get(split, dataset.train))
+        examples = match_to_common(own, main, f"{where}{split}")
+        found = tuple(examples.x.shape[1:])
+        if found != shape:
+            raise UserError(
+                f"{where}{split}: expected examples of shape {shape} as in the training data, got "
+                f"{found}"
+            )
+        changed[split] = examples
+    return replace(main, **changed)

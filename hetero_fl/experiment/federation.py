@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -37,11 +37,10 @@ from hetero_fl.config.schema import (
 from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.labels import Kind
-from hetero_fl.data.sources.objects import is_source
 from hetero_fl.experiment.client import Client, column_name, plain_value
 from hetero_fl.experiment.comparison import compare
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.experiment.datasets import FederationDatasets
+from hetero_fl.experiment.datasets import FederationDatasets, plain_source
 from hetero_fl.experiment.preparation import PreparedRun, prepare
 from hetero_fl.experiment.runner import Callback, default_out, run_prepared
 from hetero_fl.experiment.starting_models import GivenModels
@@ -49,7 +48,7 @@ from hetero_fl.experiment.wording import errors_with_arguments, with_arguments
 from hetero_fl.reporting.comparison.result import Comparison
 from hetero_fl.reporting.notebook import html_items, html_table
 from hetero_fl.reporting.run import Run
-from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.code_permission import AllowCode
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX, iterate_objects, name_object
 from hetero_fl.utils.registry import reference_to
@@ -184,10 +183,12 @@ class Federation:
             raise UserError("partition: has no effect, because all clients have their own data")
         given_sets = {"data": data, "test": test, "validation": validation, "proxy": proxy}
         sets = {name: found for name, found in given_sets.items() if found is not None}
-        self._names_arguments = not any(map(_is_configured, (data, *(c.data for c in clients))))
+        self._names_arguments = not any(
+            plain_source(given) for given in (data, *(client.data for client in clients))
+        )
         mains = (f"`{name}`" for name in ("data", "test") if name in sets)
         self._main = next(mains, "the data of the clients")
-        with errors_with_arguments((), self._main) if self._names_arguments else nullcontext():
+        with self._errors():
             datasets = FederationDatasets(
                 self.clients,
                 sets,
@@ -200,7 +201,7 @@ class Federation:
         groups = [
             {
                 "name": client.name,
-                **_client_model(client),
+                **({} if client.model is None else {"model": client.model_config}),
                 **datasets.client_config(client),
                 **_client_settings(client, defaults),
             }
@@ -219,7 +220,7 @@ class Federation:
         }
         if partition is not None:
             self._config["data"]["partition"] = plain_value(partition)
-        self._allow_code: bool | CodePermission = True
+        self._allow_code: AllowCode = True
         self.is_from_file = False
         modules = {c.name: c.given for c in self.clients if c.given and c.init == "given"}
         if modules:
@@ -232,7 +233,7 @@ class Federation:
         cls,
         source: Source,
         overrides: Overrides = (),
-        allow_code: bool | CodePermission = False,
+        allow_code: AllowCode = False,
     ) -> Federation:
         """Create a federation from a configuration file or a dictionary.
 
@@ -324,11 +325,11 @@ class Federation:
         kept = (*self._objects, method, sections)
         given = override_list(overrides)
         self._check_overrides(config, given)
-        if not self._names_arguments:
-            return replace(prepare(config, given, allow_code=self._allow_code), kept=kept)
-        with errors_with_arguments(given, self._main):
+        with self._errors(given):
             prepared = prepare(config, given, allow_code=self._allow_code)
-        notes = [with_arguments(note, given, self._main) for note in prepared.notes]
+        notes = prepared.notes
+        if self._names_arguments:
+            notes = [with_arguments(note, given, self._main) for note in notes]
         return replace(prepared, kept=kept, notes=notes)
 
     def train(
@@ -380,7 +381,7 @@ class Federation:
         seeds: Iterable[int] = (0,),
         out: str | Path | None = None,
         jobs: int | None = None,
-        quiet: bool | None = None,
+        quiet: bool = False,
         overrides: Overrides = (),
         **sections: Unpack[Sections],
     ) -> Comparison:
@@ -398,8 +399,7 @@ class Federation:
             out: The folder of the comparison. If None, a temporary folder is used, which is deleted
                 together with the returned `Comparison`.
             jobs: Number of runs at a time. If None, one run per core, with one thread each.
-            quiet: Whether to hide the progress display. If None, progress is shown in notebooks
-                only.
+            quiet: Whether to hide the progress display.
             overrides: Changes to the configuration.
             **sections: Sections of the configuration, such as `privacy=Privacy(unit="client")` (see
                 `Sections`).
@@ -428,8 +428,7 @@ class Federation:
         given = override_list(overrides)
         config = self._configuration(None, rounds, sections)
         self._check_overrides(config, given)
-        names_arguments = errors_with_arguments(given, self._main)
-        with names_arguments if self._names_arguments else nullcontext():
+        with self._errors(given):
             comparison = compare(
                 config,
                 [_variant(method) for method in methods],
@@ -458,6 +457,12 @@ class Federation:
         if Path(path).exists():
             raise UserError(f"{path}: already exists; choose another name")
         Path(path).write_text(to_yaml(self._config), encoding="utf-8")
+
+    def _errors(self, overrides: Sequence[str] = ()) -> AbstractContextManager[None]:
+        """Name arguments in errors instead of keys, unless a source has keys."""
+        if not self._names_arguments:
+            return nullcontext()
+        return errors_with_arguments(overrides, self._main)
 
     def _check_overrides(self, config: dict[str, Any], overrides: list[str]) -> None:
         """Raise UserError if overrides replace the clients or the data of this program."""
@@ -597,11 +602,6 @@ def _method_name(method_type: type[Algorithm]) -> str:
     return reference_to(method_type)
 
 
-def _is_configured(data: Any) -> bool:
-    """Return whether data is the name or the configuration of a source."""
-    return isinstance(data, str) or is_source(data)
-
-
 def _check_names(clients: Sequence[Client]) -> None:
     if not clients:
         raise UserError("clients: expected at least one client, got none")
@@ -641,8 +641,3 @@ def _client_settings(client: Client, defaults: ClientSettings | None) -> dict[st
         unset = OptimizerConfig().model_dump(mode="json")
         settings["optimizer"] = {**unset, **settings["optimizer"]}
     return settings
-
-
-def _client_model(client: Client) -> dict[str, Any]:
-    """Return the key `model` of a client's section, or nothing for a client without a model."""
-    return {} if client.model is None else {"model": client.model_config}

@@ -70,6 +70,7 @@ def test_evaluate_and_predict_match_columns_by_name(
     # Additional columns are ignored.
     with_label = features.assign(y=1, pid="p7")
     assert run.predict("c_1", with_label).equals(expected)
+    assert run.predict("c_1", features[5:8]).index.tolist() == [5, 6, 7]
     if absent is not None:
         with_nan = torch.tensor(features.assign(**{absent: np.nan}).to_numpy())
         found = run.predict("c_1", with_label.drop(columns=absent))

@@ -44,7 +44,9 @@ def accuracy(run: hfl.Run, data: Any, **options: Any) -> float:
 
 def test_evaluate_matches_names_or_refuses_them(named_run: hfl.Run, tmp_path: Path) -> None:
     x, y = rows(80, 1)
-    predicted = named_run.predict("a", x, personal=False).idxmax(axis=1)
+    probabilities = named_run.predict("a", x, personal=False)
+    assert tuple(probabilities.columns) == named_run.models["a"].task.names
+    predicted = probabilities.idxmax(axis=1)
     expected = float((predicted == NAMES[y]).mean())
     frame = pd.DataFrame(x, columns=["u", "v"])
     frame.assign(y=NAMES[y]).to_csv(tmp_path / "named.csv", index=False)

@@ -180,7 +180,7 @@ def test_run_reads_history_model_and_predictions(tmp_path: Path) -> None:
     inputs = torch.from_numpy(x)[:, None].float() / 255
     assert torch.allclose(
         module(inputs).softmax(1),
-        torch.from_numpy(run.predict("site_1", x, personal=False).to_numpy()),
+        torch.tensor(run.predict("site_1", x, personal=False).to_numpy()),
         atol=1e-5,
     )
     saved = run.save(tmp_path / "kept")

@@ -195,7 +195,7 @@ def test_preprocessing_is_part_of_predictions() -> None:
     run = train(own)
     x = images(5, 7)[0]
 
-    predicted = torch.from_numpy(run.predict("site_1", x, personal=False).to_numpy())
+    predicted = torch.tensor(run.predict("site_1", x, personal=False).to_numpy())
 
     inputs = (torch.from_numpy(x)[:, None].float() / 255).clamp(max=0.5)
     assert torch.allclose(predicted, run.model("site_1")(inputs).softmax(1), atol=1e-6)

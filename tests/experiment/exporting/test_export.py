@@ -52,7 +52,7 @@ def pixels(count: int) -> torch.Tensor:
 
 @pytest.mark.slow
 def predictions(run: hetero_fl.Run, client: str, x: Any, personal: bool = True) -> torch.Tensor:
-    return torch.from_numpy(run.predict(client, x, personal).to_numpy())
+    return torch.tensor(run.predict(client, x, personal).to_numpy())
 
 
 def test_exported_files_predict_as_the_run(run: hetero_fl.Run, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, TextIO
 
+from hetero_fl.utils.code_permission import CODE_PREFIX, REFERENCE, CodeRefusedError
 from hetero_fl.utils.errors import (
     ArgumentError,
     Interrupted,
@@ -214,7 +215,7 @@ def _dispatch(argv: Sequence[str] | None, command: str | None) -> int:
     options: dict[str, Any] = {}
     try:
         with translate_exits():
-            return _invoke(invocation, options)
+            return _invoke_with_permission(invocation, options)
     except UserError as error:
         _print_error("error", error, invocation.is_verbose)
         return 2
@@ -244,12 +245,46 @@ def _describe_early_interrupt(invocation: Invocation) -> str:
     return "interrupted"
 
 
-def _invoke(invocation: Invocation, options: dict[str, Any]) -> int:
+def _invoke_with_permission(invocation: Invocation, options: dict[str, Any]) -> int:
+    """Run a command, and again each time that the user permits code that it names."""
+    permitted: frozenset[str] = frozenset()
+    while True:
+        try:
+            return _invoke(invocation, options, permitted)
+        except UserError as error:
+            found = _ask_permission(error)
+            if not found:
+                raise
+            permitted |= found
+
+
+def _ask_permission(error: BaseException | None) -> frozenset[str]:
+    """Ask in a terminal whether the code may run whose refusal is the cause of an error.
+
+    Returns:
+        The references to the code, or nothing if there are none or the user refuses one.
+    """
+    while error is not None and not isinstance(error, CodeRefusedError):
+        error = error.__cause__ or error.__context__
+    in_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+    if error is None or not in_terminal or not all(map(REFERENCE.fullmatch, error.refused)):
+        return frozenset()
+    for reference, place in error.refused.items():
+        module, _, name = reference.removeprefix(CODE_PREFIX).partition(":")
+        names = f"{place} names code: " if place else ""
+        echo(f"{names}{name} of module {module}. Run it? [y/N] ", err=True, end="")
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            return frozenset()
+    return frozenset(error.refused)
+
+
+def _invoke(invocation: Invocation, options: dict[str, Any], permitted: frozenset[str]) -> int:
     """Parse and run a command.
 
     Args:
         invocation: The command and its arguments.
         options: Dictionary to which the parsed options are added, even if the command fails.
+        permitted: References to code that the user has permitted.
 
     Returns:
         The exit status.
@@ -262,6 +297,8 @@ def _invoke(invocation: Invocation, options: dict[str, Any]) -> int:
         return complete(os.environ[COMPLETION_VARIABLE])
     try:
         with parse_command(invocation.prog, invocation.command, invocation.arguments) as context:
+            if permitted:
+                context.params["allow_code"] = permitted
             options.update(context.params)
             context.command.invoke(context)
         return 0
@@ -311,11 +348,12 @@ def _print_error(kind: str, error: BaseException, verbose: bool) -> None:
 
 def _message(error: BaseException) -> str:
     """Return the message of an error, in which an option replaces the name of an argument."""
+    message = str(error).replace("pass allow_code=True", "pass --allow-code")
     if not isinstance(error, ArgumentError):
-        return str(error)
-    argument = re.split(r"\W", str(error), maxsplit=1)[0]
+        return message
+    argument = re.split(r"\W", message, maxsplit=1)[0]
     option = OPTION_NAMES.get(argument, argument)
-    return f"--{option}{str(error).removeprefix(argument)}"
+    return f"--{option}{message.removeprefix(argument)}"
 
 
 def _script_name() -> list[str]:

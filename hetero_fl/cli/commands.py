@@ -30,7 +30,6 @@ from hetero_fl.cli.run_options import (
     QUIET_HELP,
     allow_code_option,
     best_option,
-    code_permission,
     command,
     examples,
     make_printer,
@@ -38,7 +37,7 @@ from hetero_fl.cli.run_options import (
     run_argument,
     training_command,
 )
-from hetero_fl.utils.code_permission import find_references
+from hetero_fl.utils.code_permission import check_code, find_references
 from hetero_fl.utils.errors import (
     UserError,
     describe_removed,
@@ -50,6 +49,7 @@ from hetero_fl.utils.version import __version__
 
 if TYPE_CHECKING:
     from hetero_fl.reporting.run import Run
+    from hetero_fl.utils.code_permission import AllowCode
 
 
 def comparison_command(run: Run) -> str:
@@ -129,7 +129,7 @@ def evaluate(
     best: str | None,
     personal: bool,
     json_file: Path | None,
-    allow_code: bool,
+    allow_code: AllowCode,
     quiet: bool,
 ) -> None:
     """Evaluate the models of a finished run on a data set."""
@@ -143,9 +143,8 @@ def evaluate(
         raise UserError(f"--json: expected a file in an existing folder, got {json_file}")
     if json_file:
         make_folder(json_file.parent)
-    permission = code_permission(allow_code)
     log = make_printer(quiet)
-    loaded = Run(run, permission)
+    loaded = Run(run, allow_code)
     loaded = loaded.best(best) if best else loaded
     results = experiment.evaluate(
         loaded,
@@ -153,7 +152,7 @@ def evaluate(
         client,
         personal=personal,
         label=label,
-        allow_code=permission,
+        allow_code=allow_code,
         log=lambda note: log(f"note: {note}"),
     )
     unit = next(iter(loaded.load_models(client).values())).task.unit
@@ -174,13 +173,12 @@ def evaluate(
     help="Methods to describe, with their settings. Without a name, all methods are listed.",
 )
 @allow_code_option
-def methods(names: tuple[str, ...], allow_code: bool) -> None:
+def methods(names: tuple[str, ...], allow_code: AllowCode) -> None:
     """List all methods, or describe the given methods."""
     from hetero_fl.cli.printing import print_method_details, print_methods
     from hetero_fl.reporting.terminal import Terminal
 
-    references = dict.fromkeys(find_references(names), "NAME")
-    code_permission(allow_code).check(references, "")
+    check_code(dict.fromkeys(find_references(names), ""), "", allow_code)
     if names:
         print_method_details(names, Terminal())
     else:

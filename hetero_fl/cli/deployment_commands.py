@@ -14,7 +14,6 @@ from hetero_fl.cli.run_options import (
     METHODS_HINT,
     PATH,
     allow_code_option,
-    code_permission,
     command,
     config_option,
     examples,
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from hetero_fl.reporting.run import Run
+    from hetero_fl.utils.code_permission import AllowCode
 
 
 @training_command("hetero-fl federate -c configs/digits_quickstart.yaml rounds=2")
@@ -92,14 +92,14 @@ def audit_log(log: Path, key: Path | None, head: str | None) -> None:
 @config_option()
 @allow_code_option
 def flower_app(
-    folder: Path, overrides: tuple[str, ...], config: Path | None, allow_code: bool
+    folder: Path, overrides: tuple[str, ...], config: Path | None, allow_code: AllowCode
 ) -> None:
     """Write a Flower app to train with `flwr run`."""
     if config is None:
         raise UserError("--config: missing; expected a YAML or JSON file")
     from hetero_fl.deployment.flower.app import write_app
 
-    for path in write_app(folder, config, overrides, code_permission(allow_code)):
+    for path in write_app(folder, config, overrides, allow_code):
         echo(path)
     echo(f"to train: flwr run {folder}", err=True)
 

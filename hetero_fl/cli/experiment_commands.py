@@ -14,7 +14,6 @@ from hetero_fl.cli.run_options import (
     PERSONAL_HELP,
     allow_code_option,
     best_option,
-    code_permission,
     command,
     config_option,
     examples,
@@ -28,6 +27,7 @@ from hetero_fl.utils.text import split_top_level
 
 if TYPE_CHECKING:
     from hetero_fl.experiment.study import Study
+    from hetero_fl.utils.code_permission import AllowCode
 
 
 @command(epilog=examples("hetero-fl audit runs/my-run --attack membership --shadows 8"))
@@ -73,7 +73,7 @@ def audit(
     images: int,
     seed: int,
     out: Path | None,
-    allow_code: bool,
+    allow_code: AllowCode,
     quiet: bool,
 ) -> None:
     """Audit the privacy of a finished run by attacking it.
@@ -98,7 +98,7 @@ def audit(
         seed=seed,
         out=folder,
         log=log,
-        allow_code=code_permission(allow_code),
+        allow_code=allow_code,
     )
     for title, (columns, *rows) in audit_tables(content).items():
         table = Table(*columns, title=title)
@@ -190,7 +190,7 @@ def compare(
     search: str | None,
     space: tuple[str, ...],
     budget: str | None,
-    allow_code: bool,
+    allow_code: AllowCode,
     quiet: bool,
 ) -> None:
     """Compare methods over several seeds.
@@ -233,7 +233,7 @@ def compare(
         jobs=loaded.jobs if jobs is None and loaded is not None else jobs,
         quiet=quiet,
         origins=origins,
-        allow_code=code_permission(allow_code),
+        allow_code=allow_code,
     )
     print_comparison(comparison)
     make_printer(quiet)(f"details, pictures and runs: {comparison.path / 'report.html'}")
@@ -297,15 +297,14 @@ def export(
     file_format: str,
     personal: bool,
     out: Path | None,
-    allow_code: bool,
+    allow_code: AllowCode,
     quiet: bool,
 ) -> None:
     """Export models of a finished run to ONNX or safetensors."""
     from hetero_fl import experiment
     from hetero_fl.reporting.run import Run
 
-    permission = code_permission(allow_code)
-    loaded = Run(run, permission)
+    loaded = Run(run, allow_code)
     exported = experiment.export(
         loaded.best(best) if best else loaded,
         client,
@@ -313,7 +312,7 @@ def export(
         out,
         personal,
         log=make_printer(quiet),
-        allow_code=permission,
+        allow_code=allow_code,
     )
     echo(next(iter(exported.values())).model.parent)
 
@@ -382,7 +381,7 @@ def join(
     seeds: str,
     epochs: int,
     out: Path | None,
-    allow_code: bool,
+    allow_code: AllowCode,
     quiet: bool,
 ) -> None:
     """Train a new client that starts from the models of a finished run.
@@ -395,8 +394,7 @@ def join(
 
     num_patients = parse_numbers("--patients", patients)
     seed_numbers = parse_numbers("--seeds", seeds)
-    permission = code_permission(allow_code)
-    loaded = Run(run, permission)
+    loaded = Run(run, allow_code)
     model = model or TransferSource(loaded).most_common_model
     folder_name = "".join(c if c.isalnum() or c in "._-" else "_" for c in model)
     folder = out or run / f"join-{folder_name}"
@@ -412,7 +410,7 @@ def join(
         epochs=epochs,
         overrides=overrides,
         log=make_printer(quiet),
-        allow_code=permission,
+        allow_code=allow_code,
     )
     echo((folder / "join.md").read_text(encoding="utf-8"))
     echo(folder)

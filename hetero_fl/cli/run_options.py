@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hetero_fl.utils.code_permission import CODE_PREFIX, CodePermission
 from hetero_fl.utils.errors import UserError, closest, echo
 
 if TYPE_CHECKING:
     from hetero_fl.reporting.run import Run
+    from hetero_fl.utils.code_permission import AllowCode
 
 METHODS_HINT = "Run `hetero-fl methods` to list the valid values of algorithm.name."
 PATH = click.Path(path_type=Path)
@@ -43,6 +42,8 @@ def examples(*lines: str, hint: str = "") -> str:
 allow_code_option = click.option(
     "--allow-code",
     is_flag=True,
+    # Without the flag, code that the command line names needs permission, too.
+    callback=lambda _context, _option, is_set: is_set or frozenset(),
     help="Allow running code that a file or an option names as python:module:Name. Without this "
     "flag, you are asked for permission; if there is no terminal, permission is denied.",
 )
@@ -122,11 +123,10 @@ def _make_training_command(function: Callable[..., Run], epilog: str) -> click.C
         out: Path | None,
         resume: bool,
         check: bool,
-        allow_code: bool,
+        allow_code: AllowCode,
         quiet: bool,
         **own_options: Any,
     ) -> None:
-        permission = code_permission(allow_code)
         log = make_printer(quiet)
         source = load_checked_run(
             config=config,
@@ -134,7 +134,7 @@ def _make_training_command(function: Callable[..., Run], epilog: str) -> click.C
             out=out,
             resume=resume,
             check=check,
-            permission=permission,
+            allow_code=allow_code,
             log=log,
         )
         if source is None:
@@ -145,7 +145,7 @@ def _make_training_command(function: Callable[..., Run], epilog: str) -> click.C
             resume=resume,
             overrides=overrides,
             quiet=quiet,
-            allow_code=permission,
+            allow_code=allow_code,
             **own_options,
         )
         if (finished.path / "report.html").exists():
@@ -165,25 +165,6 @@ def make_printer(quiet: bool) -> Callable[[str], None]:
     return print_line
 
 
-def code_permission(allow_code: bool) -> CodePermission:
-    """Create the permission to run code that a configuration refers to.
-
-    In a terminal, the user is asked for permission if necessary.
-
-    Args:
-        allow_code: Whether `--allow-code` is set, which permits all code.
-    """
-    in_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
-    return CodePermission(everything=allow_code, ask=_ask_permission if in_terminal else None)
-
-
-def _ask_permission(where: str, key: str, reference: str) -> bool:
-    module, _, name = reference.removeprefix(CODE_PREFIX).partition(":")
-    place = ": ".join(filter(None, [where, key]))
-    echo(f"{place} names code: {name} of module {module}. Run it? [y/N] ", err=True, end="")
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
 def load_checked_run(
     *,
     config: Path | None,
@@ -191,7 +172,7 @@ def load_checked_run(
     out: Path | None,
     resume: bool,
     check: bool,
-    permission: CodePermission,
+    allow_code: AllowCode,
     log: Callable[[str], None],
 ) -> Path | None:
     """Check the options of a training command and return the configuration file of the run.
@@ -204,7 +185,7 @@ def load_checked_run(
         out: Value of `--out`.
         resume: Whether `--resume` is set.
         check: Whether `--check` is set.
-        permission: Permission to run code that the configuration refers to.
+        allow_code: Whether code that the configuration refers to may run.
         log: Function that prints a line.
 
     Returns:
@@ -233,10 +214,10 @@ def load_checked_run(
         from hetero_fl.reporting.run_loggers import check_loggers
 
         draft = draft_config(config, overrides)
-        if refused := dict(permission.find_refused(draft.code_references, draft.key_source)):
-            print_draft(draft.config, refused)
+        if draft.code_references and not allow_code:
+            print_draft(draft.config, draft.code_references)
         else:
-            prepared = prepare(config, overrides, allow_code=permission)
+            prepared = prepare(config, overrides, allow_code=allow_code)
             check_loggers(prepared.config)
             print_check(prepared)
         return None

@@ -18,7 +18,7 @@ from hetero_fl.core.given_models import GivenModel, restore_given
 from hetero_fl.core.model_spec import ModelSpec, Tensors, freeze_lists
 from hetero_fl.core.plan import forward_batch_size
 from hetero_fl.core.task import Task
-from hetero_fl.utils.code_permission import CodePermission, find_references
+from hetero_fl.utils.code_permission import AllowCode, check_code, find_references
 from hetero_fl.utils.errors import ArgumentError, UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.seeding import stream_key
@@ -149,7 +149,7 @@ class SavedModel:
         return save(tensors, {"hetero_fl": json.dumps(self.metadata(), sort_keys=True)})
 
     @classmethod
-    def load(cls, path: Path, allow_code: bool | CodePermission = False) -> SavedModel:
+    def load(cls, path: Path, allow_code: AllowCode = False) -> SavedModel:
         """Load a model from a file.
 
         Args:
@@ -162,7 +162,7 @@ class SavedModel:
         metadata, tensors = read_model_file(path)
         own, local = split_local_tensors(tensors)
         try:
-            CodePermission.from_argument(allow_code).check(find_references(metadata), str(path))
+            check_code(find_references(metadata), str(path), allow_code)
             saved = _ADAPTER.validate_python(
                 {
                     **metadata,
@@ -268,6 +268,21 @@ class SavedModel:
             z = torch.cat([module(b) for b in x.split(size)])
         offset = self.offset(personal)
         return z if offset is None else z + offset.to(z.dtype)
+
+    def predict(self, x: Tensor, personal: bool = False) -> Tensor:
+        """Compute class probabilities, or predicted values for a regression.
+
+        Args:
+            x: Preprocessed examples, shape `[N, *input_shape]`.
+            personal: Whether these are the client's own examples, see `logits`.
+
+        Returns:
+            Probabilities or values, shape `[N, outputs]`.
+        """
+        logits = self.logits(x, personal)
+        if self.task.kind == "multilabel":
+            return logits.sigmoid()
+        return logits if self.task.kind == "regression" else logits.softmax(-1)
 
     def offset(self, personal: bool) -> Tensor | None:
         """Return the vector that is added to the logits, shape `[outputs]`.

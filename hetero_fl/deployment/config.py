@@ -26,7 +26,8 @@ from hetero_fl.deployment.transport import MESSAGE_BYTES
 from hetero_fl.utils.code_permission import (
     ALLOW_CODE,
     CODE_PREFIX,
-    CodePermission,
+    AllowCode,
+    check_code,
     find_references,
 )
 from hetero_fl.utils.errors import UserError, suggest_or_list
@@ -202,9 +203,7 @@ class SiteConfig(ConfigSection):
         return {name: value for name, value in settings.items() if value is not None}
 
 
-def load_site_config(
-    path: str | Path, allow_code: bool | CodePermission = False
-) -> tuple[SiteConfig, Path]:
+def load_site_config(path: str | Path, allow_code: AllowCode = False) -> tuple[SiteConfig, Path]:
     """Load a site file.
 
     Args:
@@ -222,9 +221,7 @@ def load_site_config(
     raw = read_config_file(path)
     try:
         site = SiteConfig.model_validate(raw)
-        CodePermission.from_argument(allow_code).check(
-            find_references(site.model_dump()), str(path)
-        )
+        check_code(find_references(site.model_dump()), str(path), allow_code)
         ClientSettings.model_validate(site.settings(), context={ALLOW_CODE: True})
     except ValidationError as error:
         raise UserError(f"{path}: {describe_error(error, raw, SiteConfig)}") from None

@@ -31,7 +31,7 @@ from hetero_fl.experiment.preparation import SHARED_KEY_FILE
 from hetero_fl.experiment.runner import Callback, default_out
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import SITES, check_vacant, lock_folder
-from hetero_fl.utils.code_permission import CodePermission, find_references
+from hetero_fl.utils.code_permission import AllowCode, find_references
 from hetero_fl.utils.errors import RunFailedError, UserError, echo
 from hetero_fl.utils.processes import (
     adopt_environment,
@@ -53,7 +53,7 @@ def run_local_federation(
     overrides: Iterable[str] = (),
     callbacks: Sequence[Callback] = (),
     quiet: bool = True,
-    allow_code: bool | CodePermission = False,
+    allow_code: AllowCode = False,
 ) -> Run:
     """Train with a server and one process per client on this machine.
 

@@ -79,7 +79,6 @@ from hetero_fl.federation.executors.worker import (
 )
 from hetero_fl.federation.store import PrivateState
 from hetero_fl.privacy.noise import SecretNoiseSource
-from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import (
     NoUploadError,
@@ -359,7 +358,7 @@ class Node:
         client = site.client
         terms = read(Terms, tree, "terms")
         raw = check_raw_config(terms.config, site.allows)
-        permission = CodePermission(granted=site.allows.own_code)
+        permission = site.allows.own_code
         try:
             config = load_config(raw, allow_code=permission)
             clients = expand_population(config.clients)

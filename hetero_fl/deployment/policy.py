@@ -37,7 +37,7 @@ from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.privacy.accounting import PrivacyCharge, epsilon_of_mechanisms
 from hetero_fl.privacy.client_side import WITHIN_CLIP, ClientPrivacy
 from hetero_fl.privacy.dp_sgd import is_private, step_charge
-from hetero_fl.utils.code_permission import CodePermission, find_references
+from hetero_fl.utils.code_permission import find_references, refused_code
 from hetero_fl.utils.errors import UserError, suggest_or_list
 
 # Maximum number of training tasks of a client in a round whose requests are valid only once.
@@ -62,9 +62,7 @@ def check_raw_config(tree: object, allows: AllowsConfig) -> dict[str, Any]:
     """
     if not isinstance(tree, dict):
         raise RequestRefusedError(f"configuration: expected a mapping, got {type(tree).__name__}")
-    for name, key in CodePermission(granted=allows.own_code).find_refused(
-        find_references(tree), ""
-    ):
+    for name, key in refused_code(find_references(tree), allows.own_code).items():
         raise RequestRefusedError(
             f"{key}: {name[:80]} is not in this site's allows.own_code {allows.own_code}",
             f"policy: {key}",

@@ -54,7 +54,7 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import PreparedRun, load_federated_data, prepare
 from hetero_fl.experiment.runner import choose_for_nodes
 from hetero_fl.federation.store import PrivateState
-from hetero_fl.utils.code_permission import CodePermission, find_references
+from hetero_fl.utils.code_permission import find_references
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.serialization import as_tensor
 
@@ -547,7 +547,7 @@ class Sites:
         plain = resolve_config(config)
         before = plain["clients"]["overrides"]
         plain["clients"]["overrides"] = [*before, *chosen]
-        merged = load_config(plain, allow_code=CodePermission(granted=self._references))
+        merged = load_config(plain, allow_code=self._references)
         added = resolve_config(merged)["clients"]["overrides"][len(before) :]
         # The configuration of a run that is resumed contains the settings already.
         return config if before[-len(added) :] == added else merged

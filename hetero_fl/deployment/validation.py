@@ -40,7 +40,7 @@ from hetero_fl.data.preprocessing import Preprocess
 from hetero_fl.deployment.messages import Body, Fields, RequestRefusedError, read
 from hetero_fl.federation.client_runtime import EVALUATION_SETS, FORECAST_ROWS, ClientEvaluation
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.utils.code_permission import CodePermission, find_references
+from hetero_fl.utils.code_permission import find_references, refused_code
 from hetero_fl.utils.errors import UserError, is_printable, one_line
 from hetero_fl.utils.serialization import DTYPES, CodecError, as_bytes, as_tensor, check_header
 
@@ -132,7 +132,7 @@ def read_settings(tree: Any, names: Collection[str], largest: int = MAX_PIXELS) 
     """
     report = read(SettingsReport, tree, "report of the site")
     found = report.settings.model_dump(exclude_unset=True)
-    for name, key in CodePermission(granted=names).find_refused(find_references(found), ""):
+    for name, key in refused_code(find_references(found), names).items():
         raise RequestRefusedError(
             f"settings: {key}: expected code that the server's configuration names, "
             f"got {name[:MAX_NAME_CHARS]}"

@@ -17,7 +17,7 @@ from hetero_fl.experiment.tuning import Budget, Grid, OptunaSearch, Space
 from hetero_fl.experiment.used_settings import used_settings
 from hetero_fl.reporting.comparison.facts import UsedSettings
 from hetero_fl.reporting.run_loggers import check_loggers
-from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.code_permission import AllowCode, code_of_caller
 from hetero_fl.utils.environment import available_cores
 from hetero_fl.utils.errors import ArgumentError, UserError
 from hetero_fl.utils.extras import check_extra
@@ -58,7 +58,7 @@ class ComparisonPlan:
     tuner: Grid | OptunaSearch
     out: Path
     at_once: int
-    permission: CodePermission
+    permission: AllowCode
     origins: Mapping[str, str]
     file: str = "the configuration"
     left_out: dict[str, str] = field(default_factory=dict)
@@ -114,7 +114,7 @@ def plan_comparison(
     space: Space | None,
     budget: str,
     jobs: int | None,
-    permission: CodePermission,
+    permission: AllowCode,
     origins: Mapping[str, str],
 ) -> ComparisonPlan:
     """Validate the arguments and the runs of a comparison (see `compare`).
@@ -217,7 +217,7 @@ def _check_runs(plan: ComparisonPlan, candidates: Sequence[Variant]) -> None:
         raise UserError(next(iter(plan.left_out.values())))
     given = [override for variant in plan.variants for override in variant.overrides]
     given += [override for point in points for override in point]
-    plan.permission = plan.permission.with_caller_references(plan.source, [*plan.base, *given])
+    plan.permission = code_of_caller(plan.permission, plan.source, [*plan.base, *given])
 
 
 def _check_run(plan: ComparisonPlan, job: Job) -> Task:

@@ -22,7 +22,13 @@ from hetero_fl.config.load import (
 )
 from hetero_fl.experiment.tutorial import is_tutorial, translate_tutorial
 from hetero_fl.reporting.run_loggers import make_loggers
-from hetero_fl.utils.code_permission import ALLOW_CODE, CodePermission, find_references
+from hetero_fl.utils.code_permission import (
+    ALLOW_CODE,
+    AllowCode,
+    check_code,
+    code_of_caller,
+    find_references,
+)
 from hetero_fl.utils.errors import UserError, closest
 from hetero_fl.utils.objects import iterate_objects
 
@@ -74,9 +80,7 @@ class DraftConfig:
         return UserError(prefix_origin(self.key_source(key_of(line)), line))
 
 
-def load_config(
-    source: Source, overrides: Overrides = (), allow_code: bool | CodePermission = False
-) -> Config:
+def load_config(source: Source, overrides: Overrides = (), allow_code: AllowCode = False) -> Config:
     """Load and check a configuration.
 
     If an override selects a different algorithm, kind of partition, model or optimizer than the
@@ -108,8 +112,8 @@ def load_config(
     """
     overrides = override_list(overrides)
     draft = draft_config(source, overrides)
-    permission = CodePermission.from_argument(allow_code).with_caller_references(source, overrides)
-    permission.check(draft.code_references, draft.key_source)
+    permission = code_of_caller(allow_code, source, overrides)
+    check_code(draft.code_references, draft.key_source, permission)
     if isinstance(source, str | Path):
         for key, value in iterate_objects(draft.raw):
             raise draft.error(
@@ -154,7 +158,7 @@ def describe_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> st
     # Code that only the saved configuration names must not be imported, and is a difference.
     if before != now and find_references(before).keys() <= known.keys():
         try:
-            loaded = resolve_config(load_config(before, allow_code=CodePermission(granted=known)))
+            loaded = resolve_config(load_config(before, allow_code=known))
         except UserError as error:
             return f"{str(error).removeprefix('configuration: ')}; start a new run"
         before = {"rounds": loaded["rounds"], **resume_relevant(loaded)}
@@ -188,7 +192,7 @@ def draft_config(source: Source, overrides: Overrides = ()) -> DraftConfig:
         raise draft.error(describe_error(error, values, own=_method_keys(values))) from None
 
 
-def _load_algorithm_config(draft: DraftConfig, permission: CodePermission) -> dict[str, Any]:
+def _load_algorithm_config(draft: DraftConfig, permission: AllowCode) -> dict[str, Any]:
     """Return the settings of the algorithm with all defaults.
 
     Raises:
@@ -199,7 +203,7 @@ def _load_algorithm_config(draft: DraftConfig, permission: CodePermission) -> di
     except UserError as error:
         raise draft.error(str(error)) from None
     found = {name: f"algorithm.{key}" for name, key in find_references(settings).items()}
-    permission.check(found, draft.key_source)
+    check_code(found, draft.key_source, permission)
     if not found:
         return settings
     try:

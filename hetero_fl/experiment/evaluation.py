@@ -40,7 +40,7 @@ from hetero_fl.data.sources.objects import has_columns, to_dataset
 from hetero_fl.experiment.client import column_name
 from hetero_fl.experiment.finished_runs import note_on_training_rows, prepare_again
 from hetero_fl.reporting.run import Run
-from hetero_fl.utils.code_permission import CodePermission, find_references
+from hetero_fl.utils.code_permission import AllowCode, check_code, code_of_caller, find_references
 from hetero_fl.utils.errors import ArgumentError, UserError, printable, suggest_file
 from hetero_fl.utils.text import pluralize
 
@@ -55,7 +55,7 @@ def evaluate(
     personal: bool = False,
     label: str | int | None = None,
     *,
-    allow_code: bool | CodePermission = False,
+    allow_code: AllowCode = False,
     log: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Compute the metrics of a finished run's models on a data set.
@@ -198,7 +198,7 @@ def load_for_models(
     data: Any,
     label: str | None,
     models: Mapping[str, SavedModel],
-    allow_code: bool | CodePermission,
+    allow_code: AllowCode,
 ) -> Dataset:
     """Load a data set for the models of a run, with columns in the order of the run's.
 
@@ -224,8 +224,7 @@ def load_for_models(
         return order_columns(to_dataset(data, "data", label, task=kind), models)
     name = str(data)
     path = Path(name)
-    permission = CodePermission.from_argument(allow_code)
-    permission.check_caller_references(find_references({"--data": name}))
+    check_code(find_references({"--data": name}), "", code_of_caller(allow_code))
     # A missing file is reported here, unless the argument can be the name of a source.
     if not path.exists() and ":" not in name and (path.suffix or len(path.parts) > 1):
         raise ArgumentError(f"data: file or folder '{name}' not found{suggest_file(path)}")

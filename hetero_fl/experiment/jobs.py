@@ -22,7 +22,7 @@ from hetero_fl.experiment.runner import run_prepared
 from hetero_fl.reporting.formatting import format_duration, format_final_evaluation
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run_directory import LOG, RunDirectory, check_vacant, has_run
-from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.code_permission import AllowCode
 from hetero_fl.utils.environment import use_one_core
 from hetero_fl.utils.errors import ArgumentError, RunFailedError, UserError
 from hetero_fl.utils.processes import (
@@ -132,7 +132,7 @@ def run_jobs(
     at_once: int,
     progress: Progress,
     *,
-    allow_code: bool | CodePermission = False,
+    allow_code: AllowCode = False,
     describe: Callable[[Job], str] = describe_scores,
     should_stop: Callable[[Job], bool] | None = None,
 ) -> Iterator[tuple[Job, str | None]]:
@@ -275,9 +275,7 @@ def _work(
     sender.send((message, recorded))
 
 
-def run_job(
-    source: Source, overrides: list[str], out: Path, allow_code: bool | CodePermission = False
-) -> None:
+def run_job(source: Source, overrides: list[str], out: Path, allow_code: AllowCode = False) -> None:
     """Execute one run. An interrupted run is resumed, and a finished run is skipped.
 
     Args:

@@ -40,7 +40,7 @@ from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.privacy.accounting import opacus_accountants
 from hetero_fl.privacy.server_side import ServerPrivacy
 from hetero_fl.robustness.attacks import import_user_classes
-from hetero_fl.utils.code_permission import CodePermission, find_references, hash_modules
+from hetero_fl.utils.code_permission import AllowCode, also_allow, find_references, hash_modules
 from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import pluralize
@@ -249,7 +249,7 @@ def prepare(
     overrides: Overrides = (),
     dataset: Dataset | None = None,
     data: FederatedData | None = None,
-    allow_code: bool | CodePermission = False,
+    allow_code: AllowCode = False,
 ) -> PreparedRun:
     """Load and check everything that a run needs, without training.
 
@@ -282,9 +282,7 @@ def prepare(
     with record_deprecations() as deprecations:
         config = load_config(source, overrides, allow_code)
     _check_defaults(config, override_list(overrides))
-    permission = CodePermission.from_argument(allow_code).with_granted(
-        find_references(config.model_dump())
-    )
+    permission = also_allow(allow_code, find_references(config.model_dump()))
     clients = expand_population(config.clients)
     method = check_method(config)
     data = data or load_federated_data(config, dataset)

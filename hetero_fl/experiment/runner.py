@@ -25,7 +25,7 @@ from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import LOG, RunDirectory, check_vacant, has_run, lock_folder
 from hetero_fl.reporting.run_loggers import check_loggers
 from hetero_fl.reporting.summary import Patience
-from hetero_fl.utils.code_permission import CodePermission, find_references
+from hetero_fl.utils.code_permission import AllowCode, find_references
 from hetero_fl.utils.environment import describe_environment
 from hetero_fl.utils.errors import Interrupted, UserError, translate_exits
 from hetero_fl.utils.processes import exit_if_importing
@@ -48,7 +48,7 @@ def run(
     callbacks: Sequence[Callback] = (),
     dataset: Dataset | None = None,
     quiet: bool | None = None,
-    allow_code: bool | CodePermission = False,
+    allow_code: AllowCode = False,
 ) -> Run:
     """Train a federation as configured and write the run directory.
 
@@ -175,7 +175,7 @@ def run_prepared(
         for record in session or ():
             for callback in callbacks:
                 callback(record)
-    return Run(path, CodePermission(granted=find_references(prepared.config.model_dump())))
+    return Run(path, find_references(prepared.config.model_dump()))
 
 
 @contextmanager

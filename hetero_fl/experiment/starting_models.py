@@ -14,7 +14,7 @@ from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.store import PrivateState
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.reporting.run import Run
-from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.code_permission import AllowCode
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX, find_object
 from model_zoo import ModelError
@@ -67,7 +67,7 @@ class StartingTensors:
 
 
 def starting_tensors(
-    init_from: str | None, federation: FederationSpec, permission: CodePermission
+    init_from: str | None, federation: FederationSpec, permission: AllowCode
 ) -> StartingTensors:
     """Return the initial tensors for the setting `init_from`.
 
@@ -112,7 +112,7 @@ def _from_modules(given: Mapping[str, GivenModel], federation: FederationSpec) -
     return StartingTensors(own, families, notes)
 
 
-def _from_run(path: str, federation: FederationSpec, permission: CodePermission) -> StartingTensors:
+def _from_run(path: str, federation: FederationSpec, permission: AllowCode) -> StartingTensors:
     """Return the tensors of the models in a run that match a client in id and architecture.
 
     The server's model of a group is the mean over these models.

@@ -14,7 +14,7 @@ from hetero_fl.experiment.configuration import load_config, raw_algorithm_sectio
 from hetero_fl.reporting.comparison.facts import Setting, UsedSettings
 from hetero_fl.reporting.formatting import algorithm_base, algorithm_name
 from hetero_fl.reporting.run_directory import RunDirectory
-from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.code_permission import AllowCode
 
 if TYPE_CHECKING:
     from hetero_fl.experiment.jobs import Point, Source, Variant
@@ -35,7 +35,7 @@ def used_settings(
     *,
     file: str = "the configuration",
     grid: str = "grid",
-    allow_code: bool | CodePermission = False,
+    allow_code: AllowCode = False,
 ) -> UsedSettings:
     """Return the settings of each variant that differ from the method's defaults.
 

@@ -27,7 +27,13 @@ from hetero_fl.reporting.formatting import (
 from hetero_fl.reporting.integrity import CHANGED, refuse_damaged, verify
 from hetero_fl.reporting.notebook import Picture, html_table
 from hetero_fl.reporting.run_directory import BEST_MODELS, RunDirectory, check_vacant
-from hetero_fl.utils.code_permission import CodePermission, find_references, reference_to
+from hetero_fl.utils.code_permission import (
+    AllowCode,
+    also_allow,
+    check_code,
+    find_references,
+    reference_to,
+)
 from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
 from hetero_fl.utils.extras import check_extra
 from hetero_fl.utils.objects import get_object
@@ -90,13 +96,12 @@ class Run:
     def __init__(
         self,
         path: str | Path,
-        allow_code: bool | CodePermission = False,
+        allow_code: AllowCode = False,
         models: Mapping[str, Any] | None = None,
     ) -> None:
         self.directory = RunDirectory.open(path)
         refuse_damaged(path, verify(path, models=False))
-        example = f"Run.load({str(path)!r}, allow_code=True)"
-        self.permission = CodePermission.from_argument(allow_code, example)
+        self.permission = allow_code
         self.selection = ""
         self._loaded: dict[str, SavedModel] = {}
         self._kept: list[object] = []
@@ -105,8 +110,7 @@ class Run:
             raise ArgumentError(f"models: expected modules keyed by client id, got {found}")
         if models:
             # The classes of these modules have been imported.
-            self.permission = copy.copy(self.permission)
-            self.permission.granted |= set(map(reference_to, models.values()))
+            self.permission = also_allow(allow_code, map(reference_to, models.values()))
         for name, model in (models or {}).items():
             self._restore_object(name, model)
 
@@ -118,14 +122,14 @@ class Run:
     def load(
         cls,
         path: str | Path,
-        allow_code: bool | CodePermission = False,
+        allow_code: AllowCode = False,
         models: Mapping[str, Any] | None = None,
     ) -> Run:
         """Return the run in a directory, as the constructor does."""
         return cls(path, allow_code, models)
 
     @classmethod
-    def open(cls, run: Run | str | Path, allow_code: bool | CodePermission = False) -> Run:
+    def open(cls, run: Run | str | Path, allow_code: AllowCode = False) -> Run:
         """Return the run at a path.
 
         Args:
@@ -136,11 +140,10 @@ class Run:
         """
         if not isinstance(run, Run):
             return cls(run, allow_code)
-        if not allow_code or run.permission.everything or run.permission is allow_code:
+        if not allow_code or run.permission is True:
             return run
         opened = copy.copy(run)
-        permission = CodePermission.from_argument(allow_code)
-        opened.permission = permission.with_granted(run.permission.granted)
+        opened.permission = True if allow_code is True else also_allow(run.permission, allow_code)
         return opened
 
     def best(self, test: str = "global") -> Run:
@@ -230,7 +233,7 @@ class Run:
             UserError: If the configuration references code that may not be executed.
         """
         config = self.directory.config()
-        self.permission.check(find_references(config), str(self.path / "config.yaml"))
+        check_code(find_references(config), str(self.path / "config.yaml"), self.permission)
         return config
 
     @cached_property
@@ -415,12 +418,8 @@ class Run:
         import pandas as pd
 
         model = self.load_models(client)[client]
-        values = model.logits(preprocess_inputs(model, x), personal)
-        if model.task.kind == "multilabel":
-            values = values.sigmoid()
-        elif model.task.kind != "regression":
-            values = values.softmax(-1)
-        elif unit is not None:
+        values = model.predict(preprocess_inputs(model, x), personal)
+        if unit is not None and model.task.kind == "regression":
             values = values * torch.as_tensor(unit, dtype=values.dtype).reshape(-1, 1)
         index = x.index if is_frame(x) else None
         return pd.DataFrame(values.numpy(), index, model.task.names or None)

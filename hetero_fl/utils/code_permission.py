@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,11 +17,10 @@ from hetero_fl.utils.errors import UserError
 CODE_PREFIX = "python:"
 # Key in pydantic's validation context that permits importing user-defined models.
 ALLOW_CODE = "own_code_is_allowed"
-_REFERENCE = re.compile(r"python:[\w.]+:\w+")
+REFERENCE = re.compile(r"python:[\w.]+:\w+")
 
-# Function of a file, a key and a reference that asks the user whether the code may run. A key is
-# the path of a value in a configuration, such as `algorithm.name`.
-Ask = Callable[[str, str, str], bool]
+AllowCode = bool | Collection[str]
+"""The code that may run: all code, only code that the caller passes, or the given references."""
 # The file that contains a reference, or a function that maps a key to this file.
 Where = str | Callable[[str], str]
 
@@ -89,127 +88,67 @@ def hash_modules(references: Iterable[str]) -> dict[str, str]:
     return hashes
 
 
-class CodePermission:
-    """Permission to import code that configurations reference.
+class CodeRefusedError(UserError):
+    """Raised for code that may not run.
 
     Args:
-        everything: Whether all references are permitted.
-        granted: References that are permitted without asking.
-        ask: Function that asks the user for permission, called once for each other reference. If
-            None, all other references are refused.
-        trusts_caller: Whether references that the caller passes as dictionaries or overrides are
-            permitted. In Python, such references are part of the caller's program. On the command
-            line, they need permission.
-
-    Attributes:
-        everything: Whether all references are permitted.
-        granted: References that are permitted, including the references that the user has permitted
-            when asked.
-        trusts_caller: Whether references that the caller passes are permitted.
+        refused: The references, mapped to their places.
     """
 
-    def __init__(
-        self,
-        everything: bool = False,
-        granted: Iterable[str] = (),
-        ask: Ask | None = None,
-        trusts_caller: bool = False,
-    ) -> None:
-        self.everything = everything
-        self.granted = frozenset(granted)
-        self.trusts_caller = trusts_caller
-        self._ask = ask
-        flag = "allow_code=True" if trusts_caller else "--allow-code"
-        self._advice = f"pass {flag} to run it"
+    def __init__(self, refused: Mapping[str, str]) -> None:
+        self.refused = dict(refused)
+        reference, place = next(iter(refused.items()))
+        prefix = f"{place}: " if place else ""
+        super().__init__(f"{prefix}'{reference}' names code; pass allow_code=True to run it")
 
-    @classmethod
-    def from_argument(cls, allow_code: bool | CodePermission, example: str = "") -> CodePermission:
-        """Convert the argument `allow_code` of a public function to a permission.
 
-        True permits all references, and False only the references that the caller passes. A
-        `CodePermission` is returned unchanged.
+def check_code(found: Mapping[str, str], where: Where, allow_code: AllowCode) -> None:
+    """Check that the code that references name may run.
 
-        Args:
-            allow_code: The argument.
-            example: A call with `allow_code=True`, for the error message.
-        """
-        if isinstance(allow_code, CodePermission):
-            return allow_code
-        permission = cls(everything=allow_code, trusts_caller=True)
-        if example:
-            permission._advice += f", as in {example}"
-        return permission
+    Args:
+        found: References and the keys at which they occur, see `find_references`.
+        where: The file that contains the references, or a function from a key to the file.
+        allow_code: The code that may run.
 
-    def with_caller_references(
-        self, source: object, overrides: Iterable[str] = ()
-    ) -> CodePermission:
-        """Return this permission, extended to the references that the caller passed.
+    Raises:
+        CodeRefusedError: If a reference is not permitted.
+    """
+    refused = {}
+    for reference, key in refused_code(found, allow_code).items():
+        place = where(key) if callable(where) else where
+        refused[reference] = ": ".join(filter(None, [place, key]))
+    if refused:
+        raise CodeRefusedError(refused)
 
-        The permission is returned unchanged if the caller is not trusted.
 
-        Args:
-            source: The configuration. A path extends the permission only to the overrides. A
-                dictionary, which the caller wrote, permits all references.
-            overrides: Overrides of the configuration.
-        """
-        if self.everything or not self.trusts_caller:
-            return self
-        if isinstance(source, str) or hasattr(source, "__fspath__"):
-            return self.with_granted(
-                {name for text in overrides for name in _REFERENCE.findall(text)}
-            )
-        return CodePermission(everything=True)
+def refused_code(found: Mapping[str, str], allow_code: AllowCode) -> dict[str, str]:
+    """Return the references that are not permitted, and the keys at which they occur."""
+    if allow_code is True:
+        return {}
+    permitted = allow_code or ()
+    return {reference: key for reference, key in found.items() if reference not in permitted}
 
-    def with_granted(self, granted: Iterable[str]) -> CodePermission:
-        """Return a copy of this permission that also grants the given references."""
-        extended = CodePermission(self.everything, self.granted.union(granted), self._ask)
-        extended._advice = self._advice
-        return extended
 
-    def check_caller_references(self, found: Mapping[str, str]) -> None:
-        """Check references among the arguments of the caller, unless the caller is trusted.
+def also_allow(allow_code: AllowCode, references: Iterable[str]) -> AllowCode:
+    """Return a permission that includes further references."""
+    return True if allow_code is True else frozenset(references).union(allow_code or ())
 
-        Raises:
-            UserError: If a reference is not permitted.
-        """
-        if not self.trusts_caller:
-            self.check(found, "")
 
-    def __getstate__(self) -> dict[str, object]:
-        # Other processes have no terminal and cannot ask.
-        return {**self.__dict__, "_ask": None}
+def code_of_caller(
+    allow_code: AllowCode, source: object = None, overrides: Iterable[str] = ()
+) -> AllowCode:
+    """Return the code that the caller of a function permits.
 
-    def find_refused(self, found: Mapping[str, str], where: Where) -> Iterator[tuple[str, str]]:
-        """Yield each reference that is not permitted, with its key, after asking the user.
+    If `allow_code` is False, these are the references that the caller passes, which are part of its
+    program: those in overrides and in a dictionary, but not those in a file.
 
-        Args:
-            found: References and the keys at which they occur, see `find_references`.
-            where: The file that contains the references, or a function from a key to the file.
-        """
-        for reference, key in found.items():
-            if self.everything or reference in self.granted:
-                continue
-            place = where(key) if callable(where) else where
-            if (
-                self._ask is not None
-                and _REFERENCE.fullmatch(reference)
-                and self._ask(place, key, reference)
-            ):
-                self.granted |= {reference}
-            else:
-                yield reference, key
-
-    def check(self, found: Mapping[str, str], where: Where) -> None:
-        """Check that all references are permitted.
-
-        Args:
-            found: References and the keys at which they occur, see `find_references`.
-            where: The file that contains the references, or a function from a key to the file.
-
-        Raises:
-            UserError: If a reference is not permitted.
-        """
-        for reference, key in self.find_refused(found, where):
-            place = where(key) if callable(where) else where
-            prefix = ": ".join(filter(None, [place, key]))
-            raise UserError(f"{prefix}: '{reference}' names code; {self._advice}")
+    Args:
+        allow_code: The argument of the function.
+        source: The configuration: a path, or an object that the caller wrote.
+        overrides: Overrides of the configuration.
+    """
+    if allow_code is not False:
+        return allow_code
+    if isinstance(source, str) or hasattr(source, "__fspath__"):
+        return frozenset(name for text in overrides for name in REFERENCE.findall(text))
+    return True

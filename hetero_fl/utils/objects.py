@@ -7,10 +7,11 @@ reference to the object.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 from weakref import ReferenceType, ref
 
+from hetero_fl.utils.code_permission import iterate_strings
 from hetero_fl.utils.errors import UserError
 
 OBJECT_PREFIX = "object:"
@@ -63,14 +64,9 @@ def iterate_objects(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
         tree: A configuration, or a part of a configuration.
         path: Path of `tree` in the configuration, the keys joined with periods.
     """
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from iterate_objects(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(tree, list | tuple):
-        for index, value in enumerate(tree):
-            yield from iterate_objects(value, f"{path}.{index}" if path else str(index))
-    elif isinstance(tree, str) and tree.startswith(OBJECT_PREFIX) and tree != OBJECT_PREFIX:
-        yield path, tree
+    for place, value in iterate_strings(tree, path):
+        if value.startswith(OBJECT_PREFIX) and value != OBJECT_PREFIX:
+            yield place, value
 
 
 def get_object(name: str) -> Any:

@@ -8,10 +8,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,43 +65,6 @@ def ignore_interrupts_in_children() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
         if received:
             signal.raise_signal(signal.SIGINT)
-
-
-@contextmanager
-def handle_termination(
-    announce: Callable[[], None], is_idle: Callable[[], bool] = lambda: False
-) -> Iterator[Callable[[], bool]]:
-    """Let the caller finish its work on SIGTERM, and raise KeyboardInterrupt on a second SIGTERM.
-
-    Outside the main thread, signals are not handled.
-
-    Args:
-        announce: Function that is called on the first SIGTERM, in another thread.
-        is_idle: Function that returns whether there is no work to finish. If so, the first SIGTERM
-            raises KeyboardInterrupt.
-
-    Yields:
-        Function that returns whether a SIGTERM has arrived.
-    """
-    is_stopping = False
-
-    def handle_signal(_number: int, _frame: FrameType | None) -> None:
-        nonlocal is_stopping
-        if is_stopping or is_idle():
-            raise KeyboardInterrupt
-        is_stopping = True
-        # This thread may hold the locks that `announce` needs.
-        threading.Thread(target=announce).start()
-
-    # Signal handlers can be set in the main thread only.
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    previous = signal.signal(signal.SIGTERM, handle_signal)
-    try:
-        yield lambda: is_stopping
-    finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def exit_with_parent() -> None:

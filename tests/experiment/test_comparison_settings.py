@@ -13,7 +13,6 @@ from hetero_fl.experiment import compare
 from hetero_fl.experiment.jobs import Variant
 from hetero_fl.experiment.used_settings import used_settings
 from hetero_fl.reporting.comparison.facts import Setting
-from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import UserError
 from tests.reporting.test_report import Page
 from tests.support.federations import config
@@ -171,8 +170,8 @@ class Custom(FedAvg):
 
 def test_used_settings_run_no_code_without_permission() -> None:
     variant = Variant.parse("python:not_there:Custom")
-    with pytest.raises(UserError, match="--allow-code"):
-        used_settings(small(), [], {variant: ()}, {}, allow_code=CodePermission())
+    with pytest.raises(UserError, match="allow_code=True"):
+        used_settings(small(), [], {variant: ()}, {}, allow_code=frozenset())
 
 
 @pytest.mark.slow

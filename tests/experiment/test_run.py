@@ -16,7 +16,6 @@ from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.metrics import score
 from hetero_fl.data import load_source, with_test
 from hetero_fl.experiment.starting_models import starting_tensors
-from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.federations import MIXED, config, rounds_of
 
@@ -42,7 +41,7 @@ def test_saved_models_reproduce_the_summary(finished: Run) -> None:
         predictions = finished.predict(client["id"], digits.test.x, personal=False).to_numpy()
         assert np.allclose(predictions.sum(1), 1, atol=1e-5)
         scores = score(
-            finished.models[client["id"]].task, torch.from_numpy(predictions).log(), digits.test.y
+            finished.models[client["id"]].task, torch.tensor(predictions).log(), digits.test.y
         )
         assert scores["accuracy"] == pytest.approx(client["global"]["accuracy"], abs=1e-9)
     by_name = evaluate(finished, "digits")
@@ -90,7 +89,7 @@ def test_init_from_starts_groups_at_the_mean_of_their_members(
     models[second] = replace(models[second], tensors=shifted)
     monkeypatch.setattr(Run, "models", models)
 
-    start = starting_tensors(str(finished.path), rounds.federation, CodePermission())
+    start = starting_tensors(str(finished.path), rounds.federation, False)
     start.load_into(rounds)
 
     for name, tensor in models[first].tensors.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import shutil
 import sys
 from collections.abc import Iterator
@@ -28,7 +27,6 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.methods import describe_methods, method_class
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory
-from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
 from tests.support.federations import changed, config
@@ -235,7 +233,7 @@ def test_error_search_imports_no_code(trap: str) -> None:
     Path("plain.yaml").write_text(yaml.safe_dump(config("fedavg", "mlp", 2)))
 
     with pytest.raises(UserError):
-        load_config("plain.yaml", overrides, allow_code=CodePermission())
+        load_config("plain.yaml", overrides, allow_code=frozenset())
 
     assert not Path("imported").exists()
 
@@ -352,16 +350,6 @@ def test_file_changed_during_compare_runs_no_code(
     with pytest.raises(UserError, match="names code"):
         hetero_fl.compare(file, ["fml"], out="all")
     assert not Path("imported").exists()
-
-
-def test_permission_for_another_process_does_not_ask() -> None:
-    permission = CodePermission(granted=["python:a:B"], ask=lambda *_: True)
-    copied = pickle.loads(pickle.dumps(permission))
-    assert list(copied.find_refused(find_references(["python:a:B", "python:c:D"]), "x")) == [
-        ("python:c:D", "1")
-    ]
-    assert list(permission.find_refused(find_references(["python:c:D"]), "x")) == []
-    assert permission.granted == {"python:a:B", "python:c:D"}
 
 
 @pytest.mark.parametrize(

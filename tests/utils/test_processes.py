@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -86,24 +84,3 @@ def test_comparison_worker_ends_with_its_parent(tmp_path: Path) -> None:
     while is_locked(run) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_locked(run)
-
-
-def test_second_sigterm_raises_and_the_first_without_work() -> None:
-    announced = threading.Event()
-    before = signal.getsignal(signal.SIGTERM)
-    with (
-        pytest.raises(KeyboardInterrupt),
-        processes.handle_termination(announced.set, lambda: True),
-    ):
-        signal.raise_signal(signal.SIGTERM)
-    assert not announced.is_set()
-
-    with (
-        pytest.raises(KeyboardInterrupt),
-        processes.handle_termination(announced.set) as is_stopping,
-    ):
-        assert not is_stopping()
-        signal.raise_signal(signal.SIGTERM)
-        assert is_stopping() and announced.wait(10)
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before

@@ -14,7 +14,7 @@ from hetero_fl.config import Config, dump
 from hetero_fl.deployment.server import check_deployable
 from hetero_fl.deployment.transport import MESSAGE_BYTES
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.code_permission import AllowCode
 from hetero_fl.utils.errors import UserError
 
 PACKAGE = "hetero_fl_app"
@@ -102,7 +102,7 @@ def write_app(
     folder: Path,
     source: str | Path | Mapping[str, Any] | Config,
     overrides: Iterable[str] = (),
-    allow_code: bool | CodePermission = False,
+    allow_code: AllowCode = False,
 ) -> list[Path]:
     """Write a Flower app that trains with a configuration.
 

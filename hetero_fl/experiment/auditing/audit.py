@@ -21,7 +21,7 @@ from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.reporting.summary import PRIVACY_UNITS
-from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.code_permission import AllowCode
 from hetero_fl.utils.errors import ArgumentError, suggest_or_list
 from hetero_fl.utils.serialization import make_folder
 from hetero_fl.utils.text import pluralize
@@ -53,7 +53,7 @@ def audit(
     dataset: Dataset | None = None,
     out: str | Path | None = None,
     log: Callable[[str], None] = lambda _line: None,
-    allow_code: bool | CodePermission = False,
+    allow_code: AllowCode = False,
 ) -> Json:
     """Attack a finished run and report what its models and uploads reveal about training rows.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.data.inference import preprocess_inputs
 from hetero_fl.experiment.exporting import score
 from hetero_fl.experiment.exporting.graph import (
     OUTPUTS,
@@ -23,7 +24,7 @@ from hetero_fl.experiment.exporting.graph import (
 )
 from hetero_fl.experiment.exporting.model_card import FORM, card_facts, card_markdown
 from hetero_fl.reporting.run import Run
-from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.code_permission import AllowCode
 from hetero_fl.utils.errors import ArgumentError, UserError, describe_removed, suggest_or_list
 from hetero_fl.utils.extras import check_extra
 from hetero_fl.utils.seeding import keyed_generator
@@ -149,7 +150,7 @@ def export(
     personal: bool = False,
     *,
     log: Log = lambda _line: None,
-    allow_code: bool | CodePermission = False,
+    allow_code: AllowCode = False,
 ) -> dict[str, ExportedFile]:
     """Export models of a finished run to files that can be used without this package.
 
@@ -301,7 +302,8 @@ def _largest_difference(run: Run, name: str, scorer: Scorer, personal: bool) -> 
     largest = 0.0
     for size in BATCHES:
         inputs = draw_inputs(model, size, keyed_generator("export", ROWS, size))
-        expected = run.predict(name, to_predict_inputs(model, inputs), personal)
+        x = preprocess_inputs(model, to_predict_inputs(model, inputs))
+        expected = model.predict(x, personal)
         try:
             found = scorer(inputs)
         except Exception as error:

@@ -34,7 +34,7 @@ from hetero_fl.experiment.starting_models import StartingTensors
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import check_vacant
-from hetero_fl.utils.code_permission import CodePermission, find_references
+from hetero_fl.utils.code_permission import AllowCode, check_code, code_of_caller, find_references
 from hetero_fl.utils.errors import ArgumentError
 from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.serialization import make_folder, write_atomically
@@ -301,7 +301,7 @@ def join(
     epochs: int = EPOCHS,
     overrides: Overrides = (),
     log: Callable[[str], None] = lambda _line: None,
-    allow_code: bool | CodePermission = False,
+    allow_code: AllowCode = False,
 ) -> dict[str, Any]:
     """Train a client that joins a finished run, and compare it with training from scratch.
 
@@ -358,8 +358,8 @@ def join(
     seeds = list(dict.fromkeys(seeds))
     if not seeds:
         raise ArgumentError("seeds: expected one or more integers, got none")
-    permission = CodePermission.from_argument(allow_code)
-    permission.check_caller_references(find_references({"--model": model, "overrides": overrides}))
+    names = {"--model": model, "overrides": overrides}
+    check_code(find_references(names), "", code_of_caller(allow_code))
     # A folder with results is rejected, because joining cannot be resumed.
     check_vacant(out, alternatives="")
     models = source_run.run.load_models()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hetero_fl.reporting.formatting import algorithm_name, tested_metric
 from hetero_fl.reporting.notebook import Picture
 from hetero_fl.reporting.run import Run
-from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.code_permission import AllowCode
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import check_entries
 
@@ -48,9 +48,9 @@ class Comparison:
         ['local', 'fedavg']
     """
 
-    def __init__(self, path: str | Path, allow_code: bool | CodePermission = False) -> None:
+    def __init__(self, path: str | Path, allow_code: AllowCode = False) -> None:
         self.path = Path(path)
-        self._permission = CodePermission.from_argument(allow_code)
+        self._permission = allow_code
         check_entries(self.path)
         if not (self.path / "comparison.csv").is_file():
             raise UserError(f"{path}: contains no comparison.csv; choose a folder of a comparison")

@@ -9,15 +9,12 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.core.task import MANY_CLASSES
 from hetero_fl.reporting.formatting import (
     FEW_ROWS,
-    METRICS,
-    MISSING,
     TEST_NAMES,
     algorithm_name,
-    format_metric,
-    metric_name,
+    is_metric,
 )
 from hetero_fl.reporting.methods import method_class
-from hetero_fl.reporting.rendering import markdown_table, render
+from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.summary import describe_attack, describe_protections
 from hetero_fl.utils.environment import package_version
@@ -132,7 +129,7 @@ def _scores(run: Run, name: str) -> Json:
         "global": (client.get("global"), run.summary["data"]["n_test"]),
     }
     return {
-        test_set: {"n": count, **{m: found[m] for m in METRICS if m in found}}
+        test_set: {"n": count, **{m: value for m, value in found.items() if is_metric(m)}}
         for test_set, (found, count) in tests.items()
         if found
     }
@@ -140,35 +137,14 @@ def _scores(run: Run, name: str) -> Json:
 
 def card_markdown(content: Mapping[str, Any]) -> str:
     """Format the content of `NAME.json` as a model card in Markdown."""
+    figures = content["figures"].values()
     return render(
         "card.md",
         **content,
         predicts=PREDICTS[content["task"]],
-        inputs_table=_inputs_table(content["inputs"]),
         steps=[PREPROCESSING[k] for k in content["model"]["preprocess"] if k in PREPROCESSING],
         most_names=MANY_CLASSES,
-        partition_setting=PARTITION_SETTINGS.get(content["data"]["partition"].get("kind", "")),
-        figures_table=_figures_table(content["figures"], content["unit"]),
+        partition_setting=PARTITION_SETTINGS.get(content["data"]["partition"].get("kind")),
+        test_names=TEST_NAMES,
+        metrics=list(dict.fromkeys(name for scores in figures for name in scores if name != "n")),
     )
-
-
-def _inputs_table(inputs: list[Json]) -> str:
-    rows = []
-    for spec in inputs:
-        columns = f" ({', '.join(spec['columns'])})" if "columns" in spec else ""
-        shape = " × ".join(map(str, spec["shape"]))
-        rows.append([f"`{spec['name']}`", shape, spec["dtype"], spec["meaning"] + columns])
-    return markdown_table(["input", "shape", "type", "meaning"], rows, ["left"] * 4)
-
-
-def _figures_table(figures: Mapping[str, Json], unit: str) -> str:
-    header = [f"{TEST_NAMES[name]} (n = {scores['n']:,})" for name, scores in figures.items()]
-    rows = []
-    for metric in METRICS:
-        if any(metric in scores for scores in figures.values()):
-            values = [
-                format_metric(scores[metric], metric) if metric in scores else MISSING
-                for scores in figures.values()
-            ]
-            rows.append([metric_name(metric, unit), *values])
-    return markdown_table(["", *header], rows, ["left", *["right"] * len(header)])

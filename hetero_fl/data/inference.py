@@ -20,6 +20,7 @@ from hetero_fl.core.images import (
     in_range,
     to_floats,
 )
+from hetero_fl.core.mapped_tensors import map_rows
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data.checks import first_true
 from hetero_fl.data.dataset import Block, ColumnLayout, indicator_names
@@ -70,6 +71,20 @@ def preprocess_inputs(model: SavedModel, x: Any) -> Tensor:
         )
     view = replace(view, raw=None, spans=None, blocks=())
     return view(raw_examples(model, x, view))
+
+
+def logits_of_rows(model: SavedModel, x: Tensor, personal: bool = False) -> Tensor:
+    """Compute the logits of a saved model for raw rows of a data set.
+
+    Args:
+        model: Saved model.
+        x: Raw rows, `[N, ...]`, which have been checked.
+        personal: Whether these are the client's own examples.
+
+    Returns:
+        Logits, shape `[N, outputs]`.
+    """
+    return model.logits(map_rows(x, Preprocess.of_model(model)), personal)
 
 
 def raw_examples(model: SavedModel, x: Any, view: Preprocess) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hetero_fl.config.data import SHARED_KEYS, SourceConfig
 from hetero_fl.core.images import check_pixels
-from hetero_fl.core.mapped_tensors import map_rows
 from hetero_fl.core.metrics import score
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
@@ -26,6 +25,7 @@ from hetero_fl.data.external import (
     inherit_keys,
     source_with_task,
 )
+from hetero_fl.data.inference import logits_of_rows
 from hetero_fl.data.labels import renumber_targets
 from hetero_fl.data.preprocessing import usable_rows
 from hetero_fl.data.registry import (
@@ -120,7 +120,7 @@ def evaluate(
         check_pixels(
             examples.x, preprocess.pixel_range, f"data: {title}", complete=not is_range_chosen
         )
-        logits = model.logits(map_rows(examples.x, preprocess), personal)
+        logits = logits_of_rows(model, examples.x, personal)
         results[name] = score(model.task, logits, y, examples.unit, excluded=examples.excluded)
     for note in _notes_on_rows(run, examples.x, title):
         if log is None:

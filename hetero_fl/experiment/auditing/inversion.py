@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.round_parts import upload_part
 from hetero_fl.communication.protocol import Message
-from hetero_fl.config import Config
 from hetero_fl.config.base import OptimizerConfig
+from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import Batch, Context, ModelView, ModelViews, Objective
 from hetero_fl.core.participant import Participant, copy_tensors
@@ -45,8 +45,6 @@ RATE = 0.1
 SMOOTH = (0.01, 0.05, 0.2)
 # Cosine distance below which no further random initialization is tried.
 ENOUGH = 1e-3
-# Configuration sections that change what an upload reveals.
-PROTECTIONS = ("channel", "privacy")
 Protect = Callable[[Tensors], Tensors]
 """Type of functions that modify an update: the sent minus the received tensors, keyed by name."""
 Json = dict[str, Any]
@@ -420,13 +418,6 @@ def total_variation(pixels: Tensor) -> Tensor:
     return (pixels.diff(dim=-1).abs().mean() + pixels.diff(dim=-2).abs().mean()).nan_to_num()
 
 
-def without_protection(config: Config) -> Config:
-    """Return a copy of a configuration with default `channel` and `privacy` sections."""
-    fields = Config.model_fields
-    defaults = {name: fields[name].get_default(call_default_factory=True) for name in PROTECTIONS}
-    return config.model_copy(update=defaults)
-
-
 def attack_uploads(
     prepared: PreparedRun,
     clients: Sequence[str],
@@ -458,7 +449,8 @@ def attack_uploads(
         The scores, one dictionary for each client, training step and variant, and the images, one
         dictionary for each client and training step (see `invert`).
     """
-    unprotected = without_protection(prepared.config)
+    defaults = {"channel": ChannelConfig(), "privacy": None}
+    unprotected = prepared.config.model_copy(update=defaults)
     ways: dict[str, tuple[PreparedRun, Protect | None]] = {"as trained": (prepared, None)}
     if unprotected != prepared.config:
         ways = {"without protection": (prepare(unprotected, dataset=dataset), None), **ways}

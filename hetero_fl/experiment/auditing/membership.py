@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.core.mapped_tensors import map_rows
 from hetero_fl.core.objectives import supervised_loss
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
-from hetero_fl.data import FederatedData, Preprocess, row_strata
+from hetero_fl.data import FederatedData, row_strata
 from hetero_fl.data.client_rows import ClientRows
 from hetero_fl.data.dataset import Examples, concatenate_examples
 from hetero_fl.data.federated_data import unprocessed_rows
+from hetero_fl.data.inference import logits_of_rows
 from hetero_fl.data.partition.units import most_common_stratum
 from hetero_fl.data.splits import RowSelection
 from hetero_fl.experiment.preparation import PreparedRun
@@ -338,8 +338,8 @@ def attack_membership(
         )
     scores: dict[tuple[str, str], Tensor] = {}
     for client, c in rows.items():
-        logits, y = _predictions(run.models[client], c.examples)
-        scores[client, "loss"] = -supervised_loss(task.kind, logits, y)
+        logits = logits_of_rows(run.models[client], c.examples.x, personal=True).double()
+        scores[client, "loss"] = -supervised_loss(task.kind, logits, _targets(c.examples))
     if shadows:
         ratios = _likelihood_ratios(run, prepared, rows, shadows=shadows, seed=seed, log=log)
         scores |= {(client, "lira"): ratio for client, ratio in ratios.items()}
@@ -378,8 +378,8 @@ def _likelihood_ratios(
 
     def add_confidence(models: Mapping[str, SavedModel]) -> None:
         for client, c in rows.items():
-            logits, y = _predictions(models[client], c.examples)
-            found[client].append(confidence(prepared.data.task, logits, y))
+            logits = logits_of_rows(models[client], c.examples.x, personal=True).double()
+            found[client].append(confidence(prepared.data.task, logits, _targets(c.examples)))
 
     for shadow in range(shadows):
         started = time.perf_counter()
@@ -394,8 +394,6 @@ def _likelihood_ratios(
     }
 
 
-def _predictions(model: SavedModel, examples: Examples) -> tuple[Tensor, Tensor]:
-    """Return the personalized logits of a model for raw examples, float64, and the targets."""
-    logits = model.logits(map_rows(examples.x, Preprocess.of_model(model)), personal=True)
-    y = examples.labels
-    return logits.double(), y.double() if y.is_floating_point() else y
+def _targets(examples: Examples) -> Tensor:
+    """Return class indices, or float64 targets."""
+    return examples.labels.double() if examples.labels.is_floating_point() else examples.labels

@@ -23,11 +23,11 @@ from hetero_fl.algorithms.round_parts import (
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.population import Population
-from hetero_fl.core.mapped_tensors import map_rows
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import Preprocess
+from hetero_fl.data.inference import logits_of_rows
 from hetero_fl.data.preprocessing import usable_rows
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.finished_runs import prepare_again
@@ -138,11 +138,10 @@ class TransferSource:
             `[N, outputs]`. Rows that no model can use contain NaN.
 
         """
-        preprocesses = {name: Preprocess.of_model(model) for name, model in self.models.items()}
-        usable = torch.stack([usable_rows(x, each) for each in preprocesses.values()])[..., None]
-        logits = torch.stack(
-            [model.logits(map_rows(x, preprocesses[name])) for name, model in self.models.items()]
-        )
+        models = self.models.values()
+        usable = torch.stack([usable_rows(x, Preprocess.of_model(model)) for model in models])
+        usable = usable[..., None]
+        logits = torch.stack([logits_of_rows(model, x) for model in models])
         count = usable.sum(0)
         if self.task.kind == "regression":
             return logits.masked_fill(~usable, 0.0).sum(0) / count

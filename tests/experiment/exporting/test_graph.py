@@ -31,14 +31,7 @@ def require_onnx() -> None:
 
 def predicted(model: SavedModel, inputs: tuple[Tensor, ...], personal: bool) -> Tensor:
     """Return the predictions of `Run.predict`."""
-    z = model.logits(preprocess_inputs(model, to_predict_inputs(model, inputs)), personal)
-    return (
-        z
-        if model.task.kind == "regression"
-        else z.sigmoid()
-        if model.task.kind == "multilabel"
-        else z.softmax(-1)
-    )
+    return model.predict(preprocess_inputs(model, to_predict_inputs(model, inputs)), personal)
 
 
 def file_of(model: SavedModel, personal: bool = False) -> bytes:

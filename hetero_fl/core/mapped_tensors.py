@@ -24,7 +24,7 @@ from hetero_fl.utils.errors import UserError, one_line
 
 SCRATCH_BYTES = 2**20
 """Size in bytes above which results with mapped tensors are in scratch files."""
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = 2**20
 """Size in bytes of the rows of a mapped tensor that are converted at a time."""
 PROCESSES = "/proc"
 """Folder with the open files of processes, which some systems lack."""

@@ -301,7 +301,6 @@ def prepare(
     )
     import_user_classes(config.aggregation, config.attacks)
     facts = RunFacts(config, method, federation)
-    _check_models(federation.client_infos)
     compatibility.check(facts, "run")
     if is_user_method(method):
         compatibility.check_user_method(facts)
@@ -345,23 +344,6 @@ def _check_defaults(config: Config, overrides: Sequence[str]) -> None:
                 f"clients.defaults.{key}: has no effect, because every client sets "
                 f"{key.partition('.')[0]} itself; remove it"
             )
-
-
-def _check_models(client_infos: ClientDirectory) -> None:
-    """Check that the models that the method adds to those of the clients can be created.
-
-    Raises:
-        UserError: If a model cannot be created.
-    """
-    checked = {profile.arch for profile in client_infos.profiles}
-    for profile in client_infos.profiles:
-        for slot, arch in profile.models.items():
-            try:
-                if arch not in checked:
-                    arch.check()
-            except ModelError as error:
-                raise UserError(f"algorithm.{slot}: {error}") from None
-            checked.add(arch)
 
 
 def _describe_user_models(client_infos: ClientDirectory) -> list[str]:

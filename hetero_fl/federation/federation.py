@@ -234,8 +234,11 @@ class FederationSpec:
             models = [self._protect_slots(slots) for slots in models]
         client_infos = ClientDirectory(self.client_infos.clients, models, self.data)
         for profile in client_infos.profiles:
-            if profile.arch not in known:
-                check_model(profile.arch, f"clients: '{profile.first}': model")
+            for slot, arch in profile.models.items():
+                own = f"clients: '{profile.first}': model"
+                if arch not in known:
+                    check_model(arch, own if slot == "model" else f"algorithm.{slot}")
+                known.add(arch)
         return replace(self, client_infos=client_infos)
 
     def _protect_slots(self, models: Mapping[str, ModelSpec]) -> dict[str, ModelSpec]:

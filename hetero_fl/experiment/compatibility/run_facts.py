@@ -221,18 +221,18 @@ class RunFacts(UploadFacts):
         """
         for profile in self.profiles:
             for slot, arch in profile.models.items():
-                reason = other = ""
                 if arch in self.batch_norm_models:
                     reason = "BatchNorm mixes the rows of a batch"
                     other = model_without_batch_norm(arch)
                 elif arch.written_names:
                     reason = f"its forward pass writes '{min(arch.written_names)}' from rows"
                     other = "a model that changes in training only by its gradients"
-                if reason:
-                    own = f"clients: '{profile.first}': model"
-                    key = own if slot == "model" else f"algorithm.{slot}"
-                    model = arch.name.removeprefix(OBJECT_PREFIX)
-                    return {"key": key, "model": model, "reason": reason, "other": other}
+                else:
+                    continue
+                own = f"clients: '{profile.first}': model"
+                key = own if slot == "model" else f"algorithm.{slot}"
+                model = arch.name.removeprefix(OBJECT_PREFIX)
+                return {"key": key, "model": model, "reason": reason, "other": other}
         return None
 
     def unshared_tensor(self) -> dict[str, str] | None:

@@ -30,7 +30,7 @@ from hetero_fl.core.participant import ClientInfo, ClientProfile, Participant, f
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.engine.driver import run_plan, translate_user_errors
 from hetero_fl.experiment.compatibility.config_facts import Facts
-from hetero_fl.federation.expected import ExpectedUploads, first_broadcasts
+from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.privacy.client_side import uploadable_items
 from hetero_fl.robustness.rules import RobustRule, Rule, prediction_rule, rule
@@ -155,10 +155,35 @@ class UploadFacts(Facts):
         return ExpectedUploads(self.algorithm, self.federation)
 
     @cached_property
+    def round_idx(self) -> int:
+        """Index of the first round in which all clients upload."""
+        intervals = {own.share_every for _, own in self.settings}
+        return min(math.lcm(*intervals), self.federation.num_rounds) - 1
+
+    def initial_server(self) -> Participant:
+        """Return the server in its initial state, in the round `round_idx`."""
+        server = self.federation.server()
+        server.round_context = self.federation.round_context(self.round_idx)
+        self.algorithm.setup(server)
+        return server
+
+    @cached_property
     def broadcasts(self) -> list[tuple[ClientInfo, Payload]]:
-        """The first client of each profile, paired with the first broadcast to the client."""
+        """The first client of each profile, paired with a broadcast of the initial server."""
         with translate_user_errors():
-            return first_broadcasts(self.algorithm, self.federation)
+            server = self.initial_server()
+            infos = [self.federation.client_infos[client] for client, _ in self.settings]
+            return [(info, call_broadcast(self.algorithm, server, info)) for info in infos]
+
+    @cached_property
+    def uploaded(self) -> dict[str, Mapping[str, Item]]:
+        """Items that the first client of each profile uploads, with placeholder values."""
+        expected = self.expectations.expected_items
+        with translate_user_errors():
+            return {
+                info.client_id: expected(info, broadcast, self.round_idx)
+                for info, broadcast in self.broadcasts
+            }
 
     def trains_before_evaluation(self) -> bool:
         """Return whether clients train on private rows before an evaluation of the models."""
@@ -179,37 +204,12 @@ class UploadFacts(Facts):
     # Clients that upload the same tensors
 
     @cached_property
-    def uploaded(self) -> dict[str, Mapping[str, Item]]:
-        """Items that the first client of each profile uploads, with placeholder values.
-
-        The round is the first one in which all clients upload.
-        """
-        with translate_user_errors():
-            server = self.server_of_round()
-            items = {}
-            for client, _ in self.settings:
-                info = self.federation.client_infos[client]
-                broadcast = call_broadcast(self.algorithm, server, info)
-                index = server.round_context.round_idx
-                items[client] = self.expectations.expected_items(info, broadcast, index)
-            return items
-
-    def server_of_round(self) -> Participant:
-        """Return the initial server, in the first round in which all clients upload."""
-        intervals = {own.share_every for _, own in self.settings}
-        index = min(math.lcm(*intervals), self.federation.num_rounds) - 1
-        server = self.federation.server()
-        server.round_context = self.federation.round_context(index)
-        self.algorithm.setup(server)
-        return server
-
-    @cached_property
     def aggregated_items(self) -> set[tuple[str, str]]:
         """Names of the aggregated items, each with the kind of the aggregation (see `Uploads`)."""
         infos = self.federation.client_infos
         sent = [Upload(infos[c], Payload(dict(items))) for c, items in self.uploaded.items()]
         received = Uploads(sent, self.algorithm.uploads, self.federation.common)
-        server = self.server_of_round()
+        server = self.initial_server()
         with translate_user_errors():
             run_plan(server, self.algorithm.aggregate(server, received), self.expectations.backend)
         return received.aggregated_items
@@ -232,6 +232,14 @@ class UploadFacts(Facts):
             found.append((profile, tensors))
         return found
 
+    @cached_property
+    def num_senders(self) -> Counter[tuple[str, Owner]]:
+        """Number of clients that upload each tensor of `uploaded_tensors`."""
+        counts = Counter[tuple[str, Owner]]()
+        for profile, tensors in self.uploaded_tensors:
+            counts.update(dict.fromkeys(tensors, profile.count))
+        return counts
+
     def clients_alone(self, test: Callable[[Iterable[bool]], bool]) -> list[ClientProfile]:
         """Return the profiles of clients with summed tensors that no other client uploads.
 
@@ -242,11 +250,9 @@ class UploadFacts(Facts):
         has_sums = any(spec.use == "sum" for spec in self.declared.values())
         if not has_sums or self.num_clients == 1:
             return []
-        count = Counter[tuple[str, Owner]]()
-        for profile, tensors in self.uploaded_tensors:
-            count.update(dict.fromkeys(tensors, profile.count))
         specs = self.expectations.specs
-        alone = {tensor for tensor, n in count.items() if n == 1 and specs[tensor[0]].use == "sum"}
+        senders = self.num_senders.items()
+        alone = {tensor for tensor, n in senders if n == 1 and specs[tensor[0]].use == "sum"}
         return [p for p, tensors in self.uploaded_tensors if test(t in alone for t in tensors)]
 
     def clients_alone_in_sum(self) -> str:
@@ -326,15 +332,14 @@ class UploadFacts(Facts):
 
     def _senders(self) -> Iterator[tuple[str, str, int]]:
         """Yield the item, the name and the largest number of uploads of each tensor in a round."""
-        counts = Counter[tuple[str, Owner]]()
-        for profile, tensors in self.uploaded_tensors:
-            counts.update(dict.fromkeys(tensors, profile.count))
-        for (item, (name, _, group)), count in counts.items():
+        for (item, (name, _, group)), count in self.num_senders.items():
             described = f"{name} of {group}" if group else name or item
             is_single = self.expectations.specs[item].use == "each"
             yield item, described, min(self.num_clients if is_single else count, self.cohort)
         # The server also combines predictions that it computes with uploaded models.
-        for item in {name for name, _ in self.aggregated_items} - {item for item, _ in counts}:
+        for item in {name for name, _ in self.aggregated_items} - {
+            item for item, _ in self.num_senders
+        }:
             yield item, item, min(self.num_clients, self.cohort)
 
     def missing_targets(self) -> str | None:

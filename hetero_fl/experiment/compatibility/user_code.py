@@ -105,8 +105,9 @@ def check_user_method(run: RunFacts) -> None:
         RunFailedError: If a hook raises an exception.
     """
     method = run.algorithm
-    _check_hook_names(type(method))
-    _check_plans_are_run(type(method))
+    for function in _user_functions(type(method)):
+        _check_hook_name(function, type(method))
+        _check_plans_are_run(function, type(method))
     for client_info, broadcast in run.broadcasts:
         plan = method.deploy(run.expectations.placeholder_client(client_info, 0), broadcast)
         if not isinstance(plan, GeneratorType):
@@ -127,43 +128,33 @@ def _user_functions(algorithm_class: type) -> list[FunctionType]:
     return [f for base in bases for f in vars(base).values() if inspect.isfunction(f)]
 
 
-def _check_hook_names(algorithm_class: type) -> None:
+def _check_hook_name(function: FunctionType, algorithm_class: type) -> None:
     """Raise UserError if the name of a function looks like a misspelled hook."""
-    methods = [
-        base
-        for base in algorithm_class.__mro__
-        if issubclass(base, Algorithm) and base.__module__.startswith("hetero_fl.")
-    ]
-    hooks = {name for method in methods for name in vars(method) if not name.startswith("_")}
-    for function in _user_functions(algorithm_class):
-        name = function.__name__
-        matches = get_close_matches(name, hooks, 1, cutoff=MIN_HOOK_SIMILARITY)
-        if matches and name not in hooks and not name.startswith("_"):
+    known = [b for b in algorithm_class.__mro__ if b.__module__.startswith("hetero_fl.")]
+    hooks = {name for base in known if issubclass(base, Algorithm) for name in vars(base)}
+    name = function.__name__
+    matches = get_close_matches(name, hooks, 1, cutoff=MIN_HOOK_SIMILARITY)
+    if matches and name not in hooks and not name.startswith("_"):
+        raise UserError(
+            f"{function.__qualname__}: unknown hook {name!r}; did you mean {matches[0]!r}?"
+        )
+
+
+def _check_plans_are_run(function: FunctionType, algorithm_class: type) -> None:
+    """Raise UserError if a statement creates a plan without running it."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):
+        # A function from an interactive shell, or a lambda.
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and _creates_plan(node.value, algorithm_class, function):
+            name = ast.unparse(node.value.func)  # type: ignore[attr-defined]  # it is a call
+            line = function.__code__.co_firstlineno + node.lineno - 1
             raise UserError(
-                f"{function.__qualname__}: unknown hook {name!r}; did you mean {matches[0]!r}?"
+                f"{function.__qualname__} ({function.__code__.co_filename}, line {line}): "
+                f"the plan {name}(…) is created but never run; write `yield from` before it"
             )
-
-
-def _check_plans_are_run(algorithm_class: type) -> None:
-    """Check that each statement that creates a plan also runs the plan.
-
-    Raises:
-        UserError: If a plan is created but never run.
-    """
-    for function in _user_functions(algorithm_class):
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, SyntaxError):
-            # A function from an interactive shell, or a lambda.
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and _creates_plan(node.value, algorithm_class, function):
-                name = ast.unparse(node.value.func)  # type: ignore[attr-defined]  # it is a call
-                line = function.__code__.co_firstlineno + node.lineno - 1
-                raise UserError(
-                    f"{function.__qualname__} ({function.__code__.co_filename}, line {line}): "
-                    f"the plan {name}(…) is created but never run; write `yield from` before it"
-                )
 
 
 def _creates_plan(node: ast.expr, algorithm_class: type, function: FunctionType) -> bool:

@@ -12,7 +12,7 @@ from hetero_fl.experiment.compatibility.features import Stage, check_features
 from hetero_fl.experiment.compatibility.run_facts import RunFacts
 from hetero_fl.federation.channel import idle_stages
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.text import Caution, pluralize
+from hetero_fl.utils.text import Caution, format_list, pluralize
 
 MIN_CLIENTS_IN_SUM = 3
 """Smallest cohort for secure aggregation.
@@ -388,9 +388,24 @@ NOTES = (
         line_type=Caution,
     ),
     Rule(
+        ("algorithm.align", "data set"),
+        lambda run: run.distills_other_task and getattr(run.algorithm, "align", 0),
+        "algorithm.align has no effect, because the data set has a {run.task.kind} task",
+    ),
+    Rule(
+        ("algorithm.sharpen", "data set"),
+        lambda run: (
+            run.distills_other_task
+            and run.task.kind == "regression"
+            and getattr(run.algorithm, "sharpen", "none") != "none"
+        ),
+        "algorithm.sharpen has no effect, because the data set has a {run.task.kind} task",
+    ),
+    Rule(
         ("algorithm.teacher", "data set"),
-        lambda run: run.idle_teacher_settings(),
-        "{found}, because the data set has a {run.task.kind} task",
+        lambda run: run.distills_other_task and getattr(run.algorithm, "teacher", "") == "contrast",
+        "algorithm.teacher=contrast weights clients by their number of rows, because the data set "
+        "has a {run.task.kind} task",
     ),
     Rule(
         ("recalibrate", "data.proxy.size"),
@@ -427,9 +442,10 @@ NOTES = (
     ),
     Rule(
         ("attacks.name", "clients"),
-        lambda run: run.named_malicious(),
-        "{count:,} of {run.num_clients:,} clients are malicious ({run.config.attacks.name}, from "
-        "round {run.config.attacks.from_round}): {ids}; scores are means over the other clients",
+        lambda run: run.malicious and format_list(run.malicious.sorted_ids, 6),
+        "{run.num_malicious:,} of {run.num_clients:,} clients are malicious "
+        "({run.config.attacks.name}, from round {run.config.attacks.from_round}): {found}; scores "
+        "are means over the other clients",
     ),
     # Asynchronous runs
     Rule(

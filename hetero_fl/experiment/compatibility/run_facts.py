@@ -55,8 +55,7 @@ class RunFacts(UploadFacts):
     def num_evaluated(self) -> int | None:
         """Return the number of evaluated clients, or None if all honest clients are evaluated."""
         evaluated = len(self.federation.evaluated_clients)
-        malicious = len(self.malicious.ids) if self.malicious else 0
-        return evaluated if evaluated < self.num_clients - malicious else None
+        return evaluated if evaluated < self.num_clients - self.num_malicious else None
 
     @property
     def has_validation(self) -> bool:
@@ -162,20 +161,6 @@ class RunFacts(UploadFacts):
         others = first(client for client, own in self.settings if not predicts_without_prior(own))
         return {"without": without, "other": others} if without and others else None
 
-    def idle_teacher_settings(self) -> list[str]:
-        """Describe the settings of the teacher that have no effect on the kind of task."""
-        method = self.algorithm
-        kind = self.task.kind
-        if kind == "multiclass" or not self.num_proxy or not isinstance(method, ProxyDistillation):
-            return []
-        weights = "algorithm.teacher=contrast weights clients by their number of rows"
-        idle = {
-            "algorithm.align has no effect": method.align,
-            weights: method.teacher == "contrast",
-            "algorithm.sharpen has no effect": method.sharpen != "none" and kind == "regression",
-        }
-        return [line for line, is_set in idle.items() if is_set]
-
     # Sums
 
     @property
@@ -269,13 +254,6 @@ class RunFacts(UploadFacts):
         return None
 
     # Attacks
-
-    def named_malicious(self) -> dict[str, Any] | None:
-        """Return the number and the first ids of the malicious clients, or None without any."""
-        if self.malicious is None:
-            return None
-        ids = self.malicious.sorted_ids
-        return {"count": len(ids), "ids": format_list(ids, 6)}
 
     def small_image(self) -> int | None:
         """Return the shortest image side in pixels if the trigger is larger, else None."""

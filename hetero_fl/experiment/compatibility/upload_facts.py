@@ -71,7 +71,9 @@ class UploadFacts(Facts):
         self.staleness: StalenessConfig = own or config.runtime.staleness
         self.staleness_key = "runtime.staleness" if own is None else "algorithm"
         self.sends_nothing = algorithm.needs.all_clients or not algorithm.uploads
+        self.distills_other_task = self.num_proxy > 0 and self.task.kind != "multiclass"
         self.malicious = federation.malicious
+        self.num_malicious = len(self.malicious.ids) if self.malicious else 0
         self.has_trigger = self.malicious is not None and self.malicious.has_trigger
         self.acts_on = set(self.malicious.attack.acts_on) if self.malicious else set()
         aggregation = config.aggregation.model_dump(include=set(ITEMS_OF_RULES))

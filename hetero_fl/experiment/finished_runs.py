@@ -8,13 +8,17 @@ from torch import Tensor
 from hetero_fl.data import Dataset
 from hetero_fl.data.overlap import row_hashes
 from hetero_fl.experiment.preparation import PreparedRun, prepare
-from hetero_fl.federation.store import checkpoint_files, read_checkpoint
+from hetero_fl.federation.store import EarlierVersionError, checkpoint_files, read_checkpoint
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.serialization import CodecError
 
 
 def prepare_again(run: Run, dataset: Dataset | None = None) -> PreparedRun:
     """Prepare a finished run with its data.
+
+    The data is compared by the hash in the last checkpoint and by the numbers of rows, or without a
+    readable checkpoint, such as one of an earlier version, by the numbers of rows only.
 
     Args:
         run: The finished run.
@@ -28,16 +32,26 @@ def prepare_again(run: Run, dataset: Dataset | None = None) -> PreparedRun:
     data = prepared.data
     known = run.summary["data"]
     sizes = {"n_train": data.n_train, "n_proxy": data.n_proxy, "n_test": data.n_test}
-    is_same = all(known[key] == size for key, size in sizes.items())
-    checkpoints = checkpoint_files(run.path / "checkpoint")
-    if is_same and checkpoints:
-        is_same = read_checkpoint(checkpoints[-1])[0]["data"] == data.content_hash()
-    if not is_same:
+    content_hash = _content_hash(run)
+    if any(known[key] != size for key, size in sizes.items()) or (
+        content_hash is not None and content_hash != data.content_hash()
+    ):
         raise UserError(
             f"{run.path}: the data differs from the data that this run was trained on; restore "
             "it, or pass it as dataset="
         )
     return prepared
+
+
+def _content_hash(run: Run) -> str | None:
+    """Return the hash of the data in the last checkpoint, or None if no checkpoint is readable."""
+    checkpoints = checkpoint_files(run.path / "checkpoint")
+    if not checkpoints:
+        return None
+    try:
+        return read_checkpoint(checkpoints[-1])[0].get("data")
+    except (CodecError, EarlierVersionError, OSError):
+        return None
 
 
 def num_training_rows(prepared: PreparedRun, x: Tensor) -> int:

@@ -187,3 +187,8 @@ def test_evaluate_warns_about_training_rows(
     assert capsys.readouterr().err == f"note: {trained} {note}\n"
     assert main(["evaluate", str(run.path), "--data", str(tmp_path / "new.csv")]) == 0
     assert capsys.readouterr().err == ""
+    for content in (b"damaged", b"HFLCKPT1"):
+        for file in (run.path / "checkpoint").glob("round-*.ckpt"):
+            file.write_bytes(content)
+        with pytest.warns(UserWarning, match="training rows"):
+            evaluate(run, str(tmp_path / "t.csv"))

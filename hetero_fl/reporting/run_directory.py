@@ -222,11 +222,6 @@ class RunDirectory:
         return run
 
     @property
-    def log(self) -> Path:
-        """The path of the log file."""
-        return self.path / LOG
-
-    @property
     def plots(self) -> Path:
         """The path of the folder with plots."""
         return self.path / "plots"

@@ -120,21 +120,22 @@ def plot_labels(summary: Json, details: Json) -> Figure:
         unit = "rows"
     table = np.array(list(counts.values()))
     shades = table if shows_rows else table / np.maximum(table.sum(1, keepdims=True), 1)
-    shown = np.argsort(-table.sum(0), kind="stable")[:MAX_LABELS]
-    if len(names) <= MAX_LABELS:
-        shown = np.arange(len(names))
+    shown = np.arange(len(names))
+    if len(names) > MAX_LABELS:
+        shown = np.argsort(-table.sum(0), kind="stable")[:MAX_LABELS]
     # Neighboring clients have the same most frequent label, which makes the label skew visible.
+    shades = shades[:, shown]
     order = np.lexsort((-shades.max(1), shades.argmax(1)))
+    clients = np.array(list(counts))[order]
+    texts = table[order][:, shown].T.astype(str)
     figure = style.figure(1.6 + 0.14 * max(8, len(shown)))
     axes = figure.subplots()
     image = style.draw_heat_map(
         axes,
-        shades[np.ix_(order, shown)].T,
+        shades[order].T,
         [names[label] for label in shown],
-        np.array(list(counts))[order].tolist(),
-        texts=table[np.ix_(order, shown)].T.astype(str).tolist()
-        if len(counts) <= MAX_COUNTED
-        else (),
+        clients.tolist(),
+        texts=texts.tolist() if len(clients) <= MAX_COUNTED else (),
     )
     if len(names) > MAX_LABELS:
         axes.set_title(f"The {MAX_LABELS} most frequent of {len(names)} labels")

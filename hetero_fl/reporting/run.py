@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -88,7 +88,7 @@ class Run:
         ['client_1', 'client_2', 'server']
         >>> images = np.zeros((3, 8, 8), dtype=np.uint8)
         >>> run.predict("client_1", images).shape
-        torch.Size([3, 10])
+        (3, 10)
         >>> [path.name for path in run.plot()][:3]
         ['curves.png', 'clients.png', 'labels.png']
     """
@@ -260,18 +260,16 @@ class Run:
             UserError: If the run has no saved models.
         """
         files = self.directory.model_files(self.selection)
-        if not files and self.selection:
-            raise UserError(
-                f"{self.directory.models_folder(self.selection)}: no models; they are saved by a "
-                "run that has validation rows and output.best_models=true"
-            )
         if not files:
-            if not self.directory.finished:
-                raise UserError(f"{self.path}: has no models; the run has not finished")
-            raise UserError(
-                f"{self.path}: has no models; a site uploads its model only with "
-                "tells.model=true in its site file"
-            )
+            why = "the run has not finished"
+            if self.selection:
+                why = (
+                    "those of the best rounds are saved by a run that has validation rows and "
+                    "output.best_models=true"
+                )
+            elif self.directory.finished:
+                why = "a site uploads its model only with tells.model=true in its site file"
+            raise UserError(f"{self.path}: has no models; {why}")
         return [file.stem for file in files]
 
     @cached_property
@@ -284,7 +282,7 @@ class Run:
             UserError: If the run has no models, or a model is damaged or references code that may
                 not be executed.
         """
-        return self._read_models(self.model_names)
+        return {name: self._read_model(name) for name in self.model_names}
 
     def load_models(self, client: str | None = None) -> dict[str, SavedModel]:
         """Load the model of one client, or the models of all clients.
@@ -299,19 +297,18 @@ class Run:
             UserError: If there is no such client, or a model is damaged, references code that may
                 not be executed, or was an object that this program does not have.
         """
-        if client is not None and client not in self.model_names:
-            hint = suggest_or_list(client, self.model_names)
-            raise ArgumentError(f"client: no model of '{client}'{hint}")
-        models = self._read_models(self.model_names if client is None else [client])
+        if client is not None:
+            self._check_client("client", client)
+        names = self.model_names if client is None else [client]
+        models = {name: self._read_model(name) for name in names}
         for name, model in models.items():
             self._check_object(name, model)
         return models
 
-    def _read_models(self, names: Iterable[str]) -> dict[str, SavedModel]:
-        for name in names:
-            if name not in self._loaded:
-                self._loaded[name] = self._read_model(name)
-        return {name: self._loaded[name] for name in names}
+    def _check_client(self, argument: str, client: str) -> None:
+        if client not in self.model_names:
+            hint = suggest_or_list(client, self.model_names)
+            raise ArgumentError(f"{argument}: no model of '{client}'{hint}")
 
     def _check_object(self, client: str, model: SavedModel) -> None:
         """Check that this program has the module of a client, if the module was an object."""
@@ -323,13 +320,10 @@ class Run:
             )
 
     def _restore_object(self, client: str, model: Any) -> None:
-        if client not in self.model_names:
-            hint = suggest_or_list(client, self.model_names)
-            raise ArgumentError(f"models: no model of '{client}'{hint}")
-        saved = self._read_models([client])[client]
-        if saved.arch.name == reference_to(model):
-            return
-        self.keep(saved.restore_object(model, f"models: '{client}'"))
+        self._check_client("models", client)
+        saved = self._read_model(client)
+        if saved.arch.name != reference_to(model):
+            self.keep(saved.restore_object(model, f"models: '{client}'"))
 
     def model_file(self, name: str) -> Path:
         """Return the file of the model of a client, or `server`."""
@@ -340,11 +334,14 @@ class Run:
         return self.directory.checksums()
 
     def _read_model(self, name: str) -> SavedModel:
-        file = self.model_file(name)
-        expected = self._checksums.get(self.directory.name_of(file))
-        if expected is not None and sha256_of(file) != expected:
-            raise UserError(f"{file}: {CHANGED}")
-        return SavedModel.load(file, self.permission)
+        """Return a model, whose file is verified and read once."""
+        if name not in self._loaded:
+            file = self.model_file(name)
+            expected = self._checksums.get(self.directory.name_of(file))
+            if expected is not None and sha256_of(file) != expected:
+                raise UserError(f"{file}: {CHANGED}")
+            self._loaded[name] = SavedModel.load(file, self.permission)
+        return self._loaded[name]
 
     @property
     def history(self) -> pd.DataFrame:

@@ -106,7 +106,7 @@ def test_no_best_models_are_written(changes: dict[str, Any], tmp_path: Path) -> 
 
     folders = [path.name for path in (run.path / "models").iterdir() if path.is_dir()]
     assert folders == []
-    with pytest.raises(UserError, match=r"models/best_personal: no models; .*best_models=true"):
+    with pytest.raises(UserError, match=r"has no models; .*best_models=true"):
         run.best("personal").predict("site_1", np.zeros((2, 8, 8)))
 
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -79,6 +78,20 @@ def test_live_display_shows_rounds_task_and_scores(
     )
 
 
+def test_notebook_shows_a_bar_and_the_newest_scores(
+    made_run: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(module, "in_notebook", lambda: True)
+    monkeypatch.setattr(module.ProgressBar, "show", lambda self, html: shown.append(html))
+
+    play(made_run(rounds=2), Progress(quiet=None))
+
+    assert [f"{done}/2" in html for done, html in enumerate(shown[:3])] == [True] * 3
+    assert "local test: balanced accuracy" in shown[2]
+    assert shown[-1].startswith("<div><small>done: 2 rounds")
+
+
 def test_error_restores_the_terminal(tmp_path: Path) -> None:
     shown = io.StringIO()
     with (
@@ -105,14 +118,6 @@ def test_progress_does_not_write_to_stdout(
     play(run, Progress(tmp_path / "quiet.txt", quiet=True))
     assert capsys.readouterr() == ("", "")
     assert len((tmp_path / "quiet.txt").read_text()) == len((tmp_path / "loud.txt").read_text())
-
-
-def test_markup_and_line_breaks_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
-    record: dict[str, Any] = {"round": 1, "failed": {"a": "found [red]\n x[0]"}}
-    with Progress() as progress:
-        progress.start(2, 1)
-        progress.finish_round(record)
-    assert "round 1: a dropped (found [red] x[0])" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("quiet", [True, False])

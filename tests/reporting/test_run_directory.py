@@ -89,25 +89,21 @@ def test_missing_models_are_explained(tmp_path: Path) -> None:
         _ = Run(run.path).models
 
 
-def test_nan_is_written_as_null(tmp_path: Path) -> None:
-    run = create(tmp_path / "a")
-    run.write_json("summary.json", {"x": 1})
-    for bad in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="JSON"):
-            run.write_json("summary.json", {"x": bad})
-        with pytest.raises(ValueError, match="JSON"):
-            run.append_metrics({"round": 1, "x": bad})
-    assert run.summary() == {"x": 1}
-    assert not (run.path / "metrics.jsonl").exists()
-
-
-def test_metrics_are_synced_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@each_case("bad", [float("nan"), float("inf")])
+def test_undefined_numbers_are_refused_and_lines_are_synced(
+    bad: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = create(tmp_path / "a")
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", synced.append)
 
     run.append_metrics({"round": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        run.write_json("summary.json", {"x": bad})
+    with pytest.raises(ValueError, match="JSON"):
+        run.append_metrics({"round": 2, "x": bad})
 
+    assert run.metrics() == [{"round": 1}] and not run.finished
     assert len(synced) == 1
 
 

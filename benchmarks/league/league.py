@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,9 +30,10 @@ from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.reporting.summary import mean_validation_score, validation_score
-from hetero_fl.utils.environment import available_cores, current_commit, processor_name
+from hetero_fl.utils.environment import available_cores, processor_name
 from hetero_fl.utils.errors import RunFailedError, UserError, check_names
 from hetero_fl.utils.text import pluralize, split_top_level
+from hetero_fl.utils.version import __version__
 
 FOLDER = Path("configs/benchmark")
 """Folder of the published benchmark, relative to the repository."""
@@ -71,7 +73,7 @@ class League:
         self.jobs = jobs
         self.progress = progress
         self.failed: list[str] = []
-        self.commit = current_commit()
+        self.commit = _current_commit()
 
     def run_federation(self, name: str) -> None:
         """Tune the rows of a federation, unless another federation is tuned for it, and run them.
@@ -402,3 +404,19 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; repeat the command to continue")
+
+
+def _current_commit() -> str:
+    """Return the commit of the package's repository, or the version outside a repository.
+
+    A plus sign marks changes since the commit.
+    """
+    root = Path(__file__).resolve().parents[2]
+    # Without tags, the description is the commit.
+    options = ["--always", "--abbrev=8", "--dirty=+", "--exclude=*"]
+    command = ["git", "-C", str(root), "describe", *options]
+    try:
+        found = subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return __version__
+    return found.stdout.strip()

@@ -34,8 +34,7 @@ from hetero_fl.reporting.run_directory import SITES, check_vacant, lock_folder
 from hetero_fl.utils.code_permission import AllowCode, find_references
 from hetero_fl.utils.errors import RunFailedError, UserError, echo
 from hetero_fl.utils.processes import (
-    adopt_environment,
-    exit_with_parent,
+    begin_worker,
     ignore_interrupts_in_children,
     worker_context,
 )
@@ -227,8 +226,7 @@ def _exchange(connection: Connection, envelope: Envelope, end: float) -> Envelop
 
 def _run_site(site: SiteConfig, connection: Connection, environ: Mapping[str, str]) -> None:
     """Run a site until its parent process ends or kills it."""
-    adopt_environment(environ)
-    exit_with_parent()
+    begin_worker(environ)
     log = os.open(Path(site.folder) / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())

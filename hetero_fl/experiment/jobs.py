@@ -28,8 +28,7 @@ from hetero_fl.utils.errors import ArgumentError, RunFailedError, UserError
 from hetero_fl.utils.processes import (
     ADVICE,
     UNGUARDED,
-    adopt_environment,
-    exit_with_parent,
+    begin_worker,
     ignore_interrupts_in_children,
     worker_context,
 )
@@ -262,8 +261,7 @@ def _work(
     sender: Connection, environ: Mapping[str, str], objects: bytes, task: Callable[[], None]
 ) -> None:
     """Execute a task in a new process, and send its error message or None, and its warnings."""
-    adopt_environment(environ)
-    exit_with_parent()
+    begin_worker(environ)
     unpack_objects(objects)
     use_one_core()
     message = None

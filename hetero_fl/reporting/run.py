@@ -31,8 +31,8 @@ from hetero_fl.utils.code_permission import (
     AllowCode,
     also_allow,
     check_code,
+    code_reference,
     find_references,
-    reference_to,
 )
 from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
 from hetero_fl.utils.extras import check_extra
@@ -110,7 +110,7 @@ class Run:
             raise ArgumentError(f"models: expected modules keyed by client id, got {found}")
         if models:
             # The classes of these modules have been imported.
-            self.permission = also_allow(allow_code, map(reference_to, models.values()))
+            self.permission = also_allow(allow_code, map(code_reference, models.values()))
         for name, model in (models or {}).items():
             self._restore_object(name, model)
 
@@ -322,7 +322,7 @@ class Run:
     def _restore_object(self, client: str, model: Any) -> None:
         self._check_client("models", client)
         saved = self._read_model(client)
-        if saved.arch.name != reference_to(model):
+        if saved.arch.name != code_reference(model):
             self.keep(saved.restore_object(model, f"models: '{client}'"))
 
     def model_file(self, name: str) -> Path:

@@ -59,13 +59,13 @@ def find_references(tree: object) -> dict[str, str]:
     return found
 
 
-def reference_to(value: object) -> str:
+def code_reference(value: object) -> str:
     """Return the reference to a class or function, or to the class of another object.
 
     Example:
         >>> from fractions import Fraction
-        >>> from hetero_fl.utils.code_permission import reference_to
-        >>> reference_to(Fraction), reference_to(Fraction(1, 2))
+        >>> from hetero_fl.utils.code_permission import code_reference
+        >>> code_reference(Fraction), code_reference(Fraction(1, 2))
         ('python:fractions:Fraction', 'python:fractions:Fraction')
     """
     named: object = value if hasattr(value, "__qualname__") else type(value)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.version import __version__
 
 PACKAGES = (
     "torch",
@@ -53,22 +50,6 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def current_commit() -> str:
-    """Return the commit of the package's repository, or the version outside a repository.
-
-    A plus sign marks changes since the commit.
-    """
-    root = Path(__file__).resolve().parents[2]
-    # Without tags, the description is the commit.
-    options = ["--always", "--abbrev=8", "--dirty=+", "--exclude=*"]
-    command = ["git", "-C", str(root), "describe", *options]
-    try:
-        found = subprocess.run(command, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return __version__
-    return found.stdout.strip()
 
 
 def processor_name() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -11,7 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
@@ -67,23 +66,11 @@ def ignore_interrupts_in_children() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def exit_with_parent() -> None:
-    """End this process when its parent has ended, even if it is busy."""
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
-
-
-def _wait_for_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 def is_process_running(pid: int) -> bool:
-    """Return whether a process exists on this machine, including processes of other users."""
+    """Return whether a process of a deployment exists on this machine, also one of another user."""
     if sys.platform == "win32":
-        # On Windows, `os.kill(pid, 0)` interrupts the process instead of testing it.
-        return _is_running_on_windows(pid)
+        # Windows has no deployments, and there, `os.kill(pid, 0)` interrupts the process.
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -91,25 +78,6 @@ def is_process_running(pid: int) -> bool:
     except OSError:
         return True
     return True
-
-
-# Constants of the Windows API.
-SYNCHRONIZE = 0x100000
-WAIT_TIMEOUT = 0x102
-ACCESS_DENIED = 5
-
-
-def _is_running_on_windows(pid: int) -> bool:
-    # Other systems have no `windll`.
-    kernel: Any = getattr(ctypes, "windll").kernel32  # noqa: B009
-    handle = kernel.OpenProcess(SYNCHRONIZE, False, pid)
-    if not handle:
-        # A process of another user cannot be opened.
-        return bool(kernel.GetLastError() == ACCESS_DENIED)
-    try:
-        return bool(kernel.WaitForSingleObject(handle, 0) == WAIT_TIMEOUT)
-    finally:
-        kernel.CloseHandle(handle)
 
 
 # Modules that every worker process imports. Creating an optimizer imports torch._dynamo.
@@ -138,10 +106,22 @@ def worker_context(*modules: str) -> ForkServerContext | SpawnContext:
     return context
 
 
-def adopt_environment(environ: Mapping[str, str]) -> None:
-    """Replace all environment variables of this process.
+def begin_worker(environ: Mapping[str, str]) -> None:
+    """Prepare this process for the work of its parent.
 
-    A process that is forked from a server process starts with the variables of the server process.
+    The process ends when its parent has ended, even if it is busy.
+
+    Args:
+        environ: Environment variables of the parent, which replace those of this process. A process
+            that is forked from a server process starts with the variables of the server process.
     """
     os.environ.clear()
     os.environ.update(environ)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

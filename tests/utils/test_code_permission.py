@@ -392,6 +392,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).path
 
 
+def write_checksums() -> None:
+    """Make the checksums of `run` those of its files."""
+    directory = RunDirectory.open("run")
+    directory.rewind_metrics(len(directory.lines()))
+    directory.finish(directory.summary())
+
+
 def crafted(run: Path, name: str, what: str) -> None:
     """Copy a run to `run` and make its config or models name code, with valid checksums."""
     shutil.copytree(run, "run")
@@ -407,8 +414,7 @@ def crafted(run: Path, name: str, what: str) -> None:
             about["architecture"]["name"] = name
             about["architecture"]["options"] = []
             save_file(tensors, path, {"hetero_fl": json.dumps(about)})
-    directory = RunDirectory.open("run")
-    directory.finish(directory.summary())
+    write_checksums()
 
 
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
@@ -469,8 +475,7 @@ def test_model_of_a_client_requires_no_code_of_others(
 ) -> None:
     crafted(finished, f"{trap}Net", "models")
     shutil.copy(finished / "models" / "site_2.safetensors", "run/models")
-    directory = RunDirectory.open("run")
-    directory.finish(directory.summary())
+    write_checksums()
     evaluate = ["evaluate", "run", "--data", "digits"]
     export = ["export", "run", "--format", "safetensors"]
 

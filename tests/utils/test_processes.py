@@ -44,7 +44,7 @@ def test_fork_server_imports_start_no_threads() -> None:
 
 
 def read_variable(name: str, connection: Any, environ: dict[str, str]) -> None:
-    processes.adopt_environment(environ)
+    processes.begin_worker(environ)
     connection.send(os.environ.get(name))
 
 

@@ -29,8 +29,7 @@ from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.processes import (
     ADVICE,
     UNGUARDED,
-    adopt_environment,
-    exit_with_parent,
+    begin_worker,
     ignore_interrupts_in_children,
     worker_context,
 )
@@ -144,9 +143,8 @@ def serve_jobs(
         index: Index of the worker.
         environ: Environment variables of the parent process, which are adopted.
     """
-    adopt_environment(environ)
+    begin_worker(environ)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    exit_with_parent()
     worker = Worker(setup, index)
     messages = MessageConnection(connection)
     while True:

@@ -61,8 +61,8 @@ class GivenModel(UserModel):
 
     Raises:
         TypeError: If `model` is neither a module nor callable.
-        ModelError: If the module has tensors that cannot be read (see `check_tensors`), or that
-            have no values (device meta).
+        ModelError: If the module has tensors that cannot be read (see `check_tensors`), that have
+            no values (device meta), or that have hooks.
 
     Example:
         >>> from torch import nn
@@ -95,6 +95,11 @@ class GivenModel(UserModel):
             # A name does not tell devices, so this module could be mistaken for an equal one.
             if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
                 raise ModelError("the module has no weights (device meta); create it on a device")
+            if hooked := [name for name, p in model.named_parameters() if _has_hooks(p)]:
+                raise ModelError(
+                    f"the parameter '{hooked[0]}' has a hook, which copies of the module lose; "
+                    "pass a function that creates the module"
+                )
             self._described = {**_describe_module(model, caches), "head": str(head)}
             text = ADDRESS.sub("", str(self._described))
             self._identity = str(self._described)
@@ -287,6 +292,10 @@ def _own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
         own |= {name: part._buffers[name] for name in part._non_persistent_buffers_set}
         for name, value in own.items():
             yield f"{path}.{name}".removeprefix("."), value
+
+
+def _has_hooks(parameter: nn.Parameter) -> bool:
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def _describe_module(module: nn.Module, caches: Collection[str]) -> dict[str, str]:

@@ -56,7 +56,11 @@ class Task:
     is_numbered: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Check that files can contain the names, such as those of folders of classes."""
+        """Check that each output has a name of its own, which files can contain."""
+        if self.names and (len(self.names) != self.outputs or len(set(self.names)) < self.outputs):
+            raise UserError(
+                f"names: expected {self.outputs} different names of outputs, got {self.names}"
+            )
         for name in self.names:
             try:
                 name.encode()

@@ -307,18 +307,19 @@ def _mark_rare_class(dataset: Dataset) -> Dataset:
 
 
 def _check_classes(dataset: Dataset, config: DataConfig) -> None:
-    """Check that a multiclass data set has at least two classes.
+    """Check that the training rows of a multiclass data set have at least two classes.
 
     Raises:
-        UserError: If the task has a single class.
+        UserError: If there is a single class.
     """
     task = dataset.task
-    if task.kind == "multiclass" and task.outputs < 2:
+    found = torch.arange(task.outputs) if dataset.train.y is None else dataset.train.y.unique()
+    if task.kind == "multiclass" and (task.outputs < 2 or len(found) == 1):
         where = f"data.path: {config.path}" if config.path else f"data.name: {dataset.name}"
         column = f"column '{config.label}'" if config.label else "labels"
         empty = format_list(dataset.empty_classes, quote=True)
         raise UserError(
-            f"{where}: {column}: needs two classes, got '{task.output_names[0]}' in all "
+            f"{where}: {column}: needs two classes, got '{task.output_names[found[0]]}' in all "
             f"{len(dataset.train):,} rows" + (f"; found no images of {empty}" if empty else "")
         )
 

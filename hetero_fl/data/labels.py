@@ -164,7 +164,7 @@ def _text_labels(
             f"{where}: expected text labels of shape ({len(array)},), got shape {array.shape}"
         )
     for row, label in enumerate(labels):
-        if not isinstance(label, str):
+        if not isinstance(label, str) or not label.strip():
             raise UserError(
                 f"{where}: {names.row(row)}: expected text as in other rows, got {label!r}"
             )

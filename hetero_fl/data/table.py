@@ -33,6 +33,7 @@ from hetero_fl.data.dataset import Block, Dataset, Examples, Vocabulary, concate
 from hetero_fl.data.labels import Kind, read_labels
 from hetero_fl.utils.arrays import index_names, missing_entries, owner_list, plain_array
 from hetero_fl.utils.errors import UserError, check_names, printable
+from hetero_fl.utils.text import format_list
 
 SPLITS = ("train", "validation", "test")
 """Splits of the rows of a table."""
@@ -125,6 +126,7 @@ def build(
     inputs, of_inputs = _read_inputs(
         tables, described.get("columns", ()), described.get("vocabulary"), channels
     )
+    _check_columns(described.get("columns", ()), inputs[0], where)
     for line in remarks if warn else ():
         warnings.warn(printable(line), UserWarning, stacklevel=3)
     parts: dict[str, list[_Part]] = {}
@@ -265,6 +267,15 @@ def _check_series(raw: Mapping[str, Tensor], columns: tuple[str, ...], names: Ex
                 f"{where}: columns: expected {x.shape[-1]} names for floats of shape {shape}, got "
                 f"{len(columns)}"
             )
+
+
+def _check_columns(columns: Sequence[str], x: Tensor, where: str) -> None:
+    """Check that each column of a table, or each channel of a series, has a name of its own."""
+    if columns and (
+        len(set(columns)) < len(columns) or (x.ndim == 2 and len(columns) != x.shape[1])
+    ):
+        expected = f"{x.shape[-1]} different names" if x.ndim == 2 else "different names"
+        raise UserError(f"{where}: columns: expected {expected}, got {format_list(columns)}")
 
 
 def _to_channels_first(x: Tensor, where: str, documented: str) -> Tensor:

@@ -315,9 +315,8 @@ def split(
         raise UserError(f"split: task: expected {dataset.task.kind} as in the data, got {kind}")
     if isinstance(task, Task):
         dataset = with_task(dataset, numbered_task(task, [dataset.task]), "data", "task")
-    config = DataConfig.model_validate(
-        {} if partition is None else {"partition": plain_value(partition)}
-    )
+    given = {} if partition is None else {"partition": plain_value(partition)}
+    config = DataConfig(**given)
     rows = torch.arange(len(dataset.train))
     with errors_with_arguments():
         shares = assign_rows(

@@ -98,6 +98,7 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
         "train_labels: expected shape (N,) or (N, L), got (30, 1, 1)",
     ),
     ({"train_labels": np.array([None] * 30)}, "not a readable .npz file"),
+    ({"val_images": None}, "array 'val_images' not found, which 'val_labels' needs; add it"),
     ({"val_labels": None}, "array 'val_labels' not found, which 'val_images' needs; add it"),
     (
         {"train_images": None},

@@ -239,7 +239,7 @@ def read_image_table(
 
 def _pattern(config: SourceConfig) -> list[str]:
     """Return text and columns of the pattern of file names in turn, with text at both ends."""
-    for key in ("file", "label"):
+    for key in ("file", "label", *(("time",) if config.span is not None else ())):
         if getattr(config, key) is None:
             raise UserError(f"{key}: missing; name a column of the table")
     file = str(config.file)
@@ -280,6 +280,8 @@ def _read_frame(
         "time": [config.time],
     }
     check_columns(frame, [(key, name) for key, names in named.items() for name in names], path)
+    if leaked := {*named["blocks"]} & {*named["label"]}:
+        raise UserError(f"blocks: column '{leaked.pop()}' is the label; remove it")
     if len(frame) == 0:
         raise UserError(f"{where}: has no rows")
     named_rows = frame.dropna(subset=list(file)) if config.blocks else frame

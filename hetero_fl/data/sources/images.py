@@ -84,7 +84,7 @@ FOLDER_SPLITS = {
     "validation": "validation",
     "test": "test",
 }
-"""Split of a data set, keyed by the name of a folder."""
+"""Split of a data set, keyed by the name of a folder in lower case."""
 
 
 @register_source("image_folder", keys=("path", "group", "patient", "size", "stream"))
@@ -242,13 +242,13 @@ def _split_folders(path: Path) -> dict[str, Path]:
     A folder without folders of splits is that of the training rows.
     """
     folders = _folders(path)
-    if not any(folder.name in FOLDER_SPLITS for folder in folders):
+    names = [folder.name.lower() for folder in folders]
+    if not any(name in FOLDER_SPLITS for name in names):
         return {"train": path}
-    names = [folder.name for folder in folders]
     check_names(names, FOLDER_SPLITS, f"path: {path}: unknown split folder")
     splits: dict[str, Path] = {}
-    for folder in folders:
-        split = FOLDER_SPLITS[folder.name]
+    for folder, name in zip(folders, names, strict=True):
+        split = FOLDER_SPLITS[name]
         first = splits.setdefault(split, folder)
         if first != folder:
             raise UserError(

@@ -144,11 +144,13 @@ def read_npz(
     tables = []
     for split, prefix in PREFIXES.items():
         names = ExampleNames(f"{prefix}_images", f"{prefix}_labels", in_config=True)
-        if names.x not in arrays:
+        found = arrays.keys() & {names.x, names.y}
+        if not found:
             continue
-        if labeled and names.y not in arrays:
+        if labeled and len(found) == 1:
+            missing = names.y if names.x in found else names.x
             raise UserError(
-                f"{where}: array '{names.y}' not found, which '{names.x}' needs; add it"
+                f"{where}: array '{missing}' not found, which '{found.pop()}' needs; add it"
             )
         x: Any = arrays[names.x] if root is None else map_images(path / f"{names.x}.npy", root)
         tables.append(Table(x, arrays.get(names.y), split, where, names))

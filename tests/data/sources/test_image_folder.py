@@ -89,6 +89,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], dict[str, Any], str]] = [
     ("none", lambda d: d.rmdir(), {}, "data.path: folder 'DIR' not found"),
     ("empty", save_all(), {}, "expected images as CLASS/"),
     ("split", save_all("train/a", "other/a"), {}, "unknown split folder 'other'"),
+    ("upper case", save_all("Test/a"), {}, "folder 'train' not found, only test"),
     ("test only", save_all("test/a"), {}, "folder 'train' not found, only test"),
     (
         "two names",

@@ -169,6 +169,8 @@ MISTAKES: list[tuple[str, str, dict[str, Any], str]] = [
     ("", "", {"time": "date"}, "^data.time: column 'date' not found"),
     ("", "", {"blocks": {"a": ["agee"]}}, "^data.blocks: column 'agee' not found"),
     ("", "", {"blocks": {"a": ["site"]}}, "row 1, column 'site': expected a number, got"),
+    ("", "", {"label": "age", "blocks": {"a": ["age"]}}, "^data.blocks: column 'age' is the label"),
+    ("", "", {"span": 3}, "^data.time: missing; name a column of the table"),
     ("", "", {"splits": {"folds": {"val": "test"}}}, "^data.splits: column 'folds' not found"),
     ("", "", {"splits": {"fold": {"dev": "test"}}}, "expected the value 'dev' of data.splits, got"),
     ("", "", {"splits": {"fold": {"val": "train"}}}, "row 1, column 'fold': unknown split 'train'"),

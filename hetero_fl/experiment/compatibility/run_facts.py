@@ -125,7 +125,7 @@ class RunFacts(UploadFacts):
         leaders: dict[object, str] = {}
         for name, owner in owners.items():
             leader = leaders.setdefault(get_object(name).signature, name)
-            if names := get_object(leader).differences(get_object(name)):
+            if name != leader and (names := get_object(leader).differences(get_object(name))):
                 found = format_list(names, 3, quote=True)
                 return {"one": owners[leader], "other": owner, "names": found}
         return None

@@ -142,7 +142,7 @@ class Progress:
         # A simulation may have many failures, so only their number is logged.
         if "simulated" not in record:
             for client, reason in record["failed"].items():
-                self.log(f"round {completed}: {client} dropped ({reason})")
+                self.log(Caution(f"round {completed}: {client} dropped ({reason})"))
         if ("counts" in record or "diverged" in record) and (arrivals := format_arrivals(record)):
             self.log(f"round {completed}: {arrivals}")
         for client, reason in record.get("absent", {}).items():

@@ -36,7 +36,7 @@ def test_quiet_progress_prints_evaluated_rounds(
     lines = shown.getvalue().splitlines()
     assert lines[0] == "6 clients, 5 rounds"
     assert lines[1].startswith(
-        "round 2: hospital_2 dropped (loss or parameters of 'model' are not finite)"
+        "warning: round 2: hospital_2 dropped (loss or parameters of 'model' are not finite)"
     )
     assert [line.split()[1] for line in lines[2:-1]] == ["2/5", "4/5", "5/5"]
     assert (

@@ -230,7 +230,7 @@ def test_sharing_interval_of_two_rounds() -> None:
     )
     rounds.run_round()
     assert not same_bits(start, rounds.server.models[group])
-    with pytest.raises(UserError, match="share_every.*per_round"):
+    with pytest.raises(UserError, match=r"share_every.*per_round"):
         prepare(config("fedavg", clients__defaults={"share_every": 2}, clients__per_round=2))
 
 

@@ -182,7 +182,7 @@ def test_malformed_rows_are_named(
             ({"x": IMAGES, "y": Evil()}, r"it uses '\w+\.system'"),
             ({"x": [IMAGES[:1]] * 10**5, "y": [0, 1, 0]}, "x: expected 3 rows as in y, got 100000"),
             (
-                {"x": [np.zeros((1, 300, 300))] * 10**6, "y": [0, 1] * 500_000},
+                {"x": [np.zeros((1, 1000, 1000))] * 90_000, "y": [0, 1] * 45_000},
                 "x: needs 670.6 GiB of",
             ),
         )

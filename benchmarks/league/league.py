@@ -21,8 +21,8 @@ from benchmarks.league.results import METRICS, BenchmarkResults, repetition_tabl
 from benchmarks.league.tuning import choices_of
 from hetero_fl.config.load import read_config_file
 from hetero_fl.core.task import Task
+from hetero_fl.experiment.comparison.jobs import KILLED, Job, run_jobs
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.experiment.jobs import KILLED, Job, run_jobs
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.federation.cost import expected_cost
 from hetero_fl.reporting.comparison.report import comparison_row

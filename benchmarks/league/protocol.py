@@ -11,8 +11,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from hetero_fl.config.base import ConfigSection
 from hetero_fl.core.metrics import CLASSIFICATION, MANY, RANKING, RARE, REGRESSION
-from hetero_fl.experiment.jobs import Variant
-from hetero_fl.experiment.study import read_section
+from hetero_fl.experiment.comparison.jobs import Variant
+from hetero_fl.experiment.comparison.study import read_section
 from hetero_fl.utils.errors import UserError, check_names
 
 PROTOCOL = "protocol.yaml"

@@ -38,8 +38,8 @@ from benchmarks.common import seed_list
 from benchmarks.science.htfllib_models import FAMILIES
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import load_source
-from hetero_fl.experiment.jobs import Variant
-from hetero_fl.experiment.study import Study
+from hetero_fl.experiment.comparison.jobs import Variant
+from hetero_fl.experiment.comparison.study import Study
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.registry import split_label

@@ -26,7 +26,7 @@ from hetero_fl.utils.errors import UserError, echo
 from hetero_fl.utils.text import split_top_level
 
 if TYPE_CHECKING:
-    from hetero_fl.experiment.study import Study
+    from hetero_fl.experiment.comparison.study import Study
     from hetero_fl.utils.code_permission import AllowCode
 
 
@@ -200,7 +200,7 @@ def compare(
     """
     from hetero_fl import experiment
     from hetero_fl.cli.printing import print_comparison
-    from hetero_fl.experiment.study import Study
+    from hetero_fl.experiment.comparison.study import Study
 
     loaded = Study.load(study) if study else None
     source = _option_or_study("config", config, loaded)

@@ -1,7 +1,7 @@
 """Functions that prepare, run, compare, evaluate, audit, export and join federated runs."""
 
 from hetero_fl.experiment.auditing.audit import audit
-from hetero_fl.experiment.comparison import compare
+from hetero_fl.experiment.comparison.compare import compare
 from hetero_fl.experiment.evaluation import evaluate
 from hetero_fl.experiment.exporting.export import export
 from hetero_fl.experiment.joining.join import join

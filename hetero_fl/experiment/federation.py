@@ -38,7 +38,7 @@ from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfi
 from hetero_fl.core.task import Task
 from hetero_fl.data.labels import Kind
 from hetero_fl.experiment.client import Client, column_name, plain_value
-from hetero_fl.experiment.comparison import compare
+from hetero_fl.experiment.comparison.compare import compare
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.datasets import FederationDatasets, plain_source
 from hetero_fl.experiment.preparation import PreparedRun, prepare

@@ -17,7 +17,7 @@ from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.code_permission import AllowCode
 
 if TYPE_CHECKING:
-    from hetero_fl.experiment.jobs import Point, Source, Variant
+    from hetero_fl.experiment.comparison.jobs import Point, Source, Variant
 
 METHOD_DEFAULT = "default of the method"
 """Origin of client options that a method enables by default."""

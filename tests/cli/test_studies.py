@@ -12,9 +12,9 @@ import hetero_fl
 from hetero_fl.cli import main
 from hetero_fl.config import expand_population
 from hetero_fl.core.task import Task
+from hetero_fl.experiment.comparison.jobs import Variant
+from hetero_fl.experiment.comparison.study import Study
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.experiment.jobs import Variant
-from hetero_fl.experiment.study import Study
 from hetero_fl.reporting.comparison.plots import write_curves
 from tests.support.cases import each_case
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.config.errors import CUSTOM_ERROR_TYPES, EXPECTED, LIMITS, describe_error
 from hetero_fl.config.schema import Config
-from hetero_fl.experiment.study import Study
+from hetero_fl.experiment.comparison.study import Study
 from tests.support.cases import each_case
 
 ERRORS_OF_NODE: dict[str, set[str]] = {

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.experiment import comparison
-from hetero_fl.experiment.jobs import Job, run_job
+from hetero_fl.experiment.comparison import compare as comparison
+from hetero_fl.experiment.comparison.jobs import Job, run_job
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import hetero_fl
 from benchmarks.league.protocol import Benchmark
 from hetero_fl.cli import main
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.experiment.comparison import NO_REPORT as NO_REPORT_OF_TRIALS
+from hetero_fl.experiment.comparison.compare import NO_REPORT as NO_REPORT_OF_TRIALS
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
 from tests.support.federations import config

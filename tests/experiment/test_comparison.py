@@ -14,9 +14,10 @@ import pytest
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.cli import main
 from hetero_fl.core.task import Task
-from hetero_fl.experiment import compare, comparison
-from hetero_fl.experiment.jobs import Job, Variant, run_job
-from hetero_fl.experiment.tuning import Grid, best_trial, rate
+from hetero_fl.experiment import compare
+from hetero_fl.experiment.comparison import compare as comparison
+from hetero_fl.experiment.comparison.jobs import Job, Variant, run_job
+from hetero_fl.experiment.comparison.tuning import Grid, best_trial, rate
 from hetero_fl.reporting.formatting import algorithm_base, algorithm_name
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import RunFailedError, UserError

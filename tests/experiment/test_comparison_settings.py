@@ -10,7 +10,7 @@ import yaml
 
 from hetero_fl.cli import main
 from hetero_fl.experiment import compare
-from hetero_fl.experiment.jobs import Variant
+from hetero_fl.experiment.comparison.jobs import Variant
 from hetero_fl.experiment.used_settings import used_settings
 from hetero_fl.reporting.comparison.facts import Setting
 from hetero_fl.utils.errors import UserError

@@ -17,8 +17,9 @@ import pytest
 import yaml
 
 from hetero_fl.cli import main
-from hetero_fl.experiment import compare, jobs, run
-from hetero_fl.experiment.jobs import Job, Variant
+from hetero_fl.experiment import compare, run
+from hetero_fl.experiment.comparison import jobs
+from hetero_fl.experiment.comparison.jobs import Job, Variant
 from hetero_fl.reporting.run_directory import RunDirectory, lock_folder
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.processes import UNGUARDED

@@ -211,7 +211,7 @@ def test_resume_command_names_the_script_as_started(
         ),
         ("reporting.run.Run", ["join", "a run", "--data", "digits"], "interrupted\n"),
         (
-            "experiment.comparison.plan_comparison",
+            "experiment.comparison.compare.plan_comparison",
             ["compare", "--config", "c.yaml", "--algorithms", "local", "--out", "a b"],
             "interrupted; to resume: hetero-fl compare --config c.yaml --algorithms local "
             "--out 'a b'\n",

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import hetero_fl
-from hetero_fl.experiment import comparison
-from hetero_fl.experiment.jobs import Job, Point
-from hetero_fl.experiment.tuning import (
+from hetero_fl.experiment.comparison import compare as comparison
+from hetero_fl.experiment.comparison.jobs import Job, Point
+from hetero_fl.experiment.comparison.tuning import (
     BATCH,
     Budget,
     OptunaSearch,

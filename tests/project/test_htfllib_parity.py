@@ -12,8 +12,8 @@ import torch
 from benchmarks.science import htfllib_parity as parity
 from benchmarks.science.htfllib_models import FAMILIES, FEATURE_DIM
 from benchmarks.science.htfllib_split import main as write_split_command, write_split
+from hetero_fl.experiment.comparison.study import Study
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.experiment.study import Study
 from hetero_fl.utils.errors import UserError
 from model_zoo import create_model
 from tests.support.cases import each_case

@@ -15,7 +15,7 @@ from benchmarks.league import league
 from benchmarks.league.archive import RunArchive
 from benchmarks.league.league import main, repeat_row, run_league
 from benchmarks.league.results import BenchmarkResults, repetition_table
-from hetero_fl.experiment.jobs import KILLED, Job, run_job
+from hetero_fl.experiment.comparison.jobs import KILLED, Job, run_job
 from hetero_fl.utils.errors import RunFailedError, UserError
 
 CONFIG = {

@@ -346,7 +346,7 @@ def test_file_changed_during_compare_runs_no_code(
     later = config(
         "fml", "mlp", 2, rounds=1, **BARE, algorithm={"name": "fml", "mentee": f"{trap}Net"}
     )
-    monkeypatch.setattr("hetero_fl.experiment.comparison_plan.read_config_file", lambda path: later)
+    monkeypatch.setattr("hetero_fl.experiment.comparison.plan.read_config_file", lambda path: later)
     with pytest.raises(UserError, match="names code"):
         hetero_fl.compare(file, ["fml"], out="all")
     assert not Path("imported").exists()

@@ -36,7 +36,7 @@ assert threading.active_count() == 1
 def test_fork_server_imports_start_no_threads() -> None:
     modules = [
         "hetero_fl.federation.executors.processes",
-        "hetero_fl.experiment.jobs",
+        "hetero_fl.experiment.comparison.jobs",
         "hetero_fl.deployment.flower.worker",
     ]
     code = IMPORTS.format(names=[*processes.PRELOADED, *modules])

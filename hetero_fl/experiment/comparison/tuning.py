@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hetero_fl.core.task import Task
-from hetero_fl.experiment.jobs import Job, Point
+from hetero_fl.experiment.comparison.jobs import Job, Point
 from hetero_fl.federation.evaluation import Record
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.reporting.summary import mean_validation_score

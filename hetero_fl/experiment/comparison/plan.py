@@ -10,10 +10,10 @@ from hetero_fl.algorithms import register_algorithm
 from hetero_fl.config import Config
 from hetero_fl.config.load import read_config_file
 from hetero_fl.core.task import Task
+from hetero_fl.experiment.comparison.jobs import Job, Point, Source, Variant, check_same_run
+from hetero_fl.experiment.comparison.tuning import Budget, Grid, OptunaSearch, Space
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.experiment.jobs import Job, Point, Source, Variant, check_same_run
 from hetero_fl.experiment.preparation import prepare
-from hetero_fl.experiment.tuning import Budget, Grid, OptunaSearch, Space
 from hetero_fl.experiment.used_settings import used_settings
 from hetero_fl.reporting.comparison.facts import UsedSettings
 from hetero_fl.reporting.run_loggers import check_loggers

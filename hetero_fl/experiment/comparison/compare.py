@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hetero_fl.config.load import Overrides, override_list
-from hetero_fl.experiment.comparison_plan import ComparisonPlan, plan_comparison
-from hetero_fl.experiment.jobs import Job, Point, Source, Variant, run_jobs
-from hetero_fl.experiment.tuning import (
+from hetero_fl.experiment.comparison.jobs import Job, Point, Source, Variant, run_jobs
+from hetero_fl.experiment.comparison.plan import ComparisonPlan, plan_comparison
+from hetero_fl.experiment.comparison.tuning import (
     Grid,
     OptunaSearch,
     Rating,

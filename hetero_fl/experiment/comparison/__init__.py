@@ -1,0 +1,1 @@
+"""Comparisons of methods: validated runs, worker processes and tuning of settings."""

@@ -16,12 +16,12 @@ import torch
 
 from benchmarks.common import seed_list
 from benchmarks.league.archive import ConfigArchive, RunArchive
-from benchmarks.league.protocol import Benchmark, BenchmarkRow, Values
+from benchmarks.league.protocol import Benchmark, BenchmarkRow
 from benchmarks.league.results import METRICS, BenchmarkResults, repetition_table
 from benchmarks.league.tuning import choices_of
 from hetero_fl.config.load import read_config_file
 from hetero_fl.core.task import Task
-from hetero_fl.experiment.comparison.jobs import KILLED, Job, run_jobs
+from hetero_fl.experiment.comparison.jobs import KILLED, Job, Point, run_jobs
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.federation.cost import expected_cost
@@ -42,7 +42,7 @@ ARCHIVE = Path("docs/benchmark")
 VALIDATION_COLUMNS = ("validation_score", "validation_local", "validation_global")
 """Columns with the validation scores after the last round, the first of which is the mean."""
 
-Work = tuple[BenchmarkRow, Values, int]
+Work = tuple[BenchmarkRow, Point, int]
 """A run: the row, its tuned settings and the seed."""
 RepeatedScores = dict[str, dict[int, tuple[float, float]]]
 """The archived and the repeated score of each seed, keyed by column of the archive and seed."""
@@ -98,10 +98,11 @@ class League:
             self._tune(name, source, configs)
         choices = choices_of(self.plan, name, self.archive)
         seeds = self.plan.protocol.seeds
-        work = [(row, choices[row.name].settings, seed) for seed in seeds for row in rows]
+        points = {row.name: row.overrides(choices[row.name].settings) for row in rows}
+        work = [(row, points[row.name], seed) for seed in seeds for row in rows]
         reported = RunArchive(self.archive / f"{name}.csv")
         self._execute(name, source, work, configs, reported, is_tuning=False)
-        reported.arrange([_key(row, row.overrides(values), seed) for row, values, seed in work])
+        reported.arrange([_key(*run) for run in work])
 
     def _check_tuned(self, name: str, tuned_as: str) -> None:
         """Raise UserError if another federation has no tuned settings for a row of this one."""
@@ -123,10 +124,10 @@ class League:
                 _drop_outdated(row, configs, trials)
             choices = choices_of(self.plan, name, self.archive)
             work = [
-                (row, values, seed)
+                (row, point, seed)
                 for row in rows
                 for seed in seeds
-                for values in choices[row.name].remaining
+                for point in choices[row.name].remaining
             ]
             if not work:
                 return
@@ -150,8 +151,7 @@ class League:
             UserError: If the settings of a run are invalid. In this case, no run is started.
         """
         pending: dict[Job, BenchmarkRow] = {}
-        for row, values, seed in work:
-            point = row.overrides(values)
+        for row, point, seed in work:
             found = archive.rows.get(_key(row, point, seed))
             if not found or found["config_hash"] != configs.hash_of(row.name, ":".join(point)):
                 pending[Job.in_folder(self.out / name, row.variant, point, seed)] = row

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.league.archive import RunArchive
 from benchmarks.league.protocol import Benchmark, BenchmarkRow, Tuning, Values
+from hetero_fl.experiment.comparison.jobs import Point
+from hetero_fl.experiment.comparison.tuning import Rating, Ratings, Trial
+from hetero_fl.utils.text import split_top_level
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,12 @@ class TunedSettings:
 
     Attributes:
         settings: The chosen settings.
-        remaining: Trials to run before the next choice. Empty if all settings are chosen.
+        remaining: Points to run before the next choice. Empty if all settings are chosen.
         tuned: The values that were tried, in the order of the choices.
     """
 
     settings: Values
-    remaining: list[Values] = field(default_factory=list)
+    remaining: list[Point] = field(default_factory=list)
     tuned: tuple[TunedKey, ...] = ()
 
     @property
@@ -61,48 +64,8 @@ LEARNING_RATE = "learning rate"
 FINAL_LEARNING_RATE = "learning rate, at the other values"
 
 
-def next_trials(row: BenchmarkRow, tuning: Tuning, scores: Mapping[str, float]) -> TunedSettings:
-    """Choose the settings of a row as far as the scores of its trials allow.
-
-    The learning rate is chosen first, with the first value of all other settings. The other
-    settings are then chosen in order, each at the values chosen before. Finally, the learning rate
-    is compared with its neighbors again, because its best value depends on the other settings.
-
-    Args:
-        row: The row.
-        tuning: Learning rates to try, and further values of settings.
-        scores: Mean validation score of finished trials, keyed by their settings as text. Larger is
-            better.
-    """
-    settings: Values = dict.fromkeys(tuning.keys, tuning.learning_rates[0])
-    settings |= {key: values[0] for key, values in row.tuned.items()}
-    grids = [_Grid(LEARNING_RATE, tuning.keys, tuning.learning_rates, tuning.wider)]
-    for key, values in row.tuned.items():
-        grids.append(_Grid(key, [key], values, tuning.wider_settings.get(key, ())))
-    grids.append(_Grid(FINAL_LEARNING_RATE, tuning.keys, (), tuning.wider))
-    return _choose(row, settings, grids, scores)
-
-
-def next_retuning_trials(
-    row: BenchmarkRow,
-    chosen: TunedSettings,
-    retuned: Mapping[str, Sequence[Any]],
-    scores: Mapping[str, float],
-) -> TunedSettings:
-    """Choose some settings of a row again, at the other settings of another federation.
-
-    Args:
-        row: The row.
-        chosen: The settings that were chosen in the other federation.
-        retuned: Values to try, keyed by setting, in order.
-        scores: Mean validation score of finished trials, as in `next_trials`.
-    """
-    settings = chosen.settings | {key: values[0] for key, values in retuned.items()}
-    grids = [_Grid(key, [key], values, ()) for key, values in retuned.items()]
-    return _choose(row, settings, grids, scores)
-
-
-class _Grid(NamedTuple):
+@dataclass(frozen=True)
+class SettingGrid:
     """Values to try for one setting.
 
     Attributes:
@@ -115,39 +78,91 @@ class _Grid(NamedTuple):
     name: str
     keys: Sequence[str]
     values: Sequence[Any]
-    wider: Sequence[Any]
+    wider: Sequence[Any] = ()
 
 
-def _choose(
-    row: BenchmarkRow, settings: Values, grids: Sequence[_Grid], scores: Mapping[str, float]
-) -> TunedSettings:
-    """Choose settings one after the other, starting with the given settings."""
-    tuned: list[TunedKey] = []
-    for name, keys, first_values, wider in grids:
-        values = list(first_values) or [settings[keys[0]]]
-        while True:
-            trials = [settings | dict.fromkeys(keys, value) for value in values]
-            texts = [":".join(row.overrides(trial)) for trial in trials]
-            missing = [t for t, text in zip(trials, texts, strict=True) if text not in scores]
-            if missing:
-                return TunedSettings(settings, missing, tuple(tuned))
-            reached = [scores[text] for text in texts]
-            best = max(range(len(values)), key=lambda index: reached[index])
-            added = _neighbor(values, values[best], wider)
-            if added is None:
-                break
-            values.append(added)
-        settings = trials[best]
-        order = sorted(range(len(values)), key=lambda i: wider.index(values[i]) if wider else i)
-        tuned.append(
-            TunedKey(
-                name,
-                tuple(values[i] for i in order),
-                tuple(reached[i] for i in order),
-                values[best],
-            )
-        )
-    return TunedSettings(settings, [], tuple(tuned))
+@dataclass(frozen=True)
+class Coordinate:
+    """A tuner that chooses settings one after the other, each at the values chosen before.
+
+    Args:
+        row: The row of the benchmark.
+        start: Values before the first choice.
+        grids: Values to try, in the order of the choices.
+    """
+
+    row: BenchmarkRow
+    start: Values
+    grids: Sequence[SettingGrid]
+
+    @classmethod
+    def for_row(cls, row: BenchmarkRow, tuning: Tuning) -> Coordinate:
+        """Create the tuner of a row.
+
+        The learning rate is chosen first, with the first value of all other settings. Finally, it
+        is compared with its neighbors again, because its best value depends on the other settings.
+        """
+        start: Values = dict.fromkeys(tuning.keys, tuning.learning_rates[0])
+        start |= {key: values[0] for key, values in row.tuned.items()}
+        grids = [SettingGrid(LEARNING_RATE, tuning.keys, tuning.learning_rates, tuning.wider)]
+        for key, values in row.tuned.items():
+            grids.append(SettingGrid(key, [key], values, tuning.wider_settings.get(key, ())))
+        grids.append(SettingGrid(FINAL_LEARNING_RATE, tuning.keys, (), tuning.wider))
+        return cls(row, start, grids)
+
+    @classmethod
+    def again(
+        cls, row: BenchmarkRow, chosen: Values, retuned: Mapping[str, Sequence[Any]]
+    ) -> Coordinate:
+        """Create a tuner that chooses some settings again, at other settings that were chosen.
+
+        Args:
+            row: The row.
+            chosen: The settings that were chosen in another federation.
+            retuned: Values to try, keyed by setting, in order.
+        """
+        start = chosen | {key: values[0] for key, values in retuned.items()}
+        return cls(row, start, [SettingGrid(key, [key], found) for key, found in retuned.items()])
+
+    def ask(self, ratings: Ratings) -> list[Point]:
+        """Return the points to run before the next choice. Empty if all settings are chosen."""
+        return self.choose(ratings).remaining
+
+    def trials(self, ratings: Ratings) -> list[Trial]:
+        """Return the rated points."""
+        return [Trial(point, "complete", rating) for point, rating in ratings.items()]
+
+    def choose(self, ratings: Ratings) -> TunedSettings:
+        """Choose the settings as far as the ratings allow."""
+        settings = self.start
+        tuned: list[TunedKey] = []
+        for grid in self.grids:
+            values = list(grid.values) or [settings[grid.keys[0]]]
+            while True:
+                tried = [settings | dict.fromkeys(grid.keys, value) for value in values]
+                points = [self.row.overrides(found) for found in tried]
+                missing = [point for point in points if point not in ratings]
+                if missing:
+                    return TunedSettings(settings, missing, tuple(tuned))
+                scores = [ratings[point].score for point in points]
+                best = scores.index(max(scores))
+                added = _neighbor(values, values[best], grid.wider)
+                if added is None:
+                    break
+                values.append(added)
+            settings = tried[best]
+            tuned.append(_tuned_key(grid, values, scores, best))
+        return TunedSettings(settings, [], tuple(tuned))
+
+
+def _tuned_key(
+    grid: SettingGrid, values: Sequence[Any], scores: Sequence[float], best: int
+) -> TunedKey:
+    order = sorted(
+        range(len(values)), key=lambda i: grid.wider.index(values[i]) if grid.wider else i
+    )
+    ordered = tuple(values[i] for i in order)
+    return TunedKey(grid.name, ordered, tuple(scores[i] for i in order), values[best])
 
 
 def _neighbor(tried: Sequence[Any], best: Any, wider: Sequence[Any]) -> Any:
@@ -172,31 +187,30 @@ def choices_of(benchmark: Benchmark, name: str, archive: Path) -> dict[str, Tune
         other federation, and its remaining trials while these settings are incomplete.
     """
     federation = benchmark.federations[name]
-    seeds = benchmark.protocol.tuning.seeds
+    tuning = benchmark.protocol.tuning
     trials = RunArchive(archive / f"{federation.tuned_as or name}_tuning.csv")
     own_trials = RunArchive(archive / f"{name}_tuning.csv")
     choices = {}
     for row in benchmark.rows_of(name):
-        choice = next_trials(row, benchmark.protocol.tuning, _mean_scores(row, seeds, trials))
+        ratings = _archived_ratings(row, len(tuning.seeds), trials)
+        choice = Coordinate.for_row(row, tuning).choose(ratings)
         retuned = federation.retuned.get(row.name)
         if retuned and not choice.remaining:
-            scores = _mean_scores(row, seeds, own_trials)
-            choice = next_retuning_trials(row, choice, retuned, scores)
+            ratings = _archived_ratings(row, len(tuning.seeds), own_trials)
+            choice = Coordinate.again(row, choice.settings, retuned).choose(ratings)
         choices[row.name] = choice
     return choices
 
 
-def _mean_scores(row: BenchmarkRow, seeds: Sequence[int], trials: RunArchive) -> dict[str, float]:
-    """Return the mean validation scores of the trials of a row that have run with all seeds."""
-    scores: dict[str, list[float]] = {}
+def _archived_ratings(row: BenchmarkRow, num_seeds: int, trials: RunArchive) -> dict[Point, Rating]:
+    """Return the ratings of the points of a row that have run with all seeds."""
+    scores: dict[Point, list[float]] = {}
     for archived in trials.rows.values():
         if (archived["method"], archived["components"]) == (row.method, row.components):
-            text = archived["validation_score"]
-            scores.setdefault(archived["settings"], []).append(
-                float(text) if text else float("-inf")
-            )
+            point = tuple(split_top_level(archived["settings"], ":"))
+            scores.setdefault(point, []).append(float(archived["validation_score"] or "-inf"))
     return {
-        settings: sum(values) / len(values)
-        for settings, values in scores.items()
-        if len(values) >= len(seeds)
+        point: Rating({}, sum(found) / len(found), is_complete=True)
+        for point, found in scores.items()
+        if len(found) >= num_seeds
     }

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import yaml
 
 from benchmarks.league.protocol import BenchmarkRow, Tuning
 from benchmarks.league.tuning import (
     FINAL_LEARNING_RATE,
     LEARNING_RATE,
+    Coordinate,
     TunedSettings,
-    next_trials,
 )
+from hetero_fl.experiment.comparison.jobs import Point
+from hetero_fl.experiment.comparison.tuning import Rating
 
 LADDER = [0.0001, 0.001, 0.01, 0.1, 1.0]
 TUNING = Tuning(
@@ -34,13 +37,19 @@ def tune(
     score: Callable[[dict[str, Any]], float], row: BenchmarkRow = ROW
 ) -> tuple[TunedSettings, int]:
     """Run all trials with a score function, and return the choice and the number of trials."""
-    scores: dict[str, float] = {}
-    while (choice := next_trials(row, TUNING, scores)).remaining:
-        for trial in choice.remaining:
-            text = ":".join(row.overrides(trial))
-            assert text not in scores, "a trial is never repeated"
-            scores[text] = score(trial)
-    return choice, len(scores)
+    tuner = Coordinate.for_row(row, TUNING)
+    ratings: dict[Point, Rating] = {}
+    while points := tuner.ask(ratings):
+        for point in points:
+            assert point not in ratings, "a trial is never repeated"
+            # The values of a point are a configuration in YAML.
+            trial = {key: yaml.safe_load(value) for key, _, value in map(partition, point)}
+            ratings[point] = Rating({}, score(trial), is_complete=True)
+    return tuner.choose(ratings), len(ratings)
+
+
+def partition(setting: str) -> tuple[str, str, str]:
+    return setting.removeprefix("algorithm.").partition("=")
 
 
 def rate_of(trial: dict[str, Any]) -> float:

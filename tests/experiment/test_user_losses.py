@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -277,19 +276,6 @@ class LoggedLoss:
         return self.last  # type: ignore[no-any-return]
 
 
-class Metered:
-    """A loss with slots whose state is that of another object."""
-
-    __slots__ = ("__weakref__", "meter")
-
-    def __init__(self) -> None:
-        self.meter = SimpleNamespace(total=0)
-
-    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        self.meter.total += 1
-        return functional.cross_entropy(logits, y) / self.meter.total
-
-
 class Delayed:
     """A loss that counts its calls, and changes after many of them."""
 
@@ -308,38 +294,6 @@ def counting_loss() -> Callable[[Tensor, Tensor], Tensor]:
         return functional.cross_entropy(logits, y) / len(calls)
 
     return loss
-
-
-class ClassCounts:
-    """A loss whose state is an attribute of the class, and which is used as a method."""
-
-    counts = np.zeros(CLASSES)
-
-    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        self.counts[0] += 1
-        return functional.cross_entropy(logits, y) / float(self.counts[0])
-
-
-ZERO = np.zeros(1)
-
-
-def counted_loss(logits: Tensor, y: Tensor, calls: Any = ZERO) -> Tensor:
-    calls += 1
-    return functional.cross_entropy(logits, y) / float(calls[0])
-
-
-def attribute_loss(logits: Tensor, y: Tensor) -> Tensor:
-    attribute_loss.calls = (*getattr(attribute_loss, "calls", ()), len(y))  # type: ignore[attr-defined]
-    return functional.cross_entropy(logits, y) / len(attribute_loss.calls)  # type: ignore[attr-defined]
-
-
-def next_weight() -> float:
-    ZERO[0] += 1
-    return float(ZERO[0])
-
-
-def indirect_loss(logits: Tensor, y: Tensor) -> Tensor:
-    return functional.cross_entropy(logits, y) / next_weight()
 
 
 GENERATOR = np.random.default_rng(0)
@@ -388,12 +342,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "previous value": Centered(lambda center, mean: mean),
             "part": Wrapped(),
             "variable": counting_loss(),
-            "slot": Metered(),
-            "class": ClassCounts().loss,
-            "default": counted_loss,
-            "function": attribute_loss,
-            "argument": partial(counted_loss, calls=np.zeros(1)),
-            "helper": indirect_loss,
             "generator": noisy_loss,
             "counter": Delayed(),
         }.items()

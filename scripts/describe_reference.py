@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import click
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -43,9 +42,7 @@ from hetero_fl.cli.commands import APP  # noqa: E402
 from hetero_fl.config import Config  # noqa: E402
 from hetero_fl.config.clients import ClientSettings  # noqa: E402
 from hetero_fl.config.describe import (  # noqa: E402
-    describe_key,
-    describe_values,
-    format_default,
+    describe_keys,
     section_of,
     section_summary,
 )
@@ -153,7 +150,7 @@ def _logger_sections() -> list[str]:
     """Return the lines of the page section with the settings of the built-in loggers."""
     lines = ["## Settings of the loggers", "", LOGGERS_TEXT]
     for kind, logger in _built_in_loggers().items():
-        rows = [_setting_row(logger, name, field) for name, field in logger.model_fields.items()]
+        rows = _key_rows(logger)
         settings = [*_table(CONFIGURATION_HEADER, rows), ""] if rows else []
         package = f"hetero_fl[{logger.extra}]" if logger.extra else logger.module
         extra = f" Requires `{package}`." if package else ""
@@ -203,14 +200,11 @@ def _sections(
     base = next((kind for kind in model.__mro__[1:] if kind in seen), None)
     inherited = base.model_fields if base is not None else {}
     later: list[str] = []
-    rows = []
     for name, field in model.model_fields.items():
-        if name in inherited:
-            continue
         part = section_of(field.annotation)
-        if part is not None and part not in seen:
+        if name not in inherited and part is not None and part not in seen:
             later += _sections(part, f"{path}.{name}".lstrip("."), seen)
-        rows.append(_setting_row(model, name, field, seen))
+    rows = [row for row in _key_rows(model, seen) if row[0].strip("`") not in inherited]
     return [
         f"## `{path}`" if path else f"## {title}",
         "",
@@ -221,18 +215,15 @@ def _sections(
     ]
 
 
-def _setting_row(
-    model: type[BaseModel],
-    name: str,
-    field: FieldInfo,
-    seen: Mapping[type[BaseModel], str] = MappingProxyType({}),
-) -> tuple[str, ...]:
-    return (
-        f"`{name}`",
-        describe_values(field.annotation, field.metadata, lambda part: seen.get(part, "mapping")),
-        "" if field.is_required() else format_default(field),
-        describe_key(model, name).replace("|", "\\|"),
-    )
+def _key_rows(
+    model: type[BaseModel], seen: Mapping[type[BaseModel], str] = MappingProxyType({})
+) -> list[tuple[str, ...]]:
+    """Return a row of a table for each key of a section."""
+    links = {section.__name__: link for section, link in seen.items()}
+    return [
+        (f"`{key.name}`", key.values, key.default, key.meaning.replace("|", "\\|"))
+        for key in describe_keys(model, links)
+    ]
 
 
 def _further_keys(
@@ -418,10 +409,7 @@ def methods_index() -> str:
         ]
         lines += [f"## {family.title}", ""]
         lines += [*_table(("name", "title", "summary", "needs"), rows), ""]
-    rows = [
-        _setting_row(ClientSettings, name, ClientSettings.model_fields[name])
-        for name in CLIENT_OPTIONS
-    ]
+    rows = [row for row in _key_rows(ClientSettings) if row[0].strip("`") in CLIENT_OPTIONS]
     lines += ["## Options of all methods", "", OPTIONS_TEXT, ""]
     lines += [*_table(CONFIGURATION_HEADER, rows), ""]
     return "\n".join([*lines, COMMON_TEXT])
@@ -459,7 +447,7 @@ def _method_section(name: str, kind: type[Algorithm]) -> list[str]:
         lines += ["All rows are in one place; this is not counted as traffic.", ""]
     elif not rows:
         lines += ["Nothing is exchanged.", ""]
-    settings = [_setting_row(kind, key, field) for key, field in kind.model_fields.items()]
+    settings = _key_rows(kind)
     if settings:
         lines += [*_table(("key", "values", "default", "description"), settings), ""]
     return lines

@@ -18,7 +18,6 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any, TextIO
@@ -41,23 +40,17 @@ from hetero_fl.utils.extras import describe_missing_package
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-VERBOSE = re.compile(r"-q*v[qv]*|--verbose")
-
 # Commands that are repeated to continue.
 REPEATABLE = ("compare",)
 # Commands whose runs have checkpoints.
 RESUMABLE = ("train", "federate")
 # Options that may also precede the command.
 LEADING_OPTIONS = re.compile(r"-[qv]+|--verbose|--quiet")
+VERBOSE = re.compile(r"-q*v[qv]*|--verbose")
 
-# Names of options that differ from the names of the corresponding function arguments.
-OPTION_NAMES = {
-    "file_format": "format",
-    "hosts": "host",
-    "transfer": "take",
-}
-
-# 128 + SIGPIPE, a signal that Windows does not define.
+# Statuses of a command that was interrupted (128 + SIGINT), or whose reader closed the pipe
+# (128 + SIGPIPE, a signal that Windows does not define).
+INTERRUPTED = 130
 PIPE_CLOSED = 141
 
 # Descriptions of failed writes, with a remedy, keyed by error number.
@@ -67,8 +60,6 @@ WRITE_ERRORS = {
     errno.EFBIG: "a file would exceed the limit of file sizes; raise it (ulimit -f)",
 }
 
-# Status of a command that was interrupted, 128 + SIGINT.
-INTERRUPTED = 130
 # After an interrupt, the command ends, and ignores further interrupts for this time.
 EXIT_SECONDS = 10
 
@@ -97,7 +88,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
 
 
 def _run_with_sigterm(argv: Sequence[str] | None, command: str | None) -> int:
-    """Call `_main`, and treat SIGTERM, which clusters send to stop jobs, like Ctrl-C.
+    """Call `_run`, and treat SIGTERM, which clusters send to stop jobs, like Ctrl-C.
 
     A second signal does not interrupt the first one's work, or the end of the process.
     """
@@ -112,7 +103,7 @@ def _run_with_sigterm(argv: Sequence[str] | None, command: str | None) -> int:
     status = 1
     try:
         with warnings_in_one_line():
-            status = _main(argv, command)
+            status = _run(argv, command)
     finally:
         for number, handler in handlers.items():
             if status == INTERRUPTED:
@@ -133,124 +124,59 @@ def _replace_unprintable_characters() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _main(argv: Sequence[str] | None, command: str | None) -> int:
-    """Call `_dispatch` and return 141 if the reader of stdout or stderr closed the pipe."""
-    try:
-        return _dispatch(argv, command)
-    except (BrokenPipeError, SystemExit) as error:
-        closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
-        # Rich exits after a broken pipe.
-        is_from_rich = isinstance(error, SystemExit) and isinstance(
-            error.__context__, BrokenPipeError
-        )
-        # The broken pipe may belong to another process instead of the output.
-        if not is_from_rich and (isinstance(error, SystemExit) or not closed):
-            raise
-        # Discard buffered output, so that flushing it on exit does not fail.
-        for stream in closed:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return PIPE_CLOSED
-
-
-def _is_closed(stream: TextIO | None) -> bool:
-    """Return whether a stream is a pipe that its reader has closed.
-
-    The result is always False on Windows.
-    """
-    if not hasattr(select, "poll"):
-        return False
-    try:
-        descriptor = -1 if stream is None else stream.fileno()
-    except (OSError, ValueError):
-        # The stream is not a file.
-        return False
-    if descriptor < 0:
-        return False
-    poll = select.poll()
-    poll.register(descriptor, 0)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-
-
-@dataclass(frozen=True)
-class Invocation:
-    """A command with its arguments.
-
-    Args:
-        prog: Name under which the command was called, for messages.
-        command: Name of the command, or None for `hetero-fl` without a command.
-        arguments: Arguments of the command.
-        command_line: The whole command line, from which the command that resumes a run is derived.
-        is_verbose: Whether to print tracebacks.
-    """
-
-    prog: str
-    command: str | None
-    arguments: list[str]
-    command_line: list[str]
-    is_verbose: bool
-
-
-def _parse_invocation(argv: Sequence[str] | None, command: str | None) -> Invocation:
+def _run(argv: Sequence[str] | None, command: str | None) -> int:
+    """Run a command and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    launcher = _script_name() if command or TORCHRUN_VARIABLE in os.environ else ["hetero-fl"]
+    program = f"{command}.py" if command else "hetero-fl"
     if command is None:
         # Move options that precede the command after it: `hetero-fl --quiet train`.
         leading = list(itertools.takewhile(LEADING_OPTIONS.fullmatch, arguments))
         arguments = [*arguments[len(leading) :][:1], *leading, *arguments[len(leading) + 1 :]]
+        if arguments and not arguments[0].startswith("-"):
+            command = arguments.pop(0)
+            program = f"hetero-fl {command}"
+            launcher.append(command)
+    try:
+        return _call(program, command, arguments)
+    except BrokenPipeError:
+        closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
+        # The broken pipe may belong to another process instead of the output.
+        if not closed:
+            raise
+        # Discard buffered output, so that flushing it on exit does not fail.
+        for stream in closed:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return PIPE_CLOSED
+    except KeyboardInterrupt as interrupt:
+        echo(_describe_interrupt(interrupt, command, launcher, arguments), err=True)
+        return INTERRUPTED
+
+
+def _call(program: str, command: str | None, arguments: list[str]) -> int:
+    """Run a command and return its exit status. Expected errors are printed in one line."""
     is_verbose = any(map(VERBOSE.fullmatch, arguments))
-    launcher = _script_name() if command or TORCHRUN_VARIABLE in os.environ else ["hetero-fl"]
-    command_line = [*launcher, *arguments]
-    prog = f"{command}.py" if command else "hetero-fl"
-    if command is None and arguments and not arguments[0].startswith("-"):
-        command = arguments.pop(0)
-        prog = f"hetero-fl {command}"
-    return Invocation(prog, command, arguments, command_line, is_verbose)
-
-
-def _dispatch(argv: Sequence[str] | None, command: str | None) -> int:
-    """Run a command and return its exit status.
-
-    Expected errors are printed in one line. Other exceptions are raised.
-    """
-    invocation = _parse_invocation(argv, command)
-    options: dict[str, Any] = {}
     try:
         with translate_exits():
-            return _invoke_with_permission(invocation, options)
+            return _invoke_with_permission(program, command, arguments)
     except UserError as error:
-        _print_error("error", error, invocation.is_verbose)
-        return 2
+        return _print_error("error", error, is_verbose, status=2)
     except RunFailedError as error:
-        _print_error("failed", error, invocation.is_verbose)
-        return 1
+        return _print_error("failed", error, is_verbose, status=1)
     except OSError as error:
         if error.errno not in WRITE_ERRORS:
             raise
-        then = "continue with --resume" if invocation.command in RESUMABLE else "repeat the command"
+        then = "continue with --resume" if command in RESUMABLE else "repeat the command"
         echo(f"failed: {WRITE_ERRORS[error.errno]} and {then}", err=True)
         return 1
-    except Interrupted as interruption:
-        resume_command = _resume_command(invocation, options, interruption)
-        echo(f"interrupted; to resume: {shlex.join(resume_command)}", err=True)
-    except KeyboardInterrupt:
-        echo(_describe_early_interrupt(invocation), err=True)
-    return INTERRUPTED
 
 
-def _describe_early_interrupt(invocation: Invocation) -> str:
-    """Return the message for a command that was interrupted before its run began."""
-    if invocation.command in REPEATABLE:
-        return f"interrupted; to resume: {shlex.join(invocation.command_line)}"
-    if invocation.command in RESUMABLE:
-        return "interrupted before the first checkpoint; there is no run to resume"
-    return "interrupted"
-
-
-def _invoke_with_permission(invocation: Invocation, options: dict[str, Any]) -> int:
+def _invoke_with_permission(program: str, command: str | None, arguments: list[str]) -> int:
     """Run a command, and again each time that the user permits code that it names."""
     permitted: frozenset[str] = frozenset()
     while True:
         try:
-            return _invoke(invocation, options, permitted)
+            return _invoke(program, command, arguments, permitted)
         except UserError as error:
             found = _ask_permission(error)
             if not found:
@@ -278,16 +204,16 @@ def _ask_permission(error: BaseException | None) -> frozenset[str]:
     return frozenset(error.refused)
 
 
-def _invoke(invocation: Invocation, options: dict[str, Any], permitted: frozenset[str]) -> int:
-    """Parse and run a command.
+def _invoke(
+    program: str, command: str | None, arguments: list[str], permitted: frozenset[str]
+) -> int:
+    """Parse and run a command, and return its exit status.
 
     Args:
-        invocation: The command and its arguments.
-        options: Dictionary to which the parsed options are added, even if the command fails.
+        program: Name under which the command was called, for messages.
+        command: Name of the command.
+        arguments: Arguments of the command.
         permitted: References to code that the user has permitted.
-
-    Returns:
-        The exit status.
     """
     from click.exceptions import Exit
 
@@ -296,10 +222,10 @@ def _invoke(invocation: Invocation, options: dict[str, Any], permitted: frozense
     if COMPLETION_VARIABLE in os.environ:
         return complete(os.environ[COMPLETION_VARIABLE])
     try:
-        with parse_command(invocation.prog, invocation.command, invocation.arguments) as context:
-            if permitted:
+        with parse_command(program, command, arguments) as context:
+            # Without the flag, code that the command line names needs permission, too.
+            if context.params.get("allow_code") is False:
                 context.params["allow_code"] = permitted
-            options.update(context.params)
             context.command.invoke(context)
         return 0
     except Exit as exit_request:
@@ -314,46 +240,53 @@ def _invoke(invocation: Invocation, options: dict[str, Any], permitted: frozense
             sys.stdout.flush()
 
 
-def _resume_command(
-    invocation: Invocation, options: dict[str, Any], interruption: Interrupted
-) -> list[str]:
-    """Return the command line that resumes an interrupted run."""
-    command_line = invocation.command_line
-    if invocation.command in REPEATABLE:
-        resume_command = list(command_line)
-    else:
-        program = command_line[: len(command_line) - len(invocation.arguments)]
-        resume_command = [*program, "--resume", "--out", str(interruption.path)]
-    if invocation.command == "server":
-        resume_command += ["--server", str(options["server_file"])]
-    if options["allow_code"] and "--allow-code" not in resume_command:
-        resume_command.append("--allow-code")
-    return resume_command
+def _describe_interrupt(
+    interrupt: KeyboardInterrupt, command: str | None, launcher: list[str], arguments: list[str]
+) -> str:
+    """Return the message for an interrupted command, with the command that continues its work."""
+    if command in REPEATABLE:
+        return f"interrupted; to resume: {shlex.join([*launcher, *arguments])}"
+    if isinstance(interrupt, Interrupted):
+        permission = ["--allow-code"] if "--allow-code" in arguments else []
+        resume = [*launcher, "--resume", "--out", str(interrupt.path), *permission]
+        return f"interrupted; to resume: {shlex.join(resume)}"
+    if command in RESUMABLE:
+        return "interrupted before the first checkpoint; there is no run to resume"
+    return "interrupted"
 
 
-def _print_error(kind: str, error: BaseException, verbose: bool) -> None:
-    """Print an error in one line.
-
-    If `verbose` is set, the tracebacks of the error and its causes are printed first.
-    """
+def _print_error(kind: str, error: Exception, is_verbose: bool, status: int) -> int:
+    """Print an error in one line, after the tracebacks of its causes if `is_verbose` is set."""
     chain: list[BaseException] = []
-    cause: BaseException | None = error if verbose else None
+    cause: BaseException | None = error if is_verbose else None
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     for cause in reversed(chain):
         echo("".join(traceback.format_exception(cause, chain=False)), err=True, end="")
-    echo(f"{kind}: {_message(error)}", err=True)
-
-
-def _message(error: BaseException) -> str:
-    """Return the message of an error, in which an option replaces the name of an argument."""
     message = str(error).replace("pass allow_code=True", "pass --allow-code")
-    if not isinstance(error, ArgumentError):
-        return message
-    argument = re.split(r"\W", message, maxsplit=1)[0]
-    option = OPTION_NAMES.get(argument, argument)
-    return f"--{option}{message.removeprefix(argument)}"
+    if isinstance(error, ArgumentError):
+        from hetero_fl.cli.options import option_name
+
+        # An option replaces the name of an argument.
+        argument = re.split(r"\W", message, maxsplit=1)[0]
+        message = f"{option_name(argument)}{message.removeprefix(argument)}"
+    echo(f"{kind}: {message}", err=True)
+    return status
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Return whether a stream is a pipe that its reader has closed.
+
+    The result is always False on Windows.
+    """
+    try:
+        poll = select.poll()
+        poll.register(stream, 0)
+    except (AttributeError, OSError, TypeError, ValueError):
+        # The stream is not a file, or the system has no `poll`.
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _script_name() -> list[str]:

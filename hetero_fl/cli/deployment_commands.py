@@ -1,4 +1,4 @@
-"""The commands `federate`, `flower-app`, `audit-log`, `shared-key` and `status`."""
+"""The commands `flower-app`, `audit-log`, `shared-key` and `status`."""
 
 from __future__ import annotations
 
@@ -8,59 +8,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from hetero_fl.cli.run_options import (
-    METHODS_HINT,
-    PATH,
-    allow_code_option,
-    command,
-    config_option,
-    examples,
-    overrides_argument,
-    training_command,
-)
+from hetero_fl.utils.code_permission import AllowCode
 from hetero_fl.utils.errors import UserError, echo
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hetero_fl.reporting.run import Run
-    from hetero_fl.utils.code_permission import AllowCode
 
+def audit_log(log: Path, *, key: Path | None = None, head: str | None = None) -> None:
+    """Verify and print the audit log of a site.
 
-@training_command("hetero-fl federate -c configs/digits_quickstart.yaml rounds=2")
-def federate(source: Path, **options: Any) -> Run:
-    """Train with a server and one process per client on this machine."""
-    from hetero_fl.deployment.local import run_local_federation
+    Args:
+        log: Audit log of a site (audit.jsonl in its state folder).
+        key: File with the public key of the site (.pub), to verify the signatures.
+        head: Number of entries and hash of the last one, as N:HASH, which an earlier verification
+            has printed. The log must contain this entry.
 
-    return run_local_federation(source, **options)
-
-
-@command(
-    "audit-log",
-    epilog=examples("hetero-fl audit-log /srv/fl/north/state/audit.jsonl --key north.pub"),
-)
-@click.argument(
-    "log",
-    type=PATH,
-    metavar="FILE",
-    help="Audit log of a site (audit.jsonl in its state folder).",
-)
-@click.option(
-    "--key",
-    type=PATH,
-    metavar="FILE",
-    help="File with the public key of the site (.pub), to verify the signatures.",
-)
-@click.option(
-    "--head",
-    metavar="N:HASH",
-    help="Number of entries and hash of the last one, as printed by an earlier verification. The "
-    "log must contain this entry.",
-)
-def audit_log(log: Path, key: Path | None, head: str | None) -> None:
-    """Verify and print the audit log of a site."""
+    Example:
+        hetero-fl audit-log /srv/fl/north/state/audit.jsonl --key north.pub
+    """
     from hetero_fl.deployment.audit_log import format_entries, traffic_totals, verified_head, verify
     from hetero_fl.deployment.node_keys import load_public_key
 
@@ -79,24 +45,22 @@ def audit_log(log: Path, key: Path | None, head: str | None) -> None:
         )
 
 
-@command(
-    "flower-app",
-    epilog=examples(
-        "hetero-fl flower-app my-app -c configs/digits_quickstart.yaml",
-        "flwr run my-app",
-        hint=METHODS_HINT,
-    ),
-)
-@click.argument("folder", type=PATH, metavar="DIR", help="Folder to write the app to.")
-@overrides_argument
-@config_option()
-@allow_code_option
 def flower_app(
-    folder: Path, overrides: tuple[str, ...], config: Path | None, allow_code: AllowCode
+    folder: Path,
+    overrides: tuple[str, ...],
+    *,
+    config: Path,
+    allow_code: AllowCode = False,
 ) -> None:
-    """Write a Flower app to train with `flwr run`."""
-    if config is None:
-        raise UserError("--config: missing; expected a YAML or JSON file")
+    """Write a Flower app to train with `flwr run`.
+
+    Args:
+        folder: Folder to write the app to.
+
+    Example:
+        hetero-fl flower-app my-app -c configs/digits_quickstart.yaml
+        flwr run my-app
+    """
     from hetero_fl.deployment.flower.app import write_app
 
     for path in write_app(folder, config, overrides, allow_code):
@@ -104,10 +68,15 @@ def flower_app(
     echo(f"to train: flwr run {folder}", err=True)
 
 
-@command("shared-key", epilog=examples("hetero-fl shared-key shared.key"))
-@click.argument("file", type=PATH, metavar="FILE", help="New file for the key.")
 def shared_key(file: Path) -> None:
-    """Create the key of homomorphic encryption, which all sites share and the server never gets."""
+    """Create the key of homomorphic encryption, which all sites share and the server never gets.
+
+    Args:
+        file: New file for the key.
+
+    Example:
+        hetero-fl shared-key shared.key
+    """
     from hetero_fl.communication.homomorphic import SharedKey
 
     if file.exists():
@@ -116,11 +85,17 @@ def shared_key(file: Path) -> None:
     echo(file)
 
 
-@command(epilog=examples("hetero-fl status runs/my-run", "hetero-fl status runs/my-run --json"))
-@click.argument("run", type=PATH, metavar="RUN", help="Run directory of a federation.")
-@click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
-def status(run: Path, as_json: bool) -> None:
-    """Show the nodes, the current round and the metrics of a federation."""
+def status(run: Path, *, as_json: bool = False) -> None:
+    """Show the nodes, the current round and the metrics of a federation.
+
+    Args:
+        run: Run directory of a federation.
+        as_json: Print the status as JSON.
+
+    Example:
+        hetero-fl status runs/my-run
+        hetero-fl status runs/my-run --json
+    """
     from hetero_fl.deployment.monitoring import read_status
 
     content = read_status(run)

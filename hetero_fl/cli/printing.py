@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +18,7 @@ from hetero_fl.algorithms.requirements import (
     method_summary,
 )
 from hetero_fl.config import Config, dump, expand_population
-from hetero_fl.config.describe import describe_key, describe_values, format_default
+from hetero_fl.config.describe import describe_keys
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.experiment import PreparedRun
 from hetero_fl.federation.cost import expected_cost, upload_contents
@@ -236,23 +235,15 @@ def print_method_details(names: Sequence[str], console: Console) -> None:
         console.print(Text(_properties(name, kind), style="dim"))
         console.print(Text(f"evaluated: {kind.evaluated_when}", style="dim"))
         table = Table("setting", "values", "default", "meaning")
-        for key, field in kind.model_fields.items():
-            cells = (
-                describe_values(field.annotation, field.metadata),
-                "" if field.is_required() else format_default(field),
-                describe_key(kind, key),
-            )
-            table.add_row(key, *(Text(cell.replace("`", "")) for cell in cells))
+        for key in describe_keys(kind):
+            table.add_row(*(Text(cell.replace("`", "")) for cell in key))
         console.print(table)
 
 
 def print_scores(
     results: Mapping[str, Mapping[str, float | None]], title: str, console: Console
 ) -> None:
-    """Print a table of metrics without truncation.
-
-    The table has a row for each model. In a narrow terminal, the table has a row for each model and
-    metric.
+    """Print a table of metrics without truncation, with a row for each model.
 
     Args:
         results: Values of the metrics, keyed by model and metric. A value is None if the metric is
@@ -261,19 +252,13 @@ def print_scores(
         console: Console for the output.
     """
     names = list(next(iter(results.values())))
-    wide = Table("model", *(n.replace("_", " ") for n in names), title=title)
-    long = Table("model", "metric", "value", title=title)
-    for column in [*wide.columns, *long.columns]:
+    table = Table("model", *(name.replace("_", " ") for name in names), title=title)
+    for column in table.columns:
         column.overflow = "fold"
     for model, scores in results.items():
-        values = ["–" if scores[n] is None else f"{scores[n]:.3f}" for n in names]
-        wide.add_row(model, *values)
-        for name, value in zip(names, values, strict=True):
-            long.add_row(model, name.replace("_", " "), value)
-    # With unlimited width, the minimum width of a table depends on its longest words only.
-    unbounded = console.options.update(width=10_000)
-    fits = Measurement.get(console, unbounded, wide).minimum <= console.width
-    console.print(wide if fits else long)
+        values = ("–" if scores[name] is None else f"{scores[name]:.3f}" for name in names)
+        table.add_row(model, *values)
+    console.print(table)
 
 
 def print_comparison(comparison: Comparison) -> None:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-import textwrap
 import unicodedata
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -26,6 +21,7 @@ from pydantic import (
     PositiveInt,
     ValidationError,
     ValidatorFunctionWrapHandler,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -97,7 +93,7 @@ class Settings(BaseModel):
     """Base class of configuration sections and methods.
 
     The fields of a subclass are its settings. Instances are immutable. Unknown settings, infinities
-    and NaN are rejected. The fields are listed as arguments in the docstring of each subclass.
+    and NaN are rejected.
 
     Raises:
         TypeError: If a setting is unknown.
@@ -106,8 +102,6 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    _fixed: ClassVar[frozenset[str]] = frozenset()
-    """Settings that a class determines, such as the name of an optimizer."""
     _unused: ClassVar[frozenset[str]] = frozenset()
     """Inherited settings that have no effect in a class."""
     _removed: ClassVar[Mapping[str, str]] = {}
@@ -132,22 +126,11 @@ class Settings(BaseModel):
                     raise self._unexpected(str(problem["loc"][0])) from None
             described = describe_error(error, settings, type(self))
             raise UserError(f"{self.__repr_name__()}: {described}") from None
-        self.__pydantic_fields_set__.update(self._fixed)
+        self.__pydantic_fields_set__.update(fixed_settings(type(self)))
 
     # Without this attribute, pydantic would also call __init__ for nested sections, and the errors
     # of nested sections would not contain the path of the key.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        super().__pydantic_init_subclass__(**kwargs)
-        for name, info in cls.model_fields.items():
-            # A subclass that changes only the default keeps the description.
-            inherited = (getattr(base, "model_fields", {}).get(name) for base in cls.__mro__[1:])
-            texts = (base.description for base in inherited if base is not None)
-            info.description = info.description or next(filter(None, texts), None)
-        cls.__doc__ = add_arguments(cls)
-        cls.__signature__ = _plain_signature(cls)
 
     @model_validator(mode="before")
     @classmethod
@@ -185,8 +168,17 @@ class Settings(BaseModel):
 
 def accepted_settings(model: type[Settings]) -> dict[str, FieldInfo]:
     """Return the settings that are arguments of a class, by name."""
-    excluded = model._fixed | model._unused
+    excluded = fixed_settings(model) | model._unused
     return {name: info for name, info in model.model_fields.items() if name not in excluded}
+
+
+def fixed_settings(model: type[Settings]) -> set[str]:
+    """Return the settings that a class determines, such as the name of an optimizer."""
+    return {
+        name
+        for name, info in model.model_fields.items()
+        if get_origin(info.annotation) is Literal and get_args(info.annotation) == (info.default,)
+    }
 
 
 def _is_equal(value: object, default: object) -> bool:
@@ -210,50 +202,27 @@ def _number_from_boolean(value: object, validated: object) -> int | float | None
     return next((number for number in found if number is not None), None)
 
 
-def _plain_signature(model: type[Settings]) -> inspect.Signature:
-    """Return the signature of a class without pydantic's annotations, as `help` shows it."""
-    types = get_type_hints(model)
-    return inspect.Signature(
-        [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if info.is_required() else info.get_default(),
-                annotation=types[name],
-            )
-            for name, info in accepted_settings(model).items()
-        ]
-    )
-
-
-def add_arguments(model: type[Settings]) -> str | None:
-    """Add a section `Args`, which describes the fields of a model, to the model's docstring.
-
-    Returns:
-        The docstring. The original docstring is returned if it is None or no field has a
-        description.
-    """
-    described = {n: f for n, f in accepted_settings(model).items() if f.description}
-    if model.__doc__ is None or not described:
-        return model.__doc__
-    text, example, rest = inspect.cleandoc(model.__doc__).partition("\n\nExample:\n")
-    lines = []
-    for name, info in described.items():
-        meaning = (info.description or "").replace("`null`", "`None`")
-        default = "" if info.is_required() else f" (default: {info.get_default()!r})"
-        lines += textwrap.wrap(
-            f"{name}: {meaning}{default}",
-            width=96,
-            initial_indent=" " * 4,
-            subsequent_indent=" " * 8,
-        )
-    return "\n".join([text, "", "Args:", *lines]) + example + rest
-
-
 class ConfigSection(Settings):
     """A section of the configuration."""
 
     model_config = ConfigDict(validate_default=True)
+
+
+def check_held_out(section: ConfigSection, limit: float, kept: str, *names: str) -> None:
+    """Raise ValueError if the shares that a section holds out leave too little to train on.
+
+    Args:
+        section: The section.
+        limit: Value below which the sum of the shares must be.
+        kept: What the shares are taken from, such as `rows`.
+        *names: Names of the shares.
+    """
+    total = sum(getattr(section, name) for name in names)
+    if total >= limit:
+        raise ValueError(
+            f"{' + '.join(names)} must be < {limit:g}, which leaves {kept} to train on, "
+            f"got {total:g}"
+        )
 
 
 def _check_reference(value: object) -> object:
@@ -271,39 +240,17 @@ def _serialize_reference(value: object) -> object:
     return value if isinstance(value, str) else reference_to(value)
 
 
-Reference = Annotated[Any, BeforeValidator(_check_reference), PlainSerializer(_serialize_reference)]
+Reference = Annotated[
+    Any,
+    BeforeValidator(_check_reference),
+    PlainSerializer(_serialize_reference),
+    WithJsonSchema({"enum": ["python:module:name"]}),
+]
 """Type of settings that are functions or classes.
 
 In a file, the value is `python:package.module:name`. In Python, the value is the function or class.
 Serialization replaces an object with a name, which is valid as long as the object exists.
 """
-
-
-# The warnings issued inside the `with` block of `record_deprecations`; None outside such a block.
-_recorded: ContextVar[list[str] | None] = ContextVar("recorded_deprecations", default=None)
-
-
-@contextmanager
-def record_deprecations() -> Iterator[list[str]]:
-    """Record the messages of `warn_deprecated` inside the `with` block, each message once.
-
-    The warnings are issued too.
-
-    Example:
-        >>> import warnings
-        >>> from hetero_fl.config.base import record_deprecations, warn_deprecated
-        >>> with warnings.catch_warnings(), record_deprecations() as messages:
-        ...     warnings.simplefilter("ignore")
-        ...     warn_deprecated("section.old", "section.new")
-        >>> messages
-        ['section.old: deprecated; use section.new']
-    """
-    messages: list[str] = []
-    token = _recorded.set(messages)
-    try:
-        yield messages
-    finally:
-        _recorded.reset(token)
 
 
 def warn_deprecated(key: str, replacement: str) -> None:
@@ -316,12 +263,8 @@ def warn_deprecated(key: str, replacement: str) -> None:
         key: The deprecated key, with its section.
         replacement: What to write instead.
     """
-    message = f"{key}: deprecated; use {replacement}"
-    recorded = _recorded.get()
-    if recorded is not None and message not in recorded:
-        recorded.append(message)
     # The warning refers to this module, because the commands shorten warnings of this package only.
-    warnings.warn(message, FutureWarning, stacklevel=1)
+    warnings.warn(f"{key}: deprecated; use {replacement}", FutureWarning, stacklevel=1)
 
 
 def rename_keys(raw: Any, renamed: Mapping[str, str], section: str) -> Any:
@@ -373,60 +316,9 @@ def check_version(version: int) -> int:
     return version
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A pydantic validator that accepts one of several names.
-
-    Args:
-        names: Valid values.
-        prefix: Prefix, or several prefixes, of additional valid values. If None, there are none.
-        suffix: Suffix of additional valid values. If None, there are none.
-        synonyms: Valid values to suggest for other common names. For example, `{"gpu": "cuda"}`
-            suggests `cuda` for `gpu`.
-        registered: Further valid values, which may be added later.
-        removed: What to use instead of values of an earlier version, keyed by value. A key that
-            ends before a colon stands for all its values, such as `flwr` for `flwr:NAME`.
-    """
-
-    names: tuple[str, ...]
-    prefix: str | tuple[str, ...] | None = None
-    suffix: str | None = None
-    synonyms: Mapping[str, str] = field(default_factory=dict, hash=False)
-    registered: Collection[str] = field(default=(), hash=False)
-    removed: Mapping[str, str] = field(default_factory=dict, hash=False)
-
-    @property
-    def prefixes(self) -> tuple[str, ...]:
-        """Prefixes of additional valid values."""
-        return (self.prefix,) if isinstance(self.prefix, str) else self.prefix or ()
-
-    def __call__(self, value: object) -> object:
-        """Validate a value and return it unchanged.
-
-        Raises:
-            ValueError: If the value is not valid.
-        """
-        names = (*self.names, *self.registered)
-        if isinstance(value, str) and (value in names or self._has_affix(value)):
-            return value
-        if isinstance(value, str) and value in self.synonyms:
-            hint = f"; did you mean '{self.synonyms[value]}'?"
-        else:
-            hint = suggest_or_list(value, names)
-        removed = describe_removed(value, self.removed)
-        raise ValueError(removed or f"unknown value {format_value(value)}{hint}")
-
-    def _has_affix(self, value: str) -> bool:
-        if self.suffix is not None and value.endswith(self.suffix):
-            return True
-        # Where a file may refer to code, a Python program may pass an object.
-        objects = (OBJECT_PREFIX,) if CODE_PREFIX in self.prefixes else ()
-        return value.startswith(self.prefixes + objects)
-
-
 def choice_type(
     *names: str,
-    prefix: str | tuple[str, ...] | None = None,
+    prefix: str | tuple[str, ...] = (),
     suffix: str | None = None,
     synonyms: Mapping[str, str] | None = None,
     registered: Collection[str] = (),
@@ -438,14 +330,31 @@ def choice_type(
 
     Args:
         *names: Valid values.
-        prefix: See `Choice`.
-        suffix: See `Choice`.
-        synonyms: See `Choice`.
-        registered: See `Choice`.
-        removed: See `Choice`.
+        prefix: Prefix, or several prefixes, of additional valid values.
+        suffix: Suffix of additional valid values. If None, there are none.
+        synonyms: Valid values to suggest for other common names. For example, `{"gpu": "cuda"}`
+            suggests `cuda` for `gpu`.
+        registered: Further valid values, which may be added later.
+        removed: What to use instead of values of an earlier version, keyed by value. A key that
+            ends before a colon stands for all its values, such as `flwr` for `flwr:NAME`.
     """
-    choice = Choice(names, prefix, suffix, synonyms or {}, registered, removed or {})
-    return Annotated[str, BeforeValidator(choice)]
+    prefixes = (prefix,) if isinstance(prefix, str) else prefix
+    # Where a file may refer to code, a Python program may pass an object.
+    objects = (OBJECT_PREFIX,) if CODE_PREFIX in prefixes else ()
+
+    def check(value: object) -> object:
+        valid = (*names, *registered)
+        if isinstance(value, str):
+            has_suffix = suffix is not None and value.endswith(suffix)
+            if value in valid or has_suffix or value.startswith(prefixes + objects):
+                return value
+        if former := describe_removed(value, removed or {}):
+            raise ValueError(former)
+        meant = (synonyms or {}).get(str(value), value)
+        raise ValueError(f"unknown value {format_value(value)}{suggest_or_list(meant, valid)}")
+
+    shown = [*names, *(f"{prefix}…" for prefix in prefixes)]
+    return Annotated[str, BeforeValidator(check), WithJsonSchema({"enum": shown})]
 
 
 def format_value(value: object) -> str:

@@ -25,7 +25,6 @@ from hetero_fl.config.base import (
     UniqueNames,
     check_folder_name,
     choice_type,
-    format_value,
 )
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.config.simulation import DeviceConfig
@@ -340,17 +339,6 @@ class ClientGroup(ClientSettings):
         None, gt=0, le=1, description="fraction of `clients.count`, instead of `count`"
     )
     optimizer: OptimizerLayer = OptimizerLayer()
-
-    @field_validator("name", mode="before")
-    @classmethod
-    def _check_quotes(cls, value: object) -> object:
-        """Reject numbers and booleans, which are names without quotes in YAML."""
-        if isinstance(value, bool | int | float):
-            raise ValueError(
-                f"expected a string, got {format_value(value)}; write a name that YAML reads as "
-                "another type with quotes"
-            )
-        return value
 
     @model_validator(mode="after")
     def _check_size(self) -> ClientGroup:

@@ -6,7 +6,6 @@ A compression chain is a sequence of stages that are applied to a message in ord
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,8 +18,9 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import ConfigSection, ShareOrCount, format_value
-from hetero_fl.utils.errors import describe_removed, suggest_or_list
+from hetero_fl.config.base import ConfigSection, ShareOrCount
+from hetero_fl.utils.errors import describe_removed
+from hetero_fl.utils.text import format_list
 
 # Stages that send some of the numbers of a model update. The receiver sets the others to zero.
 SPARSE = ("topk", "randk")
@@ -182,39 +182,19 @@ class StageConfig(ConfigSection):
         return next(name for name in STAGES if getattr(self, name))
 
 
-def _parse_chain(chain: Any) -> Any:
-    """Check the entries of a chain, and expand the string `half` to a mapping."""
+def _expand_half(chain: Any) -> Any:
+    """Convert the stage `half` to a mapping, and reject other stages without a number."""
     if not isinstance(chain, list | tuple):
-        raise ValueError(
-            f"expected a list of stages, got {format_value(chain)}; "
-            "write for example [topk: 0.01, quantize: 8], or [] for none"
-        )
+        return chain
     for entry in chain:
-        if entry == "half":
-            continue
-        if isinstance(entry, str) and entry in STAGES:
-            raise ValueError(f"stage '{entry}' requires a number, such as [{entry}: 8]")
-        if isinstance(entry, str):
+        if isinstance(entry, str) and entry != "half":
             removed = describe_removed(entry, StageConfig._removed)
-            raise ValueError(removed or f"unknown stage '{entry}'{suggest_or_list(entry, STAGES)}")
-        if isinstance(entry, dict) and "name" in entry:
-            raise ValueError(
-                f"unknown key 'name'; write a stage as {_example(entry['name'])}, "
-                f"choose from {', '.join(STAGES)}"
-            )
+            expected = f"expected {{stage: number}} with a stage of {', '.join(STAGES)}"
+            raise ValueError(removed or f"{expected}, got '{entry}'")
     return [{"half": True} if entry == "half" else entry for entry in chain]
 
 
-def _example(stage: object) -> str:
-    """Return an example of a stage for an error message, which is `topk` if unknown."""
-    if stage == "half":
-        return "half"
-    name = stage if stage in STAGES else "topk"
-    value = {"topk": 0.01, "randk": 0.01}.get(str(name), 8)
-    return f"{{{name}: {value}}}"
-
-
-Chain = Annotated[tuple[StageConfig, ...], BeforeValidator(_parse_chain)]
+Chain = Annotated[tuple[StageConfig, ...], BeforeValidator(_expand_half)]
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -284,15 +264,6 @@ class ChannelConfig(ConfigSection):
         name = values.get("preset") if isinstance(values, dict) else None
         if not isinstance(name, str) or name not in PRESETS:
             return values
-        given = {key: values[key] for key in PRESETS[name] if key in values}
-        if given.keys() == PRESETS[name].keys():
-            own = cls(**given)
-            preset = cls(**PRESETS[name])
-            if all(getattr(own, key) != getattr(preset, key) for key in given):
-                raise ValueError(
-                    f"preset={name} has no effect, as {', '.join(given)} replace all its keys; "
-                    "remove preset"
-                )
         return {**PRESETS[name], **values}
 
     @field_validator("compress", "compress_down")
@@ -300,18 +271,14 @@ class ChannelConfig(ConfigSection):
     def _check_chain(cls, chain: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
         """Check that the stages can be combined in this order."""
         names = [stage.kind for stage in chain]
-        repeated = [name for name, times in Counter(names).items() if times > 1]
-        if repeated:
-            raise ValueError(f"each stage may occur once, got {repeated[0]} more than once")
-        formats = [name for name in names if name in FORMATS]
-        if len(formats) > 1:
-            raise ValueError(f"cannot combine {' with '.join(formats)}; choose one of them")
-        if formats and names[-1] != formats[0]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"each stage may occur once, got {format_list(names)}")
+        for kinds in (SPARSE, FORMATS):
+            used = [name for name in names if name in kinds]
+            if len(used) > 1:
+                raise ValueError(f"cannot combine {' with '.join(used)}; choose one of them")
+        if formats := [name for name in names[:-1] if name in FORMATS]:
             raise ValueError(f"{formats[0]} must be the last stage, got {names[-1]} after it")
-        if "randk" in names and "topk" in names:
-            raise ValueError(
-                "cannot combine randk, which is unbiased, with topk; choose one of them"
-            )
         return chain
 
     @field_validator("compress_down")

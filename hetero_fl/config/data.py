@@ -15,7 +15,14 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from hetero_fl.config.base import ConfigSection, FilePath, choice_type, format_value
+from hetero_fl.config.base import (
+    ConfigSection,
+    FilePath,
+    check_held_out,
+    choice_type,
+    format_value,
+)
+from hetero_fl.utils.text import format_list
 
 DEFAULT_ROOT = "~/.cache/hetero_fl"
 """Folder for downloads."""
@@ -105,11 +112,7 @@ class SeriesConfig(SharedSettings):
     @model_validator(mode="after")
     def _check_fractions(self) -> SeriesConfig:
         """Check that some time remains for training and that the horizons are ascending."""
-        held_out = self.validation + self.test
-        if held_out >= 0.9:
-            raise ValueError(
-                f"validation + test must be < 0.9, which leaves time to train on, got {held_out:g}"
-            )
+        check_held_out(self, 0.9, "time", "validation", "test")
         horizons = list(self.horizons)
         if max(horizons) > WEEK:
             raise ValueError(f"horizons must be <= {WEEK} hours, got {horizons}")
@@ -207,19 +210,6 @@ class SpeechConfig(SharedSettings):
         40, ge=2, le=128, description="mel bands, which are the columns `mel_1`, `mel_2`, …"
     )
 
-    @field_validator("words", mode="before")
-    @classmethod
-    def _check_quotes(cls, words: object) -> object:
-        """Reject booleans, which are words without quotes in YAML."""
-        if isinstance(words, list | tuple):
-            for word in words:
-                if isinstance(word, bool):
-                    raise ValueError(
-                        "YAML reads yes, no, on and off without quotes as "
-                        f"{format_value(word)}; write them with quotes"
-                    )
-        return words
-
     @field_validator("words")
     @classmethod
     def _check_distinct(cls, words: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -278,12 +268,7 @@ class MoviesConfig(SharedSettings):
     @model_validator(mode="after")
     def _check_shares(self) -> MoviesConfig:
         """Check that some users remain for training."""
-        held_out = self.validation_users + self.test_users + self.public_users
-        if held_out > 0.9:
-            raise ValueError(
-                "validation_users + test_users + public_users must be <= 0.9, which leaves users "
-                f"to train on, got {held_out:g}"
-            )
+        check_held_out(self, 0.9, "users", "validation_users", "test_users", "public_users")
         return self
 
 
@@ -328,11 +313,7 @@ class DrivingConfig(SharedSettings):
     @model_validator(mode="after")
     def _check_shares(self) -> DrivingConfig:
         """Check that something remains of a drive."""
-        if self.validation + self.test >= 0.9:
-            raise ValueError(
-                "validation + test must be < 0.9, which leaves frames to train on, got "
-                f"{self.validation + self.test:g}"
-            )
+        check_held_out(self, 0.9, "frames", "validation", "test")
         return self
 
 
@@ -373,16 +354,11 @@ class ReadConfig(ConfigSection):
     @model_validator(mode="after")
     def _check_marks(self) -> ReadConfig:
         """Check that all marks differ."""
-        marks: dict[str, str] = {}
-        for key, mark in (
-            ("decimal", self.decimal),
-            ("thousands", self.thousands),
-            ("sep", self.sep),
-        ):
-            if mark in marks:
-                raise ValueError(f"{key}: must differ from {marks[mark]}, got '{mark}'")
-            if mark is not None:
-                marks[mark] = key
+        marks = [mark for mark in (self.decimal, self.thousands, self.sep) if mark is not None]
+        if len(set(marks)) < len(marks):
+            raise ValueError(
+                f"decimal, thousands and sep: must differ from each other, got {format_list(marks)}"
+            )
         return self
 
 
@@ -629,13 +605,11 @@ class PartitionConfig(ConfigSection):
             for key, value in raw.items()
             if key not in cls.model_fields or (key == "alpha" and value is not None)
         }
-        if not found:
+        given = raw.get("arguments") or {}
+        if not found or not isinstance(given, Mapping):
             return raw
         rest = {key: value for key, value in raw.items() if key not in found}
-        given = rest.get("arguments")
-        if given is None or isinstance(given, Mapping):
-            rest["arguments"] = {**(given or {}), **found}
-        return rest
+        return {**rest, "arguments": {**given, **found}}
 
     @staticmethod
     def _takes_arguments(kind: object) -> bool:
@@ -707,11 +681,7 @@ class SplitConfig(ConfigSection):
     @model_validator(mode="after")
     def _check_fractions(self) -> SplitConfig:
         """Check that some rows remain for training."""
-        held_out = self.validation + self.test
-        if held_out >= 1:
-            raise ValueError(
-                f"validation + test must be < 1, which leaves rows to train on, got {held_out:g}"
-            )
+        check_held_out(self, 1, "rows", "validation", "test")
         return self
 
 

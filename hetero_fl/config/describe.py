@@ -6,144 +6,97 @@ A resolved configuration contains all keys, including those with default values.
 from __future__ import annotations
 
 import inspect
+import json
 import re
-import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import yaml
-from pydantic import BaseModel, BeforeValidator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
-from hetero_fl.config.base import Choice, Reference, format_value
+from hetero_fl.config.base import format_value
 from hetero_fl.config.schema import Config
 from hetero_fl.utils.objects import OBJECT_PREFIX
 
-# Names of types in the reference and in `hetero-fl methods`.
+# Names of the types of JSON schema in the reference and in `hetero-fl methods`.
 TYPE_NAMES = {
-    str: "string",
-    int: "integer",
-    float: "number",
-    bool: "true or false",
-    dict: "mapping",
+    "string": "string",
+    "integer": "integer",
+    "number": "number",
+    "boolean": "true or false",
+    "object": "mapping",
 }
-
-BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-
-
-def describe_key(model: type[BaseModel], name: str) -> str:
-    """Return the description of a configuration key.
-
-    The description is that of the field, or of the same field in a base class. If there is none and
-    the field contains a section, the first sentence of the section's docstring is returned. In all
-    other cases, the result is empty.
-
-    Args:
-        model: The section that contains the key.
-        name: Name of the key.
-    """
-    for kind in model.__mro__:
-        fields = getattr(kind, "model_fields", {})
-        if name in fields and fields[name].description:
-            return str(fields[name].description)
-    section = section_of(model.model_fields[name].annotation)
-    if section is None:
-        return ""
-    summary = re.split(r"(?<!et al)\. ", section_summary(section))[0].rstrip(".")
-    return summary[:1].lower() + summary[1:]
+BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
 
-def format_default(field: FieldInfo) -> str:
-    """Format the default of a key as in YAML.
+class KeyDescription(NamedTuple):
+    """Description of a key of a section, in words."""
 
-    If the default is a section, its `name` is returned, or an empty string if it has no name. For a
-    list of sections, the names are returned.
-    """
-    value = field.get_default(call_default_factory=True)
-    if isinstance(value, BaseModel):
-        return f"`{value.name}`" if hasattr(value, "name") else ""
-    if isinstance(value, list) and value and isinstance(value[0], BaseModel):
-        return f"`{', '.join(str(getattr(v, 'name', v)) for v in value)}`"
-    if value is None or isinstance(value, bool):
-        return f"`{format_value(value)}`"
-    return f"`{value if isinstance(value, str) else _to_flow_style(value)}`"
+    name: str
+    values: str
+    default: str
+    meaning: str
 
 
-def _to_flow_style(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {_to_flow_style(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_to_flow_style, value)) + "]"
-    return str(value)
+class _Generator(GenerateJsonSchema):
+    """A generator that describes the fields of user-defined methods, which may have any type."""
+
+    def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> JsonSchemaValue:
+        return {"title": error_info}
 
 
-def _name_section(_section: type[BaseModel]) -> str:
-    return TYPE_NAMES[dict]
+def describe_keys(
+    model: type[BaseModel], links: Mapping[str, str] = MappingProxyType({})
+) -> list[KeyDescription]:
+    """Describe the keys of a section: valid values, default and meaning.
 
-
-def describe_values(
-    annotation: Any,
-    metadata: Iterable[Any] = (),
-    link: Callable[[type[BaseModel]], str] = _name_section,
-) -> str:
-    """Describe the valid values of a field in words.
+    The meaning of a key is the description of the field, or of the same field in a base class, or
+    the first sentence of the docstring of the section that it contains.
 
     Args:
-        annotation: Type of the field.
-        metadata: Metadata of the field, such as bounds.
-        link: Function that returns the text for a section of the schema. By default, the text is
-            "mapping".
+        model: The section.
+        links: Text for each nested section, keyed by the name of its class, else "mapping".
     """
-    metadata = list(metadata)
-    for validator in metadata:
-        if isinstance(validator, BeforeValidator) and (
-            isinstance(validator.func, Choice) or validator in typing.get_args(Reference)
-        ):
-            return _describe_validator(validator)
-    origin = typing.get_origin(annotation)
-    arguments = typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return describe_values(arguments[0], [*arguments[1:], *metadata], link)
-    if origin in (typing.Union, types.UnionType):
-        choices = [a for a in arguments if a is not type(None)]
-        return " or ".join(describe_values(a, metadata, link) for a in choices)
-    if origin is typing.Literal:
-        return ", ".join(f"`{a}`" for a in arguments)
-    if origin in (list, tuple):
-        return f"list of {describe_values(arguments[0], [], link)}"
-    return _describe_type(annotation, metadata, link)
+    schema = model.model_json_schema(schema_generator=_Generator)
+    rows = []
+    for name, key in schema.get("properties", {}).items():
+        inherited = (getattr(base, "model_fields", {}).get(name) for base in model.__mro__)
+        meaning = next((f.description for f in inherited if f is not None and f.description), None)
+        section = section_of(model.model_fields[name].annotation)
+        if meaning is None and section is not None:
+            summary = re.split(r"(?<!et al)\. ", section_summary(section))[0].rstrip(".")
+            meaning = summary[:1].lower() + summary[1:]
+        default = _format_default(key["default"]) if "default" in key else ""
+        rows.append(KeyDescription(name, _describe_values(key, links), default, meaning or ""))
+    return rows
 
 
-def _describe_validator(validator: BeforeValidator) -> str:
-    choice = validator.func
-    if not isinstance(choice, Choice):
-        return "`python:module:name`"
-    names = [*choice.names, *(f"{prefix}…" for prefix in choice.prefixes)]
-    return ", ".join(f"`{name}`" for name in names)
+def _format_default(value: Any) -> str:
+    """Format a default as in YAML. Of sections, only their names are shown."""
+    sections = value if isinstance(value, list) else [value]
+    if value and all(isinstance(section, dict) for section in sections):
+        names = [section["name"] for section in sections if section.get("name")]
+        return f"`{', '.join(names)}`" if names else ""
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 
-def _describe_type(
-    annotation: Any, metadata: list[Any], link: Callable[[type[BaseModel]], str]
-) -> str:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return link(annotation)
-    # User-defined methods may have fields of any type.
-    name = getattr(annotation, "__name__", str(annotation))
-    return TYPE_NAMES.get(typing.get_origin(annotation) or annotation, name) + _bounds(metadata)
-
-
-def _bounds(metadata: Iterable[Any]) -> str:
-    constraints: list[Any] = []
-    for entry in metadata:
-        constraints += entry.metadata if isinstance(entry, FieldInfo) else [entry]
-    bounds = [
-        f"{sign} {getattr(constraint, key)}"
-        for constraint in constraints
-        for key, sign in BOUNDS.items()
-        if getattr(constraint, key, None) is not None
-    ]
-    return f" {' and '.join(bounds)}" if bounds else ""
+def _describe_values(schema: Mapping[str, Any], links: Mapping[str, str]) -> str:
+    """Describe the values of a JSON schema in words."""
+    if "$ref" in schema:
+        return links.get(schema["$ref"].rpartition("/")[2], "mapping")
+    if "anyOf" in schema:
+        choices = [choice for choice in schema["anyOf"] if choice.get("type") != "null"]
+        return " or ".join(_describe_values(choice, links) for choice in choices)
+    if "enum" in schema or "const" in schema:
+        return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
+    if schema.get("type") == "array":
+        return f"list of {_describe_values(schema.get('items', {}), links)}"
+    bounds = [f"{sign} {schema[key]}" for key, sign in BOUNDS.items() if key in schema]
+    kind = TYPE_NAMES.get(schema.get("type", ""), "any value")
+    return f"{kind} {' and '.join(bounds)}" if bounds else kind
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
@@ -154,7 +107,7 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def section_summary(model: type[BaseModel]) -> str:
-    """Return the docstring of a section in one line, without arguments and example."""
+    """Return the docstring of a section in one line, without example."""
     text = re.split(r"\n\n(?:Args|Example):\n", inspect.cleandoc(model.__doc__ or ""))[0]
     return " ".join(text.split())
 
@@ -253,31 +206,29 @@ def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str |
     At most three differences are listed, followed by the number of further differences. The result
     is None if the configurations are equal.
     """
-    differing = list(_differing_leaves(old, new, ""))
     parts = [
-        f"{key}: was {_shorten(a)}, is now {_shorten(b)}" for key, a, b in differing[:MAX_SHOWN]
+        f"{key}: was {_shorten(before)}, is now {_shorten(now)}"
+        for key, before, now in _differences(old, new, "")
     ]
-    if len(differing) > MAX_SHOWN:
-        parts.append(f"and {len(differing) - MAX_SHOWN} more")
-    return "; ".join(parts) or None
+    more = [f"and {len(parts) - MAX_SHOWN} more"] if len(parts) > MAX_SHOWN else []
+    return "; ".join([*parts[:MAX_SHOWN], *more]) or None
 
 
-def _differing_leaves(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the path and both values of each difference between two trees."""
+    if _is_list_of_mappings(old) and _is_list_of_mappings(new):
+        old = dict(enumerate(old))
+        new = dict(enumerate(new))
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in [*new, *(k for k in old if k not in new)]:
-            yield from _differing_leaves(
-                old.get(key, ABSENT), new.get(key, ABSENT), f"{path}.{key}" if path else str(key)
-            )
-    elif _is_list_of_mappings(old) and _is_list_of_mappings(new):
-        for i in range(max(len(old), len(new))):
-            a, b = (side[i] if i < len(side) else ABSENT for side in (old, new))
-            yield from _differing_leaves(a, b, f"{path}.{i}")
+        for key in {**new, **old}:
+            place = f"{path}.{key}".lstrip(".")
+            yield from _differences(old.get(key, ABSENT), new.get(key, ABSENT), place)
     elif old != new:
         yield path, old, new
 
 
 def _is_list_of_mappings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, Mapping) for v in value)
+    return isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value)
 
 
 def _shorten(value: Any) -> str:

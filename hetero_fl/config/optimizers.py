@@ -16,8 +16,6 @@ class SGD(OptimizerConfig):
         'sgd'
     """
 
-    _fixed: ClassVar[frozenset[str]] = frozenset({"name"})
-
     name: Literal["sgd"] = "sgd"
 
 
@@ -30,7 +28,6 @@ class Adam(OptimizerConfig):
         0.0005
     """
 
-    _fixed: ClassVar[frozenset[str]] = frozenset({"name"})
     _unused: ClassVar[frozenset[str]] = frozenset({"momentum", "nesterov"})
 
     name: Literal["adam"] = "adam"
@@ -45,7 +42,6 @@ class AdamW(OptimizerConfig):
         'adamw'
     """
 
-    _fixed: ClassVar[frozenset[str]] = frozenset({"name"})
     _unused: ClassVar[frozenset[str]] = frozenset({"momentum", "nesterov"})
 
     name: Literal["adamw"] = "adamw"

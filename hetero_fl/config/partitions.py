@@ -20,7 +20,6 @@ class IID(PartitionConfig):
         'iid'
     """
 
-    _fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
     _unused: ClassVar[frozenset[str]] = _all_but("min_size")
 
     kind: Literal["iid"] = "iid"
@@ -35,7 +34,6 @@ class Dirichlet(PartitionConfig):
         0.3
     """
 
-    _fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
     _unused: ClassVar[frozenset[str]] = _all_but("alpha", "cap", "min_size")
 
     kind: Literal["dirichlet"] = "dirichlet"
@@ -50,7 +48,6 @@ class Classes(PartitionConfig):
         'classes'
     """
 
-    _fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
     _unused: ClassVar[frozenset[str]] = _all_but("classes", "classes_spread", "shots", "min_size")
 
     kind: Literal["classes"] = "classes"
@@ -65,7 +62,6 @@ class Quantity(PartitionConfig):
         'quantity'
     """
 
-    _fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
     _unused: ClassVar[frozenset[str]] = _all_but("alpha", "min_size")
 
     kind: Literal["quantity"] = "quantity"
@@ -80,7 +76,6 @@ class Natural(PartitionConfig):
         'natural'
     """
 
-    _fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
     _unused: ClassVar[frozenset[str]] = _all_but("min_size")
 
     kind: Literal["natural"] = "natural"

@@ -269,11 +269,13 @@ def _num_models(layer: Layer) -> int:
 # Keys of groups and overrides that determine their clients, in contrast to settings of the clients.
 MEMBERSHIP_KEYS = {"name", "count", "fraction", "match"}
 
-# Settings of SGD that are removed if an override selects another optimizer.
-SGD_SETTINGS = {"momentum", "nesterov"}
-
-# Value that no setting has, which shows whether clients use the value of a key.
-MARK = object()
+# Sections whose settings depend on a kind: the key of the kind, and the settings of all kinds.
+KINDS = {
+    "algorithm": ("name", frozenset[str]()),
+    "partition": ("kind", frozenset({"min_size"})),
+    "model": ("name", frozenset({"feature_dim"})),
+    "optimizer": ("name", frozenset(OptimizerConfig.model_fields) - {"momentum", "nesterov"}),
+}
 
 
 def expand_population(config: ClientsConfig) -> Population:
@@ -295,7 +297,9 @@ def expand_population(config: ClientsConfig) -> Population:
     groups = config.groups or [ClientGroup(name="client")]
     defaults = explicit_settings(config.defaults)
     members = [
-        GroupMembers(IdSeries(group.name, count), _apply_layer(defaults, explicit_settings(group)))
+        GroupMembers(
+            IdSeries(group.name, count), merge_settings(defaults, explicit_settings(group))
+        )
         for group, count in zip(groups, _counts(config, groups), strict=True)
     ]
     for index, member in enumerate(members):
@@ -306,23 +310,14 @@ def expand_population(config: ClientsConfig) -> Population:
             raise UserError(f"clients.groups.{index}.name: {error}") from None
     overrides = [OverrideLayer(o.match, explicit_settings(o)) for o in config.overrides]
     try:
-        without_overrides = Population(members, resolve=_resolve_settings)
-        population = (
-            Population(members, overrides, resolve=_resolve_settings)
-            if overrides
-            else without_overrides
-        )
-    except ValueError as error:
-        raise UserError(
-            f"clients.groups: two clients have the id '{error}'; choose different group names"
-        ) from None
-    try:
         ClientIds([IdSeries(m.series.name.lower(), len(m.series)) for m in members])
     except ValueError as error:
         raise UserError(
-            f"clients.groups: two client ids are '{error}' except for upper case, which some file "
-            "systems ignore; choose different group names"
+            f"clients.groups: two clients have the id '{error}' (some file systems ignore upper "
+            "case); choose different group names"
         ) from None
+    without_overrides = Population(members, resolve=_resolve_settings)
+    population = Population(members, overrides, resolve=_resolve_settings)
     # Also resolve the profiles without overrides, because overrides must not hide contradictions.
     _ = without_overrides.profiles
     for override, matches in zip(overrides, population.matched_overrides(), strict=True):
@@ -352,7 +347,7 @@ def _resolve_settings(
     """
     settings = _select_model(layer, index)
     for override, override_index in overrides:
-        settings = _select_model(_apply_layer(settings, override), override_index)
+        settings = _select_model(merge_settings(settings, override), override_index)
     try:
         return ClientSettings.model_validate(settings)
     except ValidationError as error:
@@ -368,45 +363,68 @@ def explicit_settings(settings: ClientSettings) -> dict[str, Any]:
     }
 
 
-def _apply_layer(base: Mapping[str, Any], override: Mapping[str, Any]) -> Layer:
-    """Merge two layers, of which `override` takes precedence.
+def merge_settings(base: Any, changes: Any, place: str = "", keep_former: bool = False) -> Any:
+    """Return settings with changes, which take precedence.
 
-    If `override` selects another optimizer, the settings of SGD in `base` are removed. `epochs`
-    replaces `steps`, and `steps` replaces `epochs`.
+    If the changes select another kind of a section in `KINDS`, the settings of the former kind are
+    removed. `epochs` replaces `steps`, and `steps` replaces `epochs`.
+
+    Args:
+        base: A section, a list of sections or another value, which is not modified.
+        changes: Changed settings. An entry of a list is changed by a mapping from its index.
+        place: Path of the settings in the configuration.
+        keep_former: Whether to keep the settings of a former kind, and `epochs` next to `steps`.
+
+    Raises:
+        UserError: If a list has no entry with an index.
+
+    Example:
+        >>> from hetero_fl.config.population import merge_settings
+        >>> merge_settings({"kind": "dirichlet", "alpha": 0.1}, {"kind": "iid"}, "partition")
+        {'kind': 'iid'}
     """
-    base = {key: v for key, v in base.items() if override.get(REPLACED.get(key, "")) is None}
-    optimizer = base.get("optimizer", {})
-    name = override.get("optimizer", {}).get("name")
-    if name is not None and name != optimizer.get("name", OptimizerConfig().name):
-        base = {**base, "optimizer": {k: v for k, v in optimizer.items() if k not in SGD_SETTINGS}}
-    return _merge(base, override)
+    if not isinstance(changes, Mapping):
+        return changes
+    name = place.rstrip("0123456789.").rpartition(".")[2]
+    if isinstance(base, list) and (name != "model" or all(map(str.isdigit, changes))):
+        entries = {str(index): entry for index, entry in enumerate(base)}
+        for index, change in changes.items():
+            if index not in entries:
+                path = ".".join(next(_leaves({index: change})))
+                raise UserError(
+                    f"{place}.{path}: expected an index from 0 to {len(base) - 1} of {place}"
+                )
+            entries[index] = merge_settings(entries[index], change, f"{place}.{index}", keep_former)
+        return list(entries.values())
+    if not isinstance(base, Mapping):
+        base = {}
+    kind, common = KINDS.get(name, ("", frozenset()))
+    is_other_kind = isinstance(base.get(kind), str) and changes.get(kind, base[kind]) != base[kind]
+    keeps_all = keep_former or not is_other_kind
+    merged = {
+        key: value
+        for key, value in base.items()
+        if (key in common or keeps_all)
+        and (keep_former or changes.get(REPLACED.get(key, "")) is None)
+    }
+    for key, change in changes.items():
+        path = f"{place}.{key}".lstrip(".")
+        merged[key] = merge_settings(merged.get(key), change, path, keep_former)
+    return merged
 
 
-def key_without_effect(
-    given: Mapping[str, Any], defaults: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]
-) -> str:
+def key_without_effect(given: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> str:
     """Return the first key of some defaults that all clients replace with other values, or "".
 
     Args:
         given: The defaults to check.
-        defaults: All defaults.
         layers: The settings of the clients, which take precedence.
     """
     for path in _leaves(given):
-        marked = _mark(defaults, path)
-        if layers and not any(
-            _is_marked(_apply_layer(marked, layer)) or _at(layer, path) == _at(given, path)
-            for layer in layers
-        ):
+        values = [_value_at(layer, path) for layer in layers]
+        if values and all(value not in (None, _value_at(given, path)) for value in values):
             return ".".join(path)
     return ""
-
-
-def _at(layer: Any, path: Sequence[str]) -> Any:
-    """Return the value of a path, or None."""
-    for key in path:
-        layer = layer.get(key) if isinstance(layer, Mapping) else None
-    return layer
 
 
 def _leaves(layer: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -418,29 +436,19 @@ def _leaves(layer: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             yield (key,)
 
 
-def _mark(layer: Mapping[str, Any], path: Sequence[str]) -> Layer:
-    """Return a layer with a mark in place of the value of a path."""
-    value = layer.get(path[0])
-    is_section = len(path) > 1 and isinstance(value, Mapping | None)
-    return {**layer, path[0]: _mark(value or {}, path[1:]) if is_section else MARK}
-
-
-def _is_marked(value: Any) -> bool:
-    return value is MARK or (isinstance(value, Mapping) and any(map(_is_marked, value.values())))
+def _value_at(layer: Any, path: Sequence[str]) -> Any:
+    """Return the value of a path, or None. `epochs` and `steps` replace each other."""
+    for key in path:
+        if not isinstance(layer, Mapping):
+            return layer
+        layer = layer.get(key, layer.get(REPLACED.get(key, "")))
+    return layer
 
 
 def _select_model(layer: Layer, index: int) -> Layer:
     """Replace the models of a layer with the model at an index, modulo the number of models."""
     models = layer.get("model")
     return {**layer, "model": [models[index % len(models)]]} if models else layer
-
-
-def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> Layer:
-    merged = dict(base)
-    for key, value in override.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
 
 
 def _counts(config: ClientsConfig, groups: list[ClientGroup]) -> list[int]:

@@ -13,7 +13,6 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     field_validator,
-    model_validator,
 )
 
 from hetero_fl.config.base import (
@@ -26,7 +25,6 @@ from hetero_fl.config.base import (
     check_folder_name,
     check_version,
     choice_type,
-    format_value,
 )
 from hetero_fl.config.clients import ClientsConfig, ModelConfig, PreprocessConfig, expand_model_name
 from hetero_fl.config.communication import ChannelConfig
@@ -302,26 +300,3 @@ class Config(ConfigSection):
         description="directory of a run whose models initialize this run; `null`: random "
         "initialization",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _move_client_options(cls, raw: Any) -> Any:
-        """Move options such as `algorithm.logit_adjustment` to `clients.defaults`."""
-        algorithm = raw.get("algorithm") if isinstance(raw, dict) else None
-        clients = raw.get("clients") or {} if isinstance(raw, dict) else {}
-        if not isinstance(algorithm, dict) or not isinstance(clients, dict):
-            return raw
-        options = {key: algorithm[key] for key in CLIENT_OPTIONS if key in algorithm}
-        defaults = clients.get("defaults") or {}
-        if not options or not isinstance(defaults, dict):
-            return raw
-        for key, value in options.items():
-            if defaults.get(key, value) != value:
-                raise ValueError(
-                    f"algorithm.{key} and clients.defaults.{key} are different values of the same "
-                    f"setting, {format_value(value)} and {format_value(defaults[key])}; remove one "
-                    "of them"
-                )
-        algorithm = {key: value for key, value in algorithm.items() if key not in options}
-        clients = {**clients, "defaults": {**defaults, **options}}
-        return {**raw, "algorithm": algorithm, "clients": clients}

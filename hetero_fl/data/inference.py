@@ -25,7 +25,7 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data.checks import first_true
 from hetero_fl.data.dataset import Block, ColumnLayout, indicator_names
 from hetero_fl.data.preprocessing import Preprocess
-from hetero_fl.utils.errors import UserError, check_names, closest_misspelling
+from hetero_fl.utils.errors import UserError, check_names, closest
 
 WHERE = "predict: x"
 
@@ -195,7 +195,7 @@ def _table_rows(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
     unknown = [name for name in frame.columns if name not in (*categories, *model.columns)]
     gap = torch.full((len(frame),), torch.nan, dtype=dtype)
     for column, feature in _needed_columns(model, view).items():
-        similar = closest_misspelling(feature, unknown)
+        similar = closest(feature, unknown)
         if column not in columns and (view.missing is None or similar is not None):
             cure = "" if similar is None else f"; did you mean '{similar}'?"
             raise UserError(f"{WHERE}: column '{feature}' not found, which the model needs{cure}")

@@ -624,7 +624,7 @@ def _clients_section(
     if defaults is None:
         return {"groups": groups}
     shared = plain_value(defaults)
-    if key := key_without_effect(shared, shared, groups):
+    if key := key_without_effect(shared, groups):
         raise UserError(
             f"defaults: {key} has no effect, because every client sets {key.partition('.')[0]}; "
             "remove it"

@@ -13,7 +13,6 @@ from hetero_fl.algorithms.base import is_user_method
 from hetero_fl.algorithms.round_parts import shared_parts
 from hetero_fl.communication.homomorphic import SharedKey, check_tenseal
 from hetero_fl.config import Config, expand_population
-from hetero_fl.config.base import record_deprecations
 from hetero_fl.config.load import Overrides, override_list, override_values
 from hetero_fl.config.population import explicit_settings, key_without_effect
 from hetero_fl.core.model_spec import ModelSpec
@@ -43,6 +42,7 @@ from hetero_fl.robustness.attacks import import_user_classes
 from hetero_fl.utils.code_permission import AllowCode, also_allow, find_references, hash_modules
 from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.recorded_warnings import issue_warnings, record_warnings
 from hetero_fl.utils.text import pluralize
 from model_zoo import ModelError
 from model_zoo.generators import own_generators
@@ -279,8 +279,10 @@ def prepare(
         >>> list(prepared.federation.client_infos.clients.ids)
         ['client_1', 'client_2', 'client_3']
     """
-    with record_deprecations() as deprecations:
+    with record_warnings() as recorded:
         config = load_config(source, overrides, allow_code)
+    issue_warnings(recorded, set())
+    deprecations = [each.text for each in recorded if each.category is FutureWarning]
     _check_defaults(config, override_list(overrides))
     permission = also_allow(allow_code, find_references(config.model_dump()))
     clients = expand_population(config.clients)
@@ -325,7 +327,7 @@ def prepare(
         start,
         budget,
         headline,
-        deprecations=tuple(deprecations),
+        deprecations=tuple(dict.fromkeys(deprecations)),
     )
 
 
@@ -335,11 +337,10 @@ def _check_defaults(config: Config, overrides: Sequence[str]) -> None:
     In a file, such a default may be meant for clients that join later.
     """
     layers = [explicit_settings(group) for group in config.clients.groups]
-    defaults = explicit_settings(config.clients.defaults)
     for override in overrides:
         clients = override_values(override).get("clients")
         given = clients.get("defaults") if isinstance(clients, dict) else None
-        if isinstance(given, dict) and (key := key_without_effect(given, defaults, layers)):
+        if isinstance(given, dict) and (key := key_without_effect(given, layers)):
             raise UserError(
                 f"clients.defaults.{key}: has no effect, because every client sets "
                 f"{key.partition('.')[0]} itself; remove it"

@@ -31,3 +31,8 @@ class Terminal(Console):
     ) -> Iterable[Segment]:
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else printable_lines(text), style, control)
+
+    @override
+    def on_broken_pipe(self) -> None:
+        # Rich would exit; the command line handles the exception.
+        raise  # noqa: PLE0704 (called by rich while it handles a BrokenPipeError)

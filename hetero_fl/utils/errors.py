@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import sysconfig
 import traceback
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
@@ -17,8 +19,8 @@ PACKAGE = Path(__file__).parents[1]
 MAX_LINE_CHARACTERS = 400
 # Characters that join letters or emoji and have no width.
 JOINERS = "\u200c\u200d"
-# Minimum length of a name that is compared as an abbreviation.
-MIN_ABBREVIATION = 3
+# Minimum ratio of similar names (see `difflib.SequenceMatcher`), so that `noniid` is not `iid`.
+MIN_SIMILARITY = 0.7
 # Maximum number of files in a folder with which a missing file is compared.
 MAX_COMPARED_FILES = 1000
 # Prefixes of the source files of this project.
@@ -143,94 +145,22 @@ def one_line(text: object, max_length: int = MAX_LINE_CHARACTERS) -> str:
 
 
 def closest(found: object, choices: Iterable[str]) -> str | None:
-    """Find the choice to which a misspelled or abbreviated name most likely refers.
+    """Return the choice that is most similar to a name, or None if no choice is similar.
 
-    The comparison ignores case, hyphens and underscores.
+    The comparison ignores case, hyphens, underscores and periods.
 
     Args:
         found: The name.
         choices: Valid names.
-
-    Returns:
-        The choice, or None if no choice is similar.
 
     Example:
         >>> from hetero_fl.utils.errors import closest
         >>> closest("KT-pFL", ["fedmd", "kt_pfl"]), closest("fedmdd", ["fedmd", "kt_pfl"])
         ('kt_pfl', 'fedmd')
     """
-    names = list(choices)
-    match = closest_misspelling(found, names)
-    return closest_abbreviation(found, names) if match is None else match
-
-
-def closest_misspelling(found: object, choices: Iterable[str]) -> str | None:
-    """Find the most similar choice that differs from a name by about one edit per four letters.
-
-    An edit is an insertion, a deletion, a substitution or a swap of adjacent letters. The result is
-    None if no choice is similar enough.
-    """
     names = {_normalize(name): name for name in sorted(map(str, choices), reverse=True)}
-    word = _normalize(str(found))
-    if word in names:
-        return names[word]
-    edits = {
-        name: _edit_distance(word, name)
-        for name in sorted(names)
-        # The number of edits is at least the difference in length.
-        if abs(len(word) - len(name)) <= _max_edits(word, name)
-    }
-    near = [name for name, count in edits.items() if count <= _max_edits(word, name)]
-    if not near:
-        return None
-    return names[min(near, key=lambda name: (edits[name], sorted(name) != sorted(word)))]
-
-
-def closest_abbreviation(found: object, choices: Iterable[str]) -> str | None:
-    """Find the only choice that a name abbreviates or extends.
-
-    The name may be the beginning of the choice (`temp` for `temperature`), the last word of the
-    choice (`decay` for `weight_decay`), or the choice followed by further words (`dirichlet_split`
-    for `dirichlet`). The result is None if there are no or several such choices, or the name is too
-    short.
-    """
-    word = _normalize(str(found))
-    if len(word) < MIN_ABBREVIATION:
-        return None
-    names = sorted(set(map(str, choices)))
-    last_word = "_" + str(found).lower().replace("-", "_")
-    for matches in (
-        [name for name in names if _normalize(name).startswith(word)],
-        [name for name in names if name.lower().replace("-", "_").endswith(last_word)],
-        [
-            name
-            for name in names
-            if len(name) >= MIN_ABBREVIATION and word.startswith(_normalize(name))
-        ],
-    ):
-        if len(matches) == 1:
-            return matches[0]
-    return None
-
-
-def _max_edits(a: str, b: str) -> int:
-    """Return the maximum number of edits between a word and its misspelling."""
-    return max(int(max(len(a), len(b)) > 1), min(len(a), len(b)) // 4)
-
-
-def _edit_distance(a: str, b: str) -> int:
-    """Return the optimal string alignment distance of two words (Damerau 1964)."""
-    before: list[int] = []
-    row = list(range(len(b) + 1))
-    for i, letter in enumerate(a, 1):
-        previous = row
-        row = [i]
-        for j, other in enumerate(b, 1):
-            row.append(min(previous[j] + 1, row[j - 1] + 1, previous[j - 1] + (letter != other)))
-            if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:
-                row[j] = min(row[j], before[j - 2] + 1)
-        before = previous
-    return row[-1]
+    matches = get_close_matches(_normalize(str(found)), names, n=1, cutoff=MIN_SIMILARITY)
+    return names[matches[0]] if matches else None
 
 
 def suggest_similar(found: object, choices: Iterable[str]) -> str:
@@ -243,7 +173,7 @@ def suggest_similar(found: object, choices: Iterable[str]) -> str:
 
 
 def _normalize(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "")
+    return re.sub("[-_.]", "", name.lower())
 
 
 def suggest_or_list(found: object, choices: Iterable[str], all_of: str = "") -> str:
@@ -333,13 +263,8 @@ def suggest_file(path: Path, suffixes: Sequence[str] = ()) -> str:
     except OSError:
         return ""
     stem = closest(path.stem, {sibling.stem for sibling in siblings})
-    if stem is None:
-        return ""
-    match = min(
-        (sibling for sibling in siblings if sibling.stem == stem),
-        key=lambda sibling: (_edit_distance(path.suffix, sibling.suffix), sibling.name),
-    )
-    return f"; did you mean '{match.name}'?"
+    match = min((sibling.name for sibling in siblings if sibling.stem == stem), default=None)
+    return "" if match is None else f"; did you mean '{match}'?"
 
 
 def is_own_file(file: str) -> bool:

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 
 from hetero_fl.cli import main
-from hetero_fl.cli.commands import APP, methods
+from hetero_fl.cli.commands import APP
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits_quickstart.yaml")
 
@@ -99,7 +99,7 @@ def test_closed_stderr_ends_run_silently(tmp_path: Path) -> None:
 
 
 def test_broken_pipe_to_another_process_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods, "callback", Mock(side_effect=BrokenPipeError))
+    monkeypatch.setattr(APP.commands["methods"], "callback", Mock(side_effect=BrokenPipeError))
     with pytest.raises(BrokenPipeError):
         main(["methods"])
 

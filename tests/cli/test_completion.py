@@ -60,7 +60,7 @@ def test_invalid_shell_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", "tcsh"]) == 2
 
     assert re.fullmatch(
-        r"error: SHELL: expected one of bash, zsh, fish, powershell, got 'tcsh' .*\n",
+        r"error: invalid value for 'SHELL': 'tcsh' is not one of 'bash', .*\n",
         capsys.readouterr().err,
     )
 

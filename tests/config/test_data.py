@@ -51,9 +51,9 @@ def test_deeply_nested_value_raises_one_line(value: str, tmp_path: Path) -> None
     path = tmp_path / "c.yaml"
     path.write_text(f"name: {value if value[0] == '[' else repr(value)}\n")
 
-    with pytest.raises(UserError, match=r"c.yaml: (cannot be read: nested too deeply|\$\{…\} may)"):
+    with pytest.raises(UserError, match=r"c.yaml: (.*nested too deeply|\$\{…\} may)"):
         load_config(path)
-    with pytest.raises(UserError, match=r"name: (nested too deeply|invalid reference)"):
+    with pytest.raises(UserError, match=r"name: expected a YAML value"):
         load_config({}, [f"name={value}"])
 
 

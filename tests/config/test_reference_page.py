@@ -12,7 +12,6 @@ from types import ModuleType
 import pytest
 from pydantic import BaseModel
 
-from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.cli.commands import APP
 from hetero_fl.config import Config
 from hetero_fl.config.base import OptimizerConfig
@@ -49,30 +48,6 @@ def test_no_page_of_a_removed_family_remains(script: ModuleType) -> None:
     assert pages == {f"{family.page}.md" for family in script.FAMILIES}
 
 
-def test_check_reports_outdated_pages(
-    script: ModuleType,
-    pages: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["describe_reference.py", *arguments])
-        return int(script.main())
-
-    folder = tmp_path / "reference"
-    monkeypatch.setattr(script, "REFERENCE", folder)
-    monkeypatch.setattr(script, "all_pages", lambda: pages)
-
-    assert run("--check") == 1 and not folder.exists()
-    assert run() == 0 and run("--check") == 0
-    capsys.readouterr()
-    (folder / "methods" / "references.md").write_text("stale", encoding="utf-8")
-    assert run("--check") == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == "docs/reference/methods/references.md: outdated; run `make docs`"
-
-
 def test_configuration_contains_every_section_and_key(pages: dict[str, str]) -> None:
     configuration = pages["configuration.md"]
     for name in Config.model_fields:
@@ -101,19 +76,6 @@ def test_site_file_page_contains_every_key(script: ModuleType, model: type[BaseM
     section = script.site_file_page().partition(f"## {title}\n")[2].partition("\n## ")[0]
 
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(model.model_fields)
-
-
-def test_registered_user_method_does_not_change_the_pages(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = script.methods_index()
-    monkeypatch.setattr(register_algorithm, "_known", dict(register_algorithm._known))
-
-    @register_algorithm("user_method")
-    class UserMethod(Algorithm):
-        setting: int = 1
-
-    assert script.methods_index() == before
 
 
 def test_command_line_page_contains_the_help_of_each_command(script: ModuleType) -> None:

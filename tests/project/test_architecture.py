@@ -136,7 +136,7 @@ def test_packages_match_the_design() -> None:
     files = {path.name for path in PACKAGE.iterdir() if path.is_file()}
 
     assert {folder.relative_to(PACKAGE).parts[0] for folder in folders} == set(PACKAGES)
-    assert files == {"__init__.py", "__main__.py", "py.typed"}
+    assert files == {"__init__.py", "__init__.pyi", "__main__.py", "py.typed"}
     assert all(any((ROOT / "tests" / name).rglob("test_*.py")) for name in PACKAGES)
 
 

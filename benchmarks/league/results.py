@@ -12,6 +12,7 @@ from jinja2 import StrictUndefined, Template
 from benchmarks.league.archive import RunArchive
 from benchmarks.league.plots import draw_costs, draw_effects, draw_ranks
 from benchmarks.league.protocol import MAIN_GROUP, Benchmark
+from benchmarks.league.ranks import critical_difference, mean_ranks
 from benchmarks.league.scores import (
     CostPoint,
     Effect,
@@ -34,10 +35,6 @@ from benchmarks.league.tuning import (
     TunedKey,
     TunedSettings,
     choices_of,
-)
-from hetero_fl.reporting.comparison.significance import (
-    critical_difference,
-    mean_ranks,
 )
 from hetero_fl.reporting.formatting import algorithm_name, capitalize_first, format_range
 from hetero_fl.reporting.methods import is_reference

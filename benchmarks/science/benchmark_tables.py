@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.league.protocol import MAIN_GROUP
+from benchmarks.league.ranks import critical_difference
 from benchmarks.league.results import METRICS, BenchmarkResults
 from benchmarks.league.scores import FederationScores, RowName, row_title
 from benchmarks.league.tables import (
@@ -17,11 +18,7 @@ from benchmarks.league.tables import (
     score_cell,
     score_table,
 )
-from hetero_fl.reporting.comparison.significance import (
-    PairedDifference,
-    critical_difference,
-    paired_difference,
-)
+from hetero_fl.reporting.comparison.significance import PairedDifference, paired_difference
 from hetero_fl.reporting.formatting import algorithm_name, format_significant
 from hetero_fl.reporting.methods import is_reference
 from hetero_fl.reporting.rendering import markdown_table

@@ -10,12 +10,8 @@ import pytest
 from hypothesis import given, strategies as st
 from scipy import stats
 
-from hetero_fl.reporting.comparison.significance import (
-    critical_difference,
-    holm,
-    mean_ranks,
-    paired_difference,
-)
+from benchmarks.league.ranks import critical_difference, mean_ranks
+from hetero_fl.reporting.comparison.significance import holm, paired_difference
 from tests.support.cases import each_case
 
 A = {0: 0.81, 1: 0.79, 2: 0.86, 3: 0.77, 4: 0.83, 5: 0.80}

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -39,6 +41,7 @@ from benchmarks.science.replication_tables import (  # noqa: E402
 )
 from hetero_fl.core.task import Task  # noqa: E402
 from hetero_fl.reporting.comparison import plots  # noqa: E402
+from hetero_fl.reporting.comparison.runs import ComparedRuns  # noqa: E402
 from hetero_fl.reporting.plots import style  # noqa: E402
 from hetero_fl.reporting.rendering import markdown_table  # noqa: E402
 from hetero_fl.reporting.run_directory import RunDirectory  # noqa: E402
@@ -250,7 +253,8 @@ def main() -> int:
         for name, task in PICTURES.items():
             # Tables name variants of a method in a few words, which a picture has no room for.
             defaults = [row for row in archived(name) if ":" not in row["algorithm"]]
-            picture = style.to_png(plots.draw_comparison(defaults, task))
+            runs = ComparedRuns(pd.DataFrame(defaults), task)
+            picture = style.to_png(plots.draw_comparison(runs))
             (images / f"{Path(name).name}.png").write_bytes(picture)
         (images / "replication.png").write_bytes(draw_replication())
     return 0

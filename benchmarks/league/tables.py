@@ -6,8 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from benchmarks.league.scores import FederationScores, PrimaryTest, RowName, row_title
-from hetero_fl.reporting.comparison.differences import format_p
-from hetero_fl.reporting.formatting import MISSING, algorithm_name, format_significant
+from hetero_fl.reporting.formatting import MISSING, algorithm_name, format_p, format_significant
 from hetero_fl.reporting.rendering import markdown_table
 from hetero_fl.utils.text import pluralize
 

@@ -203,10 +203,6 @@ def compare(
     grid_texts = _parse_pairs("--grid", grid, "key=a,b,c")
     searched = _parse_pairs("--space", space, "key=low..high or key=a,b,c")
     default_seeds = [0] if loaded is None else loaded.seeds
-    origins = {}
-    if loaded is not None and study is not None:
-        from_study = loaded.overrides if algorithms else [*loaded.overrides, *loaded.algorithms]
-        origins = dict.fromkeys(from_study, f"study {study.name}")
     comparison = experiment.compare(
         values["config"],
         values["algorithms"],
@@ -218,7 +214,6 @@ def compare(
         budget=20 if budget is None else budget,
         jobs=values["jobs"],
         quiet=quiet,
-        origins=origins,
         allow_code=allow_code,
     )
     print_comparison(comparison)

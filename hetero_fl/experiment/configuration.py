@@ -245,15 +245,3 @@ def _method_keys(raw: Mapping[str, Any]) -> list[str]:
         if isinstance(name, str) and name in register_algorithm
         else []
     )
-
-
-def raw_algorithm_section(source: Source) -> dict[str, Any]:
-    """Return the section `algorithm` of a source as written, without defaults.
-
-    The result is empty if the source has no such section.
-    """
-    raw = read_config_file(Path(source)) if isinstance(source, str | Path) else plain(source)
-    if is_tutorial(raw):
-        raw, _ = translate_tutorial(raw, [], str(source))
-    section = raw.get("algorithm")
-    return dict(section) if isinstance(section, Mapping) else {}

@@ -6,12 +6,12 @@ A label consists of the name of a method and optional settings, such as `hybrid:
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import method_title
-from hetero_fl.config.schema import STATISTIC_SUFFIXES
 from hetero_fl.core.metrics import SMALLER_IS_BETTER
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.shown_metrics import metrics_of_line
@@ -51,6 +51,7 @@ METRICS = {
 }
 
 MAX_DECIMALS = 20
+LISTED_MODELS = 8
 
 _IN_UNIT = {"mae", "rmse"}
 _PERCENT = {
@@ -96,6 +97,32 @@ def format_metric(value: float | None, metric: str) -> str:
     return f"{value:.3f}" if metric in _DECIMAL else format_significant(value)
 
 
+def format_score(value: float | None, metric: str) -> str:
+    """Format a score as in tables: fractions in percent, without the percent sign.
+
+    Errors, losses, R² and metrics of the user are formatted as by `format_metric`. If the value is
+    None or NaN, a dash is returned.
+    """
+    if value is None or math.isnan(value):
+        return MISSING
+    if metric in _PERCENT or (metric in _DECIMAL and metric != "r2"):
+        return f"{100 * value:.1f}"
+    return format_metric(value, metric)
+
+
+def format_difference(value: float, metric: str) -> str:
+    """Format a difference of two scores as in tables, with a sign unless it rounds to 0."""
+    if math.isnan(value):
+        return MISSING
+    text = format_score(abs(value), metric)
+    return text if not text.strip("0.") else f"{'−' if value < 0 else '+'}{text}"
+
+
+def format_p(p: float) -> str:
+    """Format a p-value with two significant digits, or as `<0.001`."""
+    return "<0.001" if p < 0.001 else format_significant(p, 2)
+
+
 def is_percentage(metric: str) -> bool:
     """Return whether values of a metric are formatted as percentages."""
     return metric in _PERCENT
@@ -117,11 +144,6 @@ def metric_name(metric: str, unit: str = "") -> str:
     """
     name = METRICS.get(metric, metric.replace("_", " "))
     return f"{name} ({unit})" if unit and metric in _IN_UNIT else name
-
-
-def is_metric(name: str) -> bool:
-    """Return whether a key of the scores is a metric, not a statistic over the clients."""
-    return name != "round" and not name.endswith(STATISTIC_SUFFIXES)
 
 
 def tested_metric(test: str, metric: str, unit: str = "") -> str:
@@ -249,6 +271,12 @@ def population(summary: Mapping[str, Any], details: Mapping[str, Any]) -> int:
 def local_test_rows(details: Mapping[str, Any]) -> dict[str, int]:
     """Return the number of local test rows of each client."""
     return {client: rows["test"] for client, rows in details["rows"].items()}
+
+
+def format_models(models: Counter[str]) -> str:
+    """Format the number of clients with each model, such as `4 × cnn, 2 × resnet18`."""
+    listed = ", ".join(f"{count} × {name}" for name, count in models.most_common(LISTED_MODELS))
+    return f"{listed} …" if len(models) > LISTED_MODELS else listed
 
 
 def format_range(counts: Iterable[int]) -> str:

@@ -27,6 +27,15 @@ def in_notebook() -> bool:
     return type(shell).__name__ == "ZMQInteractiveShell"
 
 
+def enable_figures() -> None:
+    """Let a notebook display figures that are not made by pyplot."""
+    if in_notebook():
+        from IPython import get_ipython
+        from IPython.core.pylabtools import select_figure_formats
+
+        select_figure_formats(get_ipython(), {"png"})
+
+
 class ProgressBar:
     """A progress bar and a line of text in the output of a notebook cell."""
 

@@ -16,6 +16,7 @@ from hetero_fl.reporting.formatting import (
     format_metric,
     format_privacy,
     format_range,
+    format_score,
     metric_name,
 )
 from hetero_fl.utils.errors import printable, printable_lines
@@ -80,41 +81,29 @@ def format_environment(environment: Mapping[str, Any]) -> dict[str, str]:
     """
     known = dict(environment)
     choice = known.pop("choice", {})
-    threads = known.pop("threads", None)
-    version = known.pop("run_directory_version", None)
-    release = known.pop("hetero_fl", None)
-    cores = known.pop("cores", None)
-    device = known.pop("device", "")
-    reasons = choice.get("reasons", [])
-    thread_reasons = [text for text in reasons if re.match(r"\d+ threads?\b", text)]
-    prefix = f"{choice.get('executor')} executor: "
-    other_reasons = [text.removeprefix(prefix) for text in reasons if text not in thread_reasons]
-    if "server_threads" in choice:
-        threads = f"{threads} for clients, {choice['server_threads']} for the server"
-    for text in thread_reasons:
-        # The reason for the numbers follows a colon or is in parentheses.
-        reason = text.partition(": ")[2] or text.partition(" (")[2].removesuffix(")")
-        threads = f"{threads} ({reason or text})"
     workers = choice.get("workers", 1)
     chunk = choice.get("chunk", 1)
+    threads = known.pop("threads", None)
+    if "server_threads" in choice:
+        threads = f"{threads} for clients, {choice['server_threads']} for the server"
+    cores = known.pop("cores", None)
+    device = known.pop("device", "")
     rows = {
         "Executor": [
             choice.get("executor"),
             pluralize(workers, "worker") if workers > 1 else None,
             f"{pluralize(chunk, 'client')} at a time" if chunk > 1 else None,
         ],
-        "Reason": ["; ".join(other_reasons)],
         "Threads": [threads],
+        "Reasons": ["; ".join(choice.get("reasons", []))],
         "Device, precision": [
             "CPU" if device == "cpu" else device,
             choice.get("precision"),
             "deterministic algorithms" if choice.get("deterministic") else None,
         ],
         "Processor": [known.pop("cpu", None), pluralize(cores, "core") if cores else None],
-        "Platform": [known.pop("platform", None)],
         "Run id": [known.pop("run", None)],
-        "hetero_fl": [f"{release} (run directory format {version})" if release else None],
-        "Python": [known.pop("python", None)],
+        "Run directory format": [known.pop("run_directory_version", None)],
         "Packages": [f"{name} {found}" for name, found in known.pop("packages", {}).items()],
         **{name: found if isinstance(found, list) else [found] for name, found in known.items()},
     }
@@ -187,6 +176,7 @@ FILTERS: dict[str, Callable[..., str]] = {
     "plural": pluralize,
     "printable": lambda text: printable(str(text)),
     "privacy": format_privacy,
+    "score": format_score,
     "span": format_range,
     "thousands": "{:,}".format,
     "training_settings": format_training,

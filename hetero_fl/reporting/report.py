@@ -17,8 +17,8 @@ from hetero_fl.reporting.formatting import (
     MISSING,
     TEST_NAMES,
     client_score,
+    format_models,
     is_better,
-    is_metric,
     last_scores,
     local_test_rows,
     population,
@@ -30,12 +30,11 @@ from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.plots.clients import FEW, PANELS
 from hetero_fl.reporting.rendering import format_environment, render
 from hetero_fl.reporting.run_directory import RunDirectory
-from hetero_fl.reporting.shown_metrics import shown_metrics
+from hetero_fl.reporting.shown_metrics import is_metric, own_metrics, shown_metrics
 from hetero_fl.reporting.summary import describe_attack, describe_protections
 from hetero_fl.utils.code_permission import find_references
 
 Json = dict[str, Any]
-LISTED_MODELS = 8
 
 
 def write_report(run_dir: str | os.PathLike[str], log: Callable[[str], None] | None = None) -> Path:
@@ -105,14 +104,14 @@ def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> 
     method = method_class(summary["algorithm"])
     num_clients = population(summary, details)
     attacks = summary.get("attacks")
+    own = own_metrics(last_scores(summary))
     models = Counter(client["model"] for client in summary["clients"])
-    listed = ", ".join(f"{count} × {name}" for name, count in models.most_common(LISTED_MODELS))
     return {
         "summary": summary,
         "details": details,
         "metric": metric,
         "metrics": [name for name in last_scores(summary) if is_metric(name)],
-        "client_metrics": _client_metrics(summary, shown.table),
+        "client_metrics": _client_metrics(summary, [*shown.table, *own]),
         "unit": task.unit,
         "target": task.kind,
         "failed": [
@@ -123,7 +122,7 @@ def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> 
         ],
         "population": num_clients,
         "honest": num_clients - (len(attacks["malicious"]) if attacks else 0),
-        "models": listed + (" …" if len(models) > LISTED_MODELS else ""),
+        "models": format_models(models),
         "test_rows": local_test_rows(details).values(),
         "small_test_note": small_test_note(local_test_rows(details)) if summary["personal"] else "",
         "explanation": docstring_paragraph(summary["algorithm"]),

@@ -20,13 +20,13 @@ from hetero_fl.reporting.formatting import (
     algorithm_name,
     format_final_evaluation,
     format_metric,
-    is_metric,
     metric_name,
     population,
 )
 from hetero_fl.reporting.integrity import CHANGED, refuse_damaged, verify
 from hetero_fl.reporting.notebook import Picture, html_table
 from hetero_fl.reporting.run_directory import BEST_MODELS, RunDirectory, check_vacant
+from hetero_fl.reporting.shown_metrics import is_metric
 from hetero_fl.utils.code_permission import (
     AllowCode,
     also_allow,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hetero_fl.config.schema import STATISTIC_SUFFIXES
+from hetero_fl.core.metrics import MANY, RANKING, REGRESSION
 from hetero_fl.core.task import Task
 
 
@@ -100,6 +102,20 @@ def shown_metrics(task: Task) -> ShownMetrics:
     if task.has_many_classes:
         return _SHOWN["many"]
     return _SHOWN["binary" if task.outputs == 2 else "multiclass"]
+
+
+def is_metric(name: str) -> bool:
+    """Return whether a key of the scores is a metric, not a statistic over the clients."""
+    return name != "round" and not name.endswith(STATISTIC_SUFFIXES)
+
+
+def own_metrics(names: Iterable[str]) -> list[str]:
+    """Return the metrics of the user among the keys of scores (see `evaluation.metrics`).
+
+    Tables show them after those of `ShownMetrics.table`.
+    """
+    built_in = (*RANKING, *MANY, *REGRESSION)
+    return [name for name in dict.fromkeys(names) if is_metric(name) and name not in built_in]
 
 
 def metrics_of_line(scores: Mapping[str, Any]) -> tuple[str, ...]:

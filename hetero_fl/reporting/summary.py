@@ -102,27 +102,6 @@ def mean_validation_score(task: Task, record: Record) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def best_round(task: Task, history: Sequence[Record], which: str) -> Record | None:
-    """Return the record with the best validation score.
-
-    If several records have the best score, the first one is returned.
-
-    Args:
-        task: The task, which determines the metric.
-        history: Records of the rounds.
-        which: `personal`, `global` or `server`.
-
-    Returns:
-        The best record. If there are no validation scores, the last evaluated record is returned,
-        or None if no round was evaluated.
-    """
-    evaluated = [r for r in history if r.get(which)]
-    scored = [r for r in evaluated if validation_score(task, r, which) is not None]
-    if scored:
-        return max(scored, key=lambda r: validation_score(task, r, which) or 0.0)
-    return evaluated[-1] if evaluated else None
-
-
 class BestRounds:
     """Rounds with the best validation scores so far, the earlier one in a tie.
 
@@ -268,10 +247,14 @@ def summarize(
         raise RunFailedError("no model could be evaluated in any round")
     last = evaluated[-1]
 
+    best_rounds = BestRounds(task, history).rounds
+    by_round = {record["round"]: record for record in history}
+
     def last_and_best(which: str) -> dict[str, Any] | None:
         if not last.get(which):
             return None
-        best = best_round(task, history, which) or last
+        # Without validation scores, the last evaluation counts as the best.
+        best = by_round[best_rounds.get(which, last["round"])]
         return {"last": last[which], "best_by_validation": {"round": best["round"], **best[which]}}
 
     seconds = {k: sum(r["seconds"][k] for r in history) for k in ("training", "evaluation")}

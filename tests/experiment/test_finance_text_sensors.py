@@ -175,8 +175,8 @@ def test_average_precision_of_the_rare_class() -> None:
 
 
 def test_perplexity_is_not_formatted_as_a_percentage() -> None:
-    from hetero_fl.reporting.comparison.tables import format_single
+    from hetero_fl.reporting.formatting import format_score
 
-    assert format_single(6.87, "perplexity") == "6.87" and format_single(
+    assert format_score(6.87, "perplexity") == "6.87" and format_score(
         0.687, "top3_accuracy"
     ).startswith("68.7")

@@ -231,7 +231,7 @@ def test_comparison_of_methods(tmp_path: Path) -> None:
 
     assert len(comparison.frame) == 6
     assert "Mean" in comparison.to_markdown() and "tabular" in comparison.to_latex()
-    assert "<table" in comparison._repr_html_() and comparison.plot().path.exists()
+    assert "<table" in comparison._repr_html_() and comparison.plot().axes
 
 
 def test_configuration_file_of_a_federation(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_classification_of_busy_hours(horizons: str, tmp_path: Path) -> None:
 def test_comparison_states_baselines_and_unit(finished: Run, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     shutil.copytree(finished.path, tmp_path / "runs" / "one")
-    rows, task = [comparison_row(finished.summary)], finished.models["server"].task
+    rows, task = [comparison_row(finished.summary) | {"run": "one"}], finished.models["server"].task
     write_comparison(tmp_path, rows, title="traffic", note="", task=task)
     text = (tmp_path / "comparison.md").read_text()
     assert (

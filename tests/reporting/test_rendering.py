@@ -36,13 +36,15 @@ def test_environment_rows_have_labels_instead_of_keys() -> None:
 
     assert format_environment(environment) == {
         "Executor": "serial",
-        "Reason": "too short to benefit from worker processes",
-        "Threads": "1 for clients, 1 for the server (training steps are too small)",
+        "Threads": "1 for clients, 1 for the server",
+        "Reasons": "serial executor: too short to benefit from worker processes; "
+        "1 thread for clients, 1 for the server: training steps are too small",
         "Device, precision": "CPU, float32",
         "Processor": "a processor, 2 cores",
         "Run id": "e1b25231376e8167",
-        "hetero_fl": "0.1.0 (run directory format 1)",
+        "Run directory format": "1",
         "Packages": "torch 2.5.1, numpy 2.0.0",
+        "hetero_fl": "0.1.0",
     }
 
 
@@ -55,15 +57,6 @@ def test_environment_rows_name_workers_and_clients_at_a_time() -> None:
         "Executor": "processes, 4 workers, 12 clients at a time",
         "Device, precision": "cuda:0 (a GPU), deterministic algorithms",
     }
-
-
-@each_case("reason", ["OMP_NUM_THREADS", "runtime.threads"])
-def test_environment_rows_do_not_repeat_the_number_of_threads(reason: str) -> None:
-    choice = {"server_threads": 2, "reasons": [f"2 threads ({reason})"]}
-
-    rows = format_environment({"threads": 2, "choice": choice})
-
-    assert rows["Threads"] == f"2 for clients, 2 for the server ({reason})"
 
 
 @each_case(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hetero_fl.core.task import Task
-from hetero_fl.reporting.summary import best_round, format_fields
+from hetero_fl.reporting.summary import BestRounds, format_fields
 from tests.support.cases import each_case
 
 
@@ -26,7 +26,7 @@ def test_best_round_has_the_best_score(
         for i, figure in enumerate(figures, 1)
     ]
 
-    assert best_round(task, records, "global") is records[1]
+    assert BestRounds(task, records).rounds == {"global": 2}
 
 
 def test_preprocessing_lists_few_constants_and_describes_many() -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hetero_fl.config.load import Overrides, override_list
 from hetero_fl.experiment.comparison.jobs import Job, Point, Source, Variant, run_jobs
@@ -21,18 +21,18 @@ from hetero_fl.experiment.comparison.tuning import (
     best_trial,
     rate,
 )
-from hetero_fl.experiment.used_settings import add_method_defaults
-from hetero_fl.reporting.comparison.facts import rank_methods
 from hetero_fl.reporting.comparison.result import Comparison
-from hetero_fl.reporting.comparison.tables import Candidate
 from hetero_fl.reporting.formatting import algorithm_name
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
-from hetero_fl.reporting.run_directory import RunDirectory, lock_folder
+from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.utils.code_permission import AllowCode
 from hetero_fl.utils.errors import Interrupted, RunFailedError
 from hetero_fl.utils.extras import check_extra
 from hetero_fl.utils.processes import exit_if_importing
+
+if TYPE_CHECKING:
+    from hetero_fl.reporting.comparison.tables import Candidate
 
 NO_REPORT = ("output.plots=false", "output.report=false", "output.best_models=false")
 """Overrides of the trials of a search."""
@@ -50,7 +50,6 @@ def compare(
     budget: int | str = 20,
     jobs: int | None = None,
     quiet: bool = False,
-    origins: Mapping[str, str] | None = None,
     allow_code: AllowCode = False,
 ) -> Comparison:
     """Run every algorithm with every seed and write a table, figures and a report into `out`.
@@ -77,8 +76,6 @@ def compare(
             `1.5h`.
         jobs: Number of runs at a time. If None, one run per core, with one thread each.
         quiet: Whether to hide the progress display.
-        origins: Names of the places where entries of `algorithms` and `overrides` were set, keyed
-            by entry. The report shows the origins next to the settings.
         allow_code: Whether code that a file refers to may be executed (see
             `hetero_fl.load_config`).
 
@@ -104,6 +101,9 @@ def compare(
     """
     exit_if_importing()
     check_extra("tables", ["pandas", "scipy"], "compare")
+    # Imported here because loading pandas is slow.
+    from hetero_fl.reporting.comparison.facts import write_record
+
     plan = plan_comparison(
         source,
         algorithms,
@@ -115,11 +115,23 @@ def compare(
         budget=str(budget),
         jobs=jobs,
         permission=allow_code,
-        origins=origins or {},
     )
     with lock_folder(plan.out) as lock_notes, Progress(plan.out / "log.txt", quiet) as progress:
-        for line in [*lock_notes, *plan.notes()]:
+        for line in lock_notes:
             progress.log(line)
+        for name, reason in plan.left_out.items():
+            progress.log(f"left out {name}: {reason}")
+        arguments = {
+            "config": str(source) if isinstance(source, str | Path) else None,
+            "algorithms": [variant.label for variant in plan.variants],
+            "seeds": plan.seeds,
+            "overrides": override_list(overrides),
+            "grid": {key: list(values) for key, values in (grid or {}).items()},
+            "space": {key: str(values) for key, values in (space or {}).items()},
+            "budget": str(budget),
+        }
+        num_runs = len(plan.seeds) * len(plan.variants)
+        write_record(plan.out, arguments, min(plan.at_once, num_runs))
         try:
             trials, failed = _tune(plan, progress)
             chosen, missing = _choose(plan, trials)
@@ -267,6 +279,7 @@ def _write_results(
     # Imported here because loading matplotlib is slow.
     from hetero_fl.reporting.comparison.plots import hours_to_reach, write_curves
     from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
+    from hetero_fl.reporting.comparison.runs import rank_methods
 
     finished = [job for job in _compared_jobs(plan, chosen) if job not in failed]
     if not finished:
@@ -294,10 +307,6 @@ def _write_results(
         task=plan.task,
         missing=_missing_methods(plan, missing, failed),
         tried=_candidates(plan, trials, chosen),
-        settings=add_method_defaults(
-            plan.settings({job.variant: job.point for job in finished}),
-            {job.variant.label: RunDirectory.open(job.out) for job in finished},
-        ),
     )
     histories: dict[str, list[Any]] = {str(row["algorithm"]): [] for row in shown}
     for job, records in zip(finished, metrics, strict=True):
@@ -310,6 +319,9 @@ def _candidates(
     plan: ComparisonPlan, trials: Trials, chosen: Mapping[Variant, Trial]
 ) -> list[Candidate]:
     """Return the tried points, without the failed trials of a search."""
+    # Imported here because loading pandas is slow.
+    from hetero_fl.reporting.comparison.tables import Candidate
+
     candidates = []
     for variant, tried in trials.items():
         for trial in tried if plan.is_tuned else ():

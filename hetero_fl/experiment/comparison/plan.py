@@ -14,8 +14,6 @@ from hetero_fl.experiment.comparison.jobs import Job, Point, Source, Variant, ch
 from hetero_fl.experiment.comparison.tuning import Budget, Grid, OptunaSearch, Space
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import prepare
-from hetero_fl.experiment.used_settings import used_settings
-from hetero_fl.reporting.comparison.facts import UsedSettings
 from hetero_fl.reporting.run_loggers import check_loggers
 from hetero_fl.utils.code_permission import AllowCode, code_of_caller
 from hetero_fl.utils.environment import available_cores
@@ -43,8 +41,6 @@ class ComparisonPlan:
         out: The folder of the comparison.
         at_once: Number of runs at a time.
         permission: The code that may be executed.
-        origins: Where variants and overrides were set, keyed by entry.
-        file: The name of the configuration file, if there is one.
         left_out: Why methods do not support the configuration, if "all" are compared.
         task: The task of all runs.
     """
@@ -59,8 +55,6 @@ class ComparisonPlan:
     out: Path
     at_once: int
     permission: AllowCode
-    origins: Mapping[str, str]
-    file: str = "the configuration"
     left_out: dict[str, str] = field(default_factory=dict)
     task: Task = field(init=False)
 
@@ -80,28 +74,6 @@ class ComparisonPlan:
             return [Job.in_folder(self.out / "search", variant, point, TRIAL_SEED)]
         return self.jobs(variant, point)
 
-    def settings(self, points: Mapping[Variant, Point]) -> UsedSettings:
-        """Return the settings of every variant at its point (see `used_settings`)."""
-        origin = "grid, chosen by validation" if self.is_tuned else "grid"
-        return used_settings(
-            self.source,
-            self.base,
-            points,
-            self.origins,
-            file=self.file,
-            grid="search" if isinstance(self.tuner, OptunaSearch) else origin,
-            allow_code=self.permission,
-        )
-
-    def notes(self) -> list[str]:
-        """Return the lines that precede the runs in the log."""
-        settings = self.settings(dict.fromkeys(self.variants, ()))
-        return [
-            *(f"left out {name}: {reason}" for name, reason in self.left_out.items()),
-            *(f"settings of {methods}: {text}" for methods, text in settings.lines()),
-            *([settings.note] if settings.note else []),
-        ]
-
 
 def plan_comparison(
     source: Source,
@@ -115,7 +87,6 @@ def plan_comparison(
     budget: str,
     jobs: int | None,
     permission: AllowCode,
-    origins: Mapping[str, str],
 ) -> ComparisonPlan:
     """Validate the arguments and the runs of a comparison (see `compare`).
 
@@ -158,12 +129,10 @@ def plan_comparison(
         out=out,
         at_once=jobs or max(1, available_cores() // (config.runtime.threads or 1)),
         permission=permission,
-        origins=origins,
     )
     _check_runs(plan, candidates)
     if isinstance(source, str | Path):
         plan.source = read_config_file(Path(source))
-        plan.file = Path(source).name
     return plan
 
 

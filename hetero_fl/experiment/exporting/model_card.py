@@ -11,11 +11,11 @@ from hetero_fl.reporting.formatting import (
     FEW_ROWS,
     TEST_NAMES,
     algorithm_name,
-    is_metric,
 )
 from hetero_fl.reporting.methods import method_class
 from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.run import Run
+from hetero_fl.reporting.shown_metrics import is_metric
 from hetero_fl.reporting.summary import describe_attack, describe_protections
 from hetero_fl.utils.environment import package_version
 

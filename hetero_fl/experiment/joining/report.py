@@ -14,8 +14,7 @@ from hetero_fl.algorithms.distillation import TEACHER
 from hetero_fl.algorithms.hybrid import BACKBONE, BOTH, SCRATCH
 from hetero_fl.core.metrics import SMALLER_IS_BETTER, metric_names
 from hetero_fl.core.task import Task
-from hetero_fl.reporting.comparison.tables import format_single
-from hetero_fl.reporting.formatting import METRICS, capitalize_first
+from hetero_fl.reporting.formatting import METRICS, capitalize_first, format_score
 from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.rendering import markdown_table, render
 from hetero_fl.reporting.run_directory import RunDirectory
@@ -92,7 +91,7 @@ def join_markdown(content: Json, task: Task) -> str:
             {
                 "metric": capitalize_first(METRICS[metric]),
                 "table": _metric_table(content, metric),
-                "consensus": format_single(content["consensus"][metric], metric),
+                "consensus": format_score(content["consensus"][metric], metric),
             }
             for metric in defined_metrics(content, task)
         ],
@@ -130,9 +129,9 @@ def is_clearly_better(entry: Mapping[str, Any], scratch: Mapping[str, Any], metr
 
 
 def _format_cell(entry: Json, scratch: Json, metric: str) -> str:
-    text = format_single(entry[metric], metric)
+    text = format_score(entry[metric], metric)
     if entry[f"{metric}_std"] is not None:
-        text += f" ± {format_single(entry[f'{metric}_std'], metric)}"
+        text += f" ± {format_score(entry[f'{metric}_std'], metric)}"
     return f"**{text}**" if is_clearly_better(entry, scratch, metric) else text
 
 

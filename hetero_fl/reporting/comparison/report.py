@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -11,31 +12,25 @@ import pandas as pd
 from hetero_fl.algorithms.requirements import SINGLE_UPLOADS
 from hetero_fl.core.metrics import metric_names
 from hetero_fl.core.task import Task
-from hetero_fl.reporting.comparison import plots
-from hetero_fl.reporting.comparison.differences import make_difference_table
-from hetero_fl.reporting.comparison.facts import Row, UsedSettings, compared_methods, gather_facts
-from hetero_fl.reporting.comparison.gains import client_gains, describe_gains, make_gain_tables
+from hetero_fl.reporting.comparison import facts, plots
+from hetero_fl.reporting.comparison.gains import Gains, client_gains, describe_gains, mean_gains
 from hetero_fl.reporting.comparison.result import DIFFERENCES
+from hetero_fl.reporting.comparison.runs import ComparedRuns, Row
 from hetero_fl.reporting.comparison.significance import MIN_SEEDS
 from hetero_fl.reporting.comparison.tables import (
-    BELOW,
+    TEXT_COLUMNS,
     Candidate,
-    format_single,
-    make_table,
-    make_tuning_table,
-    seconds_note,
+    difference_table,
+    paired_differences,
+    score_table,
+    tuning_table,
 )
-from hetero_fl.reporting.formatting import MISSING, TEST_NAMES, is_metric
-from hetero_fl.reporting.methods import describe_methods
+from hetero_fl.reporting.formatting import TEST_NAMES
+from hetero_fl.reporting.methods import describe_methods, format_needs
 from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.run_directory import RunDirectory
-
-DIFFERENCES_NOTE = f"Paired differences with p-values need at least {MIN_SEEDS} seeds."
-NEEDS_NOTE = (
-    "Single uploads: the server must see each client's upload, "
-    "so neither secure aggregation nor homomorphic encryption is possible."
-)
+from hetero_fl.reporting.shown_metrics import is_metric
 
 
 def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,24 +70,22 @@ def write_comparison(
     task: Task,
     missing: Mapping[str, str] | None = None,
     tried: Sequence[Candidate] = (),
-    settings: UsedSettings | None = None,
 ) -> None:
-    """Write the tables, the plot and the report of a comparison.
+    """Write the tables, the plots and the report of a comparison.
 
-    Methods are listed in the order of the rows, with references last. Information about the runs is
-    read from `runs/` and `log.txt` in `out_dir` if they exist.
+    Methods are listed in the order of the rows, with references last. The arguments and the number
+    of parallel runs are read from `comparison.json`, and facts about the runs from the folders in
+    `runs/` that the rows name.
 
     Args:
         out_dir: Folder of the comparison.
         rows: One row for each run, from `comparison_row`. The value of `algorithm` may contain
-            settings (`hybrid:teacher=mean`).
+            settings (`hybrid:teacher=mean`), and that of `run` is the name of the run's folder.
         title: Title of the report.
         note: A sentence about the tuning, shown below the title and in LaTeX captions.
         task: Task of the runs.
         missing: Reasons why methods or runs are not among the rows, keyed by method or run.
         tried: Candidates of a tuning grid.
-        settings: Settings of the methods that differ from the defaults. If None, the report does
-            not list settings.
 
     Raises:
         ValueError: If there are no rows.
@@ -101,68 +94,55 @@ def write_comparison(
         raise ValueError("rows: expected at least one row, got none")
     out = RunDirectory(out_dir)
     out.path.mkdir(parents=True, exist_ok=True)
-    found = client_gains(rows, task)
-    frame = pd.DataFrame(rows, columns=csv_columns(rows, task), dtype=object).merge(
-        found.pivot_table("gain", ["algorithm", "seed"], "column", sort=False).reset_index(),
-        how="left",
+    record = facts.read_record(out.path)
+    runs = ComparedRuns(
+        pd.DataFrame(rows, columns=csv_columns(rows, task)), task, record.get("jobs")
     )
-    out.write_text("comparison.csv", frame.to_csv(index=False, lineterminator="\n"))
-    known = gather_facts(out.path, rows, missing)
-    last = make_table(rows, task, "last", known.jobs, known.local_test_note)
-    selected = make_table(rows, task, "best", known.jobs, known.local_test_note)
-    differences = make_difference_table(rows, task)
-    tex = [last.latex("comparison-last", note), selected.latex("comparison-selected", note)]
-    (out.path / DIFFERENCES).unlink(missing_ok=True)
-    if differences is not None:
-        tex.append(differences.latex("comparison-differences"))
-        out.write_text(DIFFERENCES, differences.csv())
-    out.write_text(
-        "comparison.tex", "% needs \\usepackage{booktabs,graphicx}\n" + "\n\n".join(tex) + "\n"
-    )
-    gains = make_gain_tables(found, rows, task)
-    methods = list(dict.fromkeys(str(row["algorithm"]) for row in rows))
-    with style.plot_style():
-        pictures = {"comparison": style.to_png(plots.draw_comparison(rows, task, known.jobs))}
-        if gains:
-            pictures["gains"] = style.to_png(plots.draw_gains(gains, methods))
-    (out.path / "gains.png").unlink(missing_ok=True)
-    for name, picture in pictures.items():
-        (out.path / f"{name}.png").write_bytes(picture)
-    shown = compared_methods(rows)
-    content: dict[str, Any] = {
+    of_clients = client_gains(rows, runs)
+    gains = mean_gains(of_clients, runs)
+    differences = paired_differences(runs)
+    _write_csv_files(out, rows, runs, of_clients, differences)
+    directories = facts.open_runs(out.path, rows)
+    about = facts.gather_facts([run for found in directories.values() for run in found])
+    tables = [
+        score_table(runs, "last", about),
+        difference_table(differences, runs),
+        *(one.table() for one in gains),
+        score_table(runs, "best", about),
+        tuning_table(tried, task),
+    ]
+    shown = [table for table in tables if table is not None]
+    tex = [table.latex(note) for table in shown if table.label]
+    out.write_text("comparison.tex", "\n\n".join(["% needs \\usepackage{booktabs,graphicx}", *tex]))
+    about |= facts.argument_facts(record, runs)
+    about |= {f"Without {name}": reason for name, reason in (missing or {}).items()}
+    first_runs = {label: found[0] for label, found in directories.items()}
+    content = {
         "title": title,
-        "note": note,
-        "about": known,
-        "tables": (last, selected),
-        "differences": differences,
-        "differences_note": "" if differences or len(shown.all_labels) < 2 else DIFFERENCES_NOTE,
-        "gains": gains,
-        "answer": describe_gains(gains, rows, known.jobs),
-        "grid": make_tuning_table(tried, task),
-        "settings": settings,
-        "methods": describe_methods(shown.all_labels),
-        "needs_note": NEEDS_NOTE if any(SINGLE_UPLOADS in x.needs for x in last.lines) else "",
+        "about": about,
+        "paragraphs": [note, facts.simulation_note(first_runs), describe_gains(gains)],
+        "tables": shown,
+        "table_notes": _table_notes(runs, has_differences=not differences.empty),
+        "settings": facts.settings_of_methods(first_runs),
+        "notes": facts.notes_of_methods(first_runs),
+        "methods": describe_methods(runs.methods),
     }
     out.write_text("comparison.md", render("comparison.md", **content))
     page = render(
         "comparison.html",
         **content,
-        shown=shown,
         rows=rows,
-        columns=last.columns[:3],
-        score=format_single,
-        pictures={name: style.embed_picture(picture) for name, picture in pictures.items()},
-        several=len({row["seed"] for row in rows}) > 1,
+        runs=runs,
+        text_columns=TEXT_COLUMNS,
+        columns=runs.columns()[:3],
+        pictures=_write_pictures(out.path, runs, gains),
         reports={path.parent.name for path in out.path.glob("runs/*/report.html")},
-        below=BELOW,
-        missing=MISSING,
-        seconds=seconds_note(known.jobs),
     )
     out.write_text("report.html", page)
 
 
 def csv_columns(rows: Sequence[Row], task: Task) -> list[str]:
-    """Return the columns of `comparison.csv`.
+    """Return the columns of `comparison.csv`, without gains.
 
     The standard columns for the task come first, followed by all other keys of the rows.
     """
@@ -175,3 +155,47 @@ def csv_columns(rows: Sequence[Row], task: Task) -> list[str]:
     ]
     names += ["up_bytes", "down_bytes", "seconds_total"]
     return list(dict.fromkeys([*names, *(k for row in rows for k in row if k != "clients")]))
+
+
+def _write_csv_files(
+    out: RunDirectory,
+    rows: Sequence[Row],
+    runs: ComparedRuns,
+    of_clients: pd.DataFrame,
+    differences: pd.DataFrame,
+) -> None:
+    """Write `comparison.csv`, and `differences.csv` if methods were tested."""
+    gains = of_clients.pivot_table("gain", ["algorithm", "seed"], "column", sort=False)
+    # Whole numbers remain whole numbers if other runs have no value.
+    frame = pd.DataFrame(rows, columns=csv_columns(rows, runs.task), dtype=object)
+    frame = frame.merge(gains.reset_index(), how="left")
+    out.write_text("comparison.csv", frame.to_csv(index=False, lineterminator="\n"))
+    (out.path / DIFFERENCES).unlink(missing_ok=True)
+    if not differences.empty:
+        tested = differences.dropna().astype({"seeds": int})
+        out.write_text(DIFFERENCES, tested.to_csv(index=False, lineterminator="\n"))
+
+
+def _write_pictures(out: Path, runs: ComparedRuns, gains: Sequence[Gains]) -> dict[str, Any]:
+    """Write `comparison.png`, and `gains.png` if there are gains, and return them for the page."""
+    with style.plot_style():
+        pictures = {"comparison": style.to_png(plots.draw_comparison(runs))}
+        if gains:
+            pictures["gains"] = style.to_png(plots.draw_gains(gains, runs))
+    (out / "gains.png").unlink(missing_ok=True)
+    for name, picture in pictures.items():
+        (out / f"{name}.png").write_bytes(picture)
+    return {name: style.embed_picture(picture) for name, picture in pictures.items()}
+
+
+def _table_notes(runs: ComparedRuns, *, has_differences: bool) -> list[str]:
+    """Return the notes below the tables."""
+    notes = []
+    if not has_differences and len(runs.methods) > 1:
+        notes.append(f"Paired differences with p-values need at least {MIN_SEEDS} seeds.")
+    if any(SINGLE_UPLOADS in format_needs(label) for label in runs.methods):
+        notes.append(
+            "Single uploads: the server must see each client's upload, "
+            "so neither secure aggregation nor homomorphic encryption is possible."
+        )
+    return notes

@@ -1,4 +1,4 @@
-"""Read a comparison from Python: one row per run, the table and the picture."""
+"""Read a comparison from Python: one row per run, the tables and the plot."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hetero_fl.reporting.formatting import algorithm_name, tested_metric
-from hetero_fl.reporting.notebook import Picture
+from hetero_fl.reporting.formatting import task_of
+from hetero_fl.reporting.notebook import Picture, enable_figures
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import AllowCode
 from hetero_fl.utils.errors import UserError
@@ -15,14 +15,17 @@ from hetero_fl.utils.serialization import check_entries
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
+
+    from hetero_fl.reporting.comparison.runs import ComparedRuns
 
 
 DIFFERENCES = "differences.csv"
 """Name of the file with the paired differences from the best method."""
+DIFFERENCE_COLUMNS = ("algorithm", "difference", "low", "high", "p", "p_holm", "seeds")
+"""Columns of this file."""
 GAIN = "_gain_"
 """Part of the names of the columns with the gain of a client over the baseline."""
-SHOWN = ("global_last_", "personal_last_")
-"""Prefixes of the columns that a notebook shows."""
 
 
 class Comparison:
@@ -64,18 +67,8 @@ class Comparison:
         return f"Comparison({str(self.path)!r})\n\n{self.to_markdown()}"
 
     def _repr_html_(self) -> str:
-        scores = [
-            str(c)
-            for c in self.frame
-            if str(c).startswith(SHOWN) and GAIN not in str(c) and self.frame[c].any()
-        ]
-        methods = self.frame.assign(algorithm=self.frame["algorithm"].map(algorithm_name))
-        means = methods.groupby("algorithm", sort=False)[scores].mean()
-        # A column has a name such as `personal_last_auroc`.
-        means.columns = [tested_metric(*str(c).split("_last_")) for c in means.columns]
-        means.index.name = "method, mean over seeds"
-        table = means.to_html(float_format=lambda value: f"{value:.3f}")
-        return f"{table}{self.plot()._repr_html_()}"
+        picture = Picture(self.path / "comparison.png")
+        return self.table().to_html(index=False) + picture._repr_html_()
 
     @cached_property
     def frame(self) -> pd.DataFrame:
@@ -96,10 +89,7 @@ class Comparison:
         import pandas as pd
 
         path = self.path / DIFFERENCES
-        if path.exists():
-            return pd.read_csv(path)
-        names = ["algorithm", "difference", "low", "high", "p", "p_holm", "seeds"]
-        return pd.DataFrame(columns=names)
+        return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=DIFFERENCE_COLUMNS)
 
     @cached_property
     def gains(self) -> pd.DataFrame:
@@ -122,6 +112,28 @@ class Comparison:
         folders = self.path / "runs"
         return [Run(folders / str(name), self._permission) for name in self.frame["run"]]
 
+    @cached_property
+    def _compared(self) -> ComparedRuns:
+        """The scores of the runs, with the task of the first run."""
+        # Imported here because loading pandas is slow.
+        from hetero_fl.reporting.comparison.facts import read_record
+        from hetero_fl.reporting.comparison.runs import ComparedRuns
+
+        first = self.runs[0].directory
+        task = task_of(first.summary(), first.details())
+        return ComparedRuns(self.frame, task, read_record(self.path).get("jobs"))
+
+    def table(self, moment: str = "last") -> pd.DataFrame:
+        """Return the means and standard deviations over seeds as text, one row for each method.
+
+        Args:
+            moment: `last` for the last round, or `best` for the round selected by validation.
+        """
+        # Imported here because loading pandas is slow.
+        from hetero_fl.reporting.comparison.tables import score_table
+
+        return score_table(self._compared, moment).frame
+
     def to_markdown(self) -> str:
         """Return the content of `comparison.md`, with means and standard deviations over seeds."""
         return (self.path / "comparison.md").read_text(encoding="utf-8")
@@ -130,6 +142,12 @@ class Comparison:
         """Return the content of `comparison.tex`, with means and standard deviations over seeds."""
         return (self.path / "comparison.tex").read_text(encoding="utf-8")
 
-    def plot(self) -> Picture:
-        """Return the picture of the scores, which a notebook displays."""
-        return Picture(self.path / "comparison.png")
+    def plot(self) -> Figure:
+        """Plot the scores, bytes and time of each method (see `comparison.png`)."""
+        # Imported here because loading matplotlib is slow.
+        from hetero_fl.reporting.comparison.plots import draw_comparison
+        from hetero_fl.reporting.plots.style import plot_style
+
+        enable_figures()
+        with plot_style():
+            return draw_comparison(self._compared)

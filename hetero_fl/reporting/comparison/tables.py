@@ -1,301 +1,258 @@
-"""Tables of a comparison: means, best values and tuning."""
+"""Tables of a comparison: scores, paired differences, gains of clients and tuning."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import Any
 
-from hetero_fl.core.metrics import SMALLER_IS_BETTER, selection_metric
+import pandas as pd
+
+from hetero_fl.core.metrics import selection_metric
 from hetero_fl.core.task import Task
-from hetero_fl.reporting.comparison.facts import (
-    Column,
-    ComparedMethods,
-    Row,
-    columns_of,
-    compared_methods,
-)
+from hetero_fl.reporting.comparison.result import DIFFERENCE_COLUMNS
+from hetero_fl.reporting.comparison.runs import ComparedRuns, ScoreColumn
+from hetero_fl.reporting.comparison.significance import MIN_SEEDS, holm, paired_difference
 from hetero_fl.reporting.formatting import (
     MISSING,
     algorithm_name,
     capitalize_first,
+    format_difference,
+    format_p,
+    format_score,
     format_significant,
     is_better,
     metric_name,
     tested_metric,
 )
 from hetero_fl.reporting.methods import format_needs, is_reference
-from hetero_fl.reporting.rendering import markdown_table, render, render_line
-from hetero_fl.reporting.shown_metrics import shown_metrics
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-UNDEFINED_WITHOUT_A_CLASS = ("auroc", "average_precision")
-"""Metrics that are undefined if the test rows lack a class."""
+from hetero_fl.reporting.rendering import escape_latex, markdown_table, render, render_line
+from hetero_fl.reporting.shown_metrics import own_metrics, shown_metrics
 
 BELOW = "↓"
 """Mark of scores that are worse than the score of the baseline."""
 
+LOCAL_TEST_ROWS = "Local test rows"
+"""Key of the fact about the number of local test rows."""
 
-def seconds_note(jobs: int | None) -> str:
-    """Return a sentence that explains what the column “Seconds” measures.
+TEXT_COLUMNS = ("Method", "Client", "Values", "Needs")
+"""Columns that are aligned to the left."""
 
-    Args:
-        jobs: Number of runs that were executed in parallel, or None if unknown.
-    """
-    return render_line("seconds.txt", jobs=jobs)
-
-
-@dataclass(frozen=True)
-class TableCell:
-    """The score of a method in a column.
-
-    Attributes:
-        mean: Mean over seeds, or None without scores.
-        deviation: Sample standard deviation over seeds, or None with fewer than two scores.
-        text: Mean and standard deviation as text.
-        best: Whether the score is the best in its column.
-        below: Whether the score is worse than the score of the baseline.
-    """
-
-    mean: float | None
-    deviation: float | None
-    text: str
-    best: bool = False
-    below: bool = False
-
-    @property
-    def markdown(self) -> str:
-        """The text in Markdown, with the best score in bold."""
-        if self.best:
-            return f"**{self.text}**"
-        return f"{self.text} {BELOW}" if self.below else self.text
+UNDEFINED_WITHOUT_A_CLASS = ("auroc", "average_precision")
+"""Metrics that are undefined if the test rows lack a class."""
 
 
 @dataclass(frozen=True)
-class TableLine:
-    """A row of a comparison table.
-
-    Attributes:
-        algorithm: Label of the method.
-        name: Display name of the method.
-        is_reference: Whether the method is a reference, which is not ranked with other methods.
-        cells: Scores, in the order of the columns.
-        megabytes: Megabytes exchanged per run.
-        seconds: Seconds per run.
-        needs: Requirements of the method.
-    """
-
-    algorithm: str
-    name: str
-    is_reference: bool
-    cells: tuple[TableCell, ...]
-    megabytes: str
-    seconds: str
-    needs: str
-
-
-@dataclass(frozen=True)
-class ComparisonTable:
-    """A table of a comparison.
+class Table:
+    """A table whose cells are text.
 
     Attributes:
         title: Title of the table.
-        columns: Columns with scores.
-        lines: Rows of the table, references last.
+        frame: The cells.
         caption: Text below the table.
-        jobs: Number of runs that were executed in parallel, or None if unknown.
+        label: Label for references in LaTeX, without the prefix `tab:`. If empty, the table is not
+            written in LaTeX.
+        bold: Whether cells are bold, for some of the columns. If None, none is.
     """
 
     title: str
-    columns: tuple[Column, ...]
-    lines: tuple[TableLine, ...]
+    frame: pd.DataFrame
     caption: str
-    jobs: int | None
+    label: str = ""
+    bold: pd.DataFrame | None = None
 
-    @property
-    def header(self) -> list[str]:
-        """Titles of all columns."""
-        return ["Method", *(column.title for column in self.columns), *self.others]
+    def marked(self, escape: Callable[[str], str], bold: str) -> pd.DataFrame:
+        """Return the cells with escaped characters and marks for bold cells.
 
-    @property
-    def others(self) -> list[str]:
-        """Titles of the columns that follow the scores."""
-        shared = f" ({self.jobs} runs at a time)" if self.jobs is not None and self.jobs > 1 else ""
-        return ["MB", f"Seconds{shared}", "Needs"]
-
-    @property
-    def groups(self) -> list[tuple[str, list[str]]]:
-        """Names of the tests in the order of the columns, each with the titles of its columns."""
-        by_group = groupby(self.columns, key=lambda column: column.group)
-        return [(group, [column.short for column in columns]) for group, columns in by_group]
+        Args:
+            escape: Function that escapes the text of a cell.
+            bold: Format of a bold cell, such as `**{}**`.
+        """
+        text = self.frame.map(escape)
+        if self.bold is None:
+            return text
+        is_bold = self.bold.reindex(columns=self.frame.columns, fill_value=False)
+        return text.mask(is_bold, text.map(bold.format))
 
     def markdown(self) -> str:
-        """Return the table in GitHub Markdown, with a subheading above the references."""
-        rows = []
-        for line in self.lines:
-            if line.is_reference and ["*References*"] not in rows:
-                rows.append(["*References*"])
-            cells = [cell.markdown for cell in line.cells]
-            rows.append([line.name, *cells, line.megabytes, line.seconds, line.needs])
-        numbers = ["right"] * (len(self.header) - 2)
-        return markdown_table(self.header, rows, ("left", *numbers, "left"))
+        """Return the table in GitHub Markdown."""
+        columns = list(self.frame.columns)
+        alignment = ["left" if name in TEXT_COLUMNS else "right" for name in columns]
+        return markdown_table(columns, self.marked(str, "**{}**").to_numpy().tolist(), alignment)
 
-    def latex(self, label: str, note: str = "") -> str:
+    def latex(self, note: str = "") -> str:
         """Return the table in LaTeX, which requires the packages booktabs and graphicx.
 
         Args:
-            label: Label for references, without the prefix `tab:`.
             note: An additional sentence in the caption.
         """
-        return render("comparison.tex", table=self, label=label, note=note, below=BELOW)
+        text = self.marked(escape_latex, "\\textbf{{{}}}").rename(columns=escape_latex)
+        alignment = "".join("l" if name in TEXT_COLUMNS else "r" for name in self.frame.columns)
+        tabular = text.to_latex(index=False, column_format=alignment)
+        return render("table.tex", table=self, tabular=tabular, note=note)
+
+    def html_rows(self) -> list[list[str]]:
+        """Return the cells in HTML."""
+        # Imported here because only pages need it.
+        from markupsafe import escape
+
+        text = self.marked(lambda cell: str(escape(cell)), "<b>{}</b>")
+        rows: list[list[str]] = text.to_numpy().tolist()
+        return rows
 
 
-def make_table(
-    rows: Sequence[Row],
-    task: Task,
-    moment: str,
-    jobs: int | None = None,
-    local_test_note: str = "",
-) -> ComparisonTable:
-    """Return the table for the last round or for the round selected by validation.
+def score_table(runs: ComparedRuns, moment: str, facts: Mapping[str, str] | None = None) -> Table:
+    """Return the means and standard deviations of the scores over seeds.
 
     Args:
-        rows: One row for each run.
-        task: Task of the runs.
-        moment: `last`, or `best` for the selected round.
-        jobs: Number of runs that were executed in parallel, or None if unknown.
-        local_test_note: A sentence about the local test rows, for the caption.
+        runs: The runs.
+        moment: `last`, or `best` for the round selected by validation.
+        facts: Facts about the runs, of which the caption has the number of local test rows.
     """
-    # Imported here because a run of a joining client needs only the formats of this module.
-    import pandas as pd
-
-    columns = columns_of(rows, task, moment)
-    shown = compared_methods(rows)
-    frame = pd.DataFrame(rows).set_index("algorithm").sort_values("seed", kind="stable")
-    seeds = sorted(set(frame["seed"]))
-    by_method = frame[[column.key for column in columns]].astype(float).groupby(level=0)
-    means = by_method.mean()
-    deviations = by_method.std(ddof=1)
-    cells = [
-        _make_column(column, means[column.key], deviations[column.key], shown) for column in columns
+    columns = runs.columns(moment)
+    methods = runs.methods
+    by_method = runs.frame.groupby("algorithm")
+    exchanged = by_method["up_bytes"].mean() + by_method["down_bytes"].mean()
+    seconds = "Seconds" if (runs.jobs or 1) == 1 else f"Seconds ({runs.jobs} runs at a time)"
+    cells: dict[str, list[str]] = {"Method": [_method_name(runs, label) for label in methods]}
+    bold = {}
+    for column in columns:
+        cells[column.title], bold[column.title] = _score_cells(runs, column)
+    cells["MB"] = [_format_megabytes(exchanged[label] / 1e6) for label in methods]
+    cells[seconds] = [
+        format_significant(mean) for mean in by_method["seconds_total"].mean()[methods]
     ]
-    lines = []
-    for index, label in enumerate(shown.all_labels):
-        own = frame.loc[[label]]
-        short = f" ({len(own)} of {len(seeds)} seeds)" if len(own) < len(seeds) else ""
-        lines.append(
-            TableLine(
-                label,
-                algorithm_name(label) + short,
-                is_reference(label),
-                tuple(column[index] for column in cells),
-                _format_megabytes((own["up_bytes"] + own["down_bytes"]).mean() / 1e6),
-                format_significant(own["seconds_total"].mean()),
-                format_needs(label) or MISSING,
-            )
-        )
+    cells["Needs"] = [format_needs(label) or MISSING for label in methods]
     caption = render_line(
         "table_caption.txt",
-        task=task,
+        task=runs.task,
         columns=columns,
+        own=[metric_name(metric) for metric in own_metrics(c.metric for c in columns)],
         needs_classes=UNDEFINED_WITHOUT_A_CLASS,
         moment=moment,
-        seeds=seeds,
-        references=shown.references,
-        baseline=algorithm_name(str(shown.baseline)),
-        below=BELOW if any(cell.below for line in lines for cell in line.cells) else "",
-        undefined=_undefined_titles(rows, task, moment),
-        personal=local_test_note if any(c.key.startswith("personal") for c in columns) else "",
-        seconds=seconds_note(jobs),
+        seeds=runs.seeds,
+        has_references=len(runs.federated) < len(methods),
+        baseline=algorithm_name(str(runs.baseline)),
+        below=BELOW if any(BELOW in cell for text in cells.values() for cell in text) else "",
+        undefined=_undefined_titles(runs, moment),
+        local_rows=(facts or {}).get(LOCAL_TEST_ROWS, ""),
+        jobs=runs.jobs,
     )
     title = "Last round" if moment == "last" else "Round selected by validation"
-    return ComparisonTable(title, columns, tuple(lines), caption, jobs)
+    label = "comparison-last" if moment == "last" else "comparison-selected"
+    return Table(title, pd.DataFrame(cells), caption, label, pd.DataFrame(bold))
 
 
-def _undefined_titles(rows: Sequence[Row], task: Task, moment: str) -> list[str]:
-    """Return the titles of local test columns that are omitted because all values are undefined.
+def _method_name(runs: ComparedRuns, label: str) -> str:
+    """Return the name of a method, with a note on missing seeds and on references."""
+    count = int((runs.frame["algorithm"] == label).sum())
+    notes = [f"{count} of {len(runs.seeds)} seeds"] if count < len(runs.seeds) else []
+    notes += ["reference"] if is_reference(label) else []
+    return f"{algorithm_name(label)} ({', '.join(notes)})" if notes else algorithm_name(label)
 
-    AUROC and average precision are undefined if the test rows lack a class.
+
+def _score_cells(runs: ComparedRuns, column: ScoreColumn) -> tuple[list[str], list[bool]]:
+    """Return the mean and deviation of each method as text, and whether it is the best.
+
+    Means that are printed like the best one are also the best. Only methods that are no references
+    are compared, and only by metrics of this package: a metric of the user may be better if it is
+    smaller.
     """
-    if task.kind == "regression" or not any(f"personal_{moment}_loss" in row for row in rows):
-        return []
-    keys = {metric: f"personal_{moment}_{metric}" for metric in shown_metrics(task).table}
-    return [
-        tested_metric("personal", metric)
-        for metric, key in keys.items()
-        if metric in UNDEFINED_WITHOUT_A_CLASS and all(row.get(key) is None for row in rows)
-    ]
-
-
-def _make_column(
-    column: Column, means: pd.Series, deviations: pd.Series, shown: ComparedMethods
-) -> list[TableCell]:
-    """Return the cells of a column.
-
-    Scores that round to the best score are also marked as best.
-    """
-    metric = column.metric
-    best = best_method(column, means, shown)
-    best_mean = math.nan if best is None else float(means[best])
-    baseline = float(means[shown.baseline]) if shown.baseline else math.nan
-    cells = []
-    for label in shown.all_labels:
-        mean = float(means[label])
-        deviation = float(deviations[label])
-        if math.isnan(mean):
-            cells.append(TableCell(None, None, MISSING))
-            continue
-        printed = format_score(mean, metric)
-        has_spread = not math.isnan(deviation)
-        is_ranked = label in shown.federated
-        cells.append(
-            TableCell(
-                mean,
-                deviation if has_spread else None,
-                f"{printed} ± {format_score(deviation, metric)}" if has_spread else printed,
-                best=is_ranked
-                and len(shown.federated) > 1
-                and printed == format_score(best_mean, metric),
-                below=is_ranked
-                and is_better(metric, baseline, mean)
-                and printed != format_score(baseline, metric),
-            )
-        )
-    return cells
-
-
-def best_method(column: Column, means: pd.Series, shown: ComparedMethods) -> str | None:
-    """Return the federated method with the best mean in a column, or None without scores."""
-    known = means[list(shown.federated)].dropna()
-    if known.empty:
-        return None
-    return str(known.idxmin() if column.metric in SMALLER_IS_BETTER else known.idxmax())
+    scores = runs.scores(column.key)
+    means = scores.mean(axis=1)
+    printed = {label: format_score(mean, column.metric) for label, mean in means.items()}
+    ranked = [] if own_metrics([column.metric]) else runs.federated
+    best = runs.best_method(column) if len(ranked) > 1 else None
+    texts = []
+    is_best = []
+    for label, deviation in scores.std(axis=1).items():
+        text = printed[label]
+        if not math.isnan(deviation):
+            text += f" ± {format_score(deviation, column.metric)}"
+        if label in ranked and runs.baseline and printed[label] != printed[runs.baseline]:
+            is_below = is_better(column.metric, means[runs.baseline], means[label])
+            text += f" {BELOW}" if is_below else ""
+        texts.append(text)
+        is_best.append(label in ranked and best is not None and printed[label] == printed[best])
+    return texts, is_best
 
 
 def _format_megabytes(value: float) -> str:
     return format_significant(value, 3 if value >= 1 else 2) if value else "0"
 
 
-def format_single(value: float | None, metric: str) -> str:
-    """Format the score of one run as in the tables, or return a dash if the score is None."""
-    return MISSING if value is None else format_score(value, metric)
+def _undefined_titles(runs: ComparedRuns, moment: str) -> list[str]:
+    """Return the titles of local test columns that are left out because no value is defined.
+
+    AUROC and average precision are undefined if the test rows lack a class.
+    """
+    if runs.task.kind == "regression" or not runs.has_scores(f"personal_{moment}_loss"):
+        return []
+    return [
+        tested_metric("personal", metric)
+        for metric in shown_metrics(runs.task).table
+        if metric in UNDEFINED_WITHOUT_A_CLASS
+        and not runs.has_scores(f"personal_{moment}_{metric}")
+    ]
 
 
-def format_score(value: float, metric: str) -> str:
-    """Format a score as in the tables, in percent except for errors, losses and R²."""
-    if metric in ("loss", "perplexity", "mae", "rmse"):
-        return format_significant(value)
-    return f"{value:.3f}" if metric == "r2" else f"{100 * value:.1f}"
+def paired_differences(runs: ComparedRuns) -> pd.DataFrame:
+    """Compare each method with the best one, in the first column of the table of the last round.
+
+    Returns:
+        One row for each other method that is no reference, with the columns of `differences.csv`.
+        The numbers are NaN if the two methods share fewer than `MIN_SEEDS` seeds. The frame is
+        empty if this holds for all methods.
+    """
+    columns = runs.columns()
+    best = runs.best_method(columns[0]) if columns else None
+    if best is None:
+        return pd.DataFrame(columns=DIFFERENCE_COLUMNS)
+    scores = runs.scores(columns[0].key)
+    by_seed: dict[str, dict[Any, float]] = {
+        str(label): row.dropna().to_dict() for label, row in scores.iterrows()
+    }
+    rows = []
+    for label in runs.federated:
+        found = paired_difference(by_seed[label], by_seed[best])
+        if label != best:
+            rows.append({"algorithm": label, **(vars(found) if found else {})})
+    frame = pd.DataFrame(rows).rename(columns={"mean": "difference", "num_seeds": "seeds"})
+    if "p" not in frame:
+        return pd.DataFrame(columns=DIFFERENCE_COLUMNS)
+    tested = frame["p"].notna()
+    frame.loc[tested, "p_holm"] = holm(frame.loc[tested, "p"].tolist())
+    return frame[list(DIFFERENCE_COLUMNS)]
 
 
-def format_difference(value: float, metric: str) -> str:
-    """Format a difference of two scores as in the tables, with a sign unless it rounds to 0."""
-    text = format_score(abs(value), metric)
-    return text if not text.strip("0.") else f"{'−' if value < 0 else '+'}{text}"
+def difference_table(differences: pd.DataFrame, runs: ComparedRuns) -> Table | None:
+    """Return the result of `paired_differences` as a table, or None if it is empty."""
+    if differences.empty:
+        return None
+    column = runs.columns()[0]
+    rows = []
+    for row in differences.to_dict("records"):
+        cells = [MISSING] * 4
+        if not pd.isna(row["p"]):
+            mean, low, high = (
+                format_difference(value, column.metric)
+                for value in (row["difference"], row["low"], row["high"])
+            )
+            cells = [mean, f"{low} to {high}", format_p(row["p"]), format_p(row["p_holm"])]
+        rows.append([algorithm_name(row["algorithm"]), *cells])
+    num_tests = int(differences["p"].notna().sum())
+    caption = render_line(
+        "difference_caption.txt",
+        first=column.title,
+        num_tests=num_tests,
+        incomplete=num_tests < len(differences),
+        least=MIN_SEEDS,
+    )
+    header = ["Method", column.title, "95% interval", "p", "p (Holm)"]
+    best = algorithm_name(str(runs.best_method(column)))
+    frame = pd.DataFrame(rows, columns=header)
+    return Table(f"Differences from {best}", frame, caption, "comparison-differences")
 
 
 @dataclass(frozen=True)
@@ -318,51 +275,26 @@ class Candidate:
     stopped_after: int | None = None
 
 
-@dataclass(frozen=True)
-class TuningTable:
-    """The table of tuning candidates.
-
-    Attributes:
-        title: Title of the table.
-        header: Titles of the columns.
-        lines: One tuple for each candidate, which consists of the method, the settings, the
-            validation score and whether the candidate was chosen.
-        caption: Text below the table.
-    """
-
-    title: str
-    header: tuple[str, str, str]
-    lines: tuple[tuple[str, str, str, bool], ...]
-    caption: str
-
-    def markdown(self) -> str:
-        """Return the candidates in GitHub Markdown, with the chosen ones in bold."""
-        rows = [
-            [name, values, f"**{text}**" if chosen else text]
-            for name, values, text, chosen in self.lines
-        ]
-        return markdown_table(self.header, rows, ("left", "left", "right"))
-
-
-def make_tuning_table(candidates: Sequence[Candidate], task: Task) -> TuningTable | None:
+def tuning_table(candidates: Sequence[Candidate], task: Task) -> Table | None:
     """Return the table of tuning candidates, or None if there are no candidates."""
     if not candidates:
         return None
     metric, sign = selection_metric(task)
-    lines = []
+    rows = []
     for c in candidates:
-        known = c.score is not None and math.isfinite(c.score)
-        text = format_single(sign * c.score, metric) if c.score is not None and known else MISSING
-        if c.score is None and c.stopped_after is None:
+        text = MISSING
+        if c.score is not None and math.isfinite(c.score):
+            text = format_score(sign * c.score, metric)
+        if c.stopped_after is not None:
+            text += f" (stopped after round {c.stopped_after})"
+        elif c.score is None:
             text = "failed with a seed"
-        elif c.stopped_after is not None:
-            text = f"{text} (stopped after round {c.stopped_after})"
-        lines.append((algorithm_name(c.algorithm), ", ".join(c.point), text, c.chosen))
+        rows.append([algorithm_name(c.algorithm), ", ".join(c.point), text])
     caption = render_line(
         "tuning_caption.txt",
         metric=capitalize_first(metric_name(metric)),
         has_stopped=any(c.stopped_after is not None for c in candidates),
     )
-    return TuningTable(
-        "Tuning candidates", ("Method", "Values", "Validation"), tuple(lines), caption
-    )
+    frame = pd.DataFrame(rows, columns=["Method", "Values", "Validation"])
+    bold = pd.DataFrame({"Validation": [c.chosen for c in candidates]})
+    return Table("Tuning candidates", frame, caption, bold=bold)

@@ -6,6 +6,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,11 +14,10 @@ from matplotlib.figure import Figure
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison.plots import draw_comparison
+from hetero_fl.reporting.comparison.runs import ComparedRuns
 from hetero_fl.reporting.formatting import algorithm_name
-from hetero_fl.reporting.methods import method_needs
 from hetero_fl.reporting.plots import style
 from tests.reporting.plots.test_layout import texts
-from tests.support.cases import each_case
 from tests.support.figures import drawn
 
 ALL = [
@@ -54,6 +54,10 @@ def make_rows(names: list[str], seeds: int, scale: float = 1.0) -> list[dict[str
     return rows
 
 
+def plot(rows: list[dict[str, Any]], task: Task, jobs: int | None = None) -> Figure:
+    return drawn(draw_comparison, ComparedRuns(pd.DataFrame(rows), task, jobs))
+
+
 def panels(figure: Figure) -> dict[str, Axes]:
     return {axes.get_title(loc="left"): axes for axes in figure.axes}
 
@@ -69,69 +73,48 @@ def panels(figure: Figure) -> dict[str, Axes]:
     ids=lambda t: t.kind,
 )
 def test_labels_do_not_overlap(names: list[str], seeds: int, task: Task) -> None:
-    figure = drawn(draw_comparison, make_rows(names, seeds), task, 2)
+    figure = plot(make_rows(names, seeds), task, 2)
     # The height of a page, A4.
     assert figure.get_figwidth() <= style.WIDTH and figure.get_figheight() < 11.7
     shown = texts(figure)
-    turned = (
-        [t for t in panels(figure)["Needs"].get_xticklabels() if t.get_text()]
-        if "Needs" in panels(figure)
-        else []
-    )
-    assert all(t.get_fontsize() >= style.MIN_FONT_SIZE for t in [*shown, *turned])
-    boxes = [(t.get_text(), t.get_window_extent().padded(1)) for t in [*shown, *turned]]
+    assert all(t.get_fontsize() >= style.MIN_FONT_SIZE for t in shown)
+    boxes = [(t.get_text(), t.get_window_extent().padded(1)) for t in shown]
     for (first, a), (second, b) in combinations(boxes, 2):
         assert not a.overlaps(b), (first, second)
 
 
-def test_plot_shows_every_method_with_its_needs() -> None:
-    found = panels(drawn(draw_comparison, make_rows(ALL, 1), Task("multiclass", 10), 1))
-    assert list(found) == ["Accuracy", "Balanced\naccuracy", "AUROC", "Bytes", "Time", "Needs"]
+def test_plot_shows_every_method_with_references_last() -> None:
+    found = panels(plot(make_rows(ALL, 1), Task("multiclass", 10), 1))
+
+    assert list(found) == ["Accuracy", "Balanced\naccuracy", "AUROC", "Bytes", "Time"]
     labels = [t.get_text() for t in found["Accuracy"].get_yticklabels()]
-    assert sorted(labels) == sorted(map(algorithm_name, ALL)) and labels[-2:] == [
-        "Ensemble",
-        "Centralized",
-    ]
-    words = [t.get_text() for t in found["Needs"].get_xticklabels()]
-    dots = {
-        (labels[int(y)], words[int(x)], line.get_markerfacecolor() == "white")
-        for line in found["Needs"].lines
-        if line.get_marker() == "o"
-        for x, y in zip(*line.get_data(), strict=True)
-    }
-    assert dots == {
-        (algorithm_name(name), word, len(need) > 1)
-        for name in ALL
-        for need in method_needs(name)
-        for word in need
-    }
-    assert ("Hybrid", "proxy set", True) in dots and ("FedMD", "proxy set", False) in dots
+    assert sorted(labels) == sorted(map(algorithm_name, ALL))
+    assert labels[-2:] == ["Ensemble", "Centralized"]
+
+
+def test_metrics_of_the_user_have_a_panel() -> None:
+    rows = [row | {"global_last_regret": 0.5} for row in make_rows(["local", "fedavg"], 1)]
+
+    assert "Regret" in panels(plot(rows, Task("multiclass", 10), 1))
 
 
 def test_score_that_a_seed_lacks_is_left_out() -> None:
     rows = make_rows(["local", "fedavg"], 2)
     rows[-1]["global_last_auroc"] = None
-    found = panels(drawn(draw_comparison, rows, Task("multiclass", 10), 1))
+    found = panels(plot(rows, Task("multiclass", 10), 1))
     assert len(found["Accuracy"].containers) - len(found["AUROC"].containers) == 1
 
 
 def test_labels_omit_the_section_of_client_settings() -> None:
     names = ["local", "fedmd:teacher=contrast:clients.defaults.logit_adjustment=true"]
-    figure = drawn(draw_comparison, make_rows(names, 1), Task("multiclass", 10), 1)
+    figure = plot(make_rows(names, 1), Task("multiclass", 10), 1)
     labels = [t.get_text() for t in panels(figure)["Accuracy"].get_yticklabels()]
     assert labels == ["Local", "FedMD\n(teacher = contrast,\nlogit_adjustment = true)"]
 
 
-@each_case("names", [["local", "fedavg"], ["local", "hybrid", "fedmd"]])
-def test_title_of_the_needs_fits_its_panel(names: list[str]) -> None:
-    figure = drawn(draw_comparison, make_rows(names, 1), Task("multiclass", 2), 1)
-    title = next(t for t in texts(figure) if t.get_text() == "Needs")
-    assert title.get_window_extent().x1 <= figure.bbox.x1
-
-
 def test_baseline_is_drawn_in_all_panels() -> None:
     rows = make_rows(["fedavg", "local"], 3)
-    figure = drawn(draw_comparison, rows, Task("multiclass", 10))
+    figure = plot(rows, Task("multiclass", 10))
     axes = panels(figure)["Accuracy"]
     for test in ("personal", "global"):
         mean = np.mean(
@@ -142,8 +125,7 @@ def test_baseline_is_drawn_in_all_panels() -> None:
         ]
         assert [mean, mean] in [list(x) for x in positions if len(x) == 2]
     assert "Local, the baseline" in [t.get_text() for t in figure.legends[0].get_texts()]
-    single = drawn(
-        draw_comparison,
+    single = plot(
         [row for row in rows if row["algorithm"] != "local"],
         Task("multiclass", 10),
     )

@@ -82,8 +82,8 @@ def test_keys_of_openssh(tmp_path: Path) -> None:
             "{site}: data.path: file or folder '{folder}/dta.npz' not found",
         ),
         (
-            {"data": {"name": "nzp", "path": "site.yaml"}},
-            "{site}: data.name: unknown source 'nzp'; did you mean 'npz'?",
+            {"data": {"name": "npzz", "path": "site.yaml"}},
+            "{site}: data.name: unknown source 'npzz'; did you mean 'npz'?",
         ),
         (
             {"key": "key.pub"},

@@ -76,7 +76,7 @@ def test_evaluate_and_predict_match_columns_by_name(
         found = run.predict("c_1", with_label.drop(columns=absent))
         assert found.equals(run.predict("c_1", with_nan))
     mistakes = [
-        (with_label.rename(columns={"a": "aa"}), "x: column 'a' not found, .*; did you mean 'aa'"),
+        (with_label.rename(columns={"a": "A"}), "x: column 'a' not found, .*; did you mean 'A'"),
         (features[["a", "b", "b"]], "predict: x: column 'b' occurs 2 times"),
         (features.assign(b="much"), "predict: x: column 'b': expected numbers, got text"),
     ]

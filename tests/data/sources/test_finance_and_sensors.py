@@ -108,8 +108,8 @@ def test_invalid_recordings_raise_one_line(samples: Path, tmp_path: Path) -> Non
             "columns: expected 2 names, got 1",
         ),
         (
-            {"x": np.zeros((3, 4, 2)), "y": [0, 1, 0], "split": ["train", "valid", "test"]},
-            "split: unknown value 'valid'; did you mean 'validation'?",
+            {"x": np.zeros((3, 4, 2)), "y": [0, 1, 0], "split": ["train", "validatio", "test"]},
+            "split: unknown value 'validatio'; did you mean 'validation'?",
         ),
         (
             {"x": np.zeros((2, 4, 2)), "y": [0, 1], "split": ["test", "test"]},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from difflib import get_close_matches
 from types import FunctionType, GeneratorType
 
@@ -131,7 +133,8 @@ def _user_functions(algorithm_class: type) -> list[FunctionType]:
 def _check_hook_name(function: FunctionType, algorithm_class: type) -> None:
     """Raise UserError if the name of a function looks like a misspelled hook."""
     known = [b for b in algorithm_class.__mro__ if b.__module__.startswith("hetero_fl.")]
-    hooks = {name for base in known if issubclass(base, Algorithm) for name in vars(base)}
+    names = {name for base in known if issubclass(base, Algorithm) for name in vars(base)}
+    hooks = [name for name in names if not name.startswith("_")]
     name = function.__name__
     matches = get_close_matches(name, hooks, 1, cutoff=MIN_HOOK_SIMILARITY)
     if matches and name not in hooks and not name.startswith("_"):
@@ -204,21 +207,41 @@ def _check_loss(
 
 
 def _check_state(loss: LossFunction, logits: Tensor, y: Tensor) -> None:
-    """Check that a loss has the same value and attributes whenever it gets the same batch.
+    """Check that a loss of a batch does not depend on earlier calls.
 
-    Attributes that each call overwrites, such as the last value, are allowed.
+    Attributes and variables that each call overwrites, such as the last value, are allowed.
     """
-    seen = []
-    for batch in (logits, logits / 2 + 0.25, logits, logits):
+    states = [_state_of(loss)]
+    fresh = loss
+    # An object may refuse to be copied, or to be described by its content.
+    with suppress(Exception):
+        copied = replace(loss, function=copy.deepcopy(loss.function))
+        fresh = copied if _state_of(copied) == states[0] else loss
+    batch = (logits, y)
+    other = (torch.cat([logits, logits[:1]]) / 2 + 0.25, torch.cat([y, y[:1]]))
+    values = []
+    for own in (other, batch, other, batch):
         with keyed_generators(0):
-            value = loss.total(batch, y)
-        seen.append(describe_content([value, loss.function]))
-    if len({seen[0], *seen[2:]}) > 1:
+            values.append(describe_content(loss.total(*own)))
+        states.append(_state_of(loss))
+    with keyed_generators(0):
+        expected = describe_content(fresh.total(*batch))
+    before, first, second, third, fourth = states
+    is_equal = values[:2] == values[2:] and [first, second] == [third, fourth]
+    # The state of a copy shows what the first batch has set for all others.
+    is_kept = before != first and first == second
+    if not is_equal or is_kept or [values[1], second] != [expected, _state_of(fresh)]:
         raise ValueError(
             "the loss of a batch depends on earlier calls, which clients would share; compute the "
             "loss from logits and targets only, and record values with evaluation.metrics or "
             "output.loggers"
         )
+
+
+def _state_of(loss: LossFunction) -> str:
+    """Describe what a loss may keep between two calls."""
+    cells = getattr(loss.function, "__closure__", None) or ()
+    return describe_content([loss.function, *(cell.cell_contents for cell in cells)])
 
 
 def _input_notes(arch: ModelSpec) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -22,6 +22,8 @@ from hetero_fl.config.base import (
     choice_type,
     format_value,
 )
+from hetero_fl.utils.code_permission import CODE_PREFIX
+from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.text import format_list
 
 DEFAULT_ROOT = "~/.cache/hetero_fl"
@@ -368,8 +370,76 @@ TableSplit = choice_type("train", "validation", "test", "local_validation", "loc
 """Split of rows of a table. The last two are those of the groups of the training rows."""
 
 
-class SourceConfig(ConfigSection):
-    """A data source, which is selected by name or read from a local file."""
+registered_source_names: set[str] = set()
+"""Data sources that the package does not provide, which `hetero_fl.data.register_source` adds."""
+
+
+class OwnArguments(ConfigSection):
+    """A section that names user-defined code, to which all other keys are passed.
+
+    Attributes:
+        chooser: The key that names the code.
+        own_prefixes: Prefixes of the names of code.
+        own_names: Registered names of code.
+        also_arguments: Keys of the section that are arguments of code, too.
+    """
+
+    chooser: ClassVar[str]
+    own_prefixes: ClassVar[tuple[str, ...]] = (CODE_PREFIX,)
+    own_names: ClassVar[Collection[str]]
+    also_arguments: ClassVar[tuple[str, ...]] = ()
+
+    if TYPE_CHECKING:
+        # Subclasses describe the field, whose place among their fields is last.
+        arguments: dict[str, Any] | None
+
+    @classmethod
+    def takes_arguments(cls, name: object) -> bool:
+        """Return whether a name is that of user-defined code."""
+        return isinstance(name, str) and (
+            name.startswith(cls.own_prefixes) or name in cls.own_names
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect_arguments(cls, raw: Any) -> Any:
+        """Move the arguments of user-defined code to `arguments`."""
+        if not isinstance(raw, Mapping) or not cls.takes_arguments(raw.get(cls.chooser)):
+            return raw
+        found = {
+            str(key): value
+            for key, value in raw.items()
+            if key not in cls.model_fields or (key in cls.also_arguments and value is not None)
+        }
+        given = raw.get("arguments") or {}
+        if not found or not isinstance(given, Mapping):
+            return raw
+        rest = {key: value for key, value in raw.items() if key not in found}
+        return {**rest, "arguments": {**given, **found}}
+
+    @model_validator(mode="after")
+    def _check_arguments(self) -> Self:
+        """Check that arguments are set only for user-defined code."""
+        name = getattr(self, self.chooser)
+        if self.arguments and not self.takes_arguments(name):
+            raise ValueError(
+                f"arguments: does not apply to {self.chooser}={name}; write the settings as keys "
+                f"next to {self.chooser}, got {format_value(self.arguments)}"
+            )
+        return self
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+
+class SourceConfig(OwnArguments):
+    """A data source, which is selected by name or read from a local file.
+
+    With a source of your own, all other keys are settings of its class.
+    """
+
+    chooser = "name"
+    own_names = registered_source_names
 
     name: str = Field(
         "chest_xray",
@@ -495,6 +565,11 @@ class SourceConfig(ConfigSection):
         None,
         description="text sources: conversion of text to tokens",
     )
+    arguments: dict[str, Any] | None = Field(
+        None,
+        description="settings of a user-defined source, which you can also write as keys of "
+        "`data`; `null`: none",
+    )
 
     @field_validator("stream", mode="before")
     @classmethod
@@ -519,9 +594,6 @@ class SourceConfig(ConfigSection):
                 )
         return categories
 
-    def __hash__(self) -> int:
-        return hash(self.model_dump_json())
-
 
 PARTITION_KINDS = (
     "iid",
@@ -537,11 +609,16 @@ registered_partition_kinds: set[str] = set()
 """Further kinds of partitions, which `hetero_fl.data.register_partition` adds."""
 
 
-class PartitionConfig(ConfigSection):
+class PartitionConfig(OwnArguments):
     """Distribution of the training rows among the clients.
 
     With a kind of your own, all other keys are its arguments.
     """
+
+    chooser = "kind"
+    own_prefixes = (CODE_PREFIX, OBJECT_PREFIX)
+    own_names = registered_partition_kinds
+    also_arguments = ("alpha",)
 
     kind: choice_type(  # type: ignore[valid-type]
         *PARTITION_KINDS,
@@ -594,44 +671,10 @@ class PartitionConfig(ConfigSection):
         description="`drawn`: σ of a log-normal factor on each client's number of rows; 0: none",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _collect_arguments(cls, raw: Any) -> Any:
-        """Move the arguments of a partition that the package does not implement to `arguments`."""
-        if not isinstance(raw, Mapping) or not cls._takes_arguments(raw.get("kind")):
-            return raw
-        found = {
-            str(key): value
-            for key, value in raw.items()
-            if key not in cls.model_fields or (key == "alpha" and value is not None)
-        }
-        given = raw.get("arguments") or {}
-        if not found or not isinstance(given, Mapping):
-            return raw
-        rest = {key: value for key, value in raw.items() if key not in found}
-        return {**rest, "arguments": {**given, **found}}
-
-    @staticmethod
-    def _takes_arguments(kind: object) -> bool:
-        return isinstance(kind, str) and (":" in kind or kind in registered_partition_kinds)
-
-    @model_validator(mode="after")
-    def _check_arguments(self) -> PartitionConfig:
-        """Check that arguments are set only for partitions that take arguments."""
-        if self.arguments and not self._takes_arguments(self.kind):
-            raise ValueError(
-                f"arguments: does not apply to kind={self.kind}; write the settings as keys of "
-                f"partition, got {format_value(self.arguments)}"
-            )
-        return self
-
-    def __hash__(self) -> int:
-        return hash(self.model_dump_json())
-
     @model_validator(mode="after")
     def _set_default_alpha(self) -> PartitionConfig:
         """Set the default of `alpha`, which depends on the kind of partition."""
-        if self.alpha is None and self.kind != "drawn" and not self._takes_arguments(self.kind):
+        if self.alpha is None and self.kind != "drawn" and not self.takes_arguments(self.kind):
             # Do not mark `alpha` as set by the user, because an override may choose another kind.
             self.__dict__["alpha"] = 0.5
         return self

@@ -23,6 +23,7 @@ from hetero_fl.data.external import (
     source_with_task,
 )
 from hetero_fl.data.labels import ALL_LABELS, common_classes
+from hetero_fl.data.overlap import resolve_path
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.partition.groups import check_patients_in_one_set
 from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
@@ -134,7 +135,7 @@ def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]
             "client has its own file; remove it"
         )
     found: dict[str, SourceConfig] = {}
-    owner: dict[str | None, str] = {}
+    owner: dict[Path | None, str] = {}
     for client in clients.ids:
         source = clients[client].data
         if source is None:
@@ -152,9 +153,10 @@ def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]
                 f"{_config_path(client)}.name: must be {config.name} as in data.name if data.path "
                 f"is not set, got {source.name}"
             )
-        if source.path is not None and source.path in owner:
+        path = resolve_path(source)
+        if path is not None and path in owner:
             raise UserError(
-                f"{_config_path(client)}.path: already used by client '{owner[source.path]}', got "
+                f"{_config_path(client)}.path: already used by client '{owner[path]}', got "
                 f"'{source.path}'; set a different file for each client"
             )
         if source.categories not in (None, config.categories):
@@ -162,7 +164,7 @@ def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]
                 f"{_config_path(client)}.categories: must be the same for all clients; set "
                 "data.categories instead"
             )
-        owner[source.path] = client
+        owner[path] = client
         is_object = source.name.startswith(OBJECT_PREFIX)
         found[client] = source if is_object else inherit_keys(source, config, ROLE_KEYS)
     return found
@@ -271,16 +273,21 @@ def clients_by_source(config: DataConfig, clients: Population) -> dict[SourceCon
         UserError: If the source of a client is the source of the main data set.
     """
     clients_of: dict[SourceConfig, list[str]] = {}
+    # The first spelling of a path stands for the others.
+    first: dict[SourceConfig, SourceConfig] = {}
+    main = (config.name, resolve_path(config))
     named = any(profile.settings.data is not None for profile in clients.profiles)
     for name in clients.ids if named else ():
         source = clients[name].data
         if source is not None:
-            if (source.name, source.path) == (config.name, config.path):
+            path = resolve_path(source)
+            if (source.name, path) == main:
                 raise UserError(
                     f"clients: '{name}': data: is the source of the main data set; remove it to "
                     "use a part of the main data set"
                 )
-            clients_of.setdefault(source, []).append(name)
+            resolved = source.model_copy(update={"path": path and str(path)})
+            clients_of.setdefault(first.setdefault(resolved, source), []).append(name)
     return clients_of
 
 

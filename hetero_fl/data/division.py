@@ -24,6 +24,7 @@ from hetero_fl.data.overlap import (
     PUBLIC_SETS,
     check_paths,
     notes_on_equal_rows,
+    notes_on_shared_patients,
 )
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.partition.groups import check_patients_in_one_set
@@ -179,6 +180,9 @@ def federate(
         dataset, compared, public, owners=own, advice=_advice_on_equal_rows(dataset, config)
     )
 
+    common_rows = {f"the {PUBLIC_SETS[name]}": part for name, part in public.items()}
+    common_rows["the rows of other clients"] = RowSelection(dataset.train, rows)
+    notes += notes_on_shared_patients(owned.private, common_rows)
     notes += _notes_on_few_rows(dataset, compared, public)
     if dataset.task.kind == "multiclass" and not dataset.predicts_items:
         # A partition may separate classes on purpose.

@@ -415,9 +415,14 @@ def _load_proxy_set(
         x = dataset.layout.keep_columns(x, config.proxy.columns, PROXY_COLUMNS)
     clients = {profile.first: profile.settings for profile in profiles}
     check_same_shape(tuple(x.shape[1:]), where, clients=clients, common=dataset, server=server)
-    examples = Examples(x, y, row=given.row, files=given.files)
-    if is_object:
-        examples = replace(examples, patient=given.patient, patient_names=given.patient_names)
+    examples = Examples(
+        x,
+        y,
+        row=given.row,
+        files=given.files,
+        patient=given.patient,
+        patient_names=given.patient_names,
+    )
     proxy = RowSelection.all_rows(examples)
     if 0 < size < len(x):
         proxy = RowSelection(proxy.examples, hold_out(proxy.rows, size, generator)[0])

@@ -16,7 +16,8 @@ from hetero_fl.core.images import to_floats
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.splits import RowSelection, Splits
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.text import Caution, format_list
+from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.text import Caution, format_list, pluralize
 
 HASHED_BYTES = 2**20
 """Approximate number of bytes that are hashed at a time."""
@@ -45,6 +46,11 @@ PUBLIC_SETS = {
 """Description of each public set."""
 
 
+def resolve_path(source: SourceConfig) -> Path | None:
+    """Return the absolute path of a source without links, or None if it reads no file."""
+    return None if source.path is None else Path(source.path).expanduser().resolve()
+
+
 def check_paths(config: DataConfig, sources: Mapping[SourceConfig, Sequence[str]]) -> None:
     """Check that no file or folder is read for clients and for a common or public set, too.
 
@@ -63,10 +69,10 @@ def check_paths(config: DataConfig, sources: Mapping[SourceConfig, Sequence[str]
         common.append(("data.proxy.source", config.proxy.source))
     own = [(f"clients: '{owners[0]}': data", source) for source, owners in sources.items()]
     for (key, first), (where, second) in (*combinations(common, 2), *product(common, own)):
-        if first.path is None or second.path is None or first.name != second.name:
+        path = resolve_path(first)
+        other = resolve_path(second)
+        if path is None or other is None or first.name != second.name:
             continue
-        path = Path(first.path).expanduser().resolve()
-        other = Path(second.path).expanduser().resolve()
         if path.is_relative_to(other) or other.is_relative_to(path):
             raise UserError(
                 f"{where}.path: '{second.path}' overlaps {key}.path='{first.path}', so that rows "
@@ -126,6 +132,42 @@ def notes_on_equal_rows(
         return []
     listed = format_list((f"{count} of {title}" for title, count in counts.items()), MAX_LISTED)
     return [Caution(f"rows are in several sets, so scores may be too high: {listed}; {advice}")]
+
+
+def notes_on_shared_patients(
+    owned: Mapping[str, Splits], common: Mapping[str, RowSelection]
+) -> list[str]:
+    """Return a warning about patients of clients with their own sources that are elsewhere, too.
+
+    This is no error, because the same number may be another patient of another site. For the same
+    reason, two clients with their own sources are not compared.
+
+    Args:
+        owned: Rows of the clients with their own sources, keyed by client id.
+        common: Other sets of rows, keyed by description.
+    """
+    found = []
+    for client, own in owned.items():
+        names = set().union(*map(_patient_names, own.values()))
+        for title, part in common.items():
+            if shared := natural_order(names & _patient_names(part)):
+                noun = part.examples.patient_term.noun
+                count = pluralize(len(shared), noun)
+                found.append(f"{count} of client '{client}' in {title}, such as '{shared[0]}'")
+    if not found:
+        return []
+    return [
+        Caution(
+            f"patients are in several sets, so scores may be too high: "
+            f"{format_list(found, MAX_LISTED)}; remove their rows from one of the sets, or, if "
+            "each site numbers its patients, prefix the numbers with the site"
+        )
+    ]
+
+
+def _patient_names(part: RowSelection) -> set[str]:
+    has_names = bool(part.examples.patient_names)
+    return part.examples.names_of("patient", part.rows) if has_names else set()
 
 
 def _count_public_rows(

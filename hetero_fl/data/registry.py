@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
-from hetero_fl.config.data import MoviesConfig, SharedSettings, SourceConfig
+from hetero_fl.config.data import (
+    DataConfig,
+    MoviesConfig,
+    SharedSettings,
+    SourceConfig,
+    registered_source_names,
+)
 from hetero_fl.config.errors import describe_error
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import check_examples, check_inputs
@@ -105,6 +111,7 @@ class Source(BaseModel):
             set. Such a source also reads `.npz` files itself.
         folder_files: Patterns of files that only the folders contain that the source reads from
             `path`, such as `train/*.npz`. If empty, the source may read files.
+        is_function: Whether the class was made of a function of `SourceConfig`.
 
     Example:
         >>> import torch
@@ -122,12 +129,30 @@ class Source(BaseModel):
     keys: ClassVar[tuple[str, ...]] = ()
     default_path: ClassVar[Path | None] = None
     folder_files: ClassVar[tuple[str, ...]] = ()
+    is_function: ClassVar[bool] = False
     _config: SourceConfig = PrivateAttr(default_factory=SourceConfig)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        taken = DataConfig.model_fields.keys() - {*get_args(Key)}
+        if names := taken & cls.model_fields.keys():
+            name = min(names)
+            raise TypeError(
+                f"{cls.__name__}.{name}: data.{name} is a setting of every source; rename the field"
+            )
 
     @classmethod
     def all_keys(cls) -> set[str]:
         """Return the keys of `data` that the source reads."""
         return {*cls.model_fields, *cls.keys}
+
+    @classmethod
+    def requires_path(cls) -> bool:
+        """Return whether the source has no data unless `path` is set."""
+        field = cls.model_fields.get("path")
+        is_required = "path" in cls.keys if field is None else field.is_required()
+        return is_required and cls.default_path is None
 
     @classmethod
     def from_config(cls, config: SourceConfig) -> Source:
@@ -136,12 +161,14 @@ class Source(BaseModel):
         Raises:
             UserError: If a setting is missing or invalid.
         """
-        values = {key: getattr(config, key) for key in cls.model_fields if hasattr(config, key)}
+        values = {key: getattr(config, key) for key in cls.model_fields.keys() & {*get_args(Key)}}
         settings = {key: value for key, value in values.items() if value is not None}
+        settings |= config.arguments or {}
         try:
             source = cls.model_validate(settings)
         except ValidationError as error:
-            raise UserError(describe_error(error, settings, cls)) from None
+            model = SourceConfig if cls.is_function else cls
+            raise UserError(describe_error(error, settings, model)) from None
         source._config = config
         return source
 
@@ -182,6 +209,7 @@ def source_of_function(
                 return function(self._config, root)
             return function(self._config, root, labeled=False)
 
+    FunctionSource.is_function = True
     FunctionSource.documented_task = task
     FunctionSource.keys = keys
     FunctionSource.default_path = default_path
@@ -196,6 +224,7 @@ sources: Registry[type[Source]] = Registry(
     plugins="hetero_fl.sources",
     adapter=source_of_function,
     takes="config, root",
+    names=registered_source_names,
 )
 
 
@@ -330,8 +359,7 @@ def needs_path(name: str) -> bool:
     """Return whether a registered source has this name and requires a local file or folder."""
     if name not in sources and _known(name) is None:
         return False
-    found = _known(name) or sources[name]
-    return "path" in found.all_keys() and found.default_path is None
+    return (_known(name) or sources[name]).requires_path()
 
 
 def reads_own_npz(name: str) -> bool:
@@ -462,6 +490,16 @@ def load_source(
     return dataset
 
 
+def load_section(section: Mapping[str, Any]) -> Dataset:
+    """Load the data set that a section `data` of a program describes (see `load_source`)."""
+    try:
+        config = SourceConfig.model_validate(section)
+    except ValidationError as error:
+        problem = describe_error(error, section, SourceConfig, ["data"])
+        raise UserError(problem) from None
+    return load_source(config, Path(DataConfig().root).expanduser())
+
+
 def _load_registered(
     config: SourceConfig, root: Path, name: str, entry: type[Source], labeled: bool
 ) -> Dataset:
@@ -469,7 +507,7 @@ def _load_registered(
     is_simulated = config.path is None and entry.default_path is not None
     if is_simulated:
         config = config.model_copy(update={"path": str(entry.default_path)})
-    elif config.path is None and "path" in entry.all_keys():
+    elif config.path is None and entry.requires_path():
         raise UserError(f"path: missing; {name} reads a local file or folder")
     found = entry.from_config(config).read(root, labeled)
     dataset = _require_dataset(found, f"name: {config.name}")
@@ -486,8 +524,15 @@ def _load_own(
         own = sources[config.name]
     except UserError as error:
         raise UserError(f"{where}.name: {str(error).removeprefix('data source: ')}") from error
+    # The keys that a function reads are not known.
+    if not own.is_function:
+        _check_accepted(config, config.name, own.all_keys(), where)
     try:
-        found = own.from_config(config).read(root, labeled)
+        created = own.from_config(config)
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from error
+    try:
+        found = created.read(root, labeled)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
     # A user's function may raise any exception, or call sys.exit.
@@ -571,9 +616,8 @@ def _check_keys(
         *(("patient",) if local else ()),
         *(("task",) if local and entry.documented_task is None else ()),
     }
+    _check_accepted(config, name, {"path", *accepted}, where)
     for key in OPTIONAL_KEYS:
-        if getattr(config, key) is not None and key not in accepted:
-            raise UserError(f"{where}.{key}: does not apply to source {name}; remove it")
         value = getattr(config, key)
         if value_for_file(config, key, value) != value:
             settings = value.not_in_arrays if isinstance(value, SharedSettings) else ()
@@ -589,6 +633,13 @@ def _check_keys(
             f"{where}.path: does not apply to Hugging Face data sets, got '{config.path}'; set "
             f"{where}.name={HUB_PREFIX}{config.path}"
         )
+
+
+def _check_accepted(config: SourceConfig, name: str, accepted: Collection[str], where: str) -> None:
+    """Raise UserError if a key is set that the source does not read."""
+    for key in get_args(Key):
+        if getattr(config, key) is not None and key not in accepted:
+            raise UserError(f"{where}.{key}: does not apply to source {name}; remove it")
 
 
 def check_roles(source: SourceConfig, main: SourceConfig, where: str) -> None:

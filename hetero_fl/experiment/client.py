@@ -6,7 +6,6 @@ import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,7 @@ from hetero_fl.config.clients import (
     ScannerConfig,
     check_client_id,
 )
-from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig
+from hetero_fl.config.data import DataConfig, PartitionConfig
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.core.given_models import GivenModel, redraw_weights
@@ -32,7 +31,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.labels import Kind, numbered_task, with_task
 from hetero_fl.data.partition import assign_rows
-from hetero_fl.data.registry import load_source
+from hetero_fl.data.registry import load_section
 from hetero_fl.data.sources.objects import is_source, to_dataset
 from hetero_fl.engine.training import try_optimizer
 from hetero_fl.experiment.wording import errors_with_arguments
@@ -306,8 +305,7 @@ def split(
     patient = column_name(patient)
     _check_columns(named, "split: ", named_label, patient)
     if is_source(named):
-        root = Path(DataConfig().root).expanduser()
-        dataset = load_source(SourceConfig.model_validate(named), root)
+        dataset = load_section(named)
     else:
         dataset = to_dataset(data, "data", named_label, patient=patient, task=task)
     kind = getattr(task, "kind", task)

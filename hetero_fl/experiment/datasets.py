@@ -5,12 +5,10 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset
 from hetero_fl.data.client_sources import OWN_DATA
@@ -23,7 +21,7 @@ from hetero_fl.data.labels import (
     read_labels,
     with_task,
 )
-from hetero_fl.data.registry import load_source
+from hetero_fl.data.registry import load_section
 from hetero_fl.data.sources.objects import is_frame, is_source, to_dataset, to_pair
 from hetero_fl.experiment.client import Client
 from hetero_fl.utils.errors import UserError, suggest_or_list
@@ -87,8 +85,7 @@ class FederationDatasets:
         proxy = parts.pop("proxy", None)
         self.datasets = _read_parts(parts, categories, task, num_classes)
         if self._named and ("test" in sets or "validation" in sets):
-            root = Path(DataConfig().root).expanduser()
-            self.datasets["data"] = load_source(SourceConfig.model_validate(self._named), root)
+            self.datasets["data"] = load_section(self._named)
         _share_task(self.datasets, task, num_classes)
         for client in clients:
             own = {
@@ -305,6 +302,9 @@ def _read_parts(
     datasets = {}
     for place, part in parts.items():
         data = part.data
+        if is_frame(data) and part.label is None:
+            choices = suggest_or_list("", _column_names(data))
+            raise UserError(f"{place}: label: missing; pass Federation(label=...){choices}")
         is_pair = isinstance(data, tuple | list)
         if is_pair:
             data = (data[0], targets[f"{place}: y"])

@@ -271,6 +271,8 @@ def _source_as(
         same: dict[str, Any] = {
             key: value_for_file(source, key, getattr(main, key)) for key in VALUE_KEYS
         }
+        if SourceConfig.takes_arguments(data):
+            same |= {"path": main.path, "arguments": main.arguments}
         return source.model_copy(update=same)
     shared = [key for key in SHARED_KEYS if reads_key(main.name, key) and reads_key(data, key)]
     if shared or not path.exists():

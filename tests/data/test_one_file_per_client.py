@@ -221,6 +221,28 @@ def test_files_that_cannot_be_pooled_are_refused(change: Any, message: str, tmp_
     check_refused(message, dealt, config)
 
 
+def test_spellings_of_a_path_are_one_file(tmp_path: Path) -> None:
+    write(tmp_path, common=hospital("common", 4, patients=90))
+    (tmp_path / "link.csv").symlink_to("north.csv")
+    (tmp_path / "folder").mkdir()
+    common = {"path": str(tmp_path / "common.csv"), "label": "ill", "patient": "patient"}
+
+    for name in ("link.csv", "folder/../north.csv"):
+        spelled = str(tmp_path / name)
+        config = configuration(tmp_path)
+        config["clients"]["groups"][1]["data"]["path"] = spelled
+        words = r"'south': data\.path: already used by client 'north'"
+        check_refused(words, dealt, config)
+
+        # The clients that name a file next to a common file share its rows.
+        shared = dealt(config | {"data": {**config["data"], **common}})
+        splits = ("train", "validation", "test")
+        rows = {client: sum(shared.n_rows(client, s) for s in splits) for client in HOSPITALS}
+        assert rows["north"] + rows["south"] == rows["east"] == 80
+        config["data"] |= common | {"path": spelled}
+        check_refused("'north': data: is the source of the main data set", dealt, config)
+
+
 def test_real_sites_require_common_file(tmp_path: Path) -> None:
     write(tmp_path)
 
@@ -376,7 +398,6 @@ def test_copies_of_recordings_are_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("main", "own", "proxy", "words"),
     [
-        ("words", "./words", None, "'own': data.path: '{own}' overlaps data.path="),
         ("words", "words/inner", None, "'own': data.path: '{own}' overlaps data.path="),
         ("words/inner", "words", None, "'own': data.path: '{own}' overlaps data.path="),
         ("words", None, "words", "data.proxy.source.path: '{proxy}' overlaps data.path="),

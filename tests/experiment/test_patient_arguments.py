@@ -296,6 +296,31 @@ def test_patient_in_two_given_sets_is_refused(tmp_path: Path) -> None:
             prepare()
 
 
+@each_case(
+    ("part", "title"),
+    [
+        ("test", "the global test set"),
+        ("validation", "the global validation set"),
+        ("proxy", "the proxy set"),
+        ("data", "the rows of other clients"),
+    ],
+)
+def test_patients_of_a_client_in_common_data_are_a_warning(part: str, title: str) -> None:
+    sets = {"test": frame(30, seed=3, prefix="t"), part: frame(60, seed=4, prefix="n")}
+    own = [
+        hfl.Client(name, "mlp", frame(40, seed=seed, prefix=name[0]))
+        for seed, name in enumerate(("north", "south"))
+    ]
+    rest = [hfl.Client("rest", "mlp")] if part == "data" else []
+
+    federation = hfl.Federation([*own, *rest], label="ill", patient="pid", **sets)
+    notes = federation.prepare(hfl.FedAvg()).notes
+
+    (found,) = (note for note in notes if note.startswith("patients are in several sets"))
+    assert f"patients of client 'north' in {title}, such as 'n" in found
+    assert "'south'" not in found and isinstance(found, Caution)
+
+
 def test_patient_in_two_splits_of_a_hugging_face_data_set_is_refused(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     parts = {"train": frame(40), "test": frame(9, seed=2)}

@@ -82,6 +82,7 @@ VALUES = {
     "movies": "{length: 3}",
     "driving": "{height: 8}",
     "text": "{length: 3}",
+    "arguments": "{a: 1}",
     "train_limit": "90",
     "test_limit": "9",
     "validation": "0.3",

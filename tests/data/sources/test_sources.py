@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from hetero_fl.data import (
     with_test,
 )
 from hetero_fl.data.registry import sources
+from hetero_fl.experiment import prepare
 from tests.support.benchmark_folders import write_client_folder, write_iwildcam
 from tests.support.mistakes import check_refused, refusal
 from tests.support.movielens_folders import write_movielens_folder
@@ -143,6 +145,10 @@ def test_source_can_be_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("god", "'good'"),
     ):
         check_refused(words, load_source, SourceConfig(name=f"python:own_source:{name}"), tmp_path)
+    unknown = SourceConfig.model_validate({"name": "python:own_source:good", "labell": "y"})
+    check_refused(
+        r"^data\.labell: unknown key; did you mean 'label'", load_source, unknown, tmp_path
+    )
 
 
 def test_source_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +184,39 @@ def test_source_can_be_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(load_source(SourceConfig(name="numbers", size=4), Path()).train) == 4
     words = r"data\.label: does not apply to source numbers"
     check_refused(words, load_source, SourceConfig(name="numbers", label="y"), Path())
+
+
+def test_class_validates_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_class.py").write_text(
+        "import torch\n"
+        "from pydantic import PositiveInt\n"
+        "from hetero_fl.data import Source, from_arrays\n"
+        "class Steps(Source):\n"
+        "    steps: PositiveInt = 3\n"
+        "    def read(self, root, labeled=True):\n"
+        "        return from_arrays(torch.rand(80, self.steps, 1), torch.arange(80) % 2)\n"
+    )
+    (tmp_path / "steps.yaml").write_text(
+        "data: {name: python:own_class:Steps, steps: 5}\n"
+        "clients: {count: 2, defaults: {model: gru}}\n"
+    )
+
+    check_refused("names code; pass allow_code=True", prepare, "steps.yaml", ["data.steps=0"])
+    assert "own_class" not in sys.modules
+    data = prepare("steps.yaml", allow_code=True).data
+
+    assert data.raw_examples("common_test").shape[1:] == (5, 1)
+    for override, words in (
+        ("steps=0", r"^data\.steps: must be > 0, got 0"),
+        ("stepz=5", r"^data\.stepz: unknown key; did you mean 'steps'"),
+        ("patient=who", r"^data\.patient: does not apply to source python:own_class:Steps; remove"),
+        ("proxy.source={name: python:own_class:Steps, steps: 0}", r"^data\.proxy\.source\.steps: "),
+    ):
+        changes = [f"data.{override}"]
+        check_refused(words, prepare, "steps.yaml", changes, allow_code=True)
+    with pytest.raises(TypeError, match=r"Own\.split: data\.split is a setting of every source"):
+        type("Own", (Source,), {"__annotations__": {"split": float}})
 
 
 def test_missing_test_set_is_split_from_training_rows() -> None:

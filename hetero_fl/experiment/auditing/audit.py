@@ -9,7 +9,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
 from torch import Tensor
 
 from hetero_fl.data import Dataset
@@ -236,6 +235,9 @@ def audit_page(content: Json, pictures: Sequence[Json]) -> str:
 
 def _encode(image: Tensor) -> str:
     """Return an image in [0, 1], `[C, H, W]`, as a PNG in base64. Three channels are colors."""
+    # Imported here because most runs are not audited.
+    from PIL import Image
+
     shown = image if len(image) == 3 else image.mean(0).expand(3, -1, -1)
     buffer = BytesIO()
     pixels = (255 * shown.clamp(0, 1)).round().byte()

@@ -147,7 +147,8 @@ class Progress:
             self.log(f"round {completed}: {arrivals}")
         for client, reason in record.get("absent", {}).items():
             self.log(f"round {completed}: {client} not evaluated ({reason})")
-        left = self._time_left(completed)
+        is_shown = self._notebook is not None or not self._console.quiet
+        left = self._time_left(completed) if is_shown else ""
         scores = format_evaluation(record, self.unit) if "personal" in record else ""
         if scores:
             line = f"round {completed}/{self._rounds}  {scores}"

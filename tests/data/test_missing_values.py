@@ -152,20 +152,17 @@ class Net(nn.Module):
 
 
 @each_case("model", (Net, Net()))
-def test_indicators_are_explained_where_the_federation_is_created(model: Any) -> None:
+def test_indicators_that_a_module_does_not_accept_are_explained(model: Any) -> None:
     x = np.random.default_rng(0).normal(size=(60, 30))
     preprocess = hfl.Preprocess(missing="indicate")
     client = hfl.Client("a", model, (x, Y), preprocess=preprocess)
     defaults = hfl.ClientSettings(preprocess=preprocess)
 
-    check_refused("30 columns and 30 indicators", hfl.Federation, [client], test=(x, Y))
-    check_refused(
-        "30 columns and 30 indicators",
-        hfl.Federation,
-        [hfl.Client("a", model, (x, Y))],
-        test=(x, Y),
-        defaults=defaults,
-    )
+    for federation in (
+        hfl.Federation([client], test=(x, Y)),
+        hfl.Federation([hfl.Client("a", model, (x, Y))], test=(x, Y), defaults=defaults),
+    ):
+        check_refused("30 columns and 30 indicators", federation.prepare, hfl.FedAvg())
 
 
 def test_creation_of_a_federation_with_indicators_prepares_nothing() -> None:

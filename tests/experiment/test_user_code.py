@@ -212,8 +212,3 @@ def test_metric_that_fails_after_training_is_named_with_its_place() -> None:
 
     with pytest.raises(RunFailedError, match=r"test_user_code\.py:.* in fail_on_many: KeyError"):
         train(federation(), evaluation=evaluation)
-
-
-def test_docstrings_describe_the_settings() -> None:
-    assert "digest_epochs: epochs on the proxy set" in (hfl.FedMD.__doc__ or "")
-    assert "resize: side length of images" in (hfl.Preprocess.__doc__ or "")

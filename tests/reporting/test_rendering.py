@@ -106,7 +106,7 @@ def test_audit_page_names_only_the_attacks_made(attack: str) -> None:
         shadows=0,
         notes=[],
         time="1 s",
-        picture={"data": "", "width": 1},
+        pictures=[],
         tables={attack: [("client", "attack"), ("site_1", "loss")]},
     )
 

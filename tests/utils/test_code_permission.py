@@ -27,7 +27,7 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.methods import describe_methods, method_class
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.cases import each_case
 from tests.support.federations import changed, config
 from tests.support.loopback import LoopbackTransport
@@ -347,7 +347,7 @@ def test_file_changed_during_compare_runs_no_code(
         "fml", "mlp", 2, rounds=1, **BARE, algorithm={"name": "fml", "mentee": f"{trap}Net"}
     )
     monkeypatch.setattr("hetero_fl.experiment.comparison.plan.read_config_file", lambda path: later)
-    with pytest.raises(UserError, match="names code"):
+    with pytest.raises(RunFailedError, match="names code"):
         hetero_fl.compare(file, ["fml"], out="all")
     assert not Path("imported").exists()
 

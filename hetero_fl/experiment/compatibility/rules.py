@@ -140,7 +140,7 @@ RULES = (
     ),
     Rule(
         ("algorithm.name", "model"),
-        lambda run: sum(profile.count for profile in run.clients_alone(all)) == run.num_clients,
+        lambda run: sum(profile.count for profile in run.clients_alone) == run.num_clients,
         "algorithm.name={run.name} averages parameters, but no two clients upload the same tensor; "
         "give clients the same model, let their shares overlap, or set clients.common",
         stage="uploads",
@@ -376,7 +376,7 @@ NOTES = (
     ),
     Rule(
         ("algorithm.name", "model"),
-        lambda run: ", ".join(dict.fromkeys(p.arch.spec_id for p in run.clients_alone(all))),
+        lambda run: ", ".join(dict.fromkeys(p.arch.spec_id for p in run.clients_alone)),
         "{run.name} averages clients with the same architecture: only one client has each of "
         "{found}",
     ),

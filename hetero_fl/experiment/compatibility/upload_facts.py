@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -21,6 +21,8 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast
 from hetero_fl.algorithms.round_parts import (
     permitted_part,
+    shareable_tensors,
+    shared_part,
     shared_parts,
 )
 from hetero_fl.config import Config
@@ -242,25 +244,63 @@ class UploadFacts(Facts):
             counts.update(dict.fromkeys(tensors, profile.count))
         return counts
 
-    def clients_alone(self, test: Callable[[Iterable[bool]], bool]) -> list[ClientProfile]:
-        """Return the profiles of clients with summed tensors that no other client uploads.
+    @cached_property
+    def clients_alone(self) -> list[ClientProfile]:
+        """Profiles of clients whose models are averaged with those of no other client.
 
-        Args:
-            test: `all` if no other client may upload any of the client's tensors. `any` if at least
-                one tensor must not be uploaded by another client.
+        The list is empty if the clients upload items other than averaged models.
         """
-        has_sums = any(spec.use == "sum" for spec in self.declared.values())
-        if not has_sums or self.num_clients == 1:
+        travel = {
+            spec.kind
+            for spec in self.declared.values()
+            if spec.needed_share in self.shared and (spec.kind != "rows" or self.num_proxy)
+        }
+        model = self.declared.get("model")
+        if model is None or model.use != "sum" or not travel <= {"params", "update"}:
             return []
-        specs = self.expectations.specs
-        senders = self.num_senders.items()
-        alone = {tensor for tensor, n in senders if n == 1 and specs[tensor[0]].use == "sum"}
-        return [p for p, tensors in self.uploaded_tensors if test(t in alone for t in tensors)]
+        common = self.federation.common
+        sent = []
+        for profile in self.profiles:
+            part = shared_part(self.algorithm, profile.settings)
+            initial = self.federation.initial_tensors(profile.arch)
+            own = shareable_tensors(self.algorithm, profile.arch, initial, part)
+            # Models of different widths are averaged within a family.
+            keys = {
+                (name, tuple(own[name].shape), "")
+                if common and name.startswith(common)
+                else (name, (), profile.arch.family_id)
+                for name in own
+            }
+            sent.append((profile, keys))
+        return self._lone_owners(sent, all)
 
     def clients_alone_in_sum(self) -> str:
-        """Describe the clients with an uploaded tensor that no other client uploads, or ""."""
-        alone = self.clients_alone(any)
-        return self.federation.client_infos.format_clients(alone) if alone else ""
+        """Describe the clients with a summed tensor that no other client uploads, or ""."""
+        specs = self.expectations.specs
+        summed = [
+            (profile, {tensor for tensor in tensors if specs[tensor[0]].use == "sum"})
+            for profile, tensors in self.uploaded_tensors
+        ]
+        return self.federation.client_infos.format_clients(self._lone_owners(summed, any))
+
+    def _lone_owners(
+        self,
+        sent: Sequence[tuple[ClientProfile, Collection[Any]]],
+        test: Callable[[Iterable[bool]], bool],
+    ) -> list[ClientProfile]:
+        """Return the profiles of clients with uploaded tensors that no other client uploads.
+
+        Args:
+            sent: Pairs of a profile and the keys of the uploaded tensors.
+            test: `all` if no other client may upload any of the tensors. `any` if at least one
+                tensor must not be uploaded by another client.
+        """
+        if self.num_clients == 1:
+            return []
+        owners = Counter[Any]()
+        for profile, keys in sent:
+            owners.update(dict.fromkeys(keys, profile.count))
+        return [profile for profile, keys in sent if test(owners[key] == 1 for key in keys)]
 
     def unequal_shares(self) -> str | None:
         """Return the first client that uploads other tensors than others of its architecture.

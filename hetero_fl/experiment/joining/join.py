@@ -358,6 +358,8 @@ def join(
     seeds = list(dict.fromkeys(seeds))
     if not seeds:
         raise ArgumentError("seeds: expected one or more integers, got none")
+    if epochs < 1:
+        raise ArgumentError(f"epochs: must be >= 1, got {epochs}")
     names = {"--model": model, "overrides": overrides}
     check_code(find_references(names), "", code_of_caller(allow_code))
     # A folder with results is rejected, because joining cannot be resumed.

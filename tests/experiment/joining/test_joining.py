@@ -269,7 +269,7 @@ FLAGS = [
     (["--patients", "1"], "--patients: expected integers >= 2"),
     (["--patients", "5000"], "must be <= 500, the number of labeled training examples"),
     (["optimizer.lrr=1"], "clients.defaults.optimizer.lrr: unknown key"),
-    (["--epochs", "0"], "--epochs: expected an integer >= 1, got '0'"),
+    (["--epochs", "0"], "--epochs: must be >= 1, got 0"),
     (["--data", "chest_xray"], "'normal' is unknown to the models"),
 ]
 

@@ -93,6 +93,7 @@ class RunLoggers:
         self._runs: dict[str, LoggedRun] = {}
         self._state: dict[str, dict[str, Any]] = {}
         self._failing: set[str] = set()
+        self._unsaved: set[str] = set()
 
     def start(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Start all loggers, and log the completed rounds that a logger has not accepted.
@@ -121,12 +122,15 @@ class RunLoggers:
                 state=known["state"],
             )
             try:
-                self._call(kind, partial(logger.start, self._runs[kind]))
+                logger.start(self._runs[kind])
+                self._keep_state(kind)
             except (Exception, SystemExit) as error:
                 raise RunFailedError(
                     f"output.loggers: {kind} did not start ({_describe(error)}); correct or remove "
                     "the logger and continue with --resume"
                 ) from error
+        # A run that is killed now continues with the state of the loggers.
+        self._directory.write_json(STATE, self._state)
         self._send(history)
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -179,18 +183,23 @@ class RunLoggers:
         several failures in succession is printed.
         """
         try:
-            self._call(kind, action)
+            action()
         except (Exception, SystemExit) as error:
             if kind not in self._failing:
                 self._log(f"{kind}: {what} could not be logged ({_describe(error)})")
             self._failing.add(kind)
             return False
         self._failing.discard(kind)
+        try:
+            self._keep_state(kind)
+        except (TypeError, ValueError, RecursionError) as error:
+            if kind not in self._unsaved:
+                self._log(f"{kind}: the state could not be saved ({_describe(error)})")
+            self._unsaved.add(kind)
         return True
 
-    def _call(self, kind: str, action: Callable[[], None]) -> None:
-        """Call a logger and keep a copy of its state, which must be serializable as JSON."""
-        action()
+    def _keep_state(self, kind: str) -> None:
+        """Keep a copy of the state of a logger, which must be serializable as JSON."""
         text = json.dumps(self._runs[kind].state, allow_nan=False)
         self._state[kind]["state"] = json.loads(text)
 

@@ -168,8 +168,8 @@ def test_logger_can_modify_neither_records_nor_spoil_the_saved_state(made_run: M
     (line,) = lines
     saved = json.loads((directory.path / "loggers.json").read_text())
     assert history == directory.metrics()
-    assert line.startswith("memory: round 1 could not be logged (TypeError: ")
-    assert saved == {"memory": {"rounds": 0, "state": {"id": "abc"}}}
+    assert line.startswith("memory: the state could not be saved (TypeError: ")
+    assert saved == {"memory": {"rounds": 2, "state": {"id": "abc"}}}
 
 
 @each_case("content", ["[]", "{", '{"memory": 3}', '{"memory": {"rounds": "x"}}'])

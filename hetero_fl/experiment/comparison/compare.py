@@ -130,7 +130,8 @@ def compare(
             "space": {key: str(values) for key, values in (space or {}).items()},
             "budget": str(budget),
         }
-        num_runs = len(plan.seeds) * len(plan.variants)
+        points = 1 if isinstance(plan.tuner, OptunaSearch) else len(plan.tuner.ask({}))
+        num_runs = len(plan.seeds) * len(plan.variants) * points
         write_record(plan.out, arguments, min(plan.at_once, num_runs))
         try:
             trials, failed = _tune(plan, progress)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -168,18 +169,18 @@ def run_jobs(
         job: partial(run_job, source, [*base, *job.overrides], job.out, allow_code) for job in jobs
     }
     objects = pack_objects(source, [o.partition("=")[2] for job in jobs for o in job.overrides])
-    ended = _run_processes(tasks, objects, at_once, should_stop)
-    for done, (job, error) in enumerate(ended, 1):
-        mark = "" if job in todo else " (finished before)"
-        todo.discard(job)
-        result = f"failed: {error}" if error is not None else describe(job)
-        left = ""
-        if todo and len(todo) < num_new:
-            # Wall time includes startup and plots, and accounts for runs in parallel.
-            seconds = (time.monotonic() - started) / (num_new - len(todo)) * len(todo)
-            left = f"(about {format_duration(seconds)} left)"
-        progress.finish_job(f"{job}{mark}: {result} {left}", done, len(jobs))
-        yield job, error
+    with closing(_run_processes(tasks, objects, at_once, should_stop)) as ended:
+        for done, (job, error) in enumerate(ended, 1):
+            mark = "" if job in todo else " (finished before)"
+            todo.discard(job)
+            result = f"failed: {error}" if error is not None else describe(job)
+            left = ""
+            if todo and len(todo) < num_new:
+                # Wall time includes startup and plots, and accounts for runs in parallel.
+                seconds = (time.monotonic() - started) / (num_new - len(todo)) * len(todo)
+                left = f"(about {format_duration(seconds)} left)"
+            progress.finish_job(f"{job}{mark}: {result} {left}", done, len(jobs))
+            yield job, error
 
 
 def _run_processes(
@@ -187,7 +188,7 @@ def _run_processes(
     objects: bytes,
     at_once: int,
     should_stop: Callable[[Job], bool] | None,
-) -> Iterator[tuple[Job, str | None]]:
+) -> Generator[tuple[Job, str | None], None, None]:
     """Execute tasks in processes, and yield each job that has ended with its error message."""
     context = worker_context(__name__)
     warned: set[RecordedWarning] = set()
@@ -203,9 +204,10 @@ def _run_processes(
                 receiver, sender = context.Pipe(duplex=False)
                 arguments = (sender, dict(os.environ), objects, tasks[job])
                 process = context.Process(target=_work, args=arguments)
+                # An interrupt while the process starts is raised after it has started.
+                running[receiver] = (process, job)
                 _start(process)
                 sender.close()
-                running[receiver] = (process, job)
             timeout = None if should_stop is None else POLL_SECONDS
             for connection in wait(list(running), timeout):
                 assert isinstance(connection, Connection)
@@ -231,9 +233,10 @@ def _start(process: BaseProcess) -> None:
 
 
 def _end(process: BaseProcess) -> None:
-    """End the process of a run, which can be resumed."""
-    process.terminate()
-    process.join()
+    """End the process of a run, which can be resumed, if it has started."""
+    if process.pid is not None:
+        process.terminate()
+        process.join()
 
 
 def _receive_result(

@@ -14,6 +14,7 @@ from hetero_fl.experiment.comparison.jobs import Job, Point, Source, Variant, ch
 from hetero_fl.experiment.comparison.tuning import Budget, Grid, OptunaSearch, Space
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import prepare
+from hetero_fl.reporting.run_directory import has_run
 from hetero_fl.reporting.run_loggers import check_loggers
 from hetero_fl.utils.code_permission import AllowCode, code_of_caller
 from hetero_fl.utils.environment import available_cores
@@ -173,7 +174,12 @@ def _check_runs(plan: ComparisonPlan, candidates: Sequence[Variant]) -> None:
     for variant in list(plan.variants):
         try:
             for point in points:
-                plan.task = _check_run(plan, plan.trial_jobs(variant, point)[0])
+                first, *others = plan.trial_jobs(variant, point)
+                plan.task = _check_run(plan, first)
+                # Runs with other seeds differ only in their directories.
+                for job in others:
+                    if has_run(job.out):
+                        _check_run(plan, job)
         except ArgumentError:
             raise
         except UserError as error:

@@ -19,7 +19,7 @@ from hetero_fl.experiment.comparison.jobs import Job, Point
 from hetero_fl.federation.evaluation import Record
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.reporting.summary import mean_validation_score
-from hetero_fl.utils.errors import ArgumentError
+from hetero_fl.utils.errors import ArgumentError, UserError
 from hetero_fl.utils.text import split_top_level
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ def rate(jobs: Sequence[Job], task: Task, errors: Mapping[Job, str]) -> Rating:
     curves = []
     seconds = 0.0
     for job in jobs:
-        directory = RunDirectory(job.out)
-        records = directory.metrics() if directory.lines() else []
+        records = _read_records(job, errors)
         seconds += sum(sum(record["seconds"].values()) for record in records)
         evaluated = [record for record in records if record.get("validation")]
         curves.append({record["round"]: _score(task, record) for record in evaluated})
@@ -109,6 +108,17 @@ def rate(jobs: Sequence[Job], task: Task, errors: Mapping[Job, str]) -> Rating:
         seconds,
         next((errors[job] for job in jobs if job in errors), ""),
     )
+
+
+def _read_records(job: Job, errors: Mapping[Job, str]) -> list[Record]:
+    """Return the records of a run. A run that failed may have none that can be read."""
+    directory = RunDirectory(job.out)
+    try:
+        return directory.metrics() if directory.lines() else []
+    except UserError:
+        if job in errors:
+            return []
+        raise
 
 
 def _score(task: Task, record: Record) -> float:

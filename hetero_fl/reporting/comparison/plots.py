@@ -170,7 +170,8 @@ def draw_gains(gains: Sequence[Gains], runs: ComparedRuns) -> Figure:
         runs: The runs, whose order determines the colors as in the plot of learning curves.
     """
     methods = list(dict.fromkeys(runs.frame["algorithm"]))
-    colors = dict(zip(methods, itertools.cycle(COLORS), strict=False))
+    # Another marker for each repetition of the colors.
+    looks = dict(zip(methods, itertools.product("os^", COLORS), strict=False))
     clients = gains[0].listed
     figure = style.figure(1.3 + 0.3 * len(clients))
     panels = figure.subplots(1, len(gains), sharey=True, squeeze=False)[0]
@@ -181,10 +182,10 @@ def draw_gains(gains: Sequence[Gains], runs: ComparedRuns) -> Figure:
             axes.plot(
                 column,
                 np.arange(len(clients)) + offset,
-                "o",
+                looks[str(method)][0],
                 markersize=5,
                 label=_short_name(str(method)),
-                color=colors[str(method)],
+                color=looks[str(method)][1],
             )
         axes.axvline(0, color=style.GREY, linewidth=0.9, zorder=1)
         axes.set(

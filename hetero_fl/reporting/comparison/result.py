@@ -121,7 +121,8 @@ class Comparison:
 
         first = self.runs[0].directory
         task = task_of(first.summary(), first.details())
-        return ComparedRuns(self.frame, task, read_record(self.path).get("jobs"))
+        scores = self.frame.drop(columns=[name for name in self.frame if GAIN in str(name)])
+        return ComparedRuns(scores, task, read_record(self.path).get("jobs"))
 
     def table(self, moment: str = "last") -> pd.DataFrame:
         """Return the means and standard deviations over seeds as text, one row for each method.

@@ -81,10 +81,10 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     """
     changes: dict[str, Any] = {}
     for override in overrides:
-        changes = merge_settings(changes, override_values(override), keep_former=True)
+        values = _move_client_options(override_values(override), {})
+        changes = merge_settings(changes, values, keep_former=True)
     if not changes:
         return _move_client_options(raw, {})
-    changes = _move_client_options(changes, {})
     changed = _move_client_options(merge_settings(raw, changes), changes)
     return _replace_references(changed, "configuration")
 

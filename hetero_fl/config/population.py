@@ -385,12 +385,13 @@ def merge_settings(base: Any, changes: Any, place: str = "", keep_former: bool =
     """
     if not isinstance(changes, Mapping):
         return changes
+    changes = {str(key): change for key, change in changes.items()}
     name = place.rstrip("0123456789.").rpartition(".")[2]
-    if isinstance(base, list) and (name != "model" or all(map(str.isdigit, changes))):
+    if isinstance(base, list | tuple) and (name != "model" or all(map(str.isdigit, changes))):
         entries = {str(index): entry for index, entry in enumerate(base)}
         for index, change in changes.items():
             if index not in entries:
-                path = ".".join(next(_leaves({index: change})))
+                path = ".".join(map(str, next(_leaves({index: change}), (index,))))
                 raise UserError(
                     f"{place}.{path}: expected an index from 0 to {len(base) - 1} of {place}"
                 )

@@ -275,13 +275,13 @@ def clients_by_source(config: DataConfig, clients: Population) -> dict[SourceCon
     clients_of: dict[SourceConfig, list[str]] = {}
     # The first spelling of a path stands for the others.
     first: dict[SourceConfig, SourceConfig] = {}
-    main = (config.name, resolve_path(config))
+    main = (config.name, resolve_path(config), config.arguments)
     named = any(profile.settings.data is not None for profile in clients.profiles)
     for name in clients.ids if named else ():
         source = clients[name].data
         if source is not None:
             path = resolve_path(source)
-            if (source.name, path) == main:
+            if (source.name, path, source.arguments) == main:
                 raise UserError(
                     f"clients: '{name}': data: is the source of the main data set; remove it to "
                     "use a part of the main data set"

@@ -226,7 +226,8 @@ def _use_column(parts: dict[str, _Part], key: str, column: str | None) -> None:
         for place, part in parts.items()
         if getattr(part, key) is None and _has_column(part.data, column)
     }
-    if not users:
+    own = [getattr(part, key) for part in parts.values()]
+    if not users and not any(isinstance(value, str) and value == column for value in own):
         known = {name for part in parts.values() for name in _column_names(part.data)}
         raise UserError(
             f"{key}: no data frame or Hugging Face Dataset without a {key} of its own has a column "

@@ -264,14 +264,15 @@ def _source_as(
     if label is None and (data == main.name or (path.is_file() and path.suffix.lower() != ".npz")):
         label = main.label
     source = SourceConfig(name=data, label=label)
-    if data == main.name and reads_key(data, "columns"):
+    is_own = SourceConfig.takes_arguments(data)
+    if data == main.name and reads_key(data, "columns") and not is_own:
         return inherit_keys(source, main, ("columns", *ROLE_KEYS))
     if data == main.name:
         # The same rows: settings that select rows apply, too.
         same: dict[str, Any] = {
             key: value_for_file(source, key, getattr(main, key)) for key in VALUE_KEYS
         }
-        if SourceConfig.takes_arguments(data):
+        if is_own:
             same |= {"path": main.path, "arguments": main.arguments}
         return source.model_copy(update=same)
     shared = [key for key in SHARED_KEYS if reads_key(main.name, key) and reads_key(data, key)]

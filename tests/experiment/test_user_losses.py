@@ -286,6 +286,14 @@ class Delayed:
         return functional.cross_entropy(logits, y) * (1 + self.calls // 100)
 
 
+CALLS = [0]
+
+
+def counted_in_module(logits: Tensor, y: Tensor) -> Tensor:
+    CALLS[0] += 1
+    return functional.cross_entropy(logits, y) * (1 + CALLS[0] // 1000)
+
+
 class FirstTargets(nn.Module):
     """A loss that keeps the class weights of its first batch, and its last value."""
 
@@ -367,6 +375,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "variable": counting_loss(),
             "generator": noisy_loss,
             "counter": Delayed(),
+            "counter of the module": counted_in_module,
             "first targets": FirstTargets(),
             "first targets of a variable": weighted_by_first_targets(),
         }.items()

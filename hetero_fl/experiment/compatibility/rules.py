@@ -153,6 +153,12 @@ RULES = (
         "class and not all 0, got {found}",
     ),
     Rule(
+        ("class_weights", "clients"),
+        lambda run: run.weightless_client(),
+        "clients: '{client}': class_weights: {weights} is 0 for every training row of the "
+        "client; increase a weight",
+    ),
+    Rule(
         ("prior", "data set"),
         lambda run: run.task.kind != "multiclass" and run.prior_option(),
         "{found}: requires a multiclass task, but the data set has a {run.task.kind} task",
@@ -250,8 +256,7 @@ RULES = (
         lambda run: run.outvoted_rule(),
         "aggregation.{key}={value} tolerates {malicious} "
         "(aggregation.malicious={run.config.aggregation.malicious:g}) "
-        "among {least} or more clients, but {senders} upload {item}; set aggregation.malicious to "
-        "{most} or less, or use the model for more clients",
+        "among {least} or more clients, but {senders} upload {item}; {advice}",
         stage="uploads",
     ),
     Rule(

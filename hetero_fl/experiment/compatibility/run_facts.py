@@ -77,6 +77,19 @@ class RunFacts(UploadFacts):
                 return {"client": client, "found": weights}
         return None
 
+    def weightless_client(self) -> dict[str, Any] | None:
+        """Return a client whose training rows all have class weight 0, or None.
+
+        Clients that keep their label counts private are not checked.
+        """
+        for client in self.federation.representative_clients:
+            weights = self.federation.client_infos[client].settings.class_weights
+            if isinstance(weights, list) and self.federation.data.reveals_labels(client):
+                counts = self.federation.label_counts(client).tolist()
+                if not any(w * n for w, n in zip(weights, counts, strict=True)):
+                    return {"client": client, "weights": weights}
+        return None
+
     def batch_of_one(self) -> dict[str, str] | None:
         """Return a setting because of which a model with BatchNorm trains on a single row, or None.
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from hetero_fl.aggregation import Upload, Uploads
+from hetero_fl.aggregation.robust_means import AggregationRules, RobustCombiner
 from hetero_fl.aggregation.uploads import owners_of_item
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast
@@ -225,9 +226,12 @@ class UploadFacts(Facts):
         A tensor is the name of an item and an owner. Equal tensors are combined.
         """
         found = []
-        for profile in self.profiles:
+        for profile, (info, received) in zip(self.profiles, self.broadcasts, strict=True):
             tensors: dict[tuple[str, Owner], None] = {}
-            for name, item in self.uploaded[profile.first].items():
+            # The index of the first round in which the clients upload.
+            round_idx = profile.settings.share_every - 1
+            items = self.expectations.expected_items(info, received, round_idx)
+            for name, item in items.items():
                 spec = self.expectations.specs[name]
                 group = profile.arch.spec_id
                 _, owners = owners_of_item(item, group, spec, self.federation.common)
@@ -235,14 +239,6 @@ class UploadFacts(Facts):
                     tensors |= dict.fromkeys((name, owner) for owner in owners.values())
             found.append((profile, tensors))
         return found
-
-    @cached_property
-    def num_senders(self) -> Counter[tuple[str, Owner]]:
-        """Number of clients that upload each tensor of `uploaded_tensors`."""
-        counts = Counter[tuple[str, Owner]]()
-        for profile, tensors in self.uploaded_tensors:
-            counts.update(dict.fromkeys(tensors, profile.count))
-        return counts
 
     @cached_property
     def clients_alone(self) -> list[ClientProfile]:
@@ -356,11 +352,15 @@ class UploadFacts(Facts):
             combiner: RobustRule = Rule(config)
             if key != "statistics":
                 combiner = (rule if key == "rule" else prediction_rule)[value](config)
-            for item, name, senders in self._senders():
+            for name, senders in self._senders(key):
                 malicious = config.num_malicious(senders)
                 least = combiner.min_clients(malicious)
-                if item in self.items_by_rule[key] and senders < least:
+                if senders < least:
                     tolerated = (f for f in range(senders) if combiner.min_clients(f) <= senders)
+                    most = max(tolerated, default=0)
+                    advice = "use the model for more clients, or remove the rule"
+                    if most:
+                        advice = f"set aggregation.malicious to {most} or less"
                     return {
                         "key": key,
                         "value": value,
@@ -368,21 +368,53 @@ class UploadFacts(Facts):
                         "least": least,
                         "senders": senders,
                         "item": name,
-                        "most": max(tolerated, default=0),
+                        "advice": advice,
                     }
         return None
 
-    def _senders(self) -> Iterator[tuple[str, str, int]]:
-        """Yield the item, the name and the largest number of uploads of each tensor in a round."""
-        for (item, (name, _, group)), count in self.num_senders.items():
-            described = f"{name} of {group}" if group else name or item
-            is_single = self.expectations.specs[item].use == "each"
-            yield item, described, min(self.num_clients if is_single else count, self.cohort)
-        # The server also combines predictions that it computes with uploaded models.
-        for item in {name for name, _ in self.aggregated_items} - {
-            item for item, _ in self.num_senders
-        }:
-            yield item, item, min(self.num_clients, self.cohort)
+    def _senders(self, key: str) -> Iterator[tuple[str, int]]:
+        """Yield the parts that a rule combines, and the number of their uploads in each cohort.
+
+        Args:
+            key: Key of the rule in the section `aggregation`.
+        """
+        for cohort, item in product(self._cohorts(), self.items_by_rule[key]):
+            senders = [client for client, sent in self.uploaded.items() if item in sent]
+            if key == "rule":
+                yield from self._senders_of_models(item, senders, cohort)
+                continue
+            spec = self.algorithm.uploads.get(item)
+            if spec is not None and spec.use == "each":
+                # The server also combines predictions that it computes with uploaded models.
+                senders = list(self.uploaded)
+            yield item, sum(cohort[client] for client in senders)
+
+    def _senders_of_models(
+        self, item: str, senders: Sequence[str], cohort: Mapping[str, int]
+    ) -> Iterator[tuple[str, int]]:
+        """Yield the tensors that are combined separately, and the number of their uploads."""
+        rules = AggregationRules(self.federation.aggregation, self.task)
+        declaration = self.algorithm.uploads[item]
+        models = RobustCombiner(item, declaration, self.federation.common, rules)
+        senders = [c for c in senders if isinstance(self.uploaded[c][item].values, dict)]
+        for client in senders:
+            info = self.federation.client_infos[client]
+            models.add(Upload(info, Payload(dict(self.uploaded[client]))))
+        for (group, places), owners in models.blocks().items():
+            if total := sum(cohort[senders[place]] for place in places):
+                name = owners[0][0]
+                yield f"{name} of {group}" if group else name, total
+
+    def _cohorts(self) -> list[Counter[str]]:
+        """Return the number of clients per profile for each distinct composition of a cohort."""
+        per_round = self.config.clients.per_round
+        rounds = self.federation.num_rounds if per_round is not None else 1
+        found: dict[frozenset[tuple[str, int]], Counter[str]] = {}
+        for index in range(rounds):
+            sampled = self.federation.sample_cohort(per_round, index)
+            count = Counter(self.federation.client_infos.profile(c).first for c in sampled)
+            found.setdefault(frozenset(count.items()), count)
+        return list(found.values())
 
     def missing_targets(self) -> str | None:
         """Describe the data that the attack changes if no client uploads such data.

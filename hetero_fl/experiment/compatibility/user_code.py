@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from types import FunctionType, GeneratorType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -240,8 +241,16 @@ def _check_state(loss: LossFunction, logits: Tensor, y: Tensor) -> None:
 
 def _state_of(loss: LossFunction) -> str:
     """Describe what a loss may keep between two calls."""
-    cells = getattr(loss.function, "__closure__", None) or ()
-    return describe_content([loss.function, *(cell.cell_contents for cell in cells)])
+    function: Any = loss.function
+    call = getattr(function, "forward", type(function).__call__)
+    call = function if inspect.isfunction(function) else getattr(call, "__func__", call)
+    kept: dict[str, Any] = {"": function}
+    if inspect.isfunction(call) and not call.__module__.startswith("torch."):
+        read = inspect.getclosurevars(call)
+        attributes = {name: v for name, v in vars(type(function)).items() if name[:2] != "__"}
+        kept |= {**attributes, **read.globals, **read.nonlocals, **vars(call)}
+        kept["defaults"] = call.__defaults__
+    return describe_content([v for v in kept.values() if not inspect.ismodule(v)])
 
 
 def _input_notes(arch: ModelSpec) -> Iterator[str]:

@@ -14,7 +14,7 @@ from hetero_fl.algorithms.distillation import TEACHER
 from hetero_fl.algorithms.hybrid import BACKBONE, BOTH, SCRATCH, JoiningClient
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
-from hetero_fl.config.load import Overrides, override_list
+from hetero_fl.config.load import Overrides, override_list, override_values
 from hetero_fl.core.images import check_pixels
 from hetero_fl.core.metrics import score
 from hetero_fl.core.model_spec import Tensors
@@ -360,7 +360,7 @@ def join(
         raise ArgumentError("seeds: expected one or more integers, got none")
     if epochs < 1:
         raise ArgumentError(f"epochs: must be >= 1, got {epochs}")
-    names = {"--model": model, "overrides": overrides}
+    names = {"--model": model, "overrides": [override_values(each) for each in overrides]}
     check_code(find_references(names), "", code_of_caller(allow_code))
     # A folder with results is rejected, because joining cannot be resumed.
     check_vacant(out, alternatives="")

@@ -616,7 +616,8 @@ class PartitionConfig(OwnArguments):
     """
 
     chooser = "kind"
-    own_prefixes = (CODE_PREFIX, OBJECT_PREFIX)
+    # Partitioners of Flower were removed, which the error says.
+    own_prefixes = (CODE_PREFIX, OBJECT_PREFIX, "flwr:")
     own_names = registered_partition_kinds
     also_arguments = ("alpha",)
 

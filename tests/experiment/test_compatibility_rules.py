@@ -163,6 +163,10 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
         clients__overrides=[{"match": "site_2", "logit_adjustment": True}],
     ),
     "number_of_class_weights": weighted([1] * 9),
+    "weightless_client": config(
+        clients__defaults__class_weights=[1, *[0] * 9],
+        data__partition={"kind": "classes", "classes": 2, "min_size": 5},
+    ),
     "zero_class_weights": weighted([0] * 10),
     "batches_of_one": config(clients__defaults__batch_size=1),
     "secure_sum_of_single_uploads": secure("kt_pfl"),

@@ -192,8 +192,8 @@ def nearest_key(name: str, place: str = "", own: Iterable[str] = ()) -> str | No
         return None
     # Entries of lists have the index 0.
     inside = f"{re.sub('[0-9]+', '0', place)}."
-    beside = f"{place.partition('.')[0]}."
-    nearest = max(found, key=lambda path: (path.startswith(inside), path.startswith(beside)))
+    section = f"{place.partition('.')[0]}."
+    nearest = max(found, key=lambda path: (path.startswith(inside), path.startswith(section)))
     kinds = (f"{nearest}.{kind}" for kind in ("name", "kind"))
     key = next((kind for kind in kinds if kind in paths), nearest)
     return f"{place}.{key.removeprefix(inside)}" if key.startswith(inside) else key

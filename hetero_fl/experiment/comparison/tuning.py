@@ -42,7 +42,7 @@ MIN_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Rating:
-    """What the runs of a point, one for each seed, have shown so far.
+    """Scores of the runs of a point so far, one run for each seed.
 
     Attributes:
         curve: Mean validation score after each evaluated round. Larger is better.

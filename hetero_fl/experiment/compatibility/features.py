@@ -29,7 +29,7 @@ class Feature:
             false value if the feature is off. If None, the feature is on if the key does not have
             its default value.
         needs: What the feature needs from the run.
-        denies: What other features cannot have beside this one.
+        denies: Properties that no other feature may have at the same time.
         stage: "config" if the configuration determines the value, or "run" if the data, the models
             or the uploads do.
         advice: How to change the settings.

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from typing_extensions import override
 
 from model_zoo.external import Enlarge
 from model_zoo.generators import keyed_generators
 from model_zoo.registry import MODELS, ModelName, create_model, find_model
 from model_zoo.shapes import make_shape
 from model_zoo.split_model import is_batch_norm
+
+MAX_VALUES = 100_000
+"""Number of values in an example above which operations are counted without memory."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +129,13 @@ def describe(
         sizes = (num_classes, in_channels, input_size, feature_dim)
         model = create_model(name, *sizes, vocabulary=vocabulary, **options).eval()
     enlargement = _describe_enlargement(model)
-    # Operations can be counted on meta tensors, which need no memory. Models of other libraries and
-    # of users may not support meta tensors.
-    device = "meta" if name in MODELS else "cpu"
-    with torch.device(device):
+    shape = make_shape(in_channels, input_size, vocabulary)
+    # Operations on meta tensors need no memory, but layer norms on them import `torch._dynamo`.
+    # Models of other libraries and of users may not support meta tensors.
+    device = "meta" if name in MODELS and shape.num_values > MAX_VALUES else "cpu"
+    with torch.device(device), keyed_generators(0):
         # Models with batch statistics need at least two examples.
-        examples = make_shape(in_channels, input_size, vocabulary).zeros(2)
-    with keyed_generators(0):
-        flops, convolutions = _count_flops(model.to(device), examples)
+        flops, convolutions = _count_flops(model.to(device), shape.zeros(2))
     return ModelDescription(
         name=str(name),
         parameters=num_parameters(model),
@@ -158,11 +163,35 @@ def _count_flops(model: nn.Module, examples: torch.Tensor) -> tuple[int, int]:
         with (
             torch.no_grad(),
             torch.backends.mkldnn.flags(enabled=False),
-            FlopCounterMode(display=False) as counter,
+            _OperationCounter() as counter,
         ):
             model(examples)
-    by_operator = counter.get_flop_counts()["Global"]
-    convolutions = sum(
-        int(count) for operator, count in by_operator.items() if "convolution" in str(operator)
-    )
-    return int(counter.get_total_flops()) // len(examples), convolutions // len(examples)
+    convolutions = sum(n for operator, n in counter.counts.items() if "convolution" in operator)
+    return counter.counts.total() // len(examples), convolutions // len(examples)
+
+
+class _OperationCounter(TorchDispatchMode):
+    """Counts operations as `torch.utils.flop_counter.FlopCounterMode` does.
+
+    That class imports `torch._dynamo` when it is used, which takes as long as importing torch.
+
+    Attributes:
+        counts: Number of floating-point operations by operator.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        operator = func.overloadpacket
+        if operator in flop_registry:
+            self.counts[str(operator)] += flop_registry[operator](*args, **kwargs, out_val=result)
+        return result

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from model_zoo import (
     ModelError,
@@ -95,6 +96,21 @@ FLOPS: list[tuple[str, dict[str, Any], int]] = [
         2 * (28 * 28 * 8 + 28 * 8 * 64 + 2 * 28 * 28 * 8 + 80),
     ),
 ]
+
+
+def test_operations_are_those_of_the_counter_of_torch() -> None:
+    for name in ("cnn", "resnet20", "vit", "transformer", "torchvision:mobilenet_v3_small"):
+        model = create_model(name, 10, in_channels=3, input_size=32).eval()
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            model(torch.zeros(2, 3, 32, 32))
+        by_operator = counter.get_flop_counts()["Global"]
+        convolutions = by_operator.get(torch.ops.aten.convolution, 0)
+
+        about = describe(name, in_channels=3, input_size=32)
+
+        assert about.forward_flops == counter.get_total_flops() // 2, name
+        assert about.convolution_flops == convolutions // 2, name
 
 
 def test_description_counts_parameters_and_operations() -> None:
@@ -195,6 +211,7 @@ GROUP = "hetero_fl.models"
 PLUGINS: Any = register_model.plugins
 CODE = """
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 class Tiny(nn.Module):
     def __init__(self, num_classes, in_channels, input_size, width=3):

@@ -323,13 +323,14 @@ def log_mel(waves: Tensor, config: SpeechConfig) -> Tensor:
             f"speech.bands: {config.bands} bands are too many for a window of {config.window:g} s "
             f"at {config.rate} Hz; choose fewer bands or a longer window"
         )
-    window = torch.hann_window(window_size)
+    # In double precision, so that all processors find the same float32 features and content hash.
+    window = torch.hann_window(window_size, dtype=torch.float64)
     features = []
     for part in waves.split(BATCH):
         # The windows are cut here, because `torch.stft` would pad them on both sides.
         frames = part.unfold(1, window_size, step) * (window / window.sum())
         power = torch.fft.rfft(frames, transform_size).abs().square()
-        features.append((power @ filters.T + FLOOR).log())
+        features.append((power @ filters.T + FLOOR).log().float())
     return torch.cat(features) if features else waves.new_zeros(0, 0, config.bands)
 
 
@@ -350,7 +351,7 @@ def mel_filters(rate: int, transform_size: int, bands: int) -> Tensor:
         bands: Number of filters, which cover the frequencies from 0 to half the rate.
 
     Returns:
-        Filters with a maximum of at most 1, float32 `[bands, transform_size // 2 + 1]`.
+        Filters with a maximum of at most 1, float64 `[bands, transform_size // 2 + 1]`.
     """
     highest = 2595 * math.log10(1 + rate / 2 / BREAK_HZ)
     mel = torch.linspace(0, highest, bands + 2, dtype=torch.float64)
@@ -358,7 +359,7 @@ def mel_filters(rate: int, transform_size: int, bands: int) -> Tensor:
     frequency = torch.linspace(0, rate / 2, transform_size // 2 + 1, dtype=torch.float64)
     rising = (frequency - corners[:-2, None]) / (corners[1:-1] - corners[:-2])[:, None]
     falling = (corners[2:, None] - frequency) / (corners[2:] - corners[1:-1])[:, None]
-    return torch.minimum(rising, falling).clamp(min=0).float()
+    return torch.minimum(rising, falling).clamp(min=0)
 
 
 PCM = b"\x01\x00"

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hetero_fl.aggregation import Upload, Uploads
-from hetero_fl.aggregation.means import RunningMean, discount_upload
+from hetero_fl.aggregation.means import RunningMean, discount_upload, interpolate_model
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo
@@ -117,3 +117,13 @@ def test_means_include_uploads_that_were_added_after_a_request(use: Any) -> None
     assert uploads.mean_by_group("model")[group]["w"].tolist() == pytest.approx([3.4] * 3)
     assert uploads.weights_by_group("model") == {group: {"w": 5.0}}
     assert uploads.counts_by_group("model") == {group: {"w": 2}}
+
+
+def test_buffers_are_set_to_the_mean_at_every_rate() -> None:
+    current = {"weight": torch.tensor([1.0, 2.0]), "running_var": torch.tensor([1.0, 2.0])}
+    mean = {"weight": torch.tensor([2.0, 0.0]), "running_var": torch.tensor([3.0, 0.5])}
+
+    moved = interpolate_model(current, mean, 1.5, ["weight"])
+
+    assert moved["weight"].tolist() == [2.5, -1.0]
+    assert torch.equal(moved["running_var"], mean["running_var"])

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from hetero_fl.config.robustness import PREDICTIONS, RULES, AggregationConfig
-from hetero_fl.robustness.rules import UploadBlock, prediction_rule, rule, trimmed_mean
+from hetero_fl.robustness.rules import (
+    UploadBlock,
+    krum_scores,
+    prediction_rule,
+    rule,
+    trimmed_mean,
+)
 from tests.references import robust_rules
 from tests.support.cases import each_case
 
@@ -68,6 +74,8 @@ def test_rules_match_references(seed: int, n: int) -> None:
         # The reference of the geometric median is itself a numerical minimum.
         atol = 1e-6 if name == "geometric_median" else 1e-10
         assert np.allclose(got, expected, rtol=0, atol=atol), name
+    scores = krum_scores(UploadBlock(list(map(split, v)), None).distances(), MALICIOUS)
+    assert np.allclose(scores, robust_rules.krum_scores(v, MALICIOUS), rtol=0, atol=1e-10)
     got = combined("norm_bound", v, start=start, bound=0.5)
     assert np.allclose(got, robust_rules.norm_bound(v, start, 0.5), rtol=0, atol=1e-10)
 

@@ -42,6 +42,11 @@ from hetero_fl.algorithms import (
     local_fit as local_fit,
     register_algorithm as register_algorithm,
 )
+from hetero_fl.config.base import (
+    SGD as SGD,
+    Adam as Adam,
+    AdamW as AdamW,
+)
 from hetero_fl.config.clients import (
     AugmentConfig,
     ClientSettings as ClientSettings,
@@ -51,11 +56,6 @@ from hetero_fl.config.clients import (
 from hetero_fl.config.communication import (
     ChannelConfig,
 )
-from hetero_fl.config.optimizers import (
-    SGD as SGD,
-    Adam as Adam,
-    AdamW as AdamW,
-)
 from hetero_fl.config.partitions import (
     IID as IID,
     Classes as Classes,
@@ -64,12 +64,10 @@ from hetero_fl.config.partitions import (
     Partition as Partition,
     Quantity as Quantity,
 )
-from hetero_fl.config.privacy import (
-    PrivacyConfig,
-)
-from hetero_fl.config.robustness import (
+from hetero_fl.config.protection import (
     AggregationConfig,
     AttacksConfig,
+    PrivacyConfig,
 )
 from hetero_fl.config.schema import (
     EvaluationConfig,

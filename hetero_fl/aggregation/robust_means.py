@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from hetero_fl.aggregation.means import Mean
 from hetero_fl.aggregation.uploads import SINGLE, MeanCombiner, Means, Upload
-from hetero_fl.config.robustness import AggregationConfig
+from hetero_fl.config.protection import AggregationConfig
 from hetero_fl.core.model_spec import Owner, Tensors
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, ItemSpec

@@ -148,7 +148,7 @@ def _describe_unknown_option(option: str, command: click.Command) -> str:
     options = [name for parameter in command.params for name in parameter.opts]
     hint = suggest_similar(option, [name for name in options if name.startswith("--")])
     if not hint and "overrides" in (parameter.name for parameter in command.params):
-        from hetero_fl.config.errors import nearest_key
+        from hetero_fl.config.describe import nearest_key
 
         key = nearest_key(option.removeprefix("--"))
         hint = f"; did you mean {key}=…?" if key else ""

@@ -6,7 +6,7 @@ import unicodedata
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +27,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticKnownError
+from typing_extensions import Self
 
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, describe_removed, suggest_or_list
@@ -118,7 +119,7 @@ class Settings(BaseModel):
             super().__init__(**settings)
         except ValidationError as error:
             # Imported here because the schema, which `describe_error` uses, imports this module.
-            from hetero_fl.config.errors import describe_error
+            from hetero_fl.config.describe import describe_error
 
             for problem in error.errors():
                 is_unknown = problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1
@@ -385,6 +386,64 @@ def _check_unique(names: list[str]) -> list[str]:
 UniqueNames = Annotated[list[str], AfterValidator(_check_unique)]
 
 
+class OwnArguments(ConfigSection):
+    """A section that names user-defined code, to which all other keys are passed.
+
+    Attributes:
+        chooser: The key that names the code.
+        own_prefixes: Prefixes of the names of code.
+        own_names: Registered names of code.
+        also_arguments: Keys of the section that are arguments of code, too.
+    """
+
+    chooser: ClassVar[str]
+    own_prefixes: ClassVar[tuple[str, ...]] = (CODE_PREFIX,)
+    own_names: ClassVar[Collection[str]]
+    also_arguments: ClassVar[tuple[str, ...]] = ()
+
+    if TYPE_CHECKING:
+        # Subclasses describe the field, whose place among their fields is last.
+        arguments: dict[str, Any] | None
+
+    @classmethod
+    def takes_arguments(cls, name: object) -> bool:
+        """Return whether a name is that of user-defined code."""
+        return isinstance(name, str) and (
+            name.startswith(cls.own_prefixes) or name in cls.own_names
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect_arguments(cls, raw: Any) -> Any:
+        """Move the arguments of user-defined code to `arguments`."""
+        if not isinstance(raw, Mapping) or not cls.takes_arguments(raw.get(cls.chooser)):
+            return raw
+        found = {
+            str(key): value
+            for key, value in raw.items()
+            if key not in cls.model_fields or (key in cls.also_arguments and value is not None)
+        }
+        given = raw.get("arguments") or {}
+        if not found or not isinstance(given, Mapping):
+            return raw
+        rest = {key: value for key, value in raw.items() if key not in found}
+        return {**rest, "arguments": {**given, **found}}
+
+    @model_validator(mode="after")
+    def _check_arguments(self) -> Self:
+        """Check that arguments are set only for user-defined code."""
+        name = getattr(self, self.chooser)
+        if self.arguments and not self.takes_arguments(name):
+            raise ValueError(
+                f"arguments: does not apply to {self.chooser}={name}; write the settings as keys "
+                f"next to {self.chooser}, got {format_value(self.arguments)}"
+            )
+        return self
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+
 OptimizerName: Any = choice_type("sgd", "adam", "adamw", prefix=CODE_PREFIX)
 
 
@@ -452,6 +511,46 @@ class OptimizerLayer(OptimizerConfig):
             setting = "momentum" if self.momentum else "nesterov"
             raise ValueError(f"{setting} requires name=sgd, got name={self.name}")
         return self
+
+
+class SGD(OptimizerConfig):
+    """Stochastic gradient descent, `torch.optim.SGD`.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> hfl.SGD(lr=0.1, momentum=0.9).name
+        'sgd'
+    """
+
+    name: Literal["sgd"] = "sgd"
+
+
+class Adam(OptimizerConfig):
+    """The optimizer of Kingma and Ba (2015), `torch.optim.Adam`.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> hfl.Adam(lr=5e-4).lr
+        0.0005
+    """
+
+    _unused: ClassVar[frozenset[str]] = frozenset({"momentum", "nesterov"})
+
+    name: Literal["adam"] = "adam"
+
+
+class AdamW(OptimizerConfig):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), `torch.optim.AdamW`.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> hfl.AdamW(weight_decay=0.01).name
+        'adamw'
+    """
+
+    _unused: ClassVar[frozenset[str]] = frozenset({"momentum", "nesterov"})
+
+    name: Literal["adamw"] = "adamw"
 
 
 StalenessKind = choice_type("constant", "polynomial", "hinge")

@@ -18,19 +18,18 @@ from typing_extensions import Self
 from hetero_fl.config.base import (
     ConfigSection,
     FilePath,
+    OwnArguments,
     check_held_out,
     choice_type,
     format_value,
 )
-from hetero_fl.config.own_arguments import OwnArguments
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.text import format_list
 
 DEFAULT_ROOT = "~/.cache/hetero_fl"
 """Folder for downloads."""
-# Hours per week.
-WEEK = 168
+WEEK = 24 * 7
 
 
 class SharedSettings(ConfigSection):
@@ -538,16 +537,16 @@ class SourceConfig(OwnArguments):
         return categories
 
 
-PARTITION_KINDS = (
-    "iid",
-    "in_order",
-    "dirichlet",
-    "classes",
-    "quantity",
-    "natural",
-    "drawn",
-)
-"""Kinds of partitions that the package implements."""
+PARTITION_KINDS: dict[str, tuple[str, ...]] = {
+    "iid": (),
+    "in_order": (),
+    "dirichlet": ("alpha", "cap"),
+    "classes": ("classes", "classes_spread", "shots"),
+    "quantity": ("alpha",),
+    "natural": (),
+    "drawn": ("alpha", "rows", "spread"),
+}
+"""Kinds of partitions that the package implements, with the keys that each reads."""
 registered_partition_kinds: set[str] = set()
 """Further kinds of partitions, which `hetero_fl.data.register_partition` adds."""
 

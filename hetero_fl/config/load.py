@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from hetero_fl.config.base import format_value
-from hetero_fl.config.errors import prefix_origin
+from hetero_fl.config.describe import prefix_origin
 from hetero_fl.config.population import merge_settings
 from hetero_fl.config.schema import CLIENT_OPTIONS, Config
 from hetero_fl.utils.code_permission import iterate_strings

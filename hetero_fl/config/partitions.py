@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from hetero_fl.config.data import PartitionConfig
+from hetero_fl.config.data import PARTITION_KINDS, PartitionConfig
 
 
-def _all_but(*used: str) -> frozenset[str]:
-    return frozenset(PartitionConfig.model_fields) - {"kind", *used}
+def _unused_by(kind: str) -> frozenset[str]:
+    return frozenset(PartitionConfig.model_fields) - {"kind", "min_size", *PARTITION_KINDS[kind]}
 
 
 class IID(PartitionConfig):
@@ -20,7 +20,7 @@ class IID(PartitionConfig):
         'iid'
     """
 
-    _unused: ClassVar[frozenset[str]] = _all_but("min_size")
+    _unused: ClassVar[frozenset[str]] = _unused_by("iid")
 
     kind: Literal["iid"] = "iid"
 
@@ -34,7 +34,7 @@ class Dirichlet(PartitionConfig):
         0.3
     """
 
-    _unused: ClassVar[frozenset[str]] = _all_but("alpha", "cap", "min_size")
+    _unused: ClassVar[frozenset[str]] = _unused_by("dirichlet")
 
     kind: Literal["dirichlet"] = "dirichlet"
 
@@ -48,7 +48,7 @@ class Classes(PartitionConfig):
         'classes'
     """
 
-    _unused: ClassVar[frozenset[str]] = _all_but("classes", "classes_spread", "shots", "min_size")
+    _unused: ClassVar[frozenset[str]] = _unused_by("classes")
 
     kind: Literal["classes"] = "classes"
 
@@ -62,7 +62,7 @@ class Quantity(PartitionConfig):
         'quantity'
     """
 
-    _unused: ClassVar[frozenset[str]] = _all_but("alpha", "min_size")
+    _unused: ClassVar[frozenset[str]] = _unused_by("quantity")
 
     kind: Literal["quantity"] = "quantity"
 
@@ -76,7 +76,7 @@ class Natural(PartitionConfig):
         'natural'
     """
 
-    _unused: ClassVar[frozenset[str]] = _all_but("min_size")
+    _unused: ClassVar[frozenset[str]] = _unused_by("natural")
 
     kind: Literal["natural"] = "natural"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import translate
 from functools import cached_property
@@ -29,7 +29,7 @@ from hetero_fl.config.clients import (
     ClientSettings,
     check_client_id,
 )
-from hetero_fl.config.errors import describe_error
+from hetero_fl.config.describe import describe_error
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import ClientIds, IdSeries
 from hetero_fl.utils.text import format_list
@@ -87,21 +87,6 @@ class OverrideLayer:
     layer: Layer
 
 
-@dataclass(frozen=True)
-class ListedSettings:
-    """Function that looks up the settings of a client, for the argument `resolve` of `Population`.
-
-    Attributes:
-        clients: Settings, keyed by client id.
-    """
-
-    clients: Mapping[str, ClientSettings]
-
-    def __call__(self, client_id: str, *_unused: object) -> ClientSettings:
-        """Return the settings of a client."""
-        return self.clients[client_id]
-
-
 class Population(Mapping[str, ClientSettings]):
     """A mapping from client ids to settings, which are stored once per profile.
 
@@ -111,25 +96,16 @@ class Population(Mapping[str, ClientSettings]):
     Args:
         groups: Groups of clients, in the order of the configuration.
         overrides: Settings for ids that match a pattern. Later overrides take precedence.
-        resolve: Function that returns the settings of a profile. The arguments are the id of the
-            first client of the profile, the layer of the group, the index of the model in the
-            layer, and a list of pairs: the layer of a matching override and the index of the model
-            in that layer.
 
     Attributes:
         ids: Client ids in natural order.
     """
 
     def __init__(
-        self,
-        groups: Sequence[GroupMembers],
-        overrides: Sequence[OverrideLayer] = (),
-        *,
-        resolve: Callable[[str, Layer, int, Sequence[tuple[Layer, int]]], ClientSettings],
+        self, groups: Sequence[GroupMembers], overrides: Sequence[OverrideLayer] = ()
     ) -> None:
         self._groups = groups
         self._overrides = overrides
-        self._resolve = resolve
         self.ids = ClientIds([g.series for g in groups])
         self._by_name: dict[str, list[int]] = {}
         for number, group in enumerate(groups):
@@ -187,8 +163,16 @@ class Population(Mapping[str, ClientSettings]):
         """
         if isinstance(clients, Population):
             return clients
-        groups = [GroupMembers(IdSeries(client_id, 1)) for client_id in clients]
-        return cls(groups, resolve=ListedSettings(clients))
+        names = ClientSettings.model_fields.keys()
+        return cls(
+            [
+                GroupMembers(
+                    IdSeries(client_id, 1),
+                    {name: getattr(own, name) for name in names & own.model_fields_set},
+                )
+                for client_id, own in clients.items()
+            ]
+        )
 
     @cached_property
     def profiles(self) -> list[SettingsProfile]:
@@ -205,7 +189,7 @@ class Population(Mapping[str, ClientSettings]):
             ]
             first = group.series[place]
             turn = place % _num_models(group.layer)
-            settings = self._resolve(first, group.layer, turn, overrides)
+            settings = _resolve_settings(first, group.layer, turn, overrides)
             profiles.append(SettingsProfile(number, settings, first, self._profile_counts[number]))
         return profiles
 
@@ -316,8 +300,8 @@ def expand_population(config: ClientsConfig) -> Population:
             f"clients.groups: two clients have the id '{error}' (some file systems ignore upper "
             "case); choose different group names"
         ) from None
-    without_overrides = Population(members, resolve=_resolve_settings)
-    population = Population(members, overrides, resolve=_resolve_settings)
+    without_overrides = Population(members)
+    population = Population(members, overrides)
     # Also resolve the profiles without overrides, because overrides must not hide contradictions.
     _ = without_overrides.profiles
     for override, matches in zip(overrides, population.matched_overrides(), strict=True):

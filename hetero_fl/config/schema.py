@@ -29,8 +29,7 @@ from hetero_fl.config.base import (
 from hetero_fl.config.clients import ClientsConfig, ModelConfig, PreprocessConfig, expand_model_name
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.config.data import DataConfig
-from hetero_fl.config.privacy import PrivacyConfig
-from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
+from hetero_fl.config.protection import AggregationConfig, AttacksConfig, PrivacyConfig
 from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
 from hetero_fl.utils.text import format_list
 

@@ -17,7 +17,7 @@ from hetero_fl.config.data import (
     SourceConfig,
     registered_source_names,
 )
-from hetero_fl.config.errors import describe_error
+from hetero_fl.config.describe import describe_error
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import check_examples, check_inputs
 from hetero_fl.data.dataset import Dataset

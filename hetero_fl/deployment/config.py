@@ -18,7 +18,7 @@ from pydantic import (
 from hetero_fl.config.base import ConfigSection, FilePath, choice_type
 from hetero_fl.config.clients import AugmentConfig, ClientSettings, Models, PreprocessConfig
 from hetero_fl.config.data import DEFAULT_ROOT, SourceConfig
-from hetero_fl.config.errors import describe_error
+from hetero_fl.config.describe import describe_error
 from hetero_fl.config.load import read_config_file
 from hetero_fl.data import check_source
 from hetero_fl.data.registry import HUB_PREFIX

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, StringConstraints, ValidationError
 from torch import Tensor
 
-from hetero_fl.config.errors import describe_error
+from hetero_fl.config.describe import describe_error
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.utils.errors import one_line
 from hetero_fl.utils.serialization import CodecError, decode, encode

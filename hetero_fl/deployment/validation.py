@@ -29,7 +29,7 @@ from torch import Tensor
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.data_free import Dense
 from hetero_fl.config.clients import ClientSettings
-from hetero_fl.config.errors import describe_error
+from hetero_fl.config.describe import describe_error
 from hetero_fl.core.metrics import MAX_METRIC_VALUE, SMALLER_IS_BETTER, metric_names
 from hetero_fl.core.model_spec import Tensors, freeze_lists
 from hetero_fl.core.participant import ClientInfo

@@ -23,7 +23,7 @@ from hetero_fl.config.clients import (
     check_client_id,
 )
 from hetero_fl.config.data import DataConfig, PartitionConfig
-from hetero_fl.config.errors import describe_error
+from hetero_fl.config.describe import describe_error
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.core.given_models import GivenModel, redraw_weights
 from hetero_fl.core.objectives import Objective

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.config import Config, describe_difference, resolve_config, resume_relevant
-from hetero_fl.config.errors import describe_error, key_of, prefix_origin
+from hetero_fl.config.describe import describe_error, key_of, prefix_origin
 from hetero_fl.config.load import (
     Overrides,
     Source,

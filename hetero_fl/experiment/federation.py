@@ -25,8 +25,7 @@ from hetero_fl.config.data import DataConfig, PartitionConfig
 from hetero_fl.config.describe import to_yaml
 from hetero_fl.config.load import Overrides, Source, apply_overrides, override_list, plain
 from hetero_fl.config.population import expand_population, key_without_effect
-from hetero_fl.config.privacy import PrivacyConfig
-from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
+from hetero_fl.config.protection import AggregationConfig, AttacksConfig, PrivacyConfig
 from hetero_fl.config.schema import (
     Config,
     EvaluationConfig,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.config.privacy import PrivacyConfig
+from hetero_fl.config.protection import PrivacyConfig
 from hetero_fl.federation.cost import DryRun
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.privacy.accounting import (

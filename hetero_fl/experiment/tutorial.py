@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from hetero_fl.config.base import ConfigSection, choice_type
-from hetero_fl.config.errors import describe_error, prefix_origin
+from hetero_fl.config.describe import describe_error, prefix_origin
 from hetero_fl.config.load import apply_overrides
 from hetero_fl.config.schema import Config
 from hetero_fl.utils.errors import UserError, suggest_or_list, suggest_similar

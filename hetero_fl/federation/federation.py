@@ -19,8 +19,7 @@ from hetero_fl.communication.secure_aggregation.crypto import SiteKeys
 from hetero_fl.config.clients import ClientSettings, ModelConfig
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.config.population import Population
-from hetero_fl.config.privacy import PrivacyConfig
-from hetero_fl.config.robustness import AggregationConfig
+from hetero_fl.config.protection import AggregationConfig, PrivacyConfig
 from hetero_fl.config.schema import Config
 from hetero_fl.core.metrics import MetricFunction, Scores, apply_metric, score
 from hetero_fl.core.model_spec import ModelSpec, Tensors

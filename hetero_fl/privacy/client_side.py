@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.round_parts import permitted_part
-from hetero_fl.config.privacy import PrivacyConfig
+from hetero_fl.config.protection import PrivacyConfig
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientDirectory, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import vmap
 from typing_extensions import override
 
-from hetero_fl.config.privacy import PrivacyConfig
+from hetero_fl.config.protection import PrivacyConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import Batch, ModelViews
 from hetero_fl.core.participant import Columns, Participant, select_part

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
 from typing_extensions import override
 
-from hetero_fl.config.privacy import PrivacyConfig
+from hetero_fl.config.protection import PrivacyConfig
 from hetero_fl.utils.seeding import Key, keyed_generator
 
 # Spacing of uniform numbers in [0, 1) with 53 bits.

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hetero_fl.config.errors import describe_error
+from hetero_fl.config.describe import describe_error
 from hetero_fl.config.schema import Config, LoggerConfig
 from hetero_fl.reporting.loggers import LoggedRun, Logger, register_logger
 from hetero_fl.reporting.run_directory import RunDirectory

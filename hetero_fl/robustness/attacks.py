@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.config.population import Population
-from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
+from hetero_fl.config.protection import AggregationConfig, AttacksConfig
 from hetero_fl.core.participant import ClientInfo, Columns
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.task import Task
@@ -86,7 +86,7 @@ class Attack:
         factor: Value of the setting `strength`, or the default.
 
     Example:
-        >>> from hetero_fl.config.robustness import AttacksConfig
+        >>> from hetero_fl.config.protection import AttacksConfig
         >>> from hetero_fl.robustness.attacks import SignFlip
         >>> attack = SignFlip(AttacksConfig(name="sign_flip", strength=2.0))
         >>> attack.poison_updates(torch.ones(1, 3), None)

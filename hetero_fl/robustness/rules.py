@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from hetero_fl.config.robustness import AggregationConfig
+from hetero_fl.config.protection import AggregationConfig
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.utils.registry import Registry
@@ -116,7 +116,7 @@ class Rule(RobustRule):
 
     Example:
         >>> import torch
-        >>> from hetero_fl.config.robustness import AggregationConfig
+        >>> from hetero_fl.config.protection import AggregationConfig
         >>> from hetero_fl.robustness.rules import UploadBlock, rule
         >>> median = rule["median"](AggregationConfig(rule="median"))
         >>> sent = [{"w": torch.tensor([value])} for value in (1.0, 2.0, 100.0)]

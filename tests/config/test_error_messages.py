@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError
 
 from hetero_fl.algorithms import register_algorithm
-from hetero_fl.config.errors import CUSTOM_ERROR_TYPES, EXPECTED, LIMITS, describe_error
+from hetero_fl.config.describe import CUSTOM_ERROR_TYPES, EXPECTED, LIMITS, describe_error
 from hetero_fl.config.schema import Config
 from hetero_fl.experiment.comparison.study import Study
 from tests.support.cases import each_case

@@ -50,7 +50,7 @@ def test_client_ids_are_in_natural_order(groups: list[tuple[str, int]]) -> None:
 @given(PATTERNS, st.text("ab1_2[]-", min_size=1, max_size=7))
 def test_overrides_match_like_fnmatch(pattern: str, client_id: str) -> None:
     group = GroupMembers(IdSeries(client_id, 1))
-    population = Population([group], [OverrideLayer(pattern, {})], resolve=lambda *layers: None)
+    population = Population([group], [OverrideLayer(pattern, {})])
 
     assert population.matched_overrides() == [fnmatchcase(client_id, pattern)]
 

@@ -17,7 +17,7 @@ from hetero_fl import load_config
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.cli import main
 from hetero_fl.config import Config, resolve_config
-from hetero_fl.config.errors import section_at
+from hetero_fl.config.describe import section_at
 from hetero_fl.experiment import runner
 from hetero_fl.experiment.configuration import describe_changes
 from hetero_fl.utils.errors import UserError

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hetero_fl.config.privacy import PrivacyConfig
+from hetero_fl.config.protection import PrivacyConfig
 from hetero_fl.privacy.noise import KeyedNoiseSource, SecretNoiseSource, noisy_label_counts
 from hetero_fl.utils.seeding import keyed_generator
 from tests.support.cases import each_case

@@ -15,7 +15,7 @@ import torch
 from hetero_fl.algorithms.averaging import CONTROL, Scaffold
 from hetero_fl.algorithms.hybrid import Hybrid
 from hetero_fl.communication.protocol import Message
-from hetero_fl.config.privacy import PrivacyConfig
+from hetero_fl.config.protection import PrivacyConfig
 from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, Payload

@@ -14,7 +14,7 @@ import hetero_fl as hfl
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.prediction import proxy_sample
 from hetero_fl.config.population import Population
-from hetero_fl.config.robustness import ATTACKS, AttacksConfig
+from hetero_fl.config.protection import ATTACKS, AttacksConfig
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import Predict, Recalibrate, Rows, TensorRows
 from hetero_fl.core.task import Task

@@ -9,7 +9,7 @@ import torch
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.robust_means import AggregationRules
-from hetero_fl.config.robustness import PREDICTIONS, RULES, AggregationConfig
+from hetero_fl.config.protection import PREDICTIONS, RULES, AggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.task import Task
 from tests.support.cases import each_case

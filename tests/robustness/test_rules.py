@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hetero_fl.config.robustness import PREDICTIONS, RULES, AggregationConfig
+from hetero_fl.config.protection import PREDICTIONS, RULES, AggregationConfig
 from hetero_fl.robustness.rules import (
     UploadBlock,
     krum_scores,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import PARTITION_KINDS, DataConfig, PartitionConfig
-from hetero_fl.config.errors import describe_error
+from hetero_fl.config.describe import describe_error
 from hetero_fl.core.images import dtype_name
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import PATIENTS, Dataset, PatientTerm

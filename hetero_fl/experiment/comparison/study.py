@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from hetero_fl.config.base import ConfigSection
-from hetero_fl.config.errors import describe_error
+from hetero_fl.config.describe import describe_error
 from hetero_fl.config.load import read_config_file
 from hetero_fl.utils.errors import UserError, suggest_or_list
 

@@ -15,14 +15,6 @@ from hetero_fl.config.population import Population
 from hetero_fl.config.schema import CLIENT_OPTIONS
 from hetero_fl.utils.objects import OBJECT_PREFIX
 
-PARTITION_KEYS = {
-    "dirichlet": ("alpha", "cap"),
-    "quantity": ("alpha",),
-    "classes": ("classes", "classes_spread", "shots"),
-    "drawn": ("alpha", "rows", "spread"),
-}
-"""Keys of the section `data.partition` that each kind of partition reads."""
-
 T = TypeVar("T")
 
 
@@ -146,7 +138,7 @@ class Facts:
         if partition.kind not in PARTITION_KINDS:
             return None
         default = type(partition)()
-        read = {"min_size", "kind", "arguments", *PARTITION_KEYS.get(partition.kind, ())}
+        read = {"min_size", "kind", "arguments", *PARTITION_KINDS[partition.kind]}
         for key in type(partition).model_fields.keys() - read:
             if getattr(partition, key) not in (None, getattr(default, key)):
                 return key

@@ -266,7 +266,7 @@ def _print_error(kind: str, error: Exception, is_verbose: bool, status: int) -> 
         echo("".join(traceback.format_exception(cause, chain=False)), err=True, end="")
     message = str(error).replace("pass allow_code=True", "pass --allow-code")
     if isinstance(error, ArgumentError):
-        from hetero_fl.cli.options import option_name
+        from hetero_fl.cli.commands import option_name
 
         # An option replaces the name of an argument.
         argument = re.split(r"\W", message, maxsplit=1)[0]

@@ -51,15 +51,6 @@ def print_check(prepared: PreparedRun) -> None:
     echo(dump(prepared.config))
     echo(prepared.headline)
     federation = prepared.federation
-    table = Table(
-        "client",
-        "model",
-        "training rows",
-        "parameters",
-        "down",
-        "up",
-        title=f"cost of {prepared.name}",
-    )
     config = prepared.config
     parameters = {
         profile.arch: _num_parameters(profile.arch) for profile in federation.client_infos.profiles
@@ -83,9 +74,10 @@ def print_check(prepared: PreparedRun) -> None:
             format_bytes(cost.up[client_id]),
         )
 
-    _list_clients(table, federation.representative_clients, len(federation.client_infos), describe)
     console = Terminal()
-    console.print(table)
+    title = f"cost of {prepared.name}"
+    ids = federation.representative_clients
+    console.print(_cost_table(title, ids, len(federation.client_infos), describe))
     console.print(_upload_table(prepared))
     is_upper_bound = config.evaluation.patience or cost.is_upper_bound
     server = federation.server()
@@ -107,20 +99,21 @@ def print_check(prepared: PreparedRun) -> None:
     console.print(text, end="")
 
 
-def _list_clients(
-    table: Table,
+def _cost_table(
+    title: str | Text,
     client_ids: Sequence[str] | ClientIds,
     num_clients: int,
     describe: Callable[[str], tuple[str | Text, ...]],
-) -> None:
-    """Add a row for each client to a table, or for the first and the last clients of many.
+) -> Table:
+    """Create a table with a row for each client, or for the first and the last clients of many.
 
     Args:
-        table: The table, whose first column contains the id of the client.
+        title: Title of the table.
         client_ids: Ids of the clients, or of a sample of them.
         num_clients: Number of all clients.
         describe: Function that returns the other cells of the row of a client.
     """
+    table = Table("client", "model", "training rows", "parameters", "down", "up", title=title)
     count = len(client_ids)
     head = count if num_clients <= MAX_LISTED else min(NUM_EDGE, count)
     tail = max(head, count - NUM_EDGE)
@@ -130,6 +123,7 @@ def _list_clients(
         table.add_row(f"… {others:,} more")
     for i in range(tail, count):
         table.add_row(client_ids[i], *describe(client_ids[i]))
+    return table
 
 
 def _upload_table(prepared: PreparedRun) -> Table:
@@ -175,15 +169,15 @@ def print_draft(config: Config, refused: Mapping[str, str]) -> None:
     echo(dump(config))
     clients = expand_population(config.clients)
     title = Text(f"cost of {config.algorithm.get('name')}")
-    table = Table("client", "model", "training rows", "parameters", "down", "up", title=title)
-    _list_clients(
-        table,
-        clients.ids,
-        len(clients),
-        lambda client_id: (Text(clients[client_id].model[0].name), *[UNKNOWN] * 4),
-    )
     console = Terminal()
-    console.print(table)
+    console.print(
+        _cost_table(
+            title,
+            clients.ids,
+            len(clients),
+            lambda client_id: (Text(clients[client_id].model[0].name), *[UNKNOWN] * 4),
+        )
+    )
     for reference, key in refused.items():
         note = f"note: {key} names code, {reference}; sizes are unknown without --allow-code"
         console.print(Text(note), soft_wrap=True)

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from hetero_fl.cli.training import comparison_command
+from hetero_fl.cli.experiment_commands import comparison_command
 from tests.support.cases import each_case
 
 

@@ -38,7 +38,7 @@ from hetero_fl.data.sources.images import is_grouped
 from hetero_fl.data.sources.npz_files import has_images
 from hetero_fl.data.sources.objects import has_columns, to_dataset
 from hetero_fl.experiment.client import column_name
-from hetero_fl.experiment.finished_runs import note_on_training_rows, prepare_again
+from hetero_fl.experiment.preparation import note_on_training_rows, prepare_again
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import AllowCode, check_code, code_of_caller, find_references
 from hetero_fl.utils.errors import ArgumentError, UserError, printable, suggest_file

@@ -40,9 +40,8 @@ from hetero_fl.experiment.client import Client, column_name, plain_value
 from hetero_fl.experiment.comparison.compare import compare
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.datasets import FederationDatasets, plain_source
-from hetero_fl.experiment.preparation import PreparedRun, prepare
+from hetero_fl.experiment.preparation import GivenModels, PreparedRun, prepare
 from hetero_fl.experiment.runner import Callback, default_out, run_prepared
-from hetero_fl.experiment.starting_models import GivenModels
 from hetero_fl.experiment.wording import errors_with_arguments, with_arguments
 from hetero_fl.reporting.comparison.result import Comparison
 from hetero_fl.reporting.notebook import html_items, html_table
@@ -320,10 +319,9 @@ class Federation:
             UserError: If the federation, the method and the settings do not fit together, or the
                 data cannot be loaded.
         """
-        config = self._configuration(method, rounds, sections)
-        kept = (*self._objects, method, sections)
         given = override_list(overrides)
-        self._check_overrides(config, given)
+        config = self._configuration(method, rounds, sections, given)
+        kept = (*self._objects, method, sections)
         with self._errors(given):
             prepared = prepare(config, given, allow_code=self._allow_code)
         notes = prepared.notes
@@ -425,8 +423,7 @@ class Federation:
             temporary = TemporaryFolder()
             out = temporary.path
         given = override_list(overrides)
-        config = self._configuration(None, rounds, sections)
-        self._check_overrides(config, given)
+        config = self._configuration(None, rounds, sections, given)
         with self._errors(given):
             comparison = compare(
                 config,
@@ -481,12 +478,13 @@ class Federation:
                 )
 
     def _configuration(
-        self, method: MethodLike, rounds: int | None, sections: Sections
+        self, method: MethodLike, rounds: int | None, sections: Sections, overrides: list[str]
     ) -> dict[str, Any]:
-        """Return the configuration of a run, see `train`.
+        """Return the configuration of a run without the overrides, which are checked (see `train`).
 
         Raises:
             TypeError: If a section is unknown.
+            UserError: If overrides replace the clients or the data of this program.
         """
         config = dict(self._config)
         for name in sections.keys() - Sections.__annotations__.keys():
@@ -499,6 +497,7 @@ class Federation:
             config["algorithm"] = method_section(method)
         if rounds is not None:
             config["rounds"] = rounds
+        self._check_overrides(config, overrides)
         return config
 
 

@@ -1,12 +1,16 @@
-"""Load the data and method of a run, and check that they fit the configuration."""
+"""Load the data, the method and the initial models of a run, and check that they fit together."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.algorithms.base import is_user_method
@@ -14,19 +18,22 @@ from hetero_fl.algorithms.round_parts import shared_parts
 from hetero_fl.communication.homomorphic import SharedKey, check_tenseal
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.load import Overrides, override_list, override_values
-from hetero_fl.config.population import explicit_settings, key_without_effect
-from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.config.population import Population, explicit_settings, key_without_effect
+from hetero_fl.core.given_models import GivenModel
+from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.participant import ClientDirectory
+from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.data.client_sources import has_common_source, pool_client_files
+from hetero_fl.data.overlap import row_hashes
 from hetero_fl.data.registry import check_unread_keys
 from hetero_fl.engine.driver import translate_user_errors
-from hetero_fl.experiment import compatibility
-from hetero_fl.experiment.compatibility import Facts, RunFacts
+from hetero_fl.experiment.compatibility import rules, user_code
+from hetero_fl.experiment.compatibility.facts import Facts
+from hetero_fl.experiment.compatibility.run_facts import RunFacts
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.privacy_budget import PrivacyBudget
-from hetero_fl.experiment.starting_models import StartingTensors, starting_tensors
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
 from hetero_fl.federation.executors.base import Executor, TimedExecutor
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, make_executor
@@ -34,15 +41,24 @@ from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.conditions import is_simulated, simulation_notes
 from hetero_fl.federation.simulation.executor import SimulatedExecutor
-from hetero_fl.federation.store import StateStore, checkpoint_files
+from hetero_fl.federation.store import (
+    EarlierVersionError,
+    PrivateState,
+    StateStore,
+    checkpoint_files,
+    read_checkpoint,
+)
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.privacy.accounting import opacus_accountants
 from hetero_fl.privacy.server_side import ServerPrivacy
+from hetero_fl.reporting.run import Run
 from hetero_fl.robustness.attacks import import_user_classes
 from hetero_fl.utils.code_permission import AllowCode, also_allow, find_references, hash_modules
 from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.objects import OBJECT_PREFIX, find_object
 from hetero_fl.utils.recorded_warnings import issue_warnings, record_warnings
+from hetero_fl.utils.serialization import CodecError
 from hetero_fl.utils.text import pluralize
 from model_zoo import ModelError
 from model_zoo.generators import own_generators
@@ -58,6 +74,52 @@ The functions also return the federation of the server, whose noise may have ano
 
 # File in the folder of checkpoints with the key that simulated clients share.
 SHARED_KEY_FILE = "shared.key"
+
+
+@dataclass(frozen=True)
+class GivenModels:
+    """Modules whose weights are the initial weights of clients.
+
+    Args:
+        models: The modules, keyed by client id.
+    """
+
+    models: Mapping[str, GivenModel]
+
+
+@dataclass(frozen=True)
+class StartingTensors:
+    """Initial tensors of clients and server.
+
+    Args:
+        clients: Tensors of the clients' models, keyed by client id.
+        server: Tensors of the server's models, keyed by slot.
+        notes: Lines for the log.
+    """
+
+    clients: Mapping[str, Tensors] = field(default_factory=dict)
+    server: Mapping[str, Tensors] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def load_into(self, trainer: FederatedTrainer) -> None:
+        """Set the models of clients and server to these tensors.
+
+        Raises:
+            UserError: If the method changed a model so that the tensors no longer fit.
+        """
+        states = {c: PrivateState({"model": tensors}) for c, tensors in self.clients.items()}
+        trainer.executor.load_states(states)
+        for slot, tensors in self.server.items():
+            if slot in trainer.server.models:
+                own = trainer.server.models[slot]
+                if any(n not in own or own[n].shape != t.shape for n, t in tensors.items()):
+                    raise UserError(
+                        f"algorithm.name={trainer.algorithm.title.lower()} changes the models of "
+                        "clients, so they cannot start with given weights; set init='seeded', or "
+                        "pass the class of the module"
+                    )
+                moved = {n: t.to(own[n].device) for n, t in tensors.items()}
+                trainer.server.models[slot] = {**own, **moved}
 
 
 @dataclass
@@ -230,17 +292,18 @@ def make_algorithm(config: Config) -> Algorithm:
     return method
 
 
-def check_method(config: Config) -> Algorithm:
-    """Create the algorithm, and check what can be checked without the data.
+def check_method(config: Config) -> tuple[Algorithm, Population]:
+    """Create the algorithm and the clients, and check what can be checked without the data.
 
     Raises:
         UserError: If the settings of the configuration cannot be combined.
     """
     method = make_algorithm(config)
-    compatibility.check(Facts(config, expand_population(config.clients), method), "config")
+    clients = expand_population(config.clients)
+    rules.check(Facts(config, clients, method), "config")
     if config.channel.homomorphic is not None:
         check_tenseal()
-    return method
+    return method, clients
 
 
 @own_generators()
@@ -285,8 +348,7 @@ def prepare(
     deprecations = [each.text for each in recorded if each.category is FutureWarning]
     _check_defaults(config, override_list(overrides))
     permission = also_allow(allow_code, find_references(config.model_dump()))
-    clients = expand_population(config.clients)
-    method = check_method(config)
+    method, clients = check_method(config)
     data = data or load_federated_data(config, dataset)
     student = method.needs.proxy_set != "unused" and data.n_proxy > 0
     federation = FederationSpec.from_config(config, data, clients, student)
@@ -303,18 +365,18 @@ def prepare(
     )
     import_user_classes(config.aggregation, config.attacks)
     facts = RunFacts(config, method, federation)
-    compatibility.check(facts, "run")
+    rules.check(facts, "run")
     if is_user_method(method):
-        compatibility.check_user_method(facts)
-    compatibility.check(facts, "uploads")
-    notes = [*data.notes, *derived, *compatibility.notes(facts)]
+        user_code.check_user_method(facts)
+    rules.check(facts, "uploads")
+    notes = [*data.notes, *derived, *rules.notes(facts)]
     notes += _describe_user_models(federation.client_infos)
     if facts.is_async:
         config, federation = _set_asynchronous(facts)
     config, federation, budget = _solve_privacy(config, method, federation)
     if budget is not None:
         notes.append(budget.description())
-    notes += compatibility.check_user_code(federation)
+    notes += user_code.check_user_code(federation)
     choose_device(config.runtime.device)
     notes += simulation_notes(federation, config)
     start = starting_tensors(config.init_from, federation, permission)
@@ -430,16 +492,173 @@ def _solve_privacy(
         rounds=config.rounds,
         per_round=config.clients.per_round,
     )
-    privacy = budget.solved_privacy()
-    federation = replace(federation, privacy=privacy)
+    federation = replace(federation, privacy=budget.privacy)
     expectations = ExpectedUploads(method, federation)
     server = ServerPrivacy.from_federation(
         expectations.privacy, federation, expectations.expected_items, config.clients.per_round
     )
     if server is not None:
         server.update_noise_multiplier()
-    return (
-        config.model_copy(update={"privacy": privacy}),
-        federation,
-        replace(budget, privacy=privacy),
+    return config.model_copy(update={"privacy": budget.privacy}), federation, budget
+
+
+def starting_tensors(
+    init_from: str | None, federation: FederationSpec, permission: AllowCode
+) -> StartingTensors:
+    """Return the initial tensors for the setting `init_from`.
+
+    Args:
+        init_from: A run directory, or `object:NAME`, the name of a `GivenModels` object. If None,
+            the result contains no tensors.
+        federation: The federation.
+        permission: The code that may be executed while models of a run are loaded.
+
+    Raises:
+        UserError: If no model of the run fits a client, or if a module does not fit the data of its
+            client.
+    """
+    if init_from is None:
+        return StartingTensors()
+    if init_from.startswith(OBJECT_PREFIX):
+        given: GivenModels = find_object(init_from, "init_from")
+        return _from_modules(given.models, federation)
+    return _from_run(init_from, federation, permission)
+
+
+def _from_modules(given: Mapping[str, GivenModel], federation: FederationSpec) -> StartingTensors:
+    """Return each client's own weights, and for each family the weights of its first client."""
+    own: dict[str, Tensors] = {}
+    families: dict[str, Tensors] = {}
+    differing: list[str] = []
+    for client, model in given.items():
+        arch = federation.client_infos[client].arch
+        try:
+            own[client] = arch.build_given(model)
+        except ModelError as error:
+            raise UserError(f"clients: '{client}': model: {error}") from None
+        first = families.setdefault(arch.family_id, own[client])
+        if any(not torch.equal(first[name], tensor) for name, tensor in own[client].items()):
+            differing.append(client)
+    notes: tuple[str, ...] = ()
+    if differing:
+        notes = (
+            f"modules of {', '.join(differing)} start with other weights than the first client "
+            "with the same architecture, whose weights the server starts with",
+        )
+    return StartingTensors(own, families, notes)
+
+
+def _from_run(path: str, federation: FederationSpec, permission: AllowCode) -> StartingTensors:
+    """Return the tensors of the models in a run that match a client in id and architecture.
+
+    The server's model of a group is the mean over these models.
+
+    Raises:
+        UserError: If no model matches.
+    """
+    try:
+        models = Run(path, permission).models
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
+    known = sorted(
+        (position, client_id)
+        for client_id in models
+        if (position := federation.client_infos.clients.position(client_id)) is not None
     )
+    members: dict[str, list[SavedModel]] = {}
+    clients: dict[str, Tensors] = {}
+    for _, client_id in known:
+        model = models[client_id]
+        if model.arch == federation.client_infos[client_id].arch:
+            # The tensors of a file may not fit the model.
+            model.module()
+            clients[client_id] = model.tensors
+            members.setdefault(model.arch.spec_id, []).append(model)
+    if not clients:
+        raise UserError(
+            f"init_from: no model in {path} fits a client of this run; "
+            "client id and model must be the same"
+        )
+    groups = {
+        group: {
+            name: torch.stack([model.tensors[name] for model in found]).mean(0)
+            for name, tensor in found[0].tensors.items()
+            if tensor.is_floating_point()
+        }
+        for group, found in members.items()
+    }
+    return StartingTensors(clients, groups)
+
+
+def prepare_again(run: Run, dataset: Dataset | None = None) -> PreparedRun:
+    """Prepare a finished run with its data.
+
+    The data is compared by the hash in the last checkpoint and by the numbers of rows, or without a
+    readable checkpoint, such as one of an earlier version, by the numbers of rows only.
+
+    Args:
+        run: The finished run.
+        dataset: The data set in memory that the run was trained on. If None, the configured data is
+            loaded.
+
+    Raises:
+        UserError: If the data cannot be loaded, or differs from the data of the run.
+    """
+    prepared = prepare(run.config(), dataset=dataset, allow_code=run.permission)
+    data = prepared.data
+    known = run.summary["data"]
+    sizes = {"n_train": data.n_train, "n_proxy": data.n_proxy, "n_test": data.n_test}
+    content_hash = _content_hash(run)
+    if any(known[key] != size for key, size in sizes.items()) or (
+        content_hash is not None and content_hash != data.content_hash()
+    ):
+        raise UserError(
+            f"{run.path}: the data differs from the data that this run was trained on; restore "
+            "it, or pass it as dataset="
+        )
+    return prepared
+
+
+def _content_hash(run: Run) -> str | None:
+    """Return the hash of the data in the last checkpoint, or None if no checkpoint is readable."""
+    checkpoints = checkpoint_files(run.path / "checkpoint")
+    if not checkpoints:
+        return None
+    try:
+        return read_checkpoint(checkpoints[-1])[0].get("data")
+    except (CodecError, EarlierVersionError, OSError):
+        return None
+
+
+def num_training_rows(prepared: PreparedRun, x: Tensor) -> int:
+    """Return the number of raw rows that are training rows of a run.
+
+    Args:
+        prepared: The run. The result is 0 if its rows have another shape.
+        x: Raw rows, `[N, ...]`.
+    """
+    if tuple(x.shape[1:]) != prepared.data.input_shape:
+        return 0
+    given = row_hashes(x)
+    seen = np.zeros(len(given), dtype=bool)
+    for rows in prepared.data.private_rows():
+        seen |= np.isin(given, row_hashes(rows))
+    return int(seen.sum())
+
+
+def note_on_training_rows(
+    prepared: PreparedRun, x: Tensor, rows: str, models: str = "the models"
+) -> list[str]:
+    """Return a note if raw rows are training rows of a run, or an empty list.
+
+    Args:
+        prepared: The run.
+        x: Raw rows, `[N, ...]`.
+        rows: Description of the rows.
+        models: Description of the models whose scores are too optimistic.
+    """
+    count = num_training_rows(prepared, x)
+    if not count:
+        return []
+    verb = "is also in the run's" if count == 1 else "are also in the run's"
+    return [f"{count} of {rows} {verb} training rows: scores are too optimistic for {models}"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hetero_fl.algorithms import Algorithm
@@ -56,7 +56,7 @@ class PrivacyBudget:
         rounds: int,
         per_round: int | None,
     ) -> PrivacyBudget:
-        """Compute the privacy charges of each round with dry runs.
+        """Compute the privacy charges of each round with dry runs, and the noise multiplier.
 
         Args:
             privacy: Section `privacy` of the configuration.
@@ -67,7 +67,8 @@ class PrivacyBudget:
                 part.
 
         Raises:
-            UserError: If the method reads private rows without noise.
+            UserError: If the method reads private rows without noise, the noise multiplier is set
+                and the first round exceeds the target ε, or opacus is required and not installed.
         """
         run = DryRun(algorithm, federation)
         spent: dict[str, History] = {}
@@ -94,10 +95,10 @@ class PrivacyBudget:
             histories.append(frozenset(h for h, count in num_clients.items() if count > 0))
             if algorithm.uploads and cohort:
                 run.aggregate(cohort, round_idx)
-        return cls(privacy, tuple(histories))
+        return cls(privacy, tuple(histories))._solved()
 
-    def solved_privacy(self) -> PrivacyConfig:
-        """Return the privacy settings with a noise multiplier.
+    def _solved(self) -> PrivacyBudget:
+        """Return the budget with a noise multiplier.
 
         If the noise multiplier is not set, the smallest multiplier that meets the target ε in all
         rounds is computed.
@@ -106,22 +107,23 @@ class PrivacyBudget:
             UserError: If the noise multiplier is set and the first round exceeds the target ε, or
                 if opacus is required and not installed.
         """
-        target = self.privacy.target_epsilon
         privacy = self.privacy
+        target = privacy.target_epsilon
         if privacy.noise_multiplier is None:
             # The schema requires a noise multiplier or a target.
             assert target is not None
             noise_multiplier = solve_noise_multiplier(
                 self.histories[-1], target, privacy.delta, privacy.accountant
             )
-            privacy = privacy.model_copy(update={"noise_multiplier": noise_multiplier})
-        elif target is not None and (first := self.epsilon(1)) > target:
+            solved = privacy.model_copy(update={"noise_multiplier": noise_multiplier})
+            return replace(self, privacy=solved)
+        if target is not None and (first := self.epsilon(1)) > target:
             raise UserError(
-                f"privacy.noise_multiplier: {privacy.known_noise_multiplier:g} is too small: the "
+                f"privacy.noise_multiplier: {privacy.noise_multiplier:g} is too small: the "
                 f"first round costs ε = {first:.3g}, more than privacy.target_epsilon={target:g}; "
                 "remove it to derive it from the target"
             )
-        return privacy
+        return self
 
     def spent(self, rounds: int) -> dict[str, Any]:
         """Return the privacy cost of the first `rounds` rounds.

@@ -81,7 +81,6 @@ class RunSession:
         """
         prepared = self._prepared
         directory = self._directory
-        rounds = prepared.config.rounds
         inputs = prepared.inputs()
         self._metadata = {"data": inputs["data"], "choice": self._choice.record()}
         saved = self._checkpoints.load_newest()
@@ -106,7 +105,7 @@ class RunSession:
         prepared.notes += extended
         self._metadata["directory"] = {
             **identity(directory),
-            "rounds": rounds,
+            "rounds": prepared.config.rounds,
             "extended": extended,
         }
         if saved is None:

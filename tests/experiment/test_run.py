@@ -15,7 +15,7 @@ from hetero_fl import Run, evaluate, run
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.metrics import score
 from hetero_fl.data import load_source, with_test
-from hetero_fl.experiment.starting_models import starting_tensors
+from hetero_fl.experiment.preparation import starting_tensors
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.federations import MIXED, config, rounds_of
 

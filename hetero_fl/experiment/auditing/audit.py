@@ -14,7 +14,7 @@ from torch import Tensor
 from hetero_fl.data import Dataset
 from hetero_fl.experiment.auditing.inversion import Protect, attack_uploads
 from hetero_fl.experiment.auditing.membership import attack_membership
-from hetero_fl.experiment.finished_runs import prepare_again
+from hetero_fl.experiment.preparation import prepare_again
 from hetero_fl.reporting.formatting import algorithm_name, format_duration
 from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.run import Run

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from hetero_fl.algorithms.base import broadcasts_means
 from hetero_fl.config.base import StalenessConfig
-from hetero_fl.experiment.compatibility.config_facts import Facts
+from hetero_fl.experiment.compatibility.facts import Facts
 from hetero_fl.robustness.rules import prediction_rule
 from hetero_fl.utils.errors import UserError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hetero_fl.aggregation.robust_means import PARAMETERS
-from hetero_fl.experiment.compatibility.config_facts import Facts, first
+from hetero_fl.experiment.compatibility.facts import Facts, first
 from hetero_fl.experiment.compatibility.features import Stage, check_features
 from hetero_fl.experiment.compatibility.run_facts import RunFacts
 from hetero_fl.federation.channel import idle_stages
@@ -72,7 +72,7 @@ RULES = (
     ),
     Rule(
         ("cohort.least", "clients.per_round"),
-        lambda run: run.config.cohort.least > run.num_wanted and run.num_wanted,
+        lambda run: run.config.cohort.least > run.concurrency and run.concurrency,
         "cohort.least: must be <= {found}, the clients in a round (clients.per_round), got "
         "{run.config.cohort.least}",
         stage="config",

@@ -15,8 +15,7 @@ from hetero_fl.algorithms.round_parts import permitted_part
 from hetero_fl.config.communication import num_fraction_bits
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.experiment.compatibility.config_facts import first
-from hetero_fl.experiment.compatibility.upload_facts import UploadFacts
+from hetero_fl.experiment.compatibility.facts import UploadFacts, first
 from hetero_fl.federation.simulation.conditions import Devices
 from hetero_fl.utils.errors import suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX, get_object
@@ -69,13 +68,12 @@ class RunFacts(UploadFacts):
 
     def invalid_class_weights(self) -> dict[str, Any] | None:
         """Return a client with a wrong number of class weights, or with zeros only, or None."""
-        for client, settings in self.settings:
-            weights = settings.class_weights
-            if isinstance(weights, list) and (
-                len(weights) != self.task.outputs or not any(weights)
-            ):
-                return {"client": client, "found": weights}
-        return None
+        given = ((client, settings.class_weights) for client, settings in self.settings)
+        return first(
+            {"client": client, "found": weights}
+            for client, weights in given
+            if isinstance(weights, list) and (len(weights) != self.task.outputs or not any(weights))
+        )
 
     def weightless_client(self) -> dict[str, Any] | None:
         """Return a client whose training rows all have class weight 0, or None.
@@ -96,10 +94,11 @@ class RunFacts(UploadFacts):
         Returns:
             A dictionary with the setting under `key` and the name of the model under `model`.
         """
-        for key, arch in self._batches_of_one():
-            if arch in self.batch_norm_models:
-                return {"key": key, "model": arch.name}
-        return None
+        return first(
+            {"key": key, "model": arch.name}
+            for key, arch in self._batches_of_one()
+            if arch in self.batch_norm_models
+        )
 
     def _batches_of_one(self) -> Iterator[tuple[str, ModelSpec]]:
         for profile in self.profiles:
@@ -235,11 +234,11 @@ class RunFacts(UploadFacts):
 
     def unshared_tensor(self) -> dict[str, str] | None:
         """Return a tensor that training changes and that stays at the clients, or None."""
-        for profile in self.profiles:
-            if names := profile.arch.local_names & profile.arch.written_names:
-                model = profile.arch.name.removeprefix(OBJECT_PREFIX)
-                return {"name": min(names), "model": model}
-        return None
+        return first(
+            {"name": min(names), "model": profile.arch.name.removeprefix(OBJECT_PREFIX)}
+            for profile in self.profiles
+            if (names := profile.arch.local_names & profile.arch.written_names)
+        )
 
     def weakly_protected(self) -> str | None:
         """Describe the protected rows or clients if δ is at least 1/n, for n rows or clients.
@@ -261,10 +260,11 @@ class RunFacts(UploadFacts):
         """Return an item in `privacy.clip` that the method does not upload, or None."""
         clip = self.config.privacy.clip if self.config.privacy else None
         uploads = self.algorithm.uploads
-        for name in clip if isinstance(clip, dict) else ():
-            if name not in uploads:
-                return {"item": name, "hint": suggest_or_list(name, uploads)}
-        return None
+        return first(
+            {"item": name, "hint": suggest_or_list(name, uploads)}
+            for name in (clip if isinstance(clip, dict) else ())
+            if name not in uploads
+        )
 
     # Attacks
 

@@ -18,14 +18,14 @@ from hetero_fl.core.metrics import metric_names
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import from_arrays
-from hetero_fl.experiment.finished_runs import num_training_rows
 from hetero_fl.experiment.joining.join import (
     SCRATCH_STEP_FACTOR,
     JoiningClients,
+    TransferSource,
     labeled_rows,
 )
 from hetero_fl.experiment.joining.report import defined_metrics, is_clearly_better
-from hetero_fl.experiment.joining.transfer import TransferSource
+from hetero_fl.experiment.preparation import num_training_rows
 from hetero_fl.utils.errors import UserError
 from tests.support.federations import broadcasts, config, rounds_of, same_bits, set_method
 

@@ -18,7 +18,7 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import Preprocess
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.experiment.joining.transfer import TransferSource
+from hetero_fl.experiment.joining.join import TransferSource
 from tests.support.federations import config
 
 CONFIGS = Path(__file__).parents[3] / "configs"

@@ -11,16 +11,10 @@ import torch
 import hetero_fl as hfl
 from hetero_fl.data import Dataset, Vocabulary
 from hetero_fl.utils.errors import UserError
-from tests.support.python_federations import QUIET
+from tests.support.python_federations import QUIET, images, table
 
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
-
-
-def images(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    y = np.arange(rows) % 3
-    return (rng.random((rows, 8, 8)) * 80 + y[:, None, None] * 60).astype(np.uint8), y
 
 
 def image_set(rows: int, seed: int) -> Any:
@@ -32,11 +26,8 @@ def image_set(rows: int, seed: int) -> Any:
 
 
 def table_set(rows: int, seed: int) -> Any:
-    rng = np.random.default_rng(seed)
-    y = np.arange(rows) % 2
-    return datasets.Dataset.from_dict(
-        {"age": rng.normal(size=rows) + y, "dose": rng.random(rows), "ill": y.astype(str)}
-    )
+    columns = table(rows, seed).astype({"ill": str})
+    return datasets.Dataset.from_dict(columns.to_dict("list"))
 
 
 def test_image_data_set_equals_arrays() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,14 @@ from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.task import Task
 from hetero_fl.data import from_arrays
 from hetero_fl.utils.errors import UserError
+from tests.support import python_federations
 from tests.support.python_federations import QUIET
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are also in the run's training rows:UserWarning")
 NAMES = np.array(["sick", "healthy"])
 
 
-def rows(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    y = np.arange(n) % 2
-    x = np.random.default_rng(seed).normal(size=(n, 2)) + 4 * y[:, None]
-    return x.astype(np.float32), y
+rows = partial(python_federations.rows, width=2, gap=4)
 
 
 @pytest.fixture(scope="module")

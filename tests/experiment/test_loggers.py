@@ -13,15 +13,7 @@ from hetero_fl import compare, run
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
-from tests.support.federations import config
-
-
-def stop_after(round_idx: int) -> Any:
-    def callback(record: dict[str, Any]) -> None:
-        if record["round"] == round_idx:
-            raise KeyboardInterrupt
-
-    return callback
+from tests.support.federations import config, stop_after
 
 
 def tensorboard_steps(path: Path) -> list[int]:

@@ -8,12 +8,7 @@ import numpy as np
 import pandas as pd
 
 import hetero_fl as hfl
-
-
-def rows(n: int, classes: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    y = np.arange(n) % classes
-    x = np.random.default_rng(seed).normal(size=(n, 4)) + y[:, None]
-    return x.astype(np.float32), y
+from tests.support.python_federations import rows
 
 
 def frame(n: int, sexes: str, label: int = 0) -> pd.DataFrame:

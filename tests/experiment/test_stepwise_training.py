@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,13 +13,7 @@ import hetero_fl as hfl
 from hetero_fl.reporting.run_directory import is_locked
 from hetero_fl.utils.errors import UserError
 from tests.support.mistakes import refusal
-from tests.support.python_federations import QUIET
-
-
-def rows(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    y = np.arange(n) % 2
-    x = np.random.default_rng(seed).normal(size=(n, 4)) + y[:, None]
-    return x.astype(np.float32), y
+from tests.support.python_federations import QUIET, rows
 
 
 def federation() -> hfl.Federation:

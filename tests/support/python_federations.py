@@ -28,6 +28,15 @@ def images(rows: int, seed: int, classes: int = 3) -> tuple[np.ndarray, np.ndarr
     return x.astype(np.uint8), y
 
 
+def rows(
+    count: int, seed: int = 0, *, classes: int = 2, width: int = 4, gap: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows of a table, whose classes differ by a gap in each column, and the classes."""
+    y = np.arange(count) % classes
+    x = np.random.default_rng(seed).normal(size=(count, width)) + gap * y[:, None]
+    return x.astype(np.float32), y
+
+
 def tensors(rows: int, seed: int) -> tuple[Tensor, Tensor]:
     x, y = images(rows, seed)
     return torch.from_numpy(x)[:, None], torch.from_numpy(y)

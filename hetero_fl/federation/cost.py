@@ -12,11 +12,10 @@ from torch import Tensor
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import call_broadcast
 from hetero_fl.communication.protocol import EncodeCache, total_bytes
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.engine.driver import run_plan, translate_user_errors
-from hetero_fl.federation.expected import ExpectedUploads, first_broadcasts, payload_structure
+from hetero_fl.federation.expected import ExpectedUploads, payload_structure
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.privacy.accounting import PrivacyCharge
@@ -147,10 +146,8 @@ class DryRun:
     def __init__(self, algorithm: Algorithm, federation: FederationSpec) -> None:
         self.algorithm = algorithm
         self.federation = federation
-        self.server = federation.server()
         self.expected = ExpectedUploads(algorithm, federation)
         self.protocol = make_protocol(algorithm, federation)
-        algorithm.setup(self.server)
         self._client_costs: dict[Any, ClientCost] = {}
         self._aggregations: dict[Phase, int] = {}
         # Clients usually receive the same tensors, and the size of a broadcast is not random.
@@ -169,9 +166,9 @@ class DryRun:
 
     def client_cost(self, client_id: str, round_idx: int) -> ClientCost:
         """Return the cost of a client's participation in a round."""
-        phase = self._begin_round(round_idx)
+        phase = self.phase(round_idx)
         client_info = self.federation.client_infos[client_id]
-        broadcast = call_broadcast(self.algorithm, self.server, client_info)
+        broadcast = self.expected.broadcast(client_info, round_idx)
         profile = self.federation.client_infos.profile(client_id)
         # Items are weighted by the number of rows, whose digits are part of the upload.
         key = phase, profile.first, client_info.num_rows, payload_structure(broadcast)
@@ -181,7 +178,7 @@ class DryRun:
             sizes = self.protocol.sizes(
                 self.federation.cohort,
                 round_idx,
-                self._broadcast_size(broadcast),
+                self._broadcast_size(round_idx, broadcast),
                 self.expected.encoded_size(client_info, upload, broadcast, round_idx),
             )
             operations = self.expected.backend.operations - operations
@@ -197,43 +194,37 @@ class DryRun:
             cohort: Ids of the clients in the round, at least one.
             round_idx: Index of the round, from 0.
         """
-        phase = self._begin_round(round_idx)
+        phase = self.phase(round_idx)
         if phase not in self._aggregations:
-            uploads = Uploads(specs=self.expected.specs, common=self.server.common)
+            uploads = Uploads(specs=self.expected.specs, common=self.federation.common)
             for client_id in cohort:
                 client_info = self.federation.client_infos[client_id]
-                received = call_broadcast(self.algorithm, self.server, client_info)
+                received = self.expected.broadcast(client_info, round_idx)
                 items = self.expected.expected_items(client_info, received, round_idx)
                 uploads.add(Upload(client_info, Payload(dict(items))))
             backend = self.expected.backend
+            server = self.expected.server
             operations = backend.operations
-            run_plan(self.server, self.algorithm.aggregate(self.server, uploads), backend)
+            run_plan(server, self.algorithm.aggregate(server, uploads), backend)
             self._aggregations[phase] = backend.operations - operations
         return self._aggregations[phase]
 
     def evaluation_bytes(self, client_id: str, round_idx: int) -> int:
         """Return the number of bytes sent to a client for the evaluation before a round."""
-        self._begin_round(round_idx)
         client_info = replace(self.federation.client_infos[client_id], purpose="evaluate")
-        return self._broadcast_size(call_broadcast(self.algorithm, self.server, client_info))
+        return self._broadcast_size(round_idx, self.expected.broadcast(client_info, round_idx))
 
-    def _begin_round(self, round_idx: int) -> Phase:
-        """Set the round context of the server, and return the phase of the round."""
-        self.server.round_context = self.federation.round_context(round_idx)
-        self.server.stream_uses = {}
-        return self.phase(round_idx)
-
-    def _broadcast_size(self, broadcast: Payload) -> int:
+    def _broadcast_size(self, round_idx: int, broadcast: Payload) -> int:
         """Return the number of bytes of the message with a broadcast."""
-        round_idx = self.server.round_context.round_idx
         return self.protocol.broadcast_size(round_idx, self._encoded_size(broadcast))
 
     def _measure_broadcast(self, broadcast: Payload) -> int:
         if self.expected.links.down is None:
             return broadcast.encoded_size
-        round_idx = self.server.round_context.round_idx
-        archs = self.server.arch.values()
-        return len(self.expected.links.encode_broadcast(round_idx, broadcast, archs))
+        server = self.expected.server
+        round_idx = server.round_context.round_idx
+        links = self.expected.links
+        return len(links.encode_broadcast(round_idx, broadcast, server.arch.values()))
 
 
 @dataclass(frozen=True)
@@ -297,11 +288,9 @@ def upload_contents(
     clients: dict[object, list[str]] = {}
     num_clients: Counter[object] = Counter()
     items: dict[object, Mapping[str, Item]] = {}
-    broadcasts = first_broadcasts(algorithm, federation)
-    for profile, (client_info, broadcast) in zip(
-        federation.client_infos.profiles, broadcasts, strict=True
-    ):
-        found = expected.expected_items(client_info, broadcast, 0)
+    for profile in federation.client_infos.profiles:
+        client_info = federation.client_infos[profile.first]
+        found = expected.expected_items(client_info, expected.broadcast(client_info, 0), 0)
         key = tuple(
             (name, tuple((n, tuple(t.shape), t.dtype) for n, t in item.tensors.items()))
             for name, item in found.items()

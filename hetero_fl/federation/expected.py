@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -178,6 +179,17 @@ class ExpectedUploads:
         self._known: dict[Any, dict[str, Item]] = {}
         # Clients with uploads of the same structure share the dictionary of expected items.
         self._sizes: IdentityCache[int] = IdentityCache(CACHED_SIZES)
+
+    @cached_property
+    def server(self) -> Participant:
+        """The sender of the expected broadcasts, which is in its initial state at first."""
+        return initial_server(self.algorithm, self.federation)
+
+    def broadcast(self, client_info: ClientInfo, round_idx: int) -> Payload:
+        """Return the broadcast of `server` to a client in a round."""
+        self.server.round_context = self.federation.round_context(round_idx)
+        self.server.stream_uses = {}
+        return call_broadcast(self.algorithm, self.server, client_info)
 
     def expected_items(
         self, client_info: ClientInfo, broadcast: Payload, round_idx: int
@@ -379,15 +391,14 @@ class ExpectedUploads:
         )
 
 
-def first_broadcasts(
-    algorithm: Algorithm, federation: FederationSpec
-) -> list[tuple[ClientInfo, Payload]]:
-    """Return the first client of each profile, paired with the first broadcast to the client."""
+def initial_server(
+    algorithm: Algorithm, federation: FederationSpec, round_idx: int = 0
+) -> Participant:
+    """Return the server in its initial state, in a round."""
     server = federation.server()
+    server.round_context = federation.round_context(round_idx)
     algorithm.setup(server)
-    client_infos = federation.client_infos
-    firsts = [client_infos[profile.first] for profile in client_infos.profiles]
-    return [(info, call_broadcast(algorithm, server, info)) for info in firsts]
+    return server
 
 
 def compact_zeros(*shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -20,12 +20,7 @@ from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.robust_means import AggregationRules, RobustCombiner
 from hetero_fl.aggregation.uploads import owners_of_item
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import (
-    AsyncPolicy,
-    call_broadcast,
-    predicts_proxy_set,
-    unused_options,
-)
+from hetero_fl.algorithms.base import AsyncPolicy, predicts_proxy_set, unused_options
 from hetero_fl.algorithms.round_parts import (
     permitted_part,
     shareable_tensors,
@@ -39,10 +34,10 @@ from hetero_fl.config.data import PARTITION_KINDS, SourceConfig
 from hetero_fl.config.population import Population
 from hetero_fl.config.schema import CLIENT_OPTIONS
 from hetero_fl.core.model_spec import Owner
-from hetero_fl.core.participant import ClientInfo, ClientProfile, Participant, floating_tensors
+from hetero_fl.core.participant import ClientInfo, ClientProfile, floating_tensors
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.engine.driver import run_plan, translate_user_errors
-from hetero_fl.federation.expected import ExpectedUploads
+from hetero_fl.federation.expected import ExpectedUploads, initial_server
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.privacy.client_side import uploadable_items
 from hetero_fl.robustness.rules import RobustRule, Rule, prediction_rule, rule
@@ -312,20 +307,12 @@ class UploadFacts(Facts):
         intervals = {own.share_every for _, own in self.settings}
         return min(math.lcm(*intervals), self.federation.num_rounds) - 1
 
-    def initial_server(self) -> Participant:
-        """Return the server in its initial state, in the round `round_idx`."""
-        server = self.federation.server()
-        server.round_context = self.federation.round_context(self.round_idx)
-        self.algorithm.setup(server)
-        return server
-
     @cached_property
     def broadcasts(self) -> list[tuple[ClientInfo, Payload]]:
         """The first client of each profile, paired with a broadcast of the initial server."""
         with translate_user_errors():
-            server = self.initial_server()
             infos = [self.federation.client_infos[client] for client, _ in self.settings]
-            return [(info, call_broadcast(self.algorithm, server, info)) for info in infos]
+            return [(info, self.expectations.broadcast(info, self.round_idx)) for info in infos]
 
     @cached_property
     def uploaded(self) -> dict[str, Mapping[str, Item]]:
@@ -361,7 +348,7 @@ class UploadFacts(Facts):
         infos = self.federation.client_infos
         sent = [Upload(infos[c], Payload(dict(items))) for c, items in self.uploaded.items()]
         received = Uploads(sent, self.algorithm.uploads, self.federation.common)
-        server = self.initial_server()
+        server = initial_server(self.algorithm, self.federation, self.round_idx)
         with translate_user_errors():
             run_plan(server, self.algorithm.aggregate(server, received), self.expectations.backend)
         return received.aggregated_items

@@ -24,7 +24,7 @@ from hetero_fl.engine.driver import DivergedError
 from hetero_fl.federation.combination import begin_uploads
 from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.executors.base import Arrival, ClientAbsentError, TimedExecutor
-from hetero_fl.federation.round import DAMAGED, RoundEvents
+from hetero_fl.federation.round import RoundEvents, check_intact
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_key
@@ -245,13 +245,11 @@ class AsynchronousTrainer(FederatedTrainer):
             self._fail(arrival, str(reply), is_fault=not isinstance(reply, DivergedError))
             return
         self.events.up_bytes += reply.size
-        if not reply.is_intact:
-            self._fail(arrival, DAMAGED, is_fault=True)
-            return
         try:
+            check_intact(reply)
             payload = self._decode(task, reply)
         except PayloadError as error:
-            self._fail(arrival, f"upload refused: {error}", is_fault=False)
+            self._fail(arrival, f"upload refused: {error}", is_fault=not reply.is_intact)
             return
         self.events.tasks.append([task.client, arrival.start, arrival.end, "arrived"])
         self._accept(task, payload)

@@ -80,7 +80,7 @@ class FederationLinks:
         if self.up is None:
             return payload.encode()
         key = self._key(client_info.client_id, round_idx, attempt)
-        plain = self._uncompressed_names(client_info)
+        plain = self._buffer_names(client_info.models.values())
         sent = self.up.compress(payload, key, plain, received, memory)
         if self.summed:
             sent = self.up.decompress(sent, key, plain, received, payload.items_by_name)
@@ -113,11 +113,8 @@ class FederationLinks:
         if self.up is None:
             return payload
         key = self._key(client_info.client_id, round_idx, attempt)
-        plain = self._uncompressed_names(client_info)
+        plain = self._buffer_names(client_info.models.values())
         return self.up.decompress(payload, key, plain, received, like)
-
-    def _uncompressed_names(self, client_info: ClientInfo) -> frozenset[str]:
-        return self._buffer_names(client_info.models.values())
 
     def encode_broadcast(
         self,

@@ -18,8 +18,6 @@ from hetero_fl.federation.store import StateStore
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.text import pluralize
 
-DAMAGED = "upload refused: checksum mismatch"
-
 
 @dataclass
 class RoundEvents:
@@ -82,6 +80,12 @@ class RoundEvents:
             record["counts"] = {"invited": len(self.tasks), **counts}
             record["tasks"] = self.tasks
         return record
+
+
+def check_intact(reply: Message) -> None:
+    """Raise PayloadError if the content of a reply does not match its checksum."""
+    if not reply.is_intact:
+        raise PayloadError("checksum mismatch")
 
 
 class UploadCollector:
@@ -172,10 +176,8 @@ class UploadCollector:
             self.fail(client_id, str(reply))
 
     def _add_message(self, exchange: Exchange, client_id: str, reply: Message) -> None:
-        if not reply.is_intact:
-            self.refuse(client_id, DAMAGED)
-            return
         try:
+            check_intact(reply)
             if (content := exchange.accept(client_id, reply)) is not None:
                 self._add_upload(client_id, content)
         except PayloadError as error:

@@ -70,7 +70,7 @@ from hetero_fl.deployment.validation import data_info_tree, evaluation_tree, rea
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data, prepare
 from hetero_fl.federation.client_runtime import ClientEvaluation
-from hetero_fl.federation.executors.worker import (
+from hetero_fl.federation.executors.workers import (
     JobResult,
     RemoteTracebackError,
     Worker,

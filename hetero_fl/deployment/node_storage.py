@@ -14,7 +14,7 @@ from pathlib import Path
 from hetero_fl.communication.authenticated_encryption import KEY_LENGTH, decrypt, encrypt
 from hetero_fl.core.payload import PayloadError
 from hetero_fl.deployment.messages import RequestRefusedError
-from hetero_fl.federation.blob_store import BlobStore
+from hetero_fl.federation.store import BlobStore
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import CodecError, check_private, sync_folder, write_atomically
 

@@ -21,8 +21,7 @@ from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.engine.driver import Backend, run_plans
 from hetero_fl.federation.server_link import ServerLink
-from hetero_fl.federation.summed_uploads.derived_setup import uploads_from_sum
-from hetero_fl.federation.summed_uploads.encryption import CIPHERTEXTS, EncryptedLink
+from hetero_fl.federation.summed_uploads import CIPHERTEXTS, EncryptedLink, uploads_from_sum
 from hetero_fl.privacy.server_side import SumNoise
 from hetero_fl.robustness.attacks import MaliciousClients
 

@@ -256,7 +256,7 @@ def test_deep_nesting_is_refused() -> None:
 # other frameworks are read by an unpickler that knows no function outside its module.
 MAY_UNPICKLE = {
     "executors/processes.py",
-    "executors/worker.py",
+    "executors/workers.py",
     "utils/registry.py",
     "benchmark_files/pickled_arrays.py",
 }

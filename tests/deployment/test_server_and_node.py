@@ -37,7 +37,7 @@ from hetero_fl.deployment.server import run_federation
 from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.experiment import run
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.federation.executors.worker import Worker
+from hetero_fl.federation.executors.workers import Worker
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.deployments import SITES, Federation, small
 from tests.support.federations import changed, config

@@ -23,7 +23,7 @@ from torch import Tensor
 from hetero_fl import run
 from hetero_fl.engine.serial import class_sums
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.executors.worker import Worker, WorkerSetup
+from hetero_fl.federation.executors.workers import Worker, WorkerSetup
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import Interrupted
 from tests.support.cases import each_case

@@ -16,8 +16,13 @@ import torch
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hetero_fl.federation.blob_store import BlobStore
-from hetero_fl.federation.store import Checkpoints, PrivateState, StateStore, read_checkpoint
+from hetero_fl.federation.store import (
+    BlobStore,
+    Checkpoints,
+    PrivateState,
+    StateStore,
+    read_checkpoint,
+)
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import CodecError
 from tests.support.calls import record_calls

@@ -21,7 +21,7 @@ from hetero_fl.communication.vector_layout import VectorLayout
 from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.experiment import prepare, run
 from hetero_fl.experiment.runner import open_session
-from hetero_fl.federation.executors.worker import WorkerSetup
+from hetero_fl.federation.executors.workers import WorkerSetup
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.federation.test_cost import estimate_and_count

@@ -16,7 +16,7 @@ from hetero_fl.core.payload import PayloadError
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.federation import client_runtime
 from hetero_fl.federation.executors import processes
-from hetero_fl.federation.executors.worker import WorkerJob
+from hetero_fl.federation.executors.workers import WorkerJob
 from hetero_fl.federation.simulation.conditions import FaultOutcome, Faults
 from hetero_fl.federation.simulation.executor import SimulatedExecutor
 from hetero_fl.federation.trainer import FederatedTrainer

@@ -12,8 +12,7 @@ import torch
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.executors.pool import PooledExecutor
-from hetero_fl.federation.executors.worker import WorkerSetup
+from hetero_fl.federation.executors.workers import PooledExecutor, WorkerSetup
 from hetero_fl.federation.simulation.executor import SimulatedExecutor
 from hetero_fl.federation.store import StateStore
 from hetero_fl.federation.trainer import FederatedTrainer

@@ -19,9 +19,15 @@ from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.base import Executor, InProcessExecutor
-from hetero_fl.federation.executors.pool import PooledExecutor, WorkerPool
 from hetero_fl.federation.executors.processes import ProcessPool
-from hetero_fl.federation.executors.worker import JobResult, Worker, WorkerJob, WorkerSetup
+from hetero_fl.federation.executors.workers import (
+    JobResult,
+    PooledExecutor,
+    Worker,
+    WorkerJob,
+    WorkerPool,
+    WorkerSetup,
+)
 from hetero_fl.federation.store import StateStore
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.serialization import encode

@@ -31,10 +31,9 @@ from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.executors.base import Executor, InProcessExecutor
-from hetero_fl.federation.executors.pool import PooledExecutor, WorkerPool
 from hetero_fl.federation.executors.processes import ProcessPool
 from hetero_fl.federation.executors.torchrun import TorchrunPool, num_ranks
-from hetero_fl.federation.executors.worker import WorkerSetup
+from hetero_fl.federation.executors.workers import PooledExecutor, WorkerPool, WorkerSetup
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.store import StateStore
 from hetero_fl.federation.summed_uploads import make_protocol

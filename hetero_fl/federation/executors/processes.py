@@ -23,8 +23,14 @@ import torch.multiprocessing
 from torch import Tensor
 from typing_extensions import override
 
-from hetero_fl.federation.executors.pool import WorkerDiedError, WorkerPool
-from hetero_fl.federation.executors.worker import JobResult, Worker, WorkerJob, WorkerSetup
+from hetero_fl.federation.executors.workers import (
+    JobResult,
+    Worker,
+    WorkerDiedError,
+    WorkerJob,
+    WorkerPool,
+    WorkerSetup,
+)
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.processes import (
     ADVICE,

@@ -24,8 +24,14 @@ import torch
 from ray.util.serialization import deregister_serializer, register_serializer
 from typing_extensions import override
 
-from hetero_fl.federation.executors.pool import WorkerDiedError, WorkerPool
-from hetero_fl.federation.executors.worker import JobResult, Worker, WorkerJob, WorkerSetup
+from hetero_fl.federation.executors.workers import (
+    JobResult,
+    Worker,
+    WorkerDiedError,
+    WorkerJob,
+    WorkerPool,
+    WorkerSetup,
+)
 from hetero_fl.utils.errors import RunFailedError, UserError
 
 # Maximum time in seconds until a cluster has started all workers.

@@ -16,8 +16,13 @@ from typing import Any
 import torch.distributed as dist
 from typing_extensions import override
 
-from hetero_fl.federation.executors.pool import WorkerPool
-from hetero_fl.federation.executors.worker import JobResult, Worker, WorkerJob, WorkerSetup
+from hetero_fl.federation.executors.workers import (
+    JobResult,
+    Worker,
+    WorkerJob,
+    WorkerPool,
+    WorkerSetup,
+)
 from hetero_fl.utils.errors import RunFailedError
 
 # Ranks wait for each other without a time limit, because torchrun detects ranks that have died.

@@ -38,7 +38,7 @@ from ray.cluster_utils import Cluster
 
 from hetero_fl.experiment import run
 from hetero_fl.federation.executors.ray import RayActorPool, _store_setup
-from hetero_fl.federation.executors.worker import JobResult, WorkerJob, WorkerSetup
+from hetero_fl.federation.executors.workers import JobResult, WorkerJob, WorkerSetup
 from hetero_fl.utils.errors import UserError
 
 # Ray emits warnings that this project cannot avoid.

@@ -26,20 +26,22 @@ import yaml
 from hetero_fl.communication.protocol import Message
 from hetero_fl.core.payload import Item, Payload, loss_from_report
 from hetero_fl.experiment import run
-from hetero_fl.federation.executors import pool as pool_module
-from hetero_fl.federation.executors.pool import MAX_AHEAD, WorkerPool, run_jobs
+from hetero_fl.federation.executors import workers as workers_module
 from hetero_fl.federation.executors.processes import (
     LONG,
     MAX_BROADCASTS,
     MessageConnection,
     ProcessPool,
 )
-from hetero_fl.federation.executors.worker import (
+from hetero_fl.federation.executors.workers import (
+    MAX_AHEAD,
     JobResult,
     RemoteTracebackError,
     Worker,
     WorkerJob,
+    WorkerPool,
     WorkerSetup,
+    run_jobs,
 )
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.recorded_warnings import record_warnings
@@ -109,7 +111,7 @@ def test_workers_in_any_number_and_order_match_one_process(
         shuffled = lambda info, s=salt: (  # noqa: E731
             hashlib.sha256(f"{s}{info.client_id}".encode()).digest()[0] / 255
         )
-        monkeypatch.setattr(pool_module, "training_flops", shuffled)
+        monkeypatch.setattr(workers_module, "training_flops", shuffled)
         assert outcome(rounds_on(setup, pool, most)) == expected
 
 

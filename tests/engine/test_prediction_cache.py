@@ -47,11 +47,13 @@ def predictions(computed: list[Any], name: str) -> int:
     return sum(isinstance(step, Predict) and step.data.name == name for step in steps)  # type: ignore[union-attr]
 
 
-def test_equal_models_are_evaluated_once(computed: list[Any]) -> None:
-    rounds = rounds_of(config("fedavg", "mlp", clients=6), num_rounds=1)
+@each_case(("method", "count"), [("fedavg", 1), ("ensemble", 6)])
+def test_each_model_predicts_global_rows_once(method: str, count: int, computed: list[Any]) -> None:
+    """After FedAvg, all clients have equal models. An ensemble has six members."""
+    rounds = rounds_of(config(method, "mlp", clients=6), num_rounds=1)
     computed.clear()
     rounds.evaluate()
-    assert predictions(computed, "common_test") == 1
+    assert predictions(computed, "common_test") == count
 
 
 @each_case("chunk", [1, 16])
@@ -154,15 +156,6 @@ def test_failed_round_clears_the_cache() -> None:
     rounds.store.commit()
     assert rounds.state_dict()["traffic"] == tree["traffic"]
     assert rounds.store.committed == kept
-
-
-def test_ensemble_members_predict_global_rows_once(
-    computed: list[Any],
-) -> None:
-    rounds = rounds_of(config("ensemble", "mlp", clients=6), num_rounds=1)
-    computed.clear()
-    rounds.evaluate()
-    assert predictions(computed, "common_test") == 6
 
 
 def test_several_outputs_on_the_same_rows_need_one_pass(

@@ -28,7 +28,7 @@ def audit_log(log: Path, *, key: Path | None = None, head: str | None = None) ->
         hetero-fl audit-log /srv/fl/north/state/audit.jsonl --key north.pub
     """
     from hetero_fl.deployment.audit_log import format_entries, traffic_totals, verified_head, verify
-    from hetero_fl.deployment.node_keys import load_public_key
+    from hetero_fl.deployment.node_files import load_public_key
 
     entries = verify(log, None if key is None else load_public_key(key), head)
     echo("\n".join(format_entries(entries)))

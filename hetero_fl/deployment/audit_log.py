@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,8 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
 from cryptography.hazmat.primitives.hashes import SHA384
 from pydantic import ConfigDict, Field, NonNegativeFloat, ValidationError, create_model
 
+from hetero_fl.communication.protocol import Traffic
+from hetero_fl.privacy.accounting import History, PrivacyCharge, add_charges
 from hetero_fl.utils.errors import ArgumentError, UserError, one_line, printable
 from hetero_fl.utils.serialization import write_atomically
 
@@ -97,7 +99,7 @@ class AuditLog:
         self._last = INITIAL_HASH
         self._identity: tuple[int, int, int] | None = None
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._load()
+        self.entries()
         # If the process is killed after the first line, the log still has a head.
         self._write_head()
 
@@ -115,7 +117,7 @@ class AuditLog:
             UserError: If the log was changed.
         """
         if _file_identity(self.path) != self._identity:
-            self._load()
+            self.entries()
         short = {name: _shorten_value(value) for name, value in fields.items()}
         entry: Entry = {
             "n": self._count + 1,
@@ -133,21 +135,18 @@ class AuditLog:
         self._write_head()
         return entry
 
-    def entries(self) -> list[Entry]:
-        """Return all entries, including those of earlier processes.
-
-        Raises:
-            UserError: If the log was changed.
-        """
-        return self._load()
-
     @property
     def head(self) -> str:
         """Number of lines and hash of the last line, in the format `N:HASH`."""
         return f"{self._count}:{self._last}"
 
-    def _load(self) -> list[Entry]:
-        """Verify the log, which must contain the lines that this process knows."""
+    def entries(self) -> list[Entry]:
+        """Return all entries, including those of earlier processes.
+
+        Raises:
+            UserError: If the log was changed, or does not contain the lines that this process
+                knows.
+        """
         public = None if self._key is None else self._key.public_key()
         entries, head = _read(self.path, public, self.head)
         length = _content(self.path).rfind(b"\n") + 1
@@ -244,25 +243,11 @@ def refused_configurations(entries: Iterable[Entry]) -> int:
     )
 
 
-@dataclass(frozen=True)
-class TrafficTotals:
-    """Numbers of bytes exchanged for tasks.
-
-    Each task is counted once, in the same way as at the server.
-
-    Args:
-        up: Bytes of uploads.
-        down: Bytes of broadcasts.
-    """
-
-    up: int
-    down: int
-
-
-def traffic_totals(entries: Iterable[Entry], run: str | None = None) -> TrafficTotals:
+def traffic_totals(entries: Iterable[Entry], run: str | None = None) -> Traffic:
     """Return the numbers of bytes exchanged for the tasks in a log.
 
-    Repeated broadcasts and uploads of the same task are not counted.
+    Each task is counted once, in the same way as at the server. Repeated broadcasts and uploads of
+    the same task are not counted.
 
     Args:
         entries: Entries of the log.
@@ -276,7 +261,7 @@ def traffic_totals(entries: Iterable[Entry], run: str | None = None) -> TrafficT
         received.setdefault(entry["asked"], entry["in"])
         if entry.get("what") != "read" and entry["outcome"] in ("done", REPEATED):
             sent.setdefault(entry["asked"], entry["out"])
-    return TrafficTotals(sum(sent.values()), sum(received.values()))
+    return Traffic(sum(sent.values()), sum(received.values()))
 
 
 def _read(
@@ -435,9 +420,6 @@ ANSWERED = ("done", "failed")
 # Maximum number of tasks whose names are stored.
 MAX_KNOWN_TASKS = 1024
 
-# Sorted tuples (noise multiplier, sampling rate, number of steps).
-Spent = tuple[tuple[float, float, int], ...]
-
 
 @dataclass
 class SiteUsage:
@@ -451,7 +433,8 @@ class SiteUsage:
         tasks: Digests of the most recent tasks of this run, keyed by the name that the server
             assigned, newest last.
         one_time_charges: Names of the one-time charges that have been made in this run.
-        steps: Number of steps in all runs, keyed by (noise multiplier, sampling rate).
+        spent: Privacy mechanisms of all runs, as sorted tuples (noise multiplier, sampling rate,
+            number of steps).
     """
 
     run: str
@@ -460,7 +443,7 @@ class SiteUsage:
     trained: set[bytes] = field(default_factory=set)
     tasks: OrderedDict[str, bytes] = field(default_factory=OrderedDict)
     one_time_charges: set[str] = field(default_factory=set)
-    steps: Counter[tuple[float, float]] = field(default_factory=Counter)
+    spent: History = ()
 
     @classmethod
     def from_log(cls, entries: Iterable[Entry], run: str) -> SiteUsage:
@@ -479,7 +462,7 @@ class SiteUsage:
         """Update the usage with an entry of the log."""
         self.sent += entry["out"]
         charges = entry.get("spent", ())
-        self.steps += count_steps(charges)
+        self.spent = self.with_charges(charges)
         if entry.get("run") != self.run or "asked" not in entry or entry["outcome"] == REPEATED:
             return
         self.one_time_charges |= {charge["once"] for charge in charges} - {""}
@@ -493,7 +476,7 @@ class SiteUsage:
             if entry.get("what") == TRAIN:
                 self.trained.add(digest)
 
-    def with_charges(self, charges: Iterable[Mapping[str, Any]]) -> Spent:
+    def with_charges(self, charges: Iterable[Mapping[str, Any]]) -> History:
         """Return the privacy mechanisms of all runs, including additional charges.
 
         Args:
@@ -502,17 +485,5 @@ class SiteUsage:
         Returns:
             Sorted tuples (noise multiplier, sampling rate, number of steps).
         """
-        total = self.steps + count_steps(charges)
-        return tuple(sorted((*mechanism, count) for mechanism, count in total.items()))
-
-
-def count_steps(charges: Iterable[Mapping[str, Any]]) -> Counter[tuple[float, float]]:
-    """Return the number of steps of charges, keyed by (noise multiplier, sampling rate).
-
-    Args:
-        charges: Charges as in entries of the log.
-    """
-    steps: Counter[tuple[float, float]] = Counter()
-    for charge in charges:
-        steps[float(charge["noise"]), float(charge["rate"])] += int(charge["steps"])
-    return steps
+        added = [PrivacyCharge(c["rate"], c["steps"], scale=c["noise"]) for c in charges]
+        return add_charges(self.spent, added)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import time
 import traceback
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait as wait_for_futures
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -18,14 +17,13 @@ from typing import Any
 
 from hetero_fl.communication.homomorphic import SharedKey
 from hetero_fl.config import Config, expand_population
-from hetero_fl.deployment.config import SiteConfig, check_site_data
+from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.flower.worker import receive, send
-from hetero_fl.deployment.monitoring import EventLog, LoggedNode
-from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.node_keys import load_node_key, make_node_key
+from hetero_fl.deployment.monitoring import open_node
+from hetero_fl.deployment.node_files import make_node_key
 from hetero_fl.deployment.policy import named_sources, source_tree
 from hetero_fl.deployment.server import check_deployable, run_federation
-from hetero_fl.deployment.transport import Envelope
+from hetero_fl.deployment.transport import Envelope, SentMessage, ThreadedTransport
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import SHARED_KEY_FILE
 from hetero_fl.experiment.runner import Callback, default_out
@@ -117,6 +115,7 @@ def _make_sites(config: Config, folder: Path) -> list[SiteConfig]:
             "folder": str(key.parent),
             "tells": {"labels": True, "details": True, "model": True, "errors": True},
             "root": config.data.root,
+            "key": str(key),
             "allows": {"own_code": own_code, "data": sources},
             "shared_key": None if shared_key is None else str(shared_key),
         }
@@ -134,7 +133,7 @@ class SiteProcess:
     thread: ThreadPoolExecutor
 
 
-class PipeTransport:
+class PipeTransport(ThreadedTransport):
     """Transport over pipes to one process per site. Processes that were killed are restarted.
 
     Args:
@@ -142,12 +141,10 @@ class PipeTransport:
     """
 
     def __init__(self, sites: Sequence[SiteConfig]) -> None:
+        super().__init__()
         self._context = worker_context(__name__)
-        self._numbers = itertools.count(1)
         # Running processes, keyed by node number.
         self._processes: dict[int, SiteProcess] = {}
-        # Answer and expiry time of each message.
-        self._answers: dict[str, tuple[Future[Envelope | None], float]] = {}
         for site in sites:
             self._start(site)
 
@@ -171,27 +168,10 @@ class PipeTransport:
         """Send a message to a site, and return the number of the message."""
         number = str(next(self._numbers))
         end = time.monotonic() + within
-        running = self._processes.get(node)
-        if running is None:
-            answer: Future[Envelope | None] = Future()
-            answer.set_result(None)
-        else:
+        if (running := self._processes.get(node)) is not None:
             answer = running.thread.submit(_exchange, running.connection, envelope, end)
-        self._answers[number] = (answer, end)
+            self._sent[number] = SentMessage(node, end, answer)
         return number
-
-    def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
-        """Return the answers that have arrived (see `Transport.pull`)."""
-        # An earlier call has deleted these, because they expired.
-        deleted = {number: None for number in numbers if number not in self._answers}
-        answers = {self._answers[n][0]: n for n in numbers if n not in deleted}
-        done = wait_for_futures(answers, 0.0 if deleted else wait, FIRST_COMPLETED).done
-        found = {answers[answer]: answer.result() for answer in done}
-        now = time.monotonic()
-        expired = [n for n, (_, end) in self._answers.items() if end < now and n not in numbers]
-        for number in [*found, *expired]:
-            del self._answers[number]
-        return {**deleted, **found}
 
     def close(self) -> None:
         """Stop all processes."""
@@ -242,16 +222,9 @@ def _run_site(site: SiteConfig, connection: Connection, environ: Mapping[str, st
 
 def _answer_messages(site: SiteConfig, connection: Connection) -> None:
     """Answer messages until the parent process closes the connection."""
-    folder = Path(site.folder)
-    check_site_data(folder, site)
-    log = EventLog(site.logs, client=site.client)
-    with lock_folder(folder) as notes:
-        for line in notes:
-            log(line)
-        node = LoggedNode(Node(site, folder, log, load_node_key(folder / KEY)), log)
-        with suppress(EOFError):
-            while True:
-                send(connection, node.handle(receive(connection)))
+    with open_node(site, Path(site.folder)) as node, suppress(EOFError):
+        while True:
+            send(connection, node.handle(receive(connection)))
 
 
 def _last_output(site: SiteConfig) -> str:

@@ -18,7 +18,8 @@ from hetero_fl.config.schema import STATISTIC_SUFFIXES
 from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.messages import versions
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.node_keys import load_node_key
+from hetero_fl.deployment.node_files import load_node_key
+from hetero_fl.deployment.sites import EventFunction
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.utils.errors import UserError, one_line
@@ -131,12 +132,20 @@ class RunStatus:
     Args:
         path: Run directory. The status file is not written until `config.yaml` exists.
         clients: Names of the expected clients.
+        log: Function that is called for each event. If None, events are only part of the status.
+
+    Attributes:
+        present: Function that returns the ids of the connected clients.
+        log_heads: Function that returns the heads of the sites' audit logs, keyed by client.
     """
 
-    def __init__(self, path: Path, clients: Collection[str]) -> None:
+    def __init__(
+        self, path: Path, clients: Collection[str], log: EventFunction | None = None
+    ) -> None:
         self._path = path
-        self._present: Callable[[], Collection[str]] = tuple
-        self._logs: Callable[[], Mapping[str, str]] = dict
+        self._log = log
+        self.present: Callable[[], Collection[str]] = tuple
+        self.log_heads: Callable[[], Mapping[str, str]] = dict
         self._tree: dict[str, Any] = {
             "phase": "waiting",
             "run": None,
@@ -168,18 +177,18 @@ class RunStatus:
         self._tree |= known
         self._write()
 
-    def set_presence_source(self, present: Callable[[], Collection[str]]) -> None:
-        """Set the function that returns the ids of the connected clients."""
-        self._present = present
+    def report(self, line: str, *, client: str | None = None) -> None:
+        """Log an event, and add it to the recent events, of which the last 20 are kept.
 
-    def set_log_source(self, logs: Callable[[], Mapping[str, str]]) -> None:
-        """Set the function that returns the heads of the sites' audit logs, keyed by client."""
-        self._logs = logs
-
-    def add_event(self, line: str) -> None:
-        """Add a line to the recent events, of which the last 20 are kept."""
+        Args:
+            line: Message of the event.
+            client: Name of the client of the event, or None.
+        """
+        line = one_line(line)
         event = {"time": time.time(), "message": line}
         self.update(events=[*self._tree["events"], event][-MAX_EVENTS:])
+        if self._log is not None:
+            self._log(line, client=client)
 
     def add_record(self, record: Mapping[str, Any]) -> None:
         """Add the record of a completed round to the status.
@@ -214,8 +223,8 @@ class RunStatus:
         Times are in seconds since the epoch. The entry `seconds` is the duration of the last round.
         """
         now = time.time()
-        present = self._present()
-        logs = self._logs()
+        present = self.present()
+        logs = self.log_heads()
         for client, node in self._tree["nodes"].items():
             if node["here"] != (client in present):
                 node |= {"here": client in present, "since": now}

@@ -48,12 +48,11 @@ from hetero_fl.deployment.messages import (
     read_head,
     versions,
 )
-from hetero_fl.deployment.node_keys import load_public_key
-from hetero_fl.deployment.node_storage import (
+from hetero_fl.deployment.node_files import (
     MAX_STATES,
     NodeStorage,
-    StateLostError,
     load_or_create_key,
+    load_public_key,
 )
 from hetero_fl.deployment.policy import (
     Policy,
@@ -358,9 +357,8 @@ class Node:
         client = site.client
         terms = read(Terms, tree, "terms")
         raw = check_raw_config(terms.config, site.allows)
-        permission = site.allows.own_code
         try:
-            config = load_config(raw, allow_code=permission)
+            config = load_config(raw, allow_code=site.allows.own_code)
             clients = expand_population(config.clients)
         except UserError as error:
             raise RequestRefusedError(error) from None
@@ -548,13 +546,8 @@ class Node:
         spent = joined.policy.task.spent
         # The same request may be valid later, and is charged then.
         if self._line.get("kinds") != [REFUSED]:
-            content = {
-                "head": answer.head,
-                "body": as_tensor(answer.body),
-                "spent": spent,
-                "digest": digest.hex(),
-            }
-            joined.storage.write("answer", encode(content, FORM))
+            known = {"head": answer.head, "body": as_tensor(answer.body), "spent": spent}
+            joined.storage.write("answer", encode({**known, "digest": digest.hex()}, FORM))
         self._line |= {"spent": spent} if spent else {}
         return answer
 
@@ -578,7 +571,7 @@ class Node:
         """Load a private state, and return its name, which is empty if the state is lost."""
         try:
             return name, joined.storage.load_state(name)
-        except StateLostError as error:
+        except RequestRefusedError as error:
             self.log(str(error))
             return "", b""
 
@@ -696,11 +689,9 @@ class Node:
         tells = self.site.tells
         if not tells.model:
             evaluation = replace(evaluation, model=b"")
-        return (
-            evaluation
-            if tells.details
-            else replace(evaluation, confusion={}, calibration={}, forecast={})
-        )
+        if not tells.details:
+            evaluation = replace(evaluation, confusion={}, calibration={}, forecast={})
+        return evaluation
 
 
 def _not_joined(run: str) -> RequestRefusedError:

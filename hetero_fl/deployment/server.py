@@ -16,7 +16,7 @@ from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import is_reference
 from hetero_fl.config import Config, expand_population
 from hetero_fl.deployment.monitoring import RunStatus
-from hetero_fl.deployment.node_storage import NodeStorage
+from hetero_fl.deployment.node_files import NodeStorage
 from hetero_fl.deployment.remote_executor import NodeExecutor
 from hetero_fl.deployment.sites import PATIENCE, EventFunction, Sites, SitesState
 from hetero_fl.deployment.transport import MESSAGE_BYTES, Transport
@@ -25,7 +25,6 @@ from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import PreparedRun, check_method
 from hetero_fl.experiment.runner import Callback, check_resumed_choice, run_prepared
-from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.executors.choose import ExecutorChoice
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.conditions import unused_simulation_keys
@@ -36,7 +35,7 @@ from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
 from hetero_fl.reporting.run_loggers import check_loggers
 from hetero_fl.utils.environment import use_deterministic_algorithms
-from hetero_fl.utils.errors import RunFailedError, UserError, one_line
+from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import write_atomically
 
 # File in the run directory with the result of `Sites.state`.
@@ -94,24 +93,26 @@ def run_federation(
         check_loggers(config)
         is_resumed = _check_out(out, resume)
         clients = list(expand_population(config.clients))
-        status = RunStatus(out, clients)
-        report = _make_reporter(status, log)
+        status = RunStatus(out, clients, log)
         sites = Sites(
             transport,
             clients,
-            report,
+            status.report,
             patience=patience,
             keys=keys,
             message_bytes=message_bytes,
         )
-        status.set_log_source(lambda: sites.log_heads.longest)
-        status.set_presence_source(sites.connected)
+        status.log_heads = lambda: sites.log_heads.longest
+        status.present = sites.connected
         with _report_outcome(status, sites):
             status.update(
                 name=config.name, algorithm=config.algorithm["name"], rounds=config.rounds
             )
-            for record in _completed_rounds(out) if is_resumed else []:
-                status.add_record(record)
+            if is_resumed:
+                # Including rounds that will be repeated.
+                with suppress(UserError):
+                    for record in RunDirectory.open(out).metrics():
+                        status.add_record(record)
             prepared = sites.join(config, wait, _sites_state(out) if is_resumed else None)
             status.update(phase="running", run=sites.run)
             prepared.notes.extend(unused_simulation_keys(prepared.federation, config))
@@ -135,18 +136,6 @@ def _check_out(out: Path, resume: bool) -> bool:
         return True
     check_vacant(out)
     return False
-
-
-def _make_reporter(status: RunStatus, log: EventFunction | None) -> EventFunction:
-    """Return a function that adds an event to the status and the log."""
-
-    def report(line: str, *, client: str | None = None) -> None:
-        line = one_line(line)
-        status.add_event(line)
-        if log is not None:
-            log(line, client=client)
-
-    return report
 
 
 def _make_executor(
@@ -202,13 +191,6 @@ def _report_outcome(status: RunStatus, sites: Sites) -> Iterator[None]:
         raise
     status.update(phase="done")
     sites.leave()
-
-
-def _completed_rounds(out: Path) -> list[Record]:
-    """Return the records of completed rounds, including rounds that will be repeated."""
-    with suppress(UserError):
-        return RunDirectory.open(out).metrics()
-    return []
 
 
 def check_deployable(config: Config) -> None:

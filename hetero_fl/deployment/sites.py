@@ -11,7 +11,7 @@ import hashlib
 import re
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -36,7 +36,6 @@ from hetero_fl.deployment.messages import (
     refusal_reason,
     version_mismatch,
 )
-from hetero_fl.deployment.requests import POLL_SECONDS, End, Requests
 from hetero_fl.deployment.transport import (
     MESSAGE_BYTES,
     Envelope,
@@ -58,6 +57,8 @@ from hetero_fl.utils.code_permission import find_references
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.serialization import as_tensor
 
+# Seconds between checks of the connected nodes.
+POLL_SECONDS = 0.5
 # Seconds to wait for a disconnected node while other nodes are connected.
 PATIENCE = 60.0
 # Maximum number of seconds to notify nodes of the end of a run.
@@ -296,32 +297,6 @@ class Sites:
         """Return the state that a restarted server needs to resume the run."""
         reports = {client: data_info_tree(info) for client, info in self._reports.items()}
         return SitesState(run=self.run, settings=self._settings, reports=reports)
-
-    def ask(
-        self,
-        clients: Collection[str],
-        request: Callable[[str], Envelope],
-        seconds: float,
-        quorum: int = 0,
-    ) -> Iterator[End]:
-        """Send a request to each of several clients, and yield the answers as they arrive.
-
-        Args:
-            clients: Names of the clients.
-            request: Function that creates the request to a client each time that it is sent.
-            seconds: Time limit of each request in seconds.
-            quorum: Minimum number of clients, see `Requests`.
-
-        Yields:
-            The client, and the answer or the error if there is no answer.
-        """
-        running = Requests(self, min(quorum, len(clients)))
-        for client in clients:
-            running.add(client, request, seconds)
-        while (finished := running.next_finished()) is not None:
-            yield finished
-            # The answer may contain a model; free it before the next answer arrives.
-            del finished
 
     def leave(self, why: str = "") -> None:
         """Notify all nodes that the run has ended.

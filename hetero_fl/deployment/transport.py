@@ -6,7 +6,10 @@ quickly.
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait as wait_for_futures
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -124,3 +127,40 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Close the connection and release all resources."""
+
+
+@dataclass(frozen=True)
+class SentMessage:
+    """Message that was sent to a node.
+
+    Args:
+        node: Number of the node.
+        expires: Time of the monotonic clock at which the message and its answer expire.
+        answer: The answer, for which a thread waits, or None if there is none.
+    """
+
+    node: int
+    expires: float
+    answer: Future[Envelope | None] = field(default_factory=Future)
+
+
+class ThreadedTransport:
+    """Base class of transports in which threads wait for the answers."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        # Messages whose answers have not been returned, keyed by message number.
+        self._sent: dict[str, SentMessage] = {}
+
+    def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
+        """Return the answers that have arrived (see `Transport.pull`)."""
+        # These were not sent, or an earlier call has deleted them, because they expired.
+        lost = {number: None for number in numbers if number not in self._sent}
+        answers = {n: self._sent[n].answer for n in numbers if n not in lost}
+        wait_for_futures(answers.values(), 0.0 if lost else wait, FIRST_COMPLETED)
+        found = {n: answer.result() for n, answer in answers.items() if answer.done()}
+        now = time.monotonic()
+        expired = [n for n, m in self._sent.items() if m.expires < now and n not in numbers]
+        for number in [*found, *expired]:
+            del self._sent[number]
+        return {**lost, **found}

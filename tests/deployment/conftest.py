@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.deployment import requests, sites
+from hetero_fl.deployment import remote_executor, sites
 from hetero_fl.federation.executors.base import ClientAbsentError, ClientLateError
 from tests.support.nodes import Clock, patient_nodes
 
@@ -22,14 +22,14 @@ def in_peace() -> Iterator[None]:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Replace the server's clock by one that the test controls."""
-    clock, end = Clock(), requests.Requests._finish
+    clock, end = Clock(), remote_executor.Requests._finish
 
-    def ended(self: requests.Requests, client: str, what: Any) -> None:
+    def ended(self: remote_executor.Requests, client: str, what: Any) -> None:
         end(self, client, what)
         if isinstance(what, ClientAbsentError | ClientLateError):
             clock.late.add(client)
 
-    monkeypatch.setattr(requests.Requests, "_finish", ended)
-    for module in (requests, sites):
+    monkeypatch.setattr(remote_executor.Requests, "_finish", ended)
+    for module in (remote_executor, sites):
         monkeypatch.setattr(module, "time", clock)
     return clock

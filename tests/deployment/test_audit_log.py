@@ -28,7 +28,7 @@ from hetero_fl.deployment.audit_log import (
 )
 from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.node_keys import make_node_key
+from hetero_fl.deployment.node_files import make_node_key
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError

@@ -14,7 +14,7 @@ from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.messages import LOG
 from hetero_fl.deployment.monitoring import read_status
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.node_keys import public_bytes
+from hetero_fl.deployment.node_files import public_bytes
 from hetero_fl.deployment.sites import LogHeads, Sites
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment.configuration import load_config

@@ -12,8 +12,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from hetero_fl.deployment.config import SiteConfig
+from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.node_storage import NodeStorage, StateLostError, load_or_create_key
+from hetero_fl.deployment.node_files import NodeStorage, load_or_create_key
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.federation.store import PrivateState
 from hetero_fl.utils.errors import UserError
@@ -101,19 +102,24 @@ def test_damaged_files_are_noticed_and_secrets_not_replaced(
 
     with pytest.raises(UserError, match="noise: cannot be decrypted"):
         storage.secret("noise")
-    with pytest.raises((UserError, StateLostError), match=r"missing or damaged|decrypted"):
+    with pytest.raises((UserError, RequestRefusedError), match=r"missing or damaged|decrypted"):
         storage.load_state(name)
 
 
-def test_key_readable_by_others_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "key").write_bytes(bytes(32))
-    (tmp_path / "key").chmod(0o644)
-    with pytest.raises(UserError, match="other users can read this key; run chmod 600"):
+@each_case(
+    ("length", "mode", "message"),
+    [
+        (32, 0o644, "other users can read this key; run chmod 600"),
+        (31, 0o600, "expected a key of 32 bytes, got 31 bytes"),
+    ],
+)
+def test_key_that_is_short_or_readable_by_others_is_refused(
+    length: int, mode: int, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_bytes(bytes(length))
+    (tmp_path / "key").chmod(mode)
+    with pytest.raises(UserError, match=message):
         Node(SiteConfig(client="a", encrypt=str(tmp_path / "key")), tmp_path / "site")
-    (tmp_path / "short").write_bytes(bytes(31))
-    (tmp_path / "short").chmod(0o600)
-    with pytest.raises(UserError, match="expected a key of 32 bytes, got 31 bytes"):
-        Node(SiteConfig(client="a", encrypt=str(tmp_path / "short")), tmp_path / "site")
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are in /proc")

@@ -17,8 +17,9 @@ from hetero_fl.communication.named_arrays import decode_arrays
 from hetero_fl.communication.secure_aggregation.client import REQUESTS
 from hetero_fl.deployment import sites as server_sites
 from hetero_fl.deployment.config import SiteConfig
+from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.node_storage import MAX_STATES, NodeStorage, StateLostError
+from hetero_fl.deployment.node_files import MAX_STATES, NodeStorage
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
 from hetero_fl.federation.client_runtime import ClientRuntime
@@ -303,11 +304,11 @@ def test_states_named_by_checkpoints_are_kept(tmp_path: Path) -> None:
     assert storage.load_state(first) == b"first" and storage.load_state(
         names[-MAX_STATES]
     ) == bytes([MAX_STATES])
-    with pytest.raises(StateLostError, match="is missing or damaged"):
+    with pytest.raises(RequestRefusedError, match="is missing or damaged"):
         storage.load_state(names[0])
     for i in range(MAX_STATES):
         storage.save_state(bytes([i]))
-    with pytest.raises(StateLostError):
+    with pytest.raises(RequestRefusedError):
         storage.load_state(first)
 
 

@@ -303,8 +303,8 @@ def status(tmp_path: Path) -> RunStatus:
 
 def test_status_summarizes_records_and_events(status: RunStatus) -> None:
     present = ["north"]
-    status.set_presence_source(lambda: present)
-    status.add_event("north connected")
+    status.present = lambda: present
+    status.report("north connected")
     status.add_record(
         record(1, failed={"south": "its node is not connected"}, privacy={"epsilon": 1.25})
     )
@@ -334,7 +334,7 @@ def test_status_summarizes_records_and_events(status: RunStatus) -> None:
 
 
 def test_status_file_exists_once_run_has_started(status: RunStatus, tmp_path: Path) -> None:
-    status.add_event("someone came")
+    status.report("someone came")
     assert not (tmp_path / STATUS_FILE).exists()
     (tmp_path / "config.yaml").write_text("name: run\n")
     status.add_record(record(1))
@@ -352,9 +352,9 @@ def test_status_file_exists_once_run_has_started(status: RunStatus, tmp_path: Pa
 def test_status_command_prints_summary(
     status: RunStatus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status.set_presence_source(lambda: ["north"])
+    status.present = lambda: ["north"]
     (tmp_path / "config.yaml").touch()
-    status.add_event("refused a node for client 'south': torch: expected version '2', got '1'")
+    status.report("refused a node for client 'south': torch: expected version '2', got '1'")
     status.add_record(record(2, failed={"south": "gone"}))
     assert main(["status", str(tmp_path)]) == 0
     out = capsys.readouterr().out

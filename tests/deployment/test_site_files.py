@@ -14,7 +14,7 @@ import yaml
 
 from hetero_fl.deployment.config import load_site_config
 from hetero_fl.deployment.flower.worker import run_worker
-from hetero_fl.deployment.node_keys import (
+from hetero_fl.deployment.node_files import (
     load_node_key,
     load_public_key,
     make_node_key,

@@ -17,7 +17,7 @@ import pytest
 from hetero_fl.deployment import sites as server_sites
 from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.node_storage import NodeStorage
+from hetero_fl.deployment.node_files import NodeStorage
 from hetero_fl.deployment.server import run_federation
 from hetero_fl.deployment.sites import EventFunction
 from hetero_fl.deployment.transport import Envelope
@@ -99,8 +99,8 @@ class Clock:
     def monotonic(self) -> float:
         return time.monotonic() + self.ahead
 
-    def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
+    sleep = staticmethod(time.sleep)
+    time = staticmethod(time.time)
 
     def forward(self) -> None:
         """Move the clock past the server's current deadline."""

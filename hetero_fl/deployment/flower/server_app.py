@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import threading
 import time
 from collections.abc import Collection, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait as wait_for_answers
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message, MessageType
 from flwr.serverapp import Grid, ServerApp
+from typing_extensions import override
 
 from hetero_fl.config import Config
 from hetero_fl.config.load import read_config_file
 from hetero_fl.deployment.flower.app import RUN_CONFIG
 from hetero_fl.deployment.flower.client_app import from_message, to_content
 from hetero_fl.deployment.monitoring import EventLog
-from hetero_fl.deployment.node_keys import load_public_key, public_bytes
+from hetero_fl.deployment.node_files import load_public_key, public_bytes
 from hetero_fl.deployment.server import run_federation
-from hetero_fl.deployment.transport import Envelope, UnreadableAnswer
+from hetero_fl.deployment.transport import (
+    Envelope,
+    SentMessage,
+    ThreadedTransport,
+    UnreadableAnswer,
+)
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.runner import default_out
 from hetero_fl.reporting.run import Run
@@ -148,23 +151,7 @@ def _load_keys(file: Path) -> dict[str, bytes]:
     }
 
 
-@dataclass(frozen=True)
-class SentMessage:
-    """Message that was sent to a node.
-
-    Args:
-        node: Number of the node.
-        expires: Time of the monotonic clock at which the message and its answer expire.
-        answer: The answer, which a thread pulls as soon as `GridTransport.pull` is called, or None
-            if there is none.
-    """
-
-    node: int
-    expires: float
-    answer: Future[Envelope | None] = field(default_factory=Future)
-
-
-class GridTransport:
+class GridTransport(ThreadedTransport):
     """Transport over the grid of a running ServerApp.
 
     A node that restarts keeps its Flower ID but loses the messages that it has received, so the
@@ -177,12 +164,10 @@ class GridTransport:
     """
 
     def __init__(self, grid: Grid) -> None:
+        super().__init__()
         self._grid = grid
-        self._numbers = itertools.count(1)
         # Node numbers, keyed by (Flower ID, time of activation).
         self._known: dict[tuple[int, str], int] = {}
-        # Messages whose answers have not been returned, keyed by message ID.
-        self._sent: dict[str, SentMessage] = {}
 
     def nodes(self) -> Mapping[int, bytes]:
         """Return the public keys of the connected nodes in PEM format, keyed by node number.
@@ -226,18 +211,14 @@ class GridTransport:
         self._sent[sent[0]] = SentMessage(node, time.monotonic() + within)
         return sent[0]
 
+    @override
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """Return the answers that have arrived (see `Transport.pull`)."""
         deadline = time.monotonic() + wait
-        self._start_threads(numbers)
+        self._start_threads()
         while True:
-            pending = {n: self._sent[n].answer for n in numbers if n in self._sent}
-            answers: dict[str, Envelope | None] = {n: None for n in numbers if n not in pending}
             remaining = max(0.0, deadline - time.monotonic())
-            seconds = 0.0 if answers else min(remaining, NODES_SECONDS)
-            wait_for_answers(pending.values(), seconds, FIRST_COMPLETED)
-            for number in [n for n, answer in pending.items() if answer.done()]:
-                answers[number] = self._sent.pop(number).answer.result()
+            answers = super().pull(numbers, min(remaining, NODES_SECONDS))
             if answers or remaining <= 0 or not numbers:
                 return answers
             self.nodes()
@@ -249,15 +230,12 @@ class GridTransport:
         """
         self._sent.clear()
 
-    def _start_threads(self, numbers: Collection[str]) -> None:
-        """Start threads for new messages, and forget expired messages that nobody waits for."""
-        now = time.monotonic()
-        for number, message in list(self._sent.items()):
+    def _start_threads(self) -> None:
+        """Start a thread for each new message, which pulls the answer."""
+        for number, message in self._sent.items():
             if not message.answer.running() and not message.answer.done():
                 message.answer.set_running_or_notify_cancel()
                 threading.Thread(target=self._poll, args=(number, message), daemon=True).start()
-            if message.expires < now and number not in numbers:
-                del self._sent[number]
 
     def _poll(self, number: str, message: SentMessage) -> None:
         """Pull an answer in a thread until it arrives or the message expires."""

@@ -18,7 +18,7 @@ import hetero_fl
 from hetero_fl.cli import main
 from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.flower.app import PACKAGE, write_app
-from hetero_fl.deployment.node_keys import load_public_key
+from hetero_fl.deployment.node_files import load_public_key
 from hetero_fl.utils.errors import UserError
 from tests.support.cases import each_case
 from tests.support.federations import config

@@ -33,7 +33,7 @@ from hetero_fl.deployment.flower.client_app import (
 from hetero_fl.deployment.flower.server_app import GridTransport, run_in_app
 from hetero_fl.deployment.flower.worker import WorkerError, forward, receive, send, socket_path
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.node_keys import make_node_key, public_bytes
+from hetero_fl.deployment.node_files import make_node_key, public_bytes
 from hetero_fl.deployment.transport import Envelope, Handle, UnreadableAnswer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.cases import each_case
@@ -135,6 +135,14 @@ def transport(grid: Any) -> GridTransport:
     return GridTransport(grid)
 
 
+@pytest.fixture
+def numbers(grid: Any, transport: GridTransport) -> list[str]:
+    """Send a message to each of two nodes."""
+    for _ in range(2):
+        grid.join(echo)
+    return [transport.push(node, Envelope(), 60.0) for node in transport.nodes()]
+
+
 @pytest.mark.parametrize("size", [0, 1, SMALL_BODY_BYTES, SMALL_BODY_BYTES + 1])
 def test_message_and_answer_arrive_unchanged(
     grid: Any, transport: GridTransport, node: int, size: int
@@ -180,10 +188,9 @@ def test_restarted_node_is_another_node_whose_late_answers_are_deleted(
     until(lambda: not grid.answers)
 
 
-def test_unreadable_answer_does_not_hide_others(grid: Any, transport: GridTransport) -> None:
-    grid.join(echo)
-    grid.join(echo)
-    numbers = [transport.push(node, Envelope(), 60.0) for node in transport.nodes()]
+def test_unreadable_answer_does_not_hide_others(
+    grid: Any, transport: GridTransport, numbers: list[str]
+) -> None:
     grid.unreadable.add(numbers[0])
 
     answers = pull_all(transport, numbers)
@@ -221,10 +228,9 @@ def test_failure_of_flower_ends_the_run(error: BaseException, message: str) -> N
             call()
 
 
-def test_slow_answer_does_not_block_others(grid: Any, transport: GridTransport) -> None:
-    grid.join(echo)
-    grid.join(echo)
-    numbers = [transport.push(node, Envelope(), 60.0) for node in transport.nodes()]
+def test_slow_answer_does_not_block_others(
+    grid: Any, transport: GridTransport, numbers: list[str]
+) -> None:
     grid.slow[numbers[0]] = threading.Event()
 
     assert transport.pull(numbers, 10.0) == {numbers[1]: Envelope({"answered": True})}

@@ -1,7 +1,9 @@
-"""Files of a node, which may be encrypted: private states, the last answer and secrets.
+"""Files of a node: its keys, and the private states, the last answer and secrets of its runs.
 
-Each task names the state from which it starts, so the server and the node remain consistent after a
-crash or a repeated round.
+The keys that identify nodes are OpenSSH files of the curve P-384, as `ssh-keygen -t ecdsa -b 384`
+creates them. Flower's tools accept this format. The files of runs may be encrypted. Each task names
+the state from which it starts, so the server and the node remain consistent after a crash or a
+repeated round.
 """
 
 from __future__ import annotations
@@ -11,20 +13,130 @@ import secrets
 from collections.abc import Collection
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ec import (
+    SECP384R1,
+    EllipticCurvePrivateKey,
+    EllipticCurvePublicKey,
+    generate_private_key,
+)
+
 from hetero_fl.communication.authenticated_encryption import KEY_LENGTH, decrypt, encrypt
 from hetero_fl.core.payload import PayloadError
 from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.federation.store import BlobStore
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.serialization import CodecError, check_private, sync_folder, write_atomically
+from hetero_fl.utils.serialization import (
+    CodecError,
+    check_private,
+    sync_folder,
+    write_atomically,
+)
+
+PublicKey = EllipticCurvePublicKey
+KEY_KIND = "expected an ECDSA key, got another kind; create one with ssh-keygen -t ecdsa -b 384"
+
+
+def make_node_key(path: Path) -> EllipticCurvePrivateKey:
+    """Create the key pair of a node.
+
+    Args:
+        path: Path of the private key. The path of the public key has the additional suffix `.pub`.
+
+    Returns:
+        The private key.
+
+    Raises:
+        UserError: If the file already exists.
+    """
+    if path.exists():
+        raise UserError(f"{path}: already exists; choose another name or delete it")
+    key = generate_private_key(SECP384R1())
+    openssh = serialization.PrivateFormat.OpenSSH
+    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
+    write_atomically(path, private, private=True)
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    write_atomically(path.with_name(path.name + ".pub"), public + b"\n")
+    return key
+
+
+def public_bytes(key: PublicKey) -> bytes:
+    """Encode a public key in PEM format."""
+    return key.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+def load_node_key(path: Path) -> EllipticCurvePrivateKey:
+    """Load the private key of a node.
+
+    Args:
+        path: Path of the key in PEM or OpenSSH format.
+
+    Raises:
+        UserError: If the file cannot be read or is not a private key, the key has a passphrase,
+            Flower does not support the key, or other users can read the file.
+    """
+    data = _read(path, "a node's private key")
+    if b"PRIVATE" not in data and data.startswith((b"ecdsa-", b"ssh-", b"-----BEGIN PUBLIC")):
+        raise UserError(
+            f"{path}: expected a private key, got the public key; use the file without .pub"
+        )
+    check_private(path, "private key")
+    try:
+        load = (
+            serialization.load_ssh_private_key
+            if b"OPENSSH" in data
+            else serialization.load_pem_private_key
+        )
+        key = load(data, None)
+    except TypeError:
+        raise UserError(f"{path}: the key has a passphrase; create a key without one") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise UserError(
+            f"{path}: not a private key; create one with ssh-keygen -t ecdsa -b 384"
+        ) from None
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise UserError(f"{path}: {KEY_KIND}")
+    return key
+
+
+def load_public_key(path: Path) -> PublicKey:
+    """Load the public key of a node (`*.pub`).
+
+    Raises:
+        UserError: If the file cannot be read or is not a public key, or if Flower does not support
+            the key.
+    """
+    data = _read(path, "a node's public key")
+    try:
+        load = (
+            serialization.load_pem_public_key
+            if data.startswith(b"-----")
+            else serialization.load_ssh_public_key
+        )
+        key = load(data)
+    except (ValueError, UnsupportedAlgorithm):
+        found = "the private key; use the file ….pub" if b"PRIVATE" in data else "another file"
+        raise UserError(f"{path}: expected a public key, got {found}") from None
+    if not isinstance(key, EllipticCurvePublicKey):
+        raise UserError(f"{path}: {KEY_KIND}")
+    return key
+
+
+def _read(path: Path, what: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {what} cannot be read ({error.strerror})") from None
+
 
 # Number of stored states of a run. The server's two checkpoints may refer to one state each, and a
 # running task adds one.
 MAX_STATES = 4
-
-
-class StateLostError(RequestRefusedError):
-    """Raised if the private state from which a task starts is missing or damaged."""
 
 
 def load_or_create_key(path: Path) -> bytes:
@@ -38,10 +150,7 @@ def load_or_create_key(path: Path) -> bytes:
         write_atomically(path, secrets.token_bytes(KEY_LENGTH), private=True)
         for folder in new_folders:
             sync_folder(folder.parent)
-    try:
-        key = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: the key cannot be read ({error.strerror})") from None
+    key = _read(path, "the key")
     if len(key) != KEY_LENGTH:
         raise UserError(f"{path}: expected a key of 32 bytes, got {len(key)} bytes")
     check_private(path)
@@ -73,7 +182,7 @@ class NodeStorage:
             The encoded state, or empty bytes if `name` is empty.
 
         Raises:
-            StateLostError: If the state is missing or damaged.
+            RequestRefusedError: If the state is missing or damaged.
         """
         if not name:
             return b""
@@ -81,10 +190,8 @@ class NodeStorage:
         try:
             data = states.get(name)
         except (CodecError, OSError):
-            raise StateLostError(
-                f"the private state {name[:12]}, from which this task starts, is missing or "
-                "damaged",
-                "lost",
+            raise RequestRefusedError(
+                f"the private state {name[:12]}, from which this task starts, is missing or damaged"
             ) from None
         os.utime(states.path(name))
         return data

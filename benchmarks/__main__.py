@@ -15,7 +15,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 # The empty name stands for the modules directly in the folder.
-GROUPS = ("", "league", "speed", "scale", "science", "robustness")
+GROUPS = ("", "league", "speed", "scale", "science")
 
 
 def find_benchmarks() -> dict[str, Path]:

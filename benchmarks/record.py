@@ -20,8 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import cores
-from hetero_fl.utils.environment import processor_name
+from hetero_fl.utils.environment import available_cores, processor_name
 
 ROOT = Path(__file__).parents[1]
 MEASUREMENTS = ROOT / "docs" / "results" / "measurements"
@@ -66,7 +65,7 @@ def header(command: list[str], commit: str) -> str:
         Path(part).name if Path(part).is_file() or Path(part).is_absolute() else part
         for part in command
     ]
-    machine = f"{cores()} cores, {processor_name()}, Python {platform.python_version()}"
+    machine = f"{available_cores()} cores, {processor_name()}, Python {platform.python_version()}"
     prefix = [] if command[0] == COMMAND_LINE else ["python", "-m", "benchmarks"]
     call = f"$ {shlex.join([*prefix, *shown])}"
     return f"{call}\n# {commit}, {machine}, torch {torch.__version__}\n"

@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.league.results import BenchmarkResults  # noqa: E402
 from benchmarks.record import MEASUREMENTS, archivable_commit  # noqa: E402
-from benchmarks.robustness.attacks import table as attack_tables  # noqa: E402
 from benchmarks.science import published  # noqa: E402
+from benchmarks.science.attack_tables import attack_tables  # noqa: E402
 from benchmarks.science.benchmark_tables import archive_table  # noqa: E402
 from benchmarks.science.comparison_tables import (  # noqa: E402
     TABLES as COMPARISON_TABLES,
@@ -36,7 +36,7 @@ from benchmarks.science.comparison_tables import (  # noqa: E402
 from benchmarks.science.replication_runs import jobs_of, read_record  # noqa: E402
 from benchmarks.science.replication_tables import (  # noqa: E402
     draw_scores,
-    replicated_scores,
+    replicated_rows,
     score_table,
 )
 from hetero_fl.core.task import Task  # noqa: E402
@@ -145,7 +145,7 @@ def draw_replication() -> bytes:
     """Plot the replicated scores of all tables against the published ones, as a PNG file."""
     record = read_record(ARCHIVE / "replication.json")
     scores = {
-        table.title: replicated_scores(table, jobs_of([table], None, "", ARCHIVE, record))
+        table.title: replicated_rows(table, jobs_of([table], None, "", ARCHIVE, record))
         for table in published.TABLES.values()
     }
     return style.to_png(draw_scores({title: found for title, found in scores.items() if found}))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 
+from benchmarks.common import mean_text
 from benchmarks.league.scores import FederationScores, PrimaryTest, RowName, row_title
 from hetero_fl.reporting.formatting import MISSING, algorithm_name, format_p, format_significant
 from hetero_fl.reporting.rendering import markdown_table
@@ -43,11 +43,7 @@ def score_cell(values: Mapping[int, float], metric: str) -> str:
         return MISSING
     is_loss = metric.endswith("_loss")
     scaled = [value if is_loss else 100 * value for value in values.values()]
-    decimals = 2 if is_loss else 1
-    mean = f"{statistics.mean(scaled):.{decimals}f}"
-    if len(scaled) < 2:
-        return mean
-    return f"{mean} ± {statistics.stdev(scaled):.{decimals}f}"
+    return mean_text(scaled, 2 if is_loss else 1)
 
 
 def primary_table(tests: Sequence[PrimaryTest], method: str) -> str:

@@ -1,1 +1,1 @@
-"""Time and memory for many clients and large cohorts."""
+"""Memory of large cohorts, and of federations that run for a long time."""

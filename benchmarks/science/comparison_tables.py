@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
+from benchmarks.common import mean_text
 from hetero_fl.core.metrics import SMALLER_IS_BETTER
 from hetero_fl.reporting.formatting import MISSING, algorithm_name, format_significant
 from hetero_fl.reporting.methods import is_reference
@@ -119,10 +120,7 @@ def _cell(values: Sequence[float], is_share: bool) -> str:
     if not values:
         return MISSING
     decimals = 2 if not is_share and statistics.mean(values) < 100 else 1
-    text = f"{statistics.mean(values):.{decimals}f}"
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.{decimals}f}"
-    return text
+    return mean_text(values, decimals)
 
 
 def _megabytes(rows: Sequence[Row]) -> str:

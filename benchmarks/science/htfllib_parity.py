@@ -22,7 +22,6 @@ import hashlib
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tabulate import tabulate
 
 import hetero_fl
-from benchmarks.common import seed_list
+from benchmarks.common import mean_text, seed_list
 from benchmarks.science.htfllib_models import FAMILIES
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import load_source
@@ -295,12 +295,6 @@ def read_figures(paths: Sequence[Path]) -> Figures:
     }
 
 
-def describe(values: Sequence[float], sign: str = "") -> str:
-    """Format the mean and, if there are several values, the standard deviation."""
-    mean = f"{statistics.mean(values):{sign}.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
-
-
 def format_table(rows: Mapping[str, tuple[Figures, Figures | None]]) -> str:
     """Format the best and the last accuracy of each method.
 
@@ -312,19 +306,16 @@ def format_table(rows: Mapping[str, tuple[Figures, Figures | None]]) -> str:
     for name, (ours, theirs) in rows.items():
         line = [name]
         for which in ("best", "last"):
-            line.append(describe(ours[which]))
+            line.append(mean_text(ours[which]))
             if theirs is None:
                 line += ["", ""]
                 continue
             of_folder = np.reshape(ours[which], (len(theirs[which]), -1)).mean(axis=1)
             differences = (of_folder - theirs[which]).tolist()
-            line += [describe(theirs[which]), describe(differences, "+")]
+            line += [mean_text(theirs[which]), mean_text(differences, sign="+")]
         cells.append(line)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    )
+    header, *lines = cells
+    return tabulate(lines, header, tablefmt="plain", disable_numparse=True)
 
 
 def print_ends(program: str, name: str, figures: Figures) -> None:

@@ -64,6 +64,11 @@ class Table:
     seeds: tuple[int, ...] = (0, 1, 2)
     held: bool = False
 
+    @property
+    def third_figure(self) -> str:
+        """Name of the accuracy that is recorded next to those of the last and selected round."""
+        return "held" if self.held else "best_test_round"
+
 
 def read_tables(path: Path) -> dict[str, Table]:
     """Read tables from a YAML file, keyed by name."""

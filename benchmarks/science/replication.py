@@ -20,7 +20,6 @@ from pathlib import Path
 from benchmarks.common import seed_list
 from benchmarks.science.published import TABLES
 from benchmarks.science.replication_runs import (
-    accuracy,
     estimate,
     jobs_of,
     read_record,
@@ -98,7 +97,7 @@ def main() -> None:
             run(
                 CONFIGS / f"{job.table.config}.yaml", out=job.path, resume=True, overrides=overrides
             )
-            text = f"{accuracy(job, 'last'):.2f} in {time.perf_counter() - started:.0f} s"
+            text = f"{job.figures['last']:.2f} in {time.perf_counter() - started:.0f} s"
         except RunFailedError as error:
             text = f"failed: {error}"
         print(

@@ -7,12 +7,13 @@ the repository, so that the replication can be continued on another machine.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.science.published import FILE, Row, Table
+from hetero_fl.reporting.run_directory import RunDirectory
 
 # Scores of runs, keyed by `Job.key`.
 Record = dict[str, dict[str, float]]
@@ -45,7 +46,7 @@ class Job:
     @property
     def finished(self) -> bool:
         """Whether the scores exist in the record or in the run directory."""
-        return self.key in self.record or (self.path / "summary.json").exists()
+        return self.key in self.record or RunDirectory(self.path).finished
 
     @property
     def key(self) -> str:
@@ -60,17 +61,22 @@ class Job:
         record.
         """
         if self.key not in self.record:
-            which = (
-                {"held": accuracy_held(self)}
-                if self.table.held
-                else {"best_test_round": best_test_round(self)}
-            )
+            run = RunDirectory(self.path)
+            summary = run.summary()
+            scores = summary[self.table.accuracy]
+            shares = {
+                "last": scores["last"]["accuracy"],
+                "selected": scores["best_by_validation"]["accuracy"],
+                self.table.third_figure: (
+                    accuracy_held(run.details())
+                    if self.table.held
+                    else best_test_round(run.metrics(), self.table.accuracy)
+                ),
+            }
             self.record[self.key] = {
                 "seed": self.seed,
-                "last": round(accuracy(self, "last"), 2),
-                "selected": round(accuracy(self, "best_by_validation"), 2),
-                **{name: round(value, 2) for name, value in which.items()},
-                "minutes": round(self.read("summary.json")["seconds"]["total"] / 60, 1),
+                **{name: round(100 * share, 2) for name, share in shares.items()},
+                "minutes": round(summary["seconds"]["total"] / 60, 1),
             }
         return self.record[self.key]
 
@@ -86,10 +92,6 @@ class Job:
             f"seed={self.seed}",
             *(c.replace(FILE, file) for c in self.row.changes),
         ]
-
-    def read(self, name: str) -> Any:
-        """Read a JSON file in the run directory."""
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
 
 
 def jobs_of(
@@ -152,36 +154,26 @@ def estimate(jobs: Sequence[Job]) -> str:
     return "\n".join(lines)
 
 
-def accuracy(job: Job, which: str) -> float:
-    """Return the accuracy of a finished run in percent.
+def accuracy_held(details: Mapping[str, Any]) -> float:
+    """Return the accuracy of client models on global test images of their classes.
 
     Args:
-        job: The run.
-        which: "last" for the last round, or "best_by_validation" for the round with the best
-            validation score.
+        details: The file `details.json` of a run.
     """
-    value = job.read("summary.json")[job.table.accuracy][which]["accuracy"]
-    return 100 * float(value)
-
-
-def accuracy_held(job: Job) -> float:
-    """Return the accuracy of client models on global test images of their classes, in percent."""
-    details = job.read("details.json")
-    right = total = 0
-    for client, counts in details["label_counts"].items():
-        for label, count in enumerate(counts):
-            if count:
-                taken = details["confusion"][client]["global"][label]
-                right, total = right + taken[label], total + sum(taken)
-    return 100 * right / total
-
-
-def best_test_round(job: Job) -> float:
-    """Return the best test accuracy over all rounds in percent, as reported in some papers."""
-    lines = (job.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    read = [
-        record[job.table.accuracy]["accuracy"]
-        for record in map(json.loads, lines)
-        if record.get(job.table.accuracy)
+    rows = [
+        (label, details["confusion"][client]["global"][label])
+        for client, counts in details["label_counts"].items()
+        for label, count in enumerate(counts)
+        if count
     ]
-    return 100 * max(read)
+    return float(sum(row[label] for label, row in rows) / sum(sum(row) for _, row in rows))
+
+
+def best_test_round(records: Sequence[Mapping[str, Any]], test: str) -> float:
+    """Return the best test accuracy over all rounds, as reported in some papers.
+
+    Args:
+        records: The lines of `metrics.jsonl`.
+        test: "personal", "global" or "server".
+    """
+    return float(max(record[test]["accuracy"] for record in records if record.get(test)))

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from benchmarks.common import mean_text
 from benchmarks.science.published import Row, Table
 from benchmarks.science.replication_runs import Job
 from hetero_fl.reporting.plots import style
-
-
-def spread(values: Sequence[float]) -> str:
-    """Format the mean and standard deviation of values over the seeds."""
-    if len(values) < 2:
-        return f"{values[0]:.2f}" if values else "not run"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def difference(row: Row, ours: Sequence[float]) -> str:
@@ -79,14 +73,14 @@ def score_table(table: Table, jobs: Sequence[Job]) -> str:
         done = [job.figures for job in jobs if job.row == row and job.finished]
         last = [figures["last"] for figures in done]
         published = given(row.mean, row.deviation)
-        other = [figures["held" if table.held else "best_test_round"] for figures in done]
+        other = [figures[table.third_figure] for figures in done]
         cells = [
             row.method,
             published,
-            spread(last),
-            spread([figures["selected"] for figures in done]) if done else "",
+            mean_text(last) if last else "not run",
+            mean_text([figures["selected"] for figures in done]) if done else "",
             difference(row, last),
-            spread(other) if done else "",
+            mean_text(other) if done else "",
             *(against(row, other) if table.held else []),
             ", ".join(str(figures["seed"]) for figures in done),
         ]
@@ -94,63 +88,40 @@ def score_table(table: Table, jobs: Sequence[Job]) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class ReplicatedScore:
-    """A published score and its repetition.
-
-    Attributes:
-        method: Name of the method.
-        published: Published accuracy in percent.
-        deviation: Published standard deviation, or 0 if there is none.
-        scores: Accuracy after the last round for each seed, in percent, evaluated as in the paper.
-    """
-
-    method: str
-    published: float
-    deviation: float
-    scores: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Mean accuracy of the repetition."""
-        return statistics.mean(self.scores)
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation of the repetition, or 0 for a single seed."""
-        return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
+ReplicatedRow = tuple[Row, list[float]]
+"""A published row, and the accuracy of each seed in percent, evaluated as in the paper."""
 
 
-def replicated_scores(table: Table, jobs: Sequence[Job]) -> list[ReplicatedScore]:
-    """Return the rows of a table that are published and repeated.
+def replicated_rows(table: Table, jobs: Sequence[Job]) -> list[ReplicatedRow]:
+    """Return the rows of a table that are published and repeated, after the last round.
 
     Args:
         table: The table.
         jobs: Runs of the table. Runs that are not finished are left out.
     """
-    found = []
-    key = "held" if table.held else "last"
-    for row in table.rows:
-        scores = tuple(job.figures[key] for job in jobs if job.row == row and job.finished)
-        if row.mean is not None and scores:
-            found.append(ReplicatedScore(row.method, row.mean, row.deviation or 0.0, scores))
-    return found
+    key = table.third_figure if table.held else "last"
+    scores = {
+        row: [job.figures[key] for job in jobs if job.row == row and job.finished]
+        for row in table.rows
+        if row.mean is not None
+    }
+    return [(row, found) for row, found in scores.items() if found]
 
 
-def draw_scores(tables: Mapping[str, Sequence[ReplicatedScore]]) -> Figure:
+def draw_scores(tables: Mapping[str, Sequence[ReplicatedRow]]) -> Figure:
     """Plot repeated scores against published scores, with standard deviations.
 
     Args:
-        tables: The scores of each table, keyed by title.
+        tables: The rows of each table, keyed by title.
     """
     figure = style.figure(4.2)
     axes = figure.subplots()
-    for (title, scores), marker in zip(tables.items(), cycle("osD^v"), strict=False):
+    for (title, rows), marker in zip(tables.items(), cycle("osD^v"), strict=False):
         axes.errorbar(
-            [score.published for score in scores],
-            [score.mean for score in scores],
-            xerr=[score.deviation for score in scores],
-            yerr=[score.spread for score in scores],
+            [row.mean for row, _ in rows],
+            [statistics.mean(scores) for _, scores in rows],
+            xerr=[row.deviation or 0.0 for row, _ in rows],
+            yerr=[statistics.stdev(scores) if len(scores) > 1 else 0.0 for _, scores in rows],
             fmt=marker,
             elinewidth=0.8,
             label=title,

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.common import cores
 from benchmarks.speed.contenders import (
     Config,
     Contender,
@@ -17,19 +16,22 @@ from benchmarks.speed.contenders import (
     HtFLlib,
     PflResearch,
 )
+from benchmarks.speed.federations import FLOWER, OURS, FlowerApp, Pipes
+from hetero_fl.utils.environment import available_cores
 from tests.frozen_bits.cases import METHODS, merged
 
 CPU, CUDA, AGAINST = "cpu", "cuda", "--against"
 LOOP = "bare loop"
-SERIAL = Framework({"executor": "serial"})
-BATCHED = Framework({"executor": "batched"})
-TWO_WORKERS = Framework({"executor": "processes", "workers": 2, "threads": 1})
-AUTO = Framework({"executor": "auto"})
+FEW, MANY = "1,000 clients", "1,000,000 clients"
+SERIAL = Framework({"runtime": {"executor": "serial"}})
+BATCHED = Framework({"runtime": {"executor": "batched"}})
+TWO_WORKERS = Framework({"runtime": {"executor": "processes", "workers": 2, "threads": 1}})
+AUTO = Framework({"runtime": {"executor": "auto"}})
 EXECUTORS = {"serial": SERIAL, "batched": BATCHED, "processes": TWO_WORKERS, "auto": AUTO}
 VECTORIZED = {"serial": SERIAL, "batched": BATCHED}
 REFERENCE_LOOP = Framework(form="loop")
 SERIAL_AGAINST_LOOP = {LOOP: REFERENCE_LOOP, "serial": SERIAL}
-ALL_CORES = {"executor": "serial", "threads": cores()}
+ALL_CORES = {"executor": "serial", "threads": available_cores()}
 LABEL_SKEW = {
     "partition": {"kind": "dirichlet", "alpha": 0.5, "min_size": 30},
     "split": {"validation": 0.0, "test": 0.25},
@@ -81,6 +83,8 @@ class Case:
         length: Number of rounds of a whole run.
         rivals: Programs of another library that `--rival` adds, keyed by name.
         runs_with: Devices and options with which the case is executed by default.
+        memory: Largest acceptable ratio of the peak memory to that of the first contender. If None,
+            memory is not compared.
     """
 
     name: str
@@ -92,6 +96,7 @@ class Case:
     length: int = 1
     rivals: Mapping[str, Contender] = field(default_factory=dict)
     runs_with: tuple[str, ...] = (CPU,)
+    memory: float | None = None
 
     def tasks(self, pairs: int, folder: Path, runtime: Config) -> list[dict[str, Any]]:
         """Write the images, and return the tasks of a process for `timed_rounds.py`.
@@ -159,6 +164,12 @@ def fedavg_cifar(name: str, runtime: Config, contenders: Mapping[str, Contender]
         Images(1_100, side=32, channels=3),
         runs_with=(CPU, AGAINST),
     )
+
+
+def population(count: int) -> Config:
+    """Return the section `clients` with a number of clients, of which 50 train in a round."""
+    groups = [{"name": "client", "count": count, "model": "mlp"}]
+    return {"clients": {"per_round": 50, "groups": groups}}
 
 
 def small_federation(method: str) -> Config:
@@ -289,7 +300,7 @@ CASES = [
                 method,
                 data={"split": {"validation": 0.0, "test": 0.25}, "test_limit": 50},
                 clients={"count": clients, "defaults": defaults},
-                runtime=contender.runtime,
+                **contender.changes,
             )
             for method, clients, defaults in (
                 ("fedavg", 24, {"model": "cnn_bn_small", "batch_size": 32, "steps": 10}),
@@ -318,18 +329,41 @@ CASES = [
     Case(
         "population",
         {
-            "fedavg": federation(
+            method: federation(
+                method,
                 data={"name": "digits", "partition": {"kind": "drawn", "alpha": 0.5, "rows": 60}},
+                evaluation={"clients": 50},
+                **population(1_000_000),
+            )
+            # Clients of FedPer have private state.
+            for method in ("fedavg", "fedper")
+        },
+        {FEW: Framework(population(1_000)), MANY: Framework()},
+        {(MANY, FEW): 1.1},
+        rounds=3,
+        runs_with=(CPU, AGAINST),
+        memory=1.2,
+    ),
+    Case(
+        "cohort",
+        {
+            "fedavg": federation(
+                data={"partition": {"kind": "iid", "min_size": 2}},
                 clients={
-                    "per_round": 20,
-                    "groups": [{"name": "client", "count": 100_000, "model": "mlp"}],
+                    "count": 200,
+                    "per_round": 200,
+                    "defaults": {"model": "fedavg_cnn", "steps": 1},
                 },
-                evaluation={"clients": 20},
+                evaluation={"every": 1_000, "clients": 2},
             )
         },
-        {"serial": SERIAL},
-        rounds=3,
-        runs_with=(AGAINST,),
+        {
+            "2 clients a round": Framework({"clients": {"per_round": 2}}),
+            "serial": SERIAL,
+            "two workers": TWO_WORKERS,
+        },
+        images=Images(400, *COLOR),
+        memory=1.15,
     ),
     Case(
         "startup",
@@ -372,9 +406,24 @@ CASES = [
         *MANY_RESNETS,
         contenders={
             "float32": SERIAL,
-            "bfloat16": Framework({"executor": "serial", "precision": "bfloat16"}),
+            "bfloat16": Framework({"runtime": {"executor": "serial", "precision": "bfloat16"}}),
         },
         runs_with=(CUDA,),
+    ),
+    Case(
+        "federation_overhead",
+        {
+            "fedavg": federation(
+                data={"name": "digits"},
+                clients={"groups": [{"name": "site", "count": 4, "model": "mlp"}]},
+            )
+        },
+        {
+            "Flower's own": FlowerApp(FLOWER),
+            "over Flower": FlowerApp(OURS),
+            "over pipes": Pipes(),
+        },
+        {("over Flower", "Flower's own"): 1.3, ("over pipes", "Flower's own"): 0.1},
     ),
     Case(
         "pfl_research",

@@ -10,6 +10,7 @@ update of the residual that top-k accumulates.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks import common
+from benchmarks.common import add_quick
 from hetero_fl.communication.compression import build_stages
 from hetero_fl.communication.compressor import Compressor
 from hetero_fl.config.communication import ChannelConfig
@@ -95,7 +96,15 @@ def measured(
 
 def main() -> None:
     """Measure each compression chain with each model, and print a table row for each."""
-    options = common.parsed(common.arguments(__doc__, pairs=3))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pairs", type=int, default=3, help="timed turns after a warm-up turn (3)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of this process (1)")
+    add_quick(parser)
+    options = parser.parse_args()
+    pairs = 1 if options.quick else options.pairs
+    torch.set_num_threads(options.threads)
     print("| model | chain | send | receive | bytes relative to float32 |")
     print("| --- | --- | ---: | ---: | ---: |")
     for size in ("cnn",) if options.quick else ("cnn", "resnet"):
@@ -114,7 +123,7 @@ def main() -> None:
             config = ChannelConfig(compress=yaml.safe_load(f"[{chain}]"))
             stages = build_stages(config.compress)
             compressor = Compressor(stages, SPECS, 10) if stages else None
-            send, receive, count = measured(compressor, sent, got, options.pairs)
+            send, receive, count = measured(compressor, sent, got, pairs)
             print(
                 f"| {MODELS[size]} | {f'`{chain}`' if chain else 'none'} | {send:.0f} ms "
                 f"| {receive:.0f} ms | {count / dense:.2%} |",

@@ -14,8 +14,10 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,52 +82,50 @@ class Process:
         return answer
 
 
-class CommandLine:
-    """Runs of `scripts/train.py`, each in a new process.
+@dataclass(frozen=True)
+class Turns:
+    """Turns that this process executes.
 
     Args:
-        config: The configuration.
-        tree: Source tree of the script.
-        folder: Folder of the configuration file and of the runs.
+        turn: Function that executes a turn and returns the seconds.
     """
 
-    def __init__(self, config: Config, tree: Path, folder: Path) -> None:
-        self.tree = tree
-        self.folder = folder
-        (folder / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
-        self.runs = 0
-
-    def __enter__(self) -> CommandLine:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Do nothing, because no process is left after a turn."""
-
-    def turn(self) -> float:
-        """Run the command, and return the seconds from its start to its end."""
-        self.runs += 1
-        command = [sys.executable, "scripts/train.py", "--config", str(self.folder / "config.yaml")]
-        command += ["--out", str(self.folder / str(self.runs))]
-        started = time.perf_counter()
-        subprocess.run(
-            command,
-            cwd=self.tree,
-            env=environment(self.tree, self.folder),
-            check=True,
-            capture_output=True,
-        )
-        return time.perf_counter() - started
+    turn: Callable[[], float]
 
     def ask(self) -> dict[str, Any]:
         """Return an empty report, because the only configuration ends with the case."""
         return {}
 
 
+@contextmanager
+def command_line(config: Config, tree: Path, folder: Path) -> Iterator[Turns]:
+    """Yield runs of `scripts/train.py`, each in a new process.
+
+    Args:
+        config: The configuration.
+        tree: Source tree of the script.
+        folder: Folder of the configuration file and of the runs.
+    """
+    (folder / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
+    numbers = count()
+
+    def turn() -> float:
+        command = [sys.executable, "scripts/train.py", "--config", str(folder / "config.yaml")]
+        command += ["--out", str(folder / str(next(numbers)))]
+        started = time.perf_counter()
+        subprocess.run(
+            command, cwd=tree, env=environment(tree, folder), check=True, capture_output=True
+        )
+        return time.perf_counter() - started
+
+    yield Turns(turn)
+
+
 class Contender(ABC):
     """A program that is compared with others."""
 
     @abstractmethod
-    def start(self, tasks: Sequence[Task], folder: Path) -> Process | CommandLine:
+    def start(self, tasks: Sequence[Task], folder: Path) -> AbstractContextManager[Process | Turns]:
         """Start the program.
 
         Args:
@@ -139,23 +139,23 @@ class Framework(Contender):
     """hetero_fl, or a stand-in for it.
 
     Args:
-        runtime: Changed settings of the section `runtime`.
+        changes: Changes to the configurations.
         tree: Source tree from which the package is imported.
         form: What executes a turn: the framework, the loop in plain PyTorch of `tests/references`
             that takes the same steps, or the whole command `scripts/train.py`.
     """
 
-    runtime: Config = field(default_factory=dict)
+    changes: Config = field(default_factory=dict)
     tree: Path = ROOT
     form: Literal["framework", "loop", "command"] = "framework"
 
-    def start(self, tasks: Sequence[Task], folder: Path) -> Process | CommandLine:
+    def start(self, tasks: Sequence[Task], folder: Path) -> AbstractContextManager[Process | Turns]:
         """Start the process, which imports the package from the source tree."""
-        changes = {"config": {"runtime": self.runtime}, "is_loop": self.form == "loop"}
+        changes = {"config": self.changes, "is_loop": self.form == "loop"}
         tasks = [merged(task, changes) for task in tasks]
         if self.form == "command":
             (task,) = tasks
-            return CommandLine(task["config"], self.tree, folder)
+            return command_line(task["config"], self.tree, folder)
         path = folder / "tasks.json"
         path.write_text(json.dumps(tasks), encoding="utf-8")
         command = [sys.executable, str(FOLDER / "timed_rounds.py"), str(path)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.speed.cases import AGAINST, CASES, Case
-from benchmarks.speed.contenders import CommandLine, Config, Framework, Process, Rival
+from benchmarks.speed.contenders import Config, Framework, Process, Rival, Turns
 from tests.support.commits import checked_out, resolve_commit
 
 HERE, COMMIT = "working tree", "commit"
@@ -44,10 +45,12 @@ class Result:
     Attributes:
         seconds: Seconds of each timed turn, keyed by contender.
         by_config: The same for each configuration, keyed by label.
+        memory: Peak memory in MiB, keyed by contender. Commands and other libraries have none.
     """
 
     seconds: dict[str, list[float]]
     by_config: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
 
     def median_ratio(self, name: str, other: str, label: str | None = None) -> float:
         """Return the median time ratio of two contenders, of one configuration or of all."""
@@ -60,9 +63,7 @@ def ratios(seconds: Mapping[str, Sequence[float]], name: str, other: str) -> lis
     return [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]
 
 
-def alternate(
-    contenders: Mapping[str, Process | CommandLine], pairs: int
-) -> dict[str, list[float]]:
+def alternate(contenders: Mapping[str, Process | Turns], pairs: int) -> dict[str, list[float]]:
     """Time contenders in turns, in reverse order every other turn.
 
     Args:
@@ -106,7 +107,7 @@ def measure(case: Case, pairs: int, runtime: Config) -> Result:
                 result.seconds[name] = [total + seconds for total, seconds in totals]
                 if not isinstance(case.contenders[name], Rival):
                     # Complete the run of the configuration.
-                    started[name].ask()
+                    result.memory[name] = started[name].ask().get("peak_mib", math.nan)
     return result
 
 
@@ -119,16 +120,28 @@ def describe(case: Case, result: Result) -> str:
     compared |= {pair: None for pair in case.targets if set(pair) <= result.seconds.keys()}
     for name, other in compared:
         found = ratios(result.seconds, name, other)
-        ratio = f"  {name} / {other}: {spread(found)}, 95% interval {interval([found])}"
+        line = f"  {name} / {other}: {spread(found)}, 95% interval {interval([found])}"
         if target := case.targets.get((name, other)):
-            verdict = "met" if result.median_ratio(name, other) <= target else "missed"
-            ratio += f"; target {target}: {verdict}"
-        lines.append(ratio)
+            line += compared_to_target(result.median_ratio(name, other), target)
+        lines.append(line)
         if len(case.configs) > 1:
             medians = {label: result.median_ratio(name, other, label) for label in case.configs}
             slowest = sorted(medians.items(), key=lambda pair: -pair[1])[:MOST]
             lines.append("    " + ", ".join(f"{label} {ratio:.3f}" for label, ratio in slowest))
+    if case.memory is not None:
+        base = result.memory[reference]
+        for name in others:
+            ratio = result.memory[name] / base
+            lines.append(
+                f"  memory of {name} / {reference}: {ratio:.3f} of {base:.0f} MiB"
+                + compared_to_target(ratio, case.memory)
+            )
     return "\n".join(lines)
+
+
+def compared_to_target(ratio: float, target: float) -> str:
+    """Return whether a ratio meets its target, after a semicolon."""
+    return f"; target {target}: {'met' if ratio <= target else 'missed'}"
 
 
 def spread(values: Sequence[float]) -> str:
@@ -172,7 +185,7 @@ def against(case: Case, tree: Path) -> Case:
     *_, own = case.contenders.values()
     assert isinstance(own, Framework)
     # The configurations name the executor.
-    own = replace(own, runtime={})
+    own = replace(own, changes={})
     return replace(
         case,
         contenders={COMMIT: replace(own, tree=tree), HERE: own},

@@ -6,14 +6,15 @@ The script is executed with `PYTHONPATH` set to the source tree that is measured
 the public interface of `hetero_fl`, except for loops. `TASKS.json` is a list of tasks with the keys
 `config`, `turns` (number of turns), `rounds` (rounds per turn, or 0 if a turn is a whole run) and
 `is_loop` (whether the loop of `tests/references` replaces the framework). For each line on standard
-input, one line of JSON is printed, with the `seconds` of a turn, or with `done` if the task has
-ended.
+input, one line of JSON is printed, with the `seconds` of a turn, or with the peak memory of the
+process in MiB, `peak_mib`, if the task has ended.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -96,6 +97,19 @@ def make_loop(config: Mapping[str, Any]) -> Callable[[], None]:
     return loop.round
 
 
+def peak_memory() -> float:
+    """Return the peak resident memory of this process in MiB.
+
+    On Linux, /proc is preferred because `ru_maxrss` includes the peak of the parent process.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def reply(replies: TextIO, message: Mapping[str, Any]) -> None:
     """Write a message as one line of JSON."""
     print(json.dumps(message), file=replies, flush=True)
@@ -112,7 +126,7 @@ def serve(path: str) -> None:
             run_rounds(task, replies)
         else:
             run_repeatedly(task, replies)
-        reply(replies, {"done": True})
+        reply(replies, {"peak_mib": peak_memory()})
 
 
 if __name__ == "__main__":

@@ -50,9 +50,9 @@ def finish(job: object, last: float, class_scores: list[list[int]]) -> None:
     details = {"label_counts": {"a": [5, 0]}, "confusion": {"a": {"global": class_scores}}}
     (path / "details.json").write_text(json.dumps(details))
     records = [
-        {"server": {"accuracy": last + 0.02}},
-        {"server": None},
-        {"server": {"accuracy": last}},
+        {"round": 1, "server": {"accuracy": last + 0.02}},
+        {"round": 2, "server": None},
+        {"round": 3, "server": {"accuracy": last}},
     ]
     (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
 

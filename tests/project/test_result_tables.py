@@ -243,7 +243,8 @@ def test_recorded_output_names_the_command_and_the_commit(
 ) -> None:
     monkeypatch.setattr(record, "MEASUREMENTS", tmp_path / "measurements")
     monkeypatch.setattr(record, "archivable_commit", lambda: "0123abcd")
-    monkeypatch.setattr(sys, "argv", ["record", "sums", "secure_sum", "--quick"])
+    split = ["htfllib_split", "--clients", "2", "--out", str(tmp_path / "digits")]
+    monkeypatch.setattr(sys, "argv", ["record", "sums", *split])
     record.main()
     monkeypatch.setattr(sys, "argv", ["record", "version", "hetero-fl", "--version"])
     record.main()
@@ -254,9 +255,9 @@ def test_recorded_output_names_the_command_and_the_commit(
     files = {file.stem: file.read_text("utf-8") for file in (tmp_path / "measurements").iterdir()}
     sums, version = (files.pop(name).splitlines() for name in ("sums", "version"))
     assert not files
-    assert sums[0] == "$ python -m benchmarks secure_sum --quick"
+    assert sums[0] == "$ python -m benchmarks htfllib_split --clients 2 --out digits"
     assert re.match(r"# 0123abcd, \d+ cores, .+, Python 3", sums[1])
-    assert sums[2].startswith("| clients | numbers |") and sums[4].startswith("| 5 | 1,000 |")
+    assert sums[2] == f"{tmp_path / 'digits'}: 2 clients, seed 0"
     assert version[0] == "$ hetero-fl --version" and version[2].startswith("hetero-fl ")
 
 

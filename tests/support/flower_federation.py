@@ -31,10 +31,15 @@ class FlowerFederation:
         folder: Folder for sites, logs and Flower's files.
         sites: The content of each client's site file.
         secure: Whether connections use TLS and sites authenticate with keys.
+        environment: Further environment variables of the processes.
     """
 
     def __init__(
-        self, folder: Path, sites: Mapping[str, Mapping[str, Any]], secure: bool = False
+        self,
+        folder: Path,
+        sites: Mapping[str, Mapping[str, Any]],
+        secure: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.secure = secure
@@ -43,6 +48,7 @@ class FlowerFederation:
         home.mkdir(parents=True)
         self._environment = {
             **os.environ,
+            **(environment or {}),
             "FLWR_HOME": str(home),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -128,15 +134,18 @@ class FlowerFederation:
 
     def run(self, app: Path, **settings: Any) -> str:
         """Run an app until it ends and return how it ended."""
-        chosen = " ".join(f"{k.replace('_', '-')}={json.dumps(v)}" for k, v in settings.items())
-        started = self._flwr("run", str(app), "test", "--run-config", chosen)
-        number = str(started["run-id"])
+        number = self.start_run(app, **settings)
         while True:
             (found,) = self._flwr("list", "test", "--run-id", number)["runs"]
             status = str(found["status"])
             if status.startswith("finished"):
                 return f"{status} {found['status-details']}".strip()
             time.sleep(0.5)
+
+    def start_run(self, app: Path, **settings: Any) -> str:
+        """Start an app and return the id of the run."""
+        chosen = " ".join(f"{k.replace('_', '-')}={json.dumps(v)}" for k, v in settings.items())
+        return str(self._flwr("run", str(app), "test", "--run-config", chosen)["run-id"])
 
     def log(self, name: str) -> str:
         """Return what a process has printed."""

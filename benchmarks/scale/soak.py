@@ -13,7 +13,6 @@ rounds of each process are omitted.
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import gc
 import math
@@ -26,6 +25,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pandas as pd
 
 from benchmarks.common import add_quick
 from hetero_fl.deployment.local import run_local_federation
@@ -81,19 +82,6 @@ def open_files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def descendants() -> list[int]:
-    """Return the ids of the processes that this process has started directly or indirectly."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, ValueError):
-            pid, rest = stat.read_text().split(" ", 1)
-            parents[int(pid)] = int(rest.rpartition(")")[2].split()[1])
-    found = [os.getpid()]
-    for parent in found:
-        found += [pid for pid, above in parents.items() if above == parent]
-    return found[1:]
-
-
 def measure(round_idx: int) -> list[Sample]:
     """Measure the server and its nodes."""
     gc.collect()
@@ -101,34 +89,32 @@ def measure(round_idx: int) -> list[Sample]:
     names = {os.getpid(): "server"}
     names |= {node.pid: "nodes" for node in multiprocessing.active_children() if node.pid}
     samples = []
-    for pid in [os.getpid(), *descendants()]:
+    for pid, name in names.items():
         # A process may end at any time.
         with suppress(OSError):
-            if name := names.get(pid):
-                samples.append(Sample(round_idx, name, pid, memory(pid), open_files(pid)))
+            samples.append(Sample(round_idx, name, pid, memory(pid), open_files(pid)))
     return samples
 
 
-def slope(series: Sequence[Sequence[tuple[int, float]]]) -> tuple[float, float]:
-    """Fit a common slope with a separate intercept for each series by least squares.
+def slope(rows: pd.DataFrame, column: str) -> tuple[float, float]:
+    """Fit a common slope with a separate intercept for each process by least squares.
 
     Args:
-        series: Series of (round, value) pairs.
+        rows: Samples of several processes.
+        column: Column whose slope over the rounds is fitted.
 
     Returns:
         The slope and its standard error, which are NaN if there are too few values.
     """
-    centered = []
-    for values in series:
-        if len(values) > 1:
-            x, y = (sum(column) / len(values) for column in zip(*values, strict=True))
-            centered += [(a - x, b - y) for a, b in values]
-    degrees_of_freedom = len(centered) - 1 - sum(len(values) > 1 for values in series)
-    square = sum(a * a for a, _ in centered)
+    by_process = rows.groupby("pid")[["round_idx", column]]
+    x, y = (rows[["round_idx", column]] - by_process.transform("mean")).to_numpy().T
+    square = x @ x
+    # Processes with one sample have no effect on the slope.
+    degrees_of_freedom = len(rows) - by_process.ngroups - 1
     if degrees_of_freedom < 1 or not square:
         return math.nan, math.nan
-    rate = sum(a * b for a, b in centered) / square
-    residual = sum((b - rate * a) ** 2 for a, b in centered)
+    rate = x @ y / square
+    residual = ((y - rate * x) ** 2).sum()
     return rate, math.sqrt(residual / degrees_of_freedom / square)
 
 
@@ -141,26 +127,16 @@ def print_slopes(samples: Sequence[Sample], warm: int) -> None:
     """
     print("| | MiB, median | KiB per round | files, maximum | files per round | samples |")
     print("|---|---|---|---|---|---|")
-    for name in ("server", "nodes"):
-        by_process: dict[int, list[Sample]] = {}
-        for sample in samples:
-            if sample.name == name:
-                by_process.setdefault(sample.pid, []).append(sample)
-        kept = [
-            [s for s in rows if s.round_idx - rows[0].round_idx >= warm]
-            for rows in by_process.values()
-        ]
-        sizes = sorted(s.mebibytes for rows in kept for s in rows)
-        if not sizes:
-            continue
-        rate, error = slope([[(s.round_idx, 1024 * s.mebibytes) for s in rows] for rows in kept])
-        opened, uncertainty = slope(
-            [[(s.round_idx, float(s.files)) for s in rows] for rows in kept]
-        )
-        most = max(s.files for rows in kept for s in rows)
+    frame = pd.DataFrame(samples, columns=Sample._fields)
+    age = frame["round_idx"] - frame.groupby(["name", "pid"])["round_idx"].transform("first")
+    for name, rows in sorted(frame[age >= warm].groupby("name"), reverse=True):
+        rate, error = slope(rows, "mebibytes")
+        opened, uncertainty = slope(rows, "files")
+        sizes = rows["mebibytes"].sort_values()
         print(
-            f"| {name} | {sizes[len(sizes) // 2]:.0f} | {rate:.2f} ± {error:.2f} | {most} | "
-            f"{opened:.4f} ± {uncertainty:.4f} | {len(sizes)} |"
+            f"| {name} | {sizes.iloc[len(sizes) // 2]:.0f} | {1024 * rate:.2f} ± "
+            f"{1024 * error:.2f} | {rows['files'].max()} | "
+            f"{opened:.4f} ± {uncertainty:.4f} | {len(rows)} |"
         )
 
 
@@ -197,8 +173,9 @@ def main() -> None:
         out = Path(folder) / "run"
         run_local_federation(source(options.rounds), out=out, callbacks=[after_round])
     if options.out is not None:
-        with options.out.open("w", newline="") as file:
-            csv.writer(file).writerows([Sample._fields, *samples])
+        pd.DataFrame(samples, columns=Sample._fields).to_csv(
+            options.out, index=False, lineterminator="\r\n"
+        )
     print_slopes(samples, options.warm)
     time.sleep(2.0)
     print(

@@ -1,1 +1,0 @@
-"""Robustness of real deployments, and robustness against malicious clients."""

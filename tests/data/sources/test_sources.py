@@ -1,13 +1,10 @@
-"""Embedded, generated and in-memory sources, the registry and the script for chest_xray."""
+"""Embedded, generated and in-memory sources, and the registry."""
 
 from __future__ import annotations
 
-import runpy
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -32,8 +29,6 @@ from tests.support.mistakes import check_refused, refusal
 from tests.support.movielens_folders import write_movielens_folder
 from tests.support.speech_folders import write_speech_folder
 
-SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "make_embedded_set.py"
-
 
 def test_chest_xray_is_embedded(tmp_path: Path) -> None:
     dataset = load_source(SourceConfig(), tmp_path)
@@ -47,36 +42,6 @@ def test_chest_xray_is_embedded(tmp_path: Path) -> None:
     embedded = Path(hetero_fl.data.__file__).parent / "embedded"
     assert (embedded / "chest_xray.npz").stat().st_size < 2.2e6
     assert "CC BY 4.0" in (embedded / "LICENSE.md").read_text()
-
-
-def test_script_is_stratified_and_deterministic(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rng = np.random.default_rng(0)
-    arrays: dict[str, Any] = {}
-    for split, rows in (("train", 3000), ("val", 300), ("test", 50)):
-        arrays[f"{split}_images"] = rng.integers(0, 256, (rows, 4, 4), dtype=np.uint8)
-        arrays[f"{split}_labels"] = (np.arange(rows) % 4 > 0).astype(np.uint8)[:, None]
-    np.savez(tmp_path / "whole.npz", **arrays)
-    for name in ("a.npz", "b.npz"):
-        monkeypatch.setattr("sys.argv", ["make", str(tmp_path / "whole.npz"), str(tmp_path / name)])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-    with np.load(tmp_path / "a.npz") as small:
-        assert np.bincount(small["train_labels"][:, 0]).tolist() == [500, 1500]
-        assert np.bincount(small["val_labels"][:, 0]).tolist() == [50, 150]
-        assert np.array_equal(small["test_images"], arrays["test_images"])
-        label_of = {
-            image.tobytes(): label
-            for image, label in zip(
-                arrays["train_images"], arrays["train_labels"][:, 0], strict=True
-            )
-        }
-        kept = [label_of[image.tobytes()] for image in small["train_images"]]
-        assert (
-            kept == small["train_labels"][:, 0].tolist()
-            and len({i.tobytes() for i in small["train_images"]}) == 2000
-        )
 
 
 def test_generated_sets_are_marked_and_learnable(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 from benchmarks.league.archive import RunArchive
 from benchmarks.league.protocol import Benchmark, BenchmarkRow, Tuning, Values
 from hetero_fl.experiment.comparison.jobs import Point
-from hetero_fl.experiment.comparison.tuning import Rating, Ratings, Trial
 from hetero_fl.utils.text import split_top_level
 
 
@@ -124,16 +123,12 @@ class Coordinate:
         start = chosen | {key: values[0] for key, values in retuned.items()}
         return cls(row, start, [SettingGrid(key, [key], found) for key, found in retuned.items()])
 
-    def ask(self, ratings: Ratings) -> list[Point]:
-        """Return the points to run before the next choice. Empty if all settings are chosen."""
-        return self.choose(ratings).remaining
+    def choose(self, ratings: Mapping[Point, float]) -> TunedSettings:
+        """Choose the settings as far as the ratings allow.
 
-    def trials(self, ratings: Ratings) -> list[Trial]:
-        """Return the rated points."""
-        return [Trial(point, "complete", rating) for point, rating in ratings.items()]
-
-    def choose(self, ratings: Ratings) -> TunedSettings:
-        """Choose the settings as far as the ratings allow."""
+        Args:
+            ratings: Mean validation score of each point that was tried.
+        """
         settings = self.start
         tuned: list[TunedKey] = []
         for grid in self.grids:
@@ -144,7 +139,7 @@ class Coordinate:
                 missing = [point for point in points if point not in ratings]
                 if missing:
                     return TunedSettings(settings, missing, tuple(tuned))
-                scores = [ratings[point].score for point in points]
+                scores = [ratings[point] for point in points]
                 best = scores.index(max(scores))
                 added = _neighbor(values, values[best], grid.wider)
                 if added is None:
@@ -202,15 +197,13 @@ def choices_of(benchmark: Benchmark, name: str, archive: Path) -> dict[str, Tune
     return choices
 
 
-def _archived_ratings(row: BenchmarkRow, num_seeds: int, trials: RunArchive) -> dict[Point, Rating]:
-    """Return the ratings of the points of a row that have run with all seeds."""
+def _archived_ratings(row: BenchmarkRow, num_seeds: int, trials: RunArchive) -> dict[Point, float]:
+    """Return the mean score of the points of a row that have run with all seeds."""
     scores: dict[Point, list[float]] = {}
     for archived in trials.rows.values():
         if (archived["method"], archived["components"]) == (row.method, row.components):
             point = tuple(split_top_level(archived["settings"], ":"))
             scores.setdefault(point, []).append(float(archived["validation_score"] or "-inf"))
     return {
-        point: Rating({}, sum(found) / len(found), is_complete=True)
-        for point, found in scores.items()
-        if len(found) >= num_seeds
+        point: sum(found) / len(found) for point, found in scores.items() if len(found) >= num_seeds
     }

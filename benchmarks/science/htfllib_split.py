@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import hetero_fl as hfl
-from hetero_fl.data import Examples
 from hetero_fl.utils.seeding import keyed_generator
+from tests.support.benchmark_folders import write_client_file
 
 SIDE = 16
 TEST_SHARE = 0.25
@@ -33,16 +33,7 @@ def enlarge(images: Tensor) -> np.ndarray:
     larger = torch.nn.functional.interpolate(
         images.float(), size=(SIDE, SIDE), mode="bilinear", align_corners=False
     )
-    pixels: np.ndarray = (larger / 127.5 - 1).expand(-1, 3, -1, -1).numpy()
-    return pixels
-
-
-def write_rows(path: Path, rows: Examples, chosen: Tensor) -> None:
-    """Write rows as a client file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = {"x": enlarge(rows.x[chosen]), "y": rows.labels[chosen].numpy()}
-    with path.open("wb") as file:
-        np.savez_compressed(file, data=np.array(data, dtype=object))
+    return (larger / 127.5 - 1).expand(-1, 3, -1, -1).numpy()
 
 
 def write_split(folder: Path, clients: int, alpha: float, seed: int) -> None:
@@ -60,8 +51,9 @@ def write_split(folder: Path, clients: int, alpha: float, seed: int) -> None:
         rows = client.data.train
         order = torch.randperm(len(rows), generator=keyed_generator(seed, "htfllib_split", number))
         test = round(TEST_SHARE * len(rows))
-        write_rows(folder / "test" / f"{number}.npz", rows, order[:test])
-        write_rows(folder / "train" / f"{number}.npz", rows, order[test:])
+        for part, chosen in {"test": order[:test], "train": order[test:]}.items():
+            x = enlarge(rows.x[chosen])
+            write_client_file(folder / part / f"{number}.npz", x=x, y=rows.labels[chosen].numpy())
         counts.append([[c, n] for c, n in enumerate(rows.labels.bincount().tolist()) if n])
     content = {
         "num_clients": clients,

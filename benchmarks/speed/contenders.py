@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tests.frozen_bits.cases import merged
+from tests.support.benchmark_folders import write_client_file
 from tests.support.commits import ROOT
 
 Config = dict[str, Any]
@@ -78,8 +79,7 @@ class Process:
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"{self.process.args}: ended with status {self.process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return json.loads(line)
 
 
 @dataclass(frozen=True)
@@ -223,9 +223,7 @@ class HtFLlib(Rival):
         for client, rows in enumerate(np.array_split(np.arange(len(y)), clients)):
             tests, train = np.split(rows, [round(share * len(rows))])
             for part, own in {"train": train, "test": tests}.items():
-                (data / part).mkdir(parents=True, exist_ok=True)
-                content = np.array({"x": x[own], "y": y[own]}, dtype=object)
-                np.savez(data / part / f"{client}.npz", data=content)
+                write_client_file(data / part / f"{client}.npz", x=x[own], y=y[own])
         defaults = config["clients"]["defaults"]
         script = [str(FOLDER / "htfllib_rounds.py"), str(self.checkout / "system")]
         options = ["-data", "generated", "-m", "HtFE-img-2", "-algo", "FD", "-nc", str(clients)]

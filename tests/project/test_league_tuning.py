@@ -16,7 +16,6 @@ from benchmarks.league.tuning import (
     TunedSettings,
 )
 from hetero_fl.experiment.comparison.jobs import Point
-from hetero_fl.experiment.comparison.tuning import Rating
 
 LADDER = [0.0001, 0.001, 0.01, 0.1, 1.0]
 TUNING = Tuning(
@@ -38,13 +37,13 @@ def tune(
 ) -> tuple[TunedSettings, int]:
     """Run all trials with a score function, and return the choice and the number of trials."""
     tuner = Coordinate.for_row(row, TUNING)
-    ratings: dict[Point, Rating] = {}
-    while points := tuner.ask(ratings):
+    ratings: dict[Point, float] = {}
+    while points := tuner.choose(ratings).remaining:
         for point in points:
             assert point not in ratings, "a trial is never repeated"
             # The values of a point are a configuration in YAML.
             trial = {key: yaml.safe_load(value) for key, _, value in map(partition, point)}
-            ratings[point] = Rating({}, score(trial), is_complete=True)
+            ratings[point] = score(trial)
     return tuner.choose(ratings), len(ratings)
 
 

@@ -8,12 +8,12 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from typing_extensions import override
 
-from hetero_fl.algorithms.averaging import FedAvg
-from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
+from hetero_fl.algorithms.averaging import FedAvg, FedAvgFT
+from hetero_fl.algorithms.base import Needs, register_algorithm
 from hetero_fl.algorithms.prediction import adjust_to_labels
 from hetero_fl.algorithms.round_parts import SharedPart, common_part, local_fit, shared_part
 from hetero_fl.core.objectives import Proximal
-from hetero_fl.core.participant import ClientDirectory, Participant
+from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Plan, Predict, Rows
 
@@ -154,7 +154,7 @@ class FedRep(FedPer):
 
 
 @register_algorithm("fedbabu")
-class FedBABU(FedPer):
+class FedBABU(FedAvgFT, FedPer):
     """Train and average the backbone with a frozen head, and fine-tune models before evaluation.
 
     All clients keep the same initial head during training. Before evaluation, each client
@@ -177,20 +177,11 @@ class FedBABU(FedPer):
 
     title = "FedBABU"
     _broadcasts_means = FedAvg._broadcasts_means
-    evaluated_when = (
-        "after aggregation and fine-tuning of the client's copy, on both test sets (the server's "
-        "own model: before fine-tuning)"
-    )
     _removed = {"finetune_epochs": "the client option fine_tune_epochs"}
 
     finetune: Literal["all", "head"] = Field(
         "all", description="part that is fine-tuned: the whole model or the head"
     )
-
-    @override
-    def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
-        clients.set_default("fine_tune_epochs", 5)
-        return super().configure(clients)
 
     @override
     def local_training(self, client: Participant, received: Payload) -> Plan[None]:

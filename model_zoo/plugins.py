@@ -34,7 +34,7 @@ class Plugins:
     """The plug-ins of one group of entry points.
 
     Args:
-        group: Name of the group, such as `hetero_fl.models`.
+        group: Name of the group, such as `hetero_fl.models`. If empty, there are no plug-ins.
         kind: Noun for the objects of the group in messages, such as "model".
         built_in: Function that returns the built-in names, which plug-ins must not use.
         check: Function that returns why a loaded object is not valid, or an empty string.
@@ -112,7 +112,8 @@ class Plugins:
         """The usable entry points of the group by name, in alphabetical order."""
         built_in = self._built_in()
         found: dict[str, EntryPoint] = {}
-        for entry in sorted(entry_points(group=self.group), key=lambda e: (e.name, e.value)):
+        entries = entry_points(group=self.group) if self.group else ()
+        for entry in sorted(entries, key=lambda e: (e.name, e.value)):
             reason = ""
             if entry.name in built_in:
                 reason = f"'{entry.name}' is a built-in {self.kind}"
@@ -157,16 +158,14 @@ class Registry(Generic[T]):
 
     Attributes:
         kind: Noun for the objects in messages.
-        plugins: The plug-ins, or None if there is no group.
+        plugins: The plug-ins, of which there are none without a group.
     """
 
     def __init__(self, kind: str, package: str, check: Callable[[Any], str], group: str) -> None:
         self.kind = kind
         self._package = package
         self._known: dict[str, T] = {}
-        self.plugins = (
-            Plugins(group, kind, self.built_in_names, check, self._convert) if group else None
-        )
+        self.plugins = Plugins(group, kind, self.built_in_names, check, self._convert)
 
     def __call__(self, name: str) -> Callable[[Entry], Entry]:
         """Return a decorator that registers an object under a name.
@@ -187,12 +186,11 @@ class Registry(Generic[T]):
         return register
 
     def __iter__(self) -> Iterator[str]:
-        plugins = self.plugins.load_all() if self.plugins is not None else {}
-        return iter({**self._known, **plugins})
+        return iter({**self._known, **self.plugins.load_all()})
 
     def __contains__(self, name: object) -> bool:
         """Return whether there is an object of a name. Plug-ins are not imported."""
-        return name in self._known or (self.plugins is not None and name in self.plugins)
+        return name in self._known or name in self.plugins
 
     def built_in_names(self) -> set[str]:
         """Return the names of the built-in objects."""
@@ -208,21 +206,19 @@ class Registry(Generic[T]):
         Raises:
             PluginError: If the plug-in that provides the name cannot be loaded.
         """
-        if name not in self._known and self.plugins is not None and name in self.plugins:
-            found: T = self.plugins.load(name)
-            return found
+        if name not in self._known and name in self.plugins:
+            return self.plugins.load(name)
         return self._known.get(name)
 
     def origin(self, name: str) -> str:
         """Return the package that provides a name, or the module that registered the object."""
-        if name not in self._known and self.plugins is not None:
+        if name not in self._known:
             return self.plugins.origin(name)
         return str(getattr(self._known[name], "__module__", ""))
 
     def _convert(self, entry: Any) -> T:
         """Return what is kept of an object that is registered."""
-        kept: T = entry
-        return kept
+        return entry
 
     def _is_built_in(self, entry: object) -> bool:
         return str(getattr(entry, "__module__", "")).startswith(f"{self._package}.")

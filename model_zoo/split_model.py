@@ -89,8 +89,7 @@ class SplitModel(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the features of a batch, shape `[B, num_features]`."""
-        features: Tensor = self.backbone(x)
-        return features
+        return self.backbone(x)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits for features, shape `[B, num_classes]`.
@@ -101,8 +100,7 @@ class SplitModel(nn.Module):
         """
         if pre_logits:
             return features
-        logits: Tensor = self.head(features)
-        return logits
+        return self.head(features)
 
     @override
     def forward(self, x: Tensor) -> Tensor:

@@ -190,9 +190,8 @@ def _num_parameters(arch: ModelSpec) -> int:
 def _properties(name: str, kind: type[Algorithm]) -> str:
     """Return the declared properties of a method, and the package of a plug-in."""
     properties = list(declared_properties(kind))
-    plugins = register_algorithm.plugins
-    if plugins is not None and name in plugins:
-        properties.append(f"from {plugins.origin(name)}")
+    if name in register_algorithm.plugins:
+        properties.append(f"from {register_algorithm.plugins.origin(name)}")
     return "; ".join(properties)
 
 

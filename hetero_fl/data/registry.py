@@ -670,7 +670,7 @@ def _find_source(config: SourceConfig, where: str) -> tuple[str, type[Source]]:
     name = _registered_name(config.name)
     if name in sources:
         return name, sources[name]
-    if sources.plugins is not None and name in sources.plugins:
+    if name in sources.plugins:
         try:
             sources.plugins.load(name)
         except PluginError as error:

@@ -136,8 +136,7 @@ class Registry(BaseRegistry[T]):
         if name.startswith(OBJECT_PREFIX):
             return cast("T | None", get_object(name))
         if not name.startswith(CODE_PREFIX):
-            loaded = self.plugins.get_loaded(name) if self.plugins is not None else None
-            return self._known.get(name, loaded)
+            return self._known.get(name, self.plugins.get_loaded(name))
         module_name, _, attribute = name.removeprefix(CODE_PREFIX).partition(":")
         found: Any = getattr(sys.modules.get(module_name), attribute, None) if attribute else None
         if not (isinstance(found, type) and issubclass(found, self._base())):

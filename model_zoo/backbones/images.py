@@ -151,8 +151,7 @@ class ChannelDropout(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x * self.dropout(torch.ones_like(x[:, :, :1, :1]))
-        return out
+        return x * self.dropout(torch.ones_like(x[:, :, :1, :1]))
 
 
 def fedproto_cnn(shape: Shape, *, width: Count = 20) -> Body:

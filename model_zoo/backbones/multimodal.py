@@ -130,12 +130,10 @@ class Fuse(nn.Module):
         """
         filled = torch.where(present[..., None], parts, self.absent)
         if self.method == "concat":
-            mixed: Tensor = self.mix(self.norm(filled.flatten(-2))).relu()
-            return mixed
+            return self.mix(self.norm(filled.flatten(-2))).relu()
         filled = self.norm(filled)
         weights = self.gate(filled).softmax(-2)
-        gated: Tensor = self.mix((weights * filled).sum(-2)).relu()
-        return gated
+        return self.mix((weights * filled).sum(-2)).relu()
 
 
 class Multimodal(nn.Module):
@@ -200,8 +198,7 @@ class Multimodal(nn.Module):
         kept = self.hide(present)
         # If all blocks of an example are hidden, none is.
         kept = torch.where(kept.sum(1, keepdim=True) > 0, kept, present)
-        fused: Tensor = self.fusion(torch.stack(parts, dim=1), kept > 0)
-        return fused
+        return self.fusion(torch.stack(parts, dim=1), kept > 0)
 
 
 def multimodal(

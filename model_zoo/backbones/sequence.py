@@ -151,8 +151,7 @@ class _DilatedBlock(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.dropout(self.mix(self.norm(self.dilated(self.pad(x))).relu()))
-        return out
+        return x + self.dropout(self.mix(self.norm(self.dilated(self.pad(x))).relu()))
 
 
 class DilatedCNN(nn.Module):

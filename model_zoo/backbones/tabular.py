@@ -94,8 +94,7 @@ class _ColumnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x)))
         value, gate = self.up(self.norm2(x)).chunk(2, -1)
-        out: Tensor = x + self.dropout(self.down(value * gate.relu()))
-        return out
+        return x + self.dropout(self.down(value * gate.relu()))
 
 
 class _ColumnTransformer(nn.Module):
@@ -116,8 +115,7 @@ class _ColumnTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.unsqueeze(-1) * self.scale + self.shift
         steps = self.blocks(torch.cat([tokens, self.read.expand(x.shape[0], -1, -1)], 1))
-        features: Tensor = self.norm(steps[:, -1]).relu()
-        return features
+        return self.norm(steps[:, -1]).relu()
 
 
 def ft_transformer(
@@ -194,8 +192,7 @@ class _TableBlock(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         inner = self.dropout(self.up(self.norm(x)).relu())
-        out: Tensor = x + self.dropout(self.down(inner))
-        return out
+        return x + self.dropout(self.down(inner))
 
 
 def tabular(

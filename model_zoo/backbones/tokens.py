@@ -54,8 +54,7 @@ class _Recurrent(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         outputs, _ = self.network(self.embedding(x))
-        last: Tensor = outputs[:, -1]
-        return last
+        return outputs[:, -1]
 
 
 def text_gru(shape: Shape, *, embedding: Count = 32, hidden: Count = 64, layers: Count = 1) -> Body:
@@ -92,8 +91,7 @@ class _CausalLayer(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         inner = self.convolution(F.pad(x, (self.before, 0))).transpose(1, 2)
-        out: Tensor = x + self.dropout(self.norm(inner).relu()).transpose(1, 2)
-        return out
+        return x + self.dropout(self.norm(inner).relu()).transpose(1, 2)
 
 
 class _CausalCNN(nn.Module):
@@ -161,8 +159,7 @@ class _TextTransformer(nn.Module):
         steps = self.embedding(x) + self.positions
         for block in self.blocks:
             steps = block(steps, x == PADDING)
-        features: Tensor = self.norm(steps[:, -1])
-        return features
+        return self.norm(steps[:, -1])
 
 
 def text_transformer(
@@ -214,8 +211,7 @@ class _MatrixFactorization(_UserModel):
     @override
     def forward(self, x: Tensor) -> Tensor:
         user, items, count = self.embed(x)
-        features: Tensor = user + items.sum(1) * count.to(items.dtype).rsqrt()
-        return features
+        return user + items.sum(1) * count.to(items.dtype).rsqrt()
 
 
 def matrix_factorization(shape: Shape, *, width: Count = 32) -> Body:
@@ -248,8 +244,7 @@ class _NeuralFiltering(_UserModel):
     @override
     def forward(self, x: Tensor) -> Tensor:
         user, items, count = self.embed(x)
-        features: Tensor = self.network(torch.cat([user, items.sum(1) / count], 1))
-        return features
+        return self.network(torch.cat([user, items.sum(1) / count], 1))
 
 
 def neural_filtering(
@@ -283,8 +278,7 @@ class _RecurrentFiltering(_UserModel):
     def forward(self, x: Tensor) -> Tensor:
         user, items, _ = self.embed(x)
         outputs, _ = self.network(items)
-        features: Tensor = user + outputs[:, -1]
-        return features
+        return user + outputs[:, -1]
 
 
 def gru4rec(shape: Shape, *, width: Count = 32) -> Body:

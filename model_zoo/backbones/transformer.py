@@ -60,8 +60,7 @@ class SelfAttention(nn.Module):
         if padding_mask is not None:
             scores = scores.masked_fill(padding_mask[:, None, None, :], -1e4)
         weights = scores.softmax(-1)
-        out: Tensor = self.out(rearrange(weights @ v, "b h n d -> b n (h d)"))
-        return out
+        return self.out(rearrange(weights @ v, "b h n d -> b n (h d)"))
 
 
 class TransformerBlock(nn.Module):
@@ -86,8 +85,7 @@ class TransformerBlock(nn.Module):
     @override
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x), padding_mask))
-        out: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
-        return out
+        return x + self.dropout(self.mlp(self.norm2(x)))
 
 
 class Encoder(nn.Module):
@@ -119,8 +117,7 @@ class Encoder(nn.Module):
     @override
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.blocks(self.embed(tokens) + self.positions)
-        features: Tensor = self.norm(x).mean(1)
-        return features
+        return self.norm(x).mean(1)
 
 
 def vit(

@@ -89,7 +89,7 @@ def test_vehicles_train_three_kinds_of_networks(files: tuple[Path, Path], tmp_pa
     assert (data["n_test"], data["n_proxy"], data["simulated"]) == (40, 20, False)
     assert [client["id"] for client in run.summary["clients"]] == list(IMAGES)
     assert next(iter(run.summary["global"]["last"])) == "mae"
-    x = read_drives(files[1], DrivingConfig())[0]["train"].x[:2]
+    x = read_drives(files[1], DrivingConfig()).train.x[:2]
     assert run.predict("cid", x).shape == (2, 1)
     # Another file is read with the settings of the run.
     scores = hetero_fl.evaluate(run, str(files[1]))

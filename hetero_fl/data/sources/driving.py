@@ -5,28 +5,23 @@ A row has three blocks: the frame of a camera, the speed and the position of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hetero_fl.config.data import DrivingConfig, SourceConfig
 from hetero_fl.core.images import as_numbers, to_floats
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import (
-    Block,
-    Dataset,
-    Examples,
-    PatientTerm,
-    concatenate_examples,
-)
+from hetero_fl.data.checks import ExampleNames
+from hetero_fl.data.dataset import Block, Dataset, Examples, PatientTerm
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.files import EMBEDDED
-from hetero_fl.data.sources.npz_columns import split_examples
 from hetero_fl.data.sources.npz_files import NAMES, ArraySpec, read_arrays
-from hetero_fl.data.table import convert_images
-from hetero_fl.utils.errors import UserError
+from hetero_fl.data.table import Table, build, convert_images
+from hetero_fl.utils.errors import UserError, check_names
 
 TASK = Task("regression", 1, ("steering angle",), "degrees")
 STATE = (Block("speed", (1,)), Block("position", (2,)))
@@ -37,7 +32,9 @@ SEQUENCES = PatientTerm(
 )
 DRIVING = EMBEDDED / "driving.npz"
 """Simulated drives."""
-SPLITS = ("train", "validation", "test", "public")
+PUBLIC = "public"
+"""Split of the rows of a proxy set."""
+SPLITS = ("train", "validation", "test", PUBLIC)
 """Values of the array `split` of a `.npz` file."""
 ARRAYS = {
     "frame": ArraySpec(("N 3 H W", "N H W 3")),
@@ -68,23 +65,16 @@ def driving(config: SourceConfig, _root: Path) -> Dataset:
             f"path: {path}: folders of drives were removed; use image_table "
             "(docs/scenarios/driving_hetero.md), or a .npz file"
         )
-    parts, frame = read_drives(path, settings)
-    names = parts["train"].group_names
-    group = parts["train"].group
-    assert group is not None
-    drives = [
-        parts["train"].select_rows((group == index).nonzero().squeeze(1))
-        for index in range(len(names))
-    ]
-    own = _split_drives(names, drives, settings)
-    return Dataset(
-        "driving",
-        TASK,
-        own["train"],
-        parts.get("validation", own["validation"]),
-        parts.get("test", own["test"]),
-        about=f"frames of {path.name}, {len(names)} vehicles for training",
-        blocks=(frame, *STATE),
+    drives = read_drives(path, settings)
+    own = _split_drives(drives.train, settings)
+    return replace(
+        drives,
+        name="driving",
+        source="driving",
+        train=own["train"],
+        validation=drives.validation or own["validation"],
+        test=drives.test or own["test"],
+        about=f"frames of {path.name}, {len(drives.train.group_names)} vehicles for training",
         local_sets={"validation": own["validation"], "test": own["test"]},
     )
 
@@ -93,14 +83,15 @@ def driving(config: SourceConfig, _root: Path) -> Dataset:
 def driving_public(config: SourceConfig, _root: Path) -> Dataset:
     """Read simulated frames of other vehicles on other roads, without speeds and positions."""
     settings = config.driving or DrivingConfig()
-    parts, frame = read_drives(Path(str(config.path)), settings)
-    rows = parts["public"]
+    drives = read_drives(Path(str(config.path)), settings, public=True)
+    rows = drives.train
+    frame = drives.blocks[0]
     rows.x = rows.x[:, : frame.size]
     about = f"{len(rows):,} public frames"
     return Dataset("driving_public", TASK, rows, about=about, blocks=(frame,))
 
 
-def read_drives(path: Path, settings: DrivingConfig) -> tuple[dict[str, Examples], Block]:
+def read_drives(path: Path, settings: DrivingConfig, *, public: bool = False) -> Dataset:
     """Read the drives of a `.npz` file.
 
     The file has the arrays `frame`, uint8 or floats from 0 to 1 `[N, 3, H, W]` or `[N, H, W, 3]`,
@@ -112,9 +103,8 @@ def read_drives(path: Path, settings: DrivingConfig) -> tuple[dict[str, Examples
     Args:
         path: File to read.
         settings: Driving settings.
-
-    Returns:
-        The rows of each split, of which those for training have groups, and the block of a frame.
+        public: Whether to read the rows of the split `public`, as training rows without groups,
+            instead of those of the other splits.
 
     Raises:
         UserError: If the file is malformed.
@@ -135,37 +125,46 @@ def read_drives(path: Path, settings: DrivingConfig) -> tuple[dict[str, Examples
                 f"{getattr(settings, key)}; remove it, or set path to other drives"
             )
     state = np.column_stack([arrays["speed"], arrays["position"]])
-    y = torch.from_numpy(arrays["angle"] / settings.scale).float()[:, None]
-    rows = Examples(
-        torch.cat([to_floats(frames, None).flatten(1), torch.from_numpy(state).float()], 1),
-        y,
-        unit=torch.full((len(y),), settings.scale),
-        baselines={"straight": torch.zeros_like(y)},
+    x = torch.cat([to_floats(frames, None).flatten(1), torch.from_numpy(state).float()], 1)
+    split = arrays["split"].astype(str)
+    check_names(np.unique(split).tolist(), SPLITS, f"{where}: split: unknown value")
+    chosen = (split == PUBLIC) == public
+    table = Table(
+        x[torch.from_numpy(chosen)],
+        arrays["angle"][chosen] / settings.scale,
+        "train" if public else split[chosen],
+        where,
+        ExampleNames("frame", "angle", in_config=True),
+        group=None if public else arrays["vehicle"][chosen],
+        unit=np.full(chosen.sum(), settings.scale),
     )
-    parts = split_examples(rows, arrays, SPLITS, "vehicle", where)
-    return parts, Block("frame", tuple(frames.shape[1:]))
+    frame = Block("frame", tuple(frames.shape[1:]))
+    dataset = build([table], TASK, where, blocks=(frame, *STATE))
+    for part in dataset.splits().values():
+        part.baselines = {"straight": torch.zeros_like(part.labels)}
+    return dataset
 
 
-def _split_drives(
-    names: Sequence[str], drives: Sequence[Examples], settings: DrivingConfig
-) -> dict[str, Examples]:
+def _split_drives(drives: Examples, settings: DrivingConfig) -> dict[str, Examples]:
     """Split each drive by time.
 
     Neighboring frames are similar, so a random split would put nearly equal frames into training
     and test. `settings.gap` frames are left out between two splits.
 
     Args:
-        names: Names of the vehicles, which become groups.
-        drives: Rows of the drive of each vehicle, in the order of time.
+        drives: Rows of all drives. Those of a vehicle (group) are in the order of time.
         settings: Driving settings.
 
     Returns:
         Rows of all vehicles, keyed by "train", "validation" and "test".
     """
-    parts: dict[str, list[Examples]] = {"train": [], "validation": [], "test": []}
+    assert drives.group is not None
+    rows: dict[str, list[Tensor]] = {"train": [], "validation": [], "test": []}
+    stretches: list[Tensor] = []
     first_stretch = 0
-    for index, drive in enumerate(drives):
-        count = len(drive)
+    for index, name in enumerate(drives.group_names):
+        frames = (drives.group == index).nonzero().squeeze(1)
+        count = len(frames)
         test = count - round(settings.test * count)
         validation = test - round(settings.validation * count)
         ranges = {
@@ -173,20 +172,17 @@ def _split_drives(
             "validation": range(validation, test - settings.gap),
             "test": range(test, count),
         }
-        for part, frames in ranges.items():
-            if not frames:
-                raise UserError(
-                    f"driving.gap: leaves no frames for {part} of vehicle '{names[index]}', which "
-                    f"has {count} frames, got {settings.gap}; choose a smaller gap"
-                )
         for part, chosen in ranges.items():
-            own = drive.select_rows(torch.tensor(chosen))
-            own.group = torch.full((len(own),), index)
-            own.group_names = tuple(names)
-            parts[part].append(own)
+            if not chosen:
+                raise UserError(
+                    f"driving.gap: leaves no frames for {part} of vehicle '{name}', which has "
+                    f"{count} frames, got {settings.gap}; choose a smaller gap"
+                )
+            rows[part].append(frames[chosen.start : chosen.stop])
         # Other partitions than `natural` divide stretches of frames instead of single frames.
-        stretches = torch.arange(len(ranges["train"])) // STRETCH
-        parts["train"][-1].patient = first_stretch + stretches
-        parts["train"][-1].patient_term = SEQUENCES
-        first_stretch += int(stretches[-1]) + 1
-    return {part: concatenate_examples(found) for part, found in parts.items()}
+        stretches.append(first_stretch + torch.arange(len(ranges["train"])) // STRETCH)
+        first_stretch = int(stretches[-1][-1]) + 1
+    parts = {part: drives.select_rows(torch.cat(chosen)) for part, chosen in rows.items()}
+    parts["train"].patient = torch.cat(stretches)
+    parts["train"].patient_term = SEQUENCES
+    return parts

@@ -1,4 +1,7 @@
-"""Data sets in the MedMNIST layout, from a `.npz` file or a folder of `.npy` files."""
+"""Data sets from `.npz` files: in the MedMNIST layout, or with an array for each column.
+
+The arrays of the MedMNIST layout may also be the `.npy` files of a folder.
+"""
 
 from __future__ import annotations
 
@@ -82,6 +85,12 @@ class ArraySpec:
             invalid = np.isinf(array) if array.ndim <= self.gaps else ~np.isfinite(array)
             if (row := first_true(invalid.reshape(len(array), -1).any(1))) is not None:
                 raise UserError(f"{where}: row {row}: NaN or infinite value; remove the row")
+
+
+INPUTS = {
+    "x": ArraySpec(("N T F", "N F"), gaps=2),
+    "columns": ArraySpec(("F",), NAMES, required=False),
+}
 
 
 def _fits(shape: tuple[int, ...], pattern: str) -> bool:
@@ -171,6 +180,80 @@ def read_npz(
     )
     dataset.first_missing = next(filter(None, gaps), "")
     return dataset
+
+
+def read_columns(
+    path: Path,
+    name: str,
+    label: str = "y",
+    group: str = "group",
+    *,
+    needs_group: bool = False,
+    task: Task | None = None,
+    labeled: bool = True,
+) -> Dataset:
+    """Read a `.npz` file with an array for each column of a table.
+
+    The file contains `x`, series `[N, T, F]` or a table `[N, F]`, and classes, as names or numbers
+    `[N]` or one-hot rows `[N, L]`, which are read as by `from_arrays`. It may also contain the
+    group of each row `[N]`, `split` `[N]` with the values `train`, `validation` and `test`
+    (otherwise, all rows are training rows), and `columns`, the names of the F channels or columns.
+    Only training rows keep their groups.
+
+    Args:
+        path: File to read.
+        name: Name of the data set.
+        label: Array of the classes.
+        group: Array of the groups.
+        needs_group: Whether the array of the groups must exist.
+        task: Task whose class numbers the file contains. If None, the classes are those of the
+            file.
+        labeled: Whether to read labels, groups and splits. If False, all rows are training rows.
+
+    Raises:
+        UserError: If the file is malformed. The message names the array and the row.
+    """
+    where = f"path: {path}"
+    specs = INPUTS
+    if labeled:
+        specs = {
+            **INPUTS,
+            group: ArraySpec(("N",), NAMES, "x", required=needs_group),
+            "split": ArraySpec(("N",), NAMES, "x", required=False),
+            label: ArraySpec(LABELS, None, "x"),
+        }
+    arrays = read_arrays(path, specs)
+    x = torch.from_numpy(arrays["x"].astype(np.float32))
+    columns = tuple(map(str, arrays.get("columns", ())))
+    if columns and len(columns) != x.shape[-1]:
+        raise UserError(f"{where}: columns: expected {x.shape[-1]} names, got {len(columns)}")
+    names = ExampleNames("x", label, in_config=True)
+    split = arrays.get("split", "train")
+    table = Table(x, arrays.get(label), split, where, names, arrays.get(group))
+    dataset = build(
+        [table],
+        task or "multiclass",
+        where,
+        name=name,
+        about=f"{len(x):,} rows of {path.name}",
+        columns=columns,
+        first_missing=first_gap(x, table.x_place),
+    )
+    if labeled:
+        check_classes(dataset.task, path)
+    return dataset
+
+
+def check_classes(task: Task, path: Path) -> None:
+    """Check that a file has at least two classes.
+
+    Raises:
+        UserError: If there is only one class.
+    """
+    if task.outputs < 2:
+        raise UserError(
+            f"label: expected at least two classes in {path}, got {task.output_names[0]} only"
+        )
 
 
 def first_gap(x: Tensor, where: str) -> str:

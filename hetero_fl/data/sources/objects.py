@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from hetero_fl.data.table import Table, build
 from hetero_fl.utils.arrays import plain_array
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.text import pluralize
-
-if TYPE_CHECKING:
-    pass
 
 Categories = Mapping[str, tuple[str, ...]]
 KINDS = (

@@ -33,7 +33,7 @@ from hetero_fl.data.sources.files import (
     download_archive,
     read_lines,
 )
-from hetero_fl.data.sources.npz_columns import read_columns
+from hetero_fl.data.sources.npz_files import read_columns
 from hetero_fl.utils.arrays import index_names
 from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_similar
 from hetero_fl.utils.ordering import natural_order

@@ -19,7 +19,7 @@ from hetero_fl.data.dataset import Block, Dataset, Examples
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.files import EMBEDDED
 from hetero_fl.data.sources.images import CHEST_XRAY, chest_xray
-from hetero_fl.data.sources.npz_columns import read_columns
+from hetero_fl.data.sources.npz_files import read_columns
 from hetero_fl.utils.seeding import keyed_generator
 
 GROUPS = tuple(f"site_{i}" for i in range(1, 5))

@@ -14,7 +14,7 @@ from hetero_fl.config.data import ReadConfig, SeriesConfig, WindowsConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import first_true
 from hetero_fl.data.dataset import Dataset, Examples, PatientTerm
-from hetero_fl.data.sources.npz_columns import check_classes
+from hetero_fl.data.sources.npz_files import check_classes
 from hetero_fl.data.sources.tables.columns import (
     check_columns,
     parse_names,

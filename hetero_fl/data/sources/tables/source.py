@@ -9,7 +9,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.files import EMBEDDED
-from hetero_fl.data.sources.npz_columns import read_columns
+from hetero_fl.data.sources.npz_files import read_columns
 
 
 @register_source("table", keys=("path", "label", "group", "patient", "task", "categories", "read"))

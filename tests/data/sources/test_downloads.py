@@ -21,7 +21,7 @@ import torchvision
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import Dataset, load_source
 from hetero_fl.data.sources import speech
-from hetero_fl.data.sources.movies import source as movies
+from hetero_fl.data.sources.movies import movielens as movies
 from tests.support.cases import each_case
 from tests.support.file_server import md5, publish
 from tests.support.mistakes import check_refused, refusal

@@ -1,5 +1,5 @@
-"""Files in the layouts of published benchmarks: PFLlib and HtFLlib, and LEAF."""
+"""Folders of benchmarks with the rows of natural clients."""
 
-from hetero_fl.data.sources.benchmark_files import htfllib, leaf
+from hetero_fl.data.sources.benchmark_files.client_folders import htfllib, leaf
 
 __all__ = ["htfllib", "leaf"]

@@ -1,39 +1,52 @@
-"""Convert data sets of `datasets` to a data set of images, tables, arrays or tokens."""
+"""Convert data sets of `datasets` to a data set of images, tables, arrays or tokens.
+
+The kinds of the columns decide which are inputs, labels and groups.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
-from hetero_fl.config.data import SourceConfig, TextConfig
+from hetero_fl.config.data import ColumnsConfig, SourceConfig, TextConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.checks import ExampleNames
+from hetero_fl.data.checks import ExampleNames, first_true
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.registry import HUB_PREFIX
-from hetero_fl.data.sources.hugging_face.columns import (
-    SCALARS,
-    HubSplits,
-    feature_kind,
-    find_columns,
-    input_kind,
-    is_tabular,
-    list_item,
-    read_arrays,
-    read_images,
-    read_multi_hot,
-    read_stacked,
-    to_frame,
-)
-from hetero_fl.data.sources.tables.columns import parse_names
-from hetero_fl.data.sources.tables.frames import Frames, Roles
+from hetero_fl.data.sources.image_files import image_pixels, open_image, stack_images
+from hetero_fl.data.sources.tables.columns import normalize_frame, parse_names, require_no_missing
+from hetero_fl.data.sources.tables.frames import Frames, Roles, label_columns
 from hetero_fl.data.sources.text import TEXTS, make_task, read_vocabulary
-from hetero_fl.utils.errors import UserError, check_names, one_line
+from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_or_list
 from hetero_fl.utils.text import format_list, note_unspaced, pluralize, split_words
 
+IMAGE_NAMES = ("image", "img")
+"""Names of the image column to use if there are several image columns."""
+FEATURE_KINDS = {
+    "Image": "image",
+    "ClassLabel": "class",
+    **dict.fromkeys(("Array2D", "Array3D", "Array4D", "Array5D"), "array"),
+}
+"""Kinds of features, keyed by the name of the class in `datasets`."""
+SCALARS = ("class", "string", "number", "date")
+"""Kinds of columns with one value per row."""
+VALUE_KINDS = {
+    "string": ("string", "large_string"),
+    "number": ("int", "uint", "float", "bool"),
+    "date": ("timestamp", "date", "time"),
+}
+"""Prefixes of the dtypes of columns with one value per row, keyed by their kind."""
+UNLABELED = -1
+"""Value of a `ClassLabel` column in rows without labels."""
+HubSplits = Mapping[str, Any]
+"""Data sets of `datasets`, keyed by "train", "validation" and "test"."""
 DEFAULT_TEXT = TextConfig(predict="class", tokenizer="hashing", length=32)
 """Text settings if `data.text` is not set."""
 
@@ -274,3 +287,299 @@ def _words(
             notes.append(f"{split}: {count} with fewer than {least} left out")
     notes += note_unspaced(each for texts in found.values() for each in texts)
     return found, rows
+
+
+def feature_kind(feature: Any) -> str:
+    """Return the kind of a feature of `datasets`.
+
+    Returns:
+        "image", "class", "classes" (lists of classes), "array" (lists of numbers), "string",
+        "number", "date" or "other".
+    """
+    title = type(feature).__name__
+    if title in FEATURE_KINDS:
+        return FEATURE_KINDS[title]
+    inner = list_item(feature)
+    if inner is not None:
+        kind = feature_kind(inner)
+        return {"number": "array", "array": "array", "class": "classes"}.get(kind, "other")
+    dtype = str(feature.dtype) if title == "Value" else ""
+    for kind, prefixes in VALUE_KINDS.items():
+        if dtype.startswith(prefixes):
+            return kind
+    return "other"
+
+
+def array_depth(feature: Any) -> int:
+    """Return the number of dimensions of an array feature."""
+    title = type(feature).__name__
+    if title.startswith("Array"):
+        return len(feature.shape)
+    inner = list_item(feature)
+    return 0 if inner is None else 1 + array_depth(inner)
+
+
+def list_item(feature: Any) -> Any:
+    """Return the feature of the items of a list, or None if the feature is not a list."""
+    if isinstance(feature, list):
+        return feature[0]
+    if type(feature).__name__ in ("List", "LargeList", "Sequence"):
+        return feature.feature
+    return None
+
+
+def find_columns(
+    train: Any, where: str, config: SourceConfig, labeled: bool
+) -> tuple[tuple[str, ...], Roles]:
+    """Find the columns of inputs, labels, groups and patients by the configuration and their types.
+
+    Args:
+        train: Training rows.
+        where: Name of the data in error messages.
+        config: Source configuration.
+        labeled: Whether there must be labels.
+
+    Returns:
+        The columns of the inputs, and the others.
+
+    Raises:
+        UserError: If a column does not exist or is ambiguous.
+    """
+    names = list(train.column_names)
+    given = config.columns or ColumnsConfig()
+    found: dict[str, str | None] = {}
+    for key in ("label", "group", "patient"):
+        own = getattr(given, key)
+        common = getattr(config, key)
+        if own is not None and common not in (None, own):
+            raise UserError(f"{where}: columns.{key}: '{own}' differs from {key} '{common}'")
+        found[key] = own if own is not None else common
+    label = found["label"]
+    labels = _default_label(train.features) if label is None else label_columns(names, label)
+    if not labels and labeled:
+        raise UserError(
+            f"{where}: label: missing; name the column of the labels{suggest_or_list('', names)}"
+        )
+    inputs = [given.input] if isinstance(given.input, str) else list(given.input or ())
+    roles = Roles(tuple(labels), found["group"], found["patient"])
+    for key, listed in {
+        "label": labels,
+        **{key: [name] for key, name in roles.owners.items()},
+        "input": inputs,
+    }.items():
+        check_names(listed, names, f"{where}: {key}: column", " not found")
+        for name, count in Counter(listed).items():
+            if count > 1:
+                raise UserError(f"{where}: {key}: column '{name}' occurs {count} times")
+    if overlap := set(inputs) & set(labels):
+        raise UserError(f"{where}: columns.input: '{overlap.pop()}' is the label; remove it")
+    others = [name for name in names if name not in roles.columns]
+    inputs = inputs or _default_inputs(train.features, others, where, config.text is not None)
+    return tuple(inputs), roles
+
+
+def _default_label(features: Mapping[str, Any]) -> list[str]:
+    classes = [name for name, feature in features.items() if feature_kind(feature) == "class"]
+    if len(classes) == 1:
+        return classes
+    return ["label"] if "label" in features else []
+
+
+def _default_inputs(
+    features: Mapping[str, Any], names: Sequence[str], where: str, wants_text: bool
+) -> list[str]:
+    kinds = {name: feature_kind(features[name]) for name in names}
+    images = [name for name, kind in kinds.items() if kind == "image"]
+    images = [name for name in IMAGE_NAMES if name in images][:1] or images
+    texts = [name for name, kind in kinds.items() if kind == "string"]
+    if "text" in texts:
+        texts = ["text"]
+    elif not wants_text:
+        texts = []
+    arrays = [
+        name for name, kind in kinds.items() if kind == "array" and array_depth(features[name]) > 1
+    ]
+    for found in (texts, images, arrays) if wants_text else (images, texts, arrays):
+        if len(found) > 1:
+            raise UserError(
+                f"{where}: columns.input: missing; choose from {format_list(found, quote=True)}"
+            )
+        if found:
+            return found
+    if wants_text or not names:
+        noun = "text column" if wants_text else "column other than the label"
+        raise UserError(f"{where}: columns.input: no {noun} among {format_list(features)}")
+    return list(names)
+
+
+def input_kind(
+    features: Mapping[str, Any], inputs: Sequence[str], where: str, config: SourceConfig
+) -> str:
+    """Return the kind of the input: "image", "text", "array" or "table".
+
+    A single column of strings is text, unless it is to be encoded as a category.
+
+    Args:
+        features: Features of all columns.
+        inputs: Columns of the inputs.
+        where: Name of the data in error messages.
+        config: Source configuration.
+
+    Raises:
+        UserError: If a key of the configuration does not apply to this kind.
+    """
+    kind = "table"
+    if len(inputs) == 1:
+        feature = features[inputs[0]]
+        found = feature_kind(feature)
+        if found == "image" or (found == "array" and array_depth(feature) > 1):
+            kind = found
+        elif found == "string" and config.categories is None:
+            kind = "text"
+    for key, allowed in {"text": "text", "size": "image", "categories": "table"}.items():
+        if getattr(config, key) is not None and kind != allowed:
+            other = ", or set columns.input" if key == "text" else ""
+            raise UserError(
+                f"{where}: {key}: does not apply to {kind} input "
+                f"{format_list(inputs, quote=True)}; remove it{other}"
+            )
+    return kind
+
+
+def is_tabular(feature: Any) -> bool:
+    """Return whether a feature is one value per row, or a list of numbers."""
+    kind = feature_kind(feature)
+    return kind in SCALARS or (kind == "array" and array_depth(feature) == 1)
+
+
+def to_frame(part: Any, where: str, lists: Sequence[str]) -> pd.DataFrame:
+    """Return the columns with one value per row as a data frame, in which classes are names.
+
+    Args:
+        part: Rows of a split.
+        where: Name of the data and the split in error messages.
+        lists: Columns with lists of numbers, which become several columns.
+    """
+    columns: dict[str, Any] = {}
+    scalars = [name for name, kind in part.features.items() if feature_kind(kind) in SCALARS]
+    plain = part.select_columns(scalars).with_format(None).to_pandas()
+    for name, feature in part.features.items():
+        if feature_kind(feature) == "class":
+            numbers = _class_numbers(plain[name], feature.num_classes, where)
+            columns[name] = np.array([*feature.names, None], dtype=object)[numbers]
+        elif name in scalars:
+            columns[name] = plain[name]
+        elif name in lists and is_tabular(feature):
+            values = read_stacked(part, name, where)
+            columns |= {f"{name}_{i}": values[:, i] for i in range(values.shape[1])}
+    return normalize_frame(pd.DataFrame(columns, index=range(len(part))), where)
+
+
+def _class_numbers(column: pd.Series, count: int, where: str) -> pd.Series:
+    """Return a column of classes as numbers, and missing values as `UNLABELED`."""
+    numbers = column.fillna(UNLABELED).astype(np.int64)
+    row = first_true((numbers < UNLABELED) | (numbers >= count))
+    if row is not None:
+        raise UserError(
+            f"{where}: column '{column.name}': row {row + 1}: expected a class number from 0 to "
+            f"{count - 1}, got {numbers[row]}"
+        )
+    return numbers
+
+
+def read_multi_hot(part: Any, name: str, known: Sequence[str], where: str) -> np.ndarray:
+    """Return lists of classes as an indicator matrix of known classes, float32 `[N, C]`."""
+    place = f"{where}: column '{name}'"
+    column = part.select_columns([name]).with_format(None).to_pandas()[name]
+    require_no_missing(column, where)
+    names = list_item(part.features[name]).names
+    targets = np.zeros((len(column), len(known)), dtype=np.float32)
+    for row, classes in enumerate(column):
+        listed = np.asarray(classes, dtype=np.float64)
+        if not ((listed >= 0) & (listed < len(names))).all():
+            raise UserError(
+                f"{place}: row {row + 1}: expected class numbers from 0 to {len(names) - 1}, got "
+                f"{one_line(list(classes), 80)}"
+            )
+        own = [names[number] for number in listed.astype(np.int64)]
+        check_names(own, known, f"{place}: unknown class")
+        targets[row, [known.index(each) for each in own]] = 1
+    return targets
+
+
+def read_stacked(part: Any, name: str, where: str) -> np.ndarray:
+    """Return a column of arrays of equal shape as one array `[N, ...]`."""
+    column = part.select_columns([name])
+    try:
+        values = column.with_format("numpy")[:][name]
+    except ValueError:
+        # Some versions of datasets cannot convert rows of different shapes.
+        values = column.with_format(None)[:][name]
+    if isinstance(values, np.ndarray) and values.dtype.kind in "buif" and values.ndim > 1:
+        return values
+    rows = [_as_array(value) for value in values]
+    for row, each in enumerate(rows, 1):
+        place = f"{where}: column '{name}': row {row}"
+        if each.dtype.kind not in "buif":
+            raise UserError(f"{place}: expected an array of numbers without missing values")
+        if each.shape != rows[0].shape:
+            raise UserError(
+                f"{place}: expected shape {rows[0].shape} as in row 1, got {each.shape}"
+            )
+    return np.stack(rows)
+
+
+def _as_array(value: Any) -> np.ndarray:
+    """Convert nested lists to an array, which contains objects if the lists are ragged."""
+    try:
+        return np.asarray(value)
+    except ValueError:
+        return np.asarray(value, dtype=object)
+
+
+def read_images(splits: HubSplits, name: str, where: str, side: int | None) -> dict[str, Tensor]:
+    """Return the images of each split, uint8 `[N, C, H, W]`."""
+    places = [
+        f"{where}: {split}: column '{name}': row {row + 1}"
+        for split, part in splits.items()
+        for row in range(len(part))
+    ]
+    images = stack_images(_decode(splits, name, places, side), places, "row 1 of train")
+    sizes = [len(part) for part in splits.values()]
+    return dict(zip(splits, images.split(sizes), strict=True))
+
+
+def _decode(
+    splits: HubSplits, name: str, places: Sequence[str], side: int | None
+) -> Iterator[np.ndarray]:
+    """Yield the pixels of each image (see `image_pixels`)."""
+    import fsspec
+    from datasets import Image
+
+    encoded = Image(decode=False)
+    columns = (part.select_columns([name]).with_format(None) for part in splits.values())
+    rows = (row[name] for column in columns for row in column.cast_column(name, encoded))
+    for place, image in zip(places, rows, strict=True):
+        if image is None:
+            raise UserError(f"{place}: not a readable image (no image)")
+        # The path may be that of a file in an archive.
+        is_named = image["bytes"] is None
+        file = fsspec.open(image["path"]) if is_named else io.BytesIO(image["bytes"])
+        with open_image(file, place) as opened:
+            pixels = image_pixels(opened, side)
+        yield pixels
+
+
+def read_arrays(
+    splits: HubSplits, name: str, where: str
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Return images or series of each split, and the names of the channels of series."""
+    x = {split: read_stacked(part, name, f"{where}: {split}") for split, part in splits.items()}
+    train = x["train"]
+    if train.ndim > 4:
+        raise UserError(
+            f"{where}: column '{name}': expected images or series, got arrays of shape "
+            f"{train.shape[1:]}"
+        )
+    is_series = train.ndim == 3 and train.dtype.kind == "f"
+    return x, tuple(f"{name}_{i}" for i in range(train.shape[2])) if is_series else ()

@@ -120,7 +120,7 @@ def _load_folder(datasets: Any, path: Path, config: SourceConfig, root: Path) ->
 def _image_files(splits: Mapping[str, Any]) -> Iterator[str]:
     """Yield the files that data sets name in their columns of images."""
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.hugging_face.columns import feature_kind
+    from hetero_fl.data.sources.hugging_face.conversion import feature_kind
 
     for part in splits.values():
         images = [name for name, kind in part.features.items() if feature_kind(kind) == "image"]

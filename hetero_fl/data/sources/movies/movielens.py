@@ -1,4 +1,4 @@
-"""Folders in the layouts of MovieLens: ratings, movies and users in text files."""
+"""Sources of movies: folders in the layouts of MovieLens, and a download."""
 
 from __future__ import annotations
 
@@ -11,11 +11,101 @@ from pathlib import Path
 
 import numpy as np
 
+from hetero_fl.config.data import MoviesConfig, SourceConfig
 from hetero_fl.data.checks import first_true
-from hetero_fl.data.sources.files import check_folder, read_lines, split_cells
-from hetero_fl.data.sources.movies.histories import Ratings, User
+from hetero_fl.data.dataset import Dataset
+from hetero_fl.data.registry import register_source
+from hetero_fl.data.sources.files import (
+    EMBEDDED,
+    check_folder,
+    download_archive,
+    read_lines,
+    split_cells,
+)
+from hetero_fl.data.sources.movies.histories import (
+    Ratings,
+    User,
+    make_dataset,
+    make_public_dataset,
+)
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.ordering import natural_order
+
+URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
+MD5 = "0e33842e24a9c977be4e0107933c0723"
+FOLDER = "ml-100k"
+
+
+@register_source(
+    "movies",
+    keys=("path", "group", "movies"),
+    default_path=EMBEDDED / "movies",
+    folder_files=("u.data", "ratings.dat", "ratings.csv"),
+)
+def movies(config: SourceConfig, _root: Path) -> Dataset:
+    """Read the movies of users from a folder (see `read_ratings`).
+
+    The simulated folder has 720 users in six regions (groups).
+    """
+    return _read_movies("movies", Path(str(config.path)), config)
+
+
+@register_source("movies_public", keys=("path", "movies"), default_path=EMBEDDED / "movies")
+def movies_public(config: SourceConfig, _root: Path) -> Dataset:
+    """Read the movies of the public users, for use as a proxy set."""
+    return _read_movies("movies_public", Path(str(config.path)), config, public=True)
+
+
+@register_source("movielens_100k", keys=("group", "movies"))
+def movielens_100k(config: SourceConfig, root: Path) -> Dataset:
+    """Download MovieLens 100K (Harper & Konstan 2015), with 943 users and 1,682 movies.
+
+    The license permits research, but neither commercial use nor redistribution.
+    """
+    return _read_movies("movielens_100k", _download(root), config)
+
+
+@register_source("movielens_100k_public", keys=("movies",))
+def movielens_100k_public(config: SourceConfig, root: Path) -> Dataset:
+    """Download MovieLens 100K, and return its public users, for use as a proxy set."""
+    return _read_movies("movielens_100k_public", _download(root), config, public=True)
+
+
+def _read_movies(name: str, path: Path, config: SourceConfig, *, public: bool = False) -> Dataset:
+    """Read a folder in a layout of MovieLens as a data set of next-movie prediction.
+
+    The groups are regions or users (see `read_ratings`).
+
+    Args:
+        name: Name of the data set.
+        path: Folder to read.
+        config: Source configuration.
+        public: Whether to read the movies of the public users, who have no groups, instead of those
+            of the other users.
+    """
+    path = path.expanduser()
+    settings = config.movies or MoviesConfig()
+    ratings = read_ratings(path, "user" if public else config.group, settings.min_rating)
+    count = sum(len(user.movies) for user in ratings.users)
+    about = (
+        f"{count:,} ratings of {len(ratings.titles):,} movies by {len(ratings.users):,} users in "
+        f"{path.name}"
+    )
+    make = make_public_dataset if public else make_dataset
+    return make(name, ratings, settings, about)
+
+
+def _download(root: Path) -> Path:
+    """Return the folder of MovieLens 100K, which is downloaded on first use."""
+    return download_archive(
+        "movielens_100k",
+        URL,
+        MD5,
+        root / FOLDER,
+        inner=FOLDER,
+        advice="set data.name=movies and data.path to a local folder",
+    )
+
 
 MAX_RATING = 5.0
 OTHER = "other"

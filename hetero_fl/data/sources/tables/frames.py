@@ -344,8 +344,17 @@ def common_categories(files: Mapping[str, SourceConfig]) -> dict[str, tuple[str,
     Raises:
         UserError: If a column is text in one table and numeric in another.
     """
-    columns = {place: _feature_columns(source, place) for place, source in files.items()}
-    names = {place: f"{place}.path: {source.path}" for place, source in files.items()}
+    columns = {}
+    names = {}
+    for place, source in files.items():
+        path = Path(str(source.path)).expanduser()
+        try:
+            frame = read_frame(path, (source.group, source.patient), read=source.read)
+            frame = normalize_frame(frame, f"path: {path}")
+        except UserError as error:
+            raise UserError(f"{place}.{error}") from error
+        columns[place] = _feature_columns(frame, source.label, source.group, source.patient)
+        names[place] = f"{place}.path: {source.path}"
     return shared_categories(columns, names)
 
 
@@ -361,12 +370,10 @@ def categories_of_frames(
     Raises:
         UserError: If a column is text in one frame and numeric in another.
     """
-    columns = {}
-    for place, (frame, label) in frames.items():
-        table = normalize_frame(frame, place)
-        labels = label_columns(table.columns, label) if label is not None else []
-        rest = table.drop(columns=labels, errors="ignore")
-        columns[place] = [rest[name] for name in rest.columns]
+    columns = {
+        place: _feature_columns(normalize_frame(frame, place), label)
+        for place, (frame, label) in frames.items()
+    }
     return shared_categories(columns, {place: place for place in frames})
 
 
@@ -407,16 +414,12 @@ def shared_categories(
     return {name: v for name, v in categories.items() if 0 < len(v) < MANY_CATEGORIES}
 
 
-def _feature_columns(source: SourceConfig, place: str) -> list[pd.Series]:
-    try:
-        path = Path(str(source.path)).expanduser()
-        frame = read_frame(path, (source.group, source.patient), read=source.read)
-        frame = normalize_frame(frame, f"path: {path}")
-        others = [*label_columns(frame.columns, source.label or ""), source.group, source.patient]
-        rest = frame.drop(columns=[n for n in others if n in frame.columns])
-    except UserError as error:
-        raise UserError(f"{place}.{error}") from error
-    return [rest[name] for name in rest.columns]
+def _feature_columns(
+    frame: pd.DataFrame, label: str | None, *owners: str | None
+) -> list[pd.Series]:
+    """Return the columns of a table that are not those of labels, groups and patients."""
+    labels = [] if label is None else label_columns(frame.columns, label)
+    return [frame[name] for name in frame.columns if name not in (*labels, *owners)]
 
 
 def label_columns(columns: Collection[str], label: str) -> list[str]:

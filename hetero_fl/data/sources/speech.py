@@ -325,13 +325,10 @@ def log_mel(waves: Tensor, config: SpeechConfig) -> Tensor:
         )
     # In double precision, so that all processors find the same float32 features and content hash.
     window = torch.hann_window(window_size, dtype=torch.float64)
-    features = []
-    for part in waves.split(BATCH):
-        # The windows are cut here, because `torch.stft` would pad them on both sides.
-        frames = part.unfold(1, window_size, step) * (window / window.sum())
-        power = torch.fft.rfft(frames, transform_size).abs().square()
-        features.append((power @ filters.T + FLOOR).log().float())
-    return torch.cat(features) if features else waves.new_zeros(0, 0, config.bands)
+    # The windows are cut here, because `torch.stft` would pad them on both sides.
+    frames = waves.unfold(1, window_size, step) * (window / window.sum())
+    power = torch.fft.rfft(frames, transform_size).abs().square()
+    return (power @ filters.T + FLOOR).log().float()
 
 
 def band_names(config: SpeechConfig) -> tuple[str, ...]:

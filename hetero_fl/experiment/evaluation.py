@@ -310,7 +310,7 @@ def _file_source(source: SourceConfig, main: SourceConfig, model: SavedModel) ->
     table = file.model_copy(update={"name": "table"})
     table = source_with_task(table, model.task, model.categories, main=main)
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.tables.files import read_frame
+    from hetero_fl.data.sources.tables.columns import read_frame
 
     try:
         columns = list(map(str, read_frame(path, read=table.read).columns))

@@ -99,7 +99,7 @@ def iwildcam(config: SourceConfig, root: Path) -> Dataset:
     The classes have the names of `categories.csv`, if this file exists.
     """
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.tables.files import read_frame
+    from hetero_fl.data.sources.tables.columns import read_frame
 
     folder = Path(str(config.path)).expanduser()
     check_folder(folder)
@@ -137,8 +137,12 @@ def _read_wilds(config: SourceConfig, root: Path, known: Task | None, **table: A
 def _read_categories(file: Path) -> tuple[str, ...]:
     """Read the names of classes from the columns `y` and `name`, or no names without a file."""
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.tables.columns import check_columns, parse_names, parse_numbers
-    from hetero_fl.data.sources.tables.files import read_frame
+    from hetero_fl.data.sources.tables.columns import (
+        check_columns,
+        parse_names,
+        parse_numbers,
+        read_frame,
+    )
 
     if not file.exists():
         return ()
@@ -262,8 +266,12 @@ def _read_frame(
         there are other blocks, those of files lack the rows without a value.
     """
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.tables.columns import check_columns, normalize_frame, parse_names
-    from hetero_fl.data.sources.tables.files import read_frame
+    from hetero_fl.data.sources.tables.columns import (
+        check_columns,
+        normalize_frame,
+        parse_names,
+        read_frame,
+    )
     from hetero_fl.data.sources.tables.frames import label_columns
 
     where = f"path: {path}"

@@ -191,8 +191,7 @@ def patients_of_files(files: Sequence[Path], folder: Path, patient: str) -> list
     paths = [file.relative_to(folder).as_posix() for file in files]
     if Path(patient).suffix.lower() in TABLE_SUFFIXES:
         # Imported here because loading pandas is slow.
-        from hetero_fl.data.sources.tables.columns import check_columns, parse_names
-        from hetero_fl.data.sources.tables.files import read_frame
+        from hetero_fl.data.sources.tables.columns import check_columns, parse_names, read_frame
 
         names = ("file", "patient")
         try:

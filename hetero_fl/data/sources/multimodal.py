@@ -207,8 +207,7 @@ def join_images_and_table(
 def _read_table(table: Any, names: tuple[str | None, ...]) -> tuple[pd.DataFrame, str]:
     import pandas as pd
 
-    from hetero_fl.data.sources.tables.columns import normalize_frame
-    from hetero_fl.data.sources.tables.files import read_frame
+    from hetero_fl.data.sources.tables.columns import normalize_frame, read_frame
 
     if isinstance(table, pd.DataFrame):
         return normalize_frame(table, "table"), "table"

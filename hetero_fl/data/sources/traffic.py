@@ -295,7 +295,7 @@ def traffic(config: SourceConfig, _root: Path) -> Dataset:
         sites = read_series(path, series, label, group, needs_group=config.group is not None)
     else:
         # Imported here because loading pandas is slow.
-        from hetero_fl.data.sources.tables.files import read_frame
+        from hetero_fl.data.sources.tables.columns import read_frame
         from hetero_fl.data.sources.tables.recordings import read_hours
 
         frame = read_frame(path, (group,), read=config.read)

@@ -38,9 +38,9 @@ from hetero_fl.data.sources.tables.columns import (
     parse_column,
     parse_names,
     parse_numbers,
+    read_frame,
     refuse_separators,
 )
-from hetero_fl.data.sources.tables.files import read_frame
 from hetero_fl.data.table import Table, build
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.text import Caution, format_list, prefix_note

@@ -20,9 +20,9 @@ from hetero_fl.data.sources.tables.columns import (
     parse_names,
     parse_numbers,
     raise_cell_error,
+    read_frame,
     require_no_missing,
 )
-from hetero_fl.data.sources.tables.files import read_frame
 from hetero_fl.data.sources.tables.frames import features
 from hetero_fl.data.sources.traffic import HOUR, HourlySeries, split_sites
 from hetero_fl.utils.arrays import index_names

@@ -16,7 +16,7 @@ from hetero_fl.data.sources.npz_files import read_columns
 def table(config: SourceConfig, _root: Path, labeled: bool = True) -> Dataset:
     """Load a CSV, TSV or Parquet file (see `read_table`)."""
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.tables.files import read_frame
+    from hetero_fl.data.sources.tables.columns import read_frame
     from hetero_fl.data.sources.tables.frames import read_table
 
     path = Path(str(config.path)).expanduser()

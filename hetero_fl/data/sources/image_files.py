@@ -56,13 +56,15 @@ def read_image_files(
     Raises:
         UserError: If a file is not an image, or the images have different sizes or bits.
     """
+    images = (_read(file, side) for file in files)
+    places = [f"path: {file}" for file in files]
     if root is None:
-        return stack_images((_read(file, side) for file in files), _places(files), files[0].name)
+        return stack_images(images, places, files[0].name)
     folder = root / DECODED
     decoded = folder / f"{_content_key(files, side)}.npy"
     if not decoded.is_file():
         make_cache(folder)
-        _decode(files, side, decoded)
+        _decode(images, places, files[0].name, decoded)
     return map_array(decoded, folder)
 
 
@@ -72,10 +74,6 @@ def make_cache(folder: Path) -> None:
         make_folder(folder)
     except UserError as error:
         raise UserError(f"root: {error}") from None
-
-
-def _places(files: Sequence[Path]) -> list[str]:
-    return [f"path: {file}" for file in files]
 
 
 def _content_key(files: Sequence[Path], side: int | None) -> str:
@@ -91,7 +89,7 @@ def _content_key(files: Sequence[Path], side: int | None) -> str:
     return digest.hexdigest()
 
 
-def _decode(files: Sequence[Path], side: int | None, target: Path) -> None:
+def _decode(images: Iterable[np.ndarray], places: Sequence[str], first: str, target: Path) -> None:
     """Write decoded images to a `.npy` file, which appears when it is complete."""
     with TemporaryDirectory(dir=target.parent, prefix="decoding_") as folder:
         part = Path(folder) / target.name
@@ -107,8 +105,7 @@ def _decode(files: Sequence[Path], side: int | None, target: Path) -> None:
                 )
             return np.lib.format.open_memmap(part, "w+", dtype, shape)
 
-        images = (_read(file, side) for file in files)
-        pixels = _stack(images, _places(files), files[0].name, allocate)
+        pixels = _stack(images, places, first, allocate)
         # `flush` writes to the disk.
         pixels.flush()  # type: ignore[attr-defined]
         os.replace(part, target)

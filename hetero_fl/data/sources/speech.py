@@ -13,7 +13,6 @@ import wave
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +187,7 @@ def read_speech_folder(path: Path, settings: SpeechConfig) -> Dataset:
         parts.get("validation"),
         parts.get("test"),
         about=about,
-        columns=band_names(settings),
+        columns=tuple(f"mel_{band + 1}" for band in range(settings.bands)),
     )
 
 
@@ -331,12 +330,6 @@ def log_mel(waves: Tensor, config: SpeechConfig) -> Tensor:
     return (power @ filters.T + FLOOR).log().float()
 
 
-def band_names(config: SpeechConfig) -> tuple[str, ...]:
-    """Return the names of the mel bands, from low to high frequencies."""
-    return tuple(f"mel_{band + 1}" for band in range(config.bands))
-
-
-@lru_cache(maxsize=16)
 def mel_filters(rate: int, transform_size: int, bands: int) -> Tensor:
     """Return triangular filters whose corners are equally spaced on the mel scale.
 

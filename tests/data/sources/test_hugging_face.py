@@ -414,6 +414,16 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"label": "label"},
         "test: column 'label': expected classes, text or numbers as labels, got List(Value(",
     ),
+    "column without values": (
+        lambda p: save_splits(p, *[{"z": [z, z], "label": [0, 1]} for z in (None, 0.5)]),
+        {},
+        "test: column 'z': expected values as in train, got none",
+    ),
+    "shorter lists": (
+        lambda p: save_splits(p, *[{"z": [z, z], "label": [0, 1]} for z in ([1, 2], [1, 2, 3])]),
+        {},
+        "test: column 'z_2': expected values as in train, got none",
+    ),
     "key of tables": (lambda p: save(p, {"x": [1.0]}), {"windows": {}}, "does not apply to source"),
 }
 

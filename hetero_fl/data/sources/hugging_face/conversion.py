@@ -35,8 +35,12 @@ FEATURE_KINDS = {
     **dict.fromkeys(("Array2D", "Array3D", "Array4D", "Array5D"), "array"),
 }
 """Kinds of features, keyed by the name of the class in `datasets`."""
+KINDS_OF_LISTS = {"number": "list", "list": "array", "array": "array", "class": "classes"}
+"""Kinds of lists, keyed by the kind of their items."""
 SCALARS = ("class", "string", "number", "date")
 """Kinds of columns with one value per row."""
+TABULAR = (*SCALARS, "list")
+"""Kinds of columns that become one or several columns of a table."""
 VALUE_KINDS = {
     "string": ("string", "large_string"),
     "number": ("int", "uint", "float", "bool"),
@@ -86,6 +90,18 @@ def read_hub_splits(
         roles = replace(roles, labels=())
     kind = input_kind(train.features, inputs, where, config)
     frames, notes = _read_frames(splits, where, inputs if kind == "table" else (), roles, labeled)
+    # Lists of numbers are several columns of a frame. A column without values has no type.
+    needed = [
+        name
+        for name in frames["train"].columns
+        if name in (*inputs, *roles.columns) or name not in train.column_names
+    ]
+    for split, frame in frames.items():
+        if missing := [name for name in needed if name not in frame]:
+            raise UserError(
+                f"{where}: {split}: column '{missing[0]}': expected values as in train, got "
+                "none of this kind"
+            )
     _check_owners(frames, roles, where)
     used = {split: splits[split] for split in frames}
     task, labels = _read_labels(used, frames, roles.labels, where) if labeled else (None, None)
@@ -193,7 +209,7 @@ def _read_labels(
         for name in names:
             kind = feature_kind(part.features[name])
             expected = feature_kind(train[name])
-            if (kind == expected and kind in (*SCALARS, "classes")) or is_tabular(train[name]):
+            if kind == expected == "classes" or expected in TABULAR:
                 continue
             raise UserError(
                 f"{where}: {split}: column '{name}': expected classes, text or numbers as labels, "
@@ -224,7 +240,7 @@ def _table(read: Frames, train: Any, inputs: tuple[str, ...], config: SourceConf
     """Create a data set from the numbers and categories of several columns."""
     left_out = {}
     for name, feature in train.features.items():
-        if name in inputs and not is_tabular(feature):
+        if name in inputs and feature_kind(feature) not in TABULAR:
             left_out[name] = type(feature).__name__
         elif name not in inputs and name not in read.roles.columns:
             left_out[name] = "not in columns.input"
@@ -293,8 +309,8 @@ def feature_kind(feature: Any) -> str:
     """Return the kind of a feature of `datasets`.
 
     Returns:
-        "image", "class", "classes" (lists of classes), "array" (lists of numbers), "string",
-        "number", "date" or "other".
+        "image", "class", "classes" (lists of classes), "list" (of numbers), "array" (of two or more
+        dimensions), "string", "number", "date" or "other".
     """
     title = type(feature).__name__
     if title in FEATURE_KINDS:
@@ -302,21 +318,12 @@ def feature_kind(feature: Any) -> str:
     inner = list_item(feature)
     if inner is not None:
         kind = feature_kind(inner)
-        return {"number": "array", "array": "array", "class": "classes"}.get(kind, "other")
+        return KINDS_OF_LISTS.get(kind, "other")
     dtype = str(feature.dtype) if title == "Value" else ""
     for kind, prefixes in VALUE_KINDS.items():
         if dtype.startswith(prefixes):
             return kind
     return "other"
-
-
-def array_depth(feature: Any) -> int:
-    """Return the number of dimensions of an array feature."""
-    title = type(feature).__name__
-    if title.startswith("Array"):
-        return len(feature.shape)
-    inner = list_item(feature)
-    return 0 if inner is None else 1 + array_depth(inner)
 
 
 def list_item(feature: Any) -> Any:
@@ -396,9 +403,7 @@ def _default_inputs(
         texts = ["text"]
     elif not wants_text:
         texts = []
-    arrays = [
-        name for name, kind in kinds.items() if kind == "array" and array_depth(features[name]) > 1
-    ]
+    arrays = [name for name, kind in kinds.items() if kind == "array"]
     for found in (texts, images, arrays) if wants_text else (images, texts, arrays):
         if len(found) > 1:
             raise UserError(
@@ -430,9 +435,8 @@ def input_kind(
     """
     kind = "table"
     if len(inputs) == 1:
-        feature = features[inputs[0]]
-        found = feature_kind(feature)
-        if found == "image" or (found == "array" and array_depth(feature) > 1):
+        found = feature_kind(features[inputs[0]])
+        if found in ("image", "array"):
             kind = found
         elif found == "string" and config.categories is None:
             kind = "text"
@@ -444,12 +448,6 @@ def input_kind(
                 f"{format_list(inputs, quote=True)}; remove it{other}"
             )
     return kind
-
-
-def is_tabular(feature: Any) -> bool:
-    """Return whether a feature is one value per row, or a list of numbers."""
-    kind = feature_kind(feature)
-    return kind in SCALARS or (kind == "array" and array_depth(feature) == 1)
 
 
 def to_frame(part: Any, where: str, lists: Sequence[str]) -> pd.DataFrame:
@@ -469,7 +467,7 @@ def to_frame(part: Any, where: str, lists: Sequence[str]) -> pd.DataFrame:
             columns[name] = np.array([*feature.names, None], dtype=object)[numbers]
         elif name in scalars:
             columns[name] = plain[name]
-        elif name in lists and is_tabular(feature):
+        elif name in lists and feature_kind(feature) == "list":
             values = read_stacked(part, name, where)
             columns |= {f"{name}_{i}": values[:, i] for i in range(values.shape[1])}
     return normalize_frame(pd.DataFrame(columns, index=range(len(part))), where)

@@ -108,6 +108,8 @@ def _download(root: Path) -> Path:
 
 
 MAX_RATING = 5.0
+ZIP_COLUMNS = 5
+"""Number of columns of a file of users, the last of which is the zip code."""
 OTHER = "other"
 """Region of zip codes that do not start with a digit."""
 ROW = np.dtype([("user", np.int64), ("movie", np.int64), ("rating", float), ("time", float)])
@@ -124,7 +126,6 @@ class Layout:
         users: File with the users and zip codes, or regions. It may be missing.
         separator: Separator of the columns in the file of ratings.
         other_separator: Separator of the columns in the other files.
-        zip_column: Index of the column of zip codes.
         has_genre_columns: Whether the file of movies has further columns instead of one of genres.
         encodings: Encodings of the files, of which the first that fits is used.
         header: First line of the file of ratings, or an empty string if there is none.
@@ -137,7 +138,6 @@ class Layout:
     users: str
     separator: str
     other_separator: str
-    zip_column: int = 4
     has_genre_columns: bool = False
     encodings: tuple[str, ...] = ("utf-8", "latin-1")
     header: str = ""
@@ -188,7 +188,7 @@ def read_ratings(path: Path, group: str | None, min_rating: float) -> Ratings:
     titles = _read_titles(path / layout.movies, layout)
     has_users = (path / layout.users).is_file()
     if group == "region" and not has_users:
-        columns = layout.users_header or f"{layout.zip_column + 1} columns, the last a zip code"
+        columns = layout.users_header or f"{ZIP_COLUMNS} columns, the last a zip code"
         raise UserError(
             f"group: 'region' needs {layout.users} ({columns}), which {path} does not contain; "
             "add the file, or set group=user"
@@ -384,11 +384,9 @@ def _read_regions(file: Path, layout: Layout) -> dict[str, str]:
     regions: dict[str, str] = {}
     is_zip = not layout.users_header
     expected = (
-        f"{layout.zip_column + 1} columns, a user and lastly a zip code"
-        if is_zip
-        else "a user and a region"
+        f"{ZIP_COLUMNS} columns, a user and lastly a zip code" if is_zip else "a user and a region"
     )
-    count = layout.zip_column + 1 if is_zip else 2
+    count = ZIP_COLUMNS if is_zip else 2
     for place, row in _read_rows(file, layout, layout.users_header):
         if len(row) != count or not row[0] or not row[-1]:
             raise UserError(

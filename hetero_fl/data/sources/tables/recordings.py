@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import torch
 from pandas.api import types
-from torch import Tensor
 
 from hetero_fl.config.data import ReadConfig, SeriesConfig, WindowsConfig
 from hetero_fl.core.task import Task
@@ -71,23 +70,28 @@ def read_samples(
     )
     rest = frame.drop(columns=[name for name in special.values() if name is not None])
     x, columns, _ = features(rest, where)
-    run = _run_numbers(y, person)
+    # A run consists of consecutive rows with one activity and person.
+    _, run, sizes = torch.unique_consecutive(
+        y * max(1, len(persons)) + person, return_inverse=True, return_counts=True
+    )
     if windows.time is not None:
         _check_time(frame[windows.time], run.numpy(), where)
-    starts, window_runs = _window_starts(run, windows.length, windows.step or windows.length)
-    if not len(starts):
-        longest = int(torch.bincount(run).max())
+    step = windows.step or windows.length
+    runs = torch.arange(len(run)).split(sizes.tolist())
+    found = [rows.unfold(0, windows.length, step) for rows in runs if len(rows) >= windows.length]
+    if not found:
         raise UserError(
-            f"windows.length: must be <= {longest}, the most consecutive samples of one person and "
-            f"activity in {path}, got {windows.length}"
+            f"windows.length: must be <= {int(sizes.max())}, the most consecutive samples of one "
+            f"person and activity in {path}, got {windows.length}"
         )
-    rows = starts[:, None] + torch.arange(windows.length)
+    rows = torch.cat(found)
+    starts = rows[:, 0]
     examples = Examples(x[rows], y[starts])
     if persons:
         examples.group = person[starts]
         examples.group_names = persons
-    if (windows.step or windows.length) < windows.length:
-        examples.patient = window_runs
+    if step < windows.length:
+        examples.patient = run[starts]
         examples.patient_term = RECORDINGS
     task = Task("multiclass", len(classes), classes)
     check_classes(task, path)
@@ -99,25 +103,6 @@ def read_samples(
         f"{len(columns)} channels",
         columns=columns,
     )
-
-
-def _run_numbers(y: Tensor, person: Tensor) -> Tensor:
-    """Return the index of the run of each row, int64 `[N]`.
-
-    A run consists of consecutive rows with one activity and person.
-    """
-    change = (y[1:] != y[:-1]) | (person[1:] != person[:-1])
-    return torch.cat([torch.zeros(1, dtype=torch.int64), change.cumsum(0)])
-
-
-def _window_starts(run: Tensor, length: int, step: int) -> tuple[Tensor, Tensor]:
-    """Return the first row and the run of each window, int64 `[W]` each."""
-    sizes = torch.bincount(run)
-    begins = sizes.cumsum(0) - sizes
-    count = ((sizes - length) // step + 1).clamp(min=0)
-    window_runs = torch.repeat_interleave(torch.arange(len(sizes)), count)
-    index_in_run = torch.arange(len(window_runs)) - (count.cumsum(0) - count)[window_runs]
-    return begins[window_runs] + step * index_in_run, window_runs
 
 
 def _check_time(column: pd.Series, run: np.ndarray, where: str) -> None:

@@ -85,7 +85,7 @@ def _read_movies(name: str, path: Path, config: SourceConfig, *, public: bool = 
     """
     path = path.expanduser()
     settings = config.movies or MoviesConfig()
-    ratings = read_ratings(path, "user" if public else config.group, settings.min_rating)
+    ratings = read_ratings(path, config.group, settings.min_rating)
     count = sum(len(user.movies) for user in ratings.users)
     about = (
         f"{count:,} ratings of {len(ratings.titles):,} movies by {len(ratings.users):,} users in "

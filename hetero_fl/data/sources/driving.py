@@ -140,7 +140,9 @@ def read_drives(path: Path, settings: DrivingConfig, *, public: bool = False) ->
     )
     frame = Block("frame", tuple(frames.shape[1:]))
     dataset = build([table], TASK, where, blocks=(frame, *STATE))
+    places = torch.from_numpy(np.flatnonzero(chosen))
     for part in dataset.splits().values():
+        part.row = places[part.row]
         part.baselines = {"straight": torch.zeros_like(part.labels)}
     return dataset
 

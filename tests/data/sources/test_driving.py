@@ -62,6 +62,17 @@ def test_file_of_frames_is_divided_by_vehicle_and_time(tmp_path: Path) -> None:
     assert train.patient is not None and train.patient.tolist() == [0] * 22 + [1] * 22
 
 
+def test_public_frames_are_those_of_no_client(tmp_path: Path) -> None:
+    split = np.repeat(["public", "train", "test"], [40, 40, 6])
+    np.savez(tmp_path / "drives.npz", **drives(split=split))
+
+    train = load(tmp_path / "drives.npz", gap=2, height=8, width=12).train
+
+    assert train.group_names == ("a",)
+    assert torch.as_tensor(train.x)[:, 288].tolist() == [*range(40, 62)]
+    assert train.locate(0, "train").endswith("drives.npz: row 40")
+
+
 SMALL = {"height": 8, "width": 12, "gap": 2}
 
 IMPOSSIBLE: list[tuple[str, dict[str, Any], list[str]]] = [

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.base import Executor, InProcessExecutor
 from hetero_fl.federation.executors.processes import ProcessPool
 from hetero_fl.federation.executors.workers import (
+    Cohort,
     JobResult,
     PooledExecutor,
     Worker,
@@ -106,11 +106,9 @@ class LocalWorkerPool(WorkerPool):
         self.jobs: list[WorkerJob] = []
         self._workers = [Worker(setup, i) for i in range(size)]
 
-    def submit(self, job: WorkerJob) -> Future[JobResult]:
-        future: Future[JobResult] = Future()
-        future.set_result(self.exchange(len(self.jobs) % self.size, job))
+    def submit(self, position: int, job: WorkerJob, cohort: Cohort) -> None:
+        cohort.outcomes.put((position, self.exchange(len(self.jobs) % self.size, job)))
         self.jobs.append(job)
-        return future
 
     def exchange(self, worker: int, job: WorkerJob) -> JobResult:
         return self._workers[worker].run_job(job)

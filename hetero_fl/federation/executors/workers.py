@@ -7,11 +7,11 @@ jobs and the failure of workers therefore do not change the results.
 
 from __future__ import annotations
 
+import threading
 import traceback
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -259,10 +259,50 @@ class WorkerDiedError(Exception):
     """Raised when a worker has died before it returned the result of a job."""
 
 
+class Cohort:
+    """Jobs whose results are used together.
+
+    Attributes:
+        outcomes: Position of each job that has ended, and the result or the exception with which it
+            failed.
+        is_wanted: Whether jobs that have not started will start.
+    """
+
+    def __init__(self) -> None:
+        self.outcomes: SimpleQueue[tuple[int, JobResult | BaseException]] = SimpleQueue()
+        self.is_wanted = True
+        self._ended: dict[int, JobResult | BaseException] = {}
+
+    def __len__(self) -> int:
+        """Return the number of outcomes that wait for `result`."""
+        return len(self._ended)
+
+    def __contains__(self, position: int) -> bool:
+        return position in self._ended
+
+    def wait_for_outcome(self) -> None:
+        """Wait until another job has ended."""
+        position, outcome = self.outcomes.get()
+        self._ended[position] = outcome
+
+    def result(self, position: int) -> JobResult:
+        """Return the result of a job that has ended, and forget it.
+
+        Raises:
+            BaseException: If the job has failed.
+        """
+        outcome = self._ended.pop(position)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+
 class WorkerPool(ABC):
     """Base class of pools of workers, each of which is served by a thread of this process.
 
-    A worker that dies is replaced, and its job starts again.
+    A worker that dies is replaced, and its job starts again. Jobs and outcomes pass through queues
+    that Ctrl-C leaves intact. The locks of `concurrent.futures` may stay locked if a signal arrives
+    while one is acquired, and the end of the run would wait for them forever.
 
     Args:
         size: Number of workers.
@@ -274,25 +314,35 @@ class WorkerPool(ABC):
     def __init__(self, size: int) -> None:
         self.size = size
         self._is_closed = False
-        self._threads = ThreadPoolExecutor(size)
-        self._idle: SimpleQueue[int] = SimpleQueue()
-        for worker in range(size):
-            self._idle.put(worker)
+        self._jobs: SimpleQueue[tuple[int, WorkerJob, Cohort] | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._serve, args=(worker,), daemon=True)
+            for worker in range(size)
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def submit(self, job: WorkerJob) -> Future[JobResult]:
+    def submit(self, position: int, job: WorkerJob, cohort: Cohort) -> None:
         """Start a job when a worker is idle. Jobs start in the order of submission.
 
-        Returns:
-            A future, which may be canceled. It raises a `RunFailedError` if workers cannot run or
-            `MAX_DEATHS` workers have died during the job.
+        The outcome is put into the cohort. It is a `RunFailedError` if workers cannot run or
+        `MAX_DEATHS` workers have died during the job.
+
+        Args:
+            position: Position of the job in the cohort.
+            job: The job.
+            cohort: The cohort.
         """
-        return self._threads.submit(self._run, job)
+        self._jobs.put((position, job, cohort))
 
     def close(self) -> None:
         """Stop the workers, even if they are busy."""
         self._is_closed = True
         self.stop_workers()
-        self._threads.shutdown(cancel_futures=True)
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
 
     @abstractmethod
     def exchange(self, worker: int, job: WorkerJob) -> JobResult:
@@ -323,18 +373,32 @@ class WorkerPool(ABC):
     def stop_workers(self) -> None:
         """Stop the workers, which ends all exchanges."""
 
-    def _run(self, job: WorkerJob) -> JobResult:
-        worker = self._idle.get()
-        try:
-            for _ in range(MAX_DEATHS):
-                try:
-                    return self.exchange(worker, job)
-                except WorkerDiedError:
-                    if self._is_closed:
-                        raise
-                    self.replace_worker(worker)
-        finally:
-            self._idle.put(worker)
+    def _serve(self, worker: int) -> None:
+        """Run jobs in a worker until the pool is closed."""
+        while self._run_next(worker):
+            # The job and the result are not referenced while the thread waits for the next job.
+            continue
+
+    def _run_next(self, worker: int) -> bool:
+        submitted = self._jobs.get()
+        if submitted is None:
+            return False
+        position, job, cohort = submitted
+        if cohort.is_wanted and not self._is_closed:
+            try:
+                cohort.outcomes.put((position, self._run(worker, job)))
+            except BaseException as error:
+                cohort.outcomes.put((position, error))
+        return True
+
+    def _run(self, worker: int, job: WorkerJob) -> JobResult:
+        for _ in range(MAX_DEATHS):
+            try:
+                return self.exchange(worker, job)
+            except WorkerDiedError:
+                if self._is_closed:
+                    raise
+                self.replace_worker(worker)
         raise RunFailedError(
             f"{', '.join(job.requests)}: {MAX_DEATHS} workers died during the same task; if they "
             "ran out of memory, reduce runtime.workers or runtime.chunk"
@@ -467,20 +531,19 @@ def run_jobs(
         order.sort(key=lambda i: -costs[i])
         max_ahead = len(chunks)
     waiting = deque(order)
-    # Jobs whose results have not been yielded, by position of the chunk.
-    jobs: dict[int, Future[JobResult]] = {}
+    cohort = Cohort()
+    running = 0
     try:
         for position in range(len(chunks)):
             while True:
-                running = [job for job in jobs.values() if not job.done()]
-                while waiting and len(running) < max_running and len(jobs) < max_ahead:
+                while waiting and running < max_running and running + len(cohort) < max_ahead:
                     started = waiting.popleft()
-                    jobs[started] = pool.submit(make_job(chunks[started]))
-                    running.append(jobs[started])
-                if position in jobs and jobs[position].done():
+                    pool.submit(started, make_job(chunks[started]), cohort)
+                    running += 1
+                if position in cohort:
                     break
-                wait(running, return_when=FIRST_COMPLETED)
-            yield jobs.pop(position).result()
+                cohort.wait_for_outcome()
+                running -= 1
+            yield cohort.result(position)
     finally:
-        for job in jobs.values():
-            job.cancel()
+        cohort.is_wanted = False

@@ -10,12 +10,12 @@ import pickle
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Thread, Timer
+from types import FrameType
 from typing import Any
 from unittest.mock import Mock
 
@@ -35,6 +35,7 @@ from hetero_fl.federation.executors.processes import (
 )
 from hetero_fl.federation.executors.workers import (
     MAX_AHEAD,
+    Cohort,
     JobResult,
     RemoteTracebackError,
     Worker,
@@ -260,11 +261,9 @@ class ListPool(LocalWorkerPool):
         WorkerPool.__init__(self, size)
         self.jobs = []
 
-    def submit(self, job: Any) -> Future[Any]:
+    def submit(self, position: int, job: Any, cohort: Cohort) -> None:
         self.jobs.append(job)
-        future: Future[Any] = Future()
-        future.set_result(job)
-        return future
+        cohort.outcomes.put((position, job))
 
 
 def test_expensive_tasks_of_a_small_cohort_start_first() -> None:
@@ -284,6 +283,57 @@ def test_few_results_of_a_large_cohort_wait_in_memory() -> None:
     for requested, (result, chunk) in enumerate(zip(results, chunks, strict=True)):
         assert str(result) == chunk[0]
         assert len(pool.jobs) - requested <= MAX_AHEAD * pool.size
+
+
+class InstantPool(LocalWorkerPool):
+    """Pool whose threads return the jobs themselves."""
+
+    submit = WorkerPool.submit
+
+    def __init__(self, size: int) -> None:
+        WorkerPool.__init__(self, size)
+
+    def exchange(self, worker: int, job: Any) -> Any:
+        return job
+
+
+def interrupt_at(step: int, function: Callable[[], Any]) -> bool:
+    """Call a function, raise KeyboardInterrupt at a step of this thread, and return if it was."""
+    steps = itertools.count()
+
+    def trace(_frame: FrameType, _event: str, _value: Any) -> Any:
+        if next(steps) == step:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_pool_ends_after_interrupt_at_any_step() -> None:
+    chunks = [["a"], ["b"], ["c"]]
+    for step in itertools.count():
+        pool = InstantPool(1)
+
+        interrupted = interrupt_at(
+            step,
+            lambda pool=pool: list(run_jobs(pool, chunks, [1.0] * 3, lambda chunk: chunk[0])),  # type: ignore[arg-type,misc,return-value]
+        )
+
+        end = Thread(target=pool.close, daemon=True)
+        end.start()
+        end.join(PATIENCE / 10)
+        assert not end.is_alive(), f"step {step}"
+        if not interrupted:
+            break
+    assert step > 50
 
 
 def test_three_worker_deaths_on_one_client_end_the_run(

@@ -12,6 +12,7 @@ from typing_extensions import override
 from model_zoo.errors import InputError, ModelError, one_line
 from model_zoo.generators import keyed_generators
 from model_zoo.module_state import ModuleSnapshot, advise_on_error
+from model_zoo.options import is_integer
 from model_zoo.shapes import Shape
 
 # A backbone, the width of the features and, optionally, the dropout rate between features and head.
@@ -117,7 +118,8 @@ class SplitModel(nn.Module):
             num_classes: Number of outputs. If 0, the model returns its features.
 
         Raises:
-            ModelError: If the width of the features is not known.
+            ModelError: If the width of the features is not known or `num_classes` is no integer of
+                at least 0.
 
         Example:
             >>> import torch
@@ -127,6 +129,10 @@ class SplitModel(nn.Module):
             >>> model(torch.rand(2, 1, 8, 8)).shape
             torch.Size([2, 5])
         """
+        if not is_integer(num_classes, 0):
+            raise ModelError(
+                f"reset_classifier: num_classes: expected an integer >= 0, got {num_classes!r}"
+            )
         if num_classes and not self.num_features:
             raise ModelError(
                 "reset_classifier: the width of the features is not known, as the head has no "

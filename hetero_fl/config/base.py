@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import unicodedata
 import warnings
 from collections.abc import Collection, Iterable, Mapping
@@ -57,7 +59,13 @@ def _exists(path: str) -> bool:
 
 
 def _check_path(value: str) -> str:
-    r"""Reject line breaks and tabs, which `\n` and `\t` mean in the double quotes of YAML."""
+    r"""Reject long names, and line breaks and tabs, which YAML reads for `\n` and `\t`."""
+    names = [os.fsencode(name) for name in re.split(r"[/\\]", value)]
+    if max(map(len, names)) > MAX_NAME_BYTES or len(os.fsencode(value)) > MAX_PATH_BYTES:
+        raise ValueError(
+            f"must be a path of at most {MAX_PATH_BYTES:,} bytes whose names have at most "
+            f"{MAX_NAME_BYTES}, got {len(value):,} characters that start with '{value[:30]}'"
+        )
     has_controls = any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in value)
     # A no-break space is also `\_`, but some file names have one.
     if has_controls or ("\N{NO-BREAK SPACE}" in value and not _exists(value)):
@@ -85,6 +93,10 @@ def check_folder_name(name: str) -> str:
         raise ValueError(f"must not end with a period, got '{name}'; remove it")
     return name
 
+
+MAX_NAME_BYTES = 255
+MAX_PATH_BYTES = 4095
+"""Limits of Linux for names of files and folders, and for paths."""
 
 FilePath = Annotated[str, AfterValidator(_check_path)]
 """Path of a file or folder."""

@@ -51,18 +51,7 @@ def as_numbers(values: Any, where: str) -> Tensor:
         UserError: If `values` is not an array of numbers.
     """
     if isinstance(values, Tensor):
-        if values.is_complex():
-            raise UserError(f"{where}: expected real numbers, got {dtype_name(values)}")
-        if values.layout != torch.strided or values.is_nested or is_masked_tensor(values):
-            raise UserError(
-                f"{where}: expected a dense tensor, got a sparse, nested or masked one; convert it "
-                "with to_dense(), to_padded_tensor(nan) or to_tensor(nan)"
-            )
-        x = values.detach().cpu()
-        if x.dtype == torch.uint8 or x.is_floating_point():
-            return x
-        is_wide = x.dtype in (torch.int16, torch.uint16, torch.int32)
-        return x.to(torch.int32 if is_wide else torch.int64)
+        return _tensor_as_numbers(values, where)
     try:
         given = np.asarray(plain_array(values))
         # Python numbers get the type that they have in a list.
@@ -83,6 +72,23 @@ def as_numbers(values: Any, where: str) -> Tensor:
         array = array.astype(np.float64)
     array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
     return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _tensor_as_numbers(values: Tensor, where: str) -> Tensor:
+    if values.is_complex():
+        raise UserError(f"{where}: expected real numbers, got {dtype_name(values)}")
+    if values.layout != torch.strided or values.is_nested or is_masked_tensor(values):
+        raise UserError(
+            f"{where}: expected a dense tensor, got a sparse, nested or masked one; convert it "
+            "with to_dense(), to_padded_tensor(nan) or to_tensor(nan)"
+        )
+    if values.is_meta:
+        raise UserError(f"{where}: expected a tensor with values, got one on the device meta")
+    x = values.detach().cpu()
+    if x.dtype == torch.uint8 or x.is_floating_point():
+        return x
+    is_wide = x.dtype in (torch.int16, torch.uint16, torch.int32)
+    return x.to(torch.int32 if is_wide else torch.int64)
 
 
 def as_pixels(images: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -56,6 +56,8 @@ def test_worker_gets_the_current_environment(monkeypatch: pytest.MonkeyPatch) ->
         given = ("HETERO_FL_TEST", in_worker, dict(os.environ))
         process = context.Process(target=read_variable, args=given)
         process.start()
+        # Otherwise the test would wait forever for a worker that fails.
+        in_worker.close()
         assert in_parent.recv() == value
         process.join()
 

@@ -82,6 +82,8 @@ MARKERS = frozenset(
     )
 )
 """Markers of missing values in columns of numbers, in lower case, those of pandas included."""
+NOT_SINGLE = (list, tuple, set, frozenset, dict, np.ndarray, bytes, bytearray, complex)
+"""Types of cells that are not single numbers, booleans, dates or text."""
 CATEGORICAL = "; for categories, list the values in data.categories"
 OWNER_NAME = re.compile(
     r"(?i:patient|participant|subject|person|mrn)"
@@ -249,15 +251,31 @@ def normalize_frame(
         categories: Text columns to one-hot encode, with their values.
 
     Raises:
-        UserError: If two columns have the same name.
+        UserError: If two columns have the same name, or cells are lists, bytes or complex numbers.
     """
     for name, count in Counter(map(str, frame.columns)).items():
         if count > 1:
             raise UserError(f"{where}: column '{name}' occurs {count} times")
     frame = frame.rename(columns=str).reset_index(drop=True)
+    for _, column in frame.items():
+        _check_types(column, where)
     for name in filter(lambda name: is_text(frame[name]), frame.columns):
         frame[name] = _without_markers(frame[name], (categories or {}).get(name, ()))
     return frame
+
+
+def _check_types(column: pd.Series, where: str) -> None:
+    """Reject a column whose cells are not single numbers, booleans, dates or text."""
+    if types.is_complex_dtype(column) or types.is_object_dtype(column):
+        invalid = column.map(lambda cell: isinstance(cell, NOT_SINGLE))
+        if (row := first_true(invalid)) is not None:
+            raise_cell_error(
+                where,
+                row,
+                str(column.name),
+                f"expected a number, text or date, got {type(column[row]).__name__}; convert the "
+                "column to columns of numbers or text, or drop it",
+            )
 
 
 def _without_markers(column: pd.Series, categories: Collection[str]) -> pd.Series:

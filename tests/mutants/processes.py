@@ -18,10 +18,23 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["matplotlib.figure", "pandas", "pytest", "torchvision", "yaml"])
 ENDED = 100
 """Added to the exit status of pytest, so that it is not that of a process that failed before."""
+PASSED = (ENDED + pytest.ExitCode.OK, ENDED + pytest.ExitCode.USAGE_ERROR)
+"""Statuses if no test fails. The second means that the tree has not all of the tests."""
 
 
-def tests_pass(tests: Sequence[Test], tree: Path) -> bool:
-    """Return whether tests pass in a tree. Tests that do not end in time fail.
+class Started:
+    """A plug-in of pytest that writes the name of each test to a file when the test starts."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Write the name of a test."""
+        self._path.write_text(nodeid, encoding="utf-8")
+
+
+def first_failure(tests: Sequence[Test], tree: Path) -> str | None:
+    """Return the name of the first test that fails or does not end in time, or None.
 
     Args:
         tests: The tests.
@@ -30,19 +43,23 @@ def tests_pass(tests: Sequence[Test], tree: Path) -> bool:
     Raises:
         RuntimeError: If the process of the tests cannot start pytest.
     """
-    process = SERVER.Process(target=_run, args=([test.name for test in tests], tree))
+    started = tree / "started.txt"
+    # A test whose module cannot be imported does not start.
+    started.write_text(tests[0].name, encoding="utf-8")
+    process = SERVER.Process(target=_run, args=([test.name for test in tests], tree, started))
     process.start()
     process.join(120 + 4 * sum(test.seconds for test in tests))
     if process.exitcode is None and process.pid is not None:
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
-        return False
-    if process.exitcode is not None and 0 < process.exitcode < ENDED:
+    elif process.exitcode is not None and 0 < process.exitcode < ENDED:
         raise RuntimeError(f"the process of the tests failed with status {process.exitcode}")
-    return process.exitcode == ENDED + pytest.ExitCode.OK
+    elif process.exitcode in PASSED:
+        return None
+    return started.read_text(encoding="utf-8")
 
 
-def _run(names: Sequence[str], tree: Path) -> None:
+def _run(names: Sequence[str], tree: Path, started: Path) -> None:
     # The group of processes that is killed if the tests do not end.
     os.setpgid(0, 0)
     root = Path(__file__).parents[2]
@@ -55,4 +72,5 @@ def _run(names: Sequence[str], tree: Path) -> None:
     silent = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(silent, stream)
-    sys.exit(ENDED + pytest.main(["-p", "no:cacheprovider", "--exitfirst", *names]))
+    options = ["-p", "no:cacheprovider", "--exitfirst", *names]
+    sys.exit(ENDED + pytest.main(options, plugins=[Started(started)]))

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from typing_extensions import override
 
 from model_zoo.external import Enlarge
@@ -21,8 +22,10 @@ from model_zoo.registry import MODELS, ModelName, create_model, find_model
 from model_zoo.shapes import make_shape
 from model_zoo.split_model import is_batch_norm
 
-MAX_VALUES = 100_000
-"""Number of values in an example above which operations are counted without memory."""
+MAX_VALUES = {0: 1_000, 1: 1_000, 2: 100_000}
+"""Number of values in an example above which operations are counted without memory, by the number
+of dimensions of a row, a series or an image. Attention takes memory for each pair of values of a
+row or series."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +133,13 @@ def describe(
         model = create_model(name, *sizes, vocabulary=vocabulary, **options).eval()
     enlargement = _describe_enlargement(model)
     shape = make_shape(in_channels, input_size, vocabulary)
+    is_own = name in MODELS
     # Operations on meta tensors need no memory, but layer norms on them import `torch._dynamo`.
     # Models of other libraries and of users may not support meta tensors.
-    device = "meta" if name in MODELS and shape.num_values > MAX_VALUES else "cpu"
+    device = "meta" if is_own and shape.num_values > MAX_VALUES[len(shape.size)] else "cpu"
     with torch.device(device), keyed_generators(0):
         # Models with batch statistics need at least two examples.
-        flops, convolutions = _count_flops(model.to(device), shape.zeros(2))
+        flops, convolutions = _count_flops(model.to(device), shape.zeros(2), is_own)
     return ModelDescription(
         name=str(name),
         parameters=num_parameters(model),
@@ -154,34 +158,49 @@ def num_parameters(module: nn.Module) -> int:
     return sum(math.prod(p.shape) for p in module.parameters())
 
 
-def _count_flops(model: nn.Module, examples: torch.Tensor) -> tuple[int, int]:
-    """Return the operations per example, and the part of them that is due to convolutions."""
-    # With oneDNN, an LSTM is a single kernel that the counter does not support. Disabling oneDNN
-    # may emit a warning about TF32 on CPUs.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with (
-            torch.no_grad(),
-            torch.backends.mkldnn.flags(enabled=False),
-            _OperationCounter() as counter,
-        ):
-            model(examples)
-    convolutions = sum(n for operator, n in counter.counts.items() if "convolution" in operator)
-    return counter.counts.total() // len(examples), convolutions // len(examples)
+def _count_flops(model: nn.Module, examples: torch.Tensor, is_own: bool) -> tuple[int, int]:
+    """Return the operations per example, and the part of them that is due to convolutions.
+
+    Args:
+        model: The model.
+        examples: The examples.
+        is_own: Whether the model is one of this package.
+    """
+    counter = OperationCounter() if is_own else FlopCounterMode(display=False)
+    is_fast = torch.backends.mha.get_fastpath_enabled()
+    # With oneDNN, an LSTM is a single kernel that the counters do not support, as is attention on
+    # the fast path or in a fused kernel. Disabling oneDNN may emit a warning about TF32 on CPUs.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with (
+                torch.no_grad(),
+                torch.backends.mkldnn.flags(enabled=False),
+                sdpa_kernel(SDPBackend.MATH),
+                counter,
+            ):
+                model(examples)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_fast)
+    counts = counter.flop_counts["Global"]
+    convolutions = sum(n for operator, n in counts.items() if "convolution" in str(operator))
+    return sum(counts.values()) // len(examples), convolutions // len(examples)
 
 
-class _OperationCounter(TorchDispatchMode):
+class OperationCounter(TorchDispatchMode):
     """Counts operations as `torch.utils.flop_counter.FlopCounterMode` does.
 
-    That class imports `torch._dynamo` when it is used, which takes as long as importing torch.
+    That class imports `torch._dynamo` when it is used, which takes as long as importing torch. This
+    one is for models of this package, which contain no higher-order operators.
 
     Attributes:
-        counts: Number of floating-point operations by operator.
+        flop_counts: Number of floating-point operations, keyed by "Global" and operator.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: Counter[str] = Counter()
+        self.flop_counts: dict[str, Counter[Any]] = {"Global": Counter()}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -190,8 +209,15 @@ class _OperationCounter(TorchDispatchMode):
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         operator = func.overloadpacket
+        if operator not in flop_registry:
+            # In inference mode, operators arrive before they are decomposed.
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
         if operator in flop_registry:
-            self.counts[str(operator)] += flop_registry[operator](*args, **kwargs, out_val=result)
+            count = flop_registry[operator](*args, **kwargs, out_val=result)
+            self.flop_counts["Global"][operator] += count
         return result

@@ -98,8 +98,9 @@ FLOPS: list[tuple[str, dict[str, Any], int]] = [
 ]
 
 
-def test_operations_are_those_of_the_counter_of_torch() -> None:
-    for name in ("cnn", "resnet20", "vit", "transformer", "torchvision:mobilenet_v3_small"):
+@each_case("mode", [torch.no_grad, torch.inference_mode])
+def test_operations_are_those_of_the_counter_of_torch(mode: Any) -> None:
+    for name in ("cnn", "resnet20", "vit", "transformer"):
         model = create_model(name, 10, in_channels=3, input_size=32).eval()
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), counter:
@@ -107,10 +108,40 @@ def test_operations_are_those_of_the_counter_of_torch() -> None:
         by_operator = counter.get_flop_counts()["Global"]
         convolutions = by_operator.get(torch.ops.aten.convolution, 0)
 
-        about = describe(name, in_channels=3, input_size=32)
+        with mode():
+            about = describe(name, in_channels=3, input_size=32)
 
         assert about.forward_flops == counter.get_total_flops() // 2, name
         assert about.convolution_flops == convolutions // 2, name
+
+
+class Attention(nn.Module):
+    """A model with a layer of attention and a higher-order operator."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(in_channels, 1, batch_first=True)
+        self.head = nn.Linear(in_channels, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        steps = x.transpose(1, 2)
+        mixed, _ = self.attention(steps, steps, steps, need_weights=False)
+        features = torch.cond(mixed.sum() > 0, torch.clone, torch.neg, (mixed.mean(1),))
+        return self.head(features)
+
+
+def test_operations_of_own_models_are_counted() -> None:
+    attention = 2 * (4 * 9 * 4 * 4 + 2 * 9 * 9 * 4)
+
+    about = describe(f"python:{__name__}:Attention", 2, 4, (9,))
+
+    assert about.forward_flops == attention + 2 * 4 * 2
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_no_memory_is_allocated_for_attention_between_many_values() -> None:
+    for name, channels, size in (("transformer", 3, (30_000,)), ("ft_transformer", 6_000, ())):
+        assert describe(name, 2, channels, size).forward_flops > 10**9
 
 
 def test_description_counts_parameters_and_operations() -> None:

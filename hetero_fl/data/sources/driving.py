@@ -87,6 +87,8 @@ def driving_public(config: SourceConfig, _root: Path) -> Dataset:
     rows = drives.train
     frame = drives.blocks[0]
     rows.x = rows.x[:, : frame.size]
+    # Rows of the file have a speed and a position.
+    rows.row = None
     about = f"{len(rows):,} public frames"
     return Dataset("driving_public", TASK, rows, about=about, blocks=(frame,))
 
@@ -129,6 +131,10 @@ def read_drives(path: Path, settings: DrivingConfig, *, public: bool = False) ->
     split = arrays["split"].astype(str)
     check_names(np.unique(split).tolist(), SPLITS, f"{where}: split: unknown value")
     chosen = (split == PUBLIC) == public
+    if not chosen.any():
+        raise UserError(
+            f"{where}: split: expected rows of '{PUBLIC if public else SPLITS[0]}', got none"
+        )
     table = Table(
         x[torch.from_numpy(chosen)],
         arrays["angle"][chosen] / settings.scale,

@@ -143,6 +143,7 @@ BROKEN_FILES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "path: FILE: position: expected shape (N, 2), got (86, 3)",
     ),
     ({"split": np.full(86, "trian")}, {}, "path: FILE: split: unknown value 'trian'; did you mean"),
+    ({"split": np.full(86, "public")}, {}, "path: FILE: split: expected rows of 'train', got none"),
     ({}, {"height": 16}, "driving.height: the frames of drives.npz have 12x8 pixels, got 16; rem"),
     ({}, {"gap": 10}, "driving.gap: leaves no frames for validation of vehicle 'a', which has 40"),
 ]
@@ -168,6 +169,8 @@ def test_public_frames_do_not_inherit_the_settings_of_own_drives() -> None:
     dataset = load_source(public, Path())
 
     assert torch.equal(dataset.train.x, read_source("driving_public").train.x)
+    # The file has speeds, which are not part of the rows.
+    assert dataset.train.locate(5, "the proxy set") == "row 5 of the proxy set"
 
 
 def test_bundled_data_inherit_no_names_of_files() -> None:

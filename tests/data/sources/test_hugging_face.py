@@ -111,6 +111,16 @@ def save_splits(path: Path, test: dict[str, Any], train: dict[str, Any]) -> None
     datasets.DatasetDict(parts).save_to_disk(str(path))
 
 
+def test_groups_are_needed_for_training_only(tmp_path: Path) -> None:
+    content = {"label": PETS, "site": ["north", "south"]}
+    save_splits(tmp_path / "pets", {**content, "site": [None, None]}, content)
+
+    dataset = load(tmp_path / "pets", columns={"group": "site"})
+
+    assert dataset.train.group_names == ("north", "south")
+    assert dataset.test is not None and len(dataset.test) == 2
+
+
 def test_unlabeled_proxy_set(tmp_path: Path) -> None:
     image_set(90).save_to_disk(str(tmp_path / "scans"))
     image_set(20, 5).select_columns(["img"]).save_to_disk(str(tmp_path / "public"))

@@ -62,6 +62,17 @@ def test_table_names_images(suffix: str, file: str, stream: bool | None, tmp_pat
     assert train.locate(4, "train") == f"path: {path}: row 5"
 
 
+def test_unused_columns_may_contain_anything(tmp_path: Path) -> None:
+    path = write_image_table(tmp_path / "scans", suffix="parquet")
+    table = pd.read_parquet(path)
+    table.assign(boxes=[[1, 2]] * len(table), y=table["y"].str.encode("utf-8")).to_parquet(path)
+
+    dataset = load(path)
+
+    names = [dataset.task.names[y] for y in dataset.train.labels.tolist()]
+    assert names == table["y"].tolist()
+
+
 def test_columns_name_the_splits(tmp_path: Path) -> None:
     path = write_image_table(tmp_path)
     folds = {"train": "train", "val": "validation", "test": "test"}

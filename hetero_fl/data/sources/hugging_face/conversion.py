@@ -97,7 +97,9 @@ def read_hub_splits(
         if name in (*inputs, *roles.columns) or name not in train.column_names
     ]
     for split, frame in frames.items():
-        if missing := [name for name in needed if name not in frame]:
+        # Groups of rows that are not for training are not used.
+        unused = {roles.group} if split != "train" else set()
+        if missing := [name for name in needed if name not in frame and name not in unused]:
             raise UserError(
                 f"{where}: {split}: column '{missing[0]}': expected values as in train, got "
                 "none of this kind"

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -82,7 +82,7 @@ MARKERS = frozenset(
     )
 )
 """Markers of missing values in columns of numbers, in lower case, those of pandas included."""
-NOT_SINGLE = (list, tuple, set, frozenset, dict, np.ndarray, bytes, bytearray, complex)
+NOT_SINGLE = (list, tuple, set, frozenset, dict, np.ndarray, bytearray, complex)
 """Types of cells that are not single numbers, booleans, dates or text."""
 CATEGORICAL = "; for categories, list the values in data.categories"
 OWNER_NAME = re.compile(
@@ -251,31 +251,15 @@ def normalize_frame(
         categories: Text columns to one-hot encode, with their values.
 
     Raises:
-        UserError: If two columns have the same name, or cells are lists, bytes or complex numbers.
+        UserError: If two columns have the same name.
     """
     for name, count in Counter(map(str, frame.columns)).items():
         if count > 1:
             raise UserError(f"{where}: column '{name}' occurs {count} times")
     frame = frame.rename(columns=str).reset_index(drop=True)
-    for _, column in frame.items():
-        _check_types(column, where)
     for name in filter(lambda name: is_text(frame[name]), frame.columns):
         frame[name] = _without_markers(frame[name], (categories or {}).get(name, ()))
     return frame
-
-
-def _check_types(column: pd.Series, where: str) -> None:
-    """Reject a column whose cells are not single numbers, booleans, dates or text."""
-    if types.is_complex_dtype(column) or types.is_object_dtype(column):
-        invalid = column.map(lambda cell: isinstance(cell, NOT_SINGLE))
-        if (row := first_true(invalid)) is not None:
-            raise_cell_error(
-                where,
-                row,
-                str(column.name),
-                f"expected a number, text or date, got {type(column[row]).__name__}; convert the "
-                "column to columns of numbers or text, or drop it",
-            )
 
 
 def _without_markers(column: pd.Series, categories: Collection[str]) -> pd.Series:
@@ -290,7 +274,8 @@ def _without_markers(column: pd.Series, categories: Collection[str]) -> pd.Serie
     if categories:
         is_listed = column.astype(object).map(lambda cell: str(cell).strip() in categories)
         marked &= ~is_listed.astype(bool)
-    rest = column[~marked & column.notna()].astype(str)
+    # Bytes need not be UTF-8 in a column that is not used.
+    rest = column[~marked & column.notna()].map(str).astype(str)
     is_number = pd.to_numeric(rest, errors="coerce").notna() | rest.str.fullmatch(SEPARATED)
     has_markers = bool(categories) or (len(rest) > 0 and is_number.all())
     return column.mask(marked if has_markers else marked & (text == "?"))
@@ -309,9 +294,10 @@ def parse_numbers(
         hint: End of the error message for a cell that is not a number.
 
     Raises:
-        UserError: If a cell is missing or not a finite number.
+        UserError: If a cell is missing, not a finite number, or not a single value.
     """
     name = str(column.name)
+    check_cells(column, where)
     if not (types.is_numeric_dtype(column) or types.is_bool_dtype(column)):
         if not is_text(column):
             return None
@@ -335,6 +321,33 @@ def parse_numbers(
     if (row := first_true(too_large & ~column.isna().to_numpy())) is not None:
         raise_cell_error(where, row, name, f"expected a finite number, got {values[row]}")
     return values
+
+
+def check_cells(column: pd.Series, where: str) -> None:
+    """Check that the cells of a column are single numbers, booleans, dates or text.
+
+    Raises:
+        UserError: If a cell is, for example, a list, a complex number or bytes that are no UTF-8.
+    """
+    is_declared = isinstance(column.dtype, pd.CategoricalDtype)
+    cells = column.astype(object) if is_declared else column
+    if not (types.is_object_dtype(cells) or types.is_complex_dtype(cells)):
+        return
+    if (row := first_true(~cells.map(_is_single).to_numpy(bool))) is not None:
+        raise_cell_error(
+            where,
+            row,
+            str(column.name),
+            f"expected a number, text or date, got {type(cells.iloc[row]).__name__}; convert the "
+            "column to columns of numbers or text, or drop it",
+        )
+
+
+def _is_single(cell: Any) -> bool:
+    if isinstance(cell, bytes):
+        # pandas converts bytes to text, which must be UTF-8.
+        return cell.decode(errors="ignore").encode() == cell
+    return not isinstance(cell, NOT_SINGLE)
 
 
 def number_hint(where: str) -> str:
@@ -487,8 +500,9 @@ def strip_text(column: pd.Series, where: str) -> pd.Series:
     """Remove surrounding spaces from the text of a column.
 
     Raises:
-        UserError: If a value is missing.
+        UserError: If a value is missing or not a single value.
     """
+    check_cells(column, where)
     if is_categorical(column):
         text = column.astype(object).map(
             lambda value: value.strip() if isinstance(value, str) else value

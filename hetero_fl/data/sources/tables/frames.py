@@ -27,6 +27,7 @@ from hetero_fl.data.sources.tables.columns import (
     CATEGORICAL,
     MANY_CATEGORIES,
     category_values,
+    check_cells,
     check_columns,
     column_as_text,
     describe_identifiers,
@@ -398,6 +399,7 @@ def shared_categories(
         where = names[place]
         for column in own:
             name = str(column.name)
+            check_cells(column, where)
             if is_categorical(column) and parse_numbers(column, where, [], CATEGORICAL) is None:
                 texts.setdefault(name, []).append(column)
                 place_of.setdefault(name, place)

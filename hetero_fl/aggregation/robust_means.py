@@ -13,9 +13,9 @@ import torch
 from typing_extensions import override
 
 from hetero_fl.aggregation.means import Mean
-from hetero_fl.aggregation.uploads import SINGLE, MeanCombiner, Means, Upload
+from hetero_fl.aggregation.uploads import SINGLE, MeanCombiner, Means, Owner, Upload
 from hetero_fl.config.protection import AggregationConfig
-from hetero_fl.core.model_spec import Owner, Tensors
+from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, ItemSpec
 from hetero_fl.core.task import Task
@@ -119,7 +119,7 @@ class RobustCombiner(MeanCombiner):
         """Return the tensors of each block.
 
         The keys are tuples (group, positions of the senders), and the values are lists of the
-        tensors' owners (see `hetero_fl.core.model_spec.owners_of`).
+        tensors' owners (see `hetero_fl.aggregation.uploads.owners_of`).
         """
         blocks: dict[tuple[str, tuple[int, ...]], list[Owner]] = {}
         for owner, positions in self._positions.items():

@@ -17,15 +17,18 @@ from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.aggregation.means import Mean, RunningMean
-from hetero_fl.core.model_spec import Owner, Tensors, owners_of
+from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import SUM_KINDS, Item, ItemSpec, MissingItemError, Payload
 from hetero_fl.utils.errors import UserError, suggest_or_list
-from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.ordering import natural_key
 
 # Means keyed by architecture group and tensor name. A single tensor has the group "" and the
 # name "".
 Means: TypeAlias = dict[str, dict[str, Mean]]
+# Name and shape of a tensor, and the architecture group of the model. The group is "" for tensors
+# that are averaged across groups.
+Owner = tuple[str, tuple[int, ...], str]
 # Owner of all single tensors of an item, which must have the same shape.
 SINGLE: Owner = ("", (), "")
 
@@ -92,6 +95,24 @@ class CombineNoise(Protocol):
 
     def senders(self, name: str) -> list[ClientInfo]:
         """Return one client of each set of clients with equal settings that may send the item."""
+
+
+def owners_of(
+    tensors: Mapping[str, Tensor], group: str, common: tuple[str, ...]
+) -> dict[str, Owner]:
+    """Return the owner of each tensor of a model, keyed by tensor name.
+
+    Tensors with equal owners are averaged.
+
+    Args:
+        tensors: Tensors of the model, keyed by name.
+        group: Architecture group of the client's model.
+        common: Prefixes of the names of tensors that are averaged across groups.
+    """
+    return {
+        name: (name, tuple(tensor.shape), "" if name.startswith(common) else group)
+        for name, tensor in tensors.items()
+    }
 
 
 def owners_of_item(
@@ -199,9 +220,8 @@ class Uploads:
         # Means of items that were requested since the last upload.
         self._means: dict[str, Means] = {}
         self._count = 0
-        by_client = {u.client: u for u in uploads}
-        for client in natural_order(by_client):
-            self.add(by_client[client])
+        for upload in sorted(uploads, key=lambda u: natural_key(u.client)):
+            self.add(upload)
 
     def __len__(self) -> int:
         return self._count

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.aggregation.means import tie_common_tensors
-from hetero_fl.aggregation.uploads import Uploads
+from hetero_fl.aggregation.uploads import Owner, Uploads, owners_of
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
 from hetero_fl.algorithms.round_parts import (
     Items,
@@ -25,7 +25,7 @@ from hetero_fl.algorithms.round_parts import (
     upload_model,
 )
 from hetero_fl.config.base import OptimizerConfig
-from hetero_fl.core.model_spec import Owner, Tensors, owners_of
+from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import Batch, Context, ModelViews, Proximal, Supervised
 from hetero_fl.core.participant import (
     ClientDirectory,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hetero_fl.aggregation.means import add_updates, interpolate_model
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.config.clients import AugmentConfig, ClientSettings
+from hetero_fl.config.clients import NO_AUGMENT, ClientSettings
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import LossFunction, Objective, Supervised, log_prior
 from hetero_fl.core.participant import (
@@ -492,7 +492,7 @@ def local_fit(
     objective = load_objective(settings.objective, client.task, objective)
     data = data or Rows()
     is_supervised = isinstance(objective, Supervised)
-    augments = data.name in ("train", "pooled") and settings.augment != AugmentConfig()
+    augments = data.name in ("train", "pooled") and settings.augment != NO_AUGMENT
     fields: dict[str, Any] = {
         "train": {"model": None},
         "epochs": settings.epochs if epochs is None else epochs,

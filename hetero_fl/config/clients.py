@@ -170,6 +170,9 @@ class AugmentConfig(ConfigSection):
     )
 
 
+NO_AUGMENT = AugmentConfig()
+
+
 class ScannerConfig(ConfigSection):
     """Simulated imaging device that changes all images of a client (feature shift).
 
@@ -264,7 +267,7 @@ class ClientSettings(ConfigSection):
         "loss of the task",
     )
     preprocess: PreprocessConfig = PreprocessConfig()
-    augment: AugmentConfig = AugmentConfig()
+    augment: AugmentConfig = NO_AUGMENT
     scanner: ScannerConfig = ScannerConfig()
     shares: list[Share] = Field(  # type: ignore[valid-type]
         ["parameters", "predictions", "statistics", "features"],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hetero_fl.config.clients import AugmentConfig, ScannerConfig
+from hetero_fl.config.clients import NO_AUGMENT, AugmentConfig, ScannerConfig
 from hetero_fl.core.images import to_floats
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.registry import call_reference
@@ -63,7 +63,7 @@ def augment(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> Ten
         >>> augmented.shape
         torch.Size([2, 1, 1, 3])
     """
-    if config == AugmentConfig() or len(x) == 0:
+    if config == NO_AUGMENT or len(x) == 0:
         return x
     batch = len(x)
     if config.crop:

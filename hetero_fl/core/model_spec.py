@@ -223,7 +223,7 @@ class ModelSpec:
         """Names of the tensors that the forward pass writes."""
         return _observe(self).tensors
 
-    @property
+    @cached_property
     def local_names(self) -> frozenset[str]:
         """Names of the tensors that clients do not share.
 
@@ -393,26 +393,3 @@ def _check_training(arch: ModelSpec) -> None:
     model = arch.build()
     if arch.name not in MODELS:
         check_training(model, arch.build().source_module(), arch.shape)
-
-
-# Name and shape of a tensor, and the architecture group of the model. The group is "" for tensors
-# that are averaged across groups.
-Owner = tuple[str, tuple[int, ...], str]
-
-
-def owners_of(
-    tensors: Mapping[str, Tensor], group: str, common: tuple[str, ...]
-) -> dict[str, Owner]:
-    """Return the owner of each tensor of a model, keyed by tensor name.
-
-    Tensors with equal owners are averaged.
-
-    Args:
-        tensors: Tensors of the model, keyed by name.
-        group: Architecture group of the client's model.
-        common: Prefixes of the names of tensors that are averaged across groups.
-    """
-    return {
-        name: (name, tuple(tensor.shape), "" if name.startswith(common) else group)
-        for name, tensor in tensors.items()
-    }

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hetero_fl.config.clients import (
-    AugmentConfig,
+    NO_AUGMENT,
     ClientSettings,
     Normalize,
     PreprocessConfig,
@@ -427,7 +427,7 @@ def preprocessed_shape(
     output = view.shape(raw, where)
     for key, value, default, shape in (
         ("scanner", settings.scanner, ScannerConfig(), raw),
-        ("augment", settings.augment, AugmentConfig(), output),
+        ("augment", settings.augment, NO_AUGMENT, output),
     ):
         if value != default and len(shape) != 3:
             raise UserError(

@@ -103,6 +103,8 @@ class DeviceMemory:
 
         A mapped column that does not fit into the cache is returned unchanged.
         """
+        if self.device.type == "cpu":
+            return column
         kept = self.keep(column)
         return kept.to(self.device) if mapped_file(kept) is None else kept
 

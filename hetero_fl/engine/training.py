@@ -72,8 +72,6 @@ def make_optimizer(
         {"params": [trainable[key] for key in heads], "lr": config.head_lr},
     ]
     groups = [group for group in groups if group["params"]]
-    if config.is_custom:
-        return _make_custom_optimizer(config, groups)
     # On CPUs, the fused implementation takes a third of the time of the others.
     fused = next(iter(trainable.values())).device.type in ("cpu", "cuda")
     common: dict[str, Any] = {"weight_decay": config.weight_decay, "fused": fused}
@@ -81,8 +79,11 @@ def make_optimizer(
         return torch.optim.SGD(
             groups, config.lr, config.momentum, nesterov=config.nesterov, **common
         )
-    optimizer_class = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return optimizer_class(groups, config.lr, **common)
+    if config.name == "adam":
+        return torch.optim.Adam(groups, config.lr, **common)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, config.lr, **common)
+    return _make_custom_optimizer(config, groups)
 
 
 def _make_custom_optimizer(

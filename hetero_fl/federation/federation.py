@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -281,6 +281,20 @@ class FederationSpec:
             }
         return {slot: tensors for slot, tensors in changed.items() if tensors}
 
+    @cached_property
+    def num_clients(self) -> int:
+        """Number of clients."""
+        return len(self.client_infos)
+
+    @cached_property
+    def client_ids(self) -> Sequence[str]:
+        """Ids of all clients in natural order.
+
+        If not all clients take part in a round, use `client_infos.clients.ids`, which does not
+        store the id of each client.
+        """
+        return list(self.client_infos.clients.ids)
+
     def round_context(self, round_idx: int, attempt: int = 0) -> RoundContext:
         """Return the context of a round for a participant.
 
@@ -303,14 +317,17 @@ class FederationSpec:
         Returns:
             Client ids in natural order.
         """
-        ids = self.client_infos.clients.ids
         if count is not None and self.privacy is not None and self.privacy.poisson_cohorts:
             draws = self.noise.stream(round_idx, "cohort")
-            is_sampled = draws.uniform(len(ids)) < count / len(ids)
-            return [ids[i] for i in is_sampled.nonzero().squeeze(1).tolist()]
-        if count is None or count >= len(ids):
-            return list(ids)
-        return [ids[i] for i in sample_numbers(len(ids), count, self.seed, round_idx, "cohort")]
+            is_sampled = draws.uniform(self.num_clients) < count / self.num_clients
+            sampled = is_sampled.nonzero().squeeze(1).tolist()
+        elif count is None or count >= self.num_clients:
+            return list(self.client_ids)
+        else:
+            key = (self.seed, round_idx, "cohort")
+            sampled = sample_numbers(self.num_clients, count, *key)
+        ids = self.client_infos.clients.ids
+        return [ids[i] for i in sampled]
 
     def client(
         self, client_id: str, state: PrivateState, round_idx: int, attempt: int = 0

@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.means import Mean
-from hetero_fl.aggregation.uploads import SINGLE, CombineNoise, MeanCombiner, Means
+from hetero_fl.aggregation.uploads import SINGLE, CombineNoise, MeanCombiner, Means, Owner
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast
 from hetero_fl.communication.homomorphic import KEY_NAME, SharedKey, ciphertext_shape
@@ -40,7 +40,6 @@ from hetero_fl.communication.protocol import (
 )
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
 from hetero_fl.communication.vector_layout import FixedPoint, TensorKey, VectorLayout, weight_unit
-from hetero_fl.core.model_spec import Owner
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError, check_upload
 from hetero_fl.engine.driver import run_plan

@@ -22,11 +22,11 @@ from hetero_fl.aggregation.uploads import (
     Combiner,
     MeanCombiner,
     Means,
+    Owner,
     Upload,
     Uploads,
     owners_of_item,
 )
-from hetero_fl.core.model_spec import Owner
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.privacy.client_side import (

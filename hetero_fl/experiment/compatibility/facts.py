@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.robust_means import AggregationRules, RobustCombiner
-from hetero_fl.aggregation.uploads import owners_of_item
+from hetero_fl.aggregation.uploads import Owner, owners_of_item
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import AsyncPolicy, predicts_proxy_set, unused_options
 from hetero_fl.algorithms.round_parts import (
@@ -33,7 +33,6 @@ from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import PARTITION_KINDS, SourceConfig
 from hetero_fl.config.population import Population
 from hetero_fl.config.schema import CLIENT_OPTIONS
-from hetero_fl.core.model_spec import Owner
 from hetero_fl.core.participant import ClientInfo, ClientProfile, floating_tensors
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.engine.driver import run_plan, translate_user_errors

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from typing_extensions import override
 
-from hetero_fl.aggregation.means import Mean
-from hetero_fl.aggregation.uploads import SINGLE, MeanCombiner, Means, Owner, Upload
+from hetero_fl.aggregation.uploads import SINGLE, Mean, MeanCombiner, Means, Owner, Upload
 from hetero_fl.config.protection import AggregationConfig
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo

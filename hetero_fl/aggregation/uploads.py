@@ -2,8 +2,10 @@
 
 An upload consists of items (see `hetero_fl.core.payload.Item`). Uploads are added in the order of
 client ids. Items that are declared with `use="each"` are stored individually. The combiner of an
-item computes weighted means, unless a robust rule (`hetero_fl.aggregation.robust_means`) or secure
-aggregation replaces the means. Client-level privacy adds noise (`hetero_fl.privacy.server_side`).
+item computes weighted means over the owners of each tensor, that is, the clients whose models
+contain the tensor, unless a robust rule (`hetero_fl.aggregation.robust_means`) or secure
+aggregation replaces the means. Only the means and the current upload are in memory. Client-level
+privacy adds noise (`hetero_fl.privacy.server_side`).
 """
 
 from __future__ import annotations
@@ -13,15 +15,119 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
-from hetero_fl.aggregation.means import Mean, RunningMean
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import SUM_KINDS, Item, ItemSpec, MissingItemError, Payload
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.ordering import natural_key
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean of a tensor over clients.
+
+    Attributes:
+        value: The mean.
+        weight: Sum of the weights.
+        count: Number of uploads in the mean, or the expected number under client-level privacy.
+        total: The sum Σ w v. If None, the sum is computed from the mean.
+    """
+
+    value: Tensor
+    weight: float | Tensor
+    count: float
+    total: Tensor | None = None
+
+    @classmethod
+    def from_total(cls, total: Tensor, weight: Tensor, count: float) -> Mean:
+        """Create a mean from the totals Σ w v and Σ w.
+
+        Where the sum of the weights is zero, the mean is the sum Σ w v.
+        """
+        divisor = torch.where(weight > 0, weight, torch.ones_like(weight))
+        return cls(total / divisor, weight, count, total)
+
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """Return the totals Σ w v and Σ w."""
+        like = self.value
+        weight = torch.as_tensor(self.weight, dtype=like.dtype, device=like.device)
+        return (like * weight if self.total is None else self.total), weight
+
+
+class RunningMean:
+    """Running weighted mean of tensors of the same shape.
+
+    While all weights are scalars, the mean starts at the first term and is interpolated toward each
+    further term by the term's share of the total weight so far. If all terms are equal, the mean is
+    therefore bit-identical to the terms. While all weights are zero, the mean is unweighted. After
+    a positive weight, terms of weight zero have no effect.
+
+    If a weight is a tensor, or terms are already sums, totals are accumulated instead.
+
+    Attributes:
+        weight: Sum of the weights.
+        count: Number of terms.
+    """
+
+    def __init__(self) -> None:
+        self.weight: float | Tensor = 0.0
+        self.count = 0
+        # The mean or, once the weight is a tensor, the total.
+        self._value: Tensor | None = None
+        # Whether `_value` may be modified in place: it was created by `add` and not yet returned.
+        self._is_owned = False
+
+    def result(self) -> Mean:
+        """Return the mean of the terms so far. There must be at least one term.
+
+        Later calls of `add` do not modify the returned tensors in place.
+        """
+        assert self._value is not None
+        self._is_owned = False
+        if isinstance(self.weight, Tensor):
+            return Mean.from_total(self._value, self.weight, self.count)
+        return Mean(self._value, self.weight, self.count)
+
+    def add(self, value: Tensor, weight: float | Tensor, is_sum: bool = False) -> None:
+        """Add a term to the mean without modifying `value` in place.
+
+        Args:
+            value: The term.
+            weight: Weight of the term. A tensor is broadcast against the term.
+            is_sum: Whether the term is a sum that is already multiplied by the weight.
+        """
+        self.count += 1
+        if is_sum or isinstance(weight, Tensor) or isinstance(self.weight, Tensor):
+            self._add_total(value, weight, is_sum)
+            return
+        if weight == 0 and self.weight > 0:
+            return
+        self.weight += weight
+        # 1 for the first term with a positive weight: it replaces all terms of weight zero.
+        share = weight / self.weight if self.weight > 0 else 1 / self.count
+        if self._value is None or share == 1:
+            self._value = value
+            self._is_owned = False
+        elif self._is_owned:
+            self._value.lerp_(value, share)
+        else:
+            self._value = torch.lerp(self._value, value, share)
+            self._is_owned = True
+
+    def _add_total(self, value: Tensor, weight: float | Tensor, is_sum: bool) -> None:
+        weight = torch.as_tensor(weight, dtype=value.dtype, device=value.device)
+        total = value if is_sum else value * weight
+        if self._value is not None:
+            earlier_total, earlier_weight = self.result().totals()
+            total = earlier_total + total
+            weight = earlier_weight + weight
+        self._value = total
+        self.weight = weight
+
 
 # Means keyed by architecture group and tensor name. A single tensor has the group "" and the
 # name "".
@@ -57,6 +163,26 @@ class Upload:
     def group(self) -> str:
         """Architecture group of the client's model."""
         return self.client_info.arch.spec_id
+
+
+def discount_upload(payload: Payload, factor: float) -> Payload:
+    """Multiply the weights of an upload, and the values that are already sums, by a factor.
+
+    Returns:
+        A new payload, or `payload` itself if the factor is 1.
+    """
+    if factor == 1:
+        return payload
+    return Payload(
+        {name: _discount_item(payload.item(name), factor) for name in payload}, payload.report
+    )
+
+
+def _discount_item(item: Item, factor: float) -> Item:
+    if item.kind not in SUM_KINDS:
+        return replace(item, weight=item.weight * factor)
+    scaled = item.with_tensors({name: t * factor for name, t in item.tensors.items()})
+    return replace(scaled, weight=item.weight * factor)
 
 
 class Combiner(Protocol):

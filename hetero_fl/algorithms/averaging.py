@@ -12,7 +12,6 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from typing_extensions import override
 
-from hetero_fl.aggregation.means import tie_common_tensors
 from hetero_fl.aggregation.uploads import Owner, Uploads, owners_of
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
 from hetero_fl.algorithms.round_parts import (
@@ -22,6 +21,7 @@ from hetero_fl.algorithms.round_parts import (
     download_part,
     local_fit,
     shared_part,
+    tie_common_tensors,
     upload_model,
 )
 from hetero_fl.config.base import OptimizerConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -13,12 +13,11 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 from typing_extensions import override
 
-from hetero_fl.aggregation.means import interpolate_model, leading_slice, leading_slice_means
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.averaging import FedAvg
 from hetero_fl.algorithms.base import Algorithm, Needs, register_algorithm
 from hetero_fl.algorithms.prediction import adjust_to_labels
-from hetero_fl.algorithms.round_parts import Items, SharedPart, local_fit
+from hetero_fl.algorithms.round_parts import Items, SharedPart, interpolate_model, local_fit
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import Masked
@@ -131,6 +130,39 @@ def unpack_head(model: Tensors, mean: Tensor, weight: Tensor) -> Tensors:
     current = torch.cat([model[HEAD[0]], model[HEAD[1]][:, None]], 1)
     new = torch.where(weight > 0, mean, current)
     return {HEAD[0]: new[:, :width].clone(), HEAD[1]: new[:, width].clone()}
+
+
+def leading_slice(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a view of the first `shape[i]` elements of a tensor along each dimension i."""
+    return tensor[tuple(slice(0, size) for size in shape)]
+
+
+def leading_slice_means(current: Tensors, members: Iterable[tuple[Tensors, float]]) -> Tensors:
+    """Return the weighted mean of each element over the members that contain the element.
+
+    Args:
+        current: The current tensors, keyed by name.
+        members: Tensors, keyed by name, and weight of each member. Each tensor is a leading slice
+            of the current tensor with the same name.
+
+    Returns:
+        The means of the tensors that at least one member sent. Elements that no member sent do not
+        change.
+    """
+    means: Tensors = {}
+    weights: dict[str, Tensor] = {}
+    for tensors, weight in members:
+        for name, tensor in tensors.items():
+            if name not in means:
+                means[name] = current[name].clone()
+                weights[name] = torch.zeros_like(current[name])
+            mean = leading_slice(means[name], tensor.shape)
+            owned = leading_slice(weights[name], tensor.shape)
+            owned += weight
+            # 1 for the first owner, so that a single value is not rounded.
+            share = torch.where(owned > 0, weight / owned, 0.0)
+            mean.copy_(torch.lerp(mean, tensor, share))
+    return means
 
 
 @register_algorithm("heterofl")

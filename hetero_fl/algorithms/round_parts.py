@@ -5,14 +5,15 @@ A part of a model is a tuple of prefixes of tensor names, or None for the whole 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from hetero_fl.aggregation.means import add_updates, interpolate_model
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.config.clients import NO_AUGMENT, ClientSettings
 from hetero_fl.core.model_spec import ModelSpec, Tensors
@@ -448,6 +449,93 @@ def add_up_models(server: Participant, uploads: Uploads, factor: float) -> None:
         server.models[group] = add_updates(
             server.models[group], mean, total_weights[group], factor, parameters
         )
+
+
+def interpolate_model(
+    current: Tensors, mean: Tensors, rate: float, parameters: Iterable[str]
+) -> Tensors:
+    """Move a model toward a mean: `current + rate * (mean - current)` for parameters.
+
+    Buffers such as BatchNorm statistics are set to the mean, because a rate above 1 could make a
+    running variance negative.
+
+    Args:
+        current: The current tensors, keyed by name.
+        mean: Means of some or all tensors.
+        rate: Server learning rate. If 1, the result is exactly the mean.
+        parameters: Names of the parameters. All other tensors are buffers.
+
+    Returns:
+        The new tensors, keyed by name. Tensors without a mean do not change.
+    """
+    trainable = set(parameters)
+    return _move(current, mean, {name: rate if name in trainable else 1.0 for name in mean})
+
+
+def add_updates(
+    current: Tensors,
+    mean: Tensors,
+    total_weights: Mapping[str, float],
+    factor: float,
+    parameters: Iterable[str],
+) -> Tensors:
+    """Add the weighted sum of the clients' updates: `current + factor * Σ s_k (θ_k - current)`.
+
+    The sum is computed as `factor * S * (mean - current)` with the total weight S = Σ s_k. If no
+    upload is stale, all weights s_k are 1 and S is the number of clients that own the tensor. For
+    buffers, `factor * S` is limited to 1, because extrapolation beyond the mean could make a
+    running variance negative.
+
+    Args:
+        current: The current tensors, keyed by name.
+        mean: Weighted means of some or all tensors over their owners.
+        total_weights: Total weight S of each mean, keyed by tensor name.
+        factor: Factor of the updates.
+        parameters: Names of the parameters. All other tensors are buffers.
+
+    Returns:
+        The new tensors, keyed by name. Tensors without a mean do not change.
+    """
+    trainable = set(parameters)
+    rates = {name: factor * total_weights[name] for name in mean}
+    limits = {name: math.inf if name in trainable else 1.0 for name in mean}
+    return _move(current, mean, {name: min(limits[name], rate) for name, rate in rates.items()})
+
+
+def _move(current: Tensors, mean: Tensors, rates: Mapping[str, float]) -> Tensors:
+    """Move each tensor toward its mean by a factor. With the factor 1, the result is the mean."""
+    moved = {
+        n: m if rates[n] == 1 else current[n] + rates[n] * (m - current[n]) for n, m in mean.items()
+    }
+    return {**current, **moved}
+
+
+def tie_common_tensors(
+    models: dict[str, Tensors],
+    common: Sequence[str],
+    updated: Mapping[str, Iterable[str]] = MappingProxyType({}),
+) -> None:
+    """Replace each tensor that several groups share by a single tensor, in place.
+
+    Groups share a tensor if the name starts with a prefix in `common` and the shapes are equal.
+    Methods that add updates to models call this function, because the results differ between groups
+    that start from different tensors. Means of models are equal in all groups.
+
+    Args:
+        models: The models, keyed by group and tensor name.
+        common: Prefixes of the names of common tensors.
+        updated: Names of the updated tensors, keyed by group. All groups receive the first updated
+            tensor. If no tensor was updated, all groups receive the tensor of the first group.
+    """
+    first: dict[tuple[str, torch.Size], Tensor] = {}
+    for group, names in [*updated.items(), *models.items()]:
+        for name in names if common else ():
+            if name.startswith(tuple(common)):
+                first.setdefault((name, models[group][name].shape), models[group][name])
+    for group, model in models.items():
+        models[group] = {
+            name: first.get((name, tensor.shape), tensor) for name, tensor in model.items()
+        }
 
 
 def local_fit(

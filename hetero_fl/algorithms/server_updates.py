@@ -13,11 +13,17 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from typing_extensions import override
 
-from hetero_fl.aggregation.means import interpolate_model, tie_common_tensors
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.averaging import FedAvg
 from hetero_fl.algorithms.base import Algorithm, AsyncPolicy, Needs, register_algorithm
-from hetero_fl.algorithms.round_parts import Items, add_up_models, local_fit, upload_model
+from hetero_fl.algorithms.round_parts import (
+    Items,
+    add_up_models,
+    interpolate_model,
+    local_fit,
+    tie_common_tensors,
+    upload_model,
+)
 from hetero_fl.config.base import StalenessConfig, StalenessKind
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import Proximal

@@ -12,8 +12,8 @@ import torch
 from typing_extensions import override
 
 from hetero_fl.aggregation import Upload, Uploads
-from hetero_fl.aggregation.means import discount_upload
 from hetero_fl.aggregation.robust_means import AggregationRules
+from hetero_fl.aggregation.uploads import discount_upload
 from hetero_fl.communication.homomorphic import EncryptedSum
 from hetero_fl.communication.protocol import AggregatedUploads, RoundProtocol
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation

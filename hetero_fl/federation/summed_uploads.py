@@ -23,8 +23,7 @@ import torch
 from typing_extensions import override
 
 from hetero_fl.aggregation import Upload, Uploads
-from hetero_fl.aggregation.means import Mean
-from hetero_fl.aggregation.uploads import SINGLE, CombineNoise, MeanCombiner, Means, Owner
+from hetero_fl.aggregation.uploads import SINGLE, CombineNoise, Mean, MeanCombiner, Means, Owner
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast
 from hetero_fl.communication.homomorphic import KEY_NAME, SharedKey, ciphertext_shape

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from hetero_fl.aggregation.means import Mean
 from hetero_fl.aggregation.uploads import (
     SINGLE,
     Combiner,
+    Mean,
     MeanCombiner,
     Means,
     Owner,

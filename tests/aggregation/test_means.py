@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hetero_fl.aggregation import Upload, Uploads
-from hetero_fl.aggregation.means import RunningMean, discount_upload, interpolate_model
+from hetero_fl.aggregation.uploads import RunningMean, discount_upload
+from hetero_fl.algorithms.round_parts import interpolate_model
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo

@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hetero_fl.aggregation.means import add_updates
 from hetero_fl.algorithms.averaging import (
     CalibratedMargins,
     Denominator,
     accumulated_steps,
     label_margins,
 )
+from hetero_fl.algorithms.round_parts import add_updates
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.objectives import Batch, Supervised
 from hetero_fl.core.participant import floating_tensors

@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hetero_fl.aggregation.means import leading_slice_means
-from hetero_fl.algorithms.heterofl import pack_head, unpack_head
+from hetero_fl.algorithms.heterofl import leading_slice_means, pack_head, unpack_head
 from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare, run
 from hetero_fl.experiment.configuration import load_config

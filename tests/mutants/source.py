@@ -34,7 +34,7 @@ class Function:
     """A function or method, and where its source lies.
 
     Attributes:
-        name: Dotted name from the package on, as `hetero_fl.aggregation.means.mean`.
+        name: Dotted name from the package on, as `hetero_fl.aggregation.uploads.owners_of`.
         path: The file.
         node: The definition.
         text: The source of the definition.

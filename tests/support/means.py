@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from hetero_fl.aggregation.means import RunningMean
+from hetero_fl.aggregation.uploads import RunningMean
 from hetero_fl.core.payload import SUM_KINDS, Item
 
 

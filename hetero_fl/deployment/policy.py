@@ -29,9 +29,9 @@ from hetero_fl.data.registry import is_shipped
 from hetero_fl.deployment.audit_log import TRAIN, SiteUsage
 from hetero_fl.deployment.config import AllowsConfig, SiteConfig
 from hetero_fl.deployment.messages import RequestRefusedError
-from hetero_fl.engine.batches import step_count
 from hetero_fl.engine.driver import Backend, Work
 from hetero_fl.engine.templates import Templates
+from hetero_fl.engine.training import step_count
 from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.privacy.accounting import PrivacyCharge, epsilon_of_mechanisms

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 # Difference between the seeds of two consecutive masks of a step. This number must differ from
-# `GOLDEN` in `engine.batches`, the difference between two steps.
+# `GOLDEN` in `engine.training`, the difference between two steps.
 STRIDE = 0x7F4A7C15
 # Number of seeds that the CPU generator of torch distinguishes.
 SEEDS = 2**32

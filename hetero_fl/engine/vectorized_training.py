@@ -25,10 +25,10 @@ from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import Batch, ModelViews
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit, FitReport
-from hetero_fl.engine.batches import Batches
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.engine.templates import Templates, mixes_rows
 from hetero_fl.engine.training import (
+    Batches,
     TrainableTensors,
     divergence_error,
     is_trained,

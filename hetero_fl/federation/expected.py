@@ -32,7 +32,6 @@ from hetero_fl.core.plan import (
     StepKey,
     record_steps,
 )
-from hetero_fl.engine.batches import step_count
 from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.driver import Work, reported_loss, run_plan
 from hetero_fl.engine.templates import (
@@ -42,6 +41,7 @@ from hetero_fl.engine.templates import (
     has_batch_norm,
     step_model_spec,
 )
+from hetero_fl.engine.training import step_count
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.privacy.accounting import PrivacyCharge

@@ -24,12 +24,11 @@ from hetero_fl.core.objectives import Batch, ModelViews
 from hetero_fl.core.participant import Columns, Participant, select_part
 from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows, SampledBatches, Step
 from hetero_fl.data.federated_data import PUBLIC
-from hetero_fl.engine.batches import MASK, Batches
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import Backend, DivergedError, Work
 from hetero_fl.engine.serial import class_sums, convert_output
 from hetero_fl.engine.templates import Templates
-from hetero_fl.engine.training import FitState, TrainableTensors, run_fit, split_name
+from hetero_fl.engine.training import MASK, Batches, FitState, TrainableTensors, run_fit, split_name
 from hetero_fl.engine.vectorized_training import (
     TRIAL_RATE,
     StackedOps,

@@ -24,7 +24,7 @@ from hetero_fl.core.objectives import Batch, Supervised
 from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Fit
 from hetero_fl.data import augment
-from hetero_fl.engine.batches import index_batches
+from hetero_fl.engine.training import index_batches
 from hetero_fl.experiment import prepare
 from hetero_fl.utils.seeding import keyed_generator
 from tests.algorithms.test_references import nets_of, small_model

@@ -24,9 +24,9 @@ from hetero_fl.core.objectives import (
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import Fit
 from hetero_fl.core.task import Task
-from hetero_fl.engine.batches import index_batches
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.serial import SerialBackend
+from hetero_fl.engine.training import index_batches
 from tests.support.federations import config, rounds_of
 from tests.support.means import mean_of_items
 

@@ -13,8 +13,8 @@ from hetero_fl.core.objectives import TeacherDistillation
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Fit
 from hetero_fl.core.task import Task
-from hetero_fl.engine.batches import index_batches
 from hetero_fl.engine.driver import run_plan
+from hetero_fl.engine.training import index_batches
 from hetero_fl.federation.trainer import FederatedTrainer
 from tests.references.local_training import clients, largest_difference, module
 from tests.support.calls import record_calls

@@ -16,10 +16,10 @@ from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit, SampledBatches
 from hetero_fl.core.task import Task
-from hetero_fl.engine.batches import GOLDEN, Batches, index_batches
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.dropout import DropoutStreams, KeyedDropout, use_keyed_dropout
 from hetero_fl.engine.templates import Template
+from hetero_fl.engine.training import GOLDEN, Batches, index_batches
 from tests.support.cases import each_case
 
 STREAM = (0, 3, "site_1", "train", 0)

@@ -36,10 +36,10 @@ from hetero_fl.core.plan import (
 )
 from hetero_fl.core.task import Task
 from hetero_fl.engine import vectorized, vectorized_training
-from hetero_fl.engine.batches import index_batches, step_count
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.engine.serial import SerialBackend
+from hetero_fl.engine.training import index_batches, step_count
 from hetero_fl.engine.vectorized import VectorizedBackend
 from hetero_fl.utils.seeding import keyed_generator
 from tests.support.cases import each_case

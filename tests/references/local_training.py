@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit
-from hetero_fl.engine.batches import index_batches
+from hetero_fl.engine.training import index_batches
 from hetero_fl.federation.trainer import FederatedTrainer
 
 # As in tests.support.federations.

@@ -29,8 +29,7 @@ from hetero_fl.data.registry import is_shipped
 from hetero_fl.deployment.audit_log import TRAIN, SiteUsage
 from hetero_fl.deployment.config import AllowsConfig, SiteConfig
 from hetero_fl.deployment.messages import RequestRefusedError
-from hetero_fl.engine.driver import Backend, Work
-from hetero_fl.engine.templates import Templates
+from hetero_fl.engine.driver import Backend, ReviewedBackend
 from hetero_fl.engine.training import step_count
 from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.federation.summed_uploads import make_protocol
@@ -286,31 +285,6 @@ def task_digest(kind: str, request: Message, base: str) -> bytes:
     return hashlib.sha256(repr(content).encode()).digest()
 
 
-@dataclass(frozen=True)
-class PolicyBackend:
-    """Backend that reviews each step before another backend computes the step.
-
-    Args:
-        backend: Backend that computes the steps.
-        review: Function that counts a step of a participant. It raises an exception to refuse the
-            step.
-    """
-
-    backend: Backend
-    review: Callable[[Participant, Step], None]
-
-    @property
-    def templates(self) -> Templates:
-        """Model templates of the wrapped backend."""
-        return self.backend.templates
-
-    def run(self, work: Work) -> list[Any]:
-        """Review all steps, and return their results in the order of `work`."""
-        for participant, step in work:
-            self.review(participant, step)
-        return self.backend.run(work)
-
-
 @dataclass
 class TaskUsage:
     """Steps and label counts that a task has used so far.
@@ -428,7 +402,7 @@ class Policy:
         """
         for client in clients:
             client.label_counts = partial(self._charge_counts, client.label_counts)
-        return PolicyBackend(backend, self._charge_step)
+        return ReviewedBackend(backend, self._charge_step)
 
     def _charge_step(self, participant: Participant, step: Step) -> None:
         task = self.task

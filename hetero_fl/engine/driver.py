@@ -115,6 +115,31 @@ class Backend(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class ReviewedBackend:
+    """Backend that reviews each step before another backend computes the step.
+
+    Args:
+        backend: Backend that computes the steps.
+        review: Function of a participant and a step, which may count the step. It raises an
+            exception to refuse the step.
+    """
+
+    backend: Backend
+    review: Callable[[Participant, Step], None]
+
+    @property
+    def templates(self) -> Templates:
+        """Model templates of the wrapped backend."""
+        return self.backend.templates
+
+    def run(self, work: Work) -> list[Any]:
+        """Review all steps, and return their results in the order of `work`."""
+        for participant, step in work:
+            self.review(participant, step)
+        return self.backend.run(work)
+
+
 @dataclass
 class PlanOutcome(Generic[T]):
     """The outcome of a plan.

@@ -33,7 +33,7 @@ from hetero_fl.core.plan import (
     record_steps,
 )
 from hetero_fl.engine.device_memory import CPU, DeviceMemory
-from hetero_fl.engine.driver import Work, reported_loss, run_plan
+from hetero_fl.engine.driver import Backend, Work, reported_loss, run_plan
 from hetero_fl.engine.templates import (
     Templates,
     example_flops,
@@ -312,10 +312,13 @@ class ExpectedUploads:
         if self.is_user_method:
             # The server shares these tensors, and the hook may modify them in place.
             broadcast = deepcopy(broadcast)
-        ledger = self.privacy.make_ledger(self.backend) if self.privacy is not None else None
+        charges: list[PrivacyCharge] = []
+        backend: Backend = self.backend
+        if self.privacy is not None:
+            backend = self.privacy.charge_steps(backend, charges)
         with record_steps() as created:
             plan = self.algorithm.train(client, broadcast)
-            items, reports = run_plan(client, plan, ledger or self.backend)
+            items, reports = run_plan(client, plan, backend)
         self.check_yields("train", created)
         try:
             upload = Payload.from_hook(items, self.algorithm.uploads)
@@ -327,8 +330,7 @@ class ExpectedUploads:
         if self.privacy is None:
             upload.report = report_with_loss(reported_loss(reports), client.logged)
             return upload, ()
-        steps = ledger.charges[client_info.client_id] if ledger is not None else []
-        return upload, self.privacy.charges(steps, client.counts_accessed, bool(upload))
+        return upload, self.privacy.charges(charges, client.counts_accessed, bool(upload))
 
     def _check_shares(self, client_info: ClientInfo, upload: Payload) -> None:
         shares = client_info.settings.shares

@@ -23,11 +23,12 @@ from hetero_fl.config.protection import PrivacyConfig
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientDirectory, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
+from hetero_fl.core.plan import Step
 from hetero_fl.core.task import Task
 from hetero_fl.data import FederatedData
-from hetero_fl.engine.driver import Backend
+from hetero_fl.engine.driver import Backend, ReviewedBackend
 from hetero_fl.privacy.accounting import PrivacyCharge
-from hetero_fl.privacy.dp_sgd import PrivacyBackend, PrivacyLedger
+from hetero_fl.privacy.dp_sgd import PrivacyBackend, is_private, step_charge
 from hetero_fl.privacy.noise import COUNTS, NoiseSource
 from hetero_fl.utils.seeding import Key
 
@@ -239,9 +240,22 @@ class ClientPrivacy:
             return backend
         return PrivacyBackend(backend, self.config, self.noise, list(clients))
 
-    def make_ledger(self, backend: Backend) -> PrivacyLedger | None:
-        """Return a backend that records privacy charges, or None without `unit: record`."""
-        return PrivacyLedger(backend, self.config) if self.config.unit == "record" else None
+    def charge_steps(self, backend: Backend, charges: list[PrivacyCharge]) -> Backend:
+        """Return a backend that adds the privacy charges of the steps on private rows to a list.
+
+        Without `unit: record`, `backend` is returned, because steps are not charged.
+
+        Args:
+            backend: Backend that runs the steps. With a backend for dry runs, the charges are
+                computed without training.
+            charges: List to which the charges are added.
+        """
+
+        def charge(client: Participant, step: Step) -> None:
+            if is_private(step):
+                charges.append(step_charge(client, step, self.config))
+
+        return ReviewedBackend(backend, charge) if self.config.unit == "record" else backend
 
     def charges(
         self, steps: Sequence[PrivacyCharge], counts_read: bool, sent: bool
@@ -252,7 +266,7 @@ class ClientPrivacy:
         Otherwise, only the upload is charged.
 
         Args:
-            steps: Charges that the `PrivacyLedger` recorded for the client.
+            steps: Charges of the client's steps on private rows (see `charge_steps`).
             counts_read: Whether the client's label counts were read.
             sent: Whether the client sent an upload.
         """

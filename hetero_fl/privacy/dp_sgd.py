@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -314,6 +313,9 @@ def _gradient_of_row(
 # With `privacy.unit: record`, the results of all steps on private rows are noisy: fits use DP-SGD,
 # and noise is added to clipped class sums. Any other access to private rows raises an error.
 
+PREDICTS_PRIVATE_ROWS = (
+    "privacy.unit=record cannot be combined with a method that predicts private rows"
+)
 # Returns the columns of a data set, given its name and the preprocessing.
 StepData = Callable[[str, Any], Columns]
 
@@ -342,54 +344,10 @@ def step_charge(participant: Participant, step: Step, privacy: PrivacyConfig) ->
         return PrivacyCharge(rate, steps)
     if isinstance(step, ClassSums):
         return PrivacyCharge(1.0, scale=privacy.statistics_noise)
-    raise UserError(
-        "privacy.unit=record cannot be combined with a method that predicts private rows"
-    )
+    raise UserError(PREDICTS_PRIVATE_ROWS)
 
 
-class PrivacyLedger:
-    """Backend that records the privacy charges of steps and runs the steps on another backend.
-
-    Args:
-        backend: Backend that runs the steps. With a backend for dry runs, the charges are computed
-            without training.
-        privacy: The `privacy` section of the configuration.
-
-    Attributes:
-        charges: Privacy charges so far, keyed by participant id.
-    """
-
-    def __init__(self, backend: Backend, privacy: PrivacyConfig) -> None:
-        self.backend = backend
-        self.privacy = privacy
-        self.charges: dict[str, list[PrivacyCharge]] = defaultdict(list)
-
-    @property
-    def templates(self) -> Templates:
-        """Model templates of the wrapped backend."""
-        return self.backend.templates
-
-    def run(self, work: Work) -> list[Any]:
-        """Record the privacy charges of steps on private rows, and run all steps.
-
-        Args:
-            work: Pairs of a participant and a step.
-
-        Returns:
-            The result of each step, in the order of `work`.
-        """
-        self._record(work)
-        return self.backend.run(work)
-
-    def _record(self, work: Work) -> None:
-        for participant, step in work:
-            if is_private(step):
-                self.charges[participant.participant_id].append(
-                    step_charge(participant, step, self.privacy)
-                )
-
-
-class PrivacyBackend(PrivacyLedger):
+class PrivacyBackend(Backend):
     """Backend that runs steps on private rows with noise and delegates all other steps.
 
     Args:
@@ -407,7 +365,8 @@ class PrivacyBackend(PrivacyLedger):
         noise: NoiseSource,
         clients: Sequence[Participant],
     ) -> None:
-        super().__init__(backend, privacy)
+        self.backend = backend
+        self.privacy = privacy
         self.noise = noise
         assert not isinstance(privacy.clip, Mapping)
         self._gradients = PrivateGradients(
@@ -418,6 +377,11 @@ class PrivacyBackend(PrivacyLedger):
             self._data[client.participant_id] = client.data
             client.data = without_private_data(client.data)
 
+    @property
+    @override
+    def templates(self) -> Templates:
+        return self.backend.templates
+
     @override
     def run(self, work: Work) -> list[Any]:
         public = [(participant, step) for participant, step in work if not is_private(step)]
@@ -426,10 +390,10 @@ class PrivacyBackend(PrivacyLedger):
 
     def _run_private(self, participant: Participant, step: Step) -> Any:
         participant = replace(participant, data=self._data[participant.participant_id])
-        self._record([(participant, step)])
         if isinstance(step, ClassSums):
             return self._class_sums(participant, step)
-        assert isinstance(step, Fit)
+        if not isinstance(step, Fit):
+            raise UserError(PREDICTS_PRIVATE_ROWS)
         before = dict(participant.models)
         try:
             report = run_fit(participant, step, self.templates, self._gradients)

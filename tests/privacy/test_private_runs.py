@@ -25,7 +25,7 @@ from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.store import PrivateState
 from hetero_fl.privacy.accounting import epsilon_of_history
-from hetero_fl.privacy.dp_sgd import PrivacyBackend
+from hetero_fl.privacy.dp_sgd import PrivacyBackend, step_charge
 from hetero_fl.privacy.noise import KeyedNoiseSource
 from hetero_fl.utils.errors import UserError
 from tests.support.calls import record_calls
@@ -137,14 +137,16 @@ def guard(client: Participant, **changes: Any) -> PrivacyBackend:
 
 def test_private_rows_are_read_only_in_steps() -> None:
     client = client_of(private("fedavg", RECORD))
+    fit = Fit({"model": None}, batch_size=16, objective=Supervised())
+    charge = step_charge(client, fit, PrivacyConfig(**RECORD))
     keeper = guard(client)
     with pytest.raises(UserError, match="outside of its steps"):
         client.data("train", None)
     with pytest.raises(UserError, match="a method that predicts private rows"):
         keeper.run([(client, Predict("model"))])
     assert len(keeper.run([(client, Predict("model", Rows("proxy")))])[0]) == 60
-    keeper.run([(client, Fit({"model": None}, batch_size=16, objective=Supervised()))])
-    assert [c.rate for c in keeper.charges[client.participant_id]] == [16 / client.num_rows]
+    (report,) = keeper.run([(client, fit)])
+    assert charge.rate == 16 / client.num_rows and report.steps == charge.steps
 
 
 def test_class_sums_are_clipped_and_noised() -> None:

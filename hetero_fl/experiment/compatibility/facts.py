@@ -38,6 +38,7 @@ from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.engine.driver import run_plan, translate_user_errors
 from hetero_fl.federation.expected import ExpectedUploads, initial_server
 from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.privacy.accounting import PrivacyCharge
 from hetero_fl.privacy.client_side import uploadable_items
 from hetero_fl.robustness.rules import RobustRule, Rule, prediction_rule, rule
 from hetero_fl.utils.errors import suggest_or_list
@@ -331,11 +332,11 @@ class UploadFacts(Facts):
         with translate_user_errors():
             for info, received in self.broadcasts:
                 client = self.expectations.placeholder_client(info, 0)
-                ledger = privacy.make_ledger(self.expectations.backend)
-                assert ledger is not None
+                charges: list[PrivacyCharge] = []
+                backend = privacy.charge_steps(self.expectations.backend, charges)
                 for hook in (self.algorithm.deploy, self.algorithm.personalize):
-                    run_plan(client, hook(client, received), ledger)
-                if ledger.charges[client.participant_id]:
+                    run_plan(client, hook(client, received), backend)
+                if charges:
                     return True
         return False
 

@@ -346,8 +346,9 @@ class Uploads:
         # Means of items that were requested since the last upload.
         self._means: dict[str, Means] = {}
         self._count = 0
-        for upload in sorted(uploads, key=lambda u: natural_key(u.client)):
-            self.add(upload)
+        by_client = {upload.client: upload for upload in uploads}
+        for client in sorted(by_client, key=natural_key):
+            self.add(by_client[client])
 
     def __len__(self) -> int:
         return self._count

@@ -225,7 +225,7 @@ def make_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     # On CPUs, the fused implementation takes a third of the time of the others.
-    fused = next(iter(trainable.values())).device.type in ("cpu", "cuda")
+    fused = all(tensor.device.type in ("cpu", "cuda") for tensor in trainable.values())
     common: dict[str, Any] = {"weight_decay": config.weight_decay, "fused": fused}
     if config.name == "sgd":
         return torch.optim.SGD(

@@ -100,7 +100,7 @@ class ProcessPool(WorkerPool):
     @override
     def replace_worker(self, worker: int) -> None:
         with self._lock:
-            if self._is_closed:
+            if self._jobs.is_closed:
                 return
             process, _ = self._workers[worker]
             # The pipe breaks slightly before the exit status is known.

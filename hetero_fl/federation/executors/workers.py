@@ -7,8 +7,10 @@ jobs and the failure of workers therefore do not change the results.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import traceback
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -297,12 +299,50 @@ class Cohort:
         return outcome
 
 
+class JobQueue:
+    """Jobs that wait for the workers of a pool.
+
+    Args:
+        size: Number of workers.
+
+    Attributes:
+        is_closed: Whether no further job starts.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.is_closed = False
+        self._size = size
+        self._queue: SimpleQueue[tuple[int, WorkerJob, Cohort] | None] = SimpleQueue()
+
+    def put(self, position: int, job: WorkerJob, cohort: Cohort) -> None:
+        """Add a job.
+
+        Raises:
+            RuntimeError: If the queue is closed.
+        """
+        if self.is_closed:
+            raise RuntimeError("the workers have been stopped")
+        self._queue.put((position, job, cohort))
+
+    def get(self) -> tuple[int, WorkerJob, Cohort] | None:
+        """Wait for the next job, and return it, or None if the queue is closed."""
+        return self._queue.get()
+
+    def close(self) -> None:
+        """End all calls of `get`."""
+        self.is_closed = True
+        for _ in range(self._size):
+            self._queue.put(None)
+
+
 class WorkerPool(ABC):
     """Base class of pools of workers, each of which is served by a thread of this process.
 
     A worker that dies is replaced, and its job starts again. Jobs and outcomes pass through queues
     that Ctrl-C leaves intact. The locks of `concurrent.futures` may stay locked if a signal arrives
     while one is acquired, and the end of the run would wait for them forever.
+
+    A pool that is not closed ends with its last reference, or with this process.
 
     Args:
         size: Number of workers.
@@ -313,11 +353,13 @@ class WorkerPool(ABC):
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._is_closed = False
-        self._jobs: SimpleQueue[tuple[int, WorkerJob, Cohort] | None] = SimpleQueue()
+        self._jobs = JobQueue(size)
+        # Called before `multiprocessing` ends the workers, which would otherwise be replaced.
+        self._end = weakref.finalize(self, self._jobs.close)
+        atexit.register(self._end)
         self._threads = [
-            threading.Thread(target=self._serve, args=(worker,), daemon=True)
-            for worker in range(size)
+            threading.Thread(target=_serve, args=(weakref.ref(self), self._jobs, i), daemon=True)
+            for i in range(size)
         ]
         for thread in self._threads:
             thread.start()
@@ -332,15 +374,17 @@ class WorkerPool(ABC):
             position: Position of the job in the cohort.
             job: The job.
             cohort: The cohort.
+
+        Raises:
+            RuntimeError: If the pool is closed.
         """
-        self._jobs.put((position, job, cohort))
+        self._jobs.put(position, job, cohort)
 
     def close(self) -> None:
         """Stop the workers, even if they are busy."""
-        self._is_closed = True
+        atexit.unregister(self._end)
+        self._end()
         self.stop_workers()
-        for _ in self._threads:
-            self._jobs.put(None)
         for thread in self._threads:
             thread.join()
 
@@ -373,36 +417,47 @@ class WorkerPool(ABC):
     def stop_workers(self) -> None:
         """Stop the workers, which ends all exchanges."""
 
-    def _serve(self, worker: int) -> None:
-        """Run jobs in a worker until the pool is closed."""
-        while self._run_next(worker):
-            # The job and the result are not referenced while the thread waits for the next job.
-            continue
+    def run(self, worker: int, job: WorkerJob) -> JobResult:
+        """Run a job in a worker, which is replaced if it dies.
 
-    def _run_next(self, worker: int) -> bool:
-        submitted = self._jobs.get()
-        if submitted is None:
-            return False
-        position, job, cohort = submitted
-        if cohort.is_wanted and not self._is_closed:
-            try:
-                cohort.outcomes.put((position, self._run(worker, job)))
-            except BaseException as error:
-                cohort.outcomes.put((position, error))
-        return True
-
-    def _run(self, worker: int, job: WorkerJob) -> JobResult:
+        Raises:
+            WorkerDiedError: If the worker has died after the pool was closed.
+            RunFailedError: If workers cannot run or `MAX_DEATHS` of them have died.
+        """
         for _ in range(MAX_DEATHS):
             try:
                 return self.exchange(worker, job)
             except WorkerDiedError:
-                if self._is_closed:
+                if self._jobs.is_closed:
                     raise
                 self.replace_worker(worker)
         raise RunFailedError(
             f"{', '.join(job.requests)}: {MAX_DEATHS} workers died during the same task; if they "
             "ran out of memory, reduce runtime.workers or runtime.chunk"
         )
+
+
+def _serve(pool: weakref.ref[WorkerPool], jobs: JobQueue, worker: int) -> None:
+    """Run jobs in a worker of a pool until its queue is closed."""
+    while _run_next(pool, jobs, worker):
+        # While the thread waits, it references neither the pool nor the last job and result.
+        continue
+
+
+def _run_next(pool: weakref.ref[WorkerPool], jobs: JobQueue, worker: int) -> bool:
+    submitted = jobs.get()
+    running = pool()
+    if submitted is None or running is None:
+        return False
+    position, job, cohort = submitted
+    if cohort.is_wanted:
+        try:
+            if jobs.is_closed:
+                raise WorkerDiedError
+            cohort.outcomes.put((position, running.run(worker, job)))
+        except BaseException as error:
+            cohort.outcomes.put((position, error))
+    return True
 
 
 class PooledExecutor(Executor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import multiprocessing
@@ -10,10 +11,12 @@ import pickle
 import signal
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Thread, Timer
 from types import FrameType
 from typing import Any
@@ -39,6 +42,7 @@ from hetero_fl.federation.executors.workers import (
     JobResult,
     RemoteTracebackError,
     Worker,
+    WorkerDiedError,
     WorkerJob,
     WorkerPool,
     WorkerSetup,
@@ -334,6 +338,69 @@ def test_pool_ends_after_interrupt_at_any_step() -> None:
         if not interrupted:
             break
     assert step > 50
+
+
+class SlowPool(InstantPool):
+    """Pool whose jobs wait until the test lets them end."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.started: list[Any] = []
+        self.may_end: SimpleQueue[None] = SimpleQueue()
+
+    def exchange(self, worker: int, job: Any) -> Any:
+        self.started.append(job)
+        self.may_end.get()
+        return job
+
+
+def test_abandoned_jobs_do_not_start() -> None:
+    pool = SlowPool()
+    jobs = run_jobs(pool, [["a"], ["b"], ["c"]], [1.0] * 3, lambda chunk: chunk[0])  # type: ignore[arg-type,return-value]
+    pool.may_end.put(None)
+    assert next(jobs) == "a"
+
+    jobs.close()
+    for _ in range(3):
+        pool.may_end.put(None)
+    pool.close()
+
+    assert pool.started in (["a"], ["a", "b"])
+
+
+def test_jobs_of_a_closed_pool_are_refused() -> None:
+    pool = SlowPool()
+    cohort = Cohort()
+    for position, job in enumerate("ab"):
+        pool.submit(position, job, cohort)  # type: ignore[arg-type]
+    assert eventually(lambda: pool.started == ["a"], 0.01)
+    pool._jobs.close()
+    pool.may_end.put(None)
+    pool.close()
+
+    cohort.wait_for_outcome()
+    cohort.wait_for_outcome()
+
+    assert str(cohort.result(0)) == "a"
+    with pytest.raises(WorkerDiedError):
+        cohort.result(1)
+    with pytest.raises(RuntimeError, match="stopped"):
+        pool.submit(2, "c", cohort)  # type: ignore[arg-type]
+
+
+def test_pool_without_references_ends() -> None:
+    pool = InstantPool(2)
+    cohort = Cohort()
+    pool.submit(0, "a", cohort)  # type: ignore[arg-type]
+    cohort.wait_for_outcome()
+    threads, alive = pool._threads, weakref.ref(pool)
+
+    del pool
+    gc.collect()
+
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert alive() is None
 
 
 def test_three_worker_deaths_on_one_client_end_the_run(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import re
 import sys
@@ -66,7 +67,7 @@ Row = dict[str, Any]
 
 
 def archive(folders: Sequence[Path], commit: str, name: str = "", client_metric: str = "") -> None:
-    """Copy the results of a comparison to docs/results.
+    """Copy the results of a comparison to docs/results. The rows of failed runs have no scores.
 
     Args:
         folders: Folders of finished comparisons with the same columns, whose runs are archived in
@@ -79,25 +80,35 @@ def archive(folders: Sequence[Path], commit: str, name: str = "", client_metric:
     name = name or config["name"]
     run = {"threads": config["runtime"]["threads"], "commit": commit}
     rows = []
+    failed: list[Row] = []
     for folder in folders:
         with open(folder / "comparison.csv", newline="", encoding="utf-8") as file:
-            rows += [{**row, **run, "folder": folder} for row in csv.DictReader(file)]
+            found = [{**row, **run, "folder": folder} for row in csv.DictReader(file)]
+        finished = {(row["algorithm"], row["seed"]) for row in found}
+        plan = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+        planned = itertools.product(plan["algorithms"], map(str, plan["seeds"]))
+        missing = [pair for pair in planned if pair not in finished]
+        failed += [{"algorithm": label, "seed": seed, **run} for label, seed in missing]
+        rows += found
     rules: list[Row] = []
     for row in rows:
         # The name of the run directory is not archived.
-        directory_of_run = row.pop("folder") / "runs" / row.pop("run", "")
+        directory = RunDirectory.open(row.pop("folder") / "runs" / row.pop("run", ""))
+        summary = directory.summary()
+        if "attacks" in summary:
+            row["attack_success"] = summary["attacks"]["success"]
         if client_metric:
-            directory = RunDirectory.open(directory_of_run)
-            for client in directory.summary()["clients"]:
+            for client in summary["clients"]:
                 key = f"personal_last_{client_metric}:{client['id']}"
                 row[key] = client["personal"][client_metric]
             if row["algorithm"] == rows[0]["algorithm"]:
                 rules += _rules(directory.details(), row, client_metric)
-    rows = [{key: row.get(key, "") for key in rows[0]} for row in [*rules, *rows]]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    rows = [{key: row.get(key, "") for key in columns} for row in [*rules, *rows, *failed]]
     path = ARCHIVE / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -177,10 +188,9 @@ def htfllib(name: str) -> str:
     return markdown_table(columns, rows, alignment)
 
 
-def attacks(_: str) -> str:
-    """Format the tables of the archived attacks."""
-    path = MEASUREMENTS / "attacks.jsonl"
-    return attack_tables([json.loads(line) for line in path.read_text("utf-8").splitlines()])
+def attacks(name: str) -> str:
+    """Format the tables of an archived comparison of rules under attacks."""
+    return attack_tables(archived(f"comparisons/{name}"))
 
 
 def comparison(name: str) -> str:

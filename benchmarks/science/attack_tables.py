@@ -1,66 +1,71 @@
 """Tables of attacks and robust rules, for pages of the documentation.
 
-The runs are those of `configs/studies/attacks.yaml`. A line of the archive has the `method`, the
-`attack`, the `rule` for parameters, that for `predictions`, the `share` of malicious clients, the
-`accuracy`, which is None if the attack made the models non-finite, and the `success` of triggers.
+The runs are those of `configs/studies/attacks.yaml`. Settings in the labels of the archived runs
+name the attack, the rules and the share of malicious clients.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Line = Mapping[str, Any]
+from hetero_fl.reporting.formatting import MISSING, algorithm_name
+from hetero_fl.reporting.rendering import markdown_table
 
+Row = Mapping[str, Any]
+
+RULE_KEYS = ("aggregation.rule", "aggregation.predictions")
 HONEST = "none"
-ATTACKS = (
-    HONEST,
-    *("label_flip", "backdoor", "sign_flip", "gaussian", "little_is_enough", "confident_wrong"),
-)
-"""The attacks in the order of the tables. Runs without attack apply to every share."""
+SCORE = "global_last_accuracy"
 
 
-def attack_tables(lines: Sequence[Line]) -> str:
-    """Format one Markdown table for each method and fraction of malicious clients.
+def attack_tables(rows: Sequence[Row]) -> str:
+    """Format one Markdown table for each method and share of malicious clients.
 
-    The rows are attacks and the columns are rules. The best rule of each row is bold.
+    The rows of a table are attacks and the columns are rules. A cell has the mean accuracy on the
+    global test and, for backdoors, the share of triggered images that are misclassified as the
+    target. The best rule of each row is bold. Runs without attack apply to every share.
 
     Args:
-        lines: Lines of the archive.
+        rows: Archived runs.
     """
-    tables = dict.fromkeys((line["method"], line["share"]) for line in lines)
-    return "\n\n".join(_table(lines, method, share) for method, share in sorted(tables))
-
-
-def _table(lines: Sequence[Line], method: str, share: float) -> str:
-    mine = [line for line in lines if line["method"] == method]
-    attacked = [x for x in mine if x["attack"] != HONEST and x["share"] == share]
-    found = {(x["attack"], _rule(x)): x for x in mine if x["attack"] == HONEST or x in attacked}
-    rules = dict.fromkeys(_rule(line) for line in attacked)
-    header = [f"{method}, {share:.0%} malicious", *rules]
-    rows = [header, ["---"] * len(header)]
-    for attack in ATTACKS:
-        cells = [found.get((attack, rule)) for rule in rules]
-        best = max((line["accuracy"] or 0.0 for line in cells if line), default=0.0)
-        if any(cells):
-            rows.append([attack, *(_cell(line, best) for line in cells)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _rule(line: Line) -> str:
-    if line["method"] == "fedavg":
-        return str(line["rule"])
-    return (
-        str(line["predictions"])
-        if line["rule"] == "mean"
-        else f"{line['rule']} and {line['predictions']}"
+    runs: dict[str, dict[tuple[str, str, str], list[Row]]] = {}
+    for row in rows:
+        method, *settings = row["algorithm"].split(":")
+        values = dict(setting.split("=", 1) for setting in settings)
+        rule = " and ".join(values[key] for key in RULE_KEYS if key in values) or "mean"
+        key = (values.get("attacks.share", ""), values.get("attacks.name", HONEST), rule)
+        runs.setdefault(method, {}).setdefault(key, []).append(row)
+    return "\n\n".join(
+        _table(method, share, found)
+        for method, found in runs.items()
+        for share in dict.fromkeys(share for share, _, _ in found if share)
     )
 
 
-def _cell(line: Line | None, best: float) -> str:
-    if line is None:
-        return ""
-    accuracy = line["accuracy"]
-    text = "not finite" if accuracy is None else f"{100 * accuracy:.1f}"
-    text = f"**{text}**" if accuracy is not None and accuracy >= best else text
-    return text if line["success"] is None else f"{text} ({100 * line['success']:.0f}% of triggers)"
+def _table(method: str, share: str, runs: Mapping[tuple[str, str, str], Sequence[Row]]) -> str:
+    attacked = {rule for own, _, rule in runs if own == share}
+    # In the order of the runs without attack. Those with attack that failed are last.
+    rules = [rule for rule in dict.fromkeys(rule for _, _, rule in runs) if rule in attacked]
+    attacks = [HONEST, *dict.fromkeys(attack for own, attack, _ in runs if own == share)]
+    lines = []
+    for attack in attacks:
+        found = [runs.get(("" if attack == HONEST else share, attack, rule)) for rule in rules]
+        scores = [_mean(own, SCORE) for own in found]
+        best = max((score for score in scores if score is not None), default=None)
+        cells = []
+        for own, score in zip(found, scores, strict=True):
+            text = f"{100 * score:.1f}" if score is not None else "not finite" if own else MISSING
+            success = _mean(own, "attack_success")
+            cell = f"**{text}**" if score is not None and score == best else text
+            cells.append(cell if success is None else f"{cell} ({100 * success:.0f}% of triggers)")
+        lines.append([attack, *cells])
+    header = [f"{algorithm_name(method)}, {float(share):.0%} malicious", *rules]
+    return markdown_table(header, lines, ["left", *["right"] * len(rules)])
+
+
+def _mean(rows: Sequence[Row] | None, key: str) -> float | None:
+    """Return the mean of a column, or None if a run has no value."""
+    values = [row.get(key) for row in rows or ()]
+    return None if not values or None in values else statistics.mean(values)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import record
 from benchmarks.league.protocol import Benchmark
 from benchmarks.league.results import BenchmarkResults
+from benchmarks.science.attack_tables import attack_tables
 from benchmarks.science.benchmark_tables import archive_table
 from benchmarks.science.comparison_tables import (
     ComparisonTable,
@@ -195,17 +198,25 @@ def test_result_tables_archive_keeps_every_run_and_adds_the_commit(
     ]
     for run in runs:
         run.write_text("config.yaml", "name: medical_hetero\nruntime: {threads: 1}\n")
-    rows = [comparison_row(run.summary()) for run in runs]
+    rows = [{**comparison_row(run.summary()), "run": run.path.name} for run in runs]
     write_comparison(out, rows, title="t", note="", task=Task("multiclass", 2))
+    planned = {"algorithms": ["local", "fedavg", "fedmd"], "seeds": [0]}
+    (out / "comparison.json").write_text(json.dumps(planned))
 
     result_tables.archive([out], "0123abc")
     result_tables.archive([out, out], "0123abc", "two_folders")
 
-    kept = result_tables.archived("medical_hetero")
+    *kept, failed = result_tables.archived("medical_hetero")
     assert [(row["threads"], row["commit"]) for row in kept] == [(1, "0123abc")] * 2
-    assert result_tables.archived("two_folders") == [*kept, *kept]
+    assert {key: value for key, value in failed.items() if value is not None} == {
+        "algorithm": "fedmd",
+        "seed": 0,
+        "threads": 1,
+        "commit": "0123abc",
+    }
+    assert result_tables.archived("two_folders") == [*kept, *kept, failed, failed]
     for row, result in zip(kept, rows, strict=True):
-        assert {key: row.get(key) for key in result} == {**result, "clients": None}
+        assert {key: row.get(key) for key in result} == {**result, "clients": None, "run": None}
 
 
 def test_comparison_table_marks_the_best_method_but_no_bound() -> None:
@@ -307,3 +318,42 @@ def test_archive_of_runs_of_an_unknown_commit_is_refused(
 
     with pytest.raises(SystemExit, match=r"^commit '01234567' is not in the history"):
         result_tables.main()
+
+
+def test_attack_tables_have_a_row_for_each_attack_and_a_column_for_each_rule() -> None:
+    def run(label: str, accuracy: float | None, success: float | None = None) -> dict[str, Any]:
+        scores = {"global_last_accuracy": accuracy, "attack_success": success}
+        return {"algorithm": label, **scores}
+
+    median = "fedavg:aggregation.rule=median"
+    backdoor = "attacks.name=backdoor:attacks.share=0.2"
+    gaussian = "attacks.name=gaussian:attacks.share=0.4"
+    rows = [
+        run("fedavg", 0.8),
+        run("fedavg", 0.9),
+        run(median, 0.84),
+        run(f"fedavg:{backdoor}", 0.8, 0.97),
+        run(f"{median}:{backdoor}", 0.82, 0.06),
+        run(f"{median}:{gaussian}", 0.7),
+        run("hybrid:aggregation.rule=median:aggregation.predictions=agreement", 0.7),
+        run(f"fedavg:{gaussian}", 0.1),
+        run(f"fedavg:{gaussian}", None),
+    ]
+
+    tables = attack_tables(rows).split("\n\n")
+
+    cells = [
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+        for table in tables
+    ]
+    assert [lines[0] for lines in cells] == [
+        ["FedAvg, 20% malicious", "mean", "median"],
+        ["FedAvg, 40% malicious", "mean", "median"],
+    ]
+    assert [lines[2:] for lines in cells] == [
+        [
+            ["none", "**85.0**", "84.0"],
+            ["backdoor", "80.0 (97% of triggers)", "**82.0** (6% of triggers)"],
+        ],
+        [["none", "**85.0**", "84.0"], ["gaussian", "not finite", "**70.0**"]],
+    ]

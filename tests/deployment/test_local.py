@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 import hetero_fl
-from tests.support.deployments import Envelope, PipeTransport, run_local_federation
+from tests.support.deployments import (
+    Envelope,
+    PipeTransport,
+    run_local_federation,
+    signed_entries,
+)
 from tests.support.federations import config
 
 SOURCE = config("fedper", rounds=3, clients=2, runtime__executor="serial")
@@ -49,6 +54,7 @@ def test_rows_are_read_once_and_not_for_each_message(tmp_path: Path) -> None:
     )
 
     assert not file.exists() and len(run.metrics) == 3
+    assert signed_entries(tmp_path / "run" / "sites" / "site_1")
 
 
 def test_answer_that_expired_during_another_call_never_arrives() -> None:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hetero_fl.deployment.audit_log import Entry, verify
 from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.local import PipeTransport, run_local_federation
 from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.node_files import load_public_key
 from hetero_fl.deployment.server import run_federation
 from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.reporting.run import Run
@@ -101,3 +103,9 @@ def twice(handle: Handle) -> Handle:
         return handle(envelope)
 
     return handles
+
+
+def signed_entries(folder: Path) -> list[Entry]:
+    """Return the entries of a site's audit log, which must be signed with the site's key."""
+    (key,) = folder.glob("*.pub")
+    return verify(folder / "audit.jsonl", load_public_key(key))

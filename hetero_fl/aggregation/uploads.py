@@ -11,7 +11,7 @@ privacy adds noise (`hetero_fl.privacy.server_side`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
@@ -195,17 +195,9 @@ class Combiner(Protocol):
         """Return the mean of each tensor, keyed by architecture group and tensor name."""
 
 
-class CombinerFactory(Protocol):
-    """Interface of settings that determine how items are combined, such as robust rules."""
-
-    def combiner(self, name: str, spec: ItemSpec, common: Sequence[str]) -> Combiner:
-        """Create the combiner of an item.
-
-        Args:
-            name: Name of the item.
-            spec: Declaration of the item.
-            common: Prefixes of the names of tensors that are averaged across architectures.
-        """
+# Function that creates the combiner of an item from the name and the declaration of the item, and
+# the prefixes of the names of tensors that are averaged across architectures.
+CombinerFactory: TypeAlias = Callable[[str, ItemSpec, Sequence[str]], Combiner]
 
 
 class CombineNoise(Protocol):
@@ -317,8 +309,8 @@ class Uploads:
         specs: Declarations of the method's items, keyed by name. If None, items of any name are
             accepted.
         common: Prefixes of the names of tensors that are averaged across architectures.
-        rules: Source of the combiners of items, such as robust aggregation rules. If None, items
-            are averaged.
+        new_combiner: Function that creates the combiner of an item, such as
+            `AggregationRules.combiner`. By default, items are averaged.
         noise: Noise that is added to every sum. If None, no noise is added.
 
     Attributes:
@@ -332,12 +324,12 @@ class Uploads:
         uploads: Iterable[Upload] = (),
         specs: Mapping[str, ItemSpec] | None = None,
         common: Sequence[str] = (),
-        rules: CombinerFactory | None = None,
+        new_combiner: CombinerFactory = MeanCombiner,
         noise: CombineNoise | None = None,
     ) -> None:
         self._specs = specs or {}
         self._common = common
-        self._rules = rules
+        self._combiner_factory = new_combiner
         self._noise = noise
         self.aggregated_items: set[tuple[str, str]] = set()
         self._kept: list[Upload] = []
@@ -377,8 +369,7 @@ class Uploads:
         return self._specs.get(name, ItemSpec("params"))
 
     def _new_combiner(self, name: str) -> Combiner:
-        source = MeanCombiner if self._rules is None else self._rules.combiner
-        combiner = source(name, self._spec(name), self._common)
+        combiner = self._combiner_factory(name, self._spec(name), self._common)
         return combiner if self._noise is None else self._noise.combiner(name, combiner)
 
     def _item_means(self, name: str) -> Means:
@@ -513,7 +504,7 @@ class Uploads:
                 object.
             specs: Declarations of the items of the other uploads, keyed by name.
         """
-        derived = Uploads(uploads, specs, rules=self._rules)
+        derived = Uploads(uploads, specs, new_combiner=self._combiner_factory)
         derived.aggregated_items = self.aggregated_items
         return derived
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.robust_means import AggregationRules
-from hetero_fl.aggregation.uploads import discount_upload
+from hetero_fl.aggregation.uploads import MeanCombiner, discount_upload
 from hetero_fl.communication.homomorphic import EncryptedSum
 from hetero_fl.communication.protocol import AggregatedUploads, RoundProtocol
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
@@ -57,7 +57,7 @@ class RoundUploads:
         self.uploads = Uploads(
             specs=link.expectations.specs,
             common=link.federation.common,
-            rules=rules,
+            new_combiner=MeanCombiner if rules is None else rules.combiner,
             noise=self.noise,
         )
         self.magnitudes: dict[str, float] = {}

@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -157,10 +157,6 @@ class VectorSum:
     unit: float
     layout: VectorLayout
 
-    def combiner(self, name: str, spec: ItemSpec, common: Sequence[str]) -> SumCombiner:
-        """Create the combiner of an item."""
-        return SumCombiner(name, spec, common, self)
-
 
 class SumCombiner(MeanCombiner):
     """Means of an item that are read from the sum of the clients' vectors.
@@ -221,9 +217,9 @@ def uploads_from_sum(
     Returns:
         The uploads, and the mean training loss. The loss is None if no client reports a loss.
     """
-    total = VectorSum(vector, unit, layout)
+    new_combiner = partial(SumCombiner, total=VectorSum(vector, unit, layout))
     expected = [Upload(client_info, Payload(form)) for client_info, form in forms]
-    uploads = Uploads(expected, layout.specs, layout.common, rules=total, noise=noise)
+    uploads = Uploads(expected, layout.specs, layout.common, new_combiner=new_combiner, noise=noise)
     return uploads, layout.mean_loss(vector)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.robust_means import AggregationRules
+from hetero_fl.aggregation.uploads import MeanCombiner
 from hetero_fl.config.protection import PREDICTIONS, RULES, AggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.task import Task
@@ -46,8 +47,9 @@ def uploads(
     cards: list[Any], items: list[dict[str, Item]], terms: AggregationRules | None, **more: Any
 ) -> Uploads:
     pairs = list(zip(cards, items, strict=True))
+    combiner = MeanCombiner if terms is None else terms.combiner
     payloads = [
-        Uploads([Upload(c, Payload(i)) for c, i in p], SPECS, rules=terms, **more)
+        Uploads([Upload(c, Payload(i)) for c, i in p], SPECS, new_combiner=combiner, **more)
         for p in (pairs, pairs[::-1])
     ]
     assert len(payloads[0]) == len(payloads[1])

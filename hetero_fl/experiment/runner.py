@@ -16,9 +16,9 @@ from hetero_fl.data import Dataset
 from hetero_fl.experiment.configuration import describe_changes
 from hetero_fl.experiment.preparation import ExecutorFactory, PreparedRun, prepare
 from hetero_fl.experiment.session import RunSession, write_presentation
-from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.executors.base import NODES
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, require_engine
+from hetero_fl.federation.round import Record
 from hetero_fl.reporting.integrity import check_inputs, refuse_damaged, verify
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run

@@ -8,10 +8,10 @@ from typing import Any
 
 from hetero_fl.config import Config
 from hetero_fl.experiment.preparation import ExecutorFactory, PreparedRun
-from hetero_fl.federation.evaluation import EvaluationResult, Record, add_evaluation
 from hetero_fl.federation.executors.choose import ExecutorChoice
+from hetero_fl.federation.round import Record
 from hetero_fl.federation.store import Checkpoints, StateStore
-from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.federation.trainer import EvaluationResult, FederatedTrainer, add_evaluation
 from hetero_fl.reporting.integrity import check_resumable, identity
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run_directory import BEST_MODELS, RunDirectory

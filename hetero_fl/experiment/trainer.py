@@ -16,7 +16,8 @@ from hetero_fl.core.participant import Participant
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.experiment.federation import Federation, MethodLike, Sections, run_directory
 from hetero_fl.experiment.runner import open_session
-from hetero_fl.federation.evaluation import EvaluationResult, Record, add_evaluation
+from hetero_fl.federation.round import Record
+from hetero_fl.federation.trainer import EvaluationResult, add_evaluation
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from model_zoo.generators import own_generators

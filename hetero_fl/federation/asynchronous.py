@@ -21,10 +21,8 @@ from hetero_fl.communication.protocol import Message, TrainExchange, encoded
 from hetero_fl.config.base import StalenessConfig
 from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.engine.driver import DivergedError
-from hetero_fl.federation.combination import begin_uploads
-from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.executors.base import Arrival, ClientAbsentError, TimedExecutor
-from hetero_fl.federation.round import RoundEvents, check_intact
+from hetero_fl.federation.round import Record, RoundEvents, check_intact
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_key
@@ -308,7 +306,7 @@ class AsynchronousTrainer(FederatedTrainer):
         """Aggregate the buffered uploads. The version is incremented unless training diverges."""
         # Restart the random streams of the server, also after a diverged aggregation.
         self.set_round(self.version)
-        uploads = begin_uploads(self.protocol, self.link, self.version)
+        uploads = self.make_uploads(self.version)
         for client, payload, weight in sorted(self._buffer, key=lambda e: natural_key(e[0])):
             uploads.add(self.federation.client_infos[client], payload, weight)
         diverged = self.update_server(uploads)

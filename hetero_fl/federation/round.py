@@ -1,22 +1,50 @@
-"""The uploads of a round as the server collects them, and the record of what happened."""
+"""A round at the server: its link to the clients, the uploads, and the record of what happened."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hetero_fl.communication.protocol import Content, Exchange, Message, RoundProtocol
-from hetero_fl.core.payload import Payload, PayloadError, logged_from_report, loss_from_report
-from hetero_fl.federation.combination import RoundUploads
-from hetero_fl.federation.evaluation import Record
+from hetero_fl.aggregation import Upload, Uploads
+from hetero_fl.aggregation.robust_means import AggregationRules
+from hetero_fl.aggregation.uploads import MeanCombiner, discount_upload
+from hetero_fl.algorithms import Algorithm
+from hetero_fl.algorithms.base import call_broadcast
+from hetero_fl.communication.protocol import (
+    AggregatedUploads,
+    Content,
+    EncodeCache,
+    Exchange,
+    Message,
+    RoundProtocol,
+    encoded,
+)
+from hetero_fl.core.model_spec import Tensors
+from hetero_fl.core.participant import ClientInfo, Participant
+from hetero_fl.core.payload import (
+    Item,
+    Payload,
+    PayloadError,
+    check_size,
+    check_upload,
+    logged_from_report,
+    loss_from_report,
+)
+from hetero_fl.engine.driver import Backend, run_plans
+from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.executors.base import Arrival, ClientLateError
-from hetero_fl.federation.server_link import ServerLink
+from hetero_fl.federation.expected import ExpectedUploads
+from hetero_fl.federation.federation import FederationSpec, as_sender
 from hetero_fl.federation.store import StateStore
+from hetero_fl.privacy.server_side import ServerPrivacy, SumNoise
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.text import pluralize
+
+# A line of metrics.jsonl.
+Record = dict[str, Any]
 
 
 @dataclass
@@ -80,6 +108,254 @@ class RoundEvents:
             record["counts"] = {"invited": len(self.tasks), **counts}
             record["tasks"] = self.tasks
         return record
+
+
+class ServerLink:
+    """The server's end of the link to the clients.
+
+    Args:
+        algorithm: The method.
+        federation: The federation.
+        server: The server, in its present state and round.
+        expectations: Names, shapes and dtypes of the items of uploads.
+        per_round: Number of clients in a round. If None, all clients participate.
+        skips_encoding: Whether payloads are passed to clients in this process without encoding.
+            Ignored if broadcasts are compressed.
+
+    Attributes:
+        channel: Encoder and decoder of messages.
+        specs: Declarations of the items that arrive, keyed by name.
+        robust: Settings of robust rules, or None if items are averaged.
+        privacy: Noise on sums and clipping bounds at the server, or None if there is no noise.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        federation: FederationSpec,
+        server: Participant,
+        expectations: ExpectedUploads,
+        *,
+        per_round: int | None = None,
+        skips_encoding: bool = False,
+    ) -> None:
+        self.algorithm = algorithm
+        self.federation = federation
+        self.server = server
+        self.expectations = expectations
+        self.specs = expectations.specs
+        aggregation = federation.aggregation
+        self.robust = None if aggregation.is_plain_mean else aggregation
+        self.channel = FederationLinks(algorithm, federation)
+        self.skips_encoding = skips_encoding
+        self.privacy = ServerPrivacy.from_federation(
+            expectations.privacy, federation, expectations.expected_items, per_round
+        )
+        self._contents: EncodeCache[Content] = EncodeCache(self._encode)
+        self._decoded = EncodeCache(self._decode)
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop messages that are outdated because the server has changed."""
+        self._contents.clear()
+        self._decoded.clear()
+
+    @property
+    def server_slot(self) -> str | None:
+        """Name of the server's model that is evaluated and saved.
+
+        None if the server has no model, or cannot read its model.
+        """
+        return self.algorithm.server_model(self.server)
+
+    def broadcast(self, client_info: ClientInfo) -> Payload:
+        """Return the payload of the server's broadcast to a client.
+
+        The method may be called several times and in any order of clients, because random draws are
+        seeded with the client id.
+        """
+        sender = as_sender(self.server, client_info.client_id)
+        payload = call_broadcast(self.algorithm, sender, client_info)
+        return payload if self.privacy is None else self.privacy.add_bounds(payload)
+
+    def content(self, payload: Payload) -> Content:
+        """Return the message with a broadcast.
+
+        Equal broadcasts have the same message object.
+        """
+        return self._contents(payload)
+
+    def received(self, payload: Payload) -> Payload:
+        """Return the payload that a client decodes from the message with a broadcast."""
+        return payload if self.channel.down is None else self._decoded(payload)
+
+    def _encode(self, payload: Payload) -> Content:
+        if self.skips_encoding and self.channel.down is None:
+            return payload
+        round_idx = self.server.round_context.round_idx
+        return self.channel.encode_broadcast(round_idx, payload, self.server.arch.values())
+
+    def _decode(self, payload: Payload) -> Payload:
+        round_idx = self.server.round_context.round_idx
+        return self.channel.decode_broadcast(round_idx, encoded(self.content(payload)))
+
+    def received_by(self, client_info: ClientInfo) -> Payload:
+        """Return the payload that a client decodes from its broadcast."""
+        return self.received(self.broadcast(client_info))
+
+    def received_model(self, client_info: ClientInfo, name: str) -> Tensors:
+        """Return the tensors of a model that a client received as the item `name`, keyed by name.
+
+        The result is empty if the client received no model as this item.
+        """
+        item = self.received_by(client_info).items_by_name.get(name)
+        if item is None or item.kind != "params" or not isinstance(item.values, dict):
+            return {}
+        return item.values
+
+    def expected_items(
+        self, client_info: ClientInfo, received: Payload, round_idx: int
+    ) -> Mapping[str, Item]:
+        """Return the items that arrive in a client's upload, with placeholder values.
+
+        Args:
+            client_info: The sender.
+            received: The broadcast on which the client trained.
+            round_idx: Index of the round, from 0.
+        """
+        return self.expectations.expected_items(client_info, received, round_idx)
+
+    def decode_upload(
+        self,
+        client_info: ClientInfo,
+        content: Content,
+        received: Payload,
+        round_idx: int,
+        attempt: int = 0,
+    ) -> Payload:
+        """Decode an upload, and validate the structure.
+
+        Args:
+            client_info: The sender.
+            content: The upload, encoded or as a payload.
+            received: The broadcast on which the client trained.
+            round_idx: Index of the round, from 0.
+            attempt: Number of times that the client has already trained in this round.
+
+        Raises:
+            PayloadError: If the upload is malformed or does not have the expected structure.
+        """
+        expected = self.expected_items(client_info, received, round_idx)
+        if isinstance(content, Payload):
+            payload = Payload.from_untrusted(content.tree())
+        else:
+            check_size(len(content), self.specs, expected)
+            payload = self.channel.decode_upload(
+                client_info, round_idx, content, expected, received, attempt=attempt
+            )
+        payload = payload.to(self.federation.memory.storage_device)
+        check_upload(payload, self.specs, expected, client_info.num_rows)
+        return payload
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+        return {} if self.privacy is None else {"bounds": dict(self.privacy.factors)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state from the return value of `state_dict`."""
+        if self.privacy is not None:
+            self.privacy.factors = dict(state["bounds"])
+
+
+class RoundUploads:
+    """Uploads of a round, which are added to the aggregation on arrival.
+
+    Only one upload is in memory at a time, unless a robust rule or the method needs all of them.
+
+    Args:
+        link: The server's link to the clients.
+        round_idx: Index of the round, from 0.
+
+    Attributes:
+        rules: Robust aggregation rules. If None, items are averaged.
+        magnitudes: Largest norm of a tensor in each upload, keyed by client id.
+        malicious: Ids of simulated malicious clients whose uploads arrived.
+        mean_loss: Mean training loss, if the clients reveal only their sum. Otherwise None.
+    """
+
+    def __init__(self, link: ServerLink, round_idx: int) -> None:
+        self.link = link
+        self.round_idx = round_idx
+        self.rules: AggregationRules | None = None
+        if link.robust is not None:
+            self.rules = AggregationRules(
+                link.robust,
+                link.federation.task,
+                link.received_model,
+                link.expectations.trained_names,
+            )
+        self.noise: SumNoise | None = None
+        if link.privacy is not None:
+            self.noise = link.privacy.sum_noise(link.received_by, round_idx)
+        self.uploads = Uploads(
+            specs=link.expectations.specs,
+            common=link.federation.common,
+            new_combiner=MeanCombiner if self.rules is None else self.rules.combiner,
+            noise=self.noise,
+        )
+        self.magnitudes: dict[str, float] = {}
+        self.malicious: list[str] = []
+        self.mean_loss: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.uploads)
+
+    def add(self, client_info: ClientInfo, payload: Payload, staleness_weight: float = 1.0) -> None:
+        """Add an upload. Uploads must be added in the order of client ids.
+
+        Args:
+            client_info: The sender.
+            payload: The upload.
+            staleness_weight: Factor on the weights of the upload.
+        """
+        self.magnitudes[client_info.client_id] = payload.magnitude
+        # The weights in the payload are discounted here; methods may also read the factor.
+        discounted = discount_upload(payload, staleness_weight)
+        self.uploads.add(Upload(client_info, discounted, staleness_weight))
+
+    def finish(self, result: AggregatedUploads | None) -> None:
+        """Complete the uploads after the last exchange of the round."""
+        return
+
+    def update_server(self, backend: Backend) -> None:
+        """Update the server and the bounds of its privacy with the uploads.
+
+        Raises:
+            DivergedError: If training at the server diverges.
+        """
+        server = self.link.server
+        plan = self.link.algorithm.aggregate(server, self.uploads)
+        (outcome,) = run_plans([(server, plan)], backend)
+        outcome.result()
+        if self.link.privacy is not None:
+            self.link.privacy.adapt_bounds(self.uploads)
+
+    def describe_largest(self) -> str:
+        """Return the continuation of a message with the largest upload, or "" if it is private."""
+        if not self.magnitudes or self.link.privacy is not None:
+            return ""
+        client = max(self.magnitudes, key=lambda c: self.magnitudes[c])
+        largest = f"{self.magnitudes[client]:.3g}"
+        return f"; the upload of {client} has the largest magnitude, {largest}"
+
+    def record(self) -> dict[str, Any]:
+        """Return entries of the round's record."""
+        entries: dict[str, Any] = {}
+        if self.rules is not None and self.rules.too_few:
+            entries["too_few"] = self.rules.too_few
+        if self.link.federation.malicious is not None:
+            entries["attacks"] = {"malicious": self.malicious}
+        return entries
 
 
 def check_intact(reply: Message) -> None:

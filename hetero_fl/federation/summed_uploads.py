@@ -44,7 +44,7 @@ from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError, check_
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.federation.expected import ExpectedUploads, initial_server
 from hetero_fl.federation.federation import FederationSpec, as_sender
-from hetero_fl.federation.server_link import ServerLink
+from hetero_fl.federation.round import ServerLink
 from hetero_fl.utils.caching import BoundedCache
 
 # Number of cached layouts.

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import is_user_method, runs_user_code
-from hetero_fl.communication.protocol import Traffic
+from hetero_fl.algorithms.prediction import proxy_sample, recalibrates
+from hetero_fl.communication.protocol import Content, Traffic, content_size
 from hetero_fl.config.simulation import CohortConfig
+from hetero_fl.core.metrics import Scores, summarize_clients
 from hetero_fl.core.model_spec import Tensors
-from hetero_fl.core.participant import copy_containers, copy_tree
+from hetero_fl.core.participant import Participant, copy_containers, copy_tree
 from hetero_fl.core.payload import PayloadError
+from hetero_fl.core.plan import Predict, Recalibrate, Rows
+from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.engine.driver import Backend, DivergedError, translate_user_errors
-from hetero_fl.federation.combination import RoundUploads, begin_uploads
-from hetero_fl.federation.evaluation import (
-    EvaluationResult,
-    Record,
-    SaveFunction,
-    evaluate_clients,
-    evaluate_server,
-)
-from hetero_fl.federation.executors.base import Arrival, Executor, Until
+from hetero_fl.federation.client_runtime import ClientEvaluation
+from hetero_fl.federation.combination import make_uploads
+from hetero_fl.federation.executors.base import Arrival, ClientAbsentError, Executor, Until
 from hetero_fl.federation.expected import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.round import RoundEvents, UploadCollector
+from hetero_fl.federation.round import (
+    Record,
+    RoundEvents,
+    RoundUploads,
+    ServerLink,
+    UploadCollector,
+)
 from hetero_fl.federation.store import StateStore
 from hetero_fl.federation.summed_uploads import make_link, make_protocol
 from hetero_fl.utils.errors import RoundAbandonedError, RunFailedError
@@ -35,6 +40,152 @@ from hetero_fl.utils.seeding import sample_numbers
 
 # Number of successive rounds in which training at the server may diverge.
 MAX_DIVERGED_ROUNDS = 3
+# Function that is called with a client id or "server" and an encoded model (`SavedModel.encode`).
+SaveFunction = Callable[[str, bytes], None]
+
+
+@dataclass
+class EvaluationResult:
+    """Result of an evaluation of all clients and the server.
+
+    Attributes:
+        clients: Evaluation of each client, keyed by client id.
+        server: Scores of the server's model on the global test and validation sets, keyed by
+            "global" and "validation_global". None if the server has no model.
+        absent_clients: Reasons why clients could not be evaluated, keyed by client id. These
+            clients are excluded from all means.
+        down_bytes: Bytes of the broadcasts that the clients received.
+    """
+
+    clients: dict[str, ClientEvaluation]
+    server: dict[str, Scores] | None
+    absent_clients: dict[str, str] = field(default_factory=dict)
+    down_bytes: int = 0
+
+
+def add_evaluation(record: Record, evaluation: EvaluationResult) -> None:
+    """Add the scores of an evaluation to the record of a round, in place."""
+    by_name = {
+        name: summarize_clients(
+            {c: r.scores[name] for c, r in evaluation.clients.items() if name in r.scores}
+        )
+        for name in ("personal", "global", "validation_personal", "validation_global")
+        if any(name in r.scores for r in evaluation.clients.values())
+    }
+    server = evaluation.server or {}
+    record["personal"] = by_name.get("personal")
+    record["global"] = by_name.get("global")
+    record["server"] = server.get("global")
+    record["validation"] = {
+        "personal": by_name.get("validation_personal"),
+        "global": by_name.get("validation_global"),
+        "server": server.get("validation_global"),
+    }
+    triggered = [r.triggered for r in evaluation.clients.values() if r.triggered is not None]
+    if triggered:
+        record["attacks"]["success"] = sum(triggered) / len(triggered)
+    record["clients"] = {
+        c: {name: r.scores[name] for name in ("personal", "global") if name in r.scores}
+        for c, r in evaluation.clients.items()
+    }
+    if evaluation.absent_clients:
+        record["absent"] = evaluation.absent_clients
+
+
+def evaluate_clients(
+    executor: Executor,
+    link: ServerLink,
+    round_idx: int,
+    details: bool = False,
+    save: SaveFunction | None = None,
+) -> EvaluationResult:
+    """Evaluate the models of the clients in `federation.evaluated_clients`.
+
+    The clients receive the next broadcast.
+
+    Args:
+        executor: Executor that runs the clients.
+        link: The server's link to the clients.
+        round_idx: Index of the next round, from 0.
+        details: Whether to compute all results that a report shows, including the models.
+        save: Function that is called with each model. If None, the encoded models are part of the
+            result.
+
+    Returns:
+        The evaluations, without the scores of the server.
+
+    Raises:
+        DivergedError: If training for deployment diverges.
+        PayloadError: If a broadcast is malformed.
+    """
+    sizes: dict[str, int] = {}
+
+    def broadcast(client_id: str) -> Content:
+        client_info = replace(link.federation.client_infos[client_id], purpose="evaluate")
+        content = link.content(link.broadcast(client_info))
+        sizes[client_id] = content_size(content)
+        return content
+
+    result = EvaluationResult({}, None)
+    client_ids = natural_order(link.federation.evaluated_clients)
+    for client_id, evaluation in executor.evaluate(client_ids, broadcast, round_idx, details):
+        if isinstance(evaluation, ClientAbsentError):
+            result.absent_clients[client_id] = str(evaluation)
+            continue
+        if save is not None:
+            save(client_id, evaluation.model)
+            evaluation.model = b""
+        result.clients[client_id] = evaluation
+    result.down_bytes = sum(sizes.values())
+    return result
+
+
+def evaluate_server(
+    slot: str,
+    server: Participant,
+    federation: FederationSpec,
+    backend: Backend,
+    save: SaveFunction | None = None,
+) -> dict[str, Scores]:
+    """Return the scores of one of the server's models on the global test and validation sets.
+
+    With `recalibrate: [global_test]`, the model's BatchNorm statistics are computed on the proxy
+    set.
+
+    Args:
+        slot: Name of the model in `server.models`.
+        server: The server.
+        federation: The federation.
+        backend: Backend that computes the predictions.
+        save: Function that is called with "server" and the encoded model. If None, the model is not
+            saved.
+    """
+    view = federation.preprocessing_of(slot)
+    tensors = server.models[slot]
+    if server.has_proxy and recalibrates(server.peers.main_profile.settings, "global_test"):
+        (statistics,) = backend.run([(server, Recalibrate(slot, proxy_sample(server, view)))])
+        tensors = {**tensors, **statistics}
+    server = replace(server, models={slot: tensors})
+    scores = {}
+    for name, rows in (("global", "common_test"), ("validation_global", "common_validation")):
+        y = server.data(rows, view)["y"].cpu()
+        if len(y):
+            (logits,) = backend.run([(server, Predict(slot, Rows(rows, preprocess=view)))])
+            columns = federation.data.extra_columns(server.participant_id, rows)
+            scores[name] = federation.score(logits.cpu(), y, columns)
+    if save is not None:
+        layout = federation.data.layout
+        model = SavedModel(
+            tensors,
+            server.arch[slot],
+            asdict(view),
+            federation.task,
+            None,
+            layout.columns,
+            layout.categories,
+        )
+        save("server", model.encode())
+    return scores
 
 
 def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
@@ -70,6 +221,7 @@ class FederatedTrainer:
             on a request after the server has changed.
         link: The server's link to the clients. Broadcasts of user-defined methods are always
             encoded, because such methods may modify received tensors in place.
+        make_uploads: Function that creates the uploads of a round from the index of the round.
         num_sampled: Number of clients that are sampled for a round.
         traffic: Bytes sent so far.
         completed: Number of completed rounds.
@@ -119,6 +271,7 @@ class FederatedTrainer:
             per_round=per_round,
             skips_encoding=skips_encoding,
         )
+        self.make_uploads = make_uploads(self.protocol, self.link)
         self.num_sampled = self.policy.num_sampled(per_round, len(federation.client_infos))
 
     @property
@@ -150,7 +303,7 @@ class FederatedTrainer:
         with self.rollback_on_error():
             self.set_round(self.round_idx)
             events.cohort = self.sample_cohort(self.round_idx)
-            uploads = begin_uploads(self.protocol, self.link, self.round_idx)
+            uploads = self.make_uploads(self.round_idx)
             collector = UploadCollector(events, self.protocol, self.link, uploads, self.store)
             try:
                 # After the last exchange, the collector completes the uploads.

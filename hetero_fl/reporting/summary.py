@@ -14,8 +14,9 @@ from hetero_fl.config.communication import StageConfig
 from hetero_fl.core.metrics import selection_metric, summarize_clients
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.task import Task
-from hetero_fl.federation.evaluation import EvaluationResult, Record
 from hetero_fl.federation.federation import FederationSpec, describe_settings
+from hetero_fl.federation.round import Record
+from hetero_fl.federation.trainer import EvaluationResult
 from hetero_fl.reporting.rendering import render, render_line
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.text import format_list

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from hetero_fl.federation.asynchronous import AsynchronousTrainer, idle_position
-from hetero_fl.federation.combination import RoundUploads
+from hetero_fl.federation.round import RoundUploads
 from hetero_fl.federation.simulation.conditions import FaultOutcome
 from hetero_fl.utils.errors import RunFailedError
 from tests.support.asynchronous_runs import session, source

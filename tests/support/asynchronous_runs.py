@@ -12,8 +12,8 @@ from hetero_fl.config.simulation import FaultsConfig
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
-from hetero_fl.federation.combination import RoundUploads
 from hetero_fl.federation.executors.base import Executor
+from hetero_fl.federation.round import RoundUploads
 from hetero_fl.federation.simulation.conditions import Devices, FaultOutcome, TaskTimes
 from hetero_fl.federation.simulation.executor import SimulatedExecutor
 from tests.support.calls import record_calls

@@ -17,9 +17,8 @@ from hetero_fl.core.payload import Payload
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.cost import ExpectedCost, expected_cost
-from hetero_fl.federation.evaluation import add_evaluation
 from hetero_fl.federation.executors.base import InProcessExecutor
-from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.federation.trainer import FederatedTrainer, add_evaluation
 from hetero_fl.utils.serialization import encode
 
 

@@ -13,9 +13,8 @@ import pytest
 from hetero_fl.core.payload import Payload
 from hetero_fl.experiment import PreparedRun
 from hetero_fl.federation.client_runtime import ClientRuntime
-from hetero_fl.federation.evaluation import add_evaluation
-from hetero_fl.federation.server_link import ServerLink
-from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.federation.round import ServerLink
+from hetero_fl.federation.trainer import FederatedTrainer, add_evaluation
 from tests.support.calls import record_results
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hetero_fl.core.task import Task
 from hetero_fl.experiment.comparison.jobs import Job, Point
-from hetero_fl.federation.evaluation import Record
+from hetero_fl.federation.round import Record
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.reporting.summary import mean_validation_score
 from hetero_fl.utils.errors import ArgumentError, UserError

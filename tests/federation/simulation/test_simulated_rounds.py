@@ -15,8 +15,8 @@ from hetero_fl.communication.compressor import UNSENT
 from hetero_fl.config.simulation import DevicesConfig, FaultsConfig
 from hetero_fl.engine.templates import training_flops
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.evaluation import Record
 from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.federation.round import Record
 from hetero_fl.federation.simulation.conditions import Device, Devices, Faults, flip_bytes
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import RunFailedError, UserError
